@@ -1,0 +1,47 @@
+# make demo | test | check | bench: each makes .venv first if need be. PYTHON=/path/to/python3.11 picks another one.
+PYTHON ?= python3
+TEST_ARGS ?= -q
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := data_prep kernels launchers trainer
+
+.PHONY: help demo test check fix bench clean
+
+help:
+	@echo "make demo   render clips, train a small model on two ranks, write report.html (about 15 minutes)"
+	@echo "make test   the test suite (TEST_ARGS='-q -k name' for a part)"
+	@echo "make check  formatting, lint and types; 'make fix' repairs the first two"
+	@echo "make bench  benchmarks, one line of JSON each"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "tvr needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+		|| { echo "tvr needs a C++ compiler (DeepSpeed compiles an extension): apt-get install g++" >&2; exit 1; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/tvr demo
+
+test: $(READY)
+	@echo "running the tests (a few minutes)"
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q .
+	@mkdir -p build/types/tvr && for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/tvr/$$package; done
+	@$(BIN)/pyright
+
+fix: $(READY)
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+bench: $(READY)
+	@for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

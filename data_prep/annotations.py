@@ -1,0 +1,193 @@
+"""Annotation files -> clips: JSONL with one video a line, or CSV with one caption a row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from tvr.data_prep.records import Clip
+
+ALLOWED = ("video", "captions", "caption", "key", "video_id")
+CSV_ALLOWED = ("video", "caption", "key", "video_id")
+# A tar member is KEY.extension within USTAR's 100 bytes, and WebDataset splits it at the first dot.
+MAX_KEY_LENGTH = 80
+KEY_PATTERN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+
+
+def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
+    """Reads clips in file order from a .jsonl or .csv file (also .gz) at a path or fsspec URL.
+
+    JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id"}.
+    CSV: columns video, caption, optional key, video_id; rows of one video are merged in file order.
+    Relative video paths resolve against `videos`, or else the annotation file's folder. Without
+    "key" the video's file name is used, without "video_id" the key. Empty captions are kept here;
+    packing counts them.
+
+    Raises:
+        FileNotFoundError: no such annotation file.
+        ValueError: malformed file, named as file:line; an annotation without clips; a duplicate
+            key.
+    """
+    base = videos if videos is not None else _parent(url)
+    rows = {"jsonl": _jsonl_rows, "csv": _csv_rows}[_file_format(url)](url)
+    drafts: dict[str, _Draft] = {}
+    merge = _file_format(url) == "csv"
+    for row in rows:
+        first = drafts.get(row.key)
+        if first is None:
+            drafts[row.key] = row
+        elif merge and first.video == row.video:
+            _merge(first, row)
+        else:
+            raise ValueError(
+                f"{row.origin}: duplicate key {row.key!r}, first at {first.origin}; give each clip"
+                ' its own "key" (without one the video\'s file name is the key)'
+            )
+    if not drafts:
+        raise ValueError(
+            f"{url}: empty annotation, no clip in it; expected one JSON object or CSV row a clip"
+        )
+    return [_clip(draft, base) for draft in drafts.values()]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    key: str
+    video: str
+    video_id: str
+    origin: str
+    captions: list[str] = field(default_factory=list)
+
+
+def _clip(draft: _Draft, base: str) -> Clip:
+    return Clip(
+        key=draft.key,
+        video=_resolve(draft.video, base),
+        captions=tuple(draft.captions),
+        video_id=draft.video_id,
+        origin=draft.origin,
+    )
+
+
+def _merge(first: _Draft, row: _Draft) -> None:
+    if first.video_id != row.video_id:
+        raise ValueError(
+            f"{row.origin}: video_id={row.video_id!r} differs from {first.video_id!r} of the same"
+            f" video at {first.origin}"
+        )
+    first.captions.extend(row.captions)
+
+
+def _file_format(url: str) -> str:
+    name = url.removesuffix(".gz")
+    for extension in ("jsonl", "csv"):
+        if name.endswith("." + extension):
+            return extension
+    raise ValueError(
+        f"annotations={url!r}: unknown format; the name must end in .jsonl or .csv (or .gz of it)"
+    )
+
+
+def _lines(url: str) -> Iterator[str]:
+    """Text lines, without the byte-order mark that spreadsheets write."""
+    try:
+        with fsspec.open(url, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"annotation file {url} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: not UTF-8 text: {error}") from error
+
+
+def _jsonl_rows(url: str) -> Iterator[_Draft]:
+    for number, line in enumerate(_lines(url), start=1):
+        if not line.strip():
+            continue
+        origin = f"{url}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{origin}: not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
+        yield _draft(value, origin)
+
+
+def _csv_rows(url: str) -> Iterator[_Draft]:
+    reader = csv.DictReader(_lines(url), strict=True)
+    try:
+        columns = reader.fieldnames or ()
+        unknown = sorted(set(columns) - set(CSV_ALLOWED))
+        if columns and (unknown or not {"video", "caption"} <= set(columns)):
+            raise ValueError(
+                f"{url}:1: columns {', '.join(columns)}; expected video, caption and optionally"
+                " key, video_id"
+            )
+        for row in reader:
+            origin = f"{url}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{origin}: expected {len(columns)} fields ({', '.join(columns)})")
+            yield _draft(
+                {name: value for name, value in row.items() if value or name == "caption"}, origin
+            )
+    except csv.Error as error:
+        # line_num is the last line of the last whole row.
+        raise ValueError(f"{url}:{reader.line_num + 1}: not CSV: {error}") from error
+
+
+def _draft(row: dict[str, Any], origin: str) -> _Draft:
+    unknown = sorted(set(row) - set(ALLOWED))
+    if unknown:
+        raise ValueError(
+            f"{origin}: unknown {', '.join(unknown)}; allowed are {', '.join(ALLOWED)}"
+        )
+    if ("captions" in row) == ("caption" in row):
+        raise ValueError(f'{origin}: give either "captions" (a list) or "caption" (one text)')
+    captions = row["captions"] if "captions" in row else [row["caption"]]
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{origin}: captions={captions!r} must be text")
+    for name in ("video", "key", "video_id"):
+        value = row.get(name, "-" if name != "video" else "")
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"{origin}: {name}={value!r} must be a text with at least one character"
+            )
+    key = row.get("key") or _key_of(row["video"])
+    if not KEY_PATTERN.fullmatch(key):
+        raise ValueError(f"{origin}: {key_rule(key)}")
+    return _Draft(
+        key=key,
+        video=row["video"],
+        video_id=row.get("video_id", key),
+        origin=origin,
+        captions=captions,
+    )
+
+
+def key_rule(key: str) -> str:
+    """The sentence that refuses a key."""
+    return f'key={key!r} must be 1 to {MAX_KEY_LENGTH} letters, digits, "_" or "-"'
+
+
+def _key_of(video: str) -> str:
+    stem = video.rstrip("/").rsplit("/", 1)[-1]
+    stem = stem.rsplit(".", 1)[0] if "." in stem[1:] else stem
+    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)
+
+
+def _resolve(video: str, base: str) -> str:
+    if "://" in video or video.startswith("/") or not base:
+        return video
+    return f"{base.rstrip('/')}/{video}"
+
+
+def _parent(url: str) -> str:
+    """The folder of a file at a path or URL; "" for the current one."""
+    folder, slash, _ = url.rpartition("/")
+    return folder + "/" if slash else ""

@@ -1,0 +1,160 @@
+"""The command lines of `tvr pack` and `tvr verify`.
+
+Exit codes: 0 done; 2 bad usage, bad input or too many bad clips; 3 verify found problems.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
+
+import tyro
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from tvr.data_prep.annotations import read_annotations
+from tvr.data_prep.manifest import BAD_NAME, Layout, join
+from tvr.data_prep.pack import pack_shards
+from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
+from tvr.data_prep.verify import verify_dataset
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+# What a user's input can cause; anything else is a bug and keeps its traceback. ImportError: a URL
+# whose file system needs an extra package, which fsspec names.
+USER_ERRORS = (ValueError, OSError, BadSample, TooManyBadSamples, ShardCorrupt, ImportError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class PackArguments:
+    """Packs annotated videos into WebDataset shards with a manifest."""
+
+    annotations: str
+    """JSONL or CSV file (path or fsspec URL)."""
+    out: str
+    """Folder or fsspec URL of the data set to write."""
+    layout: Layout
+    """frames: JPEGs sampled now; video: the MP4 itself, sampled when read."""
+    videos: str | None = None
+    """Folder or URL that relative video paths start from; default: the annotation file's."""
+    num_frames: int = 12
+    """Frames per clip (layout frames)."""
+    short_side: int | None = None
+    """Pixels of the shorter side; default: as the source."""
+    jpeg_quality: int = 90
+    """1 to 100 (layout frames)."""
+    samples_per_shard: int = 1000
+    """Clips per tar file."""
+    max_bad: int = 0
+    """Clips that may be refused (missing, unreadable, without caption) before packing gives up."""
+    reencode: bool = False
+    """Re-encode to H.264 (layout video); otherwise MP4 files are copied after decoding them
+    once."""
+    keyframe_interval: int = 16
+    """Frames between keyframes when re-encoding."""
+    overwrite: bool = False
+    """Replace a complete data set at `out`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class VerifyArguments:
+    """Checks a packed data set against its manifest: every byte, every sample; exit code 3 for
+    problems."""
+
+    url: Annotated[str, tyro.conf.Positional]
+    """Folder or fsspec URL of the data set."""
+    decode: int = 32
+    """Samples to decode as well, spread evenly; 0 = none."""
+    max_shown: int = 50
+    """Problems to list."""
+
+
+def pack(argv: Sequence[str]) -> int:
+    """`tvr pack`: returns the exit code."""
+    return _reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))
+
+
+def verify(argv: Sequence[str]) -> int:
+    """`tvr verify`: returns the exit code."""
+    return _reported(
+        "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
+    )
+
+
+def _reported(command: str, action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except USER_ERRORS as error:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _pack(arguments: PackArguments) -> int:
+    clips = read_annotations(arguments.annotations, videos=arguments.videos)
+    manifest = pack_shards(
+        _with_progress(clips),
+        arguments.out,
+        layout=arguments.layout,
+        num_frames=arguments.num_frames,
+        short_side=arguments.short_side,
+        jpeg_quality=arguments.jpeg_quality,
+        samples_per_shard=arguments.samples_per_shard,
+        max_bad=arguments.max_bad,
+        reencode=arguments.reencode,
+        keyframe_interval=arguments.keyframe_interval,
+        overwrite=arguments.overwrite,
+    )
+    megabytes = sum(shard.shard_bytes for shard in manifest.shards) / 1e6
+    print(
+        f"packed {manifest.num_samples} clips with {manifest.num_captions} captions into"
+        f" {len(manifest.shards)} shards, {megabytes:.1f} MB, at {arguments.out}"
+    )
+    if manifest.num_empty_captions:
+        print(f"dropped {manifest.num_empty_captions} empty captions")
+    if manifest.bad:
+        counts = ", ".join(f"{count} {reason}" for reason, count in manifest.bad.items())
+        listed = join(arguments.out, BAD_NAME)
+        print(f"left out {sum(manifest.bad.values())} clips ({counts}), listed in {listed}")
+    return 0
+
+
+def _verify(arguments: VerifyArguments) -> int:
+    report = verify_dataset(arguments.url, decode=arguments.decode)
+    print(
+        f"{arguments.url}: {report.num_samples} samples in {report.num_shards} shards,"
+        f" {report.num_bytes / 1e6:.1f} MB hashed, {report.num_decoded} samples decoded:"
+        f" {len(report.problems) or 'no'} problems"
+    )
+    if not report.problems:
+        return 0
+    table = Table("where", "problem")
+    for problem in report.problems[: arguments.max_shown]:
+        table.add_row(Text(problem.where), Text(problem.what))
+    Console().print(table)
+    if len(report.problems) > arguments.max_shown:
+        print(f"and {len(report.problems) - arguments.max_shown} more")
+    return 3
+
+
+def _with_progress(clips: list[Clip]) -> Iterator[Clip]:
+    """The clips, with a bar on stderr while they are taken, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield from progress.track(clips)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.1f} clips/s")

@@ -1,0 +1,101 @@
+"""Samples -> Batch: padding, masks and token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import LongTensor
+
+from tvr.data_prep.records import Batch, Replacement, Sample
+
+Tokenize = Callable[[Sequence[str]], tuple[LongTensor, LongTensor]]
+"""Texts -> token ids (A, T) and word_mask (A, T), 0 = padding and 1 = token, with a fixed T."""
+
+
+def collate(
+    samples: Sequence[Sample],
+    captions_per_sample: Sequence[Sequence[str]],
+    positions: Sequence[int],
+    tokenize: Tokenize,
+    num_frames: int,
+    image_size: int,
+    *,
+    replaced: Sequence[Replacement] = (),
+) -> Batch:
+    """Joins B samples, each with its chosen captions, into one Batch (see there for shapes).
+
+    Samples with fewer frames than `num_frames` are padded with zeros under frame_mask 0. No samples
+    give a batch of 0 rows.
+
+    Raises:
+        ValueError: a sample without frames, with too many or of another size; a caption without a
+            single token.
+    """
+    captions = [caption for chosen in captions_per_sample for caption in chosen]
+    rows = [row for row, chosen in enumerate(captions_per_sample) for _ in chosen]
+    frames, frame_mask = _padded(samples, num_frames, image_size)
+    token_ids, word_mask = _tokens(captions, rows, samples, tokenize)
+    return Batch(
+        positions=_long(np.array(positions, dtype=np.int64)),
+        keys=tuple(sample.key for sample in samples),
+        video_ids=_long(
+            np.array([hash_video_id(sample.video_id) for sample in samples], dtype=np.int64)
+        ),
+        frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3).contiguous(),
+        frame_mask=_long(frame_mask),
+        captions=tuple(captions),
+        token_ids=token_ids,
+        word_mask=word_mask,
+        caption_video=_long(np.array(rows, dtype=np.int64)),
+        replaced=tuple(replaced),
+    )
+
+
+def hash_video_id(video_id: str) -> int:
+    """A 63-bit number that is the same in every process and release."""
+    return int.from_bytes(hashlib.blake2b(video_id.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _padded(
+    samples: Sequence[Sample], num_frames: int, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    frames = np.zeros((len(samples), num_frames, image_size, image_size, 3), dtype=np.uint8)
+    frame_mask = np.zeros((len(samples), num_frames), dtype=np.int64)
+    for row, sample in enumerate(samples):
+        count = len(sample.frames)
+        if not 1 <= count <= num_frames or sample.frames.shape[1:] != frames.shape[2:]:
+            raise ValueError(
+                f"sample {sample.key}: frames of shape {sample.frames.shape}; expected 1 to"
+                f" {num_frames} frames of {image_size} x {image_size} x 3"
+            )
+        frames[row, :count] = sample.frames
+        frame_mask[row, :count] = 1
+    return frames, frame_mask
+
+
+def _tokens(
+    captions: list[str], rows: list[int], samples: Sequence[Sample], tokenize: Tokenize
+) -> tuple[LongTensor, LongTensor]:
+    if not captions:
+        return _long(np.zeros((0, 0), dtype=np.int64)), _long(np.zeros((0, 0), dtype=np.int64))
+    token_ids, word_mask = tokenize(captions)
+    if token_ids.shape != word_mask.shape or len(token_ids) != len(captions):
+        raise ValueError(
+            f"tokenize gave ids {tuple(token_ids.shape)} and word_mask {tuple(word_mask.shape)} for"
+            f" {len(captions)} captions; expected two of ({len(captions)}, T)"
+        )
+    empty = torch.nonzero(word_mask.sum(dim=1) == 0).flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"sample {samples[rows[empty[0]]].key}: caption {captions[empty[0]]!r} has no token;"
+            " every caption needs at least one"
+        )
+    return token_ids, word_mask
+
+
+def _long(values: np.ndarray) -> LongTensor:
+    return cast(LongTensor, torch.from_numpy(values))

@@ -1,0 +1,115 @@
+"""What a loader's worker does: stream positions -> samples with captions -> a Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+
+from tvr.data_prep.collate import Tokenize, collate
+from tvr.data_prep.order import SampleOrder, caption_choice
+from tvr.data_prep.reader import SampleReader
+from tvr.data_prep.records import BadSample, Batch, Replacement, Sample
+
+# A row that is still bad after this many substitutes means the data set is bad, not the row.
+MAX_ATTEMPTS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What one position gave: a sample with the captions to use, unless all tries were bad."""
+
+    position: int
+    sample: Sample | None
+    captions: tuple[str, ...]
+    replaced: tuple[Replacement, ...]
+
+
+class TrainingRows(Dataset[Drawn]):
+    """Stream position -> sample and one caption."""
+
+    def __init__(self, reader: SampleReader, order: SampleOrder) -> None:
+        self._reader = reader
+        self._order = order
+
+    def __getitem__(self, position: int) -> Drawn:
+        place = self._order.locate(position)
+        replaced: list[Replacement] = []
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                sample = self._reader.read(place.sample)
+            except BadSample as error:
+                replaced.append(_replacement(position, error))
+                place = self._order.substitute(position, attempt)
+                continue
+            choice = caption_choice(
+                self._order.seed, place.epoch, place.sample, len(sample.captions)
+            )
+            chosen = (sample.captions[choice],)
+            return Drawn(
+                position=position, sample=sample, captions=chosen, replaced=tuple(replaced)
+            )
+        return Drawn(position=position, sample=None, captions=(), replaced=tuple(replaced))
+
+
+class EvaluationRows(Dataset[Drawn]):
+    """Manifest row -> sample and all its captions."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, position: int) -> Drawn:
+        try:
+            sample = self._reader.read(position)
+        except BadSample as error:
+            return Drawn(
+                position=position,
+                sample=None,
+                captions=(),
+                replaced=(_replacement(position, error),),
+            )
+        return Drawn(position=position, sample=sample, captions=sample.captions, replaced=())
+
+
+class Runs:
+    """Batch sampler: runs of `length` positions starting at first, first + stride, ... below `end`
+    (None: no end)."""
+
+    def __init__(self, first: int, stride: int, length: int, end: int | None) -> None:
+        self._first = first
+        self._stride = stride
+        self._length = length
+        self._end = end
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self._first
+        while self._end is None or start < self._end:
+            stop = start + self._length
+            yield list(range(start, stop if self._end is None else min(stop, self._end)))
+            start += self._stride
+
+
+class Join:
+    """The loader's collate function."""
+
+    def __init__(self, reader: SampleReader, tokenize: Tokenize) -> None:
+        self._tokenize = tokenize
+        self._num_frames = reader.num_frames
+        self._image_size = reader.image_size
+
+    def __call__(self, drawn: list[Drawn]) -> Batch:
+        good = [(each.sample, each) for each in drawn if each.sample is not None]
+        return collate(
+            [sample for sample, _ in good],
+            [each.captions for _, each in good],
+            [each.position for _, each in good],
+            self._tokenize,
+            self._num_frames,
+            self._image_size,
+            replaced=[entry for each in drawn for entry in each.replaced],
+        )
+
+
+def _replacement(position: int, error: BadSample) -> Replacement:
+    return Replacement(position=position, key=error.key, reason=error.reason, detail=error.detail)

@@ -1,0 +1,45 @@
+"""Frame sizes and JPEG, with Pillow."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from tvr.data_prep.decode import short_side_size
+from tvr.data_prep.records import BadSample
+
+
+def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
+    """Frames (F, H, W, 3) uint8 with the shorter side at `short_side` pixels; bicubic,
+    antialiased."""
+    size = short_side_size(frames.shape[2], frames.shape[1], short_side)
+    if size == (frames.shape[2], frames.shape[1]):
+        return frames
+    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def fit_square(frames: np.ndarray, image_size: int) -> np.ndarray:
+    """Frames (F, image_size, image_size, 3): short side resized, then the centre cropped."""
+    frames = resize_short_side(frames, image_size)
+    top = (frames.shape[1] - image_size) // 2
+    left = (frames.shape[2] - image_size) // 2
+    return np.ascontiguousarray(frames[:, top : top + image_size, left : left + image_size])
+
+
+def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:
+    """JPEG bytes of one (H, W, 3) uint8 frame."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def decode_jpeg(content: bytes, *, key: str, member: str) -> np.ndarray:
+    """(H, W, 3) uint8. Raises BadSample("unreadable") naming the tar member."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        raise BadSample(key, "unreadable", f"{member}: {error}") from error

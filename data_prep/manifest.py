@@ -1,0 +1,189 @@
+"""A data set's index: `manifest.json` (totals, shards) and `samples.npz` (one column per sample
+property).
+
+`manifest.json` is written last and names the sha256 of `samples.npz`: where it exists, the data set
+is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import fsspec
+import numpy as np
+from fsspec.core import url_to_fs
+
+from tvr.data_prep.records import ShardCorrupt
+
+# Raise it with every change of what is stored, and say so in the change log as a shard-format
+# break.
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SAMPLES_NAME = "samples.npz"
+BAD_NAME = "bad.jsonl"
+
+Layout = Literal["video", "frames"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    num_samples: int
+    shard_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """One row per sample in shard order; columns keep a million samples in tens of megabytes."""
+
+    key: np.ndarray  # str
+    video_id: np.ndarray  # str
+    shard: np.ndarray  # int32, row of the shard
+    offset: np.ndarray  # int64, first byte in the shard, a multiple of 512
+    length: np.ndarray  # int64, bytes of its tar members, a multiple of 512
+    crc32: np.ndarray  # uint32 of that range
+    num_captions: np.ndarray  # int32
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Manifest:
+    """What a data set holds."""
+
+    layout: Layout
+    num_frames: int
+    """Frames stored per sample (a shorter video stores fewer); 0 in the video layout, where all are
+    stored."""
+    short_side: int | None
+    """Pixels; None = as the source."""
+    num_captions: int
+    num_empty_captions: int
+    """Empty captions dropped from clips that kept others."""
+    bad: dict[str, int]
+    """Clips left out when packing, by reason; listed in bad.jsonl."""
+    shards: tuple[Shard, ...]
+    samples: Samples
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard: what the sample order is a function of."""
+        return tuple(shard.num_samples for shard in self.shards)
+
+
+def join(url: str, name: str) -> str:
+    """The URL of a file inside the data set at `url`."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def read_manifest(url: str) -> Manifest:
+    """Reads and checks the index of the data set at a folder path or fsspec URL.
+
+    Raises:
+        FileNotFoundError: there is no complete data set.
+        ValueError: written in another format version, or it holds no samples.
+        ShardCorrupt: the index is damaged.
+    """
+    fields = _read_json(url)
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{join(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
+            f" {FORMAT_VERSION}; pack the data set again"
+        )
+    try:
+        shards = tuple(Shard(**shard) for shard in fields["shards"])
+        samples = _read_samples(url, fields["samples"]["sha256"])
+        manifest = Manifest(
+            layout=fields["layout"],
+            num_frames=fields["num_frames"],
+            short_side=fields["short_side"],
+            num_captions=fields["num_captions"],
+            num_empty_captions=fields["num_empty_captions"],
+            bad=fields["bad"],
+            shards=shards,
+            samples=samples,
+        )
+    except (KeyError, TypeError) as error:
+        raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: damaged or edited: {error!r}") from error
+    _check_agreement(manifest, url)
+    return manifest
+
+
+def write_manifest(url: str, manifest: Manifest) -> None:
+    """Writes the columns, then `manifest.json` under a temporary name, then renames it."""
+    buffer = io.BytesIO()
+    columns = {name: getattr(manifest.samples, name) for name in Samples.__slots__}
+    np.savez_compressed(buffer, allow_pickle=False, **columns)
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "layout": manifest.layout,
+        "num_frames": manifest.num_frames,
+        "short_side": manifest.short_side,
+        "num_samples": manifest.num_samples,
+        "num_captions": manifest.num_captions,
+        "num_empty_captions": manifest.num_empty_captions,
+        "bad": manifest.bad,
+        "samples": {"name": SAMPLES_NAME, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+    fs, root = url_to_fs(url)
+    fs.pipe_file(join(root, SAMPLES_NAME), buffer.getvalue())
+    partial = join(root, MANIFEST_NAME + ".partial")
+    fs.pipe_file(partial, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
+    fs.mv(partial, join(root, MANIFEST_NAME))
+
+
+def _read_json(url: str) -> dict:
+    location = join(url, MANIFEST_NAME)
+    try:
+        with fsspec.open(location, "rb") as file:
+            fields = json.loads(file.read())  # type: ignore[union-attr]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{location} does not exist: no data set there, or packing did not finish; make one"
+            " with `tvr pack`"
+        ) from error
+    except ValueError as error:
+        raise ShardCorrupt(f"{location}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ShardCorrupt(f"{location}: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def _read_samples(url: str, sha256: str) -> Samples:
+    location = join(url, SAMPLES_NAME)
+    try:
+        with fsspec.open(location, "rb") as file:
+            content: bytes = file.read()  # type: ignore[union-attr]
+    except FileNotFoundError as error:
+        raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ShardCorrupt(f"{location}: sha256 differs from the one in {MANIFEST_NAME}")
+    with np.load(io.BytesIO(content), allow_pickle=False) as columns:
+        return Samples(**{name: columns[name] for name in Samples.__slots__})
+
+
+def _check_agreement(manifest: Manifest, url: str) -> None:
+    if manifest.layout not in get_args(Layout):
+        raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: layout={manifest.layout!r}")
+    if manifest.num_samples == 0:
+        raise ValueError(f"{url}: the data set holds no samples")
+    counts = np.bincount(manifest.samples.shard, minlength=len(manifest.shards))
+    in_order = bool(np.all(np.diff(manifest.samples.shard) >= 0))
+    if tuple(counts.tolist()) != manifest.shard_sizes or not in_order:
+        raise ShardCorrupt(
+            f"{url}: {MANIFEST_NAME} and {SAMPLES_NAME} disagree on the samples per shard"
+        )

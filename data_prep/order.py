@@ -1,0 +1,112 @@
+"""The sample order: a pure function of (seed, epoch, shard sizes, stream position).
+
+THE CONTRACT. Stream position p lies in epoch p // N for a data set of N samples; an epoch is a
+permutation of all
+samples: the shards are shuffled, then the samples inside each window of `window_shards` shards, so
+that a reader walks few shards at a time. All draws are raw 64-bit words of numpy's Philox keyed on
+(seed, epoch), sorted with ties in place; numpy's own shuffles are avoided, since their streams may
+change between its releases. World size, loader workers and restarts do not enter. Any change of the
+numbers given here breaks the order of every resumed run: it needs the label "order break" in the
+change log and new golden positions in the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW_SHARDS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a stream position reads."""
+
+    epoch: int
+    shard: int
+    index: int
+    """Of the sample within its shard."""
+    sample: int
+    """Of the sample within the data set: manifest row."""
+
+
+class SampleOrder:
+    """The order of one data set under one seed; remembers the permutations of two epochs at
+    most."""
+
+    def __init__(
+        self, shard_sizes: Sequence[int], seed: int, window_shards: int = WINDOW_SHARDS
+    ) -> None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
+        if window_shards < 1:
+            raise ValueError(f"window_shards={window_shards} must be at least 1")
+        if any(size < 0 for size in shard_sizes) or sum(shard_sizes) == 0:
+            raise ValueError(
+                f"shard sizes {list(shard_sizes)[:8]}... hold no samples; expected at least one"
+            )
+        self.seed = seed
+        self.num_samples = sum(shard_sizes)
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._window_shards = window_shards
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def locate(self, position: int) -> Place:
+        """The sample read at a stream position, 0 or more, without end."""
+        epoch, step = divmod(position, self.num_samples)
+        return self._place(epoch, int(self._permutation(epoch)[step]))
+
+    def substitute(self, position: int, attempt: int) -> Place:
+        """The sample read instead when the sample at `position` is bad; attempt = 1, 2, ... until
+        one is good.
+
+        A draw from the whole data set by blake2b of (seed, position, attempt), so every rank and
+        every restart makes the same choice. It may equal a sample elsewhere in the batch.
+        """
+        if attempt < 1:
+            raise ValueError(f"attempt={attempt} must be at least 1")
+        return self._place(
+            position // self.num_samples,
+            _hash("substitute", self.seed, position, attempt) % self.num_samples,
+        )
+
+    def _place(self, epoch: int, sample: int) -> Place:
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return Place(
+            epoch=epoch, shard=shard, index=sample - int(self._starts[shard]), sample=sample
+        )
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:  # a batch spans two epochs at most; drop the oldest
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = self._draw(epoch)
+        return self._epochs[epoch]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        bits = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+        shards_shuffled = np.argsort(bits.random_raw(len(self._sizes)), kind="stable")
+        window_of_shard = np.empty(len(self._sizes), dtype=np.int64)
+        window_of_shard[shards_shuffled] = np.arange(len(self._sizes)) // self._window_shards
+        window_of_sample = np.repeat(window_of_shard, self._sizes)
+        return np.lexsort((bits.random_raw(self.num_samples), window_of_sample))
+
+
+def caption_choice(seed: int, epoch: int, sample: int, num_captions: int) -> int:
+    """Which of a sample's captions an epoch trains on; the same on every rank. Part of the
+    contract."""
+    if num_captions < 1:
+        raise ValueError(f"num_captions={num_captions} must be at least 1 (sample {sample})")
+    return _hash("caption", seed, epoch, sample) % num_captions
+
+
+def _hash(purpose: str, *numbers: int) -> int:
+    words = struct.pack(f"<{len(numbers)}Q", *numbers)
+    return int.from_bytes(
+        hashlib.blake2b(words, digest_size=8, person=purpose.encode()).digest(), "little"
+    )

@@ -1,0 +1,217 @@
+"""Random access to packed samples: a byte range of a shard, checked, then parsed by webdataset."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from tvr.data_prep.decode import sample_frames, segment_centres
+from tvr.data_prep.images import decode_jpeg, fit_square
+from tvr.data_prep.manifest import join, read_manifest
+from tvr.data_prep.records import BadSample, Sample
+
+MAX_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleMeta:
+    """A sample less its pictures."""
+
+    captions: tuple[str, ...]
+    video_id: str
+    frame_times_s: tuple[float, ...]
+    """Of the stored JPEG frames; empty in the video layout."""
+    jpegs: tuple[str, ...]
+    """Names of the JPEG members in order."""
+
+
+class SampleReader:
+    """Reads any sample of a data set by its manifest row; one per process, made before or after a
+    fork."""
+
+    def __init__(self, url: str, *, num_frames: int, image_size: int, cache_bytes: int = 0) -> None:
+        """`cache_bytes` > 0 keeps that many bytes of decoded frames per process, least recently
+        used out first.
+
+        Raises ValueError for sizes the data set cannot give, and as `read_manifest`.
+        """
+        self.manifest = read_manifest(url)
+        stored = self.manifest.num_frames
+        if num_frames < 1 or image_size < 1:
+            raise ValueError(
+                f"num_frames={num_frames} and image_size={image_size} must be at least 1"
+            )
+        if self.manifest.layout == "frames" and num_frames > stored:
+            raise ValueError(
+                f"num_frames={num_frames} must be from 1 to {stored}, the frames stored per sample"
+                f" in {url}; pack again with a larger --num-frames to use more"
+            )
+        self.url = url
+        self.num_frames = num_frames
+        self.image_size = image_size
+        self._files = _ShardFiles(url, [shard.name for shard in self.manifest.shards])
+        self._cache = _SampleCache(cache_bytes)
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def key(self, row: int) -> str:
+        """The key of a manifest row."""
+        return str(self.manifest.samples.key[row])
+
+    def read(self, row: int) -> Sample:
+        """Frames at (num_frames or fewer, image_size, image_size, 3). Raises BadSample."""
+        sample = self._cache.get(row)
+        if sample is None:
+            key, members = self.key(row), self.members(row)
+            meta = parse_meta(key, members)
+            frames, times_s = decode_members(key, members, meta, self.num_frames)
+            sample = Sample(
+                key=key,
+                video_id=meta.video_id,
+                captions=meta.captions,
+                frames=fit_square(frames, self.image_size),
+                frame_times_s=times_s,
+            )
+            self._cache.put(row, sample)
+        return sample
+
+    def members(self, row: int) -> dict[str, bytes]:
+        """Checked tar members of a sample by extension. Raises BadSample."""
+        samples = self.manifest.samples
+        key, length = self.key(row), int(samples.length[row])
+        content = self._files.read(int(samples.shard[row]), int(samples.offset[row]), length, key)
+        return parse_members(content, key, length, int(samples.crc32[row]))
+
+
+def parse_members(content: bytes, key: str, length: int, crc32: int) -> dict[str, bytes]:
+    """Splits a sample's byte range into members by extension; refuses bytes that are not the packed
+    ones."""
+    if len(content) != length:
+        raise BadSample(
+            key, "checksum", f"{len(content)} of {length} bytes are there: the shard is truncated"
+        )
+    if zlib.crc32(content) != crc32:
+        raise BadSample(
+            key, "checksum", f"crc32 {zlib.crc32(content):08x} is not the packed {crc32:08x}"
+        )
+    # webdataset annotates its file argument as a TarFile, which it is not. group_by_keys copies the
+    # shard's URL into each group; there is none for a range in memory.
+    files = (
+        {**file, "__url__": ""}
+        for file in tar_file_iterator(cast(tarfile.TarFile, io.BytesIO(content)))
+    )
+    groups = list(group_by_keys(files))
+    if [group["__key__"] for group in groups] != [key]:
+        raise BadSample(
+            key, "missing_member", f"the range holds {[group['__key__'] for group in groups]}"
+        )
+    return {name: value for name, value in groups[0].items() if not name.startswith("__")}
+
+
+def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
+    """Reads the JSON member and checks that the frames it promises are there. Raises BadSample."""
+    if "json" not in members:
+        raise BadSample(key, "missing_member", "json")
+    try:
+        fields = json.loads(members["json"])
+        meta = SampleMeta(
+            captions=tuple(fields["captions"]),
+            video_id=fields["video_id"],
+            frame_times_s=tuple(fields["frame_times_s"]),
+            jpegs=tuple(sorted(name for name in members if name.endswith(".jpg"))),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample(key, "unreadable", f"json: {error!r}") from error
+    if not meta.captions:
+        raise BadSample(key, "no_caption", "json holds no caption")
+    if "mp4" not in members and (not meta.jpegs or len(meta.jpegs) != len(meta.frame_times_s)):
+        found = f"{len(meta.jpegs)} of {len(meta.frame_times_s)} JPEG frames and no mp4"
+        raise BadSample(key, "missing_member", found)
+    return meta
+
+
+def decode_members(
+    key: str, members: dict[str, bytes], meta: SampleMeta, num_frames: int
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames. Raises BadSample."""
+    if "mp4" in members:
+        return sample_frames(members["mp4"], num_frames, key=key)
+    chosen = segment_centres(len(meta.jpegs), num_frames)
+    pictures = [decode_jpeg(members[meta.jpegs[i]], key=key, member=meta.jpegs[i]) for i in chosen]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise BadSample(key, "unreadable", "its JPEG frames differ in size")
+    return np.stack(pictures), tuple(meta.frame_times_s[i] for i in chosen)
+
+
+class _ShardFiles:
+    """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
+    reading."""
+
+    def __init__(self, url: str, names: list[str]) -> None:
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._fs, root = url_to_fs(url)
+        self._url = url
+        self._paths = [join(root, name) for name in names]
+        self._pid = os.getpid()
+
+    def read(self, shard: int, offset: int, length: int, key: str) -> bytes:
+        """The range, or what there is of it."""
+        try:
+            if isinstance(self._fs, LocalFileSystem):
+                return os.pread(self._descriptor(shard), length, offset)
+            if self._pid != os.getpid():
+                # Connections and event loops do not survive a fork; fsspec makes a new instance
+                # here.
+                self._fs, self._pid = url_to_fs(self._url)[0], os.getpid()
+            return self._fs.cat_file(self._paths[shard], start=offset, end=offset + length)
+        except FileNotFoundError as error:
+            raise BadSample(key, "missing_shard", self._paths[shard]) from error
+        except OSError as error:
+            raise BadSample(key, "read_error", f"{self._paths[shard]}: {error}") from error
+
+    def _descriptor(self, shard: int) -> int:
+        # Safe to share with forked workers: pread has no file position.
+        if shard not in self._descriptors:
+            if len(self._descriptors) >= MAX_OPEN_SHARDS:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+class _SampleCache:
+    """Decoded samples, bounded by the bytes of their frames."""
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"cache_bytes={max_bytes} must be 0 (no cache) or more")
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
+
+    def get(self, row: int) -> Sample | None:
+        if row in self._samples:
+            self._samples.move_to_end(row)
+        return self._samples.get(row)
+
+    def put(self, row: int, sample: Sample) -> None:
+        self._samples[row] = sample
+        self._bytes += sample.frames.nbytes
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._samples.popitem(last=False)[1].frames.nbytes

@@ -1,0 +1,112 @@
+"""The records that travel from annotations to batches, one type per stage, and the errors callers
+act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import LongTensor, Tensor
+
+# Every reason a sample can be refused for; bounded, so that it can be a metric label.
+REASONS = (
+    "missing_file",  # the source video does not exist or cannot be opened
+    "unreadable",  # damaged or unknown video, JPEG or JSON
+    "no_frames",  # no video stream, or one without a single picture
+    "no_caption",  # no caption with a visible character
+    "not_mp4",  # copying was asked for, and the container is another one
+    "missing_shard",  # the whole shard file is absent
+    "read_error",  # the storage failed to deliver the bytes
+    "checksum",  # the bytes differ from what was packed
+    "missing_member",  # a tar member that the layout demands is absent
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """One annotated video before packing."""
+
+    key: str
+    """Unique name in the data set: letters, digits, "_" and "-"."""
+    video: str
+    """Path or fsspec URL."""
+    captions: tuple[str, ...]
+    """In annotation order; empty ones are dropped (and counted) when packing."""
+    video_id: str
+    """Clips of equal video_id show the same video and never count as each other's negatives."""
+    origin: str = ""
+    """Where it was annotated, "file:line", for error messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One decoded clip: frames (F, H, W, 3) uint8 RGB with F >= 1, and the second each was shown
+    at."""
+
+    key: str
+    video_id: str
+    captions: tuple[str, ...]
+    frames: np.ndarray
+    frame_times_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """A bad sample that the stream met: replaced in training, left out in evaluation."""
+
+    position: int
+    """Stream position in training, manifest row in evaluation."""
+    key: str
+    """Key of the bad sample."""
+    reason: str
+    """One of REASONS."""
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """B videos with A captions; A == B in training. Masks are 1 for real and 0 for padding.
+
+    In training `caption_video` is arange(B); in evaluation every caption of each video is present.
+    """
+
+    positions: LongTensor
+    """(B,) stream positions; manifest rows in evaluation."""
+    keys: tuple[str, ...]
+    video_ids: LongTensor
+    """(B,) stable 63-bit hash of each video_id."""
+    frames: Tensor
+    """(B, F, 3, H, W) uint8 RGB."""
+    frame_mask: LongTensor
+    """(B, F), at least one 1 per row."""
+    captions: tuple[str, ...]
+    token_ids: LongTensor
+    """(A, T)."""
+    word_mask: LongTensor
+    """(A, T), at least one 1 per row."""
+    caption_video: LongTensor
+    """(A,) the row of the caption's video in this batch."""
+    replaced: tuple[Replacement, ...] = field(default=())
+
+
+class BadSample(Exception):
+    """One sample cannot be used; `reason` is one of REASONS."""
+
+    def __init__(self, key: str, reason: str, detail: str) -> None:
+        if reason not in REASONS:
+            raise ValueError(f"reason={reason!r} is not one of {', '.join(REASONS)}")
+        super().__init__(key, reason, detail)  # all three in args, so that it survives pickling
+        self.key = key
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}: {self.detail}"
+
+
+class TooManyBadSamples(Exception):
+    """The budget for bad samples is spent; the message names the counts and the last examples."""
+
+
+class ShardCorrupt(Exception):
+    """The data set's own index is damaged or disagrees with itself: nothing can be read from it."""

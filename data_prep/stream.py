@@ -1,0 +1,174 @@
+"""Streams of batches over a packed data set, by stream position.
+
+A position names one sample (order.py), so a batch is a run of positions and the whole state of a
+stream is the step. torch's DataLoader does the parallel part: it returns batches in the order asked
+for, whatever its workers do.
+
+Workers are forked. They then share the manifest's columns with the parent instead of holding a copy
+each, see memory:// data sets, and start in milliseconds. Fork is safe here although the parent has
+threads (gloo, the autograd engine): a worker runs only numpy, Pillow, libav with one thread, and
+the tokeniser; torch limits itself to one thread in workers; nothing touches CUDA or a process
+group; and connections are opened anew (reader.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tvr.data_prep.budget import Budget
+from tvr.data_prep.collate import Tokenize
+from tvr.data_prep.draw import Drawn, EvaluationRows, Join, Runs, TrainingRows
+from tvr.data_prep.order import SampleOrder
+from tvr.data_prep.reader import SampleReader
+from tvr.data_prep.records import Batch, Replacement, Sample
+
+
+def train_batches(
+    url: str,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    workers: int,
+    num_frames: int,
+    image_size: int,
+    tokenize: Tokenize,
+    max_bad: int,
+    cache_bytes: int = 0,
+) -> Iterator[Batch]:
+    """Endless batches of `micro_batch` pairs for one rank, one caption a video, from the start of a
+    step.
+
+    Step k consumes stream positions [k G, (k + 1) G), its micro-step m the run [k G + m W b, ...)
+    of W b, and rank r the r-th run of b therein, for G = global_batch, W = world_size, b =
+    micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
+    and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets.
+    `cache_bytes` as in SampleReader, per worker.
+
+    Raises, at the call:
+        FileNotFoundError, ShardCorrupt: see read_manifest.
+        ValueError: sizes that do not fit together or that the data set cannot give.
+    Raises, from the iterator:
+        TooManyBadSamples: the budget is spent.
+    """
+    run = micro_batch * world_size
+    _check_rank(rank, world_size, micro_batch, workers)
+    if global_batch < run or global_batch % run:
+        nearest = max(1, round(global_batch / run)) * run
+        raise ValueError(
+            f"global_batch={global_batch} must be a multiple of micro_batch x world_size ="
+            f" {micro_batch} x {world_size}; the nearest is {nearest}"
+        )
+    if start_step < 0:
+        raise ValueError(f"start_step={start_step} must be 0 or more")
+    reader = SampleReader(
+        url, num_frames=num_frames, image_size=image_size, cache_bytes=cache_bytes
+    )
+    rows = TrainingRows(reader, SampleOrder(reader.manifest.shard_sizes, seed))
+    first = start_step * global_batch + rank * micro_batch
+    loader = _loader(rows, Runs(first, run, micro_batch, None), Join(reader, tokenize), workers)
+    return _within_budget(loader, Budget(max_bad, f"in {url} on rank {rank}"), micro_batch)
+
+
+def evaluation_batches(
+    url: str,
+    *,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    num_frames: int,
+    image_size: int,
+    tokenize: Tokenize,
+    max_bad: int,
+) -> Iterator[Batch]:
+    """Every sample once over all ranks in manifest order, with all its captions; the last batch may
+    be short.
+
+    Rank r takes samples [N r // W, N (r + 1) // W), so ranks may differ by one sample, and so in
+    their number of batches. A bad sample is left out, reported in the `replaced` of its batch (or
+    of a neighbour, where no row is left) and limited by `max_bad` per rank. Raises as
+    `train_batches`.
+    """
+    _check_rank(rank, world_size, micro_batch, workers)
+    reader = SampleReader(url, num_frames=num_frames, image_size=image_size)
+    first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
+    runs = Runs(first, micro_batch, micro_batch, end)
+    loader = _loader(EvaluationRows(reader), runs, Join(reader, tokenize), workers)
+    budget = Budget(max_bad, f"in {url} on rank {rank}")
+    return _without_empty(_within_budget(loader, budget, 0), budget)
+
+
+def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
+    """One sample by key, for looking at. Raises ValueError for an unknown key, BadSample, and as
+    read_manifest."""
+    return read_samples(url, [key], num_frames=num_frames, image_size=image_size)[0]
+
+
+def read_samples(
+    url: str, keys: Sequence[str], *, num_frames: int, image_size: int
+) -> list[Sample]:
+    """As `read_sample` for several keys, reading the manifest once."""
+    reader = SampleReader(url, num_frames=num_frames, image_size=image_size)
+    rows = {reader.key(row): row for row in range(len(reader))}
+    unknown = [key for key in keys if key not in rows]
+    if unknown:
+        raise ValueError(f"key={unknown[0]!r} is not in {url} (it holds {len(rows)} samples)")
+    return [reader.read(rows[key]) for key in keys]
+
+
+def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataLoader:
+    return DataLoader(
+        rows,
+        batch_sampler=runs,  # type: ignore[arg-type]  # an iterable of index lists is all that torch needs
+        collate_fn=join,
+        num_workers=workers,
+        # Without one of its own the loader would draw its workers' seeds from the global generator.
+        generator=torch.Generator().manual_seed(0),
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+def _within_budget(loader: DataLoader, budget: Budget, min_rows: int) -> Iterator[Batch]:
+    for batch in loader:
+        for entry in batch.replaced:
+            budget.spend(entry.key, entry.reason, entry.detail)
+        if len(batch.keys) < min_rows:
+            raise budget.exhausted()
+        yield batch
+
+
+def _without_empty(batches: Iterator[Batch], budget: Budget) -> Iterator[Batch]:
+    """Drops batches of 0 rows; what they report goes to the batch before or, at the start, after
+    them."""
+    held: Batch | None = None
+    orphans: tuple[Replacement, ...] = ()
+    for batch in batches:
+        if not batch.keys and held is not None:
+            held = replace(held, replaced=held.replaced + batch.replaced)
+        elif not batch.keys:
+            orphans += batch.replaced
+        else:
+            if held is not None:
+                yield held
+            held, orphans = replace(batch, replaced=orphans + batch.replaced), ()
+    if held is not None:
+        yield held
+    elif orphans:
+        raise budget.exhausted()  # not one good sample, and no batch to report it in
+
+
+def _check_rank(rank: int, world_size: int, micro_batch: int, workers: int) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch={micro_batch} must be at least 1")
+    if workers < 0:
+        raise ValueError(f"workers={workers} must be 0 (load in this process) or more")

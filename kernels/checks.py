@@ -1,0 +1,83 @@
+"""What the similarity accepts: each refusal names the argument, its value and what is allowed."""
+
+from torch import Tensor
+
+INTERACTIONS = ("ti", "wti", "att_ti", "att_wti")
+
+
+def check_presence(
+    interaction: str,
+    sentence: Tensor | None,
+    words: Tensor | None,
+    word_logits: Tensor | None,
+    frame_logits: Tensor | None,
+) -> None:
+    """Raises ValueError for an unknown interaction or a tensor that it needs and lacks."""
+    if interaction not in INTERACTIONS:
+        raise ValueError(f"interaction={interaction!r} is unknown; use one of {INTERACTIONS}")
+    needed = {
+        "sentence": sentence is None and not interaction.startswith("att_"),
+        "words": words is None and interaction.startswith("att_"),
+        "word_logits": word_logits is None and interaction == "att_wti",
+        "frame_logits": frame_logits is None and interaction.endswith("wti"),
+    }
+    missing = [name for name, is_missing in needed.items() if is_missing]
+    if missing:
+        raise ValueError(
+            f"interaction={interaction!r} needs {' and '.join(missing)}, but None was passed"
+        )
+
+
+def check_shapes(
+    sentence: Tensor | None,
+    words: Tensor | None,
+    frames: Tensor,
+    word_mask: Tensor,
+    frame_mask: Tensor,
+    word_logits: Tensor | None,
+    frame_logits: Tensor | None,
+) -> None:
+    """Raises ValueError where shapes disagree with those of `word_mask` and `frames`."""
+    if frames.ndim != 3 or word_mask.ndim != 2:
+        raise ValueError(
+            f"frames must be (C, F, D) and word_mask (A, T), but their shapes are "
+            f"{tuple(frames.shape)} and {tuple(word_mask.shape)}"
+        )
+    (num_texts, num_words), (num_videos, num_frames, width) = word_mask.shape, frames.shape
+    expected = {
+        "sentence": (sentence, (num_texts, width), "(A, D)"),
+        "words": (words, (num_texts, num_words, width), "(A, T, D)"),
+        "frame_mask": (frame_mask, (num_videos, num_frames), "(C, F)"),
+        "word_logits": (word_logits, (num_texts, num_words), "(A, T)"),
+        "frame_logits": (frame_logits, (num_videos, num_frames), "(C, F)"),
+    }
+    for name, (tensor, shape, letters) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} but must be {letters} = {shape}, "
+                f"from word_mask (A, T) and frames (C, F, D)"
+            )
+
+
+def check_mask(name: str, mask: Tensor, *, largest: int, sentence: bool) -> None:
+    """Raises ValueError for a value above `largest` or a row without valid slot, naming it.
+
+    With `sentence` the first slot must be valid: it is the sentence's mask.
+    """
+    filled = mask[:, :1] if sentence else (mask > 0).any(dim=1, keepdim=True)
+    in_range = (mask >= 0) & (mask <= largest)
+    # One transfer from the device where all is well; the rest only says what is wrong.
+    if bool((in_range & (filled > 0)).all()) and mask.shape[1] > 0:
+        return
+    if not bool(in_range.all()):
+        row, slot = (int(i) for i in (~in_range).nonzero()[0])
+        raise ValueError(
+            f"{name}[{row}, {slot}] is {int(mask[row, slot])}; allowed are 0 to {largest}"
+        )
+    row = int((filled == 0).nonzero()[0, 0]) if mask.shape[1] else 0
+    if bool((mask[row] > 0).any()):
+        raise ValueError(
+            f"{name}[{row}, 0] is 0, but the first slot is the sentence's mask and must be valid: "
+            "pad texts on the right"
+        )
+    raise ValueError(f"{name}[{row}] has no valid slot: leave out texts and videos that are empty")

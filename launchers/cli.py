@@ -1,0 +1,121 @@
+"""The command `tvr`: imports a sub-command's module once it is called, and hands it the line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tvr.launchers.local import path_with_scripts, run_local
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_FAILED = 3
+EXIT_PREEMPTED = 75
+
+
+class Command(NamedTuple):
+    target: str
+    """`module:function` of a `def f(argv: list[str]) -> int`."""
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("tvr.trainer.cli:demo", "render clips, train a small model on them, report"),
+    "pack": Command("tvr.data_prep.cli:pack", "write videos and captions into shards"),
+    "verify": Command("tvr.data_prep.cli:verify", "check a data set against its manifest"),
+    "train": Command("tvr.trainer.cli:train", "train on packed data"),
+    "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
+    "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
+    "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
+    "launch": Command("tvr.launchers.cli:launch", "start the ranks of a training job"),
+}
+
+EPILOG = """\
+`tvr COMMAND --help` describes a command.
+exit codes: 0 done, 2 bad usage or configuration, 3 failed,
+            75 preempted and checkpointed (the same line continues)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one sub-command and returns its exit code: 0, 2, 3 or 75."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if arguments[:1] == ["--version"]:
+        print(f"tvr {_version()}")
+        return EXIT_DONE
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    # Only the first word is ours: argparse would otherwise take `--help` away from the sub-command.
+    name = parser.parse_args(arguments[:1]).command
+    # DeepSpeed starts `ninja`, which lies beside the interpreter of an environment not activated.
+    os.environ["PATH"] = path_with_scripts(os.environ.get("PATH", ""))
+    try:
+        return _load(COMMANDS[name].target)(arguments[1:])
+    except KeyboardInterrupt:
+        print(f"tvr {name}: interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def launch(argv: list[str]) -> int:
+    """`tvr launch local --ranks N -- COMMAND ...`: the command on N ranks of this machine."""
+    ours, command = _split(argv)
+    parser = argparse.ArgumentParser(
+        prog="tvr launch", usage="tvr launch local --ranks N -- tvr train ..."
+    )
+    parser.add_argument("where", choices=["local"], help="local: N processes on this machine")
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start")
+    options, unknown = parser.parse_known_args(ours)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; the command of the ranks goes after `--`")
+    if not command:
+        parser.error("the command of the ranks is missing; it goes after `--`")
+    if options.ranks < 1:
+        parser.error(f"--ranks {options.ranks} must be at least 1")
+    return run_local(command, ranks=options.ranks)
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(len(name) for name in COMMANDS)
+    lines = "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="tvr",
+        usage="tvr COMMAND ...",
+        description=f"Distributed training for text-video retrieval.\n\ncommands:\n{lines}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _load(target: str) -> Callable[[list[str]], int]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    border = argv.index("--")
+    return argv[:border], argv[border + 1 :]
+
+
+def _version() -> str:
+    # Imported here: it takes a third of the time of `tvr --help`.
+    from importlib.metadata import version
+
+    return version("tvr")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What torchrun starts on each rank: `tvr`, with its exit code written down for the launcher.
+
+torchrun itself ends with 1 whatever its ranks returned, and its log is no interface.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tvr.launchers.cli import EXIT_FAILED, EXIT_PREEMPTED, main
+from tvr.launchers.local import die_with_parent
+
+
+def run_rank(codes: Path, argv: list[str]) -> int:
+    """Runs `tvr ARGV` and appends its exit code as a line to `codes`; returns that for torchrun."""
+    die_with_parent(signal.SIGKILL)
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = _code_of(end)
+    # One short write to a file opened for appending: lines of several ranks do not mix.
+    file = os.open(codes, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(file, f"{code}\n".encode())
+    finally:
+        os.close(file)
+    # To torchrun a preempted rank succeeded: told otherwise it would stop the ranks still saving.
+    return 0 if code == EXIT_PREEMPTED else code
+
+
+def _code_of(end: SystemExit) -> int:
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        return end.code
+    print(end.code, file=sys.stderr)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,33 @@
+"""What every test shares: a CPU accelerator, one thread, fixed seeds, and the `gpu` mark."""
+
+from __future__ import annotations
+
+import os
+import random
+import sysconfig
+
+# Before anything imports torch or deepspeed: both read these once.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# DeepSpeed starts `ninja`, which lies beside the interpreter of an environment not activated.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("tvr", derandomize=True, deadline=None, database=None)
+settings.load_profile("tvr")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

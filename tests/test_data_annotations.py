@@ -1,0 +1,115 @@
+"""Annotation files: formats, path rules, and errors that name file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tvr.data_prep.annotations import read_annotations
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl_with_all_fields_and_defaults(tmp_path: Path) -> None:
+    lines = [
+        {"video": "a b.c.mp4", "captions": ["x", "y"]},
+        {"video": "/abs/v.mp4", "caption": "z", "key": "k-1", "video_id": "same"},
+        {"video": "memory://box/w.mp4", "captions": []},
+    ]
+    url = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
+    clips = read_annotations(url)
+    assert [clip.key for clip in clips] == ["a_b_c", "k-1", "w"]
+    assert [clip.video_id for clip in clips] == ["a_b_c", "same", "w"]
+    assert [clip.video for clip in clips] == [
+        f"{tmp_path}/a b.c.mp4",
+        "/abs/v.mp4",
+        "memory://box/w.mp4",
+    ]
+    assert [clip.captions for clip in clips] == [("x", "y"), ("z",), ()]
+    assert clips[1].origin == f"{url}:2"
+
+
+def test_csv_merges_rows_of_a_video_in_file_order(tmp_path: Path) -> None:
+    text = '\ufeffvideo,caption,video_id\nb.mp4,"one, two",V\na.mp4,three,\nb.mp4,"fo\nur",V\n'
+    clips = read_annotations(write(tmp_path, "a.csv", text), videos="memory://films/")
+    assert [(clip.key, clip.captions, clip.video_id) for clip in clips] == [
+        ("b", ("one, two", "fo\nur"), "V"),
+        ("a", ("three",), "a"),
+    ]
+    assert clips[0].video == "memory://films/b.mp4"
+
+
+def test_gzip_on_another_file_system() -> None:
+    url = "memory://annotations/a.jsonl.gz"
+    with fsspec.open(url, "wb") as file:
+        file.write(gzip.compress(b'{"video": "v.mp4", "caption": "x"}'))  # type: ignore[union-attr]
+    assert read_annotations(url)[0].video == "memory://annotations/v.mp4"
+
+
+JSONL_ERRORS = [
+    ("", r"a\.jsonl: empty annotation"),
+    ("\n\n", r"a\.jsonl: empty annotation"),
+    ('{"video": "v.mp4", "caption": "x"}\n{', r"a\.jsonl:2: not JSON"),
+    ("[1]", r"a\.jsonl:1: expected a JSON object, found list"),
+    ('{"video": "v.mp4", "text": "x"}', r"a\.jsonl:1: unknown text; allowed are video"),
+    ('{"video": "v.mp4"}', r'a\.jsonl:1: give either "captions"'),
+    ('{"video": "v.mp4", "caption": "x", "captions": ["x"]}', r"a\.jsonl:1: give either"),
+    ('{"video": "v.mp4", "captions": "x"}', r"a\.jsonl:1: captions='x' must be text"),
+    ('{"video": "v.mp4", "captions": [1]}', r"a\.jsonl:1: captions=\[1\] must be text"),
+    ('{"caption": "x"}', r"a\.jsonl:1: video='' must be a text"),
+    ('{"video": 3, "caption": "x"}', r"a\.jsonl:1: video=3 must be a text"),
+    ('{"video": "v.mp4", "caption": "x", "key": "a.b"}', r"a\.jsonl:1: key='a\.b' must be 1 to 80"),
+    ('{"video": "v.mp4", "caption": "x", "key": "a/b"}', r"a\.jsonl:1: key='a/b' must be"),
+    (
+        '{"video": "p/v.mp4", "caption": "x"}\n{"video": "q/v.mp4", "caption": "x"}',
+        r"a\.jsonl:2: duplicate key 'v', first at .*a\.jsonl:1",
+    ),
+    (
+        '{"video": "v.mp4", "caption": "x"}\n{"video": "v.mp4", "caption": "y"}',
+        r"a\.jsonl:2: duplicate key 'v'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), JSONL_ERRORS)
+def test_jsonl_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_annotations(write(tmp_path, "a.jsonl", text))
+
+
+CSV_ERRORS = [
+    ("", r"a\.csv: empty annotation"),
+    ("video,caption\n", r"a\.csv: empty annotation"),
+    ("video,text\nv.mp4,x\n", r"a\.csv:1: columns video, text; expected video, caption"),
+    ("video,caption,mood\nv.mp4,x,y\n", r"a\.csv:1: columns video, caption, mood"),
+    ("video,caption\nv.mp4,x\nv.mp4\n", r"a\.csv:3: expected 2 fields"),
+    ("video,caption\nv.mp4,x,y\n", r"a\.csv:2: expected 2 fields"),
+    ("video,caption\n,x\n", r"a\.csv:2: video='' must be a text"),
+    ('video,caption\nv.mp4,"x\n', r"a\.csv:2: not CSV"),
+    ("video,caption,video_id\nv.mp4,x,A\nv.mp4,y,B\n", r"a\.csv:3: video_id='B' differs from 'A'"),
+    ("video,caption\np/v.mp4,x\nq/v.mp4,y\n", r"a\.csv:3: duplicate key 'v'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), CSV_ERRORS)
+def test_csv_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_annotations(write(tmp_path, "a.csv", text))
+
+
+def test_missing_unknown_and_undecodable_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"annotation file .*none\.csv does not exist"):
+        read_annotations(str(tmp_path / "none.csv"))
+    with pytest.raises(ValueError, match=r"a\.txt'.*must end in \.jsonl or \.csv"):
+        read_annotations(write(tmp_path, "a.txt", ""))
+    (tmp_path / "latin.csv").write_bytes(b"video,caption\nv.mp4,\xe9\n")
+    with pytest.raises(ValueError, match=r"latin\.csv: not UTF-8"):
+        read_annotations(str(tmp_path / "latin.csv"))

@@ -1,0 +1,190 @@
+"""The local launcher: its command line as text, its exit codes, and real ranks under signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tvr.launchers import cli
+from tvr.launchers.local import (
+    job_exit_code,
+    path_with_scripts,
+    rank_environment,
+    read_codes,
+    run_local,
+    torchrun_command,
+)
+from tvr.launchers.rank import run_rank
+
+TORCHRUN = ["/py", "-m", "torch.distributed.run", "--standalone"]
+
+
+def test_tvr_runs_by_the_same_interpreter() -> None:
+    line = torchrun_command(
+        ["tvr", "train", "--run-dir", "a b"], ranks=2, python="/py", codes=Path("/codes")
+    )
+    ranks = ["-m", "tvr.launchers.rank", "/codes", "train", "--run-dir", "a b"]
+    assert line == [*TORCHRUN, "--nproc-per-node=2", *ranks]
+
+
+def test_another_command_runs_as_given() -> None:
+    line = torchrun_command(["./x", "--y"], ranks=3, python="/py", codes=Path("/codes"))
+    assert line == [*TORCHRUN, "--nproc-per-node=3", "--no-python", "./x", "--y"]
+
+
+@pytest.mark.parametrize(("command", "ranks"), [(["tvr", "train"], 0), ([], 1)])
+def test_refuses_no_ranks_and_no_command(command: list[str], ranks: int) -> None:
+    with pytest.raises(ValueError, match=r"ranks=0|empty"):
+        torchrun_command(command, ranks=ranks, python="/py", codes=Path("/codes"))
+
+
+@pytest.mark.parametrize(("ranks", "cores", "threads"), [(2, 8, "4"), (3, 8, "2"), (4, 2, "1")])
+def test_cores_are_shared_out(ranks: int, cores: int, threads: str) -> None:
+    ours = rank_environment({"PATH": "/bin", "X": "1"}, ranks=ranks, cores=cores)
+    scripts = sysconfig.get_path("scripts")
+    assert ours == {"PATH": f"{scripts}:/bin", "X": "1", "OMP_NUM_THREADS": threads}
+
+
+def test_the_users_thread_count_is_kept() -> None:
+    users = {"OMP_NUM_THREADS": "7"}
+    assert rank_environment(users, ranks=2, cores=2)["OMP_NUM_THREADS"] == "7"
+    assert users == {"OMP_NUM_THREADS": "7"}
+
+
+def test_path_gains_the_scripts_once() -> None:
+    once = path_with_scripts("/bin")
+    assert path_with_scripts(once) == once
+    assert path_with_scripts("") == sysconfig.get_path("scripts")
+
+
+@pytest.mark.parametrize(
+    ("codes", "torchrun_code", "job_code"),
+    [
+        ([0, 0], 0, 0),
+        ([0, 0], 1, 3),
+        ([75, 75], 0, 75),
+        ([75, 75], 1, 75),
+        ([75], 1, 3),
+        ([75, 0], 0, 3),
+        ([75, 3], 1, 3),
+        ([2, 2], 1, 2),
+        ([2], 1, 2),
+        ([3], 1, 3),
+        ([3, 2], 1, 3),
+        ([], 1, 3),
+        ([0, 1], 1, 3),
+    ],
+)
+def test_job_exit_code(codes: list[int], torchrun_code: int, job_code: int) -> None:
+    assert job_exit_code(codes, ranks=2, torchrun_code=torchrun_code) == job_code
+
+
+@pytest.mark.parametrize(("code", "to_torchrun"), [(0, 0), (3, 3), (75, 0)])
+def test_a_rank_writes_its_code_down(
+    code: int, to_torchrun: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tvr.launchers.rank.die_with_parent", lambda number: None)
+    monkeypatch.setattr("tvr.launchers.rank.main", lambda argv: code)
+    codes = tmp_path / "codes"
+    assert read_codes(codes) == []
+    assert run_rank(codes, ["train"]) == to_torchrun
+    assert run_rank(codes, ["train"]) == to_torchrun
+    assert read_codes(codes) == [code, code]
+
+
+def test_two_ranks_end_well_and_know_who_they_are(tmp_path: Path) -> None:
+    script = _script(
+        tmp_path,
+        "import os, pathlib, sys\n"
+        "keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')\n"
+        "text = ' '.join(os.environ[key] for key in keys)\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(text)\n",
+    )
+    out = tmp_path / "folder with spaces"
+    out.mkdir()
+    assert run_local([sys.executable, script, str(out)], ranks=2) == 0
+    assert {file.name: file.read_text() for file in out.iterdir()} == {"0": "0 0 2", "1": "1 1 2"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(["tvr", "nonsense"], 2), ([sys.executable, "-c", "exit(75)"], 3)]
+)
+def test_failing_ranks_give_the_job_its_code(command: list[str], code: int) -> None:
+    assert cli.launch(["local", "--ranks", "2", "--", *command]) == code
+
+
+# What a rank of the next tests does: says who it is, then waits to be told to end.
+WAIT = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+def leave(number, frame):
+    (folder / f"got-{rank}").write_text(str(number))
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, leave)
+(folder / f"pid-{rank}.part").write_text(str(os.getpid()))
+(folder / f"pid-{rank}.part").rename(folder / f"pid-{rank}")
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_every_rank(number: signal.Signals, tmp_path: Path) -> None:
+    launcher, pids = _start_waiting_ranks(tmp_path)
+    launcher.send_signal(number)
+    assert launcher.wait(60) == 3
+    got = {path.name: path.read_text() for path in tmp_path.glob("got-*")}
+    assert got == {"got-0": str(number.value), "got-1": str(number.value)}
+    assert not [pid for pid in pids if _is_alive(pid)]
+
+
+def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
+    launcher, pids = _start_waiting_ranks(tmp_path)
+    launcher.kill()
+    launcher.wait(60)
+    _until(lambda: not [pid for pid in pids if _is_alive(pid)])
+
+
+def _start_waiting_ranks(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    line = ["--ranks", "2", "--", sys.executable, _script(folder, WAIT), str(folder)]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "tvr.launchers.cli", "launch", "local", *line]
+    )
+    files = [folder / "pid-0", folder / "pid-1"]
+    try:
+        _until(lambda: all(file.exists() for file in files) or launcher.poll() is not None)
+        assert launcher.poll() is None
+    except BaseException:
+        launcher.kill()
+        launcher.wait()
+        raise
+    return launcher, [int(file.read_text()) for file in files]
+
+
+def _script(folder: Path, text: str) -> str:
+    path = folder / "rank.py"
+    path.write_text(text)
+    return str(path)
+
+
+def _until(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so after {timeout_s} s")
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    # A process that has ended but was not waited for by its new parent still has a number.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,222 @@
+"""Every setting of a run, in five sections; each module receives its own section, never the whole.
+
+Order of precedence: recipe, then `--config FILE`, then flags. The result is resolved once and
+written to `run_dir/config.json`. Nothing here is derived from something else here: derived numbers
+(accumulation steps, steps per epoch) are computed by one function each and printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = pydantic.ConfigDict(extra="forbid")
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """Which data sets, and how samples are read."""
+
+    train: str
+    """Data set to train on: a folder or fsspec URL written by `tvr pack`."""
+    test: str | None = None
+    """Data set for evaluation; none: no evaluation."""
+    test_exchanged: str | None = None
+    """Counterpart of `test` with the same keys in the same order, each clip differing from its
+    namesake in what binds to what; gives the binding accuracy."""
+    num_frames: Positive = 12
+    """Frames per video."""
+    max_words: Annotated[int, Field(ge=3)] = 32
+    """Word slots per caption, start and end tokens included; longer captions are cut."""
+    workers: NotNegative = 2
+    """Loader processes per rank; the samples and their order do not depend on it."""
+    cache_mib: NotNegative = 0
+    """Memory per loader process that keeps decoded samples, for small data sets; 0: none."""
+    max_bad: NotNegative = 100
+    """Bad samples that a rank replaces before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TowersConfig:
+    """Shape of CLIP towers that start from scratch; unused when `model.clip` names a folder."""
+
+    width: Positive = 128
+    layers: Positive = 3
+    heads: Positive = 4
+    embed_width: Positive = 128
+    image_size: Positive = 48
+    patch_size: Positive = 12
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
+    """The two towers and the heads on top."""
+
+    clip: str | None = None
+    """Local folder with pretrained CLIP weights in Hugging Face format; none: start from
+    `towers`."""
+    tokenizer: str | None = None
+    """Local tokeniser folder; none: the one in `clip`."""
+    towers: TowersConfig = TowersConfig()
+    sequence_header_layers: NotNegative = 0
+    """Temporal transformer blocks over the frames of a video; 0: frames go on as they are."""
+    interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
+    """What meets the frames: the sentence (ti, wti) or sentence and words (att_*); with learned
+    token weights (*wti) or plain means (*ti)."""
+    neighbour_frames: bool = True
+    """Adds to each word's best frame the frame most similar to that one."""
+    weight_layers: Annotated[int, Field(ge=1, le=3)] = 1
+    """Linear layers in the token-weight networks of the wti family."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LossConfig:
+    """What is minimised."""
+
+    similarity: Literal["info_nce", "neg_nce"] = "neg_nce"
+    neg_nce_mode: Literal["reference", "log"] = "log"
+    """`reference`: as the authors wrote it; `log`: no clamp, negatives normalised per row."""
+    neg_nce_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    temperature: Annotated[float, Field(gt=0.0)] = 0.01
+    """Logits are similarity / temperature; the method keeps it constant."""
+    mask_same_video: bool | None = None
+    """Pairs of one video id never count as negatives; none: on for neg_nce in log mode only."""
+    tpm_cl: Annotated[int, Field(ge=0, le=4)] = 4
+    """TPM-CL type: 0 off, 1 computed without effect, 2 margins 1 + 2, 3 margin 3, 4 all three."""
+    tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    margin: Annotated[float, Field(ge=0.0)] = 0.6
+    mask_threshold: Share = 0.6
+    """Share of the token weight that the partial samples lose."""
+    straight_through: bool = False
+    """Lets a gradient reach the frame-weight predictor, which the method leaves at its start."""
+    normalise_partial: bool = False
+    """Unit length for the partial text vector, as the whole one has."""
+    mask_padding_weights: bool = False
+    """Padding words and frames get no predictor weight."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    """Steps, batch sizes, optimiser, and when to evaluate and save."""
+
+    steps: Positive
+    """Optimiser steps in all."""
+    global_batch: Positive
+    """Pairs per optimiser step, all ranks together."""
+    micro_batch: Positive
+    """Pairs per rank per forward. Negatives come from the micro-batches of all ranks; accumulation
+    (global_batch / (micro_batch x ranks) micro-steps) averages gradients and adds no negatives."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Peak rate of the heads."""
+    encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7
+    """Peak rate of the two towers."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up; a cosine to zero follows."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
+    """Decay of weight matrices; biases and norms never decay."""
+    beta1: Share = 0.9
+    beta2: Share = 0.98
+    gradient_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    eval_every: NotNegative = 0
+    """Steps between evaluations; 0: only at the end."""
+    save_every: NotNegative = 0
+    """Steps between checkpoints; 0: only at the end."""
+    log_every: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig
+
+
+def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+    """Micro-steps per optimiser step.
+
+    Raises:
+        ValueError: if the global batch is not a whole number of micro-batches on all ranks.
+    """
+    per_micro_step = train.micro_batch * world_size
+    if train.global_batch % per_micro_step:
+        raise ValueError(
+            f"train.global_batch={train.global_batch} must be a multiple of micro_batch x ranks = "
+            f"{train.micro_batch} x {world_size} = {per_micro_step}; set either in the recipe or "
+            "by --train.global-batch / --train.micro-batch"
+        )
+    return train.global_batch // per_micro_step
+
+
+def to_json(config: Config) -> str:
+    """The resolved configuration as JSON; `from_json` gives an equal one back."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, *, where: str) -> Config:
+    """Reads what `to_json` wrote.
+
+    Raises:
+        ValueError: naming `where`, the field and what is allowed.
+    """
+    try:
+        return pydantic.TypeAdapter(Config).validate_json(text)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{where}: {_named(error)}") from None
+
+
+def merged(base: Config, overrides: Mapping[str, Any], *, where: str) -> Config:
+    """`base` with the nested `overrides` of a configuration file laid over it."""
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(_overlay(asdict(base), overrides))
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{where}: {_named(error)}") from None
+
+
+def read_overrides(path: Path) -> Mapping[str, Any]:
+    """The (partial, nested) settings of a JSON file."""
+    try:
+        overrides = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: there is no such file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {path}: not JSON ({error})") from None
+    if not isinstance(overrides, dict):
+        raise ValueError(f"--config {path}: holds {type(overrides).__name__}, not an object")
+    return overrides
+
+
+def _overlay(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for name, value in overrides.items():
+        inner = result.get(name)
+        nested = isinstance(value, Mapping) and isinstance(inner, dict)
+        result[name] = _overlay(inner, value) if nested else value
+    return result
+
+
+def _named(error: pydantic.ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        given = "" if problem["type"] == "missing" else f" (given: {problem.get('input')!r})"
+        lines.append(f"{field}: {problem['msg']}{given}")
+    return "; ".join(lines)

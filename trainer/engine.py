@@ -1,0 +1,153 @@
+"""DeepSpeed, in one file: its configuration as a pure function, and the engine as four verbs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tvr.trainer.config import TrainConfig, accumulation_steps
+from tvr.trainer.model import Features, TextVideoModel, parameter_groups
+from tvr.trainer.world import World
+
+
+def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run.
+
+    Raises:
+        ValueError: bf16 without ZeRO, whose unfused optimiser follows another trajectory; or batch
+            sizes that do not fit together.
+    """
+    if train.precision == "bf16" and train.zero_stage == 0:
+        raise ValueError(
+            "train.precision=bf16 needs train.zero_stage >= 1; at stage 0 DeepSpeed falls back to "
+            "an unfused optimiser whose results differ"
+        )
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(train, world_size),
+        # Left out, it is 1.0 in this version; 0.0 turns clipping off.
+        "gradient_clipping": train.gradient_clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            # Its linear keeps other intermediates: bf16 at stage 3 would differ from stage 2.
+            "memory_efficient_linear": False,
+        },
+        # torch's own AdamW: exact at every stage, which DeepSpeed's are not to the last bit.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A model under ZeRO: `encode`, `backward`, `step`, and checkpoints of all of it.
+
+    Every method is collective: all ranks call it in the same order.
+    """
+
+    def __init__(self, model: TextVideoModel, train: TrainConfig, world: World) -> None:
+        deepspeed = _import_deepspeed(world)
+        _reject_scalars(model)
+        self._train = train
+        groups = parameter_groups(
+            model,
+            learning_rate=train.learning_rate,
+            encoder_learning_rate=train.encoder_learning_rate,
+            weight_decay=train.weight_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2))
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(train, world.world_size),
+            dist_init_required=False,
+        )
+
+    def encode(self, *inputs: Tensor) -> Features:
+        """The model's forward; ZeRO-3 holds the parameters for its length only."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients; over the micro-steps of a step they are averaged."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate_factor: float) -> float | None:
+        """Ends a micro-step; the last one of a step updates the weights.
+
+        Returns the norm of the whole gradient before clipping, none where DeepSpeed has no step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor
+        at_boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if at_boundary else None
+        return None if norm is None else float(norm)
+
+    def training(self, on: bool) -> None:
+        """Dropout and TPM-CL on or off."""
+        self._engine.train(on)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself; under ZeRO-3 its parameters are partitioned."""
+        return self._engine.module
+
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+        """Writes every rank's shards to folder/tag; `state` is rank 0's, small and picklable."""
+        # DeepSpeed would move `latest` before all shards are written; checkpoint.py does it after.
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state=dict(state), save_latest=False
+        )
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restores weights and optimiser from folder/tag and returns the saved `state`."""
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:  # DeepSpeed reports a missing checkpoint this way and does not raise
+            raise ValueError(f"{folder / tag}: DeepSpeed found no checkpoint there")
+        return state
+
+
+def weights_of(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
+    """The whole fp32 state dict of a sharded checkpoint, on this process alone."""
+    if zero_stage == 0:
+        state = torch.load(folder / tag / "mp_rank_00_model_states.pt", weights_only=False)
+        return state["module"]
+    _import_deepspeed(None)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+
+
+def _import_deepspeed(world: World | None) -> Any:
+    # Unset, DeepSpeed guesses, and on a machine without a GPU it warns on every rank.
+    if world is None or world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A process that no launcher started stands alone; DeepSpeed wants that said.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _backend(world: World) -> str:
+    return "gloo" if world.device.type == "cpu" else "nccl"
+
+
+def _reject_scalars(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise ValueError(
+                f"parameter {name} has no dimension, which DeepSpeed cannot broadcast; "
+                "give it shape (1,)"
+            )

@@ -1,0 +1,146 @@
+"""Line charts as inline SVG with the page's colours, so that they read on light and on dark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+# matplotlib knows no CSS: it draws with these stand-ins, which are then replaced in its SVG.
+INK, GRID = "#010203", "#010204"
+SERIES = ("#010211", "#010212", "#010213")
+CSS_COLOURS = {
+    INK: "var(--muted)",
+    GRID: "var(--line)",
+    **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(SERIES)},
+}
+MOST_POINTS = 800
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line: `y` over `x`, in colour 0, 1 or 2; `smooth` adds a mean over pale values."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    dashed: bool = False
+    markers: bool = False
+    smooth: bool = False
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    name: str,
+    y_label: str,
+    last_step: float,
+    y_from_0: bool = False,
+    minutes: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> str:
+    """An `<svg>` of lines over the steps 0 to `last_step`.
+
+    `name` says what is seen, and keeps the ids apart from those of other charts on the page.
+    `minutes` = (steps, minutes), both rising, adds the wall clock as a second axis on top.
+    """
+    # Text stays text (it takes the page's font), and the same numbers give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
+        figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        for line in series:
+            _draw(axes, line)
+        _style(axes, y_label)
+        axes.set_xlim(0, last_step)
+        if y_from_0:
+            axes.set_ylim(bottom=0)
+        if minutes is not None and len(minutes[0]) > 1:
+            _add_clock(axes, *minutes)
+        if len(series) > 1:
+            axes.legend(
+                frameon=False, labelcolor=INK, fontsize=9, ncols=2 if len(series) > 3 else 1
+            )
+        text = StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    return _for_page(text.getvalue(), name)
+
+
+def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
+    """Mean of the finite values in a window centred on each one; shorter at both ends."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    # A window wider than the data would make `same` return the window's length.
+    ones = np.ones(min(window, len(array)))
+    counts = np.convolve(finite.astype(np.float64), ones, mode="same")
+    sums = np.convolve(np.where(finite, array, 0.0), ones, mode="same")
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _draw(axes: Axes, line: Series) -> None:
+    x, y = np.asarray(line.x, dtype=np.float64), np.asarray(line.y, dtype=np.float64)
+    stride = max(1, len(x) // MOST_POINTS)
+    colour, style = SERIES[line.colour], "--" if line.dashed else "-"
+    if not line.smooth:
+        marker = "o" if line.markers else ""
+        axes.plot(
+            x[::stride],
+            y[::stride],
+            style,
+            color=colour,
+            label=line.label,
+            lw=1.8,
+            marker=marker,
+            ms=3.5,
+        )
+        return
+    mean = running_mean(line.y, window=max(1, len(x) // 40))
+    axes.plot(x[::stride], y[::stride], color=colour, alpha=0.25, lw=0.8)
+    axes.plot(x[::stride], mean[::stride], color=colour, label=line.label, lw=1.8)
+
+
+def _style(axes: Axes, y_label: str) -> None:
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+
+
+def _add_clock(axes: Axes, steps: Sequence[float], minutes: Sequence[float]) -> None:
+    to_minutes = (lambda x: np.interp(x, steps, minutes), lambda x: np.interp(x, minutes, steps))
+    clock = axes.secondary_xaxis("top", functions=to_minutes)
+    clock.set_xlabel("minutes", color=INK)
+    clock.tick_params(colors=INK, length=0)
+    clock.spines["top"].set_visible(False)
+
+
+def _for_page(svg: str, name: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    for stand_in, css in CSS_COLOURS.items():
+        svg = svg.replace(stand_in, css)
+    # The patches behind figure and axes are opaque white.
+    svg = re.sub(r"fill: #ffffff(; stroke: #[0-9a-f]{6})?", "fill: none", svg)
+    # Names of groups are the same in every chart, and a page may have each once; nothing uses them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # The page decides the font and, given only the view box, the size.
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    return re.sub(
+        r'<svg[^>]*(viewBox="[^"]*")[^>]*>',
+        rf'<svg \1 role="img" aria-label="{name}">',
+        svg,
+        count=1,
+    )

@@ -1,0 +1,246 @@
+"""Writes report.html, one page that needs nothing else: results, curves, queries as pictures."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from tvr.trainer.plots import Series, line_chart
+from tvr.trainer.run_log import Event, RunLog, read_log
+
+Thumbnails = Callable[[str], Sequence[Image.Image]]
+
+SHOWN_QUERIES = 12
+SHOWN_KEYS = 5
+FRAME_HEIGHT = 72
+FRAME_GAP = 1
+DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
+PACKAGES = ("tvr", "torch", "deepspeed", "transformers", "webdataset", "av", "numpy")
+
+
+def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -> Path:
+    """Writes `run_dir`/report.html and returns its path.
+
+    `thumbnails(key)` gives a few small frames of a clip; without it clips are shown by their keys.
+    Raises ValueError if config.json or log.jsonl is missing; before the first evaluation the page
+    says that there is none.
+    """
+    folder = Path(run_dir)
+    config = json.loads(_required(folder / "config.json"))
+    log = read_log(_required(folder / "log.jsonl"))
+    result_file = folder / "evaluation.json"
+    result = json.loads(result_file.read_text()) if result_file.is_file() else None
+    if result is None and log.evaluations:
+        result = log.evaluations[-1]
+    queries = choose_queries(result.get("queries", []) if result else [], SHOWN_QUERIES)
+    page = _template().render(
+        name=folder.resolve().name,
+        summary=_summary(log),
+        result=result,
+        directions=DIRECTIONS,
+        charts=_charts(log),
+        queries=[_shown_query(query, thumbnails) for query in queries],
+        num_queries=len(result.get("queries", [])) if result else 0,
+        replaced=_by_reason(log.replaced),
+        num_replaced=len(log.replaced),
+        resumed_at=log.resumed_at,
+        unreadable_lines=log.unreadable_lines,
+        config=json.dumps(config, indent=2),
+        versions=_versions(),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def choose_queries(queries: Sequence[Event], count: int) -> list[Event]:
+    """A spread of `count` queries, best first: half of rank 1, a quarter near misses, the worst."""
+    by_rank = sorted(queries, key=lambda query: (query["rank"], query["caption"]))
+    groups = (
+        [query for query in by_rank if query["rank"] == 1],
+        [query for query in by_rank if 1 < query["rank"] <= 5],
+        [query for query in by_rank if query["rank"] > 5][::-1],
+    )
+    room = [count // 2, count // 4, count - count // 2 - count // 4]
+    taken = [min(len(group), places) for group, places in zip(groups, room, strict=True)]
+    for index, group in enumerate(groups):
+        taken[index] = min(len(group), taken[index] + count - sum(taken))
+    chosen = [
+        *_evenly(groups[0], taken[0]),
+        *_evenly(groups[1], taken[1]),
+        *groups[2][: taken[2]][::-1],
+    ]
+    return chosen
+
+
+def _evenly(group: Sequence[Event], count: int) -> list[Event]:
+    return [group[index * len(group) // count] for index in range(count)]
+
+
+def _required(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the run_dir of a run that `tvr train` started")
+    return path.read_text(encoding="utf-8")
+
+
+def _template() -> Any:
+    # Everything that comes from data is escaped; undefined names are errors, not empty text.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _summary(log: RunLog) -> list[tuple[str, str]]:
+    if not log.steps:
+        return []
+    last = log.steps[-1]
+    speed = float(np.median([event["samples_per_s"] for event in log.steps]))
+    waited = sum(event["data_wait_s"] for event in log.steps)
+    stepped = sum(event["step_s"] for event in log.steps)
+    return [
+        ("steps", f"{last['step']:,}"),
+        ("epochs", f"{last['epoch']:.1f}"),
+        ("training time", _duration(last["elapsed_s"])),
+        ("samples/s, median", f"{speed:,.1f}"),
+        ("waiting for data", f"{100 * waited / stepped:.1f} %" if stepped else "-"),
+        ("last loss", f"{last['loss']:.4f}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _charts(log: RunLog) -> list[tuple[str, Markup]]:
+    """Title and SVG of each chart that has something to show."""
+    if not log.steps:
+        return []
+    steps = [event["step"] for event in log.steps]
+    clock = ([0, *steps], [0.0, *(event["elapsed_s"] / 60 for event in log.steps)])
+    last_step = max([*steps, *(event["step"] for event in log.evaluations)])
+
+    def curve(key: str, label: str, colour: int, smooth: bool = False) -> list[Series]:
+        known = [(event["step"], event[key]) for event in log.steps if event.get(key) is not None]
+        x, y = zip(*known, strict=True) if known else ((), ())
+        return [Series(label=label, x=x, y=y, colour=colour, smooth=smooth)] if known else []
+
+    losses = [
+        *curve("loss", "total", 0, smooth=True),
+        *curve("similarity_loss", "similarity", 1, smooth=True),
+        *curve("tpm_cl_loss", "TPM-CL", 2, smooth=True),
+    ]
+    rates = [*curve("learning_rate", "head", 0), *curve("encoder_learning_rate", "encoder", 1)]
+    speed = curve("samples_per_s", "samples/s", 0, smooth=True)
+    drawn = [
+        ("Loss", line_chart(losses, name="loss", y_label="loss", last_step=last_step)),
+        ("Recall on the test clips", _recall_chart(log.evaluations, last_step, clock)),
+        ("Learning rate", line_chart(rates, name="rate", y_label="", last_step=last_step)),
+        (
+            "Throughput",
+            line_chart(
+                speed, name="speed", y_label="samples/s", last_step=last_step, y_from_0=True
+            ),
+        ),
+    ]
+    # Our own drawing of numbers: nothing in it to escape.
+    return [(title, Markup(svg)) for title, svg in drawn if svg]
+
+
+def _recall_chart(
+    evaluations: Sequence[Event], last_step: int, clock: tuple[list[int], list[float]]
+) -> str:
+    if not evaluations:
+        return ""
+    lines = [
+        Series(
+            label=f"R@{k}, {DIRECTIONS[direction].lower()}",
+            x=[event["step"] for event in evaluations],
+            y=[event[direction][f"recall_at_{k}"] for event in evaluations],
+            colour=colour,
+            dashed=direction == "video_to_text",
+            markers=True,
+        )
+        for direction in DIRECTIONS
+        for colour, k in enumerate((1, 5, 10))
+    ]
+    return line_chart(
+        lines, name="recall", y_label="%", last_step=last_step, y_from_0=True, minutes=clock
+    )
+
+
+def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
+    clips = [
+        {
+            "key": clip["key"],
+            "similarity": f"{clip['similarity']:.3f}",
+            "is_right": clip["key"] == query["key"],
+            "place": f"{place}.",
+            "strip": _strip(clip["key"], thumbnails),
+        }
+        for place, clip in enumerate(query["top"], start=1)
+    ]
+    if not any(clip["is_right"] for clip in clips):
+        missed = {"key": query["key"], "similarity": "", "is_right": True}
+        clips.append({**missed, "place": "right:", "strip": _strip(query["key"], thumbnails)})
+    level = "first" if query["rank"] == 1 else "near" if query["rank"] <= 5 else "far"
+    return {"caption": query["caption"], "rank": query["rank"], "level": level, "clips": clips}
+
+
+def _strip(key: str, thumbnails: Thumbnails | None) -> str | None:
+    """The clip's frames side by side, as a data URL; None without frames."""
+    frames = list(thumbnails(key)) if thumbnails else []
+    if not frames:
+        return None
+    height = min(FRAME_HEIGHT, *(frame.height for frame in frames))
+    sized = [
+        frame.convert("RGB").resize((max(1, frame.width * height // frame.height), height))
+        for frame in frames
+    ]
+    width = sum(frame.width for frame in sized) + FRAME_GAP * (len(sized) - 1)
+    strip = Image.new("RGB", (width, height), "gray")
+    left = 0
+    for frame in sized:
+        strip.paste(frame, (left, 0))
+        left += frame.width + FRAME_GAP
+    data = BytesIO()
+    strip.save(data, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _by_reason(replaced: Sequence[Event]) -> list[dict[str, Any]]:
+    reasons: dict[str, list[str]] = {}
+    for event in replaced:
+        reasons.setdefault(event["reason"], []).append(event["key"])
+    rows = [
+        {"reason": reason, "count": len(keys), "keys": list(dict.fromkeys(keys))[:SHOWN_KEYS]}
+        for reason, keys in reasons.items()
+    ]
+    return sorted(rows, key=lambda row: (-row["count"], row["reason"]))
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("python", python_version())]
+    for name in PACKAGES:
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            found.append((name, "not installed"))
+    return found

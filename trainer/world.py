@@ -1,0 +1,92 @@
+"""Who this process is among the ranks of a job, and what all ranks agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)  # the slowest rank may still be compiling or reading its first shard
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One process's place: `rank` of `world_size`, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """Every rank's small picklable object, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def first_failing(self, fine: torch.Tensor | bool) -> int | None:
+        """The lowest rank whose `fine` is false, the same answer on every rank; none: all fine."""
+        flag = torch.as_tensor(fine, device=self.device).reshape(1).to(torch.int32)
+        flags = [torch.empty_like(flag) for _ in range(self.world_size)]
+        if self.world_size == 1:
+            flags = [flag]
+        else:
+            dist.all_gather(flags, flag)
+        failing = (torch.cat(flags) == 0).nonzero().flatten().tolist()
+        return failing[0] if failing else None
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Joins the ranks that torchrun or srun started, or stands alone; leaves them at the end.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK the process is
+    its own world of one, in a group of one, which DeepSpeed needs.
+
+    Raises:
+        ValueError: if a variable is missing or no number.
+    """
+    rank, world_size, local_rank = (_number(n, d) for n, d in _PLACE)
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    joined_before = dist.is_initialized()
+    if not joined_before:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        else:
+            # A store in memory: a world of one opens no port.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    finally:
+        if not joined_before:
+            dist.destroy_process_group()
+
+
+_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"environment variable {name}={text!r} must be a whole number") from None
