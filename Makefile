@@ -16,13 +16,15 @@ help:
 	@echo "make bench  benchmarks, one line of JSON each"
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "tvr needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null \
 		|| { echo "tvr needs a C++ compiler (DeepSpeed compiles an extension): apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+		|| { echo "tvr needs Python's header files (DeepSpeed compiles an extension): apt-get install python3-dev" >&2; exit 1; }
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -35,7 +37,7 @@ test: $(READY)
 check: $(READY)
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q .
 	@mkdir -p build/types/tvr && for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/tvr/$$package; done
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 fix: $(READY)
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .

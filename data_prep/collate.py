@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import numpy as np
 import torch
-from torch import LongTensor
+from torch import Tensor
 
 from tvr.data_prep.records import Batch, Replacement, Sample
 
-Tokenize = Callable[[Sequence[str]], tuple[LongTensor, LongTensor]]
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """Texts -> token ids (A, T) and word_mask (A, T), 0 = padding and 1 = token, with a fixed T."""
 
 
@@ -79,7 +78,7 @@ def _padded(
 
 def _tokens(
     captions: list[str], rows: list[int], samples: Sequence[Sample], tokenize: Tokenize
-) -> tuple[LongTensor, LongTensor]:
+) -> tuple[Tensor, Tensor]:
     if not captions:
         return _long(np.zeros((0, 0), dtype=np.int64)), _long(np.zeros((0, 0), dtype=np.int64))
     token_ids, word_mask = tokenize(captions)
@@ -97,5 +96,5 @@ def _tokens(
     return token_ids, word_mask
 
 
-def _long(values: np.ndarray) -> LongTensor:
-    return cast(LongTensor, torch.from_numpy(values))
+def _long(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values)

@@ -15,6 +15,7 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import PictureType, VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
@@ -58,7 +59,8 @@ def sample_frames(
         chosen, total = _pick(source, total, num_frames, info, key)
     if not chosen:
         raise BadSample(key, "no_frames", "the decoder gave no picture")
-    frames = [_upright(frame) for frame, _ in chosen]
+    scaler = VideoReformatter()  # a new one for each frame takes four times as long
+    frames = [_upright(frame, scaler) for frame, _ in chosen]
     if len({frame.shape for frame in frames}) > 1:
         raise BadSample(key, "unreadable", "the picture size changes within the video")
     return np.stack(frames), tuple(time_s for _, time_s in chosen)
@@ -131,9 +133,10 @@ def reencode_video(
         }
         encoder.codec_context.thread_count = 1
         encoder.codec_context.time_base = stream.time_base or 1 / rate
+        scaler = VideoReformatter()
         num_frames = 0
         for frame, index in _frames(container, stream, key):
-            picture = _even(frame, short_side)
+            picture = _even(frame, short_side, scaler)
             picture.pict_type = PictureType.NONE  # else the source's I, P and B types are forced
             if index == 0:
                 encoder.width, encoder.height = picture.width, picture.height
@@ -206,22 +209,27 @@ def _frames(
         yield frame, index
 
 
-def _upright(frame: VideoFrame) -> np.ndarray:
+def _upright(frame: VideoFrame, scaler: VideoReformatter) -> np.ndarray:
     """RGB (H, W, 3) with the container's rotation (counter-clockwise degrees) applied."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+    picture = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return np.rot90(picture, k=round(frame.rotation / 90) % 4)
 
 
-def _even(frame: VideoFrame, short_side: int | None) -> VideoFrame:
+def _even(frame: VideoFrame, short_side: int | None, scaler: VideoReformatter) -> VideoFrame:
     """The frame upright, at the wanted size, with even sides, which 4:2:0 colour demands."""
     picture = frame
     if frame.rotation:
-        picture = VideoFrame.from_ndarray(np.ascontiguousarray(_upright(frame)), format="rgb24")
+        picture = VideoFrame.from_ndarray(
+            np.ascontiguousarray(_upright(frame, scaler)), format="rgb24"
+        )
         picture.pts, picture.time_base = frame.pts, frame.time_base
     width, height = picture.width, picture.height
     if short_side is not None:
         width, height = short_side_size(width, height, short_side)
     width, height = max(2, width - width % 2), max(2, height - height % 2)
-    return picture.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
+    return scaler.reformat(
+        picture, width, height, format="yuv420p", interpolation="BICUBIC", threads=1
+    )
 
 
 def _duration_s(container: InputContainer, stream: VideoStream) -> float:

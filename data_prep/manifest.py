@@ -150,12 +150,14 @@ def _read_json(url: str) -> dict:
     location = join(url, MANIFEST_NAME)
     try:
         with fsspec.open(location, "rb") as file:
-            fields = json.loads(file.read())  # type: ignore[union-attr]
+            content = file.read()  # type: ignore[union-attr]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{location} does not exist: no data set there, or packing did not finish; make one"
             " with `tvr pack`"
         ) from error
+    try:
+        fields = json.loads(content)
     except ValueError as error:
         raise ShardCorrupt(f"{location}: not JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 # Every reason a sample can be refused for; bounded, so that it can be a metric label.
 REASONS = (
@@ -70,21 +70,21 @@ class Batch:
     In training `caption_video` is arange(B); in evaluation every caption of each video is present.
     """
 
-    positions: LongTensor
+    positions: Tensor
     """(B,) stream positions; manifest rows in evaluation."""
     keys: tuple[str, ...]
-    video_ids: LongTensor
+    video_ids: Tensor
     """(B,) stable 63-bit hash of each video_id."""
     frames: Tensor
     """(B, F, 3, H, W) uint8 RGB."""
-    frame_mask: LongTensor
+    frame_mask: Tensor
     """(B, F), at least one 1 per row."""
     captions: tuple[str, ...]
-    token_ids: LongTensor
+    token_ids: Tensor
     """(A, T)."""
-    word_mask: LongTensor
+    word_mask: Tensor
     """(A, T), at least one 1 per row."""
-    caption_video: LongTensor
+    caption_video: Tensor
     """(A,) the row of the caption's video in this batch."""
     replaced: tuple[Replacement, ...] = field(default=())
 

@@ -8,10 +8,9 @@ which shape) and order (which of the two moves first), not a bag of words.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -43,6 +42,8 @@ ORDERS = ("then", "while")
 FRAME_SIDE = 64
 NUM_FRAMES = 12
 FRAME_RATE_HZ = 6
+APART = 0.3  # least distance of the two objects at the start, in frame sides
+ANNOTATIONS = "captions.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,12 @@ class Scene:
             second=replace(self.second, colour=self.first.colour),
         )
 
+    def identity(self) -> object:
+        """Equal for scenes that look alike: of two that move at once, neither is the first."""
+        if self.order == "while":
+            return frozenset((self.first, self.second))
+        return (self.first, self.second)
+
 
 def captions(scene: Scene) -> tuple[str, ...]:
     """Three wordings of one scene; each holds all its attributes."""
@@ -90,25 +97,46 @@ def captions(scene: Scene) -> tuple[str, ...]:
     )
 
 
-def draw_scenes(count: int, seed: int, allowed: Callable[[Scene], bool]) -> list[Scene]:
-    """Draws `count` different scenes; half of them differ from the one before by one attribute.
+def demo_scenes(num_train: int, num_test: int, seed: int) -> dict[str, list[Scene]]:
+    """Scenes of the splits `train`, `test`, and `exchanged`: `test` with its colours exchanged.
 
-    Args:
-        allowed: says which scenes may be drawn; keeps the test combinations out of the training set.
+    No training scene looks like a test scene or like the exchanged counterpart of one.
 
     Raises:
-        ValueError: if fewer than `count` different scenes are allowed.
+        ValueError: if there are not that many different scenes.
     """
-    rng = np.random.default_rng([seed, count])
-    scenes: dict[Scene, None] = {}
-    for _ in range(200 * count):
+    test = draw_scenes(num_test, seed, taken=set())
+    exchanged = [scene.exchanged() for scene in test]
+    unseen = {scene.identity() for scene in [*test, *exchanged]}
+    return {
+        "train": draw_scenes(num_train, seed + 1, taken=unseen),
+        "test": test,
+        "exchanged": exchanged,
+    }
+
+
+def draw_scenes(count: int, seed: int, *, taken: set[object]) -> list[Scene]:
+    """Draws `count` different scenes; about half differ from the one before by one attribute.
+
+    `taken` holds identities that may not be drawn.
+
+    Raises:
+        ValueError: if there are not that many different scenes.
+    """
+    rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
+    seen = set(taken)
+    for _ in range(100 * count):
         if len(scenes) == count:
-            return list(scenes)
-        previous = next(reversed(scenes), None)
-        scene = _one_attribute_away(previous, rng) if previous and rng.random() < 0.5 else _any(rng)
-        if _key(scene) not in map(_key, (previous,) if previous else ()) and allowed(scene):
-            scenes.setdefault(scene)
-    raise ValueError(f"count={count}: only {len(scenes)} different scenes were found; ask for less")
+            break
+        near = bool(scenes) and rng.random() < 0.5
+        scene = _one_attribute_away(scenes[-1], rng) if near else _any(rng)
+        if scene.identity() not in seen:
+            seen.add(scene.identity())
+            scenes.append(scene)
+    if len(scenes) < count:
+        raise ValueError(f"{count} scenes were asked for, only {len(scenes)} different ones found")
+    return scenes
 
 
 def render(scene: Scene, seed: int) -> np.ndarray:
@@ -145,29 +173,32 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def write_clips(
-    folder: Path, scenes: list[Scene], *, prefix: str, seed: int, workers: int
+    folder: Path, scenes: list[Scene], *, prefix: str, seed: int, workers: int, all_wordings: bool
 ) -> Iterator[str]:
-    """Renders `folder/PREFIX-00000.mp4` ... and `folder/PREFIX.jsonl`; yields keys as they finish.
+    """Renders `folder`/PREFIX-00000.mp4 ... and captions.jsonl; yields keys as they finish.
 
-    The annotation file is written last, so that its presence means that every clip is there.
+    A clip has all its wordings as captions, or one, in turn (so that test captions are as many as
+    test clips). The number of a clip picks the objects' places: scene i and its exchanged twin i, rendered with
+    the same seed to another folder, differ in nothing but the colours. The annotation file comes
+    last, so that its presence means that every clip is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(f"{prefix}-{index:05d}", scene) for index, scene in enumerate(scenes)]
+    jobs = [(index, f"{prefix}-{index:05d}", scene) for index, scene in enumerate(scenes)]
     with ProcessPoolExecutor(workers) as pool:
         yield from pool.map(partial(_write_one, folder, seed), jobs, chunksize=8)
-    aside = folder / f".{prefix}.jsonl.tmp"
-    with aside.open("w") as file:
-        for key, scene in jobs:
-            line = {"key": key, "video": f"{key}.mp4", "captions": captions(scene)}
-            file.write(json.dumps(line) + "\n")
-    aside.replace(folder / f"{prefix}.jsonl")
+    lines = []
+    for index, key, scene in jobs:
+        wordings = captions(scene)
+        said = wordings if all_wordings else (wordings[index % len(wordings)],)
+        lines.append(json.dumps({"key": key, "video": f"{key}.mp4", "captions": said}) + "\n")
+    aside = folder / f".{ANNOTATIONS}.partial"
+    aside.write_text("".join(lines))
+    aside.replace(folder / ANNOTATIONS)
 
 
-def _write_one(folder: Path, seed: int, job: tuple[str, Scene]) -> str:
-    key, scene = job
-    # The number at the end of the key picks the places; a scene and its exchanged twin share it,
-    # so that the two clips differ in nothing but the colours.
-    write_clip(folder / f"{key}.mp4", render(scene, seed * 1_000_003 + int(key.split("-")[-1])))
+def _write_one(folder: Path, seed: int, job: tuple[int, str, Scene]) -> str:
+    index, key, scene = job
+    write_clip(folder / f"{key}.mp4", render(scene, seed * 1_000_003 + index))
     return key
 
 
@@ -177,10 +208,6 @@ def _phrase(mover: Mover) -> str:
 
 def _verb(mover: Mover) -> str:
     return f"moves {mover.direction} {mover.speed}"
-
-
-def _key(scene: Scene) -> Scene:
-    return scene
 
 
 def _any(rng: np.random.Generator) -> Scene:
@@ -202,8 +229,8 @@ def _any(rng: np.random.Generator) -> Scene:
 def _one_attribute_away(scene: Scene, rng: np.random.Generator) -> Scene:
     other = _any(rng)
     names = ("colour", "shape", "size", "direction", "speed")
-    choices = [(side, name) for side, name in itertools.product(("first", "second"), names)]
-    side, name = choices[rng.integers(len(choices))]
+    side = ("first", "second")[rng.integers(2)]
+    name = names[rng.integers(len(names))]
     mover = replace(getattr(scene, side), **{name: getattr(getattr(other, side), name)})
     near = replace(scene, **{side: mover})
     clash = near.first.colour == near.second.colour or near.first.shape == near.second.shape
@@ -213,9 +240,9 @@ def _one_attribute_away(scene: Scene, rng: np.random.Generator) -> Scene:
 def _start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
     for _ in range(100):
         starts = [_start_position(mover, rng) for mover in (scene.first, scene.second)]
-        if np.abs(starts[0] - starts[1]).max() > 0.3:
-            break
-    return starts
+        if np.abs(starts[0] - starts[1]).max() > APART:
+            return starts
+    raise ValueError(f"no two places {APART} apart for {scene}")
 
 
 def _start_position(mover: Mover, rng: np.random.Generator) -> np.ndarray:
@@ -243,8 +270,7 @@ def _coverage(mover: Mover, centre: np.ndarray) -> np.ndarray:
     elif mover.shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - 0.89 * radius
     elif mover.shape == "triangle":
-        sides = np.maximum(np.abs(x) * 0.894 - 0.447 * (y + radius), y - 0.9 * radius)
-        distance = sides + 0 * x
+        distance = np.maximum(0.894 * np.abs(x) - 0.447 * (y + radius), y - 0.9 * radius)
     else:
         arms = np.minimum(
             np.maximum(np.abs(x), 3 * np.abs(y)), np.maximum(3 * np.abs(x), np.abs(y))

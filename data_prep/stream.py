@@ -94,8 +94,8 @@ def evaluation_batches(
 
     Rank r takes samples [N r // W, N (r + 1) // W), so ranks may differ by one sample, and so in
     their number of batches. A bad sample is left out, reported in the `replaced` of its batch (or
-    of a neighbour, where no row is left) and limited by `max_bad` per rank. Raises as
-    `train_batches`.
+    of a neighbour, where no row is left) and limited by `max_bad` per rank; a rank whose samples
+    are all bad raises TooManyBadSamples. Raises as `train_batches`.
     """
     _check_rank(rank, world_size, micro_batch, workers)
     reader = SampleReader(url, num_frames=num_frames, image_size=image_size)
@@ -127,7 +127,8 @@ def read_samples(
 def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataLoader:
     return DataLoader(
         rows,
-        batch_sampler=runs,  # type: ignore[arg-type]  # an iterable of index lists is all that torch needs
+        # An iterable of index lists is all that torch needs, whatever its annotation says.
+        batch_sampler=runs,  # type: ignore[arg-type]
         collate_fn=join,
         num_workers=workers,
         # Without one of its own the loader would draw its workers' seeds from the global generator.

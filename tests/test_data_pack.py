@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tvr.data_prep.annotations import read_annotations
-from tvr.data_prep.manifest import read_manifest
+from tvr.data_prep.manifest import read_manifest, write_manifest
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.records import Clip, ShardCorrupt, TooManyBadSamples
 from tvr.data_prep.stream import evaluation_batches, read_sample
@@ -262,6 +263,15 @@ def test_a_damaged_index_is_named(
         assert damaged != path.read_bytes()
         path.write_bytes(damaged)
     with pytest.raises(error, match=message):
+        read_manifest(url)
+
+
+def test_columns_out_of_shard_order_are_refused(tmp_path: Path) -> None:
+    url = packed(tmp_path, 4, samples_per_shard=2)
+    manifest = read_manifest(url)
+    samples = replace(manifest.samples, shard=manifest.samples.shard[::-1])
+    write_manifest(url, replace(manifest, samples=samples))
+    with pytest.raises(ShardCorrupt, match="disagree on the samples per shard"):
         read_manifest(url)
 
 

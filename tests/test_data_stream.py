@@ -3,6 +3,7 @@ bounded."""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -17,8 +18,12 @@ from clip_files import packed, read_number, tokenize
 
 from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.order import SampleOrder, caption_choice
+from tvr.data_prep.reader import SampleCache
 from tvr.data_prep.records import Batch, TooManyBadSamples
 from tvr.data_prep.stream import evaluation_batches, read_sample, read_samples, train_batches
+
+# torch warns of more workers than cores; the order must hold on a machine of one core as well.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 NUM_SAMPLES = 13
 
@@ -175,8 +180,25 @@ def test_the_cache_changes_nothing_and_keeps_its_bound(frames_url: str) -> None:
     one_sample = 4 * 16 * 16 * 3
     for cache_bytes in (1, 3 * one_sample, 100 * one_sample):
         assert seen(list(islice(train(frames_url, cache_bytes=cache_bytes), 20))) == plain
+    cache = SampleCache(2 * one_sample)
+    samples = read_samples(frames_url, ["c00", "c01", "c02"], num_frames=4, image_size=16)
+    for row in (0, 1):
+        cache.put(row, samples[row])
+    assert cache.get(0) is samples[0]
+    cache.put(2, samples[2])
+    assert [cache.get(row) for row in range(3)] == [samples[0], None, samples[2]]
     with pytest.raises(ValueError, match="cache_bytes=-1 must be 0"):
         train(frames_url, cache_bytes=-1)
+
+
+def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvr.data_prep.reader.MAX_OPEN_SHARDS", 2)
+    url = packed(tmp_path, NUM_SAMPLES, samples_per_shard=2)
+    before = set(os.listdir("/dev/fd"))
+    stream = train(url)
+    rows = seen(list(islice(stream, 20)))
+    assert len(set(os.listdir("/dev/fd")) - before) == 2
+    assert len({key for _, key, *_ in rows}) == NUM_SAMPLES
 
 
 def test_global_random_states_are_left_alone(frames_url: str) -> None:

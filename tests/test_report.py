@@ -236,7 +236,7 @@ def test_a_resumed_run_counts_each_step_once_and_its_time_on() -> None:
 
 def test_chooses_hits_near_misses_and_the_worst() -> None:
     ranks = [1] * 50 + [2, 3, 4, 5] * 5 + list(range(6, 30))
-    queries = [query(rank, f"{index:03d}") for index, rank in enumerate(ranks)]
+    queries = [query(rank, f"{index:03d}", key=f"clip {index}") for index, rank in enumerate(ranks)]
     chosen = [entry["rank"] for entry in choose_queries(queries, 12)]
     assert chosen[:6] == [1] * 6
     assert all(1 < rank <= 5 for rank in chosen[6:9])
@@ -246,9 +246,14 @@ def test_chooses_hits_near_misses_and_the_worst() -> None:
     assert captions == [entry["caption"] for entry in choose_queries(queries[::-1], 12)]
 
 
+def test_a_clip_with_many_captions_is_shown_once_per_group() -> None:
+    queries = [query(rank, f"{index}") for index, rank in enumerate([1, 1, 1, 2, 3, 9, 40])]
+    assert [entry["rank"] for entry in choose_queries(queries, 12)] == [1, 2, 40]
+
+
 @pytest.mark.parametrize(("ranks", "count"), [([1] * 30, 12), ([40] * 30, 12), ([1, 2, 9], 3)])
 def test_a_short_group_leaves_its_place_to_others(ranks: list[int], count: int) -> None:
-    queries = [query(rank, f"{index:03d}") for index, rank in enumerate(ranks)]
+    queries = [query(rank, f"{index:03d}", key=f"clip {index}") for index, rank in enumerate(ranks)]
     captions = [entry["caption"] for entry in choose_queries(queries, 12)]
     assert len(captions) == len(set(captions)) == count
 
@@ -258,6 +263,13 @@ def test_running_mean_is_centred_and_skips_what_is_not_finite() -> None:
     assert running_mean([1.0, float("nan"), 3.0], 3).tolist() == [1.0, 2.0, 3.0]
     assert running_mean([5.0], 9).tolist() == [5.0]
     assert np.isnan(running_mean([float("inf")], 1)).all()
+
+
+@pytest.mark.parametrize(("first", "is_log"), [(2.0, False), (500.0, True), (-500.0, False)])
+def test_a_loss_that_starts_far_up_gets_a_log_axis(first: float, is_log: bool) -> None:
+    line = Series(label="loss", x=[1, 2, 3], y=[first, 2.0, 1.0], colour=0)
+    chart = line_chart([line], name="loss", y_label="loss", last_step=3, log_if_wide=True)
+    assert ("log scale" in chart) == is_log
 
 
 def test_a_long_run_makes_no_larger_chart() -> None:

@@ -71,6 +71,9 @@ class ModelConfig:
     towers: TowersConfig = TowersConfig()
     sequence_header_layers: NotNegative = 0
     """Temporal transformer blocks over the frames of a video; 0: frames go on as they are."""
+    unit_after_header: bool = True
+    """Frames get unit length again after the header, so that similarities stay within a cosine's
+    range; false: as the authors' implementation."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
     """What meets the frames: the sentence (ti, wti) or sentence and words (att_*); with learned
     token weights (*wti) or plain means (*ti)."""
@@ -138,6 +141,9 @@ class TrainConfig:
     save_every: NotNegative = 0
     """Steps between checkpoints; 0: only at the end."""
     log_every: Positive = 1
+    """Steps between lines in the log."""
+    log_keys: bool = False
+    """Also writes every rank's sample keys, step by step, to run_dir/keys."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -208,8 +214,10 @@ def _overlay(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     result = dict(base)
     for name, value in overrides.items():
         inner = result.get(name)
-        nested = isinstance(value, Mapping) and isinstance(inner, dict)
-        result[name] = _overlay(inner, value) if nested else value
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            result[name] = _overlay(inner, value)
+        else:
+            result[name] = value
     return result
 
 

@@ -125,7 +125,10 @@ def weights_of(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
     _import_deepspeed(None)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+    if state is None:
+        raise ValueError(f"{folder / tag} holds no weights that DeepSpeed can join")
+    return dict(state)
 
 
 def _import_deepspeed(world: World | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ Towers: TypeAlias = tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjec
 class Features(NamedTuple):
     """What the similarity and the losses need of A captions and C videos.
 
-    Words and sentence have unit length; so have frames unless a sequence header follows.
+    Sentence, words and frames have unit length (frames: unless `unit_after_header` is off).
     """
 
     sentence: Tensor
@@ -57,17 +57,27 @@ class TextVideoModel(nn.Module):
     `num_frames` and `num_words` are fixed, since the predictors mix along the slots.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
-        self, towers: Towers, model: ModelConfig, loss: LossConfig, *, num_frames: int, num_words: int
+        self,
+        towers: Towers,
+        model: ModelConfig,
+        loss: LossConfig,
+        *,
+        num_frames: int,
+        num_words: int,
     ) -> None:
         super().__init__()
         self.loss = loss
         self.text_tower, self.image_tower = towers
-        width = self.text_tower.config.projection_dim
-        if self.image_tower.config.projection_dim != width:
+        width = self.text_tower.text_projection.out_features
+        image_width = self.image_tower.visual_projection.out_features
+        if image_width != width:
             raise ValueError(
-                f"the text tower projects to width {width}, the image tower to "
-                f"{self.image_tower.config.projection_dim}: they cannot be compared"
+                f"the text tower projects to width {width}, the image tower to {image_width}: "
+                "they cannot be compared"
             )
         self.sequence_header = (
             SequenceHeader(
@@ -78,6 +88,7 @@ class TextVideoModel(nn.Module):
             if model.sequence_header_layers
             else None
         )
+        self.unit_after_header = model.unit_after_header
         weighted = model.interaction.endswith("wti")
         self.text_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
         self.frame_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
@@ -115,7 +126,10 @@ class TextVideoModel(nn.Module):
         pixels = pixels.to(self.image_tower.visual_projection.weight.dtype)
         per_frame = self.image_tower(pixel_values=pixels).image_embeds
         vectors = unit(per_frame).unflatten(0, frames.shape[:2])
-        return self.sequence_header(vectors, frame_mask) if self.sequence_header else vectors
+        if self.sequence_header is None:
+            return vectors
+        vectors = self.sequence_header(vectors, frame_mask)
+        return unit(vectors) if self.unit_after_header else vectors
 
     def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.text_tower
@@ -167,20 +181,37 @@ def build_model(
             f"data.max_words={tokenizer.max_words} exceeds the text tower's "
             f"{text.max_position_embeddings} positions"
         )
-    return TextVideoModel(
-        towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
-    )
+    return TextVideoModel(towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words)
+
+
+def tokenizer_folder(model: ModelConfig) -> str:
+    """The local folder with the tokeniser.
+
+    Raises:
+        ValueError: neither `model.tokenizer` nor `model.clip` is set.
+    """
+    folder = model.tokenizer or model.clip
+    if folder is None:
+        raise ValueError("set model.tokenizer (a local folder), or model.clip to a CLIP folder")
+    return folder
 
 
 def image_size(model: ModelConfig) -> int:
     """Side in pixels of the frames that the image tower takes."""
     if model.clip is None:
         return model.towers.image_size
-    return CLIPVisionConfig.from_pretrained(model.clip, local_files_only=True).image_size
+    size = CLIPVisionConfig.from_pretrained(model.clip, local_files_only=True).image_size
+    if not isinstance(size, int):
+        raise ValueError(f"model.clip={model.clip!r} takes images of {size}, not squares")
+    return size
 
 
 def parameter_groups(
-    model: TextVideoModel, *, learning_rate: float, encoder_learning_rate: float, weight_decay: float
+    model: TextVideoModel,
+    *,
+    learning_rate: float,
+    encoder_learning_rate: float,
+    weight_decay: float,
 ) -> list[dict[str, object]]:
     """Four groups: towers and heads, each with and without decay; biases and norms never decay.
 
@@ -225,12 +256,13 @@ def _pretrained(folder: str) -> Towers:
 
 def _from_scratch(model: ModelConfig, tokenizer: Tokenizer) -> Towers:
     shape = model.towers
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": shape.width,
         "intermediate_size": 4 * shape.width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "projection_dim": shape.embed_width,
+        "hidden_act": "gelu",  # one fused operation; only OpenAI's weights need quick_gelu
     }
     text = CLIPTextConfig(
         **common,
@@ -240,7 +272,5 @@ def _from_scratch(model: ModelConfig, tokenizer: Tokenizer) -> Towers:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    vision = CLIPVisionConfig(
-        **common, image_size=shape.image_size, patch_size=shape.patch_size
-    )
+    vision = CLIPVisionConfig(**common, image_size=shape.image_size, patch_size=shape.patch_size)
     return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)

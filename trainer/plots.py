@@ -46,11 +46,13 @@ def line_chart(
     y_label: str,
     last_step: float,
     y_from_0: bool = False,
+    log_if_wide: bool = False,
     minutes: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> str:
     """An `<svg>` of lines over the steps 0 to `last_step`.
 
     `name` says what is seen, and keeps the ids apart from those of other charts on the page.
+    `log_if_wide` takes a logarithmic axis where a few large values would flatten all others.
     `minutes` = (steps, minutes), both rising, adds the wall clock as a second axis on top.
     """
     # Text stays text (it takes the page's font), and the same numbers give the same file.
@@ -61,13 +63,17 @@ def line_chart(
             _draw(axes, line)
         _style(axes, y_label)
         axes.set_xlim(0, last_step)
+        if log_if_wide and _is_wide(series):
+            axes.set_yscale("log")
+            axes.set_ylabel(f"{y_label} (log scale)")
+            axes.tick_params(which="minor", length=0, labelleft=False)
         if y_from_0:
             axes.set_ylim(bottom=0)
         if minutes is not None and len(minutes[0]) > 1:
             _add_clock(axes, *minutes)
         if len(series) > 1:
-            axes.legend(
-                frameon=False, labelcolor=INK, fontsize=9, ncols=2 if len(series) > 3 else 1
+            figure.legend(
+                loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=9
             )
         text = StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
@@ -83,6 +89,12 @@ def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
     counts = np.convolve(finite.astype(np.float64), ones, mode="same")
     sums = np.convolve(np.where(finite, array, 0.0), ones, mode="same")
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _is_wide(series: Sequence[Series]) -> bool:
+    values = np.concatenate([np.asarray(line.y, dtype=np.float64) for line in series])
+    values = values[np.isfinite(values)]
+    return len(values) > 0 and values.min() > 0 and values.max() > 20 * np.median(values)
 
 
 def _draw(axes: Axes, line: Series) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
@@ -45,7 +45,7 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         result = log.evaluations[-1]
     queries = choose_queries(result.get("queries", []) if result else [], SHOWN_QUERIES)
     page = _template().render(
-        name=folder.resolve().name,
+        name="/".join(folder.resolve().parts[-2:]),
         summary=_summary(log),
         result=result,
         directions=DIRECTIONS,
@@ -65,23 +65,32 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
 
 
 def choose_queries(queries: Sequence[Event], count: int) -> list[Event]:
-    """A spread of `count` queries, best first: half of rank 1, a quarter near misses, the worst."""
+    """A spread of `count` queries, best first: half of rank 1, a quarter near misses, the worst.
+
+    A clip has many captions; in each of the three groups it is shown once.
+    """
     by_rank = sorted(queries, key=lambda query: (query["rank"], query["caption"]))
     groups = (
-        [query for query in by_rank if query["rank"] == 1],
-        [query for query in by_rank if 1 < query["rank"] <= 5],
-        [query for query in by_rank if query["rank"] > 5][::-1],
+        _one_per_clip(query for query in by_rank if query["rank"] == 1),
+        _one_per_clip(query for query in by_rank if 1 < query["rank"] <= 5),
+        _one_per_clip(query for query in reversed(by_rank) if query["rank"] > 5),
     )
     room = [count // 2, count // 4, count - count // 2 - count // 4]
     taken = [min(len(group), places) for group, places in zip(groups, room, strict=True)]
     for index, group in enumerate(groups):
         taken[index] = min(len(group), taken[index] + count - sum(taken))
-    chosen = [
+    return [
         *_evenly(groups[0], taken[0]),
         *_evenly(groups[1], taken[1]),
         *groups[2][: taken[2]][::-1],
     ]
-    return chosen
+
+
+def _one_per_clip(queries: Iterable[Event]) -> list[Event]:
+    first: dict[str, Event] = {}
+    for query in queries:
+        first.setdefault(query["key"], query)
+    return list(first.values())
 
 
 def _evenly(group: Sequence[Event], count: int) -> list[Event]:
@@ -150,7 +159,10 @@ def _charts(log: RunLog) -> list[tuple[str, Markup]]:
     rates = [*curve("learning_rate", "head", 0), *curve("encoder_learning_rate", "encoder", 1)]
     speed = curve("samples_per_s", "samples/s", 0, smooth=True)
     drawn = [
-        ("Loss", line_chart(losses, name="loss", y_label="loss", last_step=last_step)),
+        (
+            "Loss",
+            line_chart(losses, name="loss", y_label="loss", last_step=last_step, log_if_wide=True),
+        ),
         ("Recall on the test clips", _recall_chart(log.evaluations, last_step, clock)),
         ("Learning rate", line_chart(rates, name="rate", y_label="", last_step=last_step)),
         (
@@ -178,8 +190,8 @@ def _recall_chart(
             dashed=direction == "video_to_text",
             markers=True,
         )
-        for direction in DIRECTIONS
         for colour, k in enumerate((1, 5, 10))
+        for direction in DIRECTIONS
     ]
     return line_chart(
         lines, name="recall", y_label="%", last_step=last_step, y_from_0=True, minutes=clock

@@ -1,13 +1,68 @@
-"""Reads log.jsonl back: the steps and evaluations of a run, whatever interrupted it."""
+"""log.jsonl: what a run did, one JSON object a line; written by rank 0, read by the report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from tvr.data_prep.records import Replacement
+
+LOG = "log.jsonl"
+
 Event = Mapping[str, Any]
+
+
+class LogWriter:
+    """Appends events to run_dir/log.jsonl on rank 0, and every rank's keys to its own file."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._path = run_dir / LOG if rank == 0 else None
+        self._keys = run_dir / "keys" / f"rank-{rank:05d}.jsonl"
+        self._started = time.monotonic()
+
+    def begin(self, step: int) -> None:
+        """Starts at optimiser step `step`: what an earlier attempt logged beyond it is dropped."""
+        for path in (self._path, self._keys):
+            if path is not None and path.exists():
+                _keep_until(path, step)
+        if step:
+            self.write("resumed", {"step": step})
+
+    def write(self, event: str, values: Mapping[str, Any]) -> None:
+        if self._path is not None:
+            elapsed = {"time_s": round(time.monotonic() - self._started, 3)}
+            _append(self._path, {"event": event, **elapsed, **values})
+
+    def write_replaced(self, step: int, replaced: Sequence[Replacement]) -> None:
+        for entry in replaced:
+            self.write("replaced", {"step": step, **asdict(entry)})
+
+    def write_keys(self, step: int, keys: Sequence[str]) -> None:
+        self._keys.parent.mkdir(exist_ok=True)
+        _append(self._keys, {"step": step, "keys": list(keys)})
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, AttributeError):
+            continue  # torn by the crash that ended the earlier attempt
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
 
 
 @dataclass

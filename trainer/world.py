@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(minutes=30)  # the slowest rank may still be compiling or reading its first shard
+TIMEOUT = timedelta(
+    minutes=30
+)  # the slowest rank may still be compiling or reading its first shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,9 @@ def join_world() -> Iterator[World]:
         if "RANK" in os.environ:
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
         else:
-            # A store in memory: a world of one opens no port.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            # In memory: a world of one opens no port. (torch has it public and out of __all__.)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     finally:

@@ -1,0 +1,103 @@
+"""Time and peak memory of the similarity, forward and backward, against the naive reference.
+
+Prints one line of JSON. Run by `make bench`, or by hand with other sizes: similarity.py --pairs 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from importlib import import_module
+from typing import Any
+
+IMPLEMENTATIONS = ("reference", "similarity")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=256, help="texts, and videos")
+    parser.add_argument("--words", type=int, default=32)
+    parser.add_argument("--frames", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(**vars(options))))
+        return
+    # Each in a process of its own: the peak of one must not hide that of the other.
+    found = {name: json.loads(run_alone(name)) for name in IMPLEMENTATIONS}
+    naive, ours = (found[name] for name in IMPLEMENTATIONS)
+    sizes = {key: value for key, value in vars(options).items() if key != "only"}
+    line = {
+        "benchmark": "similarity, att_wti, neighbour frames, float32, forward + backward",
+        "sizes": sizes,
+        **found,
+        "time_ratio": round(ours["median_s"] / naive["median_s"], 3),
+        "peak_memory_ratio": round(ours["peak_mb"] / naive["peak_mb"], 3),
+        "machine": machine(),
+    }
+    print(json.dumps(line))
+
+
+def run_alone(name: str) -> str:
+    line = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def measure(
+    *, pairs: int, words: int, frames: int, width: int, repeats: int, only: str
+) -> dict[str, Any]:
+    """Seconds of each repeat after one warm-up, and the growth of the process's peak memory."""
+    import torch
+    from torch.nn.functional import normalize
+
+    similarity = import_module(f"tvr.kernels.{only}").dmae_similarity
+    torch.manual_seed(0)
+
+    def unit(*shape: int) -> torch.Tensor:
+        return normalize(torch.randn(*shape, width), dim=-1).requires_grad_()
+
+    sentence, tokens, images = unit(pairs), unit(pairs, words), unit(pairs, frames)
+    word_mask = (torch.arange(words) < torch.randint(4, words + 1, (pairs, 1))).long()
+    frame_mask = torch.ones(pairs, frames, dtype=torch.long)
+    weights = {
+        "word_logits": torch.randn(pairs, words, requires_grad=True),
+        "frame_logits": torch.randn(pairs, frames, requires_grad=True),
+    }
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        scores = similarity(sentence, tokens, images, word_mask, frame_mask, **weights)
+        scores.square().sum().backward()
+        seconds.append(time.perf_counter() - started)
+    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
+    return {
+        "median_s": round(statistics.median(seconds[1:]), 4),
+        "spread_s": [round(min(seconds[1:]), 4), round(max(seconds[1:]), 4)],
+        "peak_mb": round(peak_kb / 1024, 1),
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "cpu": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""2 ranks x B equals 1 rank x 2B: loss and every parameter gradient, at every ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import spawn
+from tiny import make_tiny_data, tiny_config, with_ranks
+from torch import Tensor
+
+from tvr.data_prep.stream import train_batches
+from tvr.trainer.config import Config, merged
+from tvr.trainer.engine import Engine
+from tvr.trainer.gather import collectives_of, gather_rows, gather_uneven
+from tvr.trainer.model import TextVideoModel, build_model, image_size, model_inputs
+from tvr.trainer.objective import objective
+from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.world import World
+
+LOSSES = {
+    "reference": {"similarity": "neg_nce", "neg_nce_mode": "reference"},
+    "log": {"similarity": "neg_nce", "neg_nce_mode": "log"},
+    "info_nce": {"similarity": "info_nce"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_tiny_data(folder)
+    return folder
+
+
+def model_of(config: Config) -> tuple[TextVideoModel, Tokenizer]:
+    tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
+    torch.manual_seed(3)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    return model, tokenizer
+
+
+def first_batch(config: Config, tokenizer: Tokenizer, world: World) -> Any:
+    return next(
+        train_batches(
+            config.data.train,
+            seed=0,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=world.rank,
+            world_size=world.world_size,
+            start_step=0,
+            workers=0,
+            num_frames=config.data.num_frames,
+            image_size=image_size(config.model),
+            tokenize=tokenizer,
+            max_bad=0,
+        )
+    )
+
+
+def world_of(rank: int, world_size: int) -> World:
+    return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
+def engine_gradients(
+    rank: int, world_size: int, folder: Path, losses: list[str], zero_stage: int
+) -> dict[str, tuple[float, dict[str, Tensor]]]:
+    from deepspeed.utils import safe_get_full_grad
+
+    world = world_of(rank, world_size)
+    results = {}
+    for name in losses:
+        config = tiny_config(folder, loss=LOSSES[name], train={"zero_stage": zero_stage})
+        config = with_ranks(config, world_size)
+        model, tokenizer = model_of(config)
+        engine = Engine(model, config.train, world)
+        batch = first_batch(config, tokenizer, world)
+        features = engine.encode(*model_inputs(batch, world.device))
+        mine = objective(features, batch.video_ids, config.model, config.loss, world)
+        shares = gather_rows(mine.shares[None], world).sum(0)
+        engine.backward(mine.for_backward)
+        gradients = {
+            key: safe_get_full_grad(parameter).clone()
+            for key, parameter in engine.module.named_parameters()
+        }
+        results[name] = (float(shares[0]), gradients)
+    return results
+
+
+def assert_equal_gradients(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], *, relative: float
+) -> None:
+    """Each within `relative` of its own largest entry, or of the model's where its true value is 0.
+
+    A key bias of an attention layer adds the same to all scores of a softmax: its gradient is
+    rounding noise around 0, which no two orders of summation share.
+    """
+    assert ours.keys() == theirs.keys()
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    for name, gradient in theirs.items():
+        bound = relative * float(gradient.abs().max())
+        if name.endswith("k_proj.bias"):
+            bound = relative * largest
+        difference = float((ours[name] - gradient).abs().max())
+        assert difference <= max(bound, 1e-7 * largest), (name, difference, bound)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_at_every_zero_stage(data: Path, zero_stage: int) -> None:
+    losses = ["reference", "log"]
+    (alone,) = spawn(engine_gradients, 1, data, losses, zero_stage)
+    two = spawn(engine_gradients, 2, data, losses, zero_stage)
+    for name in losses:
+        loss, gradients = alone[name]
+        # The partial predictor of frames learns nothing, as published; everything else does.
+        silent = {key for key, g in gradients.items() if not g.any()}
+        assert silent == {key for key in gradients if key.startswith("frame_predictor.")}
+        for ranks_loss, ranks_gradients in (rank[name] for rank in two):
+            assert ranks_loss == pytest.approx(loss, rel=1e-5)
+            assert_equal_gradients(ranks_gradients, gradients, relative=1e-5)
+
+
+def double_gradients(
+    rank: int, world_size: int, folder: Path, settings: dict[str, Any]
+) -> tuple[float, dict[str, Tensor]]:
+    """Without DeepSpeed, in float64: gradients summed over ranks and divided by their number."""
+    world = world_of(rank, world_size)
+    config = with_ranks(merged(tiny_config(folder), settings, where="test"), world_size)
+    model, tokenizer = model_of(config)
+    model.double()
+    batch = first_batch(config, tokenizer, world)
+    features = model(*model_inputs(batch, world.device))
+    mine = objective(features, batch.video_ids, config.model, config.loss, world)
+    mine.for_backward.backward()
+    gradients = {}
+    for key, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients[key] = collectives_of(world).sum(gradient) / world_size
+    return float(gather_rows(mine.shares[None], world).sum(0)[0]), gradients
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("interaction", ["att_wti", "ti"])
+def test_any_number_of_ranks_is_exact_in_double(data: Path, loss: str, interaction: str) -> None:
+    settings = {
+        "loss": LOSSES[loss],
+        "model": {"interaction": interaction},
+        "train": {"global_batch": 6},
+    }
+    (alone,) = spawn(double_gradients, 1, data, settings)
+    for world_size in (2, 3):
+        for ranks_loss, gradients in spawn(double_gradients, world_size, data, settings):
+            assert ranks_loss == pytest.approx(alone[0], rel=1e-12)
+            assert_equal_gradients(gradients, alone[1], relative=1e-9)
+
+
+def gather_backward(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    world = world_of(rank, world_size)
+    mine = torch.full((2, 3), float(rank + 1), dtype=torch.float64, requires_grad=True)
+    everyone = gather_rows(mine, world)
+    weights = torch.arange(everyone.numel(), dtype=torch.float64).view_as(everyone) * (rank + 1)
+    (everyone * weights).sum().backward()
+    assert mine.grad is not None
+    uneven = gather_uneven(torch.full((rank, 2), rank), world)
+    return everyone.detach(), mine.grad, uneven
+
+
+def test_the_gather_sums_gradients_of_all_ranks_to_the_owner() -> None:
+    results = spawn(gather_backward, 3)
+    weights = torch.arange(18, dtype=torch.float64).view(6, 3) * (1 + 2 + 3)
+    for rank, (everyone, gradient, uneven) in enumerate(results):
+        assert everyone[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
+        assert torch.equal(gradient, weights[2 * rank : 2 * rank + 2])
+        assert [len(rows) for rows in uneven] == [0, 1, 2]
+        assert uneven[2].tolist() == [[2, 2], [2, 2]]
+
+
+def test_every_setting_of_the_tiny_run_is_a_setting(data: Path) -> None:
+    with pytest.raises(ValueError, match="loss.margn"):
+        tiny_config(data, loss={"margn": 1})
+    assert asdict(tiny_config(data))["train"]["global_batch"] == 8

@@ -1,0 +1,219 @@
+"""The command lines of `tvr demo`, `train`, `evaluate`, `report` and `show-config`.
+
+Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import tyro
+
+from tvr.data_prep.records import ShardCorrupt, TooManyBadSamples
+from tvr.trainer.config import Config, merged, read_overrides, to_json
+from tvr.trainer.recipes import recipe
+
+EXIT_DONE, EXIT_USAGE, EXIT_FAILED = 0, 2, 3
+
+# The sections' flags stand at the top: --train.steps, not --settings.train.steps.
+Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
+
+
+def train(argv: Sequence[str]) -> int:
+    """`tvr train`."""
+
+    def action() -> int:
+        base = _base(argv)
+
+        def arguments(
+            *,
+            run_dir: Path,
+            recipe: str = "demo",
+            config: Path | None = None,
+            settings: Flags = base,
+        ) -> tuple[Config, Path]:
+            """Trains on packed data; started on every rank by `tvr launch` (alone: one rank).
+
+            Settings come from the recipe, then the --config file, then flags; the last one wins.
+            A run that stopped goes on from its newest checkpoint when the same line is given again.
+
+            Args:
+                run_dir: Folder of the run: configuration, log, checkpoints, results.
+                recipe: Full configuration to start from.
+                config: JSON file with (some) settings, nested as `tvr show-config` prints them.
+                settings: All settings.
+            """
+            return settings, run_dir
+
+        resolved, run_dir = tyro.cli(arguments, prog="tvr train", args=list(argv))
+        from tvr.trainer.loop import train as run
+
+        run(resolved, run_dir)
+        return EXIT_DONE
+
+    return _reported("train", action)
+
+
+def show_config(argv: Sequence[str]) -> int:
+    """`tvr show-config`."""
+
+    def action() -> int:
+        base = _base(argv)
+
+        def arguments(
+            *, recipe: str = "demo", config: Path | None = None, settings: Flags = base
+        ) -> Config:
+            """Prints the settings that `tvr train` would use, as JSON, and what they would run on.
+
+            Args:
+                recipe: Full configuration to start from.
+                config: JSON file with (some) settings, nested as this command prints them.
+                settings: All settings.
+            """
+            return settings
+
+        resolved = tyro.cli(arguments, prog="tvr show-config", args=list(argv))
+        sys.stdout.write(to_json(resolved))
+        import torch
+
+        cuda = torch.cuda.is_available()
+        device = f"{torch.cuda.device_count()} CUDA devices, NCCL" if cuda else "CPU, gloo"
+        reason = "" if cuda else "; torch finds no CUDA device"
+        print(f"runs on: {device} (torch {torch.__version__}{reason})", file=sys.stderr)
+        return EXIT_DONE
+
+    return _reported("show-config", action)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """`tvr evaluate`."""
+
+    def arguments(*, run_dir: Path, data: str | None = None) -> int:
+        """Recall of a run's newest checkpoint, text to video and video to text.
+
+        Args:
+            run_dir: Folder of an existing run.
+            data: Data set to evaluate on instead of the run's; its results are printed, not kept.
+        """
+        from tvr.trainer.restore import evaluate_run
+
+        print(evaluate_run(run_dir, data).table())
+        return EXIT_DONE
+
+    return _reported("evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv)))
+
+
+def report(argv: Sequence[str]) -> int:
+    """`tvr report`."""
+
+    def arguments(*, run_dir: Path) -> int:
+        """Writes report.html: results, curves, and test queries with their best videos.
+
+        Args:
+            run_dir: Folder of an existing run.
+        """
+        print(_write_report(run_dir))
+        return EXIT_DONE
+
+    return _reported("report", lambda: tyro.cli(arguments, prog="tvr report", args=list(argv)))
+
+
+def demo(argv: Sequence[str]) -> int:
+    """`tvr demo`."""
+    base = recipe("demo")
+
+    def arguments(
+        *,
+        out: Path = Path("runs/demo"),
+        train_clips: int = 3000,
+        test_clips: int = 256,
+        ranks: int = 2,
+        settings: Flags = base,
+    ) -> int:
+        """Renders captioned clips, packs them, trains a small CLIP on them, evaluates, reports.
+
+        What an earlier call completed is used again.
+
+        Args:
+            out: Folder for clips, data, the run and its report.
+            train_clips: Clips to train on.
+            test_clips: Unseen clips to test on.
+            ranks: Training processes; train.global-batch is shared out among them.
+            settings: All settings of the training.
+        """
+        return _run_demo(out, train_clips, test_clips, ranks, settings)
+
+    return _reported("demo", lambda: tyro.cli(arguments, prog="tvr demo", args=list(argv)))
+
+
+def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:
+    from tvr.trainer.demo import DemoPaths, prepare_demo, train_on_ranks
+
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
+
+    paths = DemoPaths(out)
+    prepare_demo(
+        paths,
+        train_clips=train_clips,
+        test_clips=test_clips,
+        num_frames=settings.data.num_frames,
+        image_size=settings.model.towers.image_size,
+        max_words=settings.data.max_words,
+        workers=os.cpu_count() or 1,
+        say=say,
+    )
+    run_dir = out / "run"
+    configuration = paths.write_settings(settings, ranks)
+    say(f"training on {ranks} ranks, log in {run_dir / 'log.jsonl'}")
+    code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
+    if code != EXIT_DONE:
+        return code
+    from tvr.trainer.restore import stored_table
+
+    say("done\n\n" + stored_table(run_dir))
+    print(f"\nreport: {_write_report(run_dir)}")
+    return EXIT_DONE
+
+
+def _write_report(run_dir: Path) -> Path:
+    from tvr.trainer.report import write_report
+    from tvr.trainer.restore import thumbnails_of
+
+    return write_report(run_dir, thumbnails=thumbnails_of(run_dir))
+
+
+def _base(argv: Sequence[str]) -> Config:
+    """Recipe and --config file, under the flags, which need their values as defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--config", type=Path, default=None)
+    named, _ = parser.parse_known_args(list(argv))
+    base = recipe(named.recipe)
+    if named.config is None:
+        return base
+    return merged(base, read_overrides(named.config), where=f"--config {named.config}")
+
+
+def _reported(command: str, action: Callable[[], int]) -> int:
+    """Runs a command; what its user caused becomes one line and exit code 2, or 3 in training."""
+    from tvr.trainer.errors import CheckpointIncompatible, NonFiniteLoss
+
+    try:
+        return action()
+    except (ValueError, OSError, ShardCorrupt, CheckpointIncompatible) as error:
+        code, said = EXIT_USAGE, error
+    except (NonFiniteLoss, TooManyBadSamples) as error:
+        code, said = EXIT_FAILED, error
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f" [rank {rank}]"
+    print(f"tvr {command}: error{where}: {said}", file=sys.stderr)
+    return code

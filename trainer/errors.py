@@ -1,0 +1,11 @@
+"""The errors of training that a caller acts on."""
+
+from __future__ import annotations
+
+
+class CheckpointIncompatible(Exception):
+    """A checkpoint that this run cannot continue; the message says what differs."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss is NaN or infinite on some rank; raised on all ranks before the optimiser step."""

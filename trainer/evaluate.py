@@ -1,0 +1,232 @@
+"""Retrieval over a whole test set: every caption against every video, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvr.data_prep.records import Batch
+from tvr.data_prep.stream import evaluation_batches
+from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
+from tvr.trainer.config import Config
+from tvr.trainer.gather import gather_uneven
+from tvr.trainer.model import Features, image_size, model_inputs
+from tvr.trainer.objective import similarity_rows
+from tvr.trainer.tokenizer import Tokenizer
+from tvr.trainer.world import World
+
+Encode = Callable[..., Features]
+SHOWN = 5  # videos listed per query
+TABLE = {
+    "R@1": "recall_at_1",
+    "R@5": "recall_at_5",
+    "R@10": "recall_at_10",
+    "MdR": "median_rank",
+    "MnR": "mean_rank",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Results on one test set; recalls and accuracy in percent, ranks from 1."""
+
+    data: str
+    videos: int
+    captions: int
+    left_out: int
+    metrics: RetrievalMetrics
+    binding_accuracy: float | None
+    """Captions nearer to their own clip than to its counterpart with exchanged attributes."""
+    queries: list[dict[str, Any]]
+    """Per caption: its text, key, rank, and the top 5 videos."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the log holds: all but the queries."""
+        return {
+            "data": self.data,
+            "videos": self.videos,
+            "captions": self.captions,
+            "left_out": self.left_out,
+            "text_to_video": asdict(self.metrics.text_to_video),
+            "video_to_text": asdict(self.metrics.video_to_text),
+            "binding_accuracy": self.binding_accuracy,
+        }
+
+    def table(self) -> str:
+        """As text for a terminal."""
+        return results_table(self.summary())
+
+
+def results_table(summary: Mapping[str, Any]) -> str:
+    """An evaluation's summary, as logged and stored, as text for a terminal."""
+    lines = [
+        f"{summary['captions']} captions, {summary['videos']} videos ({summary['data']})",
+        " " * 15 + "".join(f"{name:>8}" for name in TABLE),
+    ]
+    for direction in ("text_to_video", "video_to_text"):
+        values = "".join(f"{summary[direction][name]:8.1f}" for name in TABLE.values())
+        lines.append(f"{direction.replace('_', ' '):<15}" + values)
+    if summary["binding_accuracy"] is not None:
+        lines.append(f"binding accuracy {summary['binding_accuracy']:.1f} % (chance 50 %)")
+    if summary["left_out"]:
+        lines.append(f"{summary['left_out']} unreadable samples were left out")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """This rank's slice of a test set."""
+
+    features: Features
+    keys: list[str]
+    captions: list[str]
+    caption_video: Tensor
+    left_out: int
+
+
+def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World) -> Evaluation:
+    """Encodes each rank's slice of `data.test` once and ranks all pairs; the same on every rank.
+
+    `encode` is the model's forward in evaluation mode. It is collective where the weights are
+    partitioned (ZeRO-3), so all ranks call it equally often.
+
+    Raises:
+        ValueError: no `data.test`, fewer videos than ranks, or a counterpart with other keys.
+    """
+    if config.data.test is None:
+        raise ValueError("data.test is not set: there is nothing to evaluate on")
+    mine = _encode_set(encode, config.data.test, config, tokenizer, world)
+    similarity = _all_pairs(mine, config, world)
+    everyone = world.gather_objects((mine.keys, mine.captions, mine.left_out))
+    keys = [key for part, _, _ in everyone for key in part]
+    captions = [caption for _, part, _ in everyone for caption in part]
+    before = sum(len(part) for part, _, _ in everyone[: world.rank])
+    text_video = torch.cat(gather_uneven(mine.caption_video + before, world))
+    return Evaluation(
+        data=config.data.test,
+        videos=len(keys),
+        captions=len(captions),
+        left_out=sum(count for _, _, count in everyone),
+        metrics=retrieval_metrics(similarity, text_video),
+        binding_accuracy=_binding_accuracy(encode, mine, config, tokenizer, world),
+        queries=_queries(similarity, text_video, keys, captions),
+    )
+
+
+def _encode_set(
+    encode: Encode, url: str, config: Config, tokenizer: Tokenizer, world: World
+) -> _Encoded:
+    batches = evaluation_batches(
+        url,
+        micro_batch=config.train.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=config.data.workers,
+        num_frames=config.data.num_frames,
+        image_size=image_size(config.model),
+        tokenize=tokenizer,
+        max_bad=config.data.max_bad,
+    )
+    parts: list[Features] = []
+    keys: list[str] = []
+    captions: list[str] = []
+    caption_video: list[Tensor] = []
+    left_out = 0
+    with torch.no_grad():
+        for batch, is_new in _in_step(batches, url, world):
+            features = encode(*model_inputs(batch, world.device))
+            if not is_new:
+                continue
+            parts.append(features)
+            caption_video.append(batch.caption_video + len(keys))
+            keys.extend(batch.keys)
+            captions.extend(batch.captions)
+            left_out += len(batch.replaced)
+    return _Encoded(_joined(parts), keys, captions, torch.cat(caption_video), left_out)
+
+
+def _in_step(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, the last one again and again until every rank has had all of its own."""
+    batch, is_new = next(batches, None), True
+    if world.first_failing(batch is not None) is not None or batch is None:
+        raise ValueError(f"{url} has too few readable videos for {world.world_size} ranks")
+    while True:
+        yield batch, is_new
+        following = next(batches, None)
+        if _all_done(following, world):
+            return
+        batch, is_new = (batch, False) if following is None else (following, True)
+
+
+def _all_done(following: Batch | None, world: World) -> bool:
+    return all(world.gather_objects(following is None))
+
+
+def _joined(parts: list[Features]) -> Features:
+    columns: list[Any] = [
+        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    ]
+    return Features(*columns)
+
+
+def _all_pairs(mine: _Encoded, config: Config, world: World) -> Tensor:
+    """Similarity (A, C) of all captions with all videos: each rank computes its captions' rows."""
+    own = mine.features
+    logits = own.frame_logits
+    videos = own._replace(
+        frames=torch.cat(gather_uneven(own.frames, world)),
+        frame_mask=torch.cat(gather_uneven(own.frame_mask, world)),
+        frame_logits=None if logits is None else torch.cat(gather_uneven(logits, world)),
+    )
+    with torch.no_grad():
+        rows = similarity_rows(own, videos, config.model)
+    return torch.cat(gather_uneven(rows, world)).cpu()
+
+
+def _binding_accuracy(
+    encode: Encode, mine: _Encoded, config: Config, tokenizer: Tokenizer, world: World
+) -> float | None:
+    url = config.data.test_exchanged
+    if url is None:
+        return None
+    other = _encode_set(encode, url, config, tokenizer, world)
+    differing = [pair for pair in zip(mine.keys, other.keys, strict=False) if pair[0] != pair[1]]
+    if differing or len(mine.keys) != len(other.keys):
+        raise ValueError(
+            f"{url} must hold the same keys in the same order as {config.data.test}; "
+            f"first difference: {differing[0] if differing else 'their number'}"
+        )
+    row = torch.arange(len(mine.caption_video))
+    with torch.no_grad():
+        own, exchanged = (
+            similarity_rows(mine.features, videos, config.model).cpu()[row, mine.caption_video]
+            for videos in (mine.features, other.features)
+        )
+    # A tie is as good as a guess.
+    wins = torch.cat(gather_uneven((own > exchanged).double() + (own == exchanged) / 2, world))
+    return float(100 * wins.mean())
+
+
+def _queries(
+    similarity: Tensor, text_video: Tensor, keys: list[str], captions: list[str]
+) -> list[dict[str, Any]]:
+    found = ranks(similarity, text_video).text_to_video.tolist()
+    best = similarity.topk(min(SHOWN, similarity.shape[1]), dim=1)
+    return [
+        {
+            "caption": captions[row],
+            "key": keys[int(text_video[row])],
+            "rank": found[row],
+            "top": [
+                {"key": keys[column], "similarity": value}
+                for column, value in zip(columns, values, strict=True)
+            ],
+        }
+        for row, (columns, values) in enumerate(
+            zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+    ]

@@ -1,0 +1,77 @@
+"""A finished or stopped run, looked at again: its model, its results, its clips as pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from tvr.data_prep.stream import read_sample
+from tvr.trainer.checkpoint import latest_checkpoint
+from tvr.trainer.config import Config
+from tvr.trainer.engine import weights_of
+from tvr.trainer.evaluate import Evaluation, evaluate, results_table
+from tvr.trainer.model import TextVideoModel, build_model, image_size, tokenizer_folder
+from tvr.trainer.run_dir import CHECKPOINTS, EVALUATION, read_config, write_evaluation
+from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.world import join_world
+
+THUMBNAIL_FRAMES = 3
+
+
+def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
+    """Evaluates the newest checkpoint in this process, on `data` or on the run's test set.
+
+    On the run's own test set evaluation.json is replaced by the result.
+
+    Raises:
+        ValueError: no run, no checkpoint, or no test set.
+    """
+    config = read_config(run_dir)
+    if data is not None:
+        config = replace(config, data=replace(config.data, test=data, test_exchanged=None))
+    model, tokenizer, step = load_run(run_dir, config)
+    with join_world() as world:
+        model.to(world.device).eval()
+        result = evaluate(model, config, tokenizer, world)
+    if data is None:
+        write_evaluation(run_dir, result, step)
+    return result
+
+
+def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, int]:
+    """The model of the newest checkpoint whole, in fp32 on the CPU, with tokeniser and step."""
+    found = latest_checkpoint(run_dir / CHECKPOINTS)
+    if found is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet")
+    path, saved = found
+    tokenizer = load_tokenizer(tokenizer_folder(config.model), config.data.max_words)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    model.load_state_dict(weights_of(path.parent, path.name, saved.zero_stage))
+    return model, tokenizer, saved.step
+
+
+def stored_table(run_dir: Path) -> str:
+    """The table of evaluation.json."""
+    return results_table(json.loads((run_dir / EVALUATION).read_text()))
+
+
+def thumbnails_of(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
+    """A function from a test clip's key to a few of its frames; none without a test set."""
+    config = read_config(run_dir)
+    url = config.data.test
+    if url is None:
+        return None
+    num_frames, size = config.data.num_frames, image_size(config.model)
+
+    def thumbnails(key: str) -> list[Image.Image]:
+        frames = read_sample(url, key, num_frames=num_frames, image_size=size).frames
+        picked = [
+            round(i * (len(frames) - 1) / 2) for i in range(min(THUMBNAIL_FRAMES, len(frames)))
+        ]
+        return [Image.fromarray(frames[index]) for index in picked]
+
+    return thumbnails

@@ -1,0 +1,105 @@
+"""A run's folder: whose it is, and the files in it that are written whole or not at all.
+
+config.json       the resolved configuration      log.jsonl       one event a line (run_log.py)
+evaluation.json   the last evaluation             report.html     `tvr report`
+checkpoints/      one folder a step (checkpoint.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tvr.trainer.config import Config, from_json, to_json
+from tvr.trainer.evaluate import Evaluation
+from tvr.trainer.world import World
+
+CONFIG = "config.json"
+EVALUATION = "evaluation.json"
+CHECKPOINTS = "checkpoints"
+
+# What may differ when a run goes on, since no result depends on it.
+FREE = frozenset(
+    {
+        "data.workers",
+        "data.cache_mib",
+        "data.max_bad",
+        "train.eval_every",
+        "train.save_every",
+        "train.log_every",
+        "train.log_keys",
+    }
+)
+
+
+def claim(run_dir: Path, config: Config, world: World) -> None:
+    """Makes `run_dir` the folder of this configuration, or checks that it is. All ranks call it.
+
+    Raises:
+        ValueError: it holds a run of another configuration, the differing settings named.
+    """
+    problem = _claimed(run_dir, config) if world.is_first else None
+    problem = world.gather_objects(problem)[0]
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration of an existing run.
+
+    Raises:
+        ValueError: there is none, or it is of another version of the program.
+    """
+    path = run_dir / CONFIG
+    if not path.exists():
+        raise ValueError(f"{run_dir} is no run: it has no {CONFIG}")
+    return from_json(path.read_text(), where=str(path))
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
+    """Replaces evaluation.json: the summary that the log has, and every query's best videos."""
+    content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
+    write_whole(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is seen complete or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def _claimed(run_dir: Path, config: Config) -> str | None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / CONFIG
+    if path.exists():
+        try:
+            before = read_config(run_dir)
+        except ValueError as error:
+            return str(error)
+        differing = [
+            f"{name} was {was!r}, is {now!r}"
+            for (name, was), (_, now) in zip(
+                _leaves(asdict(before)), _leaves(asdict(config)), strict=True
+            )
+            if was != now and name not in FREE
+        ]
+        if differing:
+            return (
+                f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
+                "Give the settings it was started with, or another --run-dir"
+            )
+    write_whole(path, to_json(config))
+    return None
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
