@@ -165,7 +165,12 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
         stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE_HZ))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.thread_count = 1
-        stream.options = {"crf": "18", "preset": "veryfast"}
+        # cpu-independent: x264 with AVX-512 gives other bytes on each run otherwise.
+        stream.options = {
+            "crf": "18",
+            "preset": "veryfast",
+            "x264-params": "cpu-independent=1",
+        }
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -1,0 +1,189 @@
+"""Whole runs through the command line: order of samples, resume, and how a run may fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny_data, tiny_config, with_ranks
+
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.engine import weights_of
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_tiny_data(folder)
+    return folder
+
+
+def train(
+    config: Config, run_dir: Path, *, ranks: int = 1, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """`tvr train`, on one rank without a launcher or on several with `tvr launch local`."""
+    settings = run_dir.with_suffix(".json")
+    settings.write_text(to_json(with_ranks(config, ranks)))
+    line = ["train", "--config", str(settings), "--run-dir", str(run_dir), *flags]
+    if ranks > 1:
+        line = ["launch", "local", "--ranks", str(ranks), "--", "tvr", *line]
+    return subprocess.run(
+        [sys.executable, "-m", "tvr.launchers.cli", *line],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "log.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [event["loss"] for event in events(run_dir, "step")]
+
+
+def keys_by_step(run_dir: Path) -> list[list[str]]:
+    """The global batch of each micro-step: the ranks' keys side by side, in rank order."""
+    files = sorted((run_dir / "keys").glob("rank-*.jsonl"))
+    ranks = [[json.loads(line)["keys"] for line in file.read_text().splitlines()] for file in files]
+    return [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
+
+
+def weights(run_dir: Path, step: int, zero_stage: int = 1) -> dict[str, torch.Tensor]:
+    return weights_of(run_dir / "checkpoints", f"step-{step:08d}", zero_stage)
+
+
+def test_workers_and_ranks_do_not_change_the_samples(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, train={"steps": 20, "log_keys": True}, data={"test": None})
+    seen, first_losses = {}, {}
+    for ranks, workers in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 2)):
+        run_dir = tmp_path / f"ranks-{ranks}-workers-{workers}"
+        settings = replace(config, data=replace(config.data, workers=workers))
+        done = train(settings, run_dir, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        seen[ranks, workers] = keys_by_step(run_dir)
+        first_losses[ranks, workers] = losses(run_dir)
+    assert len(seen[1, 0]) == 20
+    assert all(len(set(keys)) == 8 for keys in seen[1, 0])
+    assert all(keys == seen[1, 0] for keys in seen.values())
+    assert first_losses[1, 1] == first_losses[1, 2] == first_losses[1, 0]
+    assert first_losses[2, 2] == first_losses[2, 0]
+    # 48 samples, 8 a step: every sample once in the first 6 steps.
+    assert len({key for step in seen[1, 0][:6] for key in step}) == 48
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_resumed_equals_uninterrupted_to_the_last_bit(
+    data: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    config = tiny_config(data, train={"steps": 6, "save_every": 3, "zero_stage": zero_stage})
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = train(config, whole, ranks=2)
+    assert done.returncode == 0, done.stderr
+    # The second run is the first one as it stood after step 3, killed while it wrote a checkpoint.
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-00000006")
+    (stopped / "checkpoints" / "latest").write_text("step-00000003\n")
+    (stopped / "checkpoints" / ".step-00000006.partial").mkdir()
+    (stopped / "evaluation.json").unlink()
+    done = train(config, stopped, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert events(stopped, "resumed")[-1]["step"] == 3
+    assert losses(stopped) == losses(whole)
+    ours, theirs = weights(stopped, 6, zero_stage), weights(whole, 6, zero_stage)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    old, new = (json.loads((run / "evaluation.json").read_text()) for run in (whole, stopped))
+    assert old == new
+
+
+def test_a_run_of_other_settings_is_not_continued(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, train={"steps": 1}, data={"test": None})
+    run_dir = tmp_path / "run"
+    assert train(config, run_dir).returncode == 0
+    refused = train(config, run_dir, flags=("--loss.margin", "0.2"))
+    assert refused.returncode == 2
+    assert "loss.margin was 0.6, is 0.2" in refused.stderr
+    again = train(config, run_dir, flags=("--data.workers", "1"))
+    assert again.returncode == 0, again.stderr
+    assert len(losses(run_dir)) == 1  # it was complete already
+    other = train(config, run_dir, ranks=2, flags=("--train.micro-batch", "8"))
+    assert other.returncode == 2
+    assert "global_batch" in other.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(
+    data: Path, tmp_path: Path
+) -> None:
+    # At this rate the first step throws the weights out of range: the second loss is not finite.
+    config = tiny_config(
+        data,
+        train={
+            "steps": 5,
+            "save_every": 1,
+            "learning_rate": 1e30,
+            "encoder_learning_rate": 1e30,
+            "log_keys": True,
+        },
+        data={"test": None},
+    )
+    run_dir = tmp_path / "run"
+    failed = train(config, run_dir, ranks=2)
+    assert failed.returncode == 3
+    assert "step 2: the loss is not finite on rank 0, 1 of 2" in failed.stderr
+    assert " ".join(keys_by_step(run_dir)[1][:4]) in failed.stderr
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000001\n"
+
+
+def test_accumulation_takes_the_same_samples_in_smaller_runs(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        data,
+        train={"steps": 2, "micro_batch": 4, "log_keys": True},
+        data={"test": None},
+    )
+    run_dir, settings = tmp_path / "run", tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    line = ["train", "--config", str(settings), "--run-dir", str(run_dir)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tvr.launchers.cli", *line], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    micro_steps = keys_by_step(run_dir)
+    assert [len(keys) for keys in micro_steps] == [4, 4, 4, 4]
+    assert [event["step"] for event in events(run_dir, "step")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--data.train", "nowhere"), "nowhere"),
+        (("--model.tokenizer", "nowhere"), "tokenizer folder nowhere"),
+        (("--model.clip", "nowhere"), "nowhere"),
+        (("--train.micro-batch", "3"), "global_batch=8 must be a multiple"),
+        (("--data.num-frames", "9"), "num_frames=9 must be from 1 to 3"),
+        (("--data.max-words", "90000"), "max_words"),
+        (("--train.precision", "bf16", "--train.zero-stage", "0"), "zero_stage >= 1"),
+    ],
+)
+def test_bad_settings_end_with_code_2_and_a_line_that_names_them(
+    data: Path, tmp_path: Path, flags: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tvr.trainer.cli import train as tvr_train
+
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(tiny_config(data)))
+    line = ["--config", str(settings), "--run-dir", str(tmp_path / "run"), *flags]
+    assert tvr_train(line) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith("tvr train: error: ")
+    assert said in shown
