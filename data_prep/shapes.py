@@ -183,9 +183,9 @@ def write_clips(
     """Renders `folder`/PREFIX-00000.mp4 ... and captions.jsonl; yields keys as they finish.
 
     A clip has all its wordings as captions, or one, in turn (so that test captions are as many as
-    test clips). The number of a clip picks the objects' places: scene i and its exchanged twin i, rendered with
-    the same seed to another folder, differ in nothing but the colours. The annotation file comes
-    last, so that its presence means that every clip is there.
+    test clips). The number of a clip picks the objects' places: scene i and its exchanged twin i,
+    rendered with the same seed to another folder, differ in nothing but the colours. The annotation
+    file comes last, so that its presence means that every clip is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(index, f"{prefix}-{index:05d}", scene) for index, scene in enumerate(scenes)]

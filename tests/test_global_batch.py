@@ -73,7 +73,7 @@ Gradients = dict[str, Tensor]
 def engine_gradients(
     rank: int, world_size: int, folder: Path
 ) -> dict[tuple[int, str], tuple[float, Gradients]]:
-    """Loss and whole gradients by (ZeRO stage, loss); one process each, since starting one is slow."""
+    """Loss and whole gradients by (ZeRO stage, loss): all in one process, slow to start."""
     from deepspeed.utils import safe_get_full_grad
 
     world = world_of(rank, world_size)
@@ -196,6 +196,6 @@ def test_the_gather_sums_gradients_of_all_ranks_to_the_owner() -> None:
 
 
 def test_every_setting_of_the_tiny_run_is_a_setting(data: Path) -> None:
-    with pytest.raises(ValueError, match="loss.margn"):
+    with pytest.raises(ValueError, match=r"loss\.margn"):
         tiny_config(data, loss={"margn": 1})
     assert asdict(tiny_config(data))["train"]["global_batch"] == 8

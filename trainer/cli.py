@@ -173,7 +173,7 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
     )
     run_dir = out / "run"
     configuration = paths.write_settings(settings, ranks)
-    say(f"training on {ranks} ranks, log in {run_dir / 'log.jsonl'}")
+    say(f"training on {ranks} ranks; the first start ever compiles an extension of DeepSpeed")
     code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
     if code != EXIT_DONE:
         return code
