@@ -55,8 +55,9 @@ class Engine:
     """
 
     def __init__(self, model: TextVideoModel, train: TrainConfig, world: World) -> None:
-        deepspeed = _import_deepspeed(world)
+        settings = deepspeed_config(train, world.world_size)
         _reject_scalars(model)
+        deepspeed = _import_deepspeed(world)
         self._train = train
         groups = parameter_groups(
             model,
@@ -70,7 +71,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
-            config=deepspeed_config(train, world.world_size),
+            config=settings,
             dist_init_required=False,
         )
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tvr.trainer.checkpoint import latest_checkpoint
 from tvr.trainer.config import Config, from_json, to_json
 from tvr.trainer.evaluate import Evaluation
 from tvr.trainer.world import World
@@ -76,7 +77,8 @@ def write_whole(path: Path, text: str) -> None:
 def _claimed(run_dir: Path, config: Config) -> str | None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
-    if path.exists():
+    # Without a checkpoint nothing was trained by the settings that are there: they may change.
+    if path.exists() and latest_checkpoint(run_dir / CHECKPOINTS) is not None:
         try:
             before = read_config(run_dir)
         except ValueError as error:

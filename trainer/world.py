@@ -69,9 +69,10 @@ def join_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    joined_before = dist.is_initialized()
-    if not joined_before:
+    leave = False
+    if not dist.is_initialized():
         if "RANK" in os.environ:
+            leave = True
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
         else:
             # In memory: a world of one opens no port. (torch has it public and out of __all__.)
@@ -80,7 +81,8 @@ def join_world() -> Iterator[World]:
     try:
         yield World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     finally:
-        if not joined_before:
+        # A lone process keeps its group of one: DeepSpeed holds on to the first group it saw.
+        if leave:
             dist.destroy_process_group()
 
 
