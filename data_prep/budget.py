@@ -13,7 +13,7 @@ class Budget:
     """Counts bad samples by reason and raises TooManyBadSamples at the first one beyond `max_bad`.
 
     A sample counts once however often it is met: a run of many epochs must not spend its budget on
-    one bad clip, nor may that depend on how often the run was restarted.
+    one bad clip. The count is this process's: a restarted run begins a new one.
     """
 
     def __init__(self, max_bad: int, what: str) -> None:

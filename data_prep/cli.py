@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 bad usage, bad input or too many bad clips; 3 verify found
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
@@ -82,22 +83,30 @@ class VerifyArguments:
 
 def pack(argv: Sequence[str]) -> int:
     """`tvr pack`: returns the exit code."""
-    return _reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))
+    return reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))
 
 
 def verify(argv: Sequence[str]) -> int:
     """`tvr verify`: returns the exit code."""
-    return _reported(
+    return reported(
         "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
     )
 
 
-def _reported(command: str, action: Callable[[], int]) -> int:
+def reported(command: str, action: Callable[[], int]) -> int:
+    """Runs a command; what its user caused becomes one line on stderr and exit code 2."""
     try:
         return action()
     except USER_ERRORS as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say_error(command, error)
         return 2
+
+
+def say_error(command: str, error: Exception) -> None:
+    """One line on stderr; ranks of a job say which they are."""
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f" [rank {rank}]"
+    print(f"{command}: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _pack(arguments: PackArguments) -> int:

@@ -52,10 +52,11 @@ class SequenceHeader(nn.Module):
                 f"width={width} must be a multiple of its {heads} heads (width // {HEAD_WIDTH})"
             )
         self.positions = nn.Parameter(torch.empty(num_positions, width))
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(num_layers))
-        self._start_near_identity(width)
+        blocks = [_Block(width, heads) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self._start_near_identity(blocks, width)
 
-    def _start_near_identity(self, width: int) -> None:
+    def _start_near_identity(self, blocks: list["_Block"], width: int) -> None:
         """Makes the first output almost parallel to the frames, which then keep what they know.
 
         Unit vectors have entries of about 1 / sqrt(D). By torch's default the blocks would add
@@ -63,7 +64,7 @@ class SequenceHeader(nn.Module):
         from scratch takes long to part, and pretrained frames lost on the first step.
         """
         nn.init.normal_(self.positions, std=0.2 * width**-0.5)
-        for block in self.blocks:
+        for block in blocks:
             for layer in (block.out_projection, block.mlp_out):
                 nn.init.normal_(layer.weight, std=0.2 / width)
                 nn.init.zeros_(layer.bias)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tvr.kernels.reference import full_precision, masked_softmax, raised, unit
 
-# The margins that each kind sums; kind 1 is computed for the log and adds nothing to the loss.
+# The margins that each kind sums; kind 1 computes the similarities and adds nothing to the loss.
 MARGINS_OF_KIND = {1: (), 2: (1, 2), 3: (3,), 4: (1, 2, 3)}
 
 

@@ -15,7 +15,6 @@ from tvr.launchers.local import path_with_scripts, run_local
 EXIT_DONE = 0
 EXIT_USAGE = 2
 EXIT_FAILED = 3
-EXIT_PREEMPTED = 75
 
 
 class Command(NamedTuple):
@@ -37,12 +36,11 @@ COMMANDS = {
 
 EPILOG = """\
 `tvr COMMAND --help` describes a command.
-exit codes: 0 done, 2 bad usage or configuration, 3 failed,
-            75 preempted and checkpointed (the same line continues)"""
+exit codes: 0 done, 2 bad usage or configuration, 3 failed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns its exit code: 0, 2, 3 or 75."""
+    """Runs one sub-command and returns its exit code: 0, 2 or 3."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     if arguments[:1] == ["--version"]:

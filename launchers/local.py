@@ -30,7 +30,7 @@ def run_local(command: Sequence[str], *, ranks: int) -> int:
         torchrun_code = _run_passing_signals(line, environment)
         if not _is_tvr(command):
             return 0 if torchrun_code == 0 else 3
-        return job_exit_code(read_codes(codes), ranks=ranks, torchrun_code=torchrun_code)
+        return job_exit_code(read_codes(codes), torchrun_code=torchrun_code)
 
 
 def torchrun_command(command: Sequence[str], *, ranks: int, python: str, codes: Path) -> list[str]:
@@ -66,16 +66,11 @@ def read_codes(codes: Path) -> list[int]:
     return [int(line) for line in codes.read_text().split()] if codes.exists() else []
 
 
-def job_exit_code(codes: Sequence[int], *, ranks: int, torchrun_code: int) -> int:
-    """One code for all ranks: 0 or 75 if all agree, 2 if the first to fail said so, else 3.
-
-    75 (preempted) asks to be run again, so a rank that died without a word turns it into 3.
-    """
+def job_exit_code(codes: Sequence[int], *, torchrun_code: int) -> int:
+    """One code for all ranks: 0 if all ended well, 2 if the first to fail said so, else 3."""
     failures = [code for code in codes if code != 0]
     if not failures:
         return 0 if torchrun_code == 0 else 3
-    if 75 in failures:
-        return 75 if len(codes) == ranks and set(codes) == {75} else 3
     return 2 if failures[0] == 2 else 3
 
 

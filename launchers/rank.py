@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tvr.launchers.cli import EXIT_FAILED, EXIT_PREEMPTED, main
+from tvr.launchers.cli import EXIT_FAILED, main
 from tvr.launchers.local import die_with_parent
 
 
@@ -27,8 +27,7 @@ def run_rank(codes: Path, argv: list[str]) -> int:
         os.write(file, f"{code}\n".encode())
     finally:
         os.close(file)
-    # To torchrun a preempted rank succeeded: told otherwise it would stop the ranks still saving.
-    return 0 if code == EXIT_PREEMPTED else code
+    return code
 
 
 def _code_of(end: SystemExit) -> int:

@@ -14,7 +14,6 @@ from tvr.trainer.cli import show_config
 from tvr.trainer.config import (
     Config,
     DataConfig,
-    ModelConfig,
     TowersConfig,
     TrainConfig,
     accumulation_steps,

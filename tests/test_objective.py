@@ -1,4 +1,4 @@
-"""The loss of one process: reference similarity, square losses, mean hinge, on the same features."""
+"""The loss of one process: reference similarity, square losses and mean hinge of its features."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,8 +48,8 @@ def test_a_warm_up_as_long_as_the_run_only_rises() -> None:
 def test_it_rises_then_falls_within_0_and_1(warmup_steps: int, steps: int) -> None:
     got = factors(warmup_steps, steps)
     up, down = got[:warmup_steps], got[warmup_steps:]
-    assert all(before < after for before, after in zip(up, up[1:], strict=False))
-    assert all(before > after for before, after in zip(down, down[1:], strict=False))
+    assert all(before < after for before, after in pairwise(up))
+    assert all(before > after for before, after in pairwise(down))
     assert all(0 < factor <= 1 for factor in got)
     if down:
         assert down[0] == max(got) == 1.0

@@ -35,23 +35,11 @@ def save_checkpoint(engine: Engine, folder: Path, state: SavedState, world: Worl
     """
     name = f"step-{state.step:08d}"
     aside, final = folder / f".{name}.partial", folder / name
-    if world.is_first:
-        for leftover in (aside, final):  # of an earlier attempt at this very step
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-    world.barrier()
+    world.from_first(lambda: _make_room(folder, aside, name))
     engine.save(folder, aside.name, {})
     torch.save(_random_state(), aside / _random_file(world.rank))
     world.barrier()
-    if world.is_first:
-        (aside / STATE).write_text(json.dumps(asdict(state)) + "\n")
-        aside.rename(final)
-        pointer = folder / f".{LATEST}.partial"
-        pointer.write_text(name + "\n")
-        os.replace(pointer, folder / LATEST)
-        for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            shutil.rmtree(old)
-    world.barrier()
+    world.from_first(lambda: _publish(folder, aside, final, state))
     return final
 
 
@@ -89,6 +77,23 @@ def load_checkpoint(
             )
     engine.load(path.parent, path.name)
     _restore_random_state(torch.load(path / _random_file(world.rank), weights_only=True))
+
+
+def _make_room(folder: Path, aside: Path, name: str) -> None:
+    """Removes what an earlier attempt left of this step or beyond it: none of it is `latest`."""
+    for leftover in (aside, *(path for path in folder.glob("step-*") if path.name >= name)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _publish(folder: Path, aside: Path, final: Path, state: SavedState) -> None:
+    (aside / STATE).write_text(json.dumps(asdict(state)) + "\n")
+    aside.rename(final)
+    pointer = folder / f".{LATEST}.partial"
+    pointer.write_text(final.name + "\n")
+    os.replace(pointer, folder / LATEST)
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
 
 
 def _random_file(rank: int) -> str:

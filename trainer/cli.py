@@ -15,11 +15,12 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
-from tvr.data_prep.records import ShardCorrupt, TooManyBadSamples
+from tvr.data_prep.cli import reported, say_error
+from tvr.data_prep.records import TooManyBadSamples
 from tvr.trainer.config import Config, merged, read_overrides, to_json
 from tvr.trainer.recipes import recipe
 
-EXIT_DONE, EXIT_USAGE, EXIT_FAILED = 0, 2, 3
+EXIT_DONE, EXIT_FAILED = 0, 3
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
@@ -103,7 +104,9 @@ def evaluate(argv: Sequence[str]) -> int:
         """
         from tvr.trainer.restore import evaluate_run
 
-        print(evaluate_run(run_dir, data).table())
+        result = evaluate_run(run_dir, data)
+        if os.environ.get("RANK", "0") == "0":
+            print(result.table())
         return EXIT_DONE
 
     return _reported("evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv)))
@@ -155,12 +158,22 @@ def demo(argv: Sequence[str]) -> int:
 def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:
     from tvr.trainer.demo import DemoPaths, prepare_demo, train_on_ranks
 
+    base = recipe("demo")
+
     started = time.monotonic()
+
+    places = ("train", "test", "test_exchanged")
+    given = [f"data.{n}" for n in places if getattr(settings.data, n) != getattr(base.data, n)]
+    if settings.model.tokenizer != base.model.tokenizer:
+        given.append("model.tokenizer")
+    if given:
+        raise ValueError(f"{', '.join(given)}: the demo makes its own; use `tvr train` instead")
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
     paths = DemoPaths(out)
+    configuration = paths.write_settings(settings, ranks)
     prepare_demo(
         paths,
         train_clips=train_clips,
@@ -172,7 +185,6 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
         say=say,
     )
     run_dir = out / "run"
-    configuration = paths.write_settings(settings, ranks)
     say(f"training on {ranks} ranks; the first start ever compiles an extension of DeepSpeed")
     code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
     if code != EXIT_DONE:
@@ -204,16 +216,16 @@ def _base(argv: Sequence[str]) -> Config:
 
 
 def _reported(command: str, action: Callable[[], int]) -> int:
-    """Runs a command; what its user caused becomes one line and exit code 2, or 3 in training."""
+    """As `reported`, and a training that failed for a reason it can name becomes exit code 3."""
     from tvr.trainer.errors import CheckpointIncompatible, NonFiniteLoss
 
-    try:
-        return action()
-    except (ValueError, OSError, ShardCorrupt, CheckpointIncompatible) as error:
-        code, said = EXIT_USAGE, error
-    except (NonFiniteLoss, TooManyBadSamples) as error:
-        code, said = EXIT_FAILED, error
-    rank = os.environ.get("RANK")
-    where = "" if rank is None else f" [rank {rank}]"
-    print(f"tvr {command}: error{where}: {said}", file=sys.stderr)
-    return code
+    def guarded() -> int:
+        try:
+            return action()
+        except CheckpointIncompatible as error:
+            raise ValueError(str(error)) from error
+        except (NonFiniteLoss, TooManyBadSamples) as error:
+            say_error(f"tvr {command}", error)
+            return EXIT_FAILED
+
+    return reported(f"tvr {command}", guarded)

@@ -17,7 +17,7 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = pydantic.ConfigDict(extra="forbid")
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -135,7 +135,7 @@ class TrainConfig:
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
+    seed: NotNegative = 0
     eval_every: NotNegative = 0
     """Steps between evaluations; 0: only at the end."""
     save_every: NotNegative = 0
@@ -192,7 +192,9 @@ def from_json(text: str, *, where: str) -> Config:
 def merged(base: Config, overrides: Mapping[str, Any], *, where: str) -> Config:
     """`base` with the nested `overrides` of a configuration file laid over it."""
     try:
-        return pydantic.TypeAdapter(Config).validate_python(_overlay(asdict(base), overrides))
+        # As JSON, where a number is no string and a section is an object.
+        text = json.dumps(_overlay(asdict(base), overrides))
+        return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
         raise ValueError(f"{where}: {_named(error)}") from None
 

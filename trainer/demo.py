@@ -5,6 +5,8 @@ Every stage leaves a complete result or none, so that a second run goes on where
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from tvr.data_prep.annotations import read_annotations
-from tvr.data_prep.manifest import MANIFEST_NAME, read_manifest
+from tvr.data_prep.manifest import MANIFEST_NAME
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.shapes import ANNOTATIONS, Scene, demo_scenes, write_clips
 from tvr.trainer.config import Config, to_json
@@ -46,16 +48,44 @@ class DemoPaths:
     def data(self, split: str) -> Path:
         return self.root / "data" / split
 
+    def claim(self, sizes: dict[str, int]) -> None:
+        """Makes this the folder of a demo of these sizes, or checks that it is."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / "demo.json"
+        if not path.exists():
+            write_whole(path, json.dumps(sizes) + "\n")
+        before = json.loads(path.read_text())
+        differing = [
+            f"{name} was {before.get(name)}, is {sizes[name]}"
+            for name in sizes
+            if before.get(name) != sizes[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.root} holds a demo of other sizes ({'; '.join(differing)}); "
+                "remove it or choose another --out"
+            )
+
     def write_settings(self, settings: Config, ranks: int) -> Path:
-        """The file for `tvr train --config`: the settings with this demo's places in them."""
+        """The file for `tvr train --config`: the settings with this demo's places in them.
+
+        Raises:
+            ValueError: the global batch cannot be shared out among the ranks.
+        """
+        if ranks < 1 or settings.train.global_batch % ranks:
+            raise ValueError(
+                f"--ranks {ranks} must be at least 1 and divide train.global_batch="
+                f"{settings.train.global_batch}"
+            )
         data = replace(
             settings.data,
             train=str(self.data("train")),
             test=str(self.data("test")),
             test_exchanged=str(self.data("exchanged")),
         )
-        train = replace(settings.train, micro_batch=max(1, settings.train.global_batch // ranks))
+        train = replace(settings.train, micro_batch=settings.train.global_batch // ranks)
         model = replace(settings.model, tokenizer=str(self.tokenizer))
+        self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / "settings.json"
         write_whole(path, to_json(replace(settings, data=data, train=train, model=model)))
         return path
@@ -74,9 +104,22 @@ def prepare_demo(
 ) -> None:
     """Renders and packs `train`, `test` and `exchanged`, and learns a tokeniser from the captions.
 
-    What is complete already is left as it is; a data set of another size is an error, since the
-    runs beside it were trained on it.
+    What is complete already is left as it is.
+
+    Raises:
+        ValueError: the folder holds a demo of other sizes. Test scenes are drawn apart from one
+            training set of one size, so parts of two demos must not meet.
     """
+    paths.claim(
+        {
+            "train_clips": train_clips,
+            "test_clips": test_clips,
+            "num_frames": num_frames,
+            "image_size": image_size,
+            "max_words": max_words,
+            "seed": SCENES_SEED,
+        }
+    )
     splits = demo_scenes(train_clips, test_clips, SCENES_SEED)
     for split, scenes in splits.items():
         folder = paths.clips / split
@@ -85,7 +128,7 @@ def prepare_demo(
         else:
             _render(folder, scenes, workers, training=split == "train")
             say(f"clips/{split}: {len(scenes)} clips rendered")
-        _pack(paths, split, len(scenes), num_frames, image_size, say)
+        _pack(paths, split, num_frames, image_size, say)
     if (paths.tokenizer / "tokenizer_config.json").exists():
         say("tokenizer: complete")
         return
@@ -98,9 +141,18 @@ def prepare_demo(
 
 
 def train_on_ranks(ranks: int, arguments: list[str]) -> int:
-    """`tvr launch local --ranks N -- tvr train ARGUMENTS`, as a user would type it."""
+    """`tvr launch local --ranks N -- tvr train ARGUMENTS`, as a user would type it, on the CPU."""
     command = ["launch", "local", "--ranks", str(ranks), "--", "tvr", "train", *arguments]
-    return subprocess.call([sys.executable, "-m", "tvr.launchers.cli", *command])
+    # The demo shows the same on every machine; two ranks on one GPU could not meet in NCCL.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tvr.launchers.cli", *command], env=environment
+    )
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the launcher got it too, and waits for its ranks to end
 
 
 def _render(folder: Path, scenes: list[Scene], workers: int, *, training: bool) -> None:
@@ -120,19 +172,12 @@ def _render(folder: Path, scenes: list[Scene], workers: int, *, training: bool) 
 def _pack(
     paths: DemoPaths,
     split: str,
-    count: int,
     num_frames: int,
     image_size: int,
     say: Callable[[str], None],
 ) -> None:
     url = str(paths.data(split))
     if (paths.data(split) / MANIFEST_NAME).exists():
-        found = read_manifest(url).num_samples
-        if found != count:
-            raise ValueError(
-                f"{url} holds {found} clips, {count} were asked for; "
-                "remove the folder or choose another --out"
-            )
         say(f"data/{split}: complete")
         return
     clips = read_annotations(str(paths.clips / split / ANNOTATIONS))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch
+from tvr.data_prep.records import Batch, Replacement
 from tvr.data_prep.stream import evaluation_batches
 from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
 from tvr.trainer.config import Config
@@ -37,7 +37,8 @@ class Evaluation:
     data: str
     videos: int
     captions: int
-    left_out: int
+    left_out: tuple[Replacement, ...]
+    """Samples that could not be read."""
     metrics: RetrievalMetrics
     binding_accuracy: float | None
     """Captions nearer to their own clip than to its counterpart with exchanged attributes."""
@@ -50,7 +51,7 @@ class Evaluation:
             "data": self.data,
             "videos": self.videos,
             "captions": self.captions,
-            "left_out": self.left_out,
+            "left_out": len(self.left_out),
             "text_to_video": asdict(self.metrics.text_to_video),
             "video_to_text": asdict(self.metrics.video_to_text),
             "binding_accuracy": self.binding_accuracy,
@@ -85,7 +86,7 @@ class _Encoded:
     keys: list[str]
     captions: list[str]
     caption_video: Tensor
-    left_out: int
+    left_out: list[Replacement]
 
 
 def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World) -> Evaluation:
@@ -95,13 +96,14 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
     partitioned (ZeRO-3), so all ranks call it equally often.
 
     Raises:
-        ValueError: no `data.test`, fewer videos than ranks, or a counterpart with other keys.
+        ValueError: no `data.test`, fewer videos than ranks, or a counterpart without its keys.
     """
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
     mine = _encode_set(encode, config.data.test, config, tokenizer, world)
     similarity = _all_pairs(mine, config, world)
-    everyone = world.gather_objects((mine.keys, mine.captions, mine.left_out))
+    binding_accuracy, missing = _binding_accuracy(encode, mine, config, tokenizer, world)
+    everyone = world.gather_objects((mine.keys, mine.captions, [*mine.left_out, *missing]))
     keys = [key for part, _, _ in everyone for key in part]
     captions = [caption for _, part, _ in everyone for caption in part]
     before = sum(len(part) for part, _, _ in everyone[: world.rank])
@@ -110,9 +112,9 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
         data=config.data.test,
         videos=len(keys),
         captions=len(captions),
-        left_out=sum(count for _, _, count in everyone),
+        left_out=tuple(entry for _, _, part in everyone for entry in part),
         metrics=retrieval_metrics(similarity, text_video),
-        binding_accuracy=_binding_accuracy(encode, mine, config, tokenizer, world),
+        binding_accuracy=binding_accuracy,
         queries=_queries(similarity, text_video, keys, captions),
     )
 
@@ -135,7 +137,7 @@ def _encode_set(
     keys: list[str] = []
     captions: list[str] = []
     caption_video: list[Tensor] = []
-    left_out = 0
+    left_out: list[Replacement] = []
     with torch.no_grad():
         for batch, is_new in _in_step(batches, url, world):
             features = encode(*model_inputs(batch, world.device))
@@ -145,7 +147,7 @@ def _encode_set(
             caption_video.append(batch.caption_video + len(keys))
             keys.extend(batch.keys)
             captions.extend(batch.captions)
-            left_out += len(batch.replaced)
+            left_out.extend(batch.replaced)
     return _Encoded(_joined(parts), keys, captions, torch.cat(caption_video), left_out)
 
 
@@ -189,26 +191,28 @@ def _all_pairs(mine: _Encoded, config: Config, world: World) -> Tensor:
 
 def _binding_accuracy(
     encode: Encode, mine: _Encoded, config: Config, tokenizer: Tokenizer, world: World
-) -> float | None:
+) -> tuple[float | None, list[Replacement]]:
+    """The accuracy over the captions whose two clips can be read, and the twins that cannot."""
     url = config.data.test_exchanged
     if url is None:
-        return None
+        return None, []
     other = _encode_set(encode, url, config, tokenizer, world)
-    differing = [pair for pair in zip(mine.keys, other.keys, strict=False) if pair[0] != pair[1]]
-    if differing or len(mine.keys) != len(other.keys):
-        raise ValueError(
-            f"{url} must hold the same keys in the same order as {config.data.test}; "
-            f"first difference: {differing[0] if differing else 'their number'}"
-        )
-    row = torch.arange(len(mine.caption_video))
+    twin_of = {key: row for row, key in enumerate(other.keys)}
+    pairs = [
+        (caption, video, twin_of[mine.keys[video]])
+        for caption, video in enumerate(mine.caption_video.tolist())
+        if mine.keys[video] in twin_of
+    ]
+    caption, video, twin = torch.tensor(pairs, dtype=torch.long).view(-1, 3).unbind(1)
     with torch.no_grad():
-        own, exchanged = (
-            similarity_rows(mine.features, videos, config.model).cpu()[row, mine.caption_video]
-            for videos in (mine.features, other.features)
-        )
+        own = similarity_rows(mine.features, mine.features, config.model).cpu()[caption, video]
+        exchanged = similarity_rows(mine.features, other.features, config.model).cpu()
+    exchanged = exchanged[caption, twin]
     # A tie is as good as a guess.
     wins = torch.cat(gather_uneven((own > exchanged).double() + (own == exchanged) / 2, world))
-    return float(100 * wins.mean())
+    if not len(wins):
+        raise ValueError(f"{url} shares no readable key with {config.data.test}")
+    return float(100 * wins.mean()), other.left_out
 
 
 def _queries(

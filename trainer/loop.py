@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tvr.data_prep.manifest import read_manifest
-from tvr.data_prep.records import Batch
+from tvr.data_prep.records import Batch, TooManyBadSamples
 from tvr.data_prep.stream import train_batches
 from tvr.trainer.checkpoint import (
     SavedState,
@@ -20,15 +21,15 @@ from tvr.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tvr.trainer.config import Config, accumulation_steps
+from tvr.trainer.config import Config, LossConfig, accumulation_steps
 from tvr.trainer.engine import Engine
-from tvr.trainer.errors import NonFiniteLoss
+from tvr.trainer.errors import NonFiniteLoss, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.gather import gather_rows
 from tvr.trainer.model import build_model, image_size, model_inputs, tokenizer_folder
 from tvr.trainer.objective import SHARES, objective
 from tvr.trainer.progress import Progress
-from tvr.trainer.run_dir import CHECKPOINTS, claim, write_evaluation
+from tvr.trainer.run_dir import CHECKPOINTS, claim, evaluated_step, write_evaluation
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.schedule import learning_rate_factor
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
@@ -45,11 +46,11 @@ def train(config: Config, run_dir: Path) -> Evaluation | None:
         CheckpointIncompatible: a checkpoint of another number of ranks or ZeRO stage.
         NonFiniteLoss: naming step, rank and keys.
         TooManyBadSamples: the budget `data.max_bad` is spent.
+        TrainingFailed: anything else that broke once training had begun.
     """
     with join_world() as world:
         claim(run_dir, config, world)
-        # Read here too, so that a missing data set is said before the towers are built.
-        num_samples = read_manifest(config.data.train).num_samples
+        num_samples = _checked_data(config, world)
         tokenizer = load_tokenizer(tokenizer_folder(config.model), config.data.max_words)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
@@ -71,21 +72,35 @@ class _Run:
     num_samples: int
 
     def to_the_end(self) -> Evaluation | None:
-        train, evaluation = self.config.train, None
+        train = self.config.train
         start_step = self._resume()
+        evaluation = self._missed_evaluation(start_step)
+        if 0 < start_step < train.steps:
+            self.log.write("resumed", {"step": start_step})
         batches = self._batches(start_step)
         with Progress(train.steps, start_step, enabled=self.world.is_first) as progress:
             for step in range(start_step, train.steps):
-                record = self._step(step, batches)
-                done = step + 1
-                if done % train.log_every == 0 or done == train.steps:
-                    self.log.write("step", record)
-                progress.step(done, record)
-                if _due(done, train.eval_every, train.steps) and self.config.data.test:
-                    evaluation = self._evaluate(done)
-                    progress.show(evaluation.table())
-                if _due(done, train.save_every, train.steps):
-                    self._save(done)
+                try:
+                    evaluation = self._advance(step, batches, progress) or evaluation
+                except (ValueError, OSError) as error:
+                    # Before the first step these mean bad input; here they mean that a run broke.
+                    raise TrainingFailed(f"step {step + 1} on rank {self.world.rank}") from error
+        return evaluation
+
+    def _advance(self, step: int, batches: Iterator[Batch], show: Progress) -> Evaluation | None:
+        """One step, and what is due after it."""
+        train, evaluation = self.config.train, None
+        record = self._step(step, batches)
+        done = step + 1
+        if done % train.log_every == 0 or done == train.steps:
+            self.log.write("step", record)
+        show.step(done, record)
+        # Saved first: an evaluation that fails must not cost the steps before it.
+        if _due(done, train.save_every, train.steps):
+            self._save(done)
+        if self._evaluation_due(done):
+            evaluation = self._evaluate(done)
+            show.text(evaluation.table())
         return evaluation
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -97,7 +112,7 @@ class _Run:
         totals = torch.zeros(len(SHARES))
         for _ in range(micro_steps):
             before = time.perf_counter()
-            batch = next(batches)
+            batch = self._next_batch(batches)
             waited_s += time.perf_counter() - before
             shares, norm = self._micro_step(batch, step + 1, factor)
             totals += shares / micro_steps
@@ -105,7 +120,7 @@ class _Run:
         return {
             "step": step + 1,
             "epoch": (step + 1) * train.global_batch / self.num_samples,
-            **dict(zip(SHARES, totals.tolist(), strict=True)),
+            **_named(totals, self.config.loss),
             "learning_rate": train.learning_rate * factor,
             "encoder_learning_rate": train.encoder_learning_rate * factor,
             "gradient_norm": norm,
@@ -113,6 +128,17 @@ class _Run:
             "data_wait_s": waited_s,
             "step_s": seconds,
         }
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """This rank's next batch; a budget spent on one rank stops all of them."""
+        try:
+            batch, problem = next(batches), ""
+        except TooManyBadSamples as error:
+            batch, problem = None, str(error)
+        rank = self.world.first_failing(batch is not None)
+        if rank is not None or batch is None:
+            raise TooManyBadSamples(self.world.gather_objects(problem)[rank or 0])
+        return batch
 
     def _micro_step(self, batch: Batch, step: int, factor: float) -> tuple[Tensor, float | None]:
         config, world = self.config, self.world
@@ -129,7 +155,13 @@ class _Run:
             for replaced in world.gather_objects(batch.replaced):
                 self.log.write_replaced(step, replaced)
         self.engine.backward(mine.for_backward)
-        return everyone[:, :-1].sum(0), self.engine.step(factor)
+        norm = self.engine.step(factor)
+        if norm is not None and not math.isfinite(norm):
+            raise NonFiniteLoss(
+                f"step {step}: the loss is finite, its gradient is not ({norm}); the weights are "
+                "spoiled and were not saved, the newest checkpoint is from before"
+            )
+        return everyone[:, :-1].sum(0), norm
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
         data, train = self.config.data, self.config.train
@@ -154,15 +186,27 @@ class _Run:
         evaluation = evaluate(self.engine.encode, self.config, self.tokenizer, self.world)
         self.engine.training(True)
         self.log.write("evaluation", {"step": step, **evaluation.summary()})
+        self.log.write_replaced(step, evaluation.left_out)
         if self.world.is_first:
             write_evaluation(self.run_dir, evaluation, step)
         return evaluation
+
+    def _evaluation_due(self, step: int) -> bool:
+        train = self.config.train
+        return self.config.data.test is not None and _due(step, train.eval_every, train.steps)
+
+    def _missed_evaluation(self, step: int) -> Evaluation | None:
+        """Evaluates where an earlier attempt ended between saving a step and evaluating it."""
+        if step == 0 or not self._evaluation_due(step):
+            return None
+        done = self.world.from_first(lambda: evaluated_step(self.run_dir))
+        return None if done == step else self._evaluate(step)
 
     def _save(self, step: int) -> None:
         save_checkpoint(self.engine, self.run_dir / CHECKPOINTS, self._state(step), self.world)
 
     def _resume(self) -> int:
-        found = latest_checkpoint(self.run_dir / CHECKPOINTS)
+        found = self.world.from_first(lambda: latest_checkpoint(self.run_dir / CHECKPOINTS))
         step = 0
         if found is not None:
             path, saved = found
@@ -177,6 +221,35 @@ class _Run:
             world_size=self.world.world_size,
             zero_stage=self.config.train.zero_stage,
         )
+
+
+def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:
+    """The values of a step by name; what these settings do not compute is none, not 0."""
+    named: dict[str, float | None] = dict(zip(SHARES, totals.tolist(), strict=True))
+    if not loss.tpm_cl:
+        named["tpm_cl_loss"] = None
+    if (loss.similarity, loss.neg_nce_mode) != ("neg_nce", "reference"):
+        named["clamped_share"] = None
+    return named
+
+
+def _checked_data(config: Config, world: World) -> int:
+    """The number of training samples; every data set is looked at before anything is built."""
+    data = config.data
+    if data.test is not None:
+        test = read_manifest(data.test)
+        if test.num_samples < world.world_size:
+            raise ValueError(
+                f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
+            )
+        if data.test_exchanged is not None:
+            exchanged = read_manifest(data.test_exchanged)
+            if list(test.samples.key) != list(exchanged.samples.key):
+                raise ValueError(
+                    f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
+                    f"same order as data.test={data.test}"
+                )
+    return read_manifest(data.train).num_samples
 
 
 def _due(step: int, every: int, last: int) -> bool:

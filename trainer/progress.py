@@ -63,7 +63,7 @@ class Progress:
             self._said_at = time.monotonic()
             self._say(f"step {done}/{self._steps}  {values}")
 
-    def show(self, text: str) -> None:
+    def text(self, text: str) -> None:
         """A result, above the live line."""
         self._say(text)
 

@@ -17,7 +17,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from tvr.trainer.plots import Series, line_chart
-from tvr.trainer.run_log import Event, RunLog, read_log
+from tvr.trainer.run_dir import CONFIG, EVALUATION, write_whole
+from tvr.trainer.run_log import LOG, Event, RunLog, read_log
 
 Thumbnails = Callable[[str], Sequence[Image.Image]]
 
@@ -37,9 +38,9 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
     says that there is none.
     """
     folder = Path(run_dir)
-    config = json.loads(_required(folder / "config.json"))
-    log = read_log(_required(folder / "log.jsonl"))
-    result_file = folder / "evaluation.json"
+    config = json.loads(_required(folder / CONFIG))
+    log = read_log(_required(folder / LOG))
+    result_file = folder / EVALUATION
     result = json.loads(result_file.read_text()) if result_file.is_file() else None
     if result is None and log.evaluations:
         result = log.evaluations[-1]
@@ -53,14 +54,13 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         queries=[_shown_query(query, thumbnails) for query in queries],
         num_queries=len(result.get("queries", [])) if result else 0,
         replaced=_by_reason(log.replaced),
-        num_replaced=len(log.replaced),
         resumed_at=log.resumed_at,
         unreadable_lines=log.unreadable_lines,
         config=json.dumps(config, indent=2),
         versions=_versions(),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

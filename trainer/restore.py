@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from tvr.data_prep.stream import read_sample
+from tvr.data_prep.decode import segment_centres
+from tvr.data_prep.reader import SampleReader
+from tvr.data_prep.records import ShardCorrupt
 from tvr.trainer.checkpoint import latest_checkpoint
 from tvr.trainer.config import Config
 from tvr.trainer.engine import weights_of
@@ -37,8 +40,8 @@ def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
     with join_world() as world:
         model.to(world.device).eval()
         result = evaluate(model, config, tokenizer, world)
-    if data is None:
-        write_evaluation(run_dir, result, step)
+        if data is None and world.is_first:
+            write_evaluation(run_dir, result, step)
     return result
 
 
@@ -65,13 +68,18 @@ def thumbnails_of(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
     url = config.data.test
     if url is None:
         return None
-    num_frames, size = config.data.num_frames, image_size(config.model)
+    try:
+        reader = SampleReader(
+            url, num_frames=config.data.num_frames, image_size=image_size(config.model)
+        )
+    except (OSError, ValueError, ShardCorrupt) as error:
+        logging.getLogger(__name__).warning("no thumbnails: %s", error)
+        return None
+    rows = {reader.key(row): row for row in range(len(reader))}
 
     def thumbnails(key: str) -> list[Image.Image]:
-        frames = read_sample(url, key, num_frames=num_frames, image_size=size).frames
-        picked = [
-            round(i * (len(frames) - 1) / 2) for i in range(min(THUMBNAIL_FRAMES, len(frames)))
-        ]
+        frames = reader.read(rows[key]).frames
+        picked = segment_centres(len(frames), min(THUMBNAIL_FRAMES, len(frames)))
         return [Image.fromarray(frames[index]) for index in picked]
 
     return thumbnails

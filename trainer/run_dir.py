@@ -43,10 +43,7 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
     Raises:
         ValueError: it holds a run of another configuration, the differing settings named.
     """
-    problem = _claimed(run_dir, config) if world.is_first else None
-    problem = world.gather_objects(problem)[0]
-    if problem is not None:
-        raise ValueError(problem)
+    world.from_first(lambda: _claim(run_dir, config))
 
 
 def read_config(run_dir: Path) -> Config:
@@ -67,6 +64,12 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
     write_whole(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
 
 
+def evaluated_step(run_dir: Path) -> int | None:
+    """The step of the last evaluation; none: there was none."""
+    path = run_dir / EVALUATION
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is seen complete or not at all."""
     aside = path.with_name(f".{path.name}.partial")
@@ -74,15 +77,12 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _claimed(run_dir: Path, config: Config) -> str | None:
+def _claim(run_dir: Path, config: Config) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
     # Without a checkpoint nothing was trained by the settings that are there: they may change.
     if path.exists() and latest_checkpoint(run_dir / CHECKPOINTS) is not None:
-        try:
-            before = read_config(run_dir)
-        except ValueError as error:
-            return str(error)
+        before = read_config(run_dir)
         differing = [
             f"{name} was {was!r}, is {now!r}"
             for (name, was), (_, now) in zip(
@@ -91,12 +91,11 @@ def _claimed(run_dir: Path, config: Config) -> str | None:
             if was != now and name not in FREE
         ]
         if differing:
-            return (
+            raise ValueError(
                 f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
-                "Give the settings it was started with, or another --run-dir"
+                "Give the settings it was started with, or another folder"
             )
     write_whole(path, to_json(config))
-    return None
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,12 +26,10 @@ class LogWriter:
         self._started = time.monotonic()
 
     def begin(self, step: int) -> None:
-        """Starts at optimiser step `step`: what an earlier attempt logged beyond it is dropped."""
+        """Goes on after optimiser step `step`; what an earlier attempt logged beyond is dropped."""
         for path in (self._path, self._keys):
             if path is not None and path.exists():
                 _keep_until(path, step)
-        if step:
-            self.write("resumed", {"step": step})
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         if self._path is not None:

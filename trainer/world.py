@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ import torch.distributed as dist
 TIMEOUT = timedelta(
     minutes=30
 )  # the slowest rank may still be compiling or reading its first shard
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,19 @@ class World:
         dist.all_gather_object(everyone, mine)
         return everyone
 
+    def from_first(self, action: Callable[[], T]) -> T:
+        """Rank 0's result of `action` on every rank; its exception is raised on every rank too."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (action(), None)
+            except Exception as error:
+                outcome = (None, error)
+        value, error = self.gather_objects(outcome)[0]
+        if error is not None:
+            raise error
+        return value
+
     def first_failing(self, fine: torch.Tensor | bool) -> int | None:
         """The lowest rank whose `fine` is false, the same answer on every rank; none: all fine."""
         flag = torch.as_tensor(fine, device=self.device).reshape(1).to(torch.int32)
@@ -61,11 +77,18 @@ def join_world() -> Iterator[World]:
     its own world of one, in a group of one, which DeepSpeed needs.
 
     Raises:
-        ValueError: if a variable is missing or no number.
+        ValueError: a variable is no number, or this machine has GPUs but fewer than ranks.
     """
     rank, world_size, local_rank = (_number(n, d) for n, d in _PLACE)
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own: this machine shows "
+                f"{torch.cuda.device_count()}; start fewer ranks, or set CUDA_VISIBLE_DEVICES= "
+                "(empty) to train on the CPU"
+            )
+        # Small host-side agreements go by gloo, tensors of the device by NCCL.
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
