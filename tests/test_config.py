@@ -51,7 +51,7 @@ def test_values_that_are_not_defaults_round_trip() -> None:
             "data": {"test": "over/there", "workers": 0},
             "model": {"clip": "folder", "towers": {"width": 64}, "interaction": "ti"},
             "loss": {"mask_same_video": False, "temperature": 0.07, "margin": 0},
-            "train": {"learning_rate": 1.5e-7, "seed": -3, "precision": "bf16"},
+            "train": {"learning_rate": 1.5e-7, "seed": 3, "precision": "bf16"},
         },
         where="here",
     )
@@ -59,7 +59,7 @@ def test_values_that_are_not_defaults_round_trip() -> None:
     assert again == config
     assert again.model.towers == TowersConfig(width=64)
     assert again.loss.mask_same_video is False
-    assert (again.train.seed, again.train.learning_rate) == (-3, 1.5e-7)
+    assert (again.train.seed, again.train.learning_rate) == (3, 1.5e-7)
     assert again.data == replace(SMALL.data, test="over/there", workers=0)
 
 
@@ -71,11 +71,16 @@ def test_values_that_are_not_defaults_round_trip() -> None:
         ({"optimiser": {}}, r"optimiser: "),
         ({"train": {"steps": "many"}}, r"train\.steps: .*integer.*given: 'many'"),
         ({"train": {"steps": 2.5}}, r"train\.steps: .*integer.*given: 2\.5"),
+        ({"train": {"steps": "5"}}, r"train\.steps: .*integer.*given: '5'"),
+        ({"train": {"steps": True}}, r"train\.steps: .*integer.*given: True"),
+        ({"train": {"log_keys": 1}}, r"train\.log_keys: .*boolean.*given: 1"),
+        ({"loss": {"margin": "0.3"}}, r"loss\.margin: .*number.*given: '0\.3'"),
         ({"train": {"steps": None}}, r"train\.steps: .*given: None"),
         ({"data": {"train": 5}}, r"data\.train: .*string.*given: 5"),
         ({"loss": 3}, r"loss: .*given: 3"),
         ({"train": {"steps": 0}}, r"train\.steps: .*greater than 0.*given: 0"),
         ({"data": {"workers": -1}}, r"data\.workers: .*greater than or equal to 0"),
+        ({"train": {"seed": -1}}, r"train\.seed: .*greater than or equal to 0.*given: -1"),
         ({"data": {"max_words": 2}}, r"data\.max_words: .*greater than or equal to 3"),
         ({"model": {"weight_layers": 4}}, r"model\.weight_layers: .*less than or equal to 3"),
         ({"model": {"interaction": "mean"}}, r"model\.interaction: .*'att_wti'.*given: 'mean'"),

@@ -22,6 +22,7 @@ from tvr.kernels import reference
 from tvr.kernels.ranking import retrieval_metrics
 from tvr.trainer.config import Config
 from tvr.trainer.evaluate import Evaluation, evaluate, results_table
+from tvr.trainer.loop import train
 from tvr.trainer.model import Features, TextVideoModel, build_model, image_size, model_inputs
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import World
@@ -37,7 +38,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Two videos only: too few for three ranks.
     clips = read_annotations(str(folder / "clips" / "test" / "captions.jsonl"))
     pack_shards(clips[:2], str(folder / "two"), layout="frames", num_frames=3, short_side=16)
+    damage(folder / "test", folder / "test-damaged", rows=(2, 9))
+    damage(folder / "exchanged", folder / "exchanged-damaged", rows=(2, 5))
     return folder
+
+
+def damage(source: Path, url: Path, *, rows: tuple[int, ...]) -> None:
+    """A copy where these samples have a flipped byte each; there is one shard."""
+    shutil.copytree(source, url)
+    offsets = read_manifest(str(url)).samples.offset
+    shard = url / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    for row in rows:
+        content[int(offsets[row]) + 600] ^= 1
+    shard.write_bytes(content)
 
 
 def setting(folder: Path, *, micro_batch: int = 4, **data: Any) -> Config:
@@ -95,13 +109,14 @@ def test_it_equals_the_definition(data: Path) -> None:
     config = setting(data)
     result = evaluated(config)
     batch, similarity = by_definition(config, str(data / "test"))
-    assert (result.videos, result.captions, result.left_out) == (10, 10, 0)
+    assert (result.videos, result.captions, result.left_out) == (10, 10, ())
     assert result.data == str(data / "test")
     assert result.metrics == retrieval_metrics(similarity, batch.caption_video)
     assert_queries(result, batch, similarity)
     exchanged, _ = by_definition(config, str(data / "exchanged"))
     assert exchanged.keys == batch.keys
-    assert result.binding_accuracy == pytest.approx(binding_by_definition(config, data))
+    wins = binding_by_definition(config, data)
+    assert result.binding_accuracy == pytest.approx(100 * float(wins.double().mean()))
 
 
 def assert_queries(result: Evaluation, batch: Batch, similarity: Tensor) -> None:
@@ -119,8 +134,8 @@ def assert_queries(result: Evaluation, batch: Batch, similarity: Tensor) -> None
         assert torch.allclose(values, best.values[:5], atol=1e-6)
 
 
-def binding_by_definition(config: Config, data: Path) -> float:
-    """Captions of `test` against both versions of their clip, with the naive kernel."""
+def binding_by_definition(config: Config, data: Path) -> Tensor:
+    """(10,) bool: is a test caption nearer to its own clip than to the exchanged one?"""
     model, tokenizer = untrained(config)
     test, twins = (
         whole_set(str(data / split), config, tokenizer) for split in ("test", "exchanged")
@@ -143,7 +158,7 @@ def binding_by_definition(config: Config, data: Path) -> float:
             ).diagonal()
             for features in (own, other)
         ]
-    return 100 * float((similar[0] > similar[1]).double().mean())
+    return similar[0] > similar[1]
 
 
 def test_several_captions_of_a_video_are_queries_each(data: Path) -> None:
@@ -168,6 +183,7 @@ def on_a_rank(rank: int, world_size: int, folder: Path) -> tuple[list[Evaluation
         setting(folder, micro_batch=3),
         setting(folder, micro_batch=100),
         setting(folder, micro_batch=3, test=str(folder / "train"), test_exchanged=None),
+        damaged(folder, micro_batch=3),
     ):
         results.append(evaluated(config, world))
     config = setting(folder, test=str(folder / "two"), test_exchanged=None)
@@ -252,23 +268,46 @@ def test_a_tie_is_as_good_as_a_guess(data: Path) -> None:
     assert evaluated(config).binding_accuracy == 50.0
 
 
-def test_an_unreadable_sample_is_left_out_and_counted(data: Path, tmp_path: Path) -> None:
-    url = str(tmp_path / "damaged")
-    shutil.copytree(data / "test", url)
-    samples = read_manifest(url).samples
-    shard = Path(url) / "shard-000000.tar"
-    content = bytearray(shard.read_bytes())
-    content[int(samples.offset[2]) + 600] ^= 1
-    shard.write_bytes(content)
-    config = setting(data, test=url, test_exchanged=None)
-    result = evaluated(config)
-    assert (result.videos, result.captions, result.left_out) == (9, 9, 1)
+def damaged(folder: Path, *, micro_batch: int = 4) -> Config:
+    """Unreadable: test clips 2 and 9, and of the exchanged ones 2 and 5."""
+    return setting(
+        folder,
+        micro_batch=micro_batch,
+        test=str(folder / "test-damaged"),
+        test_exchanged=str(folder / "exchanged-damaged"),
+    )
+
+
+def test_unreadable_samples_are_left_out_and_counted(data: Path) -> None:
+    result = evaluated(damaged(data))
+    assert (result.videos, result.captions) == (8, 8)
     keys = [query["key"] for query in result.queries]
-    assert keys == [f"test-{row:05d}" for row in range(10) if row != 2]
-    assert "1 unreadable samples were left out" in result.table()
-    none_allowed = setting(data, test=url, test_exchanged=None, max_bad=0)
-    with pytest.raises(TooManyBadSamples, match="test-00002"):
-        evaluated(none_allowed)
+    assert keys == [f"test-{row:05d}" for row in range(10) if row not in (2, 9)]
+    assert [(entry.key, entry.reason) for entry in result.left_out] == [
+        (f"test-{row:05d}", "checksum") for row in (2, 9, 2, 5)
+    ]
+    assert result.summary()["left_out"] == 4
+    assert "4 unreadable samples were left out" in result.table()
+
+
+def test_the_binding_accuracy_is_over_the_clips_that_are_readable_with_their_twins(
+    data: Path,
+) -> None:
+    wins = binding_by_definition(setting(data), data)
+    readable = [row for row in range(10) if row not in (2, 5, 9)]
+    expected = 100 * float(wins[readable].double().mean())
+    assert expected != pytest.approx(100 * float(wins.double().mean()))
+    assert evaluated(damaged(data)).binding_accuracy == pytest.approx(expected)
+    one_sided = setting(data, test_exchanged=str(data / "exchanged-damaged"))
+    readable = [row for row in range(10) if row not in (2, 5)]
+    expected = 100 * float(wins[readable].double().mean())
+    assert evaluated(one_sided).binding_accuracy == pytest.approx(expected)
+
+
+def test_the_budget_for_unreadable_samples_holds(data: Path) -> None:
+    config = setting(data, test=str(data / "test-damaged"), test_exchanged=None, max_bad=1)
+    with pytest.raises(TooManyBadSamples, match=r"max_bad=1 allowed .*test-00009: checksum"):
+        evaluated(config)
 
 
 def test_without_a_test_set_there_is_nothing_to_do(data: Path) -> None:
@@ -277,13 +316,15 @@ def test_without_a_test_set_there_is_nothing_to_do(data: Path) -> None:
         evaluated(config)
 
 
-def test_a_counterpart_with_other_keys_is_refused(data: Path) -> None:
+def test_a_counterpart_without_the_keys_is_refused(data: Path, tmp_path: Path) -> None:
     other = setting(data, test_exchanged=str(data / "train"))
-    with pytest.raises(ValueError, match=r"train must hold the same keys .*test-00000.*train-0000"):
+    with pytest.raises(ValueError, match=r"train shares no readable key with .*test"):
         evaluated(other)
-    fewer = setting(data, test_exchanged=str(data / "two"))
-    with pytest.raises(ValueError, match=r"two must hold the same keys .*: their number"):
-        evaluated(fewer)
+    # A run says so before it trains, and of a counterpart that lacks only some as well.
+    for split in ("train", "two"):
+        config = setting(data, test_exchanged=str(data / split))
+        with pytest.raises(ValueError, match=rf"{split} must hold the same keys in the same order"):
+            train(config, tmp_path / split)
 
 
 def test_the_table_says_what_the_summary_holds(data: Path) -> None:

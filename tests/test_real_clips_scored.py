@@ -55,7 +55,7 @@ def test_real_clips_are_scored(tmp_path: Path, settings: dict[str, Any]) -> None
     assert similarity.std() > 1e-4
 
     result = evaluate(model, config, tokenizer, ALONE)
-    assert (result.videos, result.captions, result.left_out) == (2, 3, 0)
+    assert (result.videos, result.captions, result.left_out) == (2, 3, ())
     assert [query["caption"] for query in result.queries] == captions
     for query, row in zip(result.queries, similarity, strict=True):
         assert {found["key"] for found in query["top"]} == set(batch.keys)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import make_tiny_data, tiny_config, with_ranks
 
+from tvr.data_prep.manifest import read_manifest
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import weights_of
@@ -192,3 +193,45 @@ def test_bad_settings_end_with_code_2_and_a_line_that_names_them(
     assert refused.returncode == 2
     assert refused.stderr.startswith("tvr train: error: ")
     assert said in refused.stderr
+
+
+def damaged_data(data: Path, folder: Path) -> tuple[Path, str]:
+    """A copy of the training data with one byte of one sample flipped, and that sample's key."""
+    shutil.copytree(data / "train", folder)
+    samples = read_manifest(str(folder)).samples
+    row = 17
+    shard = folder / f"shard-{int(samples.shard[row]):06d}.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(samples.offset[row]) + 600] ^= 1
+    shard.write_bytes(content)
+    return folder, str(samples.key[row])
+
+
+def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None:
+    folder, key = damaged_data(data, tmp_path / "damaged")
+    config = tiny_config(
+        data,
+        data={"train": str(folder), "test": None},
+        train={"steps": 6, "log_keys": True},  # one epoch
+    )
+    done = train(config, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (replaced,) = events(tmp_path / "run", "replaced")
+    assert (replaced["key"], replaced["reason"]) == (key, "checksum")
+    seen = [name for step in keys_by_step(tmp_path / "run") for name in step]
+    assert len(seen) == 48
+    assert key not in seen
+
+
+def test_a_spent_budget_on_one_rank_stops_all(data: Path, tmp_path: Path) -> None:
+    folder, key = damaged_data(data, tmp_path / "damaged")
+    config = tiny_config(
+        data,
+        data={"train": str(folder), "test": None, "max_bad": 0},
+        train={"steps": 6},
+    )
+    failed = train(config, tmp_path / "run", ranks=2)
+    assert failed.returncode == 3
+    for rank in (0, 1):
+        assert f"error [rank {rank}]: 1 bad samples in {folder} on rank" in failed.stderr
+    assert f"{key}: checksum" in failed.stderr
