@@ -1,6 +1,6 @@
 # make demo | test | check | bench: each makes .venv first if need be. PYTHON=/path/to/python3.11 picks another one.
 PYTHON ?= python3
-TEST_ARGS ?= -q
+TEST_ARGS ?= -q -rs
 
 VENV := .venv
 BIN := $(VENV)/bin
