@@ -98,7 +98,8 @@ def test_a_save_that_broke_off_leaves_the_one_before(tmp_path: Path) -> None:
 
 def test_the_leftovers_of_an_earlier_attempt_are_replaced(tmp_path: Path) -> None:
     save(FileEngine(), tmp_path, 3)
-    for leftover in (".step-00000006.partial", "step-00000006"):
+    # Of this step, broken off and whole, and of a later one whose `latest` was never written.
+    for leftover in (".step-00000006.partial", "step-00000006", "step-00000009"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "stale").write_text("of the earlier attempt")
     path = save(FileEngine(), tmp_path, 6)

@@ -136,12 +136,38 @@ def test_the_hinge_follows_its_settings(tokenizer: Tokenizer) -> None:
     assert torch.equal(hinge(tpm_cl=1), torch.zeros(len(CAPTIONS)))
     assert torch.allclose(hinge(tpm_cl=2) + hinge(tpm_cl=3), usual, atol=1e-6)
     assert torch.allclose(hinge(margin=0.9), usual + 3 * 0.3, atol=1e-5)
-    for changed in ({"mask_threshold": 0.2}, {"mask_padding_weights": True}):
-        assert not torch.allclose(hinge(**changed), usual)
+    assert not torch.allclose(hinge(mask_threshold=0.2), usual)
     assert not torch.allclose(
         hinge(tpm_cl=3, normalise_partial=True, mask_threshold=0.2),
         hinge(tpm_cl=3, mask_threshold=0.2),
     )
+
+
+@pytest.mark.parametrize("padded", ["words", "frames"])
+def test_padding_gets_predictor_weight_unless_told(tokenizer: Tokenizer, padded: str) -> None:
+    frames, frame_mask, token_ids, word_mask = inputs(tokenizer)
+    whole = {"frames": frame_mask, "words": word_mask}
+    whole["words" if padded == "frames" else "frames"][:] = 1  # padding on one side only
+    loss = {"mask_threshold": 0.9}
+    hinges = [
+        built(tokenizer, loss={**loss, "mask_padding_weights": masked})
+        .train()(frames, frame_mask, token_ids, word_mask)
+        .margin_hinge
+        for masked in (False, True)
+    ]
+    assert not torch.allclose(*hinges, atol=1e-3)
+
+
+def test_a_gradient_reaches_the_frame_predictor_only_straight_through(
+    tokenizer: Tokenizer,
+) -> None:
+    for straight_through in (False, True):
+        model = built(tokenizer, loss={"straight_through": straight_through}).train()
+        model(*inputs(tokenizer)).margin_hinge.sum().backward()
+        gradients = [parameter.grad for parameter in model.frame_predictor.parameters()]
+        reached = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+        assert all(reached) if straight_through else not any(reached)
+        assert model.word_predictor.mix.weight.grad.any()
 
 
 def test_the_sequence_header(tokenizer: Tokenizer) -> None:
