@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch, Replacement
+from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.data_prep.stream import evaluation_batches
 from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
 from tvr.trainer.config import Config
@@ -153,19 +153,30 @@ def _encode_set(
 
 def _in_step(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches, the last one again and again until every rank has had all of its own."""
-    batch, is_new = next(batches, None), True
-    if world.first_failing(batch is not None) is not None or batch is None:
+    batch, at_end = _next_batch(batches, world)
+    if any(at_end) or batch is None:
         raise ValueError(f"{url} has too few readable videos for {world.world_size} ranks")
-    while True:
+    is_new = True
+    while not all(at_end):
         yield batch, is_new
-        following = next(batches, None)
-        if _all_done(following, world):
-            return
+        following, at_end = _next_batch(batches, world)
         batch, is_new = (batch, False) if following is None else (following, True)
 
 
-def _all_done(following: Batch | None, world: World) -> bool:
-    return all(world.gather_objects(following is None))
+def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, list[bool]]:
+    """This rank's next batch, none after its last, and which ranks are at their end.
+
+    A budget that is spent on one rank is raised on all.
+    """
+    try:
+        following, problem = next(batches, None), ""
+    except TooManyBadSamples as error:
+        following, problem = None, str(error)
+    everyone = world.gather_objects((following is None, problem))
+    for _, said in everyone:
+        if said:
+            raise TooManyBadSamples(said)
+    return following, [at_end for at_end, _ in everyone]
 
 
 def _joined(parts: list[Features]) -> Features:
