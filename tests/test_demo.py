@@ -76,7 +76,7 @@ def test_a_second_call_finds_everything_done(
     capfd.readouterr()
     assert demo(["--out", str(out), *FLAGS]) == 0
     said = capfd.readouterr().out
-    for stage in (*STAGES, "tokenizer"):
+    for stage in (*STAGES, "tokenizer", "run"):
         assert f"{stage}: complete" in said
     assert "rendered" not in said
     assert "8 captions, 8 videos" in said

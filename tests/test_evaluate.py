@@ -34,7 +34,7 @@ ALONE = World(rank=0, world_size=1, device=CPU)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder, num_train=8)
+    make_tiny_data(folder, num_train=10)
     # Two videos only: too few for three ranks.
     clips = read_annotations(str(folder / "clips" / "test" / "captions.jsonl"))
     pack_shards(clips[:2], str(folder / "two"), layout="frames", num_frames=3, short_side=16)
@@ -165,10 +165,10 @@ def test_several_captions_of_a_video_are_queries_each(data: Path) -> None:
     config = setting(data, test=str(data / "train"), test_exchanged=None)
     result = evaluated(config)
     batch, similarity = by_definition(config, str(data / "train"))
-    assert (result.videos, result.captions) == (8, 24)
+    assert (result.videos, result.captions) == (10, 30)
     assert result.metrics == retrieval_metrics(similarity, batch.caption_video)
-    assert result.metrics.text_to_video.queries == 24
-    assert result.metrics.video_to_text.queries == 8
+    assert result.metrics.text_to_video.queries == 30
+    assert result.metrics.video_to_text.queries == 10
     assert result.binding_accuracy is None
     assert_queries(result, batch, similarity)
 
@@ -320,7 +320,7 @@ def test_a_counterpart_without_the_keys_is_refused(data: Path, tmp_path: Path) -
     other = setting(data, test_exchanged=str(data / "train"))
     with pytest.raises(ValueError, match=r"train shares no readable key with .*test"):
         evaluated(other)
-    # A run says so before it trains, and of a counterpart that lacks only some as well.
+    # A run says so before it trains, of other keys and of too few.
     for split in ("train", "two"):
         config = setting(data, test_exchanged=str(data / split))
         with pytest.raises(ValueError, match=rf"{split} must hold the same keys in the same order"):

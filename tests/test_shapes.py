@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -284,7 +286,9 @@ def test_an_exchanged_clip_differs_in_its_colours_only(splits: dict[str, list[Sc
         assert np.array_equal(frames[background], twin[background])
 
 
-def written(folder: Path, scenes: list[Scene], *, prefix: str = "test", training: bool = False):
+def written(
+    folder: Path, scenes: list[Scene], *, prefix: str = "test", training: bool = False
+) -> list[str]:
     return list(
         write_clips(folder, scenes, prefix=prefix, seed=9, workers=1, all_wordings=training)
     )
@@ -354,10 +358,21 @@ def test_the_annotation_file_comes_last(splits: dict[str, list[Scene]], tmp_path
     assert len(list(folder.glob("*.mp4"))) == 12
 
 
-def test_a_clip_that_cannot_be_written_whole_has_no_name(tmp_path: Path) -> None:
+def test_a_clip_whose_writing_broke_off_has_no_name(tmp_path: Path) -> None:
     frames = render(scene(), 0)
-    with pytest.raises(ValueError, match="uint8"):
-        write_clip(tmp_path / "clip.mp4", frames.astype(np.float64))
+
+    class Interrupted:
+        shape = frames.shape
+
+        def __iter__(self) -> Iterator[np.ndarray]:
+            for _ in range(20):  # far enough that the encoder has given packets
+                yield from frames
+            raise KeyboardInterrupt
+
+    clip: Any = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        write_clip(tmp_path / "clip.mp4", clip)
     assert not (tmp_path / "clip.mp4").exists()
+    assert list(tmp_path.iterdir()) != []  # it was on its way, under another name
     write_clip(tmp_path / "clip.mp4", frames)
     assert len(decoded(tmp_path / "clip.mp4")) == NUM_FRAMES

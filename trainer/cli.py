@@ -17,7 +17,7 @@ import tyro
 
 from tvr.data_prep.cli import reported, say_error
 from tvr.data_prep.records import TooManyBadSamples
-from tvr.trainer.config import Config, merged, read_overrides, to_json
+from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
 from tvr.trainer.recipes import recipe
 
 EXIT_DONE, EXIT_FAILED = 0, 3
@@ -157,6 +157,7 @@ def demo(argv: Sequence[str]) -> int:
 
 def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:
     from tvr.trainer.demo import DemoPaths, prepare_demo, train_on_ranks
+    from tvr.trainer.run_dir import is_finished
 
     base = recipe("demo")
 
@@ -185,10 +186,13 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
         say=say,
     )
     run_dir = out / "run"
-    say(f"training on {ranks} ranks; the first start ever compiles an extension of DeepSpeed")
-    code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
-    if code != EXIT_DONE:
-        return code
+    if is_finished(run_dir, from_json(configuration.read_text(), where=str(configuration))):
+        say("run: complete")
+    else:
+        say(f"training on {ranks} ranks; the first start ever compiles an extension of DeepSpeed")
+        code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
+        if code != EXIT_DONE:
+            return code
     from tvr.trainer.restore import stored_table
 
     say("done\n\n" + stored_table(run_dir))

@@ -64,6 +64,15 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
     write_whole(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
 
 
+def is_finished(run_dir: Path, config: Config) -> bool:
+    """Whether this very run was trained, saved and evaluated to its last step."""
+    found = latest_checkpoint(run_dir / CHECKPOINTS)
+    steps = config.train.steps
+    if found is None or found[1].step != steps or evaluated_step(run_dir) != steps:
+        return False
+    return read_config(run_dir) == config
+
+
 def evaluated_step(run_dir: Path) -> int | None:
     """The step of the last evaluation; none: there was none."""
     path = run_dir / EVALUATION
