@@ -236,6 +236,7 @@ def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:
 def _checked_data(config: Config, world: World) -> int:
     """The number of training samples; every data set is looked at before anything is built."""
     data = config.data
+    num_samples = read_manifest(data.train).num_samples
     if data.test is not None:
         test = read_manifest(data.test)
         if test.num_samples < world.world_size:
@@ -249,7 +250,7 @@ def _checked_data(config: Config, world: World) -> int:
                     f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
                     f"same order as data.test={data.test}"
                 )
-    return read_manifest(data.train).num_samples
+    return num_samples
 
 
 def _due(step: int, every: int, last: int) -> bool:
