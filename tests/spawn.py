@@ -104,6 +104,7 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
         value = fn(rank, world_size, *args)
         (Path(folder) / f"value-{rank}").write_bytes(pickle.dumps(value))
         if dist.is_initialized():
+            dist.barrier()  # a rank that leaves first would break the others' last collective
             dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())

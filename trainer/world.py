@@ -102,7 +102,9 @@ def join_world() -> Iterator[World]:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        yield World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+        world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+        yield world
+        world.barrier()  # a rank that leaves first would break the others' last collective
     finally:
         # A lone process keeps its group of one: DeepSpeed holds on to the first group it saw.
         if leave:
