@@ -387,3 +387,23 @@ def test_towers_of_two_widths_are_refused(tokenizer: Tokenizer) -> None:
             num_frames=2,
             num_words=MAX_WORDS,
         )
+
+
+def test_a_clip_folder_saved_in_half_precision_is_trained_in_fp32(
+    clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    CLIPModel.from_pretrained(clip_folder[0]).half().save_pretrained(tmp_path)
+    model = build_model(ModelConfig(clip=str(tmp_path)), LossConfig(), tokenizer, num_frames=3)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(module.training for module in model.modules())
+
+
+def test_a_clip_folder_without_all_weights_is_refused(
+    clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    clip = CLIPModel.from_pretrained(clip_folder[0])
+    weights = {k: v for k, v in clip.state_dict().items() if k != "text_projection.weight"}
+    clip.save_pretrained(tmp_path, state_dict=weights)
+    config = ModelConfig(clip=str(tmp_path))
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a CLIP tower, text_projection"):
+        build_model(config, LossConfig(), tokenizer, num_frames=3)

@@ -181,7 +181,10 @@ def build_model(
             f"data.max_words={tokenizer.max_words} exceeds the text tower's "
             f"{text.max_position_embeddings} positions"
         )
-    return TextVideoModel(towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words)
+    built = TextVideoModel(
+        towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
+    )
+    return built.train()  # pretrained towers come in evaluation mode, without dropout
 
 
 def tokenizer_folder(model: ModelConfig) -> str:
@@ -245,13 +248,27 @@ def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Te
 
 
 def _pretrained(folder: str) -> Towers:
+    return (
+        _loaded(CLIPTextModelWithProjection, folder),
+        _loaded(CLIPVisionModelWithProjection, folder),
+    )
+
+
+def _loaded(tower: Any, folder: str) -> Any:
+    """A tower with every weight from the folder, in fp32 whatever it was saved in."""
     try:
-        return (
-            CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True),
-            CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True),
+        model, found = tower.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"model.clip={folder!r} holds no CLIP model: {error}") from None
+    # transformers starts what is missing at random and only reports it.
+    absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if absent:
+        raise ValueError(
+            f"model.clip={folder!r} lacks {len(absent)} weights of a CLIP tower, {absent[0]} first"
+        )
+    return model
 
 
 def _from_scratch(model: ModelConfig, tokenizer: Tokenizer) -> Towers:
