@@ -1,13 +1,22 @@
-"""The similarity that the rest of the project calls: the reference, in tiles of bounded memory."""
+"""The similarity that the rest of the project calls: the reference, in tiles of bounded memory.
+
+Two backends, equal to rounding. `compiled` (float32 and float64 on a CPU): one operator with a
+hand-written backward, which keeps per pair the score and one byte for each of its L + F maxima.
+`torch`: checkpointed tiles of the reference, on every device.
+"""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tvr.kernels import compiled
 from tvr.kernels.reference import (
+    NEIGHBOUR_FACTOR,
     FrameSet,
     TokenSet,
     block_similarity,
@@ -19,6 +28,10 @@ from tvr.kernels.reference import (
 # run at full speed, and a few copies of it (scores, indices, gradients) are all that is ever alive.
 SCORES_PER_TILE = 2**23
 VIDEOS_PER_TEXT = 4
+# The compiled kernels keep the place of a maximum in one byte.
+MOST_SLOTS = 255
+
+BACKENDS = ("compiled", "torch")
 
 
 def dmae_similarity(
@@ -33,18 +46,24 @@ def dmae_similarity(
     word_logits: Float[Tensor, "A T"] | None = None,
     frame_logits: Float[Tensor, "C F"] | None = None,
     chunk: int | None = None,
+    backend: str | None = None,
 ) -> Float[Tensor, "A C"]:
     """Unscaled similarity of every text with every video; `reference.dmae_similarity` defines it.
 
-    Computed in tiles of `chunk` texts x 4 `chunk` videos, whose insides are computed anew in the
-    backward: memory grows as A x C and never as A x T x C x F, and the result is the same for
+    `backend` None takes "compiled" for features on a CPU with at most 255 words and frames where
+    the kernels can be compiled (`compiled.backend` says why not), else "torch". "compiled" keeps
+    L + F bytes for each pair and token set for its backward, which is not differentiable again.
+
+    "torch" computes tiles of `chunk` texts x 4 `chunk` videos, whose insides are computed anew in
+    the backward: memory grows as A x C and never as A x T x C x F, and the result is the same for
     every `chunk`. None takes the largest chunk whose tiles hold at most 2**23 token-frame scores.
+    A `chunk` is a wish about these tiles: with it, `backend` None is "torch".
 
     Raises:
-        ValueError: as the reference, and for a chunk below 1.
+        ValueError: as the reference; for a chunk below 1; for an unknown backend, or "compiled"
+            where it cannot be had.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 text per tile, or None to choose one")
+    _check_options(chunk, backend)
     with full_precision(frames.device):
         texts, videos = prepare(
             sentence,
@@ -57,6 +76,12 @@ def dmae_similarity(
             word_logits=word_logits,
             frame_logits=frame_logits,
         )
+        if backend is None:
+            backend = "torch" if chunk or _hindrance(texts, videos) else "compiled"
+        elif backend == "compiled" and (hindrance := _hindrance(texts, videos)):
+            raise ValueError(f"backend='compiled' cannot serve here: {hindrance}")
+        if backend == "compiled":
+            return _compiled(texts, videos)
         return _tiled(texts, videos, chunk or chunk_size(texts, videos))
 
 
@@ -64,6 +89,82 @@ def chunk_size(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
     """Texts per tile such that chunk x 4 chunk pairs hold at most `SCORES_PER_TILE` scores."""
     scores_per_pair = max(tokens.weights.shape[1] for tokens in texts) * videos.weights.shape[1]
     return max(1, math.isqrt(SCORES_PER_TILE // (VIDEOS_PER_TEXT * scores_per_pair)))
+
+
+def _check_options(chunk: int | None, backend: str | None) -> None:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 text per tile, or None to choose one")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}, or None")
+    if backend == "compiled" and chunk is not None:
+        raise ValueError(f"chunk={chunk} is for backend='torch': the compiled tiles fit the cache")
+
+
+def _hindrance(texts: tuple[TokenSet, ...], videos: FrameSet) -> str | None:
+    """Why the compiled kernels cannot score these, or None; the first call may compile them."""
+    device, dtype = videos.frames.device, videos.frames.dtype
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return f"it scores float32 and float64 on a CPU, not {dtype} on {device}"
+    slots = max(x.weights.shape[1] for x in (*texts, videos))
+    if slots > MOST_SLOTS:
+        return f"{slots} words or frames are more than {MOST_SLOTS}"
+    name, reason = compiled.backend()
+    return None if name == "compiled" else reason
+
+
+def _compiled(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A C"]:
+    boosted = None
+    if videos.strength is not None and videos.neighbour is not None and torch.is_grad_enabled():
+        # p = <x, v + 0.5 r v[n]> at the best frame: the boosted frames carry the gradients of r.
+        places = videos.neighbour[..., None].expand_as(videos.frames)
+        related = videos.strength[..., None] * videos.frames.gather(1, places)
+        boosted = videos.frames + NEIGHBOUR_FACTOR * related
+    strength = None if videos.strength is None else videos.strength.detach()
+    tables = (videos.frames, videos.weights, boosted, strength, videos.neighbour)
+    keep = torch.is_grad_enabled()
+    scores = [_SetSimilarity.apply(x.tokens, x.weights, *tables, keep) for x in texts]
+    return torch.stack(scores).mean(dim=0)
+
+
+class _SetSimilarity(torch.autograd.Function):
+    """SIM of one token set; `strength` and `neighbour` are values, `boosted` has their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weights: Tensor,
+        frames: Tensor,
+        frame_weights: Tensor,
+        boosted: Tensor | None,
+        strength: Tensor | None,
+        neighbour: Tensor | None,
+        keep: bool,
+    ) -> Tensor:
+        keep = keep and any(ctx.needs_input_grad)
+        scores, best_frame, best_token = torch.ops.tvr_kernels.similarity_forward(
+            tokens, weights, frames, frame_weights, strength, neighbour, keep
+        )
+        ctx.save_for_backward(
+            tokens, weights, frames, frame_weights, boosted, best_frame, best_token
+        )
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
+        ctx: Any, *gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        tokens, weights, frames, frame_weights, boosted, *best = ctx.saved_tensors
+        of_tokens, of_weights, of_frames, of_frame_weights, of_boosted = (
+            torch.ops.tvr_kernels.similarity_backward(
+                *gradient, tokens, weights, frames, frame_weights, boosted, *best
+            )
+        )
+        if boosted is None:
+            # One buffer then serves both sorts of maxima.
+            of_boosted = None
+        return of_tokens, of_weights, of_frames, of_frame_weights, of_boosted, None, None, None
 
 
 def _tiled(texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int) -> Float[Tensor, "A C"]:
