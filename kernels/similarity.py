@@ -120,9 +120,19 @@ def _compiled(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A
         related = videos.strength[..., None] * videos.frames.gather(1, places)
         boosted = videos.frames + NEIGHBOUR_FACTOR * related
     strength = None if videos.strength is None else videos.strength.detach()
-    tables = (videos.frames, videos.weights, boosted, strength, videos.neighbour)
-    keep = torch.is_grad_enabled()
-    scores = [_SetSimilarity.apply(x.tokens, x.weights, *tables, keep) for x in texts]
+    tables = (boosted, strength, videos.neighbour, torch.is_grad_enabled())
+    scores = []
+    for tokens, weights in ((x.tokens, x.weights) for x in texts):
+        if tokens.shape[1] > 1:
+            part = _SetSimilarity.apply(tokens, weights, videos.frames, videos.weights, *tables)
+        else:
+            # Every frame's best token is the only one: that part is one plain matrix product, and
+            # weights of 0 leave it out of the other.
+            nothing = torch.zeros_like(videos.weights)
+            part = _SetSimilarity.apply(tokens, weights, videos.frames, nothing, *tables)
+            mean_frame = torch.einsum("cf,cfd->cd", videos.weights, videos.frames)
+            part = part + tokens.squeeze(1) @ mean_frame.T / 2
+        scores.append(part)
     return torch.stack(scores).mean(dim=0)
 
 
