@@ -1,35 +1,43 @@
 """InfoNCE and NegNCE over the similarity of a global batch, whole or one rank's rows of it.
 
 Every row form returns this rank's SHARE: the shares of all ranks sum to the value of the square
-form, and the gradients of that sum with respect to the blocks are the rows of the square form's
-gradient. The square form is the row form of a single rank.
+form. The gradient of a share with respect to the rank's block is that of the SUM, the rows of the
+square form's gradient, so every rank must weigh its share by the same factor before `backward`.
+The square form is the row form of a single rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from tvr.kernels.rows import ALONE, Collectives, Rows, make_rows
+from tvr.kernels.reference import raised
+from tvr.kernels.row_loss import LossRule, RowLoss
+from tvr.kernels.rows import ALONE, Collectives, Place
 
-SMALLEST = 1e-6  # the reference's clamp of a probability, and of 1 minus it
-DOMINANT = 0.75  # at most one entry of a softmax exceeds this, whatever the rounding
+# Rows are taken so many scores at a time (4 MiB in float32): what the formulas need beside the
+# block itself stays in a CPU's cache. On a GPU, where starting an operation costs more, 16 times.
+SCORES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class LossTerms:
     """One rank's share of a loss: each field's sum over ranks is the global batch's value.
 
-    `loss` is the mean of the two directions. Without gradient: `hard_per_row`, the mean number of
-    hard negatives of a text, and `clamped_share`, the share of positives (of both directions)
-    whose probability lies under the reference's clamp, so that they get no gradient.
+    `loss` is the mean of the two directions. Without gradient: `penalty`, the part of `loss` that
+    NegNCE adds for hard negatives; `hard_per_row`, the mean number of hard negatives of a text;
+    `clamped_share`, the share of positives (of both directions) whose probability lies under the
+    reference's clamp, so that they get no gradient.
     """
 
     loss: Float[Tensor, ""]
     text_to_video: Float[Tensor, ""]
     video_to_text: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
     hard_per_row: Float[Tensor, ""]
     clamped_share: Float[Tensor, ""]
 
@@ -87,16 +95,10 @@ def row_info_nce(
     scale: float = 100.0,
 ) -> LossTerms:
     """This rank's share of `info_nce`; row i of the block is row `row_offset` + i of the square."""
-    rows = make_rows(
-        block,
-        row_offset=row_offset,
-        collectives=collectives,
-        video_ids=video_ids,
-        mask_same_video=mask_same_video,
-        scale=scale,
+    rule = LossRule(None, scale=scale, mask_same_video=mask_same_video)
+    return row_loss(
+        block, rule, row_offset=row_offset, collectives=collectives, video_ids=video_ids
     )
-    positives = [rows.of_positives(lse(rows.logits) - rows.logits) for lse in rows.directions]
-    return _terms(rows, [x.sum() / rows.num_pairs for x in positives])
 
 
 def row_neg_nce(
@@ -126,73 +128,77 @@ def row_neg_nce(
         ValueError: unknown mode, a mask without ids, ids of another length, or rows outside the
             square.
     """
-    if mode not in ("reference", "log"):
-        raise ValueError(f"mode={mode!r} of NegNCE is unknown; use 'reference' or 'log'")
-    if mask_same_video is None:
-        mask_same_video = mode == "log" and video_ids is not None
-    rows = make_rows(
-        block,
+    rule = LossRule(mode, scale=scale, weight=weight, mask_same_video=mask_same_video)
+    return row_loss(
+        block, rule, row_offset=row_offset, collectives=collectives, video_ids=video_ids
+    )
+
+
+def row_loss(
+    block: Float[Tensor, "B G"],
+    rule: LossRule,
+    *,
+    row_offset: int,
+    collectives: Collectives,
+    video_ids: Int[Tensor, " G"] | None = None,
+) -> LossTerms:
+    """`row_info_nce` or `row_neg_nce`, as the rule says.
+
+    Beside the block and its gradient, memory is O(B + G) and a fixed scratch.
+    """
+    loss = RowLoss(
+        rule,
+        num_rows=block.shape[0],
+        num_pairs=block.shape[1],
         row_offset=row_offset,
         collectives=collectives,
         video_ids=video_ids,
-        mask_same_video=mask_same_video,
-        scale=scale,
+        like=raised(block[:0]).detach(),
     )
-    return (_log_terms if mode == "log" else _reference_terms)(rows, weight)
+    return terms_of(loss, _BlockLoss.apply(block, loss))
 
 
-def _reference_terms(rows: Rows, weight: float) -> LossTerms:
-    hard_pairs = rows.collectives.sum(rows.hard.sum().to(rows.logits.dtype)).clamp_min(1)
-    shares, clamped = [], []
-    for logsumexp in rows.directions:
-        probability = (rows.logits - logsumexp(rows.logits)).exp()
-        clamped.append((rows.of_positives(probability.detach()) < SMALLEST).sum())
-        probability = probability.clamp(SMALLEST, 1 - SMALLEST)
-        positive = -rows.of_positives(probability).log().sum() / rows.num_pairs
-        negative = -torch.log1p(-probability.masked_fill(~rows.hard, 0)).sum() / hard_pairs
-        shares.append(positive + weight * negative)
-    return _terms(rows, shares, clamped=clamped[0] + clamped[1])
-
-
-def _log_terms(rows: Rows, weight: float) -> LossTerms:
-    of_text = rows.hard.sum(dim=1, keepdim=True).to(rows.logits.dtype)
-    of_video = rows.collectives.sum(rows.hard.sum(dim=0, keepdim=True).to(rows.logits.dtype))
-    shares = []
-    for logsumexp, count in zip(rows.directions, (of_text, of_video), strict=True):
-        total = logsumexp(rows.logits)
-        positive = rows.of_positives(total - rows.logits).sum()
-        negative = (_minus_log_rest(rows, logsumexp, total) / count.clamp_min(1)).sum()
-        shares.append((positive + weight * negative) / rows.num_pairs)
-    return _terms(rows, shares)
-
-
-def _minus_log_rest(
-    rows: Rows, logsumexp: Callable[[Tensor], Tensor], total: Tensor
-) -> Float[Tensor, "B G"]:
-    """-log(1 - P) of the hard negatives, 0 elsewhere, exact and with a gradient even at P = 1.
-
-    log1p(-P) serves while P is moderate. Near 1 it would be log 0, so there 1 - P is the sum of
-    the OTHER entries over the total: their log-sum-exp has its own maximum and cannot underflow.
-    A dominant hard negative is off the diagonal, so the others hold at least the positive.
-    """
-    probability = (rows.logits - total).exp()
-    dominant = rows.hard & (probability.detach() > DOMINANT)
-    others = logsumexp(rows.logits.masked_fill(dominant, -torch.inf))
-    moderate = -torch.log1p(-probability.masked_fill(dominant | ~rows.hard, 0))
-    return torch.where(dominant, total - others, moderate)
-
-
-def _terms(rows: Rows, shares: list[Tensor], clamped: Tensor | None = None) -> LossTerms:
+def terms_of(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:
+    """The terms after both passes; `shares` are the two directions, with their gradient."""
     text_to_video, video_to_text = shares
-    dtype = rows.logits.dtype
-    none = rows.logits.new_zeros(())
     return LossTerms(
-        loss=(text_to_video + video_to_text) / 2,
-        text_to_video=text_to_video,
-        video_to_text=video_to_text,
-        hard_per_row=rows.hard.sum().to(dtype) / rows.num_pairs,
-        clamped_share=none if clamped is None else clamped.to(dtype) / (2 * rows.num_pairs),
+        (text_to_video + video_to_text) / 2, text_to_video, video_to_text, *loss.statistics()
     )
+
+
+class _BlockLoss(torch.autograd.Function):
+    """The two directions' shares of a block whose scores are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, loss: RowLoss) -> tuple[Tensor, Tensor]:
+        for place, rows in _by_rows(block, loss.row_offset):
+            loss.look(raised(rows), place)
+        loss.looked()
+        for place, rows in _by_rows(block, loss.row_offset):
+            loss.meet(raised(rows), place)
+        loss.met()
+        ctx.save_for_backward(block)
+        ctx.loss = loss
+        return loss.shares()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
+        ctx: Any, *factors: Tensor
+    ) -> tuple[Tensor, None]:
+        (block,) = ctx.saved_tensors
+        result = torch.empty_like(block)
+        for place, rows in _by_rows(block, ctx.loss.row_offset):
+            gradient = ctx.loss.gradient(raised(rows), place, *factors)
+            result[place.row : place.row + len(rows)] = gradient
+        return result, None
+
+
+def _by_rows(block: Tensor, row_offset: int) -> Iterator[tuple[Place, Tensor]]:
+    at_once = SCORES_AT_ONCE if block.device.type == "cpu" else 16 * SCORES_AT_ONCE
+    size = max(1, at_once // max(1, block.shape[1]))
+    for row, rows in zip(range(0, len(block), size), block.split(size), strict=True):
+        yield Place(row, 0, row_offset), rows
 
 
 def _square(similarity: Tensor) -> Tensor:
