@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("similarity.cpp")
+_FOLDER = Path(__file__).parent
+SOURCES = [_FOLDER / "similarity_forward.cpp", _FOLDER / "similarity_backward.cpp"]
+HEADERS = [_FOLDER / "similarity_vectors.h"]
 # Named, not -march=native: the cache may lie on a disk that machines of several kinds share.
 FLAGS_OF_CPU = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -55,26 +57,34 @@ def _load() -> Path:
         raise OSError(f"no C++ compiler: {compiler!r} is not on PATH (the variable CXX names it)")
     from torch.utils import cpp_extension
 
-    flags = ["-O3", "-std=c++20", "-Wno-psabi"]
+    # OpenMP for the compiler only: its library is the one that torch has loaded, or two runtimes
+    # would each start a thread for every core.
+    flags = ["-O3", "-std=c++20", "-Wno-psabi", "-fopenmp"]
     flags += FLAGS_OF_CPU.get(torch.backends.cpu.get_cpu_capability(), ())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     name = f"tvr_similarity_{_digest(flags)}"
     folder = Path(root) / name
+    library, complete = folder / f"{name}.so", folder / "complete"
+    if complete.exists():
+        torch.ops.load_library(library)
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with _one_process_at_a_time(folder), _ninja_on_path():
         cpp_extension.load(
             name,
-            [str(SOURCE)],
+            [str(source) for source in SOURCES],
             extra_cflags=flags,
             build_directory=str(folder),
             is_python_module=False,
         )
+        complete.touch()
     return folder
 
 
 def _digest(flags: list[str]) -> str:
     """Names the build: another source, torch, compiler or set of flags is another library."""
-    parts = [SOURCE.read_text(), torch.__version__, os.environ.get("CXX", ""), *flags]
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    parts = [*sources, torch.__version__, os.environ.get("CXX", ""), *flags]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

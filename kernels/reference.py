@@ -23,10 +23,10 @@ where every valid similarity is negative, so one padded slot matters but their n
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tvr.kernels.checks import check_mask, check_presence, check_shapes
@@ -101,16 +101,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class TokenSet:
-    """The sentence (L = 1) or the words (L = T) of A texts; masked tokens are zero vectors."""
+class TokenSet(NamedTuple):
+    """The sentence (L = 1) or the words (L = T) of A texts; `valid` tells tokens from padding."""
 
     tokens: Float[Tensor, "A L D"]
     weights: Float[Tensor, "A L"]
+    valid: Bool[Tensor, "A L"]
+
+    def without_padding(self) -> Float[Tensor, "A L D"]:
+        """The tokens, zero vectors where there is none."""
+        return self.tokens.masked_fill(~self.valid[..., None], 0)
 
 
-@dataclass(frozen=True)
-class FrameSet:
+class FrameSet(NamedTuple):
     """The frames of C videos; masked frames are zero vectors.
 
     `neighbour` is the index of each frame's neighbour and `strength` their correlation, both None
@@ -158,8 +161,9 @@ def prepare(
     if words is not None:
         texts.append(_token_set(words.to(dtype), word_mask, word_logits))
     of_video = _token_set(frames.to(dtype), frame_mask, frame_logits)
-    correlation = _neighbours(of_video.tokens) if neighbour_frames else (None, None)
-    return tuple(texts), FrameSet(of_video.tokens, of_video.weights, *correlation)
+    frames = of_video.without_padding()
+    correlation = _neighbours(frames) if neighbour_frames else (None, None)
+    return tuple(texts), FrameSet(frames, of_video.weights, *correlation)
 
 
 def block_similarity(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A C"]:
@@ -168,7 +172,7 @@ def block_similarity(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Ten
 
 
 def _set_similarity(texts: TokenSet, videos: FrameSet) -> Float[Tensor, "A C"]:
-    scores = torch.einsum("atd,cfd->atcf", texts.tokens, videos.frames)
+    scores = torch.einsum("atd,cfd->atcf", texts.without_padding(), videos.frames)
     # max, not amax: amax would share the gradient among equal entries instead of the first.
     best_of_frames, best_frame = scores.max(dim=3)
     best_of_tokens = scores.max(dim=1).values
@@ -201,7 +205,7 @@ def _token_set(tokens: Tensor, mask: Tensor, logits: Tensor | None) -> TokenSet:
         weights = share / share.sum(dim=1, keepdim=True)
     else:
         weights = share * masked_softmax(logits.to(tokens.dtype), mask)
-    return TokenSet(tokens.masked_fill((mask == 0)[..., None], 0), weights)
+    return TokenSet(tokens, weights, mask > 0)
 
 
 def _neighbours(

@@ -6,17 +6,14 @@ hand-written backward, which keeps per pair the score and one byte for each of i
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from tvr.kernels import compiled
+from tvr.kernels.packed import hindrance, packed_similarity
 from tvr.kernels.reference import (
-    NEIGHBOUR_FACTOR,
     FrameSet,
     TokenSet,
     block_similarity,
@@ -28,8 +25,9 @@ from tvr.kernels.reference import (
 # run at full speed, and a few copies of it (scores, indices, gradients) are all that is ever alive.
 SCORES_PER_TILE = 2**23
 VIDEOS_PER_TEXT = 4
-# The compiled kernels keep the place of a maximum in one byte.
-MOST_SLOTS = 255
+# A tile of the compiled kernels (some 130 MiB with all that its backward needs): large enough that
+# laying out its videos costs little beside scoring them.
+PAIRS_PER_TILE = 2**20
 
 BACKENDS = ("compiled", "torch")
 
@@ -77,11 +75,11 @@ def dmae_similarity(
             frame_logits=frame_logits,
         )
         if backend is None:
-            backend = "torch" if chunk or _hindrance(texts, videos) else "compiled"
-        elif backend == "compiled" and (hindrance := _hindrance(texts, videos)):
-            raise ValueError(f"backend='compiled' cannot serve here: {hindrance}")
+            backend = "torch" if chunk else chosen_backend(texts, videos)
+        elif backend == "compiled" and (reason := hindrance(texts, videos)):
+            raise ValueError(f"backend='compiled' cannot serve here: {reason}")
         if backend == "compiled":
-            return _compiled(texts, videos)
+            return packed_similarity(texts, videos)
         return _tiled(texts, videos, chunk or chunk_size(texts, videos))
 
 
@@ -100,81 +98,23 @@ def _check_options(chunk: int | None, backend: str | None) -> None:
         raise ValueError(f"chunk={chunk} is for backend='torch': the compiled tiles fit the cache")
 
 
-def _hindrance(texts: tuple[TokenSet, ...], videos: FrameSet) -> str | None:
-    """Why the compiled kernels cannot score these, or None; the first call may compile them."""
-    device, dtype = videos.frames.device, videos.frames.dtype
-    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return f"it scores float32 and float64 on a CPU, not {dtype} on {device}"
-    slots = max(x.weights.shape[1] for x in (*texts, videos))
-    if slots > MOST_SLOTS:
-        return f"{slots} words or frames are more than {MOST_SLOTS}"
-    name, reason = compiled.backend()
-    return None if name == "compiled" else reason
+def chosen_backend(texts: tuple[TokenSet, ...], videos: FrameSet) -> str:
+    """What serves where nothing else is asked for."""
+    return "torch" if hindrance(texts, videos) else "compiled"
 
 
-def _compiled(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A C"]:
-    boosted = None
-    if videos.strength is not None and videos.neighbour is not None and torch.is_grad_enabled():
-        # p = <x, v + 0.5 r v[n]> at the best frame: the boosted frames carry the gradients of r.
-        places = videos.neighbour[..., None].expand_as(videos.frames)
-        related = videos.strength[..., None] * videos.frames.gather(1, places)
-        boosted = videos.frames + NEIGHBOUR_FACTOR * related
-    strength = None if videos.strength is None else videos.strength.detach()
-    tables = (boosted, strength, videos.neighbour, torch.is_grad_enabled())
-    scores = []
-    for tokens, weights in ((x.tokens, x.weights) for x in texts):
-        if tokens.shape[1] > 1:
-            part = _SetSimilarity.apply(tokens, weights, videos.frames, videos.weights, *tables)
-        else:
-            # Every frame's best token is the only one: that part is one plain matrix product, and
-            # weights of 0 leave it out of the other.
-            nothing = torch.zeros_like(videos.weights)
-            part = _SetSimilarity.apply(tokens, weights, videos.frames, nothing, *tables)
-            mean_frame = torch.einsum("cf,cfd->cd", videos.weights, videos.frames)
-            part = part + tokens.squeeze(1) @ mean_frame.T / 2
-        scores.append(part)
-    return torch.stack(scores).mean(dim=0)
+def tile_similarity(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A C"]:
+    """The similarity of sets that `reference.prepare` returned, small enough for one tile."""
+    if chosen_backend(texts, videos) == "compiled":
+        return packed_similarity(texts, videos)
+    return block_similarity(texts, videos)
 
 
-class _SetSimilarity(torch.autograd.Function):
-    """SIM of one token set; `strength` and `neighbour` are values, `boosted` has their gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        weights: Tensor,
-        frames: Tensor,
-        frame_weights: Tensor,
-        boosted: Tensor | None,
-        strength: Tensor | None,
-        neighbour: Tensor | None,
-        keep: bool,
-    ) -> Tensor:
-        keep = keep and any(ctx.needs_input_grad)
-        scores, best_frame, best_token = torch.ops.tvr_kernels.similarity_forward(
-            tokens, weights, frames, frame_weights, strength, neighbour, keep
-        )
-        ctx.save_for_backward(
-            tokens, weights, frames, frame_weights, boosted, best_frame, best_token
-        )
-        return scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
-        ctx: Any, *gradient: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        tokens, weights, frames, frame_weights, boosted, *best = ctx.saved_tensors
-        of_tokens, of_weights, of_frames, of_frame_weights, of_boosted = (
-            torch.ops.tvr_kernels.similarity_backward(
-                *gradient, tokens, weights, frames, frame_weights, boosted, *best
-            )
-        )
-        if boosted is None:
-            # One buffer then serves both sorts of maxima.
-            of_boosted = None
-        return of_tokens, of_weights, of_frames, of_frame_weights, of_boosted, None, None, None
+def tile_chunk(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
+    """Texts per tile (videos: 4 times as many) for `tile_similarity`."""
+    if chosen_backend(texts, videos) == "compiled":
+        return math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
+    return chunk_size(texts, videos)
 
 
 def _tiled(texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int) -> Float[Tensor, "A C"]:
@@ -202,8 +142,7 @@ def _tiled(texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int) -> Float[T
 # split, not slices: the backward of a slice fills a zero tensor of the whole size for every tile,
 # that of a split joins the parts once.
 def _split_texts(texts: TokenSet, size: int) -> list[TokenSet]:
-    parts = zip(texts.tokens.split(size), texts.weights.split(size), strict=True)
-    return [TokenSet(*part) for part in parts]
+    return [TokenSet(*part) for part in zip(*(x.split(size) for x in texts), strict=True)]
 
 
 def _split_videos(videos: FrameSet, size: int) -> list[FrameSet]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tvr.kernels import compiled, reference
 from tvr.kernels.checks import INTERACTIONS
-from tvr.kernels.similarity import MOST_SLOTS, dmae_similarity
+from tvr.kernels.packed import MOST_SLOTS
+from tvr.kernels.similarity import dmae_similarity
 
 # texts, videos, words, frames, width: one of everything; 16 and 64 videos make one group and one
 # tile of them, 129 numbers one row of registers and a rest; the last has several tiles each way.
@@ -142,11 +143,10 @@ def test_words_part_does_not_depend_on_the_threads() -> None:
         assert torch.equal(three[name], value), name
 
 
-def saved_bytes(pairs: int, words: int, frames: int) -> int:
-    arguments = {
-        n: x.requires_grad_(n in FEATURES)
-        for n, x in example(pairs, pairs, words, frames, dtype=torch.float32).items()
-    }
+def saved_bytes(pairs: int, words: int, frames: int, valid: int) -> int:
+    given = example(pairs, pairs, words, frames, dtype=torch.float32)
+    given["word_mask"] = (torch.arange(words) < valid).long().repeat(pairs, 1)
+    arguments = {n: x.requires_grad_(n in FEATURES) for n, x in given.items()}
     seen: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -159,12 +159,14 @@ def saved_bytes(pairs: int, words: int, frames: int) -> int:
     return sum(seen.values())
 
 
-def test_a_pair_keeps_one_byte_for_each_maximum() -> None:
+@pytest.mark.parametrize("valid", [8, 3])
+def test_a_pair_keeps_one_byte_for_each_maximum_and_none_for_padding(valid: int) -> None:
     words, frames = 8, 4
-    small, large = (saved_bytes(pairs, words, frames) for pairs in (64, 128))
+    small, large = (saved_bytes(pairs, words, frames, valid) for pairs in (64, 128))
     # What is kept is linear + quadratic: the second difference leaves the quadratic part.
     quadratic = (large - 2 * small) / (128**2 - 2 * 64**2)
-    assert quadratic == pytest.approx((words + frames) + (1 + frames), abs=0.5)
+    # The sentence keeps its best frame.
+    assert quadratic == pytest.approx(valid + frames + 1, abs=0.1)
 
 
 def test_more_slots_than_a_byte_counts_take_the_torch_tiles() -> None:
