@@ -7,10 +7,8 @@ hand-written backward, which keeps per pair the score and one byte for each of i
 
 import math
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tvr.kernels.packed import hindrance, packed_similarity
 from tvr.kernels.reference import (
@@ -20,11 +18,8 @@ from tvr.kernels.reference import (
     full_precision,
     prepare,
 )
+from tvr.kernels.tiles import VIDEOS_PER_TEXT, chunk_size, tiled_similarity
 
-# A tile of this many token-frame scores (32 MiB in float32) keeps matrix products large enough to
-# run at full speed, and a few copies of it (scores, indices, gradients) are all that is ever alive.
-SCORES_PER_TILE = 2**23
-VIDEOS_PER_TEXT = 4
 # A tile of the compiled kernels (some 130 MiB with all that its backward needs): large enough that
 # laying out its videos costs little beside scoring them.
 PAIRS_PER_TILE = 2**20
@@ -80,13 +75,7 @@ def dmae_similarity(
             raise ValueError(f"backend='compiled' cannot serve here: {reason}")
         if backend == "compiled":
             return packed_similarity(texts, videos)
-        return _tiled(texts, videos, chunk or chunk_size(texts, videos))
-
-
-def chunk_size(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
-    """Texts per tile such that chunk x 4 chunk pairs hold at most `SCORES_PER_TILE` scores."""
-    scores_per_pair = max(tokens.weights.shape[1] for tokens in texts) * videos.weights.shape[1]
-    return max(1, math.isqrt(SCORES_PER_TILE // (VIDEOS_PER_TEXT * scores_per_pair)))
+        return tiled_similarity(texts, videos, chunk or chunk_size(texts, videos))
 
 
 def _check_options(chunk: int | None, backend: str | None) -> None:
@@ -115,40 +104,3 @@ def tile_chunk(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
     if chosen_backend(texts, videos) == "compiled":
         return math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
     return chunk_size(texts, videos)
-
-
-def _tiled(texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int) -> Float[Tensor, "A C"]:
-    num_texts, num_videos = texts[0].weights.shape[0], videos.weights.shape[0]
-    if num_texts <= chunk and num_videos <= VIDEOS_PER_TEXT * chunk:
-        # One tile must be alive in the backward anyway: computing it twice would save nothing.
-        return block_similarity(texts, videos)
-    video_tiles = _split_videos(videos, VIDEOS_PER_TEXT * chunk)
-    rows = []
-    for text_tile in zip(*(_split_texts(tokens, chunk) for tokens in texts), strict=True):
-        tiles = [
-            checkpoint(
-                block_similarity,
-                text_tile,
-                video_tile,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for video_tile in video_tiles
-        ]
-        rows.append(torch.cat(tiles, dim=1))
-    return torch.cat(rows)
-
-
-# split, not slices: the backward of a slice fills a zero tensor of the whole size for every tile,
-# that of a split joins the parts once.
-def _split_texts(texts: TokenSet, size: int) -> list[TokenSet]:
-    return [TokenSet(*part) for part in zip(*(x.split(size) for x in texts), strict=True)]
-
-
-def _split_videos(videos: FrameSet, size: int) -> list[FrameSet]:
-    frames, weights = videos.frames.split(size), videos.weights.split(size)
-    tables = [
-        [None] * len(frames) if table is None else table.split(size)
-        for table in (videos.strength, videos.neighbour)
-    ]
-    return [FrameSet(*part) for part in zip(frames, weights, *tables, strict=True)]

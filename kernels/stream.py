@@ -21,7 +21,8 @@ from tvr.kernels.losses import LossTerms, terms_of
 from tvr.kernels.reference import FrameSet, TokenSet, full_precision, prepare
 from tvr.kernels.row_loss import LossRule, RowLoss
 from tvr.kernels.rows import ALONE, Collectives, Place
-from tvr.kernels.similarity import VIDEOS_PER_TEXT, tile_chunk, tile_similarity
+from tvr.kernels.similarity import tile_chunk, tile_similarity
+from tvr.kernels.tiles import VIDEOS_PER_TEXT
 
 
 @runtime_checkable

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from tvr.kernels import reference
 from tvr.kernels.checks import INTERACTIONS
 from tvr.kernels.reference import unit
-from tvr.kernels.similarity import SCORES_PER_TILE, chunk_size, dmae_similarity
+from tvr.kernels.similarity import dmae_similarity
+from tvr.kernels.tiles import SCORES_PER_TILE, chunk_size
 
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True)
 FEATURES = ("sentence", "words", "frames", "word_logits", "frame_logits")
