@@ -2,7 +2,8 @@
 
 Token weights come from a predictor that sees the other modality; the selector drops the tokens
 that carry the most weight; margins then compare the whole pair with the robbed one. Only matched
-pairs enter the loss, so only those are computed: O(B) where all pairs would be O(B^2).
+pairs enter the loss, so only those are computed, in pieces: O(B) work where all pairs would be
+O(B^2), and O(1) memory beyond the inputs and their gradients.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from tvr.kernels.pieces import chunk_size, in_pieces
 from tvr.kernels.reference import full_precision, masked_softmax, raised, unit
+from tvr.kernels.token_weights import AttentionTokenWeights, LinearTokenWeights
+
+__all__ = ["AttentionTokenWeights", "LinearTokenWeights", "TpmCl", "select_tokens", "tpm_cl"]
 
 # The margins that each kind sums; kind 1 computes the similarities and adds nothing to the loss.
 MARGINS_OF_KIND = {1: (), 2: (1, 2), 3: (3,), 4: (1, 2, 3)}
@@ -49,6 +54,7 @@ def tpm_cl(
     margin: float = 0.6,
     straight_through: bool = False,
     normalise_partial: bool = False,
+    chunk: int | None = None,
 ) -> TpmCl:
     """Triplet partial margins of B matched pairs (the method, section 4).
 
@@ -65,43 +71,40 @@ def tpm_cl(
     a gradient (`select_tokens`). As published the partial words are no unit vector, so margin 3
     is partly met by their length alone; `normalise_partial` makes them one.
 
+    Memory: pieces of `chunk` pairs, whose insides are recomputed in the backward; the result is
+    the same for every `chunk`. None takes the largest pieces whose words and frames have at most
+    `pieces.ENTRIES_PER_PIECE` entries. `frame_weight_layer` sees the frames of one piece at a
+    time, and again in the backward: it must weigh each frame by itself and draw nothing at random.
+
     Raises:
-        ValueError: unknown kind, or a video without any valid frame.
+        ValueError: unknown kind, a chunk below 1, or a video without any valid frame.
     """
     if kind not in MARGINS_OF_KIND:
         raise ValueError(f"kind={kind} of TPM-CL is unknown; use one of {list(MARGINS_OF_KIND)}")
     empty = (frame_mask > 0).sum(dim=1) == 0
     if bool(empty.any()):
         raise ValueError(f"frame_mask[{int(empty.nonzero()[0, 0])}] has no valid slot in TPM-CL")
-    with full_precision(frames.device):
-        sentence, words, frames = raised(sentence), raised(words), raised(frames)
-        word_weights, frame_weights = raised(word_weights), raised(frame_weights)
-        partial_frames, _ = select_tokens(
-            frames, frame_weights, threshold, straight_through=straight_through
-        )
-        kept_words, _ = select_tokens(
-            words, word_weights, threshold, straight_through=straight_through
-        )
-        whole = unit(torch.einsum("bt,btd->bd", word_weights, words))
-        part = torch.einsum("bt,btd->bd", word_weights, kept_words)
-        part = unit(part) if normalise_partial else part
+    chunk = chunk_size(chunk, (words.shape[1] + frames.shape[1]) * frames.shape[2])
 
-        video = _video(frames, frame_mask, frame_weight_layer)
-        partial_video = _video(partial_frames, frame_mask, frame_weight_layer)
-        pairs = [
-            _pair_similarity(sentence, *video),
-            _pair_similarity(sentence, *partial_video),
-            _pair_similarity(whole, *video),
-            _pair_similarity(whole, *partial_video),
-            _pair_similarity(part, *video),
-        ]
+    def similarities(*piece: Tensor) -> tuple[Tensor, ...]:
+        return _similarities(
+            *piece,
+            frame_weight_layer=frame_weight_layer,
+            threshold=threshold,
+            straight_through=straight_through,
+            normalise_partial=normalise_partial,
+        )
+
+    pairs = (sentence, words, frames, frame_mask, word_weights, frame_weights)
+    with full_precision(frames.device):
+        parts = in_pieces(similarities, pairs, chunk)
         hinges = {
-            1: F.relu(pairs[1] - pairs[0] + margin),
-            2: F.relu(pairs[3] - pairs[2] + margin),
-            3: F.relu(pairs[4] - pairs[2] + margin),
+            1: F.relu(parts[1] - parts[0] + margin),
+            2: F.relu(parts[3] - parts[2] + margin),
+            3: F.relu(parts[4] - parts[2] + margin),
         }
-        hinge = sum((hinges[i] for i in MARGINS_OF_KIND[kind]), torch.zeros_like(pairs[0]))
-        return TpmCl(hinge, *pairs)
+        hinge = sum((hinges[i] for i in MARGINS_OF_KIND[kind]), torch.zeros_like(parts[0]))
+        return TpmCl(hinge, *parts)
 
 
 def select_tokens(
@@ -127,82 +130,40 @@ def select_tokens(
     return tokens * factor[..., None], keep
 
 
-class LinearTokenWeights(nn.Module):
-    """Weights over N tokens (they sum to 1) given Q tokens of the other modality; the kind in use.
+def _similarities(
+    sentence: Float[Tensor, "B D"],
+    words: Float[Tensor, "B T D"],
+    frames: Float[Tensor, "B F D"],
+    frame_mask: Int[Tensor, "B F"],
+    word_weights: Float[Tensor, "B T"],
+    frame_weights: Float[Tensor, "B F"],
+    *,
+    frame_weight_layer: Callable[[Tensor], Tensor] | None,
+    threshold: float,
+    straight_through: bool,
+    normalise_partial: bool,
+) -> tuple[Tensor, ...]:
+    """The similarities of B matched pairs, in the order of the fields of `TpmCl`."""
+    # Raised here, so that the copies of half-precision features last no longer than the piece.
+    sentence, words, frames = raised(sentence), raised(words), raised(frames)
+    word_weights, frame_weights = raised(word_weights), raised(frame_weights)
+    partial_frames, _ = select_tokens(
+        frames, frame_weights, threshold, straight_through=straight_through
+    )
+    kept_words, _ = select_tokens(words, word_weights, threshold, straight_through=straight_through)
+    whole = unit(torch.einsum("bt,btd->bd", word_weights, words))
+    part = torch.einsum("bt,btd->bd", word_weights, kept_words)
+    part = unit(part) if normalise_partial else part
 
-    The queries are mixed to one for each token, put before it, normalised over tokens and
-    features together, and reduced to a sigmoid (the method, section 4). Q and N are fixed: all
-    slots count, padding too, as published. A `token_mask` takes the weight from padding instead.
-    """
-
-    def __init__(self, num_queries: int, num_tokens: int, width: int) -> None:
-        super().__init__()
-        self.mix = nn.Linear(num_queries, num_tokens, bias=False)
-        self.norm = nn.LayerNorm([num_tokens, 2 * width])
-        self.hidden = nn.Linear(2 * width, width // 2, bias=False)
-        self.score = nn.Linear(width // 2, 1, bias=False)
-
-    def forward(
-        self,
-        queries: Float[Tensor, "B Q D"],
-        tokens: Float[Tensor, "B N D"],
-        token_mask: Int[Tensor, "B N"] | None = None,
-    ) -> Float[Tensor, "B N"]:
-        num_tokens, num_queries = self.mix.weight.shape
-        _check_slots("queries", queries, num_queries)
-        _check_slots("tokens", tokens, num_tokens)
-        dtype = self.mix.weight.dtype
-        mixed = self.mix(queries.to(dtype).transpose(1, 2)).transpose(1, 2)
-        pairs = self.norm(torch.cat([mixed, tokens.to(dtype)], dim=2))
-        share = raised(self.score(F.gelu(self.hidden(pairs)))).squeeze(2).sigmoid()
-        if token_mask is not None:
-            share = share.masked_fill(token_mask == 0, 0)
-        return share / share.sum(dim=1, keepdim=True)
-
-
-class AttentionTokenWeights(nn.Module):
-    """Weights over tokens from the attention of Q queries of the other modality.
-
-    Each of 8 heads spreads every query over the tokens by softmax(q . k), not scaled by
-    1 / sqrt(d); `reduce` ("sum", "mean", "max") joins the heads, Linear(Q, 1) the queries, and a
-    softmax over tokens follows. With a `token_mask` padding is left out of both softmaxes.
-
-    Raises:
-        ValueError: unknown `reduce`, or a width that is no multiple of `heads`.
-    """
-
-    def __init__(
-        self, num_queries: int, width: int, *, heads: int = 8, reduce: str = "sum"
-    ) -> None:
-        super().__init__()
-        if reduce not in ("sum", "mean", "max"):
-            raise ValueError(f"reduce={reduce!r} of the heads is unknown; use 'sum', 'mean', 'max'")
-        if width % heads:
-            raise ValueError(f"width={width} must be a multiple of heads={heads}")
-        self.heads = heads
-        self.reduce = reduce
-        self.join = nn.Linear(num_queries, 1)
-
-    def forward(
-        self,
-        queries: Float[Tensor, "B Q D"],
-        tokens: Float[Tensor, "B N D"],
-        token_mask: Int[Tensor, "B N"] | None = None,
-    ) -> Float[Tensor, "B N"]:
-        _check_slots("queries", queries, self.join.in_features)
-        by_head = [x.unflatten(2, (self.heads, -1)) for x in (queries, tokens)]
-        scores = torch.einsum("bqhd,bnhd->bhqn", *by_head)
-        if token_mask is not None:
-            scores = scores.masked_fill((token_mask == 0)[:, None, None], -torch.inf)
-        spread = scores.softmax(dim=3)
-        if self.reduce == "max":
-            spread = spread.max(dim=1).values
-        else:
-            spread = spread.sum(dim=1) if self.reduce == "sum" else spread.mean(dim=1)
-        joined = self.join(spread.transpose(1, 2).to(self.join.weight.dtype)).squeeze(2)
-        if token_mask is None:
-            return raised(joined).softmax(dim=1)
-        return masked_softmax(raised(joined), token_mask)
+    video = _video(frames, frame_mask, frame_weight_layer)
+    partial_video = _video(partial_frames, frame_mask, frame_weight_layer)
+    return (
+        _pair_similarity(sentence, *video),
+        _pair_similarity(sentence, *partial_video),
+        _pair_similarity(whole, *video),
+        _pair_similarity(whole, *partial_video),
+        _pair_similarity(part, *video),
+    )
 
 
 def _video(
@@ -220,11 +181,3 @@ def _video(
 def _pair_similarity(x: Tensor, frames: Tensor, weights: Tensor) -> Float[Tensor, " B"]:
     scores = torch.einsum("bd,bfd->bf", x, frames)
     return (scores.max(dim=1).values + (weights * scores).sum(dim=1)) / 2
-
-
-def _check_slots(name: str, x: Tensor, expected: int) -> None:
-    if x.shape[1] != expected:
-        raise ValueError(
-            f"{name} has {x.shape[1]} slots but this predictor was built for {expected}: "
-            "the number of words and frames per sample is fixed"
-        )
