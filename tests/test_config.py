@@ -89,6 +89,9 @@ def test_values_that_are_not_defaults_round_trip() -> None:
         ({"loss": {"tpm_cl": 5}}, r"loss\.tpm_cl: .*less than or equal to 4"),
         ({"train": {"zero_stage": 4}}, r"train\.zero_stage: .*less than or equal to 3"),
         ({"train": {"precision": "fp16"}}, r"train\.precision: .*'bf16'"),
+        ({"train": {"exchange": "tree"}}, r"train\.exchange: .*'gather' or 'ring'.*given: 'tree'"),
+        ({"train": {"scores": "drop"}}, r"train\.scores: .*'keep' or 'stream'.*given: 'drop'"),
+        ({"train": {"gradient_cache": 1}}, r"train\.gradient_cache: .*boolean.*given: 1"),
     ],
 )
 def test_what_is_refused_is_named_with_its_place(overrides: dict[str, Any], said: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tvr.data_prep.stream import train_batches
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
-from tvr.trainer.gather import collectives_of, gather_rows, gather_uneven
+from tvr.trainer.gather import collectives_of, gather_rows
 from tvr.trainer.model import TextVideoModel, build_model, image_size, model_inputs
 from tvr.trainer.objective import objective
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
@@ -93,7 +93,7 @@ def engine_gradients(
         batch = first_batch(config, tokenizer, world)
         features = engine.encode(*model_inputs(batch, world.device))
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
-        shares = gather_rows(mine.shares[None], world).sum(0)
+        shares = collectives_of(world).sum(mine.shares)
         engine.backward(mine.for_backward)
         results[zero_stage, name] = (
             float(shares[0]),
@@ -168,7 +168,7 @@ def double_gradients(
         for key, parameter in model.named_parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients[key] = collectives_of(world).sum(gradient) / world_size
-        value = float(gather_rows(mine.shares[None], world).sum(0)[0])
+        value = float(collectives_of(world).sum(mine.shares)[0])
         results[loss, interaction] = (value, gradients)
     return results
 
@@ -182,25 +182,59 @@ def test_any_number_of_ranks_is_exact_in_double(data: Path) -> None:
                 assert_equal_gradients(results[case][1], alone[case][1], relative=1e-9)
 
 
-def gather_backward(rank: int, world_size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    world = world_of(rank, world_size)
-    mine = torch.full((2, 3), float(rank + 1), dtype=torch.float64, requires_grad=True)
-    everyone = gather_rows(mine, world)
-    weights = torch.arange(everyone.numel(), dtype=torch.float64).view_as(everyone) * (rank + 1)
-    (everyone * weights).sum().backward()
-    assert mine.grad is not None
-    uneven = gather_uneven(torch.full((rank, 2), rank), world)
-    return everyone.detach(), mine.grad, uneven
+Gathered = tuple[Tensor, Tensor]
 
 
-def test_the_gather_sums_gradients_of_all_ranks_to_the_owner() -> None:
-    results = spawn(gather_backward, 3)
-    weights = torch.arange(18, dtype=torch.float64).view(6, 3) * (1 + 2 + 3)
-    for rank, (everyone, gradient, uneven) in enumerate(results):
-        assert everyone[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
-        assert torch.equal(gradient, weights[2 * rank : 2 * rank + 2])
-        assert [len(rows) for rows in uneven] == [0, 1, 2]
-        assert uneven[2].tolist() == [[2, 2], [2, 2]]
+def gather_backward(rank: int, world_size: int) -> tuple[dict[str, Gathered], list[Any]]:
+    world, results = world_of(rank, world_size), {}
+    for name, count in (("equal", 2), ("unequal", rank)):
+        counts = world.gather_counts(count)
+        assert counts == ((2, 2, 2) if name == "equal" else (0, 1, 2))
+        mine = torch.full((count, 3), float(rank + 1), dtype=torch.float64, requires_grad=True)
+        everyone = gather_rows(mine, world, counts)
+        weights = torch.arange(everyone.numel(), dtype=torch.float64).view_as(everyone)
+        (everyone * weights * (rank + 1)).sum().backward()
+        assert mine.grad is not None
+        results[name] = everyone.detach(), mine.grad
+    nothing = gather_rows(torch.zeros(0, 4), world, (0, 0, 0))
+    assert nothing.shape == (0, 4)
+    return results, [together(world, refusing) for refusing in ((), (2,), (1, 2))]
+
+
+def together(world: World, refusing: tuple[int, ...]) -> Any:
+    def act() -> int:
+        if world.rank in refusing:
+            raise KeyError(world.rank)
+        return 10 * world.rank
+
+    try:
+        return world.together(act, KeyError)
+    except KeyError as error:
+        return error.args
+
+
+@pytest.fixture(scope="module")
+def gathered() -> list[tuple[dict[str, Gathered], list[Any]]]:
+    return spawn(gather_backward, 3)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("equal", (2, 2, 2)), ("unequal", (0, 1, 2))])
+def test_the_gather_sums_gradients_of_all_ranks_to_the_owner(
+    gathered: list[tuple[dict[str, Gathered], list[Any]]], name: str, counts: tuple[int, ...]
+) -> None:
+    owners = [rank + 1 for rank, count in enumerate(counts) for _ in range(count)]
+    weights = torch.arange(3 * sum(counts), dtype=torch.float64).view(-1, 3) * (1 + 2 + 3)
+    for (results, _), expected in zip(gathered, weights.split(list(counts)), strict=True):
+        everyone, gradient = results[name]
+        assert everyone.tolist() == [[owner] * 3 for owner in owners]
+        assert torch.equal(gradient, expected)
+
+
+def test_a_refusal_on_any_rank_is_the_lowest_ranks_on_all(
+    gathered: list[tuple[dict[str, Gathered], list[Any]]],
+) -> None:
+    for rank, (_, outcomes) in enumerate(gathered):
+        assert outcomes == [10 * rank, (2,), (1,)]
 
 
 def test_every_setting_of_the_tiny_run_is_a_setting(data: Path) -> None:

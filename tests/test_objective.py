@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,14 +93,23 @@ MODELS: list[dict[str, Any]] = [
 ]
 
 
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"exchange": "ring"},
+    {"scores": "stream"},
+    {"exchange": "ring", "scores": "stream"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()) or "default")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_one_process_computes_the_definition(
-    settings: dict[str, Any], model: dict[str, Any]
+    settings: dict[str, Any], model: dict[str, Any], way: dict[str, Any]
 ) -> None:
     loss, of_model = LossConfig(**settings), ModelConfig(**model)
     mine, other = features(), features()
-    result = objective(mine, VIDEO_IDS, of_model, loss, ALONE)
+    result = objective(mine, VIDEO_IDS, of_model, loss, ALONE, **way)
     square = similarity(other, of_model)
     assert other.margin_hinge is not None
     margin = other.margin_hinge.mean()
@@ -176,6 +186,9 @@ def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
     clamped = sum(int((share < 1e-6).sum()) for share in shares) / (2 * PAIRS)
     assert got["clamped_share"] == pytest.approx(clamped)
     assert 0 < clamped < 1
+    without = values(replace(loss, neg_nce_weight=0.0))
+    assert got["penalty"] == pytest.approx(got["similarity_loss"] - without["similarity_loss"])
+    assert got["penalty"] > without["penalty"] == 0.0
     masked = values(LossConfig(neg_nce_mode="reference", mask_same_video=True))
     assert masked["hard_negatives_per_row"] < got["hard_negatives_per_row"]
     assert values(LossConfig(similarity="info_nce"))["clamped_share"] == 0.0

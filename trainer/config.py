@@ -119,7 +119,21 @@ class TrainConfig:
     """Pairs per optimiser step, all ranks together."""
     micro_batch: Positive
     """Pairs per rank per forward. Negatives come from the micro-batches of all ranks; accumulation
-    (global_batch / (micro_batch x ranks) micro-steps) averages gradients and adds no negatives."""
+    (global_batch / (micro_batch x ranks) micro-steps) averages gradients and adds no negatives,
+    unless `gradient_cache` is on."""
+    gradient_cache: bool = False
+    """Negatives come from the whole global batch, `micro_batch` is only the number of pairs encoded
+    at once: micro-batches are encoded without graph, the loss is that of all of them, and each is
+    encoded again for its gradient. Use it where the batch that the loss needs does not fit an
+    encoder's memory; it costs a second forward, and all micro-batches' decoded frames in host
+    memory."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How the frames of all ranks meet this rank's texts: gathered, or passed around one rank's at
+    a time. Use `ring` where the gathered frames, global_batch x F x D numbers, do not fit."""
+    scores: Literal["keep", "stream"] = "keep"
+    """Keep the similarities of this rank's texts with all videos from forward to backward, or
+    compute them again tile by tile. Use `stream` where that table does not fit; it costs the
+    similarity's forward several times."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak rate of the heads."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7
@@ -157,7 +171,7 @@ class Config:
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-steps per optimiser step.
+    """Micro-steps per optimiser step: encoder forwards of each rank for one update of the weights.
 
     Raises:
         ValueError: if the global batch is not a whole number of micro-batches on all ranks.

@@ -12,10 +12,11 @@ from torch import Tensor
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.data_prep.stream import evaluation_batches
 from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
+from tvr.trainer.chunked import joined
 from tvr.trainer.config import Config
-from tvr.trainer.gather import gather_uneven
+from tvr.trainer.gather import gather_rows
 from tvr.trainer.model import Features, image_size, model_inputs
-from tvr.trainer.objective import similarity_rows
+from tvr.trainer.objective import gathered_videos, similarity_rows
 from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.world import World
 
@@ -107,7 +108,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
     keys = [key for part, _, _ in everyone for key in part]
     captions = [caption for _, part, _ in everyone for caption in part]
     before = sum(len(part) for part, _, _ in everyone[: world.rank])
-    text_video = torch.cat(gather_uneven(mine.caption_video + before, world))
+    text_video = _everyones(mine.caption_video + before, world)
     return Evaluation(
         data=config.data.test,
         videos=len(keys),
@@ -148,7 +149,7 @@ def _encode_set(
             keys.extend(batch.keys)
             captions.extend(batch.captions)
             left_out.extend(batch.replaced)
-    return _Encoded(_joined(parts), keys, captions, torch.cat(caption_video), left_out)
+    return _Encoded(joined(parts), keys, captions, torch.cat(caption_video), left_out)
 
 
 def _in_step(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple[Batch, bool]]:
@@ -163,41 +164,23 @@ def _in_step(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple
         batch, is_new = (batch, False) if following is None else (following, True)
 
 
-def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, list[bool]]:
-    """This rank's next batch, none after its last, and which ranks are at their end.
-
-    A budget that is spent on one rank is raised on all.
-    """
-    try:
-        following, problem = next(batches, None), ""
-    except TooManyBadSamples as error:
-        following, problem = None, str(error)
-    everyone = world.gather_objects((following is None, problem))
-    for _, said in everyone:
-        if said:
-            raise TooManyBadSamples(said)
-    return following, [at_end for at_end, _ in everyone]
-
-
-def _joined(parts: list[Features]) -> Features:
-    columns: list[Any] = [
-        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    ]
-    return Features(*columns)
+def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, tuple[int, ...]]:
+    """This rank's next batch, none after its last, and which ranks are at their end."""
+    batch = world.together(lambda: next(batches, None), TooManyBadSamples)
+    return batch, world.gather_counts(batch is None)
 
 
 def _all_pairs(mine: _Encoded, config: Config, world: World) -> Tensor:
     """Similarity (A, C) of all captions with all videos: each rank computes its captions' rows."""
     own = mine.features
-    logits = own.frame_logits
-    videos = own._replace(
-        frames=torch.cat(gather_uneven(own.frames, world)),
-        frame_mask=torch.cat(gather_uneven(own.frame_mask, world)),
-        frame_logits=None if logits is None else torch.cat(gather_uneven(logits, world)),
-    )
+    videos = gathered_videos(own, world, world.gather_counts(len(own.frames)))
     with torch.no_grad():
         rows = similarity_rows(own, videos, config.model)
-    return torch.cat(gather_uneven(rows, world)).cpu()
+    return _everyones(rows, world).cpu()
+
+
+def _everyones(mine: Tensor, world: World) -> Tensor:
+    return gather_rows(mine, world, world.gather_counts(len(mine)))
 
 
 def _binding_accuracy(
@@ -220,7 +203,7 @@ def _binding_accuracy(
         exchanged = similarity_rows(mine.features, other.features, config.model).cpu()
     exchanged = exchanged[caption, twin]
     # A tie is as good as a guess.
-    wins = torch.cat(gather_uneven((own > exchanged).double() + (own == exchanged) / 2, world))
+    wins = _everyones((own > exchanged).double() + (own == exchanged) / 2, world)
     if not len(wins):
         raise ValueError(f"{url} shares no readable key with {config.data.test}")
     return float(100 * wins.mean()), other.left_out

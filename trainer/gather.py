@@ -9,6 +9,7 @@ by the number of ranks, there and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,28 +18,41 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from tvr.kernels.losses import ALONE, Collectives
+from tvr.kernels.rows import ALONE, Collectives
 from tvr.trainer.world import World
 
 
-def gather_rows(mine: Tensor, world: World) -> Tensor:
+def gather_rows(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
     """All ranks' rows (B, ...) in rank order, (G, ...); floating tensors keep their gradient.
 
-    Every rank must hold the same number of rows.
+    `counts` are the ranks' numbers of rows (`World.gather_counts`); a rank may have none.
     """
-    return mine if world.world_size == 1 else _GatherRows.apply(mine, world.world_size)
+    return mine if world.world_size == 1 else _GatherRows.apply(mine, world.rank, tuple(counts))
 
 
-def gather_uneven(mine: Tensor, world: World) -> list[Tensor]:
-    """Each rank's tensor, without gradient; the first dimension may differ between ranks."""
-    if world.world_size == 1:
-        return [mine]
-    lengths = world.gather_objects(len(mine))
-    padded = mine.new_zeros(max(lengths), *mine.shape[1:])
-    padded[: len(mine)] = mine
-    everyone = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(everyone, padded)
-    return [rows[:length] for rows, length in zip(everyone, lengths, strict=True)]
+def all_gather_rows(mine: Tensor, counts: Sequence[int]) -> Tensor:
+    """As `gather_rows`, without gradient: one collective, of padded rows where counts differ."""
+    most = max(counts)
+    if most == 0:
+        return mine
+    everyone = mine.new_empty(len(counts) * most, *mine.shape[1:])
+    dist.all_gather_single(everyone, _padded(mine, most))
+    if min(counts) == most:
+        return everyone
+    padded = everyone.split(most)
+    return torch.cat([rows[:count] for rows, count in zip(padded, counts, strict=True)])
+
+
+def reduce_scatter_rows(everyones: Tensor, rank: int, counts: Sequence[int]) -> Tensor:
+    """The adjoint: this rank's rows of the sum over ranks of `everyones` (G, ...)."""
+    most = max(counts)
+    if most == 0:
+        return everyones
+    if min(counts) < most:
+        everyones = torch.cat([_padded(rows, most) for rows in everyones.split(list(counts))])
+    mine = everyones.new_empty(most, *everyones.shape[1:])
+    dist.reduce_scatter_single(mine, everyones.contiguous())
+    return mine[: counts[rank]]
 
 
 def collectives_of(world: World) -> Collectives:
@@ -58,18 +72,14 @@ class _OverRanks:
 
 class _GatherRows(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, mine: Tensor, world_size: int) -> Tensor:
-        everyone = mine.new_empty(world_size * len(mine), *mine.shape[1:])
-        dist.all_gather_single(everyone, mine.contiguous())
-        return everyone
+    def forward(ctx: Any, mine: Tensor, rank: int, counts: tuple[int, ...]) -> Tensor:
+        ctx.rank, ctx.counts = rank, counts
+        return all_gather_rows(mine, counts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        world_size = dist.get_world_size()
-        mine = gradient.new_empty(len(gradient) // world_size, *gradient.shape[1:])
-        dist.reduce_scatter_single(mine, gradient.contiguous())
-        return mine, None
+        return reduce_scatter_rows(gradient, ctx.rank, ctx.counts), None, None
 
 
 class _SumOverRanks(Function):
@@ -87,3 +97,11 @@ def _summed(x: Tensor) -> Tensor:
     result = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(result)
     return result
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    if len(rows) == length:
+        return rows.contiguous()
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded

@@ -1,19 +1,15 @@
-"""The training loop: batch, features, loss of the global batch, step; evaluate, save, log."""
+"""The training loop: step after step, and what is due between them: evaluate, save, log."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tvr.data_prep.manifest import read_manifest
-from tvr.data_prep.records import Batch, TooManyBadSamples
+from tvr.data_prep.records import Batch
 from tvr.data_prep.stream import train_batches
 from tvr.trainer.checkpoint import (
     SavedState,
@@ -21,17 +17,15 @@ from tvr.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tvr.trainer.config import Config, LossConfig, accumulation_steps
+from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
-from tvr.trainer.errors import NonFiniteLoss, TrainingFailed
+from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
-from tvr.trainer.gather import gather_rows
-from tvr.trainer.model import build_model, image_size, model_inputs, tokenizer_folder
-from tvr.trainer.objective import SHARES, objective
+from tvr.trainer.model import build_model, image_size, tokenizer_folder
 from tvr.trainer.progress import Progress
 from tvr.trainer.run_dir import CHECKPOINTS, claim, evaluated_step, write_evaluation
 from tvr.trainer.run_log import LogWriter
-from tvr.trainer.schedule import learning_rate_factor
+from tvr.trainer.step import OptimiserStep
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import World, join_world
 
@@ -58,7 +52,8 @@ def train(config: Config, run_dir: Path) -> Evaluation | None:
         # Equal weights on all ranks, but dropout of each rank's own.
         torch.manual_seed(config.train.seed + 1 + world.rank)
         log = LogWriter(run_dir, world.rank)
-        return _Run(config, run_dir, log, engine, tokenizer, world, num_samples).to_the_end()
+        step = OptimiserStep(config, engine, log, world, num_samples)
+        return _Run(config, run_dir, log, engine, tokenizer, world, step).to_the_end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,7 @@ class _Run:
     engine: Engine
     tokenizer: Tokenizer
     world: World
-    num_samples: int
+    step: OptimiserStep
 
     def to_the_end(self) -> Evaluation | None:
         train = self.config.train
@@ -90,8 +85,8 @@ class _Run:
     def _advance(self, step: int, batches: Iterator[Batch], show: Progress) -> Evaluation | None:
         """One step, and what is due after it."""
         train, evaluation = self.config.train, None
-        record = self._step(step, batches)
         done = step + 1
+        record = self.step.take(done, batches)
         if done % train.log_every == 0 or done == train.steps:
             self.log.write("step", record)
         show.step(done, record)
@@ -102,66 +97,6 @@ class _Run:
             evaluation = self._evaluate(done)
             show.text(evaluation.table())
         return evaluation
-
-    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimiser step; returns the values of its global batch, averaged over micro-steps."""
-        train, world = self.config.train, self.world
-        started, waited_s, norm = time.perf_counter(), 0.0, None
-        factor = learning_rate_factor(step, warmup_steps=train.warmup_steps, steps=train.steps)
-        micro_steps = accumulation_steps(train, world.world_size)
-        totals = torch.zeros(len(SHARES))
-        for _ in range(micro_steps):
-            before = time.perf_counter()
-            batch = self._next_batch(batches)
-            waited_s += time.perf_counter() - before
-            shares, norm = self._micro_step(batch, step + 1, factor)
-            totals += shares / micro_steps
-        seconds = time.perf_counter() - started
-        return {
-            "step": step + 1,
-            "epoch": (step + 1) * train.global_batch / self.num_samples,
-            **_named(totals, self.config.loss),
-            "learning_rate": train.learning_rate * factor,
-            "encoder_learning_rate": train.encoder_learning_rate * factor,
-            "gradient_norm": norm,
-            "samples_per_s": train.global_batch / seconds,
-            "data_wait_s": waited_s,
-            "step_s": seconds,
-        }
-
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """This rank's next batch; a budget spent on one rank stops all of them."""
-        try:
-            batch, problem = next(batches), ""
-        except TooManyBadSamples as error:
-            batch, problem = None, str(error)
-        rank = self.world.first_failing(batch is not None)
-        if rank is not None or batch is None:
-            raise TooManyBadSamples(self.world.gather_objects(problem)[rank or 0])
-        return batch
-
-    def _micro_step(self, batch: Batch, step: int, factor: float) -> tuple[Tensor, float | None]:
-        config, world = self.config, self.world
-        if config.train.log_keys:
-            self.log.write_keys(step, batch.keys)
-        features = self.engine.encode(*model_inputs(batch, world.device))
-        video_ids = batch.video_ids.to(world.device)
-        mine = objective(features, video_ids, config.model, config.loss, world)
-        # One small collective tells every rank the values, who is not finite, and who skipped.
-        skipped = mine.shares.new_tensor([len(batch.replaced)])
-        everyone = gather_rows(torch.cat([mine.shares, skipped])[None], world).cpu()
-        _stop_unless_finite(everyone, step, batch.keys, world)
-        if everyone[:, -1].any():
-            for replaced in world.gather_objects(batch.replaced):
-                self.log.write_replaced(step, replaced)
-        self.engine.backward(mine.for_backward)
-        norm = self.engine.step(factor)
-        if norm is not None and not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"step {step}: the loss is finite, its gradient is not ({norm}); the weights are "
-                "spoiled and were not saved, the newest checkpoint is from before"
-            )
-        return everyone[:, :-1].sum(0), norm
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
         data, train = self.config.data, self.config.train
@@ -223,16 +158,6 @@ class _Run:
         )
 
 
-def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:
-    """The values of a step by name; what these settings do not compute is none, not 0."""
-    named: dict[str, float | None] = dict(zip(SHARES, totals.tolist(), strict=True))
-    if not loss.tpm_cl:
-        named["tpm_cl_loss"] = None
-    if (loss.similarity, loss.neg_nce_mode) != ("neg_nce", "reference"):
-        named["clamped_share"] = None
-    return named
-
-
 def _checked_data(config: Config, world: World) -> int:
     """The number of training samples; every data set is looked at before anything is built."""
     data = config.data
@@ -255,16 +180,3 @@ def _checked_data(config: Config, world: World) -> int:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _stop_unless_finite(shares: Tensor, step: int, keys: tuple[str, ...], world: World) -> None:
-    """Raises on every rank alike, since all see all ranks' shares (W, ...)."""
-    broken = (~shares.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if not broken:
-        return
-    named = world.gather_objects(keys)[broken[0]]
-    raise NonFiniteLoss(
-        f"step {step}: the loss is not finite on rank {', '.join(map(str, broken))} of "
-        f"{world.world_size}; no weight was changed by this step. Keys of rank {broken[0]}'s "
-        f"batch: {' '.join(named)}"
-    )

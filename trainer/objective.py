@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tvr.kernels.losses import LossTerms, row_info_nce, row_neg_nce
+from tvr.kernels.losses import LossTerms, row_loss
+from tvr.kernels.row_loss import LossRule
 from tvr.kernels.similarity import dmae_similarity
+from tvr.kernels.stream import streamed_loss
 from tvr.trainer.config import LossConfig, ModelConfig
+from tvr.trainer.exchange import Gathered, Ring
 from tvr.trainer.gather import collectives_of, gather_rows
 from tvr.trainer.model import Features
 from tvr.trainer.world import World
@@ -28,37 +33,96 @@ class Objective:
     shares: Tensor
 
 
-SHARES = ("loss", "similarity_loss", "tpm_cl_loss", "hard_negatives_per_row", "clamped_share")
+SHARES = (
+    "loss",
+    "similarity_loss",
+    "tpm_cl_loss",
+    "penalty",
+    "hard_negatives_per_row",
+    "clamped_share",
+)
 
 
 def objective(
-    mine: Features, video_ids: Tensor, model: ModelConfig, loss: LossConfig, world: World
+    mine: Features,
+    video_ids: Tensor,
+    model: ModelConfig,
+    loss: LossConfig,
+    world: World,
+    *,
+    exchange: Literal["gather", "ring"] = "gather",
+    scores: Literal["keep", "stream"] = "keep",
 ) -> Objective:
     """Similarity loss plus TPM-CL over the global batch (the method, sections 3 and 4).
 
-    `mine` are the features of this rank's B pairs, `video_ids` (B,) theirs. Only the frames, the
-    shorter side, are gathered; the (B, G) block of similarities is this rank's alone.
+    `mine` are the features of this rank's B pairs, `video_ids` (B,) theirs; B may differ between
+    ranks. Only the frames, the shorter side, travel; the (B, G) similarities are this rank's alone.
+    `exchange` and `scores` (see `TrainConfig`) change what is in memory, and nothing else.
     """
-    block = similarity_rows(mine, gathered_videos(mine, world), model)
-    terms = similarity_loss(block, gather_rows(video_ids, world), loss, world)
-    margin = terms.loss.new_zeros(())
-    if mine.margin_hinge is not None:
-        margin = mine.margin_hinge.sum() / block.shape[1]
-    share = terms.loss + loss.tpm_cl_weight * margin
-    shares = [share, terms.loss, margin, terms.hard_per_row, terms.clamped_share]
+    counts = world.gather_counts(len(video_ids))
+    everyones_ids = gather_rows(video_ids, world, counts)
+    if exchange == "gather" and scores == "keep":
+        block = similarity_rows(mine, gathered_videos(mine, world, counts), model)
+        terms = row_loss(
+            block,
+            loss_rule(loss),
+            row_offset=sum(counts[: world.rank]),
+            collectives=collectives_of(world),
+            video_ids=everyones_ids,
+        )
+    else:
+        terms = streamed_loss(
+            mine.sentence,
+            mine.words,
+            mine.frames,
+            mine.word_mask,
+            mine.frame_mask,
+            interaction=model.interaction,
+            neighbour_frames=model.neighbour_frames,
+            word_logits=mine.word_logits,
+            frame_logits=mine.frame_logits,
+            rule=loss_rule(loss),
+            row_offset=sum(counts[: world.rank]),
+            num_pairs=sum(counts),
+            collectives=collectives_of(world),
+            exchange=(Ring if exchange == "ring" else Gathered)(world, counts),
+            video_ids=everyones_ids,
+            keep_scores=scores == "keep",
+        )
+    return _with_tpm_cl(terms, mine.margin_hinge, loss.tpm_cl_weight, world, sum(counts))
+
+
+def _with_tpm_cl(
+    terms: LossTerms, hinge: Tensor | None, weight: float, world: World, num_pairs: int
+) -> Objective:
+    """Adds the hinges (B,) of this rank's pairs, whose mean is over the global batch."""
+    margin = terms.loss.new_zeros(()) if hinge is None else hinge.sum() / num_pairs
+    share = terms.loss + weight * margin
+    shares = [share, terms.loss, margin, terms.penalty, terms.hard_per_row, terms.clamped_share]
     return Objective(
         for_backward=share * world.world_size,  # the scale rule: see gather.py
         shares=torch.stack([x.detach() for x in shares]),
     )
 
 
-def gathered_videos(mine: Features, world: World) -> Features:
+def loss_rule(loss: LossConfig) -> LossRule:
+    """The settings of the similarity loss as the kernels take them."""
+    contrastive = loss.similarity == "info_nce"
+    return LossRule(
+        None if contrastive else loss.neg_nce_mode,
+        scale=1 / loss.temperature,
+        weight=loss.neg_nce_weight,
+        mask_same_video=loss.mask_same_video,
+    )
+
+
+def gathered_videos(mine: Features, world: World, counts: Sequence[int]) -> Features:
     """`mine` with the frames, frame masks and frame logits of all ranks, in rank order."""
     logits = mine.frame_logits
     return mine._replace(
-        frames=gather_rows(mine.frames, world),
-        frame_mask=gather_rows(mine.frame_mask, world),
-        frame_logits=None if logits is None else gather_rows(logits, world),
+        frames=gather_rows(mine.frames, world, counts),
+        frame_mask=gather_rows(mine.frame_mask, world, counts),
+        frame_logits=None if logits is None else gather_rows(logits, world, counts),
     )
 
 
@@ -74,28 +138,4 @@ def similarity_rows(texts: Features, videos: Features, model: ModelConfig) -> Te
         neighbour_frames=model.neighbour_frames,
         word_logits=texts.word_logits,
         frame_logits=videos.frame_logits,
-    )
-
-
-def similarity_loss(block: Tensor, video_ids: Tensor, loss: LossConfig, world: World) -> LossTerms:
-    """This rank's share of the similarity loss; block (B, G), video_ids (G,)."""
-    row_offset, collectives = world.rank * len(block), collectives_of(world)
-    if loss.similarity == "info_nce":
-        return row_info_nce(
-            block,
-            row_offset=row_offset,
-            collectives=collectives,
-            video_ids=video_ids,
-            mask_same_video=bool(loss.mask_same_video),
-            scale=1 / loss.temperature,
-        )
-    return row_neg_nce(
-        block,
-        row_offset=row_offset,
-        collectives=collectives,
-        mode=loss.neg_nce_mode,
-        video_ids=video_ids,
-        mask_same_video=loss.mask_same_video,
-        scale=1 / loss.temperature,
-        weight=loss.neg_nce_weight,
     )

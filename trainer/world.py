@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,30 @@ class World:
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, mine)
         return everyone
+
+    def gather_counts(self, count: int) -> tuple[int, ...]:
+        """Every rank's small whole number, in rank order, on every rank."""
+        if self.world_size == 1:
+            return (count,)
+        # On the host, so that no queue of a GPU's work has to run dry for it.
+        counts = torch.zeros(self.world_size, dtype=torch.int64)
+        dist.all_gather_single(counts, torch.tensor([count], dtype=torch.int64))
+        return tuple(counts.tolist())
+
+    def together(self, action: Callable[[], T], refusal: type[Exception]) -> T:
+        """`action`'s result on this rank; a `refusal` on any rank is raised on every rank.
+
+        Where several refuse, the lowest rank's is raised.
+        """
+        refused: Exception | None = None
+        try:
+            value = action()
+        except refusal as error:
+            value, refused = None, error
+        rank = self.first_failing(refused is None)
+        if rank is not None:
+            raise self.gather_objects(refused)[rank]
+        return cast(T, value)
 
     def from_first(self, action: Callable[[], T]) -> T:
         """Rank 0's result of `action` on every rank; its exception is raised on every rank too."""
