@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
+    "bench": Command("tvr.trainer.bench:bench", "time and memory against the naive definition"),
     "launch": Command("tvr.launchers.cli:launch", "start the ranks of a training job"),
 }
 

@@ -113,7 +113,8 @@ def spread(outcomes: list[dict[str, float | None]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in outcomes[0]:
         values = [value for each in outcomes if (value := each[name]) is not None]
-        found[name] = values and [round(f(values), 4) for f in (statistics.fmean, min, max)] or None
+        statistic = (statistics.fmean, min, max)
+        found[name] = [round(f(values), 4) for f in statistic] if values else None
     return found
 
 
