@@ -1,8 +1,7 @@
-"""The similarity that the rest of the project calls: the reference, in tiles of bounded memory.
+"""The similarity that the rest of the project calls: the reference's, in bounded memory.
 
-Two backends, equal to rounding. `compiled` (float32 and float64 on a CPU): one operator with a
-hand-written backward, which keeps per pair the score and one byte for each of its L + F maxima.
-`torch`: checkpointed tiles of the reference, on every device.
+Two backends, equal to rounding: `compiled` (float32 and float64 on a CPU) and `torch` (tiles, on
+every device). Both keep per pair the score and a byte or so for each of its L + F maxima.
 """
 
 import math
@@ -10,15 +9,10 @@ import math
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvr.kernels.packed import hindrance, packed_similarity
-from tvr.kernels.reference import (
-    FrameSet,
-    TokenSet,
-    block_similarity,
-    full_precision,
-    prepare,
-)
-from tvr.kernels.tiles import VIDEOS_PER_TEXT, chunk_size, tiled_similarity
+from tvr.kernels.packed import Kernels, hindrance
+from tvr.kernels.reference import FrameSet, TokenSet, full_precision, prepare
+from tvr.kernels.set_similarity import Engine, mean_similarity
+from tvr.kernels.tiles import VIDEOS_PER_TEXT, Tiles, chunk_size
 
 # A tile of the compiled kernels (some 130 MiB with all that its backward needs): large enough that
 # laying out its videos costs little beside scoring them.
@@ -44,13 +38,13 @@ def dmae_similarity(
     """Unscaled similarity of every text with every video; `reference.dmae_similarity` defines it.
 
     `backend` None takes "compiled" for features on a CPU with at most 255 words and frames where
-    the kernels can be compiled (`compiled.backend` says why not), else "torch". "compiled" keeps
-    L + F bytes for each pair and token set for its backward, which is not differentiable again.
+    the kernels can be compiled (`compiled.backend` says why not), else "torch", whose tiles are
+    `chunk` texts x 4 `chunk` videos. The result is the same for every `chunk`; None takes the
+    largest whose tiles hold at most `tiles.SCORES_PER_TILE` token-frame scores. A `chunk` is a wish
+    about these tiles: with it, `backend` None is "torch".
 
-    "torch" computes tiles of `chunk` texts x 4 `chunk` videos, whose insides are computed anew in
-    the backward: memory grows as A x C and never as A x T x C x F, and the result is the same for
-    every `chunk`. None takes the largest chunk whose tiles hold at most 2**23 token-frame scores.
-    A `chunk` is a wish about these tiles: with it, `backend` None is "torch".
+    Memory grows as A x C, never as A x T x C x F: for the backward (which is not differentiable
+    again) both keep the place of each of the L + F maxima of a pair and token set.
 
     Raises:
         ValueError: as the reference; for a chunk below 1; for an unknown backend, or "compiled"
@@ -69,13 +63,8 @@ def dmae_similarity(
             word_logits=word_logits,
             frame_logits=frame_logits,
         )
-        if backend is None:
-            backend = "torch" if chunk else chosen_backend(texts, videos)
-        elif backend == "compiled" and (reason := hindrance(texts, videos)):
-            raise ValueError(f"backend='compiled' cannot serve here: {reason}")
-        if backend == "compiled":
-            return packed_similarity(texts, videos)
-        return tiled_similarity(texts, videos, chunk or chunk_size(texts, videos))
+        engine = _engine(texts, videos, chunk, backend)
+        return mean_similarity(texts, videos, engine)
 
 
 def _check_options(chunk: int | None, backend: str | None) -> None:
@@ -87,20 +76,25 @@ def _check_options(chunk: int | None, backend: str | None) -> None:
         raise ValueError(f"chunk={chunk} is for backend='torch': the compiled tiles fit the cache")
 
 
-def chosen_backend(texts: tuple[TokenSet, ...], videos: FrameSet) -> str:
-    """What serves where nothing else is asked for."""
-    return "torch" if hindrance(texts, videos) else "compiled"
+def _engine(
+    texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int | None, backend: str | None
+) -> Engine:
+    if backend == "torch" or (backend is None and chunk is not None):
+        return Tiles(chunk or chunk_size(texts, videos))
+    reason = hindrance(texts, videos)
+    if reason and backend == "compiled":
+        raise ValueError(f"backend='compiled' cannot serve here: {reason}")
+    return Tiles(chunk_size(texts, videos)) if reason else Kernels()
 
 
-def tile_similarity(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A C"]:
-    """The similarity of sets that `reference.prepare` returned, small enough for one tile."""
-    if chosen_backend(texts, videos) == "compiled":
-        return packed_similarity(texts, videos)
-    return block_similarity(texts, videos)
+def tile_engine(
+    texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int | None
+) -> tuple[Engine, int]:
+    """For a caller that goes through tiles itself: what scores one, and texts per tile.
 
-
-def tile_chunk(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
-    """Texts per tile (videos: 4 times as many) for `tile_similarity`."""
-    if chosen_backend(texts, videos) == "compiled":
-        return math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
-    return chunk_size(texts, videos)
+    (Videos: 4 times as many.)
+    """
+    if hindrance(texts, videos) is None:
+        return Kernels(), chunk or math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
+    size = chunk or chunk_size(texts, videos)
+    return Tiles(size), size

@@ -21,7 +21,8 @@ from tvr.kernels.losses import LossTerms, terms_of
 from tvr.kernels.reference import FrameSet, TokenSet, full_precision, prepare
 from tvr.kernels.row_loss import LossRule, RowLoss
 from tvr.kernels.rows import ALONE, Collectives, Place
-from tvr.kernels.similarity import tile_chunk, tile_similarity
+from tvr.kernels.set_similarity import Engine, mean_similarity
+from tvr.kernels.similarity import tile_engine
 from tvr.kernels.tiles import VIDEOS_PER_TEXT
 
 
@@ -89,9 +90,9 @@ def streamed_loss(
 ) -> LossTerms:
     """`losses.row_loss` of `similarity.dmae_similarity`, tile by tile; features of the own pairs.
 
-    Tiles are `chunk` texts x 4 `chunk` videos; None takes `similarity.tile_chunk`. The result does
-    not depend on it. The gradient of a share is that
-    of the sum over ranks: every rank must weigh its share by the same factor.
+    Tiles are `chunk` texts x 4 `chunk` videos, None chooses (`similarity.tile_engine`); the result
+    does not depend on it. The gradient of a share is that of the sum over ranks: every rank must
+    weigh its share by the same factor.
 
     Raises:
         ValueError: as `dmae_similarity` and `row_loss`.
@@ -119,7 +120,8 @@ def streamed_loss(
             video_ids=video_ids,
             like=videos.frames.detach()[:0],
         )
-        job = _Job(loss, exchange, keep_scores, chunk or tile_chunk(texts, videos), len(texts))
+        engine, chunk = tile_engine(texts, videos, chunk)
+        job = _Job(loss, exchange, keep_scores, engine, chunk, len(texts))
         of_texts = [tensor for tokens in texts for tensor in tokens]
         of_videos = [tensor for tensor in videos if tensor is not None]
         return terms_of(loss, _StreamedLoss.apply(job, *of_texts, *of_videos))
@@ -130,6 +132,7 @@ class _Job:
     loss: RowLoss
     exchange: Exchange
     keep_scores: bool
+    engine: Engine
     chunk: int
     num_token_sets: int
 
@@ -162,7 +165,7 @@ class _Job:
             for first, video_tile in self.video_tiles(piece):
                 for row, text_tile in text_tiles:
                     place = Place(row, column + first, self.loss.row_offset)
-                    yield place, tile_similarity(text_tile, video_tile)
+                    yield place, mean_similarity(text_tile, video_tile, self.engine)
 
 
 class _StreamedLoss(torch.autograd.Function):
@@ -199,7 +202,7 @@ class _StreamedLoss(torch.autograd.Function):
                 for row, text_tile in text_tiles:
                     place = Place(row, column + first, job.loss.row_offset)
                     with torch.enable_grad():
-                        scores = tile_similarity(text_tile, video_tile)
+                        scores = mean_similarity(text_tile, video_tile, job.engine)
                     known = ctx.kept.get(place, scores.detach())
                     torch.autograd.backward(scores, job.loss.gradient(known, place, *factors))
                 found.append(_gradients(tuple(x for x in video_tile if x is not None)))

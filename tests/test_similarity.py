@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tvr.kernels import reference
 from tvr.kernels.checks import INTERACTIONS
 from tvr.kernels.reference import unit
-from tvr.kernels.similarity import dmae_similarity
+from tvr.kernels.similarity import BACKENDS, dmae_similarity
 from tvr.kernels.tiles import SCORES_PER_TILE, chunk_size
 
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True)
@@ -60,7 +60,7 @@ def with_gradients(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         scores = door(**leaves, **options)
     draw = torch.Generator().manual_seed(1)
-    weighting = torch.randn(scores.shape, generator=draw, dtype=torch.float64)
+    weighting = torch.randn(scores.shape, generator=draw, dtype=torch.float64).to(scores.device)
     (scores * weighting.to(scores.dtype)).sum().backward()
     gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
     return {"similarity": scores.detach()} | {n: gradients[n] for n in FEATURES}
@@ -308,20 +308,34 @@ def test_no_tensor_of_all_token_frame_scores_ever_exists() -> None:
     assert naive.elements >= texts * videos * words * frames
 
 
-def test_saved_tensors_of_the_tiles_do_not_grow_with_the_pairs() -> None:
-    arguments = {n: x.requires_grad_(n in FEATURES) for n, x in example(32, 48).items()}
+def saved_bytes(pairs: int, words: int, frames: int, valid: int, **options) -> int:
+    given = example(pairs, pairs, words, frames, dtype=torch.float32)
+    given["word_mask"] = (torch.arange(words) < valid).long().repeat(pairs, 1)
+    arguments = {n: x.requires_grad_(n in FEATURES) for n, x in given.items()}
     seen: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes() // x.element_size()
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        scores = dmae_similarity(**arguments, chunk=3)
+        scores = dmae_similarity(**arguments, **options)
     assert scores.requires_grad
-    inputs = sum(x.numel() for x in arguments.values())
-    assert sum(seen.values()) < 4 * inputs + 4 * scores.numel()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("valid", [8, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_keeps_one_byte_for_each_maximum_and_none_for_padding(
+    backend: str, valid: int
+) -> None:
+    words, frames = 8, 4
+    small, large = (saved_bytes(n, words, frames, valid, backend=backend) for n in (64, 128))
+    # What is kept is linear + quadratic: the second difference leaves the quadratic part.
+    quadratic = (large - 2 * small) / (128**2 - 2 * 64**2)
+    # The torch tiles keep one slot of padding, which counts as 0. The sentence: its best frame.
+    slots = min(words, valid + (backend == "torch"))
+    assert quadratic == pytest.approx(slots + frames + 1, abs=0.1)
 
 
 def test_chosen_chunk_fills_but_does_not_exceed_a_tile() -> None:

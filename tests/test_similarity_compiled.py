@@ -8,121 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_similarity import FEATURES, assert_same, example, with_gradients
+from test_similarity import assert_same, example, with_gradients
 from torch import Tensor
 
 from tvr.kernels import compiled, reference
-from tvr.kernels.checks import INTERACTIONS
 from tvr.kernels.packed import MOST_SLOTS
 from tvr.kernels.similarity import dmae_similarity
-
-# texts, videos, words, frames, width: one of everything; 16 and 64 videos make one group and one
-# tile of them, 129 numbers one row of registers and a rest; the last has several tiles each way.
-SIZES = [
-    (1, 1, 1, 1, 1),
-    (5, 4, 6, 4, 8),
-    (3, 16, 2, 1, 129),
-    (7, 21, 32, 12, 16),
-    (70, 70, 9, 7, 24),
-]
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels() -> None:
     name, reason = compiled.backend()
     assert name == "compiled", reason
-
-
-def masks(kind: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`example` has ragged masks with words of mask 2."""
-    if kind == "doubled":
-        return {}
-    of_words, of_frames = arguments["word_mask"], arguments["frame_mask"]
-    if kind == "ragged":
-        return {"word_mask": of_words.clamp(max=1)}
-    return {"word_mask": torch.ones_like(of_words), "frame_mask": torch.ones_like(of_frames)}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("kind", ["full", "ragged", "doubled"])
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("interaction", INTERACTIONS)
-def test_equals_the_reference(
-    interaction: str, neighbours: bool, kind: str, dtype: torch.dtype
-) -> None:
-    options = {"interaction": interaction, "neighbour_frames": neighbours}
-    tolerance = TOLERANCES[dtype]
-    for texts, videos, words, frames, width in SIZES:
-        arguments = example(texts, videos, words, frames, width=width, dtype=dtype)
-        arguments |= masks(kind, arguments)
-        expected = with_gradients(reference.dmae_similarity, arguments, **options)
-        found = with_gradients(dmae_similarity, arguments, backend="compiled", **options)
-        assert_same(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def test_word_part_alone_equals_the_reference() -> None:
-    arguments = example(20, 20)
-
-    def scores(door, **options) -> dict[str, Tensor]:
-        return with_gradients(lambda sentence, **rest: door(None, **rest, **options), arguments)
-
-    assert_same(
-        scores(dmae_similarity, backend="compiled"),
-        scores(reference.dmae_similarity),
-        rtol=1e-10,
-        atol=1e-10,
-    )
-
-
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("interaction", INTERACTIONS)
-def test_gradients_pass_gradcheck(interaction: str, neighbours: bool) -> None:
-    arguments = example(3, 2, 3, 3, width=4, seed=5)
-    features = [arguments[name].clone().requires_grad_() for name in FEATURES]
-
-    def scores(*inputs: Tensor) -> Tensor:
-        named = arguments | dict(zip(FEATURES, inputs, strict=True))
-        options = {"interaction": interaction, "neighbour_frames": neighbours}
-        return dmae_similarity(**named, **options, backend="compiled")
-
-    assert torch.autograd.gradcheck(scores, features)
-
-
-@pytest.mark.parametrize("neighbours", [False, True])
-def test_equal_entries_give_the_gradient_to_the_first(neighbours: bool) -> None:
-    # Entries are small whole numbers, so that many maxima are equal and every sum is exact.
-    arguments = example(20, 20, 6, 5, width=4)
-    draw = torch.Generator().manual_seed(0)
-    for name in ("sentence", "words", "frames"):
-        arguments[name] = torch.randint(-1, 2, arguments[name].shape, generator=draw).double()
-    options = {"interaction": "att_wti", "neighbour_frames": neighbours}
-    expected = with_gradients(reference.dmae_similarity, arguments, **options)
-    found = with_gradients(dmae_similarity, arguments, backend="compiled", **options)
-    assert_same(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_features_without_gradient_and_strided_gradients() -> None:
-    arguments = example(20, 18)
-    leaf = arguments["frames"].clone().requires_grad_()
-    found = dmae_similarity(**arguments | {"frames": leaf}, backend="compiled")
-    expected = reference.dmae_similarity(**arguments | {"frames": leaf})
-    weighting = torch.randn(18, 20, dtype=torch.float64).T
-    (of_found,) = torch.autograd.grad(found, leaf, weighting)
-    (of_expected,) = torch.autograd.grad(expected, leaf, weighting)
-    torch.testing.assert_close(of_found, of_expected, rtol=1e-10, atol=1e-10)
-    with torch.no_grad():
-        again = dmae_similarity(**arguments | {"frames": leaf}, backend="compiled")
-    assert torch.equal(again, found)
-
-
-def test_not_a_number_reaches_every_pair_of_its_text_or_video() -> None:
-    arguments = example(20, 20)
-    arguments["words"][3, 0] = torch.nan
-    arguments["frames"][17, 0] = torch.nan
-    found = dmae_similarity(**arguments, backend="compiled").isnan()
-    assert torch.equal(found, reference.dmae_similarity(**arguments).isnan())
-    assert found.sum() == 20 + 20 - 1
 
 
 def test_words_part_does_not_depend_on_the_threads() -> None:
@@ -141,32 +38,6 @@ def test_words_part_does_not_depend_on_the_threads() -> None:
         torch.set_num_threads(before)
     for name, value in one.items():
         assert torch.equal(three[name], value), name
-
-
-def saved_bytes(pairs: int, words: int, frames: int, valid: int) -> int:
-    given = example(pairs, pairs, words, frames, dtype=torch.float32)
-    given["word_mask"] = (torch.arange(words) < valid).long().repeat(pairs, 1)
-    arguments = {n: x.requires_grad_(n in FEATURES) for n, x in given.items()}
-    seen: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        scores = dmae_similarity(**arguments, backend="compiled")
-    assert scores.requires_grad
-    return sum(seen.values())
-
-
-@pytest.mark.parametrize("valid", [8, 3])
-def test_a_pair_keeps_one_byte_for_each_maximum_and_none_for_padding(valid: int) -> None:
-    words, frames = 8, 4
-    small, large = (saved_bytes(pairs, words, frames, valid) for pairs in (64, 128))
-    # What is kept is linear + quadratic: the second difference leaves the quadratic part.
-    quadratic = (large - 2 * small) / (128**2 - 2 * 64**2)
-    # The sentence keeps its best frame.
-    assert quadratic == pytest.approx(valid + frames + 1, abs=0.1)
 
 
 def test_more_slots_than_a_byte_counts_take_the_torch_tiles() -> None:

@@ -174,7 +174,7 @@ def _bound(job: Job, inputs: Inputs, backward: bool) -> None:
     for rows in texts.split(step):
         scores = rows @ videos.T
         if backward:
-            scores @ videos
+            _ = scores @ videos
             of_videos.addmm_(scores.T, rows)
 
 
