@@ -5,6 +5,7 @@ It keeps one byte for each of the L + F maxima of a pair.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,14 @@ def hindrance(texts: tuple[TokenSet, ...], videos: FrameSet) -> str | None:
     return None if name == "compiled" else reason
 
 
+@dataclass(frozen=True)
 class Kernels:
-    """`set_similarity.Engine` by `similarity_forward.cpp` and `similarity_backward.cpp`."""
+    """`set_similarity.Engine` by `similarity_forward.cpp` and `similarity_backward.cpp`.
+
+    `fast`: the products are of features rounded to bfloat16 (see `similarity.dmae_similarity`).
+    """
+
+    fast: bool = False
 
     def scores(self, text: TokenSet, videos: Videos, *, keep: bool) -> tuple[Tensor, Kept]:
         packed = _pack(text)
@@ -45,6 +52,7 @@ class Kernels:
             videos.strength,
             videos.neighbour,
             keep,
+            self.fast,
         )
         return scores, (text.valid, *packed, best_frame, best_token)
 

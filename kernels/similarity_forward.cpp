@@ -127,7 +127,8 @@ std::vector<int64_t> text_tiles(const int64_t* offsets, int64_t texts, int64_t m
 }
 
 template <typename T>
-void score_all(const Tensor& tokens, const Tensor& panels, const Sizes& n, const Tables<T>& to) {
+void score_all(const Tensor& tokens, const Tensor& panels, const Sizes& n, const Tables<T>& to,
+               bool fast) {
   if (n.texts == 0 || n.videos == 0) return;
   const int64_t in_group = n.frames * kLanes;
   const int64_t group_step = std::clamp<int64_t>(n.groups, 1, kGroups);
@@ -138,18 +139,24 @@ void score_all(const Tensor& tokens, const Tensor& panels, const Sizes& n, const
   for (size_t i = 0; i + 1 < starts.size(); ++i)
     tallest = std::max(tallest, to.offsets[starts[i + 1]] - to.offsets[starts[i]]);
   const int64_t tiles = (int64_t(starts.size()) - 1) * across;
+  const auto half = tokens.options().dtype(at::kBFloat16);
+  const Tensor left = fast ? tokens.to(at::kBFloat16) : tokens;
+  const Tensor right = fast ? panels.to(at::kBFloat16) : panels;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Tensor scratch = at::empty({tallest * group_step * in_group}, tokens.options());
+    const Tensor rounded = at::empty({fast ? scratch.numel() : 0}, half);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t text = starts[tile / across], last = starts[tile / across + 1];
       const int64_t group = tile % across * group_step;
       const int64_t num_groups = std::min(group_step, n.groups - group);
       const int64_t row = to.offsets[text], height = to.offsets[last] - row;
       const int64_t step = num_groups * in_group;
-      Tensor out = scratch.narrow(0, 0, height * step).view({height, step});
-      at::mm_out(out, tokens.narrow(0, row, height),
-                 panels.narrow(0, group * in_group, step).t());
+      const Tensor out = scratch.narrow(0, 0, height * step).view({height, step});
+      Tensor products = fast ? rounded.narrow(0, 0, height * step).view({height, step}) : out;
+      at::mm_out(products, left.narrow(0, row, height),
+                 right.narrow(0, group * in_group, step).t());
+      if (fast) out.copy_(products);
       const T* found = out.const_data_ptr<T>();
       for (int64_t a = text; a < last; ++a)
         for (int64_t g = 0; g < num_groups; ++g)
@@ -163,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& tokens_in, const Tensor& weights_in, const Tensor& offsets, const Tensor& padded,
     const Tensor& frames, const std::optional<Tensor>& frame_weights_in,
     const std::optional<Tensor>& strength_in, const std::optional<Tensor>& neighbour_in,
-    bool keep) {
+    bool keep, bool fast) {
   const Tensor tokens = tokens_in.contiguous(), weights = weights_in.contiguous();
   Sizes n{padded.size(0), tokens.size(0), frames.size(0), frames.size(1), tokens.size(1), 0};
   n.groups = (n.videos + kLanes - 1) / kLanes;
@@ -187,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
                          neighbour.defined() ? neighbour.const_data_ptr<int64_t>() : nullptr,
                          scores.data_ptr<scalar_t>(),
                          keep ? best_frame.data_ptr<uint8_t>() : nullptr,
-                         met ? best_token.data_ptr<uint8_t>() : nullptr});
+                         met ? best_token.data_ptr<uint8_t>() : nullptr},
+                        fast);
   });
   return {scores, best_frame, best_token};
 }
@@ -198,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 TORCH_LIBRARY(tvr_kernels, library) {
   library.def(
       "similarity_forward(Tensor tokens, Tensor weights, Tensor offsets, Tensor padded,"
-      " Tensor frames, Tensor? frame_weights, Tensor? strength, Tensor? neighbour, bool keep)"
+      " Tensor frames, Tensor? frame_weights, Tensor? strength, Tensor? neighbour, bool keep, bool fast)"
       " -> (Tensor, Tensor, Tensor)");
   library.def(
       "similarity_backward(Tensor gradient, Tensor tokens, Tensor weights, Tensor offsets,"

@@ -87,12 +87,13 @@ def streamed_loss(
     video_ids: Int[Tensor, " G"] | None = None,
     keep_scores: bool = False,
     chunk: int | None = None,
+    fast: bool = False,
 ) -> LossTerms:
     """`losses.row_loss` of `similarity.dmae_similarity`, tile by tile; features of the own pairs.
 
     Tiles are `chunk` texts x 4 `chunk` videos, None chooses (`similarity.tile_engine`); the result
     does not depend on it. The gradient of a share is that of the sum over ranks: every rank must
-    weigh its share by the same factor.
+    weigh its share by the same factor. `fast`: see `similarity.dmae_similarity`.
 
     Raises:
         ValueError: as `dmae_similarity` and `row_loss`.
@@ -120,7 +121,7 @@ def streamed_loss(
             video_ids=video_ids,
             like=videos.frames.detach()[:0],
         )
-        engine, chunk = tile_engine(texts, videos, chunk)
+        engine, chunk = tile_engine(texts, videos, chunk, fast)
         job = _Job(loss, exchange, keep_scores, engine, chunk, len(texts))
         of_texts = [tensor for tokens in texts for tensor in tokens]
         of_videos = [tensor for tensor in videos if tensor is not None]

@@ -21,10 +21,10 @@ from torch import Tensor
 from tvr.kernels.reference import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 from tvr.kernels.set_similarity import Gradients, Kept, Videos
 
-# A tile of this many token-frame scores (32 MiB in float32, about a large GPU's L2 cache) keeps
-# matrix products large enough to run at full speed, and a few copies of it (scores, indices) are
-# all that is ever alive. On a CPU a quarter of it costs 5 % more time.
-SCORES_PER_TILE = 2**23
+# A tile of this many token-frame scores (16 MiB in float32, well within a large GPU's L2 cache)
+# keeps matrix products large enough to run at full speed, and a few copies of it (scores, indices)
+# are all that is ever alive. From 32 MiB on glibc would map a tile's pages anew every time.
+SCORES_PER_TILE = 2**22
 VIDEOS_PER_TEXT = 4
 
 
@@ -36,9 +36,13 @@ def chunk_size(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """`set_similarity.Engine` in tiles of `chunk` texts x 4 `chunk` videos."""
+    """`set_similarity.Engine` in tiles of `chunk` texts x 4 `chunk` videos.
+
+    `fast`: the products are of features rounded to bfloat16 (see `similarity.dmae_similarity`).
+    """
 
     chunk: int
+    fast: bool = False
 
     def scores(self, text: TokenSet, videos: Videos, *, keep: bool) -> tuple[Tensor, Kept]:
         result = text.weights.new_empty(len(text.weights), len(videos.frames))
@@ -46,7 +50,7 @@ class Tiles:
         for tile in _text_tiles(text.valid, self.chunk):
             some = tile.of(text)
             for columns in self._columns(videos):
-                scores, *places = _meet(some, videos.part(columns))
+                scores, *places = _meet(some, videos.part(columns), self.fast)
                 result[tile.texts, columns] = scores
                 if keep:
                     kept += places
@@ -83,11 +87,11 @@ class Tiles:
             yield slice(first, first + size)
 
 
-def _meet(texts: TokenSet, videos: Videos) -> tuple[Tensor, Tensor, Tensor | None]:
+def _meet(texts: TokenSet, videos: Videos, fast: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """SIM (n, m) of a tile, and the places (n, L, m) and (n, F, m) of its maxima."""
     num_texts, slots = texts.weights.shape
     num_videos, num_frames = videos.frames.shape[:2]
-    products = texts.tokens.flatten(0, 1) @ videos.frames.flatten(0, 1).T
+    products = _products(texts.tokens.flatten(0, 1), videos.frames.flatten(0, 1), fast)
     products = products.view(num_texts, slots, num_videos, num_frames)
     best, best_frame = products.max(dim=3)
     if videos.strength is not None and videos.neighbour is not None:
@@ -103,6 +107,16 @@ def _meet(texts: TokenSet, videos: Videos) -> tuple[Tensor, Tensor, Tensor | Non
         total += torch.einsum("mf,amf->am", videos.weights, best)
         best_token = _small(best_token.transpose(1, 2), slots)
     return total / 2, _small(best_frame, num_frames), best_token
+
+
+def _products(x: Float[Tensor, "R D"], y: Float[Tensor, "S D"], fast: bool) -> Tensor:
+    if not fast:
+        return x @ y.T
+    low = x.bfloat16(), y.bfloat16().T
+    if x.device.type == "cuda":
+        # Rounded on the way in only: the sums come out as they were added up.
+        return torch.mm(*low, out_dtype=torch.float32).to(x.dtype)
+    return (low[0] @ low[1]).to(x.dtype)
 
 
 def _of_best_frames(

@@ -154,3 +154,34 @@ def test_on_a_gpu_the_tiles_equal_the_reference(interaction: str, neighbours: bo
             found = with_gradients(dmae_similarity, there, chunk=chunk, **options)
             found = {name: x.cpu() for name, x in found.items()}
             assert_same(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_fast_is_off_unless_asked_for_and_then_within_a_rounding(
+    way: str, neighbours: bool
+) -> None:
+    options = {**WAYS[way], "neighbour_frames": neighbours}
+    arguments = example(40, 40, width=64, dtype=torch.float32)
+    exact = with_gradients(dmae_similarity, arguments, **options)
+    fast = with_gradients(dmae_similarity, arguments, fast=True, **options)
+    expected = with_gradients(reference.dmae_similarity, arguments, neighbour_frames=neighbours)
+    assert_same(exact, expected, rtol=1e-5, atol=1e-5)
+    # bfloat16 keeps 8 bits of products that reach 1; with neighbour frames another maximum may win,
+    # whose neighbour is another one.
+    difference = (fast["similarity"] - expected["similarity"]).abs()
+    assert 1e-5 < difference.max() < 2**-6
+    # Where the same maxima are found, the gradient is the exact one.
+    same = torch.isclose(fast["words"], expected["words"], rtol=1e-4, atol=1e-6).all(dim=2)
+    assert same.float().mean() > 0.8
+    arguments = {name: x for name, x in arguments.items() if name != "words"}
+    whole = dmae_similarity(words=None, **arguments, interaction="wti", fast=True, **options)
+    assert whole.dtype == torch.float32
+
+
+def test_fast_is_the_same_for_every_chunk() -> None:
+    arguments = example(40, 40, width=64, dtype=torch.float32)
+    expected = with_gradients(dmae_similarity, arguments, fast=True, backend="compiled")
+    for way in WAYS:
+        found = with_gradients(dmae_similarity, arguments, fast=True, **WAYS[way])
+        assert_same(found, expected, rtol=1e-4, atol=1e-5)

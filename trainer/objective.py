@@ -52,17 +52,19 @@ def objective(
     *,
     exchange: Literal["gather", "ring"] = "gather",
     scores: Literal["keep", "stream"] = "keep",
+    fast: bool = False,
 ) -> Objective:
     """Similarity loss plus TPM-CL over the global batch (the method, sections 3 and 4).
 
     `mine` are the features of this rank's B pairs, `video_ids` (B,) theirs; B may differ between
     ranks. Only the frames, the shorter side, travel; the (B, G) similarities are this rank's alone.
-    `exchange` and `scores` (see `TrainConfig`) change what is in memory, and nothing else.
+    `exchange` and `scores` (see `TrainConfig`) change what is in memory, and nothing else; `fast`
+    is `TrainConfig.fast_similarity`.
     """
     counts = world.gather_counts(len(video_ids))
     everyones_ids = gather_rows(video_ids, world, counts)
     if exchange == "gather" and scores == "keep":
-        block = similarity_rows(mine, gathered_videos(mine, world, counts), model)
+        block = similarity_rows(mine, gathered_videos(mine, world, counts), model, fast=fast)
         terms = row_loss(
             block,
             loss_rule(loss),
@@ -88,6 +90,7 @@ def objective(
             exchange=(Ring if exchange == "ring" else Gathered)(world, counts),
             video_ids=everyones_ids,
             keep_scores=scores == "keep",
+            fast=fast,
         )
     return _with_tpm_cl(terms, mine.margin_hinge, loss.tpm_cl_weight, world, sum(counts))
 
@@ -126,7 +129,9 @@ def gathered_videos(mine: Features, world: World, counts: Sequence[int]) -> Feat
     )
 
 
-def similarity_rows(texts: Features, videos: Features, model: ModelConfig) -> Tensor:
+def similarity_rows(
+    texts: Features, videos: Features, model: ModelConfig, *, fast: bool = False
+) -> Tensor:
     """Similarity (A, C) of the captions of one set of features with the videos of another."""
     return dmae_similarity(
         texts.sentence,
@@ -138,4 +143,5 @@ def similarity_rows(texts: Features, videos: Features, model: ModelConfig) -> Te
         neighbour_frames=model.neighbour_frames,
         word_logits=texts.word_logits,
         frame_logits=videos.frame_logits,
+        fast=fast,
     )

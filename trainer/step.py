@@ -121,6 +121,7 @@ class OptimiserStep:
             world,
             exchange=config.train.exchange,
             scores=config.train.scores,
+            fast=config.train.fast_similarity,
         )
         replaced = [entry for batch in micro_batches for entry in batch.replaced]
         # One small collective tells every rank the values, who is not finite, and who skipped.
