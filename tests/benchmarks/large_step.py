@@ -1,0 +1,169 @@
+"""One optimiser step at a large global batch: gradient cache and streamed scores against default.
+
+Real engine, model, TPM-CL and loss under `OptimiserStep`, on random clips and captions that all
+differ; two ranks by default, joined by gloo. The modes must give the same loss and gradient norm.
+Memory is the sum over ranks of each process's peak, libraries included.
+
+Prints one line of JSON; 16,384 pairs take some minutes on 2 cores:
+large_step.py > tests/benchmarks/results/large_step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+WORDS, FRAMES, WIDTH, IMAGE = 8, 4, 64, 16
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "gradient cache": {"gradient_cache": True},
+    "gradient cache, stream": {"gradient_cache": True, "scores": "stream"},
+    "gradient cache, stream, ring": {
+        "gradient_cache": True,
+        "scores": "stream",
+        "exchange": "ring",
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=16384, help="of the global batch")
+    parser.add_argument("--micro-batch", type=int, default=512, help="under the gradient cache")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options, Path(options.worker))
+        return
+    found = {mode: launch(mode, options) for mode in options.modes}
+    base = next(iter(found.values()))
+    line = {
+        "benchmark": "one optimiser step, att_wti, NegNCE (log), TPM-CL 4, float32",
+        "sizes": {"words": WORDS, "frames": FRAMES, "width": WIDTH}
+        | {name: getattr(options, name) for name in ("pairs", "micro_batch", "ranks")},
+        "modes": found,
+        "relative_to_first": {
+            mode: {name: abs(one[name] / base[name] - 1) for name in ("loss", "gradient_norm")}
+            for mode, one in found.items()
+        },
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "tvr")},
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    print(json.dumps(line))
+
+
+def launch(mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The step in one mode, by fresh processes."""
+    from tvr.trainer.tokenizer import train_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(
+            captions(512, 0), Path(folder, "tokenizer"), vocab_size=600, max_words=WORDS
+        )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        line = [*torchrun, f"--nproc-per-node={options.ranks}", __file__, "--worker", folder]
+        line += [f"--pairs={options.pairs}", f"--micro-batch={options.micro_batch}"]
+        threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+        with open(Path(folder, "log"), "w+") as log:
+            line += ["--modes", mode]
+            ended = subprocess.run(line, stdout=log, stderr=log, env=environment, check=False)
+            if ended.returncode:
+                log.seek(0)
+                sys.exit(f"{mode}: exit code {ended.returncode}\n{log.read()[-4000:]}")
+        print(f"{mode}: done", file=sys.stderr, flush=True)
+        return json.loads(Path(folder, "answer").read_text())
+
+
+def work(options: argparse.Namespace, folder: Path) -> None:
+    """One rank's part; rank 0 writes what the step logged, and everyone's memory."""
+    import torch
+
+    from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
+    from tvr.trainer.engine import Engine
+    from tvr.trainer.model import build_model
+    from tvr.trainer.run_log import LogWriter
+    from tvr.trainer.step import OptimiserStep
+    from tvr.trainer.tokenizer import load_tokenizer
+    from tvr.trainer.world import join_world
+
+    with join_world() as world:
+        settings = MODES[options.modes[0]]
+        of_rank = options.pairs // world.world_size
+        config = Config(
+            data=DataConfig(train="none", num_frames=FRAMES, max_words=WORDS),
+            model=ModelConfig(
+                tokenizer=str(folder / "tokenizer"),
+                towers=TowersConfig(
+                    width=32, layers=1, heads=2, embed_width=WIDTH, image_size=IMAGE, patch_size=8
+                ),
+            ),
+            train=TrainConfig(
+                steps=1,
+                global_batch=options.pairs,
+                micro_batch=options.micro_batch if "gradient_cache" in settings else of_rank,
+                **settings,
+            ),
+        )
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), WORDS)
+        torch.manual_seed(0)
+        model = build_model(config.model, config.loss, tokenizer, num_frames=FRAMES)
+        engine = Engine(model, config.train, world)
+        step = OptimiserStep(config, engine, LogWriter(folder, world.rank), world, options.pairs)
+        first = world.rank * of_rank
+        size = config.train.micro_batch
+        batches = (batch_of(at, size, tokenizer) for at in range(first, first + of_rank, size))
+        idle = world.gather_objects(memory("VmRSS"))
+        record = step.take(1, batches)
+        peaks = world.gather_objects(memory("VmHWM"))
+        if world.is_first:
+            record |= {"peak_bytes": sum(peaks), "before_bytes": sum(idle)}
+            (folder / "answer").write_text(json.dumps(record))
+
+
+def batch_of(first: int, size: int, tokenizer: Any) -> Any:
+    """The same pair at the same place of the global batch, however it is cut."""
+    import torch
+
+    from tvr.data_prep.records import Batch
+
+    places = torch.arange(first, first + size)
+    draws = [torch.Generator().manual_seed(place) for place in places.tolist()]
+    shape = (FRAMES, 3, IMAGE, IMAGE)
+    frames = [torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) for draw in draws]
+    said = captions(size, first)
+    token_ids, word_mask = tokenizer(said)
+    return Batch(
+        positions=places,
+        keys=tuple(map(str, places.tolist())),
+        video_ids=places,
+        frames=torch.stack(frames),
+        frame_mask=torch.ones(size, FRAMES, dtype=torch.long),
+        captions=said,
+        token_ids=token_ids,
+        word_mask=word_mask,
+        caption_video=torch.arange(size),
+    )
+
+
+def captions(size: int, first: int) -> tuple[str, ...]:
+    return tuple(f"{place:x} is shown" for place in range(first, first + size))
+
+
+def memory(name: str) -> int:
+    """Bytes: VmRSS is in memory now, VmHWM was at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    main()
