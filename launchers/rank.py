@@ -5,10 +5,12 @@ torchrun itself ends with 1 whatever its ranks returned, and its log is no inter
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from tvr.launchers.cli import EXIT_FAILED, main
 from tvr.launchers.local import die_with_parent
@@ -30,6 +32,19 @@ def run_rank(codes: Path, argv: list[str]) -> int:
     return code
 
 
+def end_process(code: int) -> NoReturn:
+    """Ends the process as `sys.exit` would, but for the interpreter's own taking down.
+
+    A thread of gloo may still be releasing the tensors of the last collective, for which it takes
+    the interpreter's lock; where that happens while the interpreter is being taken down, the whole
+    process aborts (torch 2.13), and a rank that had done everything has failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 def _code_of(end: SystemExit) -> int:
     if end.code is None:
         return 0
@@ -40,4 +55,4 @@ def _code_of(end: SystemExit) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(Path(sys.argv[1]), sys.argv[2:]))
+    end_process(run_rank(Path(sys.argv[1]), sys.argv[2:]))

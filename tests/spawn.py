@@ -90,6 +90,8 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
     import torch
     import torch.distributed as dist
 
+    from tvr.launchers.rank import end_process
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
@@ -106,6 +108,7 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves first would break the others' last collective
             dist.destroy_process_group()
+        end_process(0)
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
         sys.exit(1)

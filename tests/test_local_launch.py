@@ -183,3 +183,20 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_process_ends_with_its_code_its_output_and_its_exit_functions() -> None:
+    # A pipe, so that output is held back until it is flushed.
+    code = (
+        "import atexit, sys\n"
+        "from tvr.launchers.rank import end_process\n"
+        "atexit.register(print, 'exit function')\n"
+        "class Left:\n"
+        "    def __del__(self): print('taken down')\n"
+        "left = Left()\n"
+        "print('said'); print('error', file=sys.stderr)\n"
+        "end_process(7)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (7, "error\n")
+    assert ended.stdout == "said\nexit function\n"

@@ -42,8 +42,10 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
+        from tvr.launchers.rank import end_process
+
         work(options, Path(options.worker))
-        return
+        end_process(0)
     found = {mode: launch(mode, options) for mode in options.modes}
     base = next(iter(found.values()))
     line = {
