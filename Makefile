@@ -13,7 +13,7 @@ help:
 	@echo "make demo   render clips, train a small model on two ranks, write report.html (about 15 minutes)"
 	@echo "make test   the test suite (TEST_ARGS='-q -k name' for a part)"
 	@echo "make check  formatting, lint and types; 'make fix' repairs the first two"
-	@echo "make bench  benchmarks, one line of JSON each"
+	@echo "make bench  the kernels' benchmarks, one line of JSON each (some minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -43,7 +43,8 @@ fix: $(READY)
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
 bench: $(READY)
-	@for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	@$(BIN)/tvr bench kernels --json -
+	@for script in tpm_cl rank_scaling; do $(BIN)/python tests/benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 RESULTS = Path(__file__).parent / "results"
 # All have a contrast of at least 3 with white and with GitHub's dark page (#0d1117).
@@ -29,8 +30,8 @@ COLOURS = {
 }
 NAMES = {
     "info_nce": "InfoNCE",
-    "neg_nce reference": "NegNCE, reference mode",
-    "neg_nce log": "NegNCE, log mode",
+    "neg_nce reference": "NegNCE, reference",
+    "neg_nce log": "NegNCE, log",
 }
 MODES = ("neg_nce reference", "neg_nce log")
 STYLES = ("-", "--", ":", "-.")
@@ -63,7 +64,7 @@ def draw(synthetic: dict[str, Any], demo: dict[str, Any], out: Path) -> int:
         FigureCanvasAgg(figure)
         upper, lower = figure.subplots(2, 3)
         hard_panel(upper[0], synthetic["rows"])
-        mode_panel(upper[1], synthetic["rows"], "penalty_to_positive")
+        mode_panel(upper[1], synthetic["rows"], "penalty_to_positive", log=True)
         upper[1].set_yscale("log")
         upper[1].set_title("Negative term / rest of the loss")
         mode_panel(upper[2], synthetic["rows"], "positives_silent")
@@ -71,18 +72,11 @@ def draw(synthetic: dict[str, Any], demo: dict[str, Any], out: Path) -> int:
         upper[2].set_title("Losing positives with gradient 0")
         demo_panel(lower[0], demo["rows"], "text_to_video_r_at_1", "Demo: R@1 text to video")
         demo_panel(lower[1], demo["rows"], "video_to_text_r_at_1", "Demo: R@1 video to text")
-        demo_panel(lower[2], demo["rows"], "binding_accuracy", "Demo: binding accuracy")
+        demo_panel(lower[2], demo["rows"], "binding_accuracy", "Demo: binding (chance 50 %)")
         lower[2].axhline(50, color=INK, lw=1, ls=":")
-        lower[2].annotate(
-            "chance",
-            (0, 50),
-            (4, 3),
-            textcoords="offset points",
-            xycoords=("axes fraction", "data"),
-        )
         for axes in (*upper, *lower):
             style(axes)
-        figure.legend(handles=legend(synthetic["rows"]), ncols=6, **LEGEND)
+        figure.legend(handles=legend(synthetic["rows"]), ncols=7, **LEGEND)
         figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
         figure.savefig(out, dpi=150, transparent=True, metadata={"Software": None})
     return out.stat().st_size
@@ -93,8 +87,8 @@ LEGEND: dict[str, Any] = {
     "frameon": False,
     "labelcolor": INK,
     "handlelength": 2.2,
-    "columnspacing": 1.4,
-    "fontsize": 10,
+    "columnspacing": 1.2,
+    "fontsize": 9.5,
 }
 
 
@@ -110,25 +104,31 @@ def legend(rows: list[dict[str, Any]]) -> list[Any]:
 
 def hard_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Hard negatives depend on the features alone, so one loss serves."""
-    plot_by_alignment(axes, rows, "neg_nce log", "hard_share", INK)
+    plot_by_alignment(axes, rows, "neg_nce log", "hard_share", INK, log=True)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(FuncFormatter(percent))
     axes.set_title("Hard negatives, of all pairs")
 
 
-def mode_panel(axes: Axes, rows: list[dict[str, Any]], measure: str) -> None:
+def percent(share: float, _: int) -> str:
+    return f"{100 * share:.9f}".rstrip("0").rstrip(".") + "%"
+
+
+def mode_panel(axes: Axes, rows: list[dict[str, Any]], measure: str, *, log: bool = False) -> None:
     for loss in MODES:
-        plot_by_alignment(axes, rows, loss, measure, COLOURS[loss])
+        plot_by_alignment(axes, rows, loss, measure, COLOURS[loss], log=log)
 
 
 def plot_by_alignment(
-    axes: Axes, rows: list[dict[str, Any]], loss: str, measure: str, colour: str
+    axes: Axes, rows: list[dict[str, Any]], loss: str, measure: str, colour: str, *, log: bool
 ) -> None:
     alignments = sorted({row["alignment"] for row in rows})
     for alignment, line, marker in zip(alignments, STYLES, MARKERS, strict=False):
         mine = [row for row in rows if row["loss"] == loss and row["alignment"] == alignment]
         pairs = [row["pairs"] for row in mine]
-        mean, low, high = zip(*(row[measure] for row in mine), strict=True)
+        # A logarithmic axis has no place for 0.
+        values = [[x or math.nan for x in row[measure]] if log else row[measure] for row in mine]
+        mean, low, high = zip(*values, strict=True)
         axes.plot(pairs, mean, ls=line, marker=marker, ms=4, lw=1.7, color=colour)
         axes.fill_between(pairs, low, high, color=colour, alpha=0.18, lw=0)
     axes.set_xscale("log", base=2)
