@@ -210,3 +210,17 @@ def test_pairs_that_all_win_leave_no_hard_negative() -> None:
         got = values(LossConfig(neg_nce_mode=mode), mine=mine)
         assert got["hard_negatives_per_row"] == got["clamped_share"] == 0.0
         assert got["loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("scores", ["keep", "stream"])
+def test_a_fast_similarity_rounds_the_loss_and_only_where_asked_for(scores: Any) -> None:
+    loss = LossConfig(temperature=0.1)
+
+    def share(fast: bool) -> float:
+        found = objective(
+            features(), VIDEO_IDS, ModelConfig(), loss, ALONE, scores=scores, fast=fast
+        )
+        return float(found.shares[0])
+
+    assert share(fast=False) == pytest.approx(values(loss)["loss"], rel=1e-12)
+    assert 1e-6 < abs(share(fast=True) / share(fast=False) - 1) < 1e-2
