@@ -77,7 +77,7 @@ def streamed(n: Sizes) -> Moments:
             WORDS: words if n.raised else 0,
             SCORES: 4 * n.texts * n.videos if n.keep_scores else 0,
             TRAVELLING: (min(2, n.ranks - 1) if n.exchange == "ring" else n.ranks > 1) * piece,
-            OF_TRAVELLING: min(2, n.ranks) * piece if n.exchange == "ring" and n.ranks > 1 else 0,
+            OF_TRAVELLING: _under_way(n) * piece,
         }
     )
     # A first gradient becomes the tile's own buffer; later ones are added to that.
@@ -101,6 +101,15 @@ def streamed(n: Sizes) -> Moments:
     joined = {OF_WORDS: 2 * words, OF_FRAMES: n.frames_of(n.own_videos)}
     yield "the end of the tiles", kept + Counter(joined)
     yield from _end(n, n.own_videos)
+
+
+def _under_way(n: Sizes) -> int:
+    """Pieces of gradients that `exchange.Ring` holds while those of the next are computed."""
+    if n.exchange != "ring" or n.ranks == 1:
+        return 0
+    # Leaving and arriving. With more than two ranks also those computed last, and the very first,
+    # of which a lane keeps empty views as patterns.
+    return 2 if n.ranks == 2 else 4
 
 
 def naive(n: Sizes) -> Moments:

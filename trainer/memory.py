@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from tvr.trainer import alive
+from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.sizes import Sizes
 
-# Peaks above this are met within 15 %; below it what is not counted shows (see `alive`).
+# Peaks above this are met within ACCURACY; below it what is not counted shows (see `alive`).
 FLOOR = 30_000_000
+ACCURACY = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +39,44 @@ def estimate(sizes: Sizes) -> Estimate:
     moments = alive.streamed if sizes.streamed else ways[sizes.backend]
     moment, parts = max(moments(sizes), key=lambda found: found[1].total())
     return Estimate(moment, dict(parts.most_common()), sizes.inputs)
+
+
+def configured(config: Config, ranks: int, *, width: int, backend: str, device: str) -> Sizes:
+    """The sizes of one loss of a run on so many ranks; `width` is that of the features.
+
+    Captions fill all word slots but one, since none take more: they are packed, and long.
+
+    Raises:
+        ValueError: as `accumulation_steps`.
+    """
+    train = config.train
+    micro_steps = accumulation_steps(train, ranks)
+    texts = train.micro_batch * (micro_steps if train.gradient_cache else 1)
+    words = config.data.max_words
+    sizes = Sizes(
+        texts=texts,
+        videos=texts * ranks,
+        words=words,
+        frames=config.data.num_frames,
+        width=width,
+        interaction=config.model.interaction,
+        neighbour_frames=config.model.neighbour_frames,
+        backend=backend,
+        # Features are float32 in every precision: `reference.unit` raises them.
+        bytes_per_number=4,
+        word_share=1 - 1 / (texts * words),
+        device=device,
+    )
+    return by_way(sizes, train.exchange, train.scores)
+
+
+def by_way(
+    sizes: Sizes, exchange: Literal["gather", "ring"], scores: Literal["keep", "stream"]
+) -> Sizes:
+    """The sizes where `objective` is told so; a single rank has nothing to exchange."""
+    return replace(
+        sizes,
+        exchange=exchange if sizes.videos > sizes.texts else "none",
+        streamed=exchange == "ring" or scores == "stream",
+        keep_scores=scores == "keep",
+    )
