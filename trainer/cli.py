@@ -88,8 +88,10 @@ def show_config(argv: Sequence[str]) -> int:
             return settings, memory, ranks
 
         resolved, memory, ranks = tyro.cli(arguments, prog="tvr show-config", args=list(argv))
-        if ranks is not None and (ranks < 1 or not memory):
-            raise ValueError(f"--ranks {ranks} is for --memory, and must be at least 1")
+        if ranks is not None and not memory:
+            raise ValueError(f"--ranks {ranks} is for --memory, which is not given")
+        if ranks is not None and ranks < 1:
+            raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
         from tvr.trainer.machine import device_line, similarity_line
 

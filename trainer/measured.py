@@ -70,7 +70,7 @@ def peak_bytes(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
         if job.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         run(job, inputs, backward=name == BACKWARD)
-        peaks[name] = _cpu_growth() if job.device == "cpu" else _cuda_growth()
+        peaks[name] = cpu_growth() if job.device == "cpu" else _cuda_growth()
     return peaks
 
 
@@ -192,7 +192,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
 }
 
 
-def _cpu_growth() -> int:
+def cpu_growth() -> int:
+    """Bytes of the peak of this process so far above what it holds now."""
     peak = _memory("VmHWM")
     # Pages that glibc keeps in the midst of its heap would count as staying.
     ctypes.CDLL(None).malloc_trim(0)
