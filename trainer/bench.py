@@ -24,7 +24,8 @@ from tvr.data_prep.cli import STRICT, reported
 from tvr.trainer.bench_report import Measured, tables, to_json
 from tvr.trainer.config import Positive
 from tvr.trainer.measure import Job, MeasurementFailed, Refused, peak_bytes, seconds
-from tvr.trainer.memory import Sizes, estimate
+from tvr.trainer.memory import estimate
+from tvr.trainer.sizes import Sizes
 
 EXIT_DONE, EXIT_FAILED = 0, 3
 GIB = 2**30
@@ -140,6 +141,7 @@ def _naive_bytes(job: Job) -> int:
         width=job.width,
         interaction=job.interaction,
         backend="naive",
+        bytes_per_number=4 if job.dtype == "float32" else 2,
         device=job.device,
     )
     return estimate(sizes).above_inputs

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import tyro
+from rich.console import Console
 
 from tvr.data_prep.cli import reported, say_error
 from tvr.data_prep.records import TooManyBadSamples
@@ -68,25 +69,38 @@ def show_config(argv: Sequence[str]) -> int:
         base = _base(argv)
 
         def arguments(
-            *, recipe: str = "demo", config: Path | None = None, settings: Flags = base
-        ) -> Config:
+            *,
+            recipe: str = "demo",
+            config: Path | None = None,
+            memory: bool = False,
+            ranks: int | None = None,
+            settings: Flags = base,
+        ) -> tuple[Config, bool, int | None]:
             """Prints the settings that `tvr train` would use, as JSON, and what they would run on.
 
             Args:
                 recipe: Full configuration to start from.
                 config: JSON file with (some) settings, nested as this command prints them.
+                memory: Also estimates the memory of the similarity and its loss on one rank.
+                ranks: Training processes, for --memory; default: 1.
                 settings: All settings.
             """
-            return settings
+            return settings, memory, ranks
 
-        resolved = tyro.cli(arguments, prog="tvr show-config", args=list(argv))
+        resolved, memory, ranks = tyro.cli(arguments, prog="tvr show-config", args=list(argv))
+        if ranks is not None and not memory:
+            raise ValueError(f"--ranks {ranks} is for --memory, which is not given")
+        if ranks is not None and ranks < 1:
+            raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
-        import torch
+        from tvr.trainer.machine import device_line, similarity_line
 
-        cuda = torch.cuda.is_available()
-        device = f"{torch.cuda.device_count()} CUDA devices, NCCL" if cuda else "CPU, gloo"
-        reason = "" if cuda else "; torch finds no CUDA device"
-        print(f"runs on: {device} (torch {torch.__version__}{reason})", file=sys.stderr)
+        print(device_line(), file=sys.stderr)
+        print(similarity_line(resolved), file=sys.stderr)
+        if memory:
+            from tvr.trainer.memory_table import memory_table
+
+            Console(stderr=True).print(memory_table(resolved, ranks or 1))
         return EXIT_DONE
 
     return _reported("show-config", action)

@@ -50,6 +50,7 @@ class Job:
     dtype: str = "float32"
     device: str = "cpu"
     interaction: str = "att_wti"
+    neighbour_frames: bool = True
     lengths: str = "full"
     loss: bool = False
     chunk: int | None = None
