@@ -36,7 +36,8 @@ CASES = [
     replace(JOB, implementation="reference", texts=64),
     replace(JOB, implementation="reference", texts=64, words=64, frames=4, dtype="bfloat16"),
     replace(JOB, implementation="torch", texts=128),
-    replace(JOB, implementation="torch", chunk=32),
+    replace(JOB, implementation="torch", chunk=32, lengths="ragged"),
+    replace(JOB, implementation="torch", words=8, frames=32, texts=512, videos=512, width=128),
 ]
 # Next to no features, so that the pairs are what is seen.
 PAIRS = replace(JOB, width=16)

@@ -95,8 +95,16 @@ def streamed(n: Sizes) -> Moments:
         after = tile + Counter({OF_WORDS: words})
         yield from _of_sets(n, (texts, videos), before, after, of_scores=12)
     else:
-        block = {TABLES: _tables(n, pairs), WORDS: n.words_of(texts)}
-        yield "the backward of a tile", kept + of_words + of_frames + Counter(block)
+        tile = kept + of_words + of_frames + Counter({MAXIMA: n.maxima(pairs)})
+        tile += Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
+        of_loss = {SCORES: 4 * pairs, SCRATCH: LOSS_SCRATCH * pairs}
+        yield "the loss's gradient in a tile", tile + Counter(of_loss)
+        of_tile = {
+            OF_SCORES: 12 * pairs,
+            TABLES: _going_back(n, texts, videos, n.words if n.has_words else 1),
+        }
+        of_tile |= {OF_WORDS: n.words_of(texts), OF_FRAMES: 2 * frames}
+        yield "the backward of a tile", tile + Counter(of_tile)
     yield "the end of a piece", kept + Counter({OF_WORDS: words, OF_FRAMES: 2 * piece})
     joined = {OF_WORDS: 2 * words, OF_FRAMES: n.frames_of(n.own_videos)}
     yield "the end of the tiles", kept + Counter(joined)
@@ -136,29 +144,56 @@ def naive(n: Sizes) -> Moments:
 
 
 def tiles(n: Sizes) -> Moments:
-    """The torch backend: tiles of the reference, of which one at a time has its tables."""
-    texts, videos = n.tile
-    if (texts, videos) == (n.texts, n.videos):
-        yield from naive(n)
-        return
-    pairs, words, frames = n.texts * n.videos, n.words_of(n.texts), n.frames_of(n.videos)
-    kept = Counter({FRAMES: frames, WORDS: n.packed(n.texts) or (words if n.raised else 0)})
-    of_loss = {
-        SCORES: 4 * pairs,
-        OF_SCORES: 4 * (pairs - _looked_at(n)),
-        SCRATCH: LOSS_SCRATCH * _looked_at(n),
+    """The torch backend: of one tile at a time there are tables, of all pairs the maxima."""
+    pairs, looked_at = n.texts * n.videos, _looked_at(n)
+    words, frames = n.words_of(n.texts), n.frames_of(n.videos)
+    kept = Counter(
+        {
+            # As the compiled kernels keep them.
+            FRAMES: (3 if n.neighbour_frames else 1) * frames,
+            WORDS: words if n.raised else 0,
+        }
+    )
+    before = kept + Counter({MAXIMA: n.maxima(pairs)})
+    of_forward = {
+        FRAMES: frames if n.neighbour_frames else 0,
+        SCORES: 8 * pairs,
+        TABLES: _met(n, *n.tile),
+        TRAVELLING: n.bytes_per_number * frames // 4 if n.ranks > 1 else 0,
     }
-    yield "the loss's backward", kept + Counter(of_loss)
-    of_tile = {
-        TABLES: _tables(n, texts * videos),
-        WORDS: (2 if n.padded else 1) * n.words_of(texts),
-        OF_SCORES: 4 * pairs,
-        # Where lengths differ the longest texts come first, when no gradients are there.
-        OF_WORDS: 0 if n.padded else words - n.words_of(texts),
-        OF_FRAMES: 0 if n.padded else frames,
-    }
-    yield "the backward of a tile", kept + Counter(of_tile)
-    yield from _end(n, n.videos, masked_words=True)
+    yield "the forward", before + Counter(of_forward)
+    of_loss = {SCORES: 4 * pairs, OF_SCORES: 4 * (pairs - looked_at)}
+    yield "the loss's backward", before + Counter(of_loss | {SCRATCH: LOSS_SCRATCH * looked_at})
+    sides = 2 if n.neighbour_frames else 1
+    if n.has_words:
+        of_words = {OF_SCORES: 4 * pairs, OF_FRAMES: sides * frames, OF_WORDS: words}
+        of_words[TABLES] = _going_back(n, *n.tile, n.words)
+        yield "the backward of the words", before + Counter(of_words)
+    of_sentence = {MAXIMA: pairs, OF_SCORES: 4 * pairs, OF_WORDS: words}
+    of_sentence[OF_FRAMES] = (sides + (2 if n.has_words else 1)) * frames
+    of_sentence[TABLES] = _going_back(n, *n.tile, 1)
+    yield "the backward of the sentence", kept + Counter(of_sentence)
+    yield from _end(n, n.videos)
+
+
+def _met(n: Sizes, texts: int, videos: int) -> int:
+    """Bytes of a tile's products, and of the maxima of its tokens or of its frames."""
+    slots = n.words if n.has_words else 1
+    # Similarities and places of the best, of their neighbours, and their correlation.
+    of_slots = (32 if n.neighbour_frames else 12) * slots
+    if n.has_words:
+        of_slots = max(of_slots, 8 * slots + 13 * n.frames)
+    pair = 4 * slots * n.frames + of_slots
+    return texts * videos * pair + (n.words_of(texts) if n.padded else 0)
+
+
+def _going_back(n: Sizes, texts: int, videos: int, slots: int) -> int:
+    """Bytes of a tile's lists of rows, and of the sums of rows that they give."""
+    # Row and factor of each token's or frame's maximum; sorted by row, whose they are.
+    lists = 28 * texts * videos * (slots if slots == 1 else max(slots, n.frames))
+    # What the tokens chose and met, of this tile and of those before; and their weighted selves.
+    of_tokens = (5 if n.padded else 4) * 4 * texts * slots * n.width
+    return lists + of_tokens + n.frames_of(videos)
 
 
 def _of_sets(
