@@ -38,14 +38,14 @@ def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]
 def measured_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All numbers of one tiny case, with the loss and two threads of the command's line tested."""
     file = tmp_path_factory.mktemp("bench") / "numbers.json"
-    flags = [*TINY, "--loss", "--stream", "--repeats", "2", "--json", str(file)]
+    flags = [*TINY, "--loss", "--stream", "--fast", "--repeats", "2", "--json", str(file)]
     assert bench.bench(["kernels", *flags]) == 0
     return json.loads(file.read_text())
 
 
 def test_every_implementation_is_measured_in_both_passes(measured_once: dict[str, Any]) -> None:
     found = {(row["implementation"], row["pass"]): row for row in measured_once["rows"]}
-    names = ("reference", "compiled", "torch", "streamed", "bound")
+    names = ("reference", "compiled", "torch", "streamed", "fast", "bound")
     assert list(found) == [(name, pass_) for pass_ in (FORWARD, BACKWARD) for name in names]
     for row in found.values():
         assert row["reason"] is None

@@ -63,6 +63,8 @@ class KernelsArguments:
     """Also NegNCE (log mode) behind the similarity, for every implementation but the bound."""
     stream: bool = False
     """Also the loss that computes its scores anew where it needs them; turns `loss` on."""
+    fast: bool = False
+    """Also the similarity with words and frames rounded to bfloat16 where they meet."""
     chunk: Positive | None = None
     """Texts in a tile of the torch backend and of `stream`; default: their own choice."""
     repeats: Positive = 5
@@ -148,8 +150,8 @@ def _naive_bytes(job: Job) -> int:
 
 
 def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
-    streamed = ("streamed",) if arguments.stream else ()
-    implementations = ("reference", "compiled", "torch", *streamed, "bound")
+    asked = ("streamed",) * arguments.stream + ("fast",) * arguments.fast
+    implementations = ("reference", "compiled", "torch", *asked, "bound")
     lists = (arguments.device, arguments.dtype, arguments.lengths)
     sizes = (arguments.width, arguments.frames, arguments.words, arguments.pairs)
     for device, dtype, lengths, width, frames, words, pairs in product(*lists, *sizes):

@@ -24,6 +24,7 @@ NAMES = {
     "compiled": "compiled",
     "torch": "torch tiles",
     "streamed": "streamed",
+    "fast": "fast",
     "bound": "bound",
 }
 PASSES = {FORWARD: "forward", BACKWARD: "+ backward"}

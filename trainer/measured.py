@@ -151,6 +151,11 @@ def _torch(job: Job, inputs: Inputs, backward: bool) -> None:
     _similarity(tiles, job, inputs, backward)
 
 
+def _fast(job: Job, inputs: Inputs, backward: bool) -> None:
+    """The backend that serves, with products in bfloat16."""
+    _similarity(partial(similarity.dmae_similarity, fast=True), job, inputs, backward)
+
+
 def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
     """Similarity and loss in one; with `keep_scores` the scores are not computed again for it."""
     loss = streamed_loss(
@@ -188,6 +193,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
     "compiled": _compiled,
     "torch": _torch,
     "streamed": _streamed,
+    "fast": _fast,
     "bound": _bound,
 }
 
