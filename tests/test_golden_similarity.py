@@ -8,6 +8,7 @@ first word slot; maxima belong to the first argument.
 
 import re
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ CASES = [
     for name in sorted(golden(file))
     if re.fullmatch(r"\w+\.\w+\.nfc[01]\.sim", name)
 ]
+
+
+# Chunks: single texts, uneven, more than there are.
+WAYS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "compiled": {"backend": "compiled"},
+    "tiles of 1": {"chunk": 1},
+    "tiles of 4": {"chunk": 4},
+    "tiles of 100": {"chunk": 100},
+}
 
 
 def weight_layer(file: str, prefix: str) -> TokenWeightLayer:
@@ -45,7 +56,7 @@ def layer_gradients(layer: TokenWeightLayer, prefix: str) -> dict[str, Tensor]:
 
 
 @cache
-def results(file: str, case: str, chunk: int | None = None) -> dict[str, Tensor]:
+def results(file: str, case: str, way: str = "reference") -> dict[str, Tensor]:
     """The similarity of one case and its gradients, under the names of the golden arrays."""
     masks, interaction, neighbours = case.split(".")
     features = leaves(file, ["text", "word", "video"])
@@ -56,9 +67,8 @@ def results(file: str, case: str, chunk: int | None = None) -> dict[str, Tensor]
         layers = {name: weight_layer(file, f"param.{name}.") for name in names}
         options["word_logits"] = layers["text_weight_fc"](features["word"])
         options["frame_logits"] = layers["video_weight_fc"](features["video"])
-    door = reference.dmae_similarity
-    if chunk is not None:
-        door, options["chunk"] = similarity.dmae_similarity, chunk
+    door = reference.dmae_similarity if way == "reference" else similarity.dmae_similarity
+    options |= WAYS[way]
     scores = door(
         features["text"].squeeze(1),
         features["word"],
@@ -112,10 +122,10 @@ def header_results() -> dict[str, Tensor]:
     return {"out": out, "grad.video": video.grad, "out_mask": mask}
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("file", "case"), CASES)
-def test_similarity_equals_the_golden_arrays(file: str, case: str, chunk: int | None) -> None:
-    assert_equals_golden(file, results(file, case, chunk))
+def test_similarity_equals_the_golden_arrays(file: str, case: str, way: str) -> None:
+    assert_equals_golden(file, results(file, case, way))
 
 
 def test_sequence_header_equals_the_golden_arrays() -> None:
