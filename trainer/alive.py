@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from typing import TypeAlias
 
 from tvr.kernels.losses import SCORES_AT_ONCE
@@ -23,8 +24,10 @@ OF_FRAMES, OF_WORDS = "gradients of the frames", "gradients of the words"
 SCORES, OF_SCORES = "scores", "gradients of the scores"
 SCRATCH, MAXIMA = "scratch of the loss", "places of the maxima"
 TABLES = "word-frame tables"
+LANE_COPIES = "copies of whole vectors"
 TRAVELLING, OF_TRAVELLING = "other ranks' frames", "gradients under way"
 
+LANES = 16  # numbers in a vector of the compiled kernels
 # Of `RowLoss.gradient` at its widest, for each score looked at: 7 numbers, the gradient one of
 # them, and 4 truth values.
 LOSS_SCRATCH = 7 * 4 + 4
@@ -64,43 +67,51 @@ def compiled(n: Sizes) -> Moments:
 
 
 def streamed(n: Sizes) -> Moments:
-    """Tiles of scores that are forgotten at once, while the videos pass by in pieces.
-
-    The moments are those of the last tile, when all others have left their gradients.
-    """
-    texts, videos = n.tile
-    pairs, frames = texts * videos, n.frames_of(videos)
+    """Tiles of scores that are forgotten at once, while the videos pass by in pieces."""
     words, piece = n.words_of(n.texts), n.frames_of(n.videos_at_once)
-    kept = Counter(
-        {
-            FRAMES: n.frames_of(n.own_videos),
-            WORDS: words if n.raised else 0,
-            SCORES: 4 * n.texts * n.videos if n.keep_scores else 0,
-            TRAVELLING: (min(2, n.ranks - 1) if n.exchange == "ring" else n.ranks > 1) * piece,
-            OF_TRAVELLING: _under_way(n) * piece,
-        }
-    )
-    # A first gradient becomes the tile's own buffer; later ones are added to that.
-    of_words = Counter({OF_WORDS: words - (n.words_of(texts) if videos == n.videos else 0)})
-    of_frames = Counter({OF_FRAMES: piece - (frames if texts == n.texts else 0)})
-    if n.backend == "compiled":
-        tile = kept + of_frames + Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
-        before = tile + of_words + Counter({WORDS: n.packed(texts)})
-        of_loss = {
-            MAXIMA: n.maxima(pairs),
-            SCORES: 4 * pairs,
-            SCRATCH: LOSS_SCRATCH * pairs,
-        }
-        yield "the loss's gradient in a tile", before + Counter(of_loss)
-        after = tile + Counter({OF_WORDS: words})
-        yield from _of_sets(n, (texts, videos), before, after, of_scores=12)
-    else:
-        block = {TABLES: _tables(n, pairs), WORDS: n.words_of(texts)}
-        yield "the backward of a tile", kept + of_words + of_frames + Counter(block)
+    parts = {
+        FRAMES: n.frames_of(n.own_videos),
+        WORDS: words if n.raised else 0,
+        SCORES: 4 * n.texts * n.videos if n.keep_scores else 0,
+        TRAVELLING: (min(2, n.ranks - 1) if n.exchange == "ring" else n.ranks > 1) * piece,
+        OF_TRAVELLING: _under_way(n) * piece,
+    }
+    kept = Counter(parts)
+    rows, columns = _last_tiles(n.texts, n.tile[0]), _last_tiles(n.videos_at_once, n.tile[1])
+    for tile in product(rows, columns):
+        yield from _streamed_tile(n, kept, *tile)
     yield "the end of a piece", kept + Counter({OF_WORDS: words, OF_FRAMES: 2 * piece})
     joined = {OF_WORDS: 2 * words, OF_FRAMES: n.frames_of(n.own_videos)}
     yield "the end of the tiles", kept + Counter(joined)
     yield from _end(n, n.own_videos)
+
+
+def _last_tiles(size: int, tile: int) -> list[tuple[int, int]]:
+    """(first, length) of the last whole tile and of what is left; before them less is alive."""
+    whole = size // tile * tile
+    return [(whole - tile, tile), *([(whole, size - whole)] if whole < size else [])]
+
+
+def _streamed_tile(
+    n: Sizes, kept: Counter[str], rows: tuple[int, int], columns: tuple[int, int]
+) -> Moments:
+    """The backward of one tile of the last piece, when those before have left their gradients."""
+    (row, texts), (column, videos) = rows, columns
+    pairs, frames = texts * videos, n.frames_of(videos)
+    # A first gradient becomes the tile's own buffer; later ones are added to that.
+    later = column > 0 or n.videos_at_once < n.videos
+    of_words = Counter({OF_WORDS: n.words_of(n.texts if later else row)})
+    of_frames = Counter({OF_FRAMES: n.frames_of(column + (videos if row > 0 else 0))})
+    if n.backend != "compiled":
+        block = {TABLES: _tables(n, pairs), WORDS: n.words_of(texts)}
+        yield "the backward of a tile", kept + of_words + of_frames + Counter(block)
+        return
+    tile = kept + of_frames + Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
+    before = tile + of_words + Counter({WORDS: n.packed(texts)})
+    of_loss = {MAXIMA: n.maxima(pairs), SCORES: 4 * pairs, SCRATCH: LOSS_SCRATCH * pairs}
+    yield "the loss's gradient in a tile", before + Counter(of_loss)
+    after = tile + Counter({OF_WORDS: n.words_of(n.texts if later else row + texts)})
+    yield from _of_sets(n, (texts, videos), before, after, of_scores=12)
 
 
 def _under_way(n: Sizes) -> int:
@@ -171,22 +182,30 @@ def _of_sets(
 ) -> Moments:
     """The compiled backward of a tile's words, then of its sentences.
 
-    `before` and `after` the words' backward is alive what they say, and bytes of gradient a pair.
+    `before` and `after` are alive beside it, in the words' and in the sentences' part; `of_scores`
+    are the bytes of a pair's gradients on their way in.
     """
     texts, videos = tile
     pairs, words, frames = texts * videos, n.words_of(texts), n.frames_of(videos)
     # Gradients of the frames that the maxima met, and of those that chose among the words.
     sides = 2 if n.neighbour_frames else 1
+    # Copies in the kernels whose width is whole vectors, where that of the features is not.
+    cut = n.width % LANES > 0
     if n.has_words:
+        packed = n.packed(texts) or words
         parts = {
             MAXIMA: n.maxima(pairs),
-            # Halved for the kernels, which are done when padding comes back.
-            OF_SCORES: (of_scores + (0 if n.padded else 4)) * pairs,
-            OF_WORDS: n.packed(texts) + words,
+            OF_SCORES: of_scores * pairs,
+            OF_WORDS: packed,
             OF_FRAMES: sides * frames,
         }
-        yield "the backward of the words", before + Counter(parts)
+        met = before + Counter(parts)
+        in_kernels = {OF_SCORES: 4 * pairs, LANE_COPIES: cut * (packed + sides * frames)}
+        yield "the backward of the words", met + Counter(in_kernels)
+        with_padding = {OF_WORDS: words if n.padded else 0}
+        yield "the backward of the words", met + Counter(with_padding)
     parts = {
+        LANE_COPIES: cut * sides * frames,
         MAXIMA: pairs,
         OF_SCORES: (of_scores + 4) * pairs,
         # Beside its own: what the words left, the mean frame's, or the sum of two of them.
