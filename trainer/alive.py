@@ -9,30 +9,35 @@ widest. `memory` takes the largest moment; the encoders and TPM-CL are no part o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeAlias
+from itertools import product
 
-from tvr.kernels.losses import SCORES_AT_ONCE
+from tvr.trainer.alive_torch import going_back
+from tvr.trainer.moments import (
+    FRAMES,
+    LANE_COPIES,
+    LOSS_SCRATCH,
+    MAXIMA,
+    OF_FRAMES,
+    OF_SCORES,
+    OF_TRAVELLING,
+    OF_WORDS,
+    SCORES,
+    SCRATCH,
+    TABLES,
+    TRAVELLING,
+    WORDS,
+    Moments,
+    end,
+    scores_at_once,
+)
 from tvr.trainer.sizes import Sizes
 
-# A moment's name, and what is alive then: bytes by name, added up where a name comes twice.
-Moments: TypeAlias = Iterator[tuple[str, Counter[str]]]
-
-FRAMES, WORDS = "copies of the frames", "copies of the words"
-OF_FRAMES, OF_WORDS = "gradients of the frames", "gradients of the words"
-SCORES, OF_SCORES = "scores", "gradients of the scores"
-SCRATCH, MAXIMA = "scratch of the loss", "places of the maxima"
-TABLES = "word-frame tables"
-TRAVELLING, OF_TRAVELLING = "other ranks' frames", "gradients under way"
-
-# Of `RowLoss.gradient` at its widest, for each score looked at: 7 numbers, the gradient one of
-# them, and 4 truth values.
-LOSS_SCRATCH = 7 * 4 + 4
+LANES = 16  # numbers in a vector of the compiled kernels
 
 
 def compiled(n: Sizes) -> Moments:
     """The compiled similarity of all pairs, then the loss of its scores."""
-    pairs, looked_at = n.texts * n.videos, _looked_at(n)
+    pairs, looked_at = n.texts * n.videos, scores_at_once(n)
     words, frames = n.words_of(n.texts), n.frames_of(n.videos)
     raised = words if n.raised else 0
     packed = n.packed(n.texts) or raised
@@ -60,140 +65,61 @@ def compiled(n: Sizes) -> Moments:
     if not (n.has_words or n.neighbour_frames):
         after -= kept  # nothing else needs the frames when the maxima's gradients are there
     yield from _of_sets(n, (n.texts, n.videos), before, after, of_scores=4)
-    yield from _end(n, n.videos)
+    yield from end(n, n.videos)
 
 
 def streamed(n: Sizes) -> Moments:
-    """Tiles of scores that are forgotten at once, while the videos pass by in pieces.
-
-    The moments are those of the last tile, when all others have left their gradients.
-    """
-    texts, videos = n.tile
-    pairs, frames = texts * videos, n.frames_of(videos)
+    """Tiles of scores that are forgotten at once, while the videos pass by in pieces."""
     words, piece = n.words_of(n.texts), n.frames_of(n.videos_at_once)
-    kept = Counter(
-        {
-            FRAMES: n.frames_of(n.own_videos),
-            WORDS: words if n.raised else 0,
-            SCORES: 4 * n.texts * n.videos if n.keep_scores else 0,
-            TRAVELLING: (min(2, n.ranks - 1) if n.exchange == "ring" else n.ranks > 1) * piece,
-            OF_TRAVELLING: _under_way(n) * piece,
-        }
-    )
+    parts = {
+        FRAMES: n.frames_of(n.own_videos),
+        WORDS: words if n.raised else 0,
+        SCORES: 4 * n.texts * n.videos if n.keep_scores else 0,
+        TRAVELLING: (min(2, n.ranks - 1) if n.exchange == "ring" else n.ranks > 1) * piece,
+        # Of a ring, leaving and arriving.
+        OF_TRAVELLING: (2 if n.exchange == "ring" and n.ranks > 1 else 0) * piece,
+    }
+    kept = Counter(parts)
+    rows, columns = _last_tiles(n.texts, n.tile[0]), _last_tiles(n.videos_at_once, n.tile[1])
+    for tile in product(rows, columns):
+        yield from _streamed_tile(n, kept, *tile)
+    yield "the end of a piece", kept + Counter({OF_WORDS: words, OF_FRAMES: 2 * piece})
+    joined = {OF_WORDS: 2 * words, OF_FRAMES: n.frames_of(n.own_videos)}
+    yield "the end of the tiles", kept + Counter(joined)
+    yield from end(n, n.own_videos)
+
+
+def _last_tiles(size: int, tile: int) -> list[tuple[int, int]]:
+    """(first, length) of the last whole tile and of what is left; before them less is alive."""
+    whole = size // tile * tile
+    return [(whole - tile, tile), *([(whole, size - whole)] if whole < size else [])]
+
+
+def _streamed_tile(
+    n: Sizes, kept: Counter[str], rows: tuple[int, int], columns: tuple[int, int]
+) -> Moments:
+    """The backward of one tile of the last piece, when those before have left their gradients."""
+    (row, texts), (column, videos) = rows, columns
+    pairs, frames = texts * videos, n.frames_of(videos)
     # A first gradient becomes the tile's own buffer; later ones are added to that.
-    of_words = Counter({OF_WORDS: words - (n.words_of(texts) if videos == n.videos else 0)})
-    of_frames = Counter({OF_FRAMES: piece - (frames if texts == n.texts else 0)})
-    if n.backend == "compiled":
-        tile = kept + of_frames + Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
-        before = tile + of_words + Counter({WORDS: n.packed(texts)})
-        of_loss = {
-            MAXIMA: n.maxima(pairs),
-            SCORES: 4 * pairs,
-            SCRATCH: LOSS_SCRATCH * pairs,
-        }
-        yield "the loss's gradient in a tile", before + Counter(of_loss)
-        after = tile + Counter({OF_WORDS: words})
-        yield from _of_sets(n, (texts, videos), before, after, of_scores=12)
-    else:
+    later = column > 0 or n.videos_at_once < n.videos
+    of_words = Counter({OF_WORDS: n.words_of(n.texts if later else row)})
+    of_frames = Counter({OF_FRAMES: n.frames_of(column + (videos if row > 0 else 0))})
+    if n.backend != "compiled":
         tile = kept + of_words + of_frames + Counter({MAXIMA: n.maxima(pairs)})
         tile += Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
         of_loss = {SCORES: 4 * pairs, SCRATCH: LOSS_SCRATCH * pairs}
         yield "the loss's gradient in a tile", tile + Counter(of_loss)
-        of_tile = {
-            OF_SCORES: 12 * pairs,
-            TABLES: _going_back(n, texts, videos, n.words if n.has_words else 1),
-        }
-        of_tile |= {OF_WORDS: n.words_of(texts), OF_FRAMES: 2 * frames}
-        yield "the backward of a tile", tile + Counter(of_tile)
-    yield "the end of a piece", kept + Counter({OF_WORDS: words, OF_FRAMES: 2 * piece})
-    joined = {OF_WORDS: 2 * words, OF_FRAMES: n.frames_of(n.own_videos)}
-    yield "the end of the tiles", kept + Counter(joined)
-    yield from _end(n, n.own_videos)
-
-
-def _under_way(n: Sizes) -> int:
-    """Pieces of gradients that `exchange.Ring` holds while those of the next are computed."""
-    if n.exchange != "ring" or n.ranks == 1:
-        return 0
-    # Leaving and arriving. With more than two ranks also those computed last, and the very first,
-    # of which a lane keeps empty views as patterns.
-    return 2 if n.ranks == 2 else 4
-
-
-def naive(n: Sizes) -> Moments:
-    """The reference: every table of token pairs at once."""
-    pairs, slots = n.texts * n.videos, n.words if n.has_words else 1
-    words, frames = n.words_of(n.texts), n.frames_of(n.videos)
-    kept = Counter({FRAMES: frames, WORDS: words})
-    # Sums of similarities on their way; or, which no neighbours need later, the scores.
-    passing = 12 * slots if n.neighbour_frames else 4 * slots * n.frames
-    of_forward = {
-        TABLES: _tables(n, pairs, saved=True) + passing * pairs,
-        WORDS: words if n.raised else 0,
-    }
-    yield "the forward", kept + Counter(of_forward)
-    of_loss = {
-        TABLES: _tables(n, pairs, saved=True),
-        SCORES: 4 * pairs,
-        OF_SCORES: 4 * (pairs - _looked_at(n)),
-        SCRATCH: LOSS_SCRATCH * _looked_at(n),
-    }
-    yield "the loss's backward", kept + Counter(of_loss)
-    yield "the backward of the maxima", kept + Counter({TABLES: _tables(n, pairs)})
-    yield from _end(n, n.videos, masked_words=True)
-
-
-def tiles(n: Sizes) -> Moments:
-    """The torch backend: of one tile at a time there are tables, of all pairs the maxima."""
-    pairs, looked_at = n.texts * n.videos, _looked_at(n)
-    words, frames = n.words_of(n.texts), n.frames_of(n.videos)
-    kept = Counter(
-        {
-            # As the compiled kernels keep them.
-            FRAMES: (3 if n.neighbour_frames else 1) * frames,
-            WORDS: words if n.raised else 0,
-        }
-    )
-    before = kept + Counter({MAXIMA: n.maxima(pairs)})
-    of_forward = {
-        FRAMES: frames if n.neighbour_frames else 0,
-        SCORES: 8 * pairs,
-        TABLES: _met(n, *n.tile),
-        TRAVELLING: n.bytes_per_number * frames // 4 if n.ranks > 1 else 0,
-    }
-    yield "the forward", before + Counter(of_forward)
-    of_loss = {SCORES: 4 * pairs, OF_SCORES: 4 * (pairs - looked_at)}
-    yield "the loss's backward", before + Counter(of_loss | {SCRATCH: LOSS_SCRATCH * looked_at})
-    sides = 2 if n.neighbour_frames else 1
-    if n.has_words:
-        of_words = {OF_SCORES: 4 * pairs, OF_FRAMES: sides * frames, OF_WORDS: words}
-        of_words[TABLES] = _going_back(n, *n.tile, n.words)
-        yield "the backward of the words", before + Counter(of_words)
-    of_sentence = {MAXIMA: pairs, OF_SCORES: 4 * pairs, OF_WORDS: words}
-    of_sentence[OF_FRAMES] = (sides + (2 if n.has_words else 1)) * frames
-    of_sentence[TABLES] = _going_back(n, *n.tile, 1)
-    yield "the backward of the sentence", kept + Counter(of_sentence)
-    yield from _end(n, n.videos)
-
-
-def _met(n: Sizes, texts: int, videos: int) -> int:
-    """Bytes of a tile's products, and of the maxima of its tokens or of its frames."""
-    slots = n.words if n.has_words else 1
-    # Similarities and places of the best, of their neighbours, and their correlation.
-    of_slots = (32 if n.neighbour_frames else 12) * slots
-    if n.has_words:
-        of_slots = max(of_slots, 8 * slots + 13 * n.frames)
-    pair = 4 * slots * n.frames + of_slots
-    return texts * videos * pair + (n.words_of(texts) if n.padded else 0)
-
-
-def _going_back(n: Sizes, texts: int, videos: int, slots: int) -> int:
-    """Bytes of a tile's lists of rows, and of the sums of rows that they give."""
-    # Row and factor of each token's or frame's maximum; sorted by row, whose they are.
-    lists = 28 * texts * videos * (slots if slots == 1 else max(slots, n.frames))
-    # What the tokens chose and met, of this tile and of those before; and their weighted selves.
-    of_tokens = (5 if n.padded else 4) * 4 * texts * slots * n.width
-    return lists + of_tokens + n.frames_of(videos)
+        lists = {TABLES: going_back(n, texts, videos, n.words if n.has_words else 1)}
+        sums = {OF_SCORES: 12 * pairs, OF_WORDS: n.words_of(texts), OF_FRAMES: 2 * frames}
+        yield "the backward of a tile", tile + Counter(lists | sums)
+        return
+    tile = kept + of_frames + Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
+    before = tile + of_words + Counter({WORDS: n.packed(texts)})
+    of_loss = {MAXIMA: n.maxima(pairs), SCORES: 4 * pairs, SCRATCH: LOSS_SCRATCH * pairs}
+    yield "the loss's gradient in a tile", before + Counter(of_loss)
+    after = tile + Counter({OF_WORDS: n.words_of(n.texts if later else row + texts)})
+    yield from _of_sets(n, (texts, videos), before, after, of_scores=12)
 
 
 def _of_sets(
@@ -206,62 +132,33 @@ def _of_sets(
 ) -> Moments:
     """The compiled backward of a tile's words, then of its sentences.
 
-    `before` and `after` the words' backward is alive what they say, and bytes of gradient a pair.
+    `before` and `after` are alive beside it, in the words' and in the sentences' part; `of_scores`
+    are the bytes of a pair's gradients on their way in.
     """
     texts, videos = tile
     pairs, words, frames = texts * videos, n.words_of(texts), n.frames_of(videos)
     # Gradients of the frames that the maxima met, and of those that chose among the words.
     sides = 2 if n.neighbour_frames else 1
+    # Copies in the kernels whose width is whole vectors, where that of the features is not.
+    cut = n.width % LANES > 0
     if n.has_words:
+        packed = n.packed(texts) or words
         parts = {
             MAXIMA: n.maxima(pairs),
-            # Halved for the kernels, which are done when padding comes back.
-            OF_SCORES: (of_scores + (0 if n.padded else 4)) * pairs,
-            OF_WORDS: n.packed(texts) + words,
+            OF_SCORES: of_scores * pairs,
+            OF_WORDS: packed,
             OF_FRAMES: sides * frames,
         }
-        yield "the backward of the words", before + Counter(parts)
+        met = before + Counter(parts)
+        in_kernels = {OF_SCORES: 4 * pairs, LANE_COPIES: cut * (packed + sides * frames)}
+        yield "the backward of the words", met + Counter(in_kernels)
+        with_padding = {OF_WORDS: words if n.padded else 0}
+        yield "the backward of the words", met + Counter(with_padding)
     parts = {
+        LANE_COPIES: cut * sides * frames,
         MAXIMA: pairs,
         OF_SCORES: (of_scores + 4) * pairs,
         # Beside its own: what the words left, the mean frame's, or the sum of two of them.
         OF_FRAMES: max(3, sides + (2 if n.has_words else 1)) * frames,
     }
     yield "the backward of the sentence", after + Counter(parts)
-
-
-def _end(n: Sizes, videos: int, *, masked_words: bool = False) -> Moments:
-    """From the gradients of what `reference.prepare` made to those of the features."""
-    words, frames = n.words_of(n.texts), n.frames_of(videos)
-    # The correlation of frames is a product of two: their gradients, and the sum with the first.
-    of_frames = {FRAMES: frames, OF_FRAMES: 3 * frames} if n.neighbour_frames else {}
-    yield "the end of the backward", Counter({OF_WORDS: words, OF_FRAMES: 2 * frames} | of_frames)
-    if masked_words or n.raised:
-        share = 1.0 if masked_words else n.bytes_per_number / 4
-        parts = {OF_WORDS: words + int(share * words), OF_FRAMES: frames * n.bytes_per_number // 4}
-        yield "the end of the backward", Counter(parts)
-
-
-def _looked_at(n: Sizes) -> int:
-    """Scores that the loss takes at once: whole rows."""
-    at_once = SCORES_AT_ONCE if n.device == "cpu" else 16 * SCORES_AT_ONCE
-    return min(n.texts, max(1, at_once // n.videos)) * n.videos
-
-
-def _tables(n: Sizes, pairs: int, *, saved: bool = False) -> int:
-    """The reference's tables of so many pairs; `saved`: those kept for the backward alone."""
-    of_sentence = _table(n, 1, saved=True)
-    if not n.has_words:
-        return pairs * (of_sentence if saved else _table(n, 1))
-    return pairs * (of_sentence + _table(n, n.words, saved=saved))
-
-
-def _table(n: Sizes, slots: int, *, saved: bool = False) -> int:
-    """Bytes of a pair with so many tokens in a set, saved or at the peak of the set's backward."""
-    scores = 4 * slots * n.frames
-    of_frames = 12 * n.frames  # best tokens: their similarity or its gradient, and their places
-    if n.neighbour_frames:
-        # The scores, since their neighbours are looked up; of each token two places, and its best
-        # similarity, the neighbour's and their correlation, or gradients of all three.
-        return (scores if saved else 2 * scores) + 28 * slots + of_frames
-    return (0 if saved else 2 * scores) + 12 * slots + of_frames

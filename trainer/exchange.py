@@ -87,6 +87,7 @@ class Ring:
                 sums = behind.wait()
                 for total, part in zip(sums, computed, strict=True):
                     total.add_(part)
+            del computed  # or it would live until those of the next piece are there
         if behind is None or self._world.world_size == 1:
             return sums
         behind.start(sums, self._world.rank)
@@ -110,7 +111,9 @@ class _Lane:
         self._counts, self._first_tag = counts, first_tag
         self._next = (world.rank + 1) % world.world_size
         self._previous = (world.rank - 1) % world.world_size
-        self._like, self._buffers = [x[:0] for x in like], list[Tensors]()
+        self._buffers = list[Tensors]()
+        # Not views: those would keep the first set alive to the end.
+        self._like = [x.new_empty(0, *x.shape[1:]) for x in like]
         self._arriving: Tensors = ()
         self._works: list[dist.Work] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tvr.trainer import alive
+from tvr.trainer import alive, alive_torch
 from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.sizes import Sizes
 
@@ -35,7 +35,7 @@ class Estimate:
 
 def estimate(sizes: Sizes) -> Estimate:
     """Peak of one forward and backward, similarity and loss, on one rank."""
-    ways = {"compiled": alive.compiled, "torch": alive.tiles, "naive": alive.naive}
+    ways = {"compiled": alive.compiled, "torch": alive_torch.tiles, "naive": alive_torch.naive}
     moments = alive.streamed if sizes.streamed else ways[sizes.backend]
     moment, parts = max(moments(sizes), key=lambda found: found[1].total())
     return Estimate(moment, dict(parts.most_common()), sizes.inputs)
