@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tvr.kernels import compiled
+from tvr.kernels.products import by_onednn
 from tvr.kernels.reference import FrameSet, TokenSet
 from tvr.kernels.set_similarity import Gradients, Kept, Videos
 
@@ -53,6 +54,7 @@ class Kernels:
             videos.neighbour,
             keep,
             self.fast,
+            by_onednn(videos.frames),
         )
         return scores, (text.valid, *packed, best_frame, best_token)
 

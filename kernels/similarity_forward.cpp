@@ -11,6 +11,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -30,6 +31,9 @@ using at::Tensor;
 
 constexpr int64_t kGroups = 4;             // lanes of videos in one matrix product
 constexpr int64_t kScratchBytes = 1 << 19;  // the scores of one tile
+
+using Linear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                      c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
 
 struct Sizes {
   int64_t texts, tokens, videos, frames, width, groups;
@@ -128,7 +132,7 @@ std::vector<int64_t> text_tiles(const int64_t* offsets, int64_t texts, int64_t m
 
 template <typename T>
 void score_all(const Tensor& tokens, const Tensor& panels, const Sizes& n, const Tables<T>& to,
-               bool fast) {
+               bool fast, bool onednn) {
   if (n.texts == 0 || n.videos == 0) return;
   const int64_t in_group = n.frames * kLanes;
   const int64_t group_step = std::clamp<int64_t>(n.groups, 1, kGroups);
@@ -139,24 +143,31 @@ void score_all(const Tensor& tokens, const Tensor& panels, const Sizes& n, const
   for (size_t i = 0; i + 1 < starts.size(); ++i)
     tallest = std::max(tallest, to.offsets[starts[i + 1]] - to.offsets[starts[i]]);
   const int64_t tiles = (int64_t(starts.size()) - 1) * across;
-  const auto half = tokens.options().dtype(at::kBFloat16);
+  // kernels/products.py says when and why.
+  const auto linear = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   const Tensor left = fast ? tokens.to(at::kBFloat16) : tokens;
   const Tensor right = fast ? panels.to(at::kBFloat16) : panels;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor scratch = at::empty({tallest * group_step * in_group}, tokens.options());
-    const Tensor rounded = at::empty({fast ? scratch.numel() : 0}, half);
+    const bool own = !fast && !onednn;  // the others bring their own memory
+    const Tensor scratch = at::empty({own ? tallest * group_step * in_group : 0}, tokens.options());
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t text = starts[tile / across], last = starts[tile / across + 1];
       const int64_t group = tile % across * group_step;
       const int64_t num_groups = std::min(group_step, n.groups - group);
       const int64_t row = to.offsets[text], height = to.offsets[last] - row;
       const int64_t step = num_groups * in_group;
-      const Tensor out = scratch.narrow(0, 0, height * step).view({height, step});
-      Tensor products = fast ? rounded.narrow(0, 0, height * step).view({height, step}) : out;
-      at::mm_out(products, left.narrow(0, row, height),
-                 right.narrow(0, group * in_group, step).t());
-      if (fast) out.copy_(products);
+      const Tensor x = left.narrow(0, row, height), y = right.narrow(0, group * in_group, step);
+      Tensor out;
+      if (fast) {
+        out = at::mm(x, y.t()).to(tokens.scalar_type());
+      } else if (onednn) {
+        const c10::List<std::optional<at::Scalar>> nothing;
+        out = linear->typed<Linear>().call(x, y, std::nullopt, "none", nothing, "");
+      } else {
+        out = scratch.narrow(0, 0, height * step).view({height, step});
+        at::mm_out(out, x, y.t());
+      }
       const T* found = out.const_data_ptr<T>();
       for (int64_t a = text; a < last; ++a)
         for (int64_t g = 0; g < num_groups; ++g)
@@ -170,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& tokens_in, const Tensor& weights_in, const Tensor& offsets, const Tensor& padded,
     const Tensor& frames, const std::optional<Tensor>& frame_weights_in,
     const std::optional<Tensor>& strength_in, const std::optional<Tensor>& neighbour_in,
-    bool keep, bool fast) {
+    bool keep, bool fast, bool onednn) {
   const Tensor tokens = tokens_in.contiguous(), weights = weights_in.contiguous();
   Sizes n{padded.size(0), tokens.size(0), frames.size(0), frames.size(1), tokens.size(1), 0};
   n.groups = (n.videos + kLanes - 1) / kLanes;
@@ -195,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
                          scores.data_ptr<scalar_t>(),
                          keep ? best_frame.data_ptr<uint8_t>() : nullptr,
                          met ? best_token.data_ptr<uint8_t>() : nullptr},
-                        fast);
+                        fast, onednn);
   });
   return {scores, best_frame, best_token};
 }
@@ -206,8 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 TORCH_LIBRARY(tvr_kernels, library) {
   library.def(
       "similarity_forward(Tensor tokens, Tensor weights, Tensor offsets, Tensor padded,"
-      " Tensor frames, Tensor? frame_weights, Tensor? strength, Tensor? neighbour, bool keep, bool fast)"
-      " -> (Tensor, Tensor, Tensor)");
+      " Tensor frames, Tensor? frame_weights, Tensor? strength, Tensor? neighbour,"
+      " bool keep, bool fast, bool onednn) -> (Tensor, Tensor, Tensor)");
   library.def(
       "similarity_backward(Tensor gradient, Tensor tokens, Tensor weights, Tensor offsets,"
       " Tensor frames, Tensor? frame_weights, Tensor? boosted, Tensor best_frame,"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tvr.kernels.products import products
 from tvr.kernels.reference import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 from tvr.kernels.set_similarity import Gradients, Kept, Videos
 
@@ -91,32 +92,22 @@ def _meet(texts: TokenSet, videos: Videos, fast: bool) -> tuple[Tensor, Tensor, 
     """SIM (n, m) of a tile, and the places (n, L, m) and (n, F, m) of its maxima."""
     num_texts, slots = texts.weights.shape
     num_videos, num_frames = videos.frames.shape[:2]
-    products = _products(texts.tokens.flatten(0, 1), videos.frames.flatten(0, 1), fast)
-    products = products.view(num_texts, slots, num_videos, num_frames)
-    best, best_frame = products.max(dim=3)
+    scores = products(texts.tokens.flatten(0, 1), videos.frames.flatten(0, 1), fast=fast)
+    scores = scores.view(num_texts, slots, num_videos, num_frames)
+    best, best_frame = scores.max(dim=3)
     if videos.strength is not None and videos.neighbour is not None:
         place = best_frame[..., None]
-        strength = videos.strength.expand_as(products).gather(3, place)
-        neighbour = videos.neighbour.expand_as(products).gather(3, place)
-        related = strength * products.gather(3, neighbour)
+        strength = videos.strength.expand_as(scores).gather(3, place)
+        neighbour = videos.neighbour.expand_as(scores).gather(3, place)
+        related = strength * scores.gather(3, neighbour)
         best = torch.add(best, related.squeeze(3), alpha=NEIGHBOUR_FACTOR)
     total = torch.einsum("al,alm->am", texts.weights, best)
     best_token = None
     if videos.weights is not None:
-        best, best_token = products.max(dim=1)
+        best, best_token = scores.max(dim=1)
         total += torch.einsum("mf,amf->am", videos.weights, best)
         best_token = _small(best_token.transpose(1, 2), slots)
     return total / 2, _small(best_frame, num_frames), best_token
-
-
-def _products(x: Float[Tensor, "R D"], y: Float[Tensor, "S D"], fast: bool) -> Tensor:
-    if not fast:
-        return x @ y.T
-    low = x.bfloat16(), y.bfloat16().T
-    if x.device.type == "cuda":
-        # Rounded on the way in only: the sums come out as they were added up.
-        return torch.mm(*low, out_dtype=torch.float32).to(x.dtype)
-    return (low[0] @ low[1]).to(x.dtype)
 
 
 def _of_best_frames(

@@ -95,8 +95,8 @@ def test_the_backend_is_shown_with_its_reason(
     assert f"similarity: compiled kernels ({compiled.backend()[1]})" in capsys.readouterr().err
     assert show_config(["--data.num-frames", "256"]) == 0
     reason = "256 words or frames are more than 255"
-    assert f"similarity: torch tiles; {reason}" in capsys.readouterr().err
+    assert f"similarity: torch tiles, products by oneDNN; {reason}" in capsys.readouterr().err
     monkeypatch.setattr(compiled, "backend", lambda: ("torch", "no C++ compiler"))
     rows = shown(capsys)
-    assert "similarity: torch tiles; no C++ compiler" in rows["said"]
+    assert "similarity: torch tiles, products by oneDNN; no C++ compiler" in rows["said"]
     assert "width 128, torch tiles" in rows["said"]

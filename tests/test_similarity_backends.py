@@ -5,9 +5,10 @@ import torch
 from test_similarity import FEATURES, assert_same, example, with_gradients
 from torch import Tensor
 
-from tvr.kernels import compiled, reference
+from tvr.kernels import compiled, packed, products, reference
 from tvr.kernels.checks import INTERACTIONS
-from tvr.kernels.similarity import dmae_similarity
+from tvr.kernels.products import by_onednn
+from tvr.kernels.similarity import BACKENDS, dmae_similarity
 
 # Chunks: single texts, uneven, more than there are, its own choice.
 WAYS = {
@@ -139,6 +140,22 @@ def test_more_slots_than_a_byte_counts() -> None:
     expected = with_gradients(reference.dmae_similarity, arguments)
     found = with_gradients(dmae_similarity, arguments, chunk=120)
     assert_same(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_another_library_of_products_gives_the_same(
+    backend: str, neighbours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = example(70, 70, 9, 7, width=24, dtype=torch.float32)
+    options = {"backend": backend, "neighbour_frames": neighbours}
+    assert by_onednn(arguments["frames"])
+    expected = with_gradients(dmae_similarity, arguments, **options)
+    assert not by_onednn(arguments["frames"].double())
+    for module in (packed, products):
+        monkeypatch.setattr(module, "by_onednn", lambda like: False)
+    found = with_gradients(dmae_similarity, arguments, **options)
+    assert_same(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

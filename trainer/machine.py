@@ -6,6 +6,7 @@ import torch
 
 from tvr.kernels import compiled
 from tvr.kernels.packed import hindrance
+from tvr.kernels.products import by_onednn
 from tvr.kernels.reference import FrameSet, TokenSet
 from tvr.trainer.config import Config
 
@@ -38,6 +39,9 @@ def similarity_backend(config: Config) -> tuple[str, str]:
 def similarity_line(config: Config) -> str:
     """The backend of the similarity, and why not the compiled one."""
     name, place_or_reason = similarity_backend(config)
+    library = "oneDNN" if by_onednn(torch.empty(0, device=device())) else "torch's own library"
+    if config.train.fast_similarity:
+        library = "bfloat16, as train.fast_similarity asks"
     if name == "compiled":
-        return f"similarity: compiled kernels ({place_or_reason})"
-    return f"similarity: torch tiles; {place_or_reason}"
+        return f"similarity: compiled kernels ({place_or_reason}), products by {library}"
+    return f"similarity: torch tiles, products by {library}; {place_or_reason}"
