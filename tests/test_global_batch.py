@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from spawn import spawn
-from tiny import make_tiny_data, tiny_config, with_ranks
+from tiny import batches_of, make_tiny_data, tiny_config, with_ranks
 from torch import Tensor
 
-from tvr.data_prep.stream import train_batches
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
 from tvr.trainer.gather import collectives_of, gather_rows
-from tvr.trainer.model import TextVideoModel, build_model, image_size, model_inputs
+from tvr.trainer.model import TextVideoModel, build_model, model_inputs
 from tvr.trainer.objective import objective
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import World
@@ -46,25 +45,6 @@ def model_of(config: Config) -> tuple[TextVideoModel, Tokenizer]:
     return model, tokenizer
 
 
-def first_batch(config: Config, tokenizer: Tokenizer, world: World) -> Any:
-    return next(
-        train_batches(
-            config.data.train,
-            seed=0,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=world.rank,
-            world_size=world.world_size,
-            start_step=0,
-            workers=0,
-            num_frames=config.data.num_frames,
-            image_size=image_size(config.model),
-            tokenize=tokenizer,
-            max_bad=0,
-        )
-    )
-
-
 def world_of(rank: int, world_size: int) -> World:
     return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
 
@@ -90,7 +70,7 @@ def engine_gradients(
         config = with_ranks(config, world_size)
         model, tokenizer = model_of(config)
         engine = Engine(model, config.train, world)
-        batch = first_batch(config, tokenizer, world)
+        batch = next(batches_of(config, tokenizer, world))
         features = engine.encode(*model_inputs(batch, world.device))
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
         shares = collectives_of(world).sum(mine.shares)
@@ -160,7 +140,7 @@ def double_gradients(
         config = with_ranks(config, world_size)
         model, tokenizer = model_of(config)
         model.double()
-        batch = first_batch(config, tokenizer, world)
+        batch = next(batches_of(config, tokenizer, world))
         features = model(*model_inputs(batch, world.device))
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
         mine.for_backward.backward()

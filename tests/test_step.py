@@ -15,13 +15,12 @@ import torch
 from plain_model import Gradients
 from spawn import spawn
 from test_global_batch import assert_equal_gradients
-from tiny import make_tiny_data, tiny_config
+from tiny import batches_of, make_tiny_data, tiny_config
 
-from tvr.data_prep.stream import train_batches
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import Engine
-from tvr.trainer.model import build_model, image_size
+from tvr.trainer.model import build_model
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.step import OptimiserStep
 from tvr.trainer.tokenizer import load_tokenizer
@@ -52,23 +51,6 @@ class RecordingEngine(Engine):
                 for name, parameter in self.module.named_parameters()
             }
         return super().step(learning_rate_factor)
-
-
-def batches_of(config: Config, tokenizer: Any, world: World) -> Any:
-    return train_batches(
-        config.data.train,
-        seed=0,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
-        start_step=0,
-        workers=0,
-        num_frames=config.data.num_frames,
-        image_size=image_size(config.model),
-        tokenize=tokenizer,
-        max_bad=0,
-    )
 
 
 def take_steps(
