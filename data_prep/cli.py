@@ -158,6 +158,11 @@ def _clips(arguments: PackArguments) -> Sequence[Clip]:
     )
     # Before the hours that packing may take.
     print("\n".join(selection.summary()), flush=True)
+    if missing := selection.without_file[max(arguments.max_bad, 0) :]:
+        raise TooManyBadSamples(
+            f"{len(selection.without_file)} videos of {selection.name} without a file, more than"
+            f" max_bad={arguments.max_bad}; the last is {missing[-1]}; nothing was packed"
+        )
     return selection.clips
 
 

@@ -7,13 +7,17 @@ import pickle
 from typing import Any, NoReturn
 
 
+class _Refused(pickle.UnpicklingError):
+    """The pickle asks for more than containers and text."""
+
+
 class _PlainUnpickler(pickle.Unpickler):
     # Every class and function that a pickle names comes through here before it could be called.
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        raise _Refused(f"it asks for {module_name}.{global_name}")
 
     def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for the outside object {pid!r}")
+        raise _Refused(f"it asks for the outside object {pid!r}")
 
 
 def load_plain_pickle(content: bytes, url: str) -> Any:
@@ -25,7 +29,7 @@ def load_plain_pickle(content: bytes, url: str) -> Any:
     try:
         # Decoding is left to the reader: Python 2 stored whatever bytes its program held.
         return _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise ValueError(
             f"{url}: refused: {error}; only lists, tuples, dicts and text are read from a pickle"
         ) from error
