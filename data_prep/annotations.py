@@ -1,4 +1,5 @@
-"""Annotation files -> clips: JSONL with one video a line, or CSV with one caption a row."""
+"""Annotation files -> clips: JSONL with one video or one caption a line, CSV or Parquet with one
+caption a row."""
 
 from __future__ import annotations
 
@@ -11,38 +12,50 @@ from typing import Any
 
 import fsspec
 
+from tvr.data_prep.parquet import parquet_rows
 from tvr.data_prep.records import Clip
+from tvr.data_prep.video_files import VideoFiles
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id")
 CSV_ALLOWED = ("video", "caption", "key", "video_id")
+# The lines of the DMAE authors' code. It needs neither sen_id nor retrieval_key nor label to tell
+# captions and videos apart, and neither does this.
+NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
+FORMATS = ("jsonl", "csv", "parquet")
 # A tar member is KEY.extension within USTAR's 100 bytes, and WebDataset splits it at the first dot.
 MAX_KEY_LENGTH = 80
 KEY_PATTERN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 
 
 def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
-    """Reads clips in file order from a .jsonl or .csv file (also .gz) at a path or fsspec URL.
+    """Reads clips in file order from a .jsonl, .csv (also .gz) or .parquet file at a path or fsspec
+    URL.
 
     JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id"}.
+    Or {"clip_name": ..., "caption": ...}: the video is searched by that name among the videos, and
+    the lines of one name are merged in file order.
     CSV: columns video, caption, optional key, video_id; rows of one video are merged in file order.
+    Parquet: the same, and a column captions of lists instead of or beside caption.
     Relative video paths resolve against `videos`, or else the annotation file's folder. Without
     "key" the video's file name is used, without "video_id" the key. Empty captions are kept here;
     packing counts them.
 
     Raises:
-        FileNotFoundError: no such annotation file.
+        FileNotFoundError: no such annotation file, or folder of videos to search.
+        ImportError: a .parquet file without pyarrow.
         ValueError: malformed file, named as file:line; an annotation without clips; a duplicate
             key.
     """
     base = videos if videos is not None else _parent(url)
-    rows = {"jsonl": _jsonl_rows, "csv": _csv_rows}[_file_format(url)](url)
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+    rows = readers[_file_format(url)](url)
     drafts: dict[str, _Draft] = {}
-    merge = _file_format(url) == "csv"
+    merge = _file_format(url) != "jsonl"
     for row in rows:
         first = drafts.get(row.key)
         if first is None:
             drafts[row.key] = row
-        elif merge and first.video == row.video:
+        elif (merge or row.by_name) and (first.video, first.by_name) == (row.video, row.by_name):
             _merge(first, row)
         else:
             raise ValueError(
@@ -53,7 +66,8 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         raise ValueError(
             f"{url}: empty annotation, no clip in it; expected one JSON object or CSV row a clip"
         )
-    return [_clip(draft, base) for draft in drafts.values()]
+    files = VideoFiles(base) if any(draft.by_name for draft in drafts.values()) else None
+    return [_clip(draft, base, files) for draft in drafts.values()]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,13 +76,20 @@ class _Draft:
     video: str
     video_id: str
     origin: str
+    by_name: bool = False
+    """`video` is a name to search for."""
     captions: list[str] = field(default_factory=list)
 
 
-def _clip(draft: _Draft, base: str) -> Clip:
+def _clip(draft: _Draft, base: str, files: VideoFiles | None) -> Clip:
+    if draft.by_name:
+        assert files is not None
+        video = files.find(draft.video) or files.expected(draft.video)
+    else:
+        video = _resolve(draft.video, base)
     return Clip(
         key=draft.key,
-        video=_resolve(draft.video, base),
+        video=video,
         captions=tuple(draft.captions),
         video_id=draft.video_id,
         origin=draft.origin,
@@ -86,15 +107,16 @@ def _merge(first: _Draft, row: _Draft) -> None:
 
 def _file_format(url: str) -> str:
     name = url.removesuffix(".gz")
-    for extension in ("jsonl", "csv"):
-        if name.endswith("." + extension):
+    for extension in FORMATS:
+        if name.endswith("." + extension) and not (extension == "parquet" and name != url):
             return extension
     raise ValueError(
-        f"annotations={url!r}: unknown format; the name must end in .jsonl or .csv (or .gz of it)"
+        f"annotations={url!r}: unknown format; the name must end in .jsonl or .csv (or .gz of it),"
+        " or in .parquet"
     )
 
 
-def _lines(url: str) -> Iterator[str]:
+def text_lines(url: str) -> Iterator[str]:
     """Text lines, without the byte-order mark that spreadsheets write."""
     try:
         with fsspec.open(url, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
@@ -106,7 +128,7 @@ def _lines(url: str) -> Iterator[str]:
 
 
 def _jsonl_rows(url: str) -> Iterator[_Draft]:
-    for number, line in enumerate(_lines(url), start=1):
+    for number, line in enumerate(text_lines(url), start=1):
         if not line.strip():
             continue
         origin = f"{url}:{number}"
@@ -116,11 +138,31 @@ def _jsonl_rows(url: str) -> Iterator[_Draft]:
             raise ValueError(f"{origin}: not JSON: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
-        yield _draft(value, origin)
+        yield (_named_draft if "clip_name" in value else _draft)(value, origin)
+
+
+def _named_draft(row: dict[str, Any], origin: str) -> _Draft:
+    """A line of the authors' JSONL: one caption of a video that is named without its file."""
+    _check_fields(row, NAMED_ALLOWED, origin)
+    name, caption = row["clip_name"], row.get("caption")
+    if not isinstance(name, str) or not name or not isinstance(caption, str):
+        raise ValueError(f"{origin}: clip_name={name!r} and caption={caption!r} must be text")
+    key = key_of(name)
+    if not KEY_PATTERN.fullmatch(key):
+        raise ValueError(f"{origin}: {key_rule(key)}")
+    return _Draft(
+        key=key, video=name, video_id=key, origin=origin, captions=[caption], by_name=True
+    )
+
+
+def _parquet_rows(url: str) -> Iterator[_Draft]:
+    for number, row in enumerate(parquet_rows(url), start=1):
+        # A row without caption is an empty caption, as in CSV.
+        yield _draft(row if "captions" in row else {"caption": "", **row}, f"{url}: row {number}")
 
 
 def _csv_rows(url: str) -> Iterator[_Draft]:
-    reader = csv.DictReader(_lines(url), strict=True)
+    reader = csv.DictReader(text_lines(url), strict=True)
     try:
         columns = reader.fieldnames or ()
         unknown = sorted(set(columns) - set(CSV_ALLOWED))
@@ -142,11 +184,7 @@ def _csv_rows(url: str) -> Iterator[_Draft]:
 
 
 def _draft(row: dict[str, Any], origin: str) -> _Draft:
-    unknown = sorted(set(row) - set(ALLOWED))
-    if unknown:
-        raise ValueError(
-            f"{origin}: unknown {', '.join(unknown)}; allowed are {', '.join(ALLOWED)}"
-        )
+    _check_fields(row, ALLOWED, origin)
     if ("captions" in row) == ("caption" in row):
         raise ValueError(f'{origin}: give either "captions" (a list) or "caption" (one text)')
     captions = row["captions"] if "captions" in row else [row["caption"]]
@@ -158,7 +196,7 @@ def _draft(row: dict[str, Any], origin: str) -> _Draft:
             raise ValueError(
                 f"{origin}: {name}={value!r} must be a text with at least one character"
             )
-    key = row.get("key") or _key_of(row["video"])
+    key = row.get("key") or key_of(row["video"])
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
     return _Draft(
@@ -170,12 +208,21 @@ def _draft(row: dict[str, Any], origin: str) -> _Draft:
     )
 
 
+def _check_fields(row: dict[str, Any], allowed: tuple[str, ...], origin: str) -> None:
+    unknown = sorted(set(row) - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"{origin}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}"
+        )
+
+
 def key_rule(key: str) -> str:
     """The sentence that refuses a key."""
     return f'key={key!r} must be 1 to {MAX_KEY_LENGTH} letters, digits, "_" or "-"'
 
 
-def _key_of(video: str) -> str:
+def key_of(video: str) -> str:
+    """The key of a video's file name: without its extension, every other character as "_"."""
     stem = video.rstrip("/").rsplit("/", 1)[-1]
     stem = stem.rsplit(".", 1)[0] if "." in stem[1:] else stem
     return re.sub(r"[^A-Za-z0-9_-]", "_", stem)

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tvr.data_prep.annotations import read_annotations
+from tvr.data_prep.datasets import Dataset, read_benchmark
 from tvr.data_prep.manifest import BAD_NAME, Layout, join
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
@@ -42,13 +43,19 @@ class PackArguments:
     """Packs annotated videos into WebDataset shards with a manifest."""
 
     annotations: str
-    """JSONL or CSV file (path or fsspec URL)."""
+    """JSONL, CSV or Parquet file (path or fsspec URL); with --dataset the folder of its files."""
     out: str
     """Folder or fsspec URL of the data set to write."""
     layout: Layout
     """frames: JPEGs sampled now; video: the MP4 itself, sampled when read."""
     videos: str | None = None
-    """Folder or URL that relative video paths start from; default: the annotation file's."""
+    """Folder or URL that relative video paths start from, or in which videos are searched by name;
+    default: the annotations' folder."""
+    dataset: Dataset | None = None
+    """Benchmark whose published files are in the folder --annotations."""
+    split: str | None = None
+    """Split of the benchmark; msrvtt: train-9k, train-7k, test-1ka, train-1kb, test-1kb; msvd and
+    didemo: train, val, test; activitynet: train, val."""
     num_frames: int = 12
     """Frames per clip (layout frames)."""
     short_side: int | None = None
@@ -110,7 +117,7 @@ def say_error(command: str, error: Exception) -> None:
 
 
 def _pack(arguments: PackArguments) -> int:
-    clips = read_annotations(arguments.annotations, videos=arguments.videos)
+    clips = _clips(arguments)
     manifest = pack_shards(
         _with_progress(clips),
         arguments.out,
@@ -138,6 +145,27 @@ def _pack(arguments: PackArguments) -> int:
     return 0
 
 
+def _clips(arguments: PackArguments) -> Sequence[Clip]:
+    if arguments.dataset is None:
+        if arguments.split is not None:
+            raise ValueError(f"split={arguments.split!r} is of a benchmark: name it with --dataset")
+        return read_annotations(arguments.annotations, videos=arguments.videos)
+    selection = read_benchmark(
+        arguments.dataset,
+        arguments.split,
+        annotations=arguments.annotations,
+        videos=arguments.videos or arguments.annotations,
+    )
+    # Before the hours that packing may take.
+    print("\n".join(selection.summary()), flush=True)
+    if missing := selection.without_file[max(arguments.max_bad, 0) :]:
+        raise TooManyBadSamples(
+            f"{len(selection.without_file)} videos of {selection.name} without a file, more than"
+            f" max_bad={arguments.max_bad}; the last is {missing[-1]}; nothing was packed"
+        )
+    return selection.clips
+
+
 def _verify(arguments: VerifyArguments) -> int:
     report = verify_dataset(arguments.url, decode=arguments.decode)
     print(
@@ -156,7 +184,7 @@ def _verify(arguments: VerifyArguments) -> int:
     return 3
 
 
-def _with_progress(clips: list[Clip]) -> Iterator[Clip]:
+def _with_progress(clips: Sequence[Clip]) -> Iterator[Clip]:
     """The clips, with a bar on stderr while they are taken, where that is a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())

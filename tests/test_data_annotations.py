@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tvr.data_prep.annotations import read_annotations
 
@@ -54,6 +58,97 @@ def test_gzip_on_another_file_system() -> None:
     assert read_annotations(url)[0].video == "memory://annotations/v.mp4"
 
 
+def test_lines_of_the_authors_name_a_video_to_search_for(tmp_path: Path) -> None:
+    (tmp_path / "data/mp4").mkdir(parents=True)
+    (tmp_path / "data/mp4/video1.avi").touch()
+    (tmp_path / "video2.mp4").touch()
+    lines = [
+        {"caption": "x", "clip_name": "data/mp4/video1", "sen_id": 0, "label": 1},
+        {"caption": "z", "clip_name": "video2.mp4", "retrieval_key": "ret0"},
+        {"caption": "y", "clip_name": "data/mp4/video1", "sen_id": 1, "label": 2},
+        {"caption": "", "clip_name": "gone", "sen_id": 0},
+        {"caption": "beside", "video": "own.mp4"},
+    ]
+    url = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
+    clips = read_annotations(url)
+    assert [(clip.key, clip.captions) for clip in clips] == [
+        ("video1", ("x", "y")),
+        ("video2", ("z",)),
+        ("gone", ("",)),
+        ("own", ("beside",)),
+    ]
+    names = ["data/mp4/video1.avi", "video2.mp4", "gone.mp4", "own.mp4"]
+    assert [clip.video for clip in clips] == [f"{tmp_path}/{name}" for name in names]
+    assert [clip.video_id for clip in clips] == ["video1", "video2", "gone", "own"]
+    with pytest.raises(FileNotFoundError, match="videos='/no/such': no such folder"):
+        read_annotations(url, videos="/no/such")
+
+
+def write_parquet(folder: Path, columns: dict[str, list[Any]]) -> str:
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    return str(folder / "a.parquet")
+
+
+def test_parquet_has_the_columns_of_csv_and_lists(tmp_path: Path) -> None:
+    columns = {"video": ["b.mp4", "a.mp4", "b.mp4"], "caption": ["one", "", None]}
+    url = write_parquet(tmp_path, columns | {"video_id": ["V", None, "V"]})
+    clips = read_annotations(url, videos="/films")
+    assert [(clip.key, clip.captions, clip.video_id) for clip in clips] == [
+        ("b", ("one", ""), "V"),
+        ("a", ("",), "a"),
+    ]
+    assert clips[0].video == "/films/b.mp4"
+    lists = [["x", "y"], None, []]
+    url = write_parquet(
+        tmp_path,
+        {"video": ["b.mp4", "a.mp4", "c.mp4"], "captions": lists, "caption": [None, "z", None]},
+    )
+    clips = read_annotations(url)
+    assert [(clip.key, clip.captions) for clip in clips] == [
+        ("b", ("x", "y")),
+        ("a", ("z",)),
+        ("c", ()),
+    ]
+    assert clips[1].origin == f"{url}: row 2"
+
+
+PARQUET_ERRORS = [
+    ({"video": ["v.mp4"], "text": ["x"]}, "row 1: unknown text; allowed are video"),
+    ({"video": ["v.mp4"], "captions": [[1]]}, r"row 1: captions=\[1\] must be text"),
+    ({"video": [None], "caption": ["x"]}, "row 1: video='' must be a text"),
+    (
+        {"video": ["v.mp4"], "caption": ["x"], "captions": [["x"]]},
+        'row 1: give either "captions"',
+    ),
+    ({"video": ["p/v.mp4", "q/v.mp4"], "caption": ["x", "y"]}, "row 2: duplicate key 'v'"),
+    ({"video": []}, "empty annotation"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), PARQUET_ERRORS)
+def test_parquet_errors_name_the_row(
+    tmp_path: Path, columns: dict[str, list[Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"a\.parquet: {message}"):
+        read_annotations(write_parquet(tmp_path, columns))
+
+
+def test_parquet_that_is_none_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.parquet: not Parquet"):
+        read_annotations(write(tmp_path, "a.parquet", "video,caption\n" * 9))
+    with pytest.raises(FileNotFoundError, match=r"annotation file .*b\.parquet does not exist"):
+        read_annotations(str(tmp_path / "b.parquet"))
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = write_parquet(tmp_path, {"video": ["v.mp4"], "caption": ["x"]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"not installed; .* pip install -e '\.\[parquet\]'"):
+        read_annotations(url)
+
+
 JSONL_ERRORS = [
     ("", r"a\.jsonl: empty annotation"),
     ("\n\n", r"a\.jsonl: empty annotation"),
@@ -68,6 +163,20 @@ JSONL_ERRORS = [
     ('{"video": 3, "caption": "x"}', r"a\.jsonl:1: video=3 must be a text"),
     ('{"video": "v.mp4", "caption": "x", "key": "a.b"}', r"a\.jsonl:1: key='a\.b' must be 1 to 80"),
     ('{"video": "v.mp4", "caption": "x", "key": "a/b"}', r"a\.jsonl:1: key='a/b' must be"),
+    ('{"clip_name": "v"}', r"a\.jsonl:1: clip_name='v' and caption=None must be text"),
+    ('{"clip_name": "", "caption": "x"}', r"a\.jsonl:1: clip_name='' and caption='x' must"),
+    (
+        '{"clip_name": "v", "caption": "x", "start": 1.5}',
+        r"a\.jsonl:1: unknown start; allowed are clip_name",
+    ),
+    (
+        '{"clip_name": "p/v", "caption": "x"}\n{"clip_name": "q/v", "caption": "y"}',
+        r"a\.jsonl:2: duplicate key 'v'",
+    ),
+    (
+        '{"video": "v.mp4", "caption": "x"}\n{"clip_name": "v", "caption": "y"}',
+        r"a\.jsonl:2: duplicate key 'v'",
+    ),
     (
         '{"video": "p/v.mp4", "caption": "x"}\n{"video": "q/v.mp4", "caption": "x"}',
         r"a\.jsonl:2: duplicate key 'v', first at .*a\.jsonl:1",
@@ -110,6 +219,8 @@ def test_missing_unknown_and_undecodable_files(tmp_path: Path) -> None:
         read_annotations(str(tmp_path / "none.csv"))
     with pytest.raises(ValueError, match=r"a\.txt'.*must end in \.jsonl or \.csv"):
         read_annotations(write(tmp_path, "a.txt", ""))
+    with pytest.raises(ValueError, match=r"a\.parquet\.gz'.*or in \.parquet"):
+        read_annotations(write(tmp_path, "a.parquet.gz", ""))
     (tmp_path / "latin.csv").write_bytes(b"video,caption\nv.mp4,\xe9\n")
     with pytest.raises(ValueError, match=r"latin\.csv: not UTF-8"):
         read_annotations(str(tmp_path / "latin.csv"))

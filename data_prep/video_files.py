@@ -1,0 +1,77 @@
+"""Finds a video's file by its id in a folder that is listed once."""
+
+from __future__ import annotations
+
+import posixpath
+
+from fsspec.core import url_to_fs
+
+# Tried in this order where an id has files of several kinds.
+SUFFIXES = (
+    *(".mp4", ".avi", ".mkv", ".webm", ".mov"),
+    *(".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".3g2", ".mts", ".flv"),  # DiDeMo's, from Flickr
+)
+
+
+class VideoFiles:
+    """The files of a folder (path or fsspec URL) and of its sub-folders, one level down."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.listings: dict[str, dict[str, list[str]]] = {}
+        fs, root = url_to_fs(url)
+        if not fs.isdir(root):
+            raise FileNotFoundError(f"videos={url!r}: no such folder")
+
+    def find(self, name: str) -> str | None:
+        """The file of video `name`, None where there is none. A name may begin with folders.
+
+        `name` itself, then with each suffix of SUFFIXES added, then with one in the place of its
+        own. A file of the folder hides those of the same name in sub-folders.
+
+        Raises:
+            ValueError: two sub-folders hold a file of that name.
+        """
+        folder, _, base = name.rpartition("/")
+        if folder not in self.listings:
+            self.listings[folder] = _listing(posixpath.join(self.url, folder))
+        stem, suffix = posixpath.splitext(base)
+        replaced = [stem + other for other in SUFFIXES] if suffix in (".", *SUFFIXES) else []
+        for file in (base, *(base + suffix for suffix in SUFFIXES), *replaced):
+            found = self.listings[folder].get(file, [])
+            if len(found) > 1:
+                raise ValueError(
+                    f"{name}: {' and '.join(found)} have the same name; keep one of them"
+                )
+            if found:
+                return found[0]
+        return None
+
+    def expected(self, name: str) -> str:
+        """Where the file of a video that has none might have been, for messages."""
+        file = name if name.endswith(SUFFIXES) else name + SUFFIXES[0]
+        return posixpath.join(self.url, file)
+
+
+def _listing(url: str) -> dict[str, list[str]]:
+    """File name -> its URLs: one, or one in each sub-folder that has it."""
+    files, folders = _entries(url)
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        for name in _entries(posixpath.join(url, folder))[0]:
+            found.setdefault(name, []).append(posixpath.join(url, folder, name))
+    return found | {name: [posixpath.join(url, name)] for name in files}
+
+
+def _entries(url: str) -> tuple[list[str], list[str]]:
+    """The names of the files and of the folders in a folder; none if there is no such folder."""
+    fs, root = url_to_fs(url)
+    if not fs.isdir(root):
+        return [], []
+    files, folders = [], []
+    for entry in fs.ls(root, detail=True):
+        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        # Links have a type of their own.
+        is_folder = entry["type"] != "file" and fs.isdir(entry["name"])
+        (folders if is_folder else files).append(name)
+    return sorted(files), sorted(folders)
