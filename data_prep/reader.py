@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import tarfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from tvr.data_prep.decode import sample_frames, segment_centres
 from tvr.data_prep.images import decode_jpeg, fit_square
-from tvr.data_prep.manifest import join, read_manifest
+from tvr.data_prep.manifest import Shard, read_manifest
 from tvr.data_prep.records import BadSample, Sample
+from tvr.data_prep.store import Store
 
 MAX_OPEN_SHARDS = 64
 
@@ -61,7 +62,7 @@ class SampleReader:
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = _ShardFiles(url, [shard.name for shard in self.manifest.shards])
+        self._files = _ShardFiles(url, self.manifest.shards)
         self._cache = SampleCache(cache_bytes)
 
     def __len__(self) -> int:
@@ -160,34 +161,40 @@ class _ShardFiles:
     """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
     reading."""
 
-    def __init__(self, url: str, names: list[str]) -> None:
+    def __init__(self, url: str, shards: Sequence[Shard]) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._fs, root = url_to_fs(url)
-        self._url = url
-        self._paths = [join(root, name) for name in names]
-        self._pid = os.getpid()
+        self._store = Store(url)
+        self._names = [shard.name for shard in shards]
 
     def read(self, shard: int, offset: int, length: int, key: str) -> bytes:
         """The range, or what there is of it."""
+        name = self._names[shard]
         try:
-            if isinstance(self._fs, LocalFileSystem):
-                return os.pread(self._descriptor(shard), length, offset)
-            if self._pid != os.getpid():
-                # Connections and event loops do not survive a fork; fsspec makes a new instance
-                # here.
-                self._fs, self._pid = url_to_fs(self._url)[0], os.getpid()
-            return self._fs.cat_file(self._paths[shard], start=offset, end=offset + length)
+            if self._store.is_local:
+                return self._read_local(shard, offset, length)
+            return self._store.read_range(name, offset, offset + length)
         except FileNotFoundError as error:
-            raise BadSample(key, "missing_shard", self._paths[shard]) from error
+            raise BadSample(key, "missing_shard", self._store.path(name)) from error
         except OSError as error:
-            raise BadSample(key, "read_error", f"{self._paths[shard]}: {error}") from error
+            raise BadSample(key, "read_error", str(error)) from error
+
+    def _read_local(self, shard: int, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(shard), length, offset)
+        except OSError as error:
+            if error.errno != errno.ESTALE or shard not in self._descriptors:
+                raise
+            # A network file system forgot the open file, for example after its server restarted.
+            os.close(self._descriptors.pop(shard))
+            return os.pread(self._descriptor(shard), length, offset)
 
     def _descriptor(self, shard: int) -> int:
         # Safe to share with forked workers: pread has no file position.
         if shard not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            path = self._store.path(self._names[shard])
+            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
 
