@@ -45,6 +45,8 @@ class DataConfig:
     """Memory per loader process that keeps decoded samples, for small data sets; 0: none."""
     max_bad: NotNegative = 100
     """Bad samples that a rank replaces before the run stops."""
+    max_bad_in_a_row: Positive = 20
+    """The same for bad samples with no good one between them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -133,6 +133,7 @@ def _encode_set(
         image_size=image_size(config.model),
         tokenize=tokenizer,
         max_bad=config.data.max_bad,
+        max_bad_in_a_row=config.data.max_bad_in_a_row,
     )
     parts: list[Features] = []
     keys: list[str] = []

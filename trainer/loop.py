@@ -113,6 +113,7 @@ class _Run:
             image_size=image_size(self.config.model),
             tokenize=self.tokenizer,
             max_bad=data.max_bad,
+            max_bad_in_a_row=data.max_bad_in_a_row,
             cache_bytes=data.cache_mib << 20,
         )
 

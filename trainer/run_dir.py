@@ -29,6 +29,7 @@ FREE = frozenset(
         "data.workers",
         "data.cache_mib",
         "data.max_bad",
+        "data.max_bad_in_a_row",
         "train.eval_every",
         "train.save_every",
         "train.log_every",
