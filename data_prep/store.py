@@ -96,9 +96,13 @@ class Store:
 
     def _log(self, name: str, state: RetryCallState) -> None:
         """The retries 1, 2, 4, 8, ... of this process: a store that fails often fills no log."""
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None:
+            # The traceback and tenacity's state hold each other, and with them every frame above:
+            # abandoned streams would live on until the garbage collector finds them.
+            error.__traceback__ = None
         self.num_retries += 1
         if self.num_retries & (self.num_retries - 1) == 0:
-            error = state.outcome.exception() if state.outcome else None
             log.warning(
                 "%s: attempt %d failed, trying again (retry %d of this process): %s: %s",
                 self.path(name),
