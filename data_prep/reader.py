@@ -16,10 +16,12 @@ from typing import cast
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from tvr.data_prep.ahead import ShardsAhead
 from tvr.data_prep.decode import sample_frames, segment_centres
 from tvr.data_prep.images import decode_jpeg, fit_square
 from tvr.data_prep.manifest import Shard, read_manifest
 from tvr.data_prep.records import BadSample, Sample
+from tvr.data_prep.shard_cache import CacheFolder, ShardCache
 from tvr.data_prep.store import Store
 
 MAX_OPEN_SHARDS = 64
@@ -41,10 +43,19 @@ class SampleReader:
     """Reads any sample of a data set by its manifest row; one per process, made before or after a
     fork."""
 
-    def __init__(self, url: str, *, num_frames: int, image_size: int, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        num_frames: int,
+        image_size: int,
+        cache_bytes: int = 0,
+        shard_cache: CacheFolder | None = None,
+    ) -> None:
         """`cache_bytes` > 0 keeps that many bytes of decoded frames per process, least recently
         used out first. Worth it where a data set fits: 400 clips of 6 JPEG frames of 48 x 48 came
-        at 14,000 a second instead of 600, in one process on a 2-core machine.
+        at 14,000 a second instead of 600, in one process on a 2-core machine. `shard_cache` keeps
+        whole shards of a remote data set on a local disk; a local data set needs none.
 
         Raises ValueError for sizes the data set cannot give, and as `read_manifest`.
         """
@@ -62,7 +73,7 @@ class SampleReader:
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = _ShardFiles(url, self.manifest.shards)
+        self._files = _ShardFiles(url, self.manifest.shards, shard_cache)
         self._cache = SampleCache(cache_bytes)
 
     def __len__(self) -> int:
@@ -71,6 +82,16 @@ class SampleReader:
     def key(self, row: int) -> str:
         """The key of a manifest row."""
         return str(self.manifest.samples.key[row])
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether shards are kept here, with room for those that come next."""
+        return self._files.ahead is not None
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Fetches shards in the background; they are needed soon."""
+        if self._files.ahead is not None:
+            self._files.ahead.want(shards)
 
     def read(self, row: int) -> Sample:
         """Frames at (num_frames or fewer, image_size, image_size, 3). Raises BadSample."""
@@ -93,8 +114,11 @@ class SampleReader:
         """Checked tar members of a sample by extension. Raises BadSample."""
         samples = self.manifest.samples
         key, length = self.key(row), int(samples.length[row])
-        content = self._files.read(int(samples.shard[row]), int(samples.offset[row]), length, key)
-        return parse_members(content, key, length, int(samples.crc32[row]))
+        shard, offset, crc32 = (
+            int(column[row]) for column in (samples.shard, samples.offset, samples.crc32)
+        )
+        content = self._files.read(shard, offset, length, crc32, key)
+        return parse_members(content, key, length, crc32)
 
 
 def parse_members(content: bytes, key: str, length: int, crc32: int) -> dict[str, bytes]:
@@ -161,17 +185,31 @@ class _ShardFiles:
     """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
     reading."""
 
-    def __init__(self, url: str, shards: Sequence[Shard]) -> None:
+    def __init__(self, url: str, shards: Sequence[Shard], folder: CacheFolder | None) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self.ahead: ShardsAhead | None = None
         self._store = Store(url)
         self._names = [shard.name for shard in shards]
+        self._cache: ShardCache | None = None
+        if folder is not None and not self._store.is_local:
+            self._cache = ShardCache(folder, self._store, shards)
+            # With less room the next shards would push out those being read.
+            if folder.max_bytes >= 2 * self._cache.window_bytes:
+                self.ahead = ShardsAhead(self._cache)
 
-    def read(self, shard: int, offset: int, length: int, key: str) -> bytes:
-        """The range, or what there is of it."""
+    def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
+        """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,
+        since the store may have better bytes."""
         name = self._names[shard]
         try:
             if self._store.is_local:
                 return self._read_local(shard, offset, length)
+            if self._cache is not None:
+                content = self._cache.read(shard, offset, length)
+                if content is not None and zlib.crc32(content) == crc32:
+                    return content
+                if content is not None:
+                    self._cache.drop(shard)
             return self._store.read_range(name, offset, offset + length)
         except FileNotFoundError as error:
             raise BadSample(key, "missing_shard", self._store.path(name)) from error
@@ -199,6 +237,8 @@ class _ShardFiles:
         return self._descriptors[shard]
 
     def __del__(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 

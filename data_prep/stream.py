@@ -25,6 +25,7 @@ from tvr.data_prep.draw import Drawn, EvaluationRows, Join, Runs, TrainingRows
 from tvr.data_prep.order import SampleOrder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.shard_cache import CacheFolder
 
 
 def train_batches(
@@ -43,6 +44,7 @@ def train_batches(
     max_bad: int,
     max_bad_in_a_row: int | None = None,
     cache_bytes: int = 0,
+    shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `micro_batch` pairs for one rank, one caption a video, from the start of a
     step.
@@ -52,7 +54,7 @@ def train_batches(
     micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
     and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets, and
     `max_bad_in_a_row` those with no sample between them that was read as planned.
-    `cache_bytes` as in SampleReader, per worker.
+    `cache_bytes` as in SampleReader, per worker; `shard_cache` likewise, per node.
 
     Raises, at the call:
         FileNotFoundError, ShardCorrupt: see read_manifest.
@@ -71,7 +73,11 @@ def train_batches(
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
     reader = SampleReader(
-        url, num_frames=num_frames, image_size=image_size, cache_bytes=cache_bytes
+        url,
+        num_frames=num_frames,
+        image_size=image_size,
+        cache_bytes=cache_bytes,
+        shard_cache=shard_cache,
     )
     rows = TrainingRows(reader, SampleOrder(reader.manifest.shard_sizes, seed))
     first = start_step * global_batch + rank * micro_batch
@@ -92,6 +98,7 @@ def evaluation_batches(
     tokenize: Tokenize,
     max_bad: int,
     max_bad_in_a_row: int | None = None,
+    shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks in manifest order, with all its captions; the last batch may
     be short.
@@ -102,7 +109,9 @@ def evaluation_batches(
     a rank whose samples are all bad raises TooManyBadSamples. Raises as `train_batches`.
     """
     _check_rank(rank, world_size, micro_batch, workers)
-    reader = SampleReader(url, num_frames=num_frames, image_size=image_size)
+    reader = SampleReader(
+        url, num_frames=num_frames, image_size=image_size, shard_cache=shard_cache
+    )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
     runs = Runs(first, micro_batch, micro_batch, end)
     loader = _loader(EvaluationRows(reader), runs, Join(reader, tokenize), workers)

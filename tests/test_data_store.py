@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +98,24 @@ def test_retries_are_logged_now_and_then(
     assert retries == ["1", "2", "4", "8", "16"]
     assert "/file: attempt 1 failed, trying again" in caplog.messages[0]
     assert "503" in caplog.messages[0]
+
+
+def test_a_retried_read_keeps_nothing_of_its_caller_alive(store: HttpStore) -> None:
+    """Else abandoned streams and their workers end when, and in whatever thread, garbage is
+    collected."""
+
+    def read() -> weakref.ref[HttpStore]:
+        held = HttpStore(Path())
+        Store(store.url).read("file")
+        return weakref.ref(held)
+
+    store.fails = lambda number: number < ATTEMPTS
+    gc.collect()
+    gc.disable()
+    try:
+        assert read()() is None
+    finally:
+        gc.enable()
 
 
 def test_local_files_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

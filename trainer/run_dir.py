@@ -28,6 +28,8 @@ FREE = frozenset(
     {
         "data.workers",
         "data.cache_mib",
+        "data.shard_cache",
+        "data.shard_cache_gib",
         "data.max_bad",
         "data.max_bad_in_a_row",
         "train.eval_every",
