@@ -35,6 +35,8 @@ class TrainingRows(Dataset[Drawn]):
 
     def __getitem__(self, position: int) -> Drawn:
         place = self._order.locate(position)
+        if self._reader.fetches_ahead:
+            self._reader.fetch_ahead(self._order.shards_ahead(place))
         replaced: list[Replacement] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:

@@ -13,11 +13,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
 
 from tvr.data_prep.records import ShardCorrupt
+from tvr.data_prep.store import Store
 
 # Raise it with every change of what is stored, and say so in the change log as a shard-format
 # break.
@@ -93,6 +93,7 @@ def read_manifest(url: str) -> Manifest:
 
     Raises:
         FileNotFoundError: there is no complete data set.
+        OSError: the store does not deliver it.
         ValueError: written in another format version, or it holds no samples.
         ShardCorrupt: the index is damaged.
     """
@@ -149,8 +150,7 @@ def write_manifest(url: str, manifest: Manifest) -> None:
 def _read_json(url: str) -> dict:
     location = join(url, MANIFEST_NAME)
     try:
-        with fsspec.open(location, "rb") as file:
-            content = file.read()  # type: ignore[union-attr]
+        content = Store(url).read(MANIFEST_NAME)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{location} does not exist: no data set there, or packing did not finish; make one"
@@ -168,8 +168,7 @@ def _read_json(url: str) -> dict:
 def _read_samples(url: str, sha256: str) -> Samples:
     location = join(url, SAMPLES_NAME)
     try:
-        with fsspec.open(location, "rb") as file:
-            content: bytes = file.read()  # type: ignore[union-attr]
+        content = Store(url).read(SAMPLES_NAME)
     except FileNotFoundError as error:
         raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -55,6 +55,7 @@ class SampleOrder:
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self._window_shards = window_shards
         self._epochs: dict[int, np.ndarray] = {}
+        self._shard_orders: dict[int, np.ndarray] = {}
 
     def locate(self, position: int) -> Place:
         """The sample read at a stream position, 0 or more, without end."""
@@ -75,6 +76,23 @@ class SampleOrder:
             _hash("substitute", self.seed, position, attempt) % self.num_samples,
         )
 
+    def shards_ahead(self, place: Place) -> tuple[int, ...]:
+        """The shards of the window after the one that a place lies in; after an epoch's last window
+        comes the first of the next."""
+        shards = self._shard_order(place.epoch)
+        window = int(np.flatnonzero(shards == place.shard)[0]) // self._window_shards
+        first = (window + 1) * self._window_shards
+        if first >= len(shards):
+            shards, first = self._shard_order(place.epoch + 1), 0
+        return tuple(shards[first : first + self._window_shards].tolist())
+
+    def _shard_order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._shard_orders:
+            while len(self._shard_orders) > 2:  # of a batch that spans two epochs, and the next
+                self._shard_orders.pop(next(iter(self._shard_orders)))
+            self._shard_orders[epoch] = self._shuffled_shards(self._bits(epoch))
+        return self._shard_orders[epoch]
+
     def _place(self, epoch: int, sample: int) -> Place:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return Place(
@@ -89,12 +107,18 @@ class SampleOrder:
         return self._epochs[epoch]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        bits = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
-        shards_shuffled = np.argsort(bits.random_raw(len(self._sizes)), kind="stable")
+        bits = self._bits(epoch)
+        shards_shuffled = self._shuffled_shards(bits)
         window_of_shard = np.empty(len(self._sizes), dtype=np.int64)
         window_of_shard[shards_shuffled] = np.arange(len(self._sizes)) // self._window_shards
         window_of_sample = np.repeat(window_of_shard, self._sizes)
         return np.lexsort((bits.random_raw(self.num_samples), window_of_sample))
+
+    def _bits(self, epoch: int) -> np.random.Philox:
+        return np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+
+    def _shuffled_shards(self, bits: np.random.Philox) -> np.ndarray:
+        return np.argsort(bits.random_raw(len(self._sizes)), kind="stable")
 
 
 def caption_choice(seed: int, epoch: int, sample: int, num_captions: int) -> int:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import tarfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from tvr.data_prep.ahead import ShardsAhead
 from tvr.data_prep.decode import sample_frames, segment_centres
 from tvr.data_prep.images import decode_jpeg, fit_square
-from tvr.data_prep.manifest import join, read_manifest
+from tvr.data_prep.manifest import Shard, read_manifest
 from tvr.data_prep.records import BadSample, Sample
+from tvr.data_prep.shard_cache import CacheFolder, ShardCache
+from tvr.data_prep.store import Store
 
 MAX_OPEN_SHARDS = 64
 
@@ -40,10 +43,19 @@ class SampleReader:
     """Reads any sample of a data set by its manifest row; one per process, made before or after a
     fork."""
 
-    def __init__(self, url: str, *, num_frames: int, image_size: int, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        num_frames: int,
+        image_size: int,
+        cache_bytes: int = 0,
+        shard_cache: CacheFolder | None = None,
+    ) -> None:
         """`cache_bytes` > 0 keeps that many bytes of decoded frames per process, least recently
         used out first. Worth it where a data set fits: 400 clips of 6 JPEG frames of 48 x 48 came
-        at 14,000 a second instead of 600, in one process on a 2-core machine.
+        at 14,000 a second instead of 600, in one process on a 2-core machine. `shard_cache` keeps
+        whole shards of a remote data set on a local disk; a local data set needs none.
 
         Raises ValueError for sizes the data set cannot give, and as `read_manifest`.
         """
@@ -61,7 +73,7 @@ class SampleReader:
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = _ShardFiles(url, [shard.name for shard in self.manifest.shards])
+        self._files = _ShardFiles(url, self.manifest.shards, shard_cache)
         self._cache = SampleCache(cache_bytes)
 
     def __len__(self) -> int:
@@ -70,6 +82,16 @@ class SampleReader:
     def key(self, row: int) -> str:
         """The key of a manifest row."""
         return str(self.manifest.samples.key[row])
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether shards are kept here, with room for those that come next."""
+        return self._files.ahead is not None
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Fetches shards in the background; they are needed soon."""
+        if self._files.ahead is not None:
+            self._files.ahead.want(shards)
 
     def read(self, row: int) -> Sample:
         """Frames at (num_frames or fewer, image_size, image_size, 3). Raises BadSample."""
@@ -92,8 +114,11 @@ class SampleReader:
         """Checked tar members of a sample by extension. Raises BadSample."""
         samples = self.manifest.samples
         key, length = self.key(row), int(samples.length[row])
-        content = self._files.read(int(samples.shard[row]), int(samples.offset[row]), length, key)
-        return parse_members(content, key, length, int(samples.crc32[row]))
+        shard, offset, crc32 = (
+            int(column[row]) for column in (samples.shard, samples.offset, samples.crc32)
+        )
+        content = self._files.read(shard, offset, length, crc32, key)
+        return parse_members(content, key, length, crc32)
 
 
 def parse_members(content: bytes, key: str, length: int, crc32: int) -> dict[str, bytes]:
@@ -160,38 +185,60 @@ class _ShardFiles:
     """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
     reading."""
 
-    def __init__(self, url: str, names: list[str]) -> None:
+    def __init__(self, url: str, shards: Sequence[Shard], folder: CacheFolder | None) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._fs, root = url_to_fs(url)
-        self._url = url
-        self._paths = [join(root, name) for name in names]
-        self._pid = os.getpid()
+        self.ahead: ShardsAhead | None = None
+        self._store = Store(url)
+        self._names = [shard.name for shard in shards]
+        self._cache: ShardCache | None = None
+        if folder is not None and not self._store.is_local:
+            self._cache = ShardCache(folder, self._store, shards)
+            # With less room the next shards would push out those being read.
+            if folder.max_bytes >= 2 * self._cache.window_bytes:
+                self.ahead = ShardsAhead(self._cache)
 
-    def read(self, shard: int, offset: int, length: int, key: str) -> bytes:
-        """The range, or what there is of it."""
+    def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
+        """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,
+        since the store may have better bytes."""
+        name = self._names[shard]
         try:
-            if isinstance(self._fs, LocalFileSystem):
-                return os.pread(self._descriptor(shard), length, offset)
-            if self._pid != os.getpid():
-                # Connections and event loops do not survive a fork; fsspec makes a new instance
-                # here.
-                self._fs, self._pid = url_to_fs(self._url)[0], os.getpid()
-            return self._fs.cat_file(self._paths[shard], start=offset, end=offset + length)
+            if self._store.is_local:
+                return self._read_local(shard, offset, length)
+            if self._cache is not None:
+                content = self._cache.read(shard, offset, length)
+                if content is not None and zlib.crc32(content) == crc32:
+                    return content
+                if content is not None:
+                    self._cache.drop(shard)
+            return self._store.read_range(name, offset, offset + length)
         except FileNotFoundError as error:
-            raise BadSample(key, "missing_shard", self._paths[shard]) from error
+            raise BadSample(key, "missing_shard", self._store.path(name)) from error
         except OSError as error:
-            raise BadSample(key, "read_error", f"{self._paths[shard]}: {error}") from error
+            raise BadSample(key, "read_error", str(error)) from error
+
+    def _read_local(self, shard: int, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(shard), length, offset)
+        except OSError as error:
+            if error.errno != errno.ESTALE or shard not in self._descriptors:
+                raise
+            # A network file system forgot the open file, for example after its server restarted.
+            os.close(self._descriptors.pop(shard))
+            return os.pread(self._descriptor(shard), length, offset)
 
     def _descriptor(self, shard: int) -> int:
         # Safe to share with forked workers: pread has no file position.
         if shard not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            path = self._store.path(self._names[shard])
+            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
 
     def __del__(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 

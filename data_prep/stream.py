@@ -25,6 +25,7 @@ from tvr.data_prep.draw import Drawn, EvaluationRows, Join, Runs, TrainingRows
 from tvr.data_prep.order import SampleOrder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.shard_cache import CacheFolder
 
 
 def train_batches(
@@ -41,7 +42,9 @@ def train_batches(
     image_size: int,
     tokenize: Tokenize,
     max_bad: int,
+    max_bad_in_a_row: int | None = None,
     cache_bytes: int = 0,
+    shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `micro_batch` pairs for one rank, one caption a video, from the start of a
     step.
@@ -49,8 +52,9 @@ def train_batches(
     Step k consumes stream positions [k G, (k + 1) G), its micro-step m the run [k G + m W b, ...)
     of W b, and rank r the r-th run of b therein, for G = global_batch, W = world_size, b =
     micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
-    and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets.
-    `cache_bytes` as in SampleReader, per worker.
+    and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets, and
+    `max_bad_in_a_row` those with no sample between them that was read as planned.
+    `cache_bytes` as in SampleReader, per worker; `shard_cache` likewise, per node.
 
     Raises, at the call:
         FileNotFoundError, ShardCorrupt: see read_manifest.
@@ -69,12 +73,17 @@ def train_batches(
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
     reader = SampleReader(
-        url, num_frames=num_frames, image_size=image_size, cache_bytes=cache_bytes
+        url,
+        num_frames=num_frames,
+        image_size=image_size,
+        cache_bytes=cache_bytes,
+        shard_cache=shard_cache,
     )
     rows = TrainingRows(reader, SampleOrder(reader.manifest.shard_sizes, seed))
     first = start_step * global_batch + rank * micro_batch
     loader = _loader(rows, Runs(first, run, micro_batch, None), Join(reader, tokenize), workers)
-    return _within_budget(loader, Budget(max_bad, f"in {url} on rank {rank}"), micro_batch)
+    budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
+    return _within_budget(loader, budget, micro_batch)
 
 
 def evaluation_batches(
@@ -88,21 +97,25 @@ def evaluation_batches(
     image_size: int,
     tokenize: Tokenize,
     max_bad: int,
+    max_bad_in_a_row: int | None = None,
+    shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks in manifest order, with all its captions; the last batch may
     be short.
 
     Rank r takes samples [N r // W, N (r + 1) // W), so ranks may differ by one sample, and so in
     their number of batches. A bad sample is left out, reported in the `replaced` of its batch (or
-    of a neighbour, where no row is left) and limited by `max_bad` per rank; a rank whose samples
-    are all bad raises TooManyBadSamples. Raises as `train_batches`.
+    of a neighbour, where no row is left) and limited per rank by `max_bad` and `max_bad_in_a_row`;
+    a rank whose samples are all bad raises TooManyBadSamples. Raises as `train_batches`.
     """
     _check_rank(rank, world_size, micro_batch, workers)
-    reader = SampleReader(url, num_frames=num_frames, image_size=image_size)
+    reader = SampleReader(
+        url, num_frames=num_frames, image_size=image_size, shard_cache=shard_cache
+    )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
     runs = Runs(first, micro_batch, micro_batch, end)
     loader = _loader(EvaluationRows(reader), runs, Join(reader, tokenize), workers)
-    budget = Budget(max_bad, f"in {url} on rank {rank}")
+    budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
     return _without_empty(_within_budget(loader, budget, 0), budget)
 
 
@@ -139,11 +152,23 @@ def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataL
 
 def _within_budget(loader: DataLoader, budget: Budget, min_rows: int) -> Iterator[Batch]:
     for batch in loader:
-        for entry in batch.replaced:
-            budget.spend(entry.key, entry.reason, entry.detail)
+        _spend(budget, batch)
         if len(batch.keys) < min_rows:
             raise budget.exhausted()
         yield batch
+
+
+def _spend(budget: Budget, batch: Batch) -> None:
+    """Counts in the order of positions. A substitute ends no row of failures: it comes from
+    anywhere in the data set, and says nothing about the place that is being read."""
+    bad: dict[int, list[Replacement]] = {}
+    for entry in batch.replaced:
+        bad.setdefault(entry.position, []).append(entry)
+    for position in sorted({*batch.positions.tolist(), *bad}):
+        for entry in bad.get(position, ()):
+            budget.spend(entry.key, entry.reason, entry.detail)
+        if position not in bad:
+            budget.good()
 
 
 def _without_empty(batches: Iterator[Batch], budget: Budget) -> Iterator[Batch]:

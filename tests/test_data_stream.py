@@ -16,9 +16,10 @@ import pytest
 import torch
 from clip_files import packed, read_number, tokenize
 
+from tvr.data_prep.budget import Budget
 from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.order import SampleOrder, caption_choice
-from tvr.data_prep.reader import SampleCache
+from tvr.data_prep.reader import SampleCache, SampleReader
 from tvr.data_prep.records import Batch, TooManyBadSamples
 from tvr.data_prep.stream import evaluation_batches, read_sample, read_samples, train_batches
 
@@ -111,6 +112,29 @@ def test_resuming_gives_the_tail(frames_url: str, start_step: int) -> None:
     if start_step < 10:
         full = seen(list(islice(train(frames_url), start_step * 4 + 6)))
         assert resumed == full[start_step * 8 :]
+
+
+def test_a_late_start_reads_nothing_before_its_own_batch(
+    frames_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    drawn: list[int] = []
+    read_row, draw = SampleReader.read, SampleOrder._draw
+    monkeypatch.setattr(
+        SampleReader, "read", lambda self, row: read.append(row) or read_row(self, row)
+    )
+    monkeypatch.setattr(
+        SampleOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)
+    )
+    for start_step in (0, 10, 1_000_000):
+        read.clear()
+        drawn.clear()
+        stream = train(frames_url, start_step=start_step)
+        assert (read, drawn) == ([], [])
+        batch = next(stream)
+        assert batch.positions.tolist() == [start_step * 8, start_step * 8 + 1]
+        assert [f"c{row:02d}" for row in read] == list(batch.keys)
+        assert drawn == [start_step * 8 // NUM_SAMPLES]
 
 
 def test_captions_follow_the_contract(frames_url: str) -> None:
@@ -261,6 +285,45 @@ def test_the_budget_stops_training(damaged_url: str, workers: int) -> None:
         list(islice(train(damaged_url, max_bad=2, workers=workers), 60))
 
 
+def test_failures_in_a_row_have_a_budget_of_their_own() -> None:
+    budget = Budget(100, "in x", 2)
+    for _ in range(3):  # of a sample that counts once in all, but fails each time
+        budget.spend("a", "checksum", "")
+        budget.spend("b", "checksum", "")
+        budget.good()
+    budget.spend("a", "checksum", "")
+    budget.spend("a", "checksum", "")
+    message = r"2 bad samples in x, 3 in a row, max_bad_in_a_row=2 allowed \(2 checksum\); last: a"
+    with pytest.raises(TooManyBadSamples, match=message):
+        budget.spend("a", "checksum", "")
+    with pytest.raises(ValueError, match="max_bad_in_a_row=0 must be 1 or more"):
+        Budget(0, "", 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_failures_in_a_row_stop_the_stream(frames_url: str, tmp_path: Path, workers: int) -> None:
+    url = str(tmp_path / "data")
+    shutil.copytree(frames_url, url)
+    (tmp_path / "data" / "shard-000001.tar").unlink()  # c05 to c09
+    limits: dict[str, Any] = {"max_bad": 100, "workers": workers}
+    keys = [key for batch in evaluate(url, max_bad_in_a_row=5, **limits) for key in batch.keys]
+    assert len(keys) == NUM_SAMPLES - 5
+    with pytest.raises(TooManyBadSamples, match=r"5 bad .* 5 in a row, max_bad_in_a_row=4 allowed"):
+        evaluate(url, max_bad_in_a_row=4, **limits)
+    # In training substitutes do not end a row of failures, samples read as planned do.
+    batches = list(islice(train(url, **limits), 20))
+    bad = {entry.position for batch in batches for entry in batch.replaced}
+    longest = run = 0
+    for position in range(40):
+        tries = [e for batch in batches for e in batch.replaced if e.position == position]
+        run = run + len(tries) if position in bad else 0
+        longest = max(longest, run)
+    assert longest > 2
+    list(islice(train(url, max_bad_in_a_row=longest, **limits), 20))
+    with pytest.raises(TooManyBadSamples, match=rf"{longest} in a row"):
+        list(islice(train(url, max_bad_in_a_row=longest - 1, **limits), 20))
+
+
 def test_one_bad_sample_is_counted_once_over_many_epochs(damaged_url: str) -> None:
     batches = list(islice(train(damaged_url, max_bad=3), 60))
     assert sum(len(batch.replaced) for batch in batches) > 3
@@ -325,6 +388,7 @@ def test_reading_by_key(frames_url: str) -> None:
         ({"num_frames": 0}, "num_frames=0 and image_size=16 must be at least 1"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"max_bad": -1}, "max_bad=-1 must be 0 or more"),
+        ({"max_bad_in_a_row": 0}, "max_bad_in_a_row=0 must be 1 or more"),
         ({"seed": -1}, "seed=-1 must be from 0"),
     ],
 )

@@ -17,6 +17,8 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from tvr.data_prep.shard_cache import CacheFolder
+
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 Positive = Annotated[int, Field(gt=0)]
@@ -43,8 +45,16 @@ class DataConfig:
     """Loader processes per rank; the samples and their order do not depend on it."""
     cache_mib: NotNegative = 0
     """Memory per loader process that keeps decoded samples, for small data sets; 0: none."""
+    shard_cache: str | None = None
+    """Local folder in which the ranks of a node keep shards of remote data sets; none: samples are
+    read from the store one by one."""
+    shard_cache_gib: Positive = 100
+    """Most that this folder holds; what was used least recently goes first. At twice the size of
+    16 shards, the next shards of the order are fetched while the present ones are read."""
     max_bad: NotNegative = 100
     """Bad samples that a rank replaces before the run stops."""
+    max_bad_in_a_row: Positive = 20
+    """The same for bad samples with no good one between them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -187,6 +197,13 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
             "by --train.global-batch / --train.micro-batch"
         )
     return train.global_batch // per_micro_step
+
+
+def shard_cache(data: DataConfig) -> CacheFolder | None:
+    """The folder that keeps shards of remote data sets on this node."""
+    if data.shard_cache is None:
+        return None
+    return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
 
 
 def to_json(config: Config) -> str:

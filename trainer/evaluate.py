@@ -13,7 +13,7 @@ from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.data_prep.stream import evaluation_batches
 from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
 from tvr.trainer.chunked import joined
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, shard_cache
 from tvr.trainer.gather import gather_rows
 from tvr.trainer.model import Features, image_size, model_inputs
 from tvr.trainer.objective import gathered_videos, similarity_rows
@@ -133,6 +133,8 @@ def _encode_set(
         image_size=image_size(config.model),
         tokenize=tokenizer,
         max_bad=config.data.max_bad,
+        max_bad_in_a_row=config.data.max_bad_in_a_row,
+        shard_cache=shard_cache(config.data),
     )
     parts: list[Features] = []
     keys: list[str] = []

@@ -17,7 +17,7 @@ from tvr.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, shard_cache
 from tvr.trainer.engine import Engine
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
@@ -113,7 +113,9 @@ class _Run:
             image_size=image_size(self.config.model),
             tokenize=self.tokenizer,
             max_bad=data.max_bad,
+            max_bad_in_a_row=data.max_bad_in_a_row,
             cache_bytes=data.cache_mib << 20,
+            shard_cache=shard_cache(data),
         )
 
     def _evaluate(self, step: int) -> Evaluation:

@@ -28,7 +28,10 @@ FREE = frozenset(
     {
         "data.workers",
         "data.cache_mib",
+        "data.shard_cache",
+        "data.shard_cache_gib",
         "data.max_bad",
+        "data.max_bad_in_a_row",
         "train.eval_every",
         "train.save_every",
         "train.log_every",

@@ -1,0 +1,70 @@
+"""A folder served over HTTP on the loopback interface, with byte ranges and with faults."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from fsspec.implementations.http import HTTPFileSystem
+
+
+class HttpStore:
+    """What the server was asked, and which requests it fails: `fails` gets their number from 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = ""
+        self.fails: Callable[[int], bool] = lambda number: False
+        self.status = 503
+        self.asked: list[str] = []
+        self._lock = threading.Lock()
+
+    def answer(self, name: str, byte_range: str | None) -> tuple[int, bytes]:
+        with self._lock:
+            self.asked.append(name)
+            number = len(self.asked)
+        if self.fails(number):
+            return self.status, b""
+        file = self.folder / name
+        if not file.is_file():
+            return 404, b""
+        content = file.read_bytes()
+        if byte_range is None:
+            return 200, content
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", byte_range)
+        assert found is not None, byte_range
+        first, last = (int(group) for group in found.groups())
+        return (206, content[first : last + 1]) if first < len(content) else (416, b"")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[HttpStore]:
+    """Serves a folder for the duration of the context."""
+    store = HttpStore(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, content = store.answer(self.path.lstrip("/"), self.headers["Range"])
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        store.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield store
+        finally:
+            HTTPFileSystem.clear_instance_cache()
+            server.shutdown()
+            thread.join()
