@@ -19,6 +19,7 @@ from http_store import HttpStore, served
 
 from tvr.data_prep.manifest import Manifest, read_manifest, write_manifest
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
+from tvr.data_prep.shard_cache import CacheFolder
 from tvr.data_prep.shards import ShardWriter
 from tvr.data_prep.stream import evaluation_batches, train_batches
 
@@ -219,6 +220,22 @@ def test_evaluation_leaves_out_what_is_damaged(faulty: tuple[str, dict[str, str]
         keys = [key for batch in batches for key in batch.keys]
         assert keys == [key for key in KEYS if key not in bad]
         assert {e.key: e.reason for batch in batches for e in batch.replaced} == bad
+
+
+def test_the_same_faults_behind_http_with_shards_kept(
+    faulty: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    url, _ = faulty
+    rows, replaced = streamed(url, world_size=1, workers=0)
+    named = [(entry.position, entry.key, entry.reason) for entry in replaced]
+    with served(tmp_path) as store:
+        for workers in (0, 2):
+            folder = CacheFolder(path=str(tmp_path / f"cache{workers}"), max_bytes=1 << 30)
+            again, others = streamed(
+                f"{store.url}/data", world_size=2, workers=workers, shard_cache=folder
+            )
+            assert again == rows
+            assert [(entry.position, entry.key, entry.reason) for entry in others] == named
 
 
 def test_a_single_frame_is_a_sample(tmp_path: Path) -> None:
