@@ -99,7 +99,8 @@ def machine() -> dict[str, str]:
     """The processor's name, where Linux tells it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.machine(), "system": platform.platform()}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"cpu": names[0] if names else platform.machine(), "system": system}
 
 
 def _row(of: Measured, name: str, known: dict[str, Measured]) -> dict[str, Any]:
