@@ -6,19 +6,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SCHEMA = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars,"
+    " str? algorithm) -> Tensor Y"
+)
+
 
 def by_onednn(like: Tensor) -> bool:
     """Whether oneDNN multiplies matrices of this kind.
 
     torch's own choice for float32 on a CPU is the BLAS that it was built with. Where that is MKL
     and the processor not Intel's, MKL leaves half of its vectors unused: at 512 pairs of width 512
-    oneDNN took 0.4 of the time on an AMD EPYC with AVX-512. (The operation is torch.compile's.)
+    oneDNN took 0.4 of the time on an AMD EPYC with AVX-512. (The operation is torch.compile's: a
+    torch that has another one of that name is left to its own choice.)
     """
     if like.device.type != "cpu" or like.dtype != torch.float32:
         return False
     mkldnn = torch.backends.mkldnn
-    has_operation = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_operation and mkldnn.is_available() and bool(mkldnn.enabled)
+    if not (mkldnn.is_available() and mkldnn.enabled):
+        return False
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return operation is not None and str(operation.default._schema) == SCHEMA
 
 
 def products(

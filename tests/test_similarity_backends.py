@@ -152,6 +152,9 @@ def test_another_library_of_products_gives_the_same(
     assert by_onednn(arguments["frames"])
     expected = with_gradients(dmae_similarity, arguments, **options)
     assert not by_onednn(arguments["frames"].double())
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "SCHEMA", "another operation")
+        assert not by_onednn(arguments["frames"])
     for module in (packed, products):
         monkeypatch.setattr(module, "by_onednn", lambda like: False)
     found = with_gradients(dmae_similarity, arguments, **options)
