@@ -101,8 +101,9 @@ def tile_engine(
 ) -> tuple[Engine, int]:
     """For a caller that goes through tiles itself: what scores one, and texts per tile.
 
-    (Videos: 4 times as many.)
+    (Videos: 4 times as many.) Raises ValueError for a chunk below 1.
     """
+    _check_options(chunk, None)
     if hindrance(texts, videos) is None:
         return Kernels(fast), chunk or math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
     size = chunk or chunk_size(texts, videos)

@@ -98,8 +98,6 @@ def streamed_loss(
     Raises:
         ValueError: as `dmae_similarity` and `row_loss`.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 text per tile, or None to choose one")
     with full_precision(frames.device):
         texts, videos = prepare(
             sentence,

@@ -200,17 +200,17 @@ IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
 
 def cpu_growth() -> int:
     """Bytes of the peak of this process so far above what it holds now."""
-    peak = _memory("VmHWM")
+    peak = process_bytes("VmHWM")
     # Pages that glibc keeps in the midst of its heap would count as staying.
     ctypes.CDLL(None).malloc_trim(0)
-    return peak - _memory("VmRSS")
+    return peak - process_bytes("VmRSS")
 
 
 def _cuda_growth() -> int:
     return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
-def _memory(field: str) -> int:
+def process_bytes(field: str) -> int:
     """Bytes of VmRSS (in memory now) or VmHWM (its peak) of this process.
 
     Not getrusage's maximum: a process starts with that of the one that started it.

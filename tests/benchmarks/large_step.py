@@ -92,6 +92,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
 
     from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
     from tvr.trainer.engine import Engine
+    from tvr.trainer.measured import process_bytes
     from tvr.trainer.model import build_model
     from tvr.trainer.run_log import LogWriter
     from tvr.trainer.step import OptimiserStep
@@ -124,9 +125,9 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         first = world.rank * of_rank
         size = config.train.micro_batch
         batches = (batch_of(at, size, tokenizer) for at in range(first, first + of_rank, size))
-        idle = world.gather_objects(memory("VmRSS"))
+        idle = world.gather_objects(process_bytes("VmRSS"))
         record = step.take(1, batches)
-        peaks = world.gather_objects(memory("VmHWM"))
+        peaks = world.gather_objects(process_bytes("VmHWM"))
         if world.is_first:
             record |= {"peak_bytes": sum(peaks), "before_bytes": sum(idle)}
             (folder / "answer").write_text(json.dumps(record))
@@ -159,12 +160,6 @@ def batch_of(first: int, size: int, tokenizer: Any) -> Any:
 
 def captions(size: int, first: int) -> tuple[str, ...]:
     return tuple(f"{place:x} is shown" for place in range(first, first + size))
-
-
-def memory(name: str) -> int:
-    """Bytes: VmRSS is in memory now, VmHWM was at the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
