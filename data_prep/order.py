@@ -129,6 +129,16 @@ def caption_choice(seed: int, epoch: int, sample: int, num_captions: int) -> int
     return _hash("caption", seed, epoch, sample) % num_captions
 
 
+def uniforms(purpose: str, seed: int, position: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1), float64, for one random choice at a stream position.
+
+    `purpose` names the choice in 16 bytes at most. Like the order itself a pure function, of
+    numpy's raw Philox words. Part of the contract.
+    """
+    key = np.array([_hash(purpose, seed, position), 0], dtype=np.uint64)
+    return (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
+
+
 def _hash(purpose: str, *numbers: int) -> int:
     words = struct.pack(f"<{len(numbers)}Q", *numbers)
     return int.from_bytes(

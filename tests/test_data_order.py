@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tvr.data_prep.collate import hash_video_id
 from tvr.data_prep.draw import Runs
-from tvr.data_prep.order import SampleOrder, caption_choice
+from tvr.data_prep.order import SampleOrder, caption_choice, uniforms
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum)
 seeds = st.integers(0, 2**63 - 1)
@@ -130,3 +130,21 @@ def test_golden_positions() -> None:
 def test_bad_arguments(sizes: list[int], seed: int, window_shards: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SampleOrder(sizes, seed, window_shards)
+
+
+def test_golden_uniforms_hold() -> None:
+    assert uniforms("crop", 3, 10**6, 3).tolist() == [
+        0.4586799048841659,
+        0.3506211843683208,
+        0.2236574136032018,
+    ]
+    assert uniforms("crop", 3, 10**6, 1).tolist() == [0.4586799048841659]
+
+
+@given(st.sampled_from(["crop", "frames", "words"]), seeds, st.integers(0, 10**12))
+def test_uniforms_lie_below_one_and_differ_by_purpose(purpose: str, seed: int, at: int) -> None:
+    drawn = uniforms(purpose, seed, at, 64)
+    assert drawn.min() >= 0.0
+    assert drawn.max() < 1.0
+    assert drawn.tolist() != uniforms(purpose + "2", seed, at, 64).tolist()
+    assert drawn.tolist() != uniforms(purpose, seed, at + 1, 64).tolist()
