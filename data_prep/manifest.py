@@ -21,7 +21,7 @@ from tvr.data_prep.store import Store
 
 # Raise it with every change of what is stored, and say so in the change log as a shard-format
 # break.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.npz"
 BAD_NAME = "bad.jsonl"
@@ -50,6 +50,7 @@ class Samples:
     length: np.ndarray  # int64, bytes of its tar members, a multiple of 512
     crc32: np.ndarray  # uint32 of that range
     num_captions: np.ndarray  # int32
+    content: np.ndarray  # uint64 hash of the source's bytes and of the cut range
 
     def __len__(self) -> int:
         return len(self.key)

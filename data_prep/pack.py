@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 
 from tvr.data_prep.annotations import KEY_PATTERN, key_rule
 from tvr.data_prep.budget import Budget
-from tvr.data_prep.decode import describe_video, reencode_video, sample_frames
+from tvr.data_prep.decode import VideoInfo, describe_video, reencode_video, sample_frames
 from tvr.data_prep.images import encode_jpeg, resize_short_side
 from tvr.data_prep.manifest import (
     BAD_NAME,
@@ -25,7 +25,13 @@ from tvr.data_prep.manifest import (
     write_manifest,
 )
 from tvr.data_prep.records import BadSample, Clip
-from tvr.data_prep.shards import PARTIAL, SHARD_PATTERN, ShardWriter, remove_files
+from tvr.data_prep.shards import (
+    PARTIAL,
+    SHARD_PATTERN,
+    ShardWriter,
+    content_hash,
+    remove_files,
+)
 
 
 def pack_shards(
@@ -132,19 +138,28 @@ class _Draft:
     def add(self, clip: Clip) -> None:
         """Packs one clip, or counts it as bad."""
         self._check_key(clip)
+        if clip.span is not None:
+            raise ValueError(f"{clip.origin or clip.key}: start_s and end_s are not cut by packing")
         captions = tuple(text for text in (" ".join(c.split()) for c in clip.captions) if text)
         try:
             if not captions:
                 found = f"{len(clip.captions)} captions, none with a character"
                 raise BadSample(clip.key, "no_caption", found)
-            members = _members(clip, captions, self.settings)
+            source = _read_source(clip)
+            members = _members(clip, source, captions, self.settings)
         except BadSample as error:
             detail = f"{error.detail} [{clip.video}{' of ' + clip.origin if clip.origin else ''}]"
             self.bad.append({"key": clip.key, "reason": error.reason, "detail": detail})
             self.budget.spend(clip.key, error.reason, detail)
             return
         self.num_empty_captions += len(clip.captions) - len(captions)
-        self.writer.append(clip.key, clip.video_id, members, len(captions))
+        self.writer.append(
+            clip.key,
+            clip.video_id,
+            members,
+            num_captions=len(captions),
+            content=content_hash(source, clip.span),
+        )
 
     def _check_key(self, clip: Clip) -> None:
         where = clip.origin or clip.video
@@ -185,8 +200,9 @@ def _publish(fs: Any, root: str, url: str, draft: _Draft) -> Manifest:
     return manifest
 
 
-def _members(clip: Clip, captions: tuple[str, ...], settings: _Settings) -> dict[str, bytes]:
-    source = _read_source(clip)
+def _members(
+    clip: Clip, source: bytes, captions: tuple[str, ...], settings: _Settings
+) -> dict[str, bytes]:
     info = describe_video(source, key=clip.key)
     if settings.layout == "frames":
         frames, times_s = sample_frames(source, settings.num_frames, key=clip.key)
@@ -214,7 +230,20 @@ def _members(clip: Clip, captions: tuple[str, ...], settings: _Settings) -> dict
             )
         sample_frames(source, 1, key=clip.key)  # decodes every frame
         members, times_s = {"mp4": source}, ()
-    meta = {
+    text = json.dumps(
+        _meta(clip, captions, info, times_s),
+        ensure_ascii=False,
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return {"json": text.encode(), **members}
+
+
+def _meta(
+    clip: Clip, captions: tuple[str, ...], info: VideoInfo, times_s: tuple[float, ...]
+) -> dict[str, Any]:
+    """The sample's JSON member."""
+    return {
         "captions": captions,
         "video_id": clip.video_id,
         "frame_times_s": times_s,  # of the stored frames; empty where the video itself is stored
@@ -222,8 +251,6 @@ def _members(clip: Clip, captions: tuple[str, ...], settings: _Settings) -> dict
         "fps": round(info.frame_rate_hz, 6),
         "duration_s": info.duration_s,
     }
-    text = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return {"json": text.encode(), **members}
 
 
 def _read_source(clip: Clip) -> bytes:

@@ -36,6 +36,16 @@ class Clip:
     """Clips of equal video_id show the same video and never count as each other's negatives."""
     origin: str = ""
     """Where it was annotated, "file:line", for error messages."""
+    start_s: float = 0.0
+    """The clip is the part of the video from here, in seconds."""
+    end_s: float | None = None
+    """Up to here; None = to the video's end."""
+
+    @property
+    def span(self) -> tuple[float, float | None] | None:
+        """The cut range in seconds; None = the whole video."""
+        whole = self.start_s == 0 and self.end_s is None
+        return None if whole else (self.start_s, self.end_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

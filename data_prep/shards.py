@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ class SampleRow:
     length: int
     crc32: int
     num_captions: int
+    content: int
 
 
 class ShardWriter:
@@ -49,9 +52,17 @@ class ShardWriter:
         self._offset = 0
         self._num_samples = 0
 
-    def append(self, key: str, video_id: str, members: dict[str, bytes], num_captions: int) -> None:
-        """Writes one sample; `members` by extension."""
-        content = tar_bytes(key, members)
+    def append(
+        self,
+        key: str,
+        video_id: str,
+        members: dict[str, bytes],
+        *,
+        num_captions: int,
+        content: int,
+    ) -> None:
+        """Writes one sample; `members` by extension, `content` as of `content_hash`."""
+        stored = tar_bytes(key, members)
         if self._file is None:
             self._file = self._fs.open(self._partial(len(self.shards)), "wb")
             self._digest, self._offset, self._num_samples = hashlib.sha256(), 0, 0
@@ -60,11 +71,12 @@ class ShardWriter:
             video_id=video_id,
             shard=len(self.shards),
             offset=self._offset,
-            length=len(content),
-            crc32=zlib.crc32(content),
+            length=len(stored),
+            crc32=zlib.crc32(stored),
             num_captions=num_captions,
+            content=content,
         )
-        self._write(content)
+        self._write(stored)
         self.rows.append(row)
         self._num_samples += 1
         if self._num_samples == self._samples_per_shard:
@@ -106,6 +118,7 @@ class ShardWriter:
             length=np.array([row.length for row in self.rows], dtype=np.int64),
             crc32=np.array([row.crc32 for row in self.rows], dtype=np.uint32),
             num_captions=np.array([row.num_captions for row in self.rows], dtype=np.int32),
+            content=np.array([row.content for row in self.rows], dtype=np.uint64),
         )
 
     def _partial(self, number: int) -> str:
@@ -124,6 +137,16 @@ def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
         writer.write({"__key__": key, **members})
         length = writer.tarstream.offset
     return buffer.getvalue()[:length]
+
+
+def content_hash(source: bytes, span: tuple[float, float | None] | None) -> int:
+    """64 bits that tell what a clip shows: blake2b over the source file's bytes, and over the cut
+    range in seconds where there is one."""
+    digest = hashlib.blake2b(source, digest_size=8)
+    if span is not None:
+        start_s, end_s = span
+        digest.update(struct.pack("<2d", start_s, math.inf if end_s is None else end_s))
+    return int.from_bytes(digest.digest(), "little")
 
 
 def remove_files(fs: Any, root: str, chosen: Callable[[str], bool]) -> None:

@@ -41,7 +41,7 @@ def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard
         video = members.get(key, numbered_video(4, first=8 * row % 256, bframes=0))
         text = f'{{"captions":["clip {row}"],"video_id":"{key}","frame_times_s":[]}}'
         files = {"json": text.encode()} | ({} if video is None else {"mp4": video})
-        writer.append(key, key, files, 1)
+        writer.append(key, key, files, num_captions=1, content=row)
     writer.end_shard()
     writer.publish()
     manifest = Manifest(

@@ -21,6 +21,7 @@ from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.manifest import read_manifest, write_manifest
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.records import Clip, ShardCorrupt, TooManyBadSamples
+from tvr.data_prep.shards import content_hash
 from tvr.data_prep.stream import evaluation_batches, read_sample
 from tvr.data_prep.verify import verify_dataset
 
@@ -104,6 +105,19 @@ def test_the_same_clips_give_the_same_bytes(tmp_path: Path, settings: dict[str, 
         *("bad.jsonl", "manifest.json", "samples.npz"),
         *("shard-000000.tar", "shard-000001.tar"),
     }
+
+
+def test_content_tells_what_a_clip_shows(tmp_path: Path) -> None:
+    clips = write_clips(tmp_path, 3)
+    (tmp_path / "copy.mp4").write_bytes((tmp_path / "c01.mp4").read_bytes())
+    copy = replace(clips[1], key="copy", video=str(tmp_path / "copy.mp4"), captions=("other",))
+    content = pack_shards([*clips, copy], str(tmp_path / "data"), layout="video").samples.content
+    assert content.dtype == np.uint64
+    assert content[3] == content[1]
+    assert len(set(content.tolist())) == 3
+    assert read_manifest(str(tmp_path / "data")).samples.content.tolist() == content.tolist()
+    spans = [None, (0.5, None), (0.5, 1.0), (0.0, 1.0)]
+    assert len({content_hash(b"the same bytes", span) for span in spans}) == 4
 
 
 def bad_clips(folder: Path) -> list[Clip]:
@@ -227,9 +241,9 @@ def test_duplicates_and_no_clips_at_all(tmp_path: Path) -> None:
         ("manifest.json", lambda old: b"[]", ShardCorrupt, "expected a JSON object"),
         (
             "manifest.json",
-            lambda old: old.replace(b'"format_version": 1', b'"format_version": 99'),
+            lambda old: old.replace(b'"format_version": 2', b'"format_version": 1'),
             ValueError,
-            "format_version=99, this release reads 1",
+            "format_version=1, this release reads 2",
         ),
         (
             "manifest.json",
