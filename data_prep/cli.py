@@ -1,6 +1,6 @@
-"""The command lines of `tvr pack` and `tvr verify`.
+"""The command line of `tvr pack`.
 
-Exit codes: 0 done; 2 bad usage, bad input or too many bad clips; 3 verify found problems.
+Exit codes: 0 done; 2 bad usage, bad input or too many bad clips.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
 
 import tyro
 from pydantic import ConfigDict
@@ -22,7 +21,6 @@ from rich.progress import (
     Task,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from tvr.data_prep.annotations import read_annotations
@@ -30,7 +28,6 @@ from tvr.data_prep.datasets import Dataset, read_benchmark
 from tvr.data_prep.manifest import BAD_NAME, Layout, join
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
-from tvr.data_prep.verify import verify_dataset
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 # What a user's input can cause; anything else is a bug and keeps its traceback. ImportError: a URL
@@ -75,29 +72,9 @@ class PackArguments:
     """Replace a complete data set at `out`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class VerifyArguments:
-    """Checks a packed data set against its manifest: every byte, every sample; exit code 3 for
-    problems."""
-
-    url: Annotated[str, tyro.conf.Positional]
-    """Folder or fsspec URL of the data set."""
-    decode: int = 32
-    """Samples to decode as well, spread evenly; 0 = none."""
-    max_shown: int = 50
-    """Problems to list."""
-
-
 def pack(argv: Sequence[str]) -> int:
     """`tvr pack`: returns the exit code."""
     return reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))
-
-
-def verify(argv: Sequence[str]) -> int:
-    """`tvr verify`: returns the exit code."""
-    return reported(
-        "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
-    )
 
 
 def reported(command: str, action: Callable[[], int]) -> int:
@@ -164,24 +141,6 @@ def _clips(arguments: PackArguments) -> Sequence[Clip]:
             f" max_bad={arguments.max_bad}; the last is {missing[-1]}; nothing was packed"
         )
     return selection.clips
-
-
-def _verify(arguments: VerifyArguments) -> int:
-    report = verify_dataset(arguments.url, decode=arguments.decode)
-    print(
-        f"{arguments.url}: {report.num_samples} samples in {report.num_shards} shards,"
-        f" {report.num_bytes / 1e6:.1f} MB hashed, {report.num_decoded} samples decoded:"
-        f" {len(report.problems) or 'no'} problems"
-    )
-    if not report.problems:
-        return 0
-    table = Table("where", "problem")
-    for problem in report.problems[: arguments.max_shown]:
-        table.add_row(Text(problem.where), Text(problem.what))
-    Console().print(table)
-    if len(report.problems) > arguments.max_shown:
-        print(f"and {len(report.problems) - arguments.max_shown} more")
-    return 3
 
 
 def _with_progress(clips: Sequence[Clip]) -> Iterator[Clip]:

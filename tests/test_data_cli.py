@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from clip_files import numbered_video
 
-from tvr.data_prep import cli
+from tvr.data_prep import check_cli, cli
 
 
 @pytest.fixture
@@ -33,15 +33,15 @@ def test_pack_and_verify(
     assert "dropped 1 empty captions" in printed.out
     assert f"left out 1 clips (1 unreadable), listed in {out}/bad.jsonl" in printed.out
     assert printed.err == ""  # no progress bar where nobody looks
-    assert cli.verify([str(out)]) == 0
+    assert check_cli.verify([str(out)]) == 0
     assert "1 samples in 1 shards" in capsys.readouterr().out
     shard = out / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert cli.verify([str(out), "--decode", "0"]) == 3
+    assert check_cli.verify([str(out), "--decode", "0"]) == 3
     printed = capsys.readouterr().out
     assert "2 problems" in printed
     assert "shard-000000.tar" in printed
-    assert cli.verify([str(out), "--max-shown", "1"]) == 3
+    assert check_cli.verify([str(out), "--max-shown", "1"]) == 3
     assert "and 1 more" in capsys.readouterr().out
 
 
@@ -53,8 +53,8 @@ def test_errors_are_one_line_and_exit_code_2(
         pack(annotations, out),
         pack(str(tmp_path / "none.csv"), out),
         pack(annotations, out, "--num-frames", "0"),
-        cli.verify([str(out)]),
-        cli.verify(["nosuchprotocol://x"]),
+        check_cli.verify([str(out)]),
+        check_cli.verify(["nosuchprotocol://x"]),
     ]
     assert codes == [2] * 5
     printed = capsys.readouterr()

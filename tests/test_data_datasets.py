@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from clip_files import numbered_video
 
-from tvr.data_prep import cli
+from tvr.data_prep import check_cli, cli
 from tvr.data_prep.benchmark_files import read_ids
 from tvr.data_prep.datasets import BENCHMARKS, Dataset, Selection, read_benchmark
 
@@ -228,7 +228,7 @@ def test_a_benchmark_is_packed_and_what_is_missing_is_named(
     (bad,) = map(json.loads, (out / "bad.jsonl").read_text().splitlines())
     assert (bad["key"], bad["reason"]) == ("video1", "missing_file")
     assert f"{videos}/video1.mp4 of {annotations}/MSRVTT_train.9k.csv:3" in bad["detail"]
-    assert cli.verify([str(out)]) == 0
+    assert check_cli.verify([str(out)]) == 0
 
 
 def test_wrong_usage_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
