@@ -11,6 +11,7 @@ import pytest
 from clip_files import number_picture, numbered_video, read_number, sound_only
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tvr.data_prep.decode import describe_video, reencode_video, sample_frames, segment_centres
 from tvr.data_prep.images import decode_jpeg, encode_jpeg, fit_square, resize_short_side
@@ -206,3 +207,13 @@ def test_sizes_and_jpeg() -> None:
     for broken in (jpeg[: len(jpeg) // 2], b"", b"JFIF" * 30):
         with pytest.raises(BadSample, match=r"k: unreadable: 00\.jpg"):
             decode_jpeg(broken, key="k", member="00.jpg")
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size", [(40, 56), (33, 17)])
+def test_pixels_are_those_of_pillow(subsampling: int, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(subsampling).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", quality=90, subsampling=subsampling)
+    decoded = decode_jpeg(buffer.getvalue(), key="k", member="00.jpg")
+    assert np.array_equal(decoded, np.asarray(Image.open(buffer)))
