@@ -84,10 +84,45 @@ def test_a_manifest_that_disagrees_with_the_shards(tmp_path: Path) -> None:
     write_manifest(url, replace(manifest, samples=samples))
     problems = found(verify_dataset(url))
     assert problems[0] == "manifest.json / sample key c00 occurs 2 times"
-    assert "c00 / 1 captions, 9 in the manifest" in problems[1]
-    assert "c00 / missing_member: the range holds ['c01']" in problems[2]
-    assert "offset" in problems[3]
-    assert "c02 / video_id 'c02', 'other' in the manifest" in problems[4]
+    assert problems[1] == "manifest.json / 6 captions, 14 in its columns"
+    assert "c00 / captions 1, 9 in the manifest" in problems[2]
+    assert "c00 / missing_member: the range holds ['c01']" in problems[3]
+    assert "offset" in problems[4]
+    assert "c02 / video_id 'c02', 'other' in the manifest" in problems[5]
+    assert len(problems) == 6
+
+
+def test_the_list_of_refused_clips_agrees(tmp_path: Path) -> None:
+    url = packed(tmp_path, 2)
+    bad = tmp_path / "data" / "bad.jsonl"
+    listed = '{"key": "x", "reason": "unreadable", "detail": ""}\n'
+    for text, expected in (
+        (listed, "1 unreadable listed, none in manifest.json"),
+        ("{", "not as packed: JSONDecodeError"),
+        ('{"key": "x"}', "not as packed: KeyError"),
+    ):
+        bad.write_text(text)
+        (problem,) = found(verify_dataset(url))
+        assert problem.startswith(f"bad.jsonl / {expected}")
+    bad.unlink()
+    (problem,) = found(verify_dataset(url))
+    assert problem.startswith("bad.jsonl / FileNotFoundError")
+    write_manifest(url, replace(read_manifest(url), bad={"unreadable": 2, "no_frames": 1}))
+    bad.write_text(listed)
+    assert found(verify_dataset(url)) == [
+        "bad.jsonl / 1 unreadable listed, 1 no_frames, 2 unreadable in manifest.json"
+    ]
+
+
+def test_any_number_of_jobs_finds_the_same(tmp_path: Path) -> None:
+    url = packed(tmp_path, 12)
+    for number in (0, 2):
+        flip(tmp_path / "data" / f"shard-00000{number}.tar", 3000)
+    reports = [verify_dataset(url, jobs=jobs) for jobs in (1, 2, 7)]
+    assert reports[0] == reports[1] == reports[2]
+    assert len(reports[0].problems) == 4
+    with pytest.raises(ValueError, match="jobs=0 must be 1 or more"):
+        verify_dataset(url, jobs=0)
 
 
 def test_frames_that_do_not_decode_are_found_only_by_decoding(tmp_path: Path) -> None:
