@@ -44,7 +44,7 @@ def collate(
         video_ids=_long(
             np.array([hash_video_id(sample.video_id) for sample in samples], dtype=np.int64)
         ),
-        frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3).contiguous(),
+        frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3),
         frame_mask=_long(frame_mask),
         captions=tuple(captions),
         token_ids=token_ids,

@@ -86,7 +86,7 @@ class Batch:
     video_ids: Tensor
     """(B,) stable 63-bit hash of each video_id."""
     frames: Tensor
-    """(B, F, 3, H, W) uint8 RGB."""
+    """(B, F, 3, H, W) uint8 RGB; channels come last in memory, as decoders write them."""
     frame_mask: Tensor
     """(B, F), at least one 1 per row."""
     captions: tuple[str, ...]

@@ -122,7 +122,8 @@ class TextVideoModel(nn.Module):
         )
 
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        pixels = (frames.flatten(0, 1).float() / 255 - self.pixel_mean) / self.pixel_std
+        pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
         pixels = pixels.to(self.image_tower.visual_projection.weight.dtype)
         per_frame = self.image_tower(pixel_values=pixels).image_embeds
         vectors = unit(per_frame).unflatten(0, frames.shape[:2])
