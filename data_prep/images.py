@@ -11,8 +11,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from tvr.data_prep.decode import short_side_size
 from tvr.data_prep.records import BadSample
+
+
+def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) of the same shape whose shorter side is `short_side` pixels."""
+    shorter = min(width, height)
+    return max(1, round(width * short_side / shorter)), max(1, round(height * short_side / shorter))
 
 
 def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:

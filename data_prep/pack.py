@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 
 from tvr.data_prep.annotations import KEY_PATTERN, key_rule
 from tvr.data_prep.budget import Budget
-from tvr.data_prep.decode import VideoInfo, describe_video, reencode_video, sample_frames
+from tvr.data_prep.decode import VideoInfo, check_frames, describe_video, sample_frames
 from tvr.data_prep.images import encode_jpeg, resize_short_side
 from tvr.data_prep.manifest import (
     BAD_NAME,
@@ -25,6 +25,7 @@ from tvr.data_prep.manifest import (
     write_manifest,
 )
 from tvr.data_prep.records import BadSample, Clip
+from tvr.data_prep.reencode import reencode_video
 from tvr.data_prep.shards import (
     PARTIAL,
     SHARD_PATTERN,
@@ -228,7 +229,7 @@ def _members(
             raise BadSample(
                 clip.key, "not_mp4", f"container {info.container}; --reencode turns it into MP4"
             )
-        sample_frames(source, 1, key=clip.key)  # decodes every frame
+        check_frames(source, key=clip.key)
         members, times_s = {"mp4": source}, ()
     text = json.dumps(
         _meta(clip, captions, info, times_s),

@@ -17,7 +17,8 @@ import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from tvr.data_prep.ahead import ShardsAhead
-from tvr.data_prep.decode import sample_frames, segment_centres
+from tvr.data_prep.decode import sample_frames
+from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.images import decode_jpeg, fit_square
 from tvr.data_prep.manifest import Shard, read_manifest
 from tvr.data_prep.records import BadSample, Sample

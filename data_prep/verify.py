@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tvr.data_prep.captions import CaptionStatistics
-from tvr.data_prep.decode import segment_centres
+from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.leakage import repeated_content, shared_samples
 from tvr.data_prep.manifest import BAD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from tvr.data_prep.scan import JOBS, Meter, Progress, in_threads

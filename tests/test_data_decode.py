@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tvr.data_prep.decode import describe_video, reencode_video, sample_frames, segment_centres
+from tvr.data_prep.decode import describe_video, sample_frames
+from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.images import decode_jpeg, encode_jpeg, fit_square, resize_short_side
 from tvr.data_prep.records import BadSample
+from tvr.data_prep.reencode import reencode_video
 
 
 @pytest.mark.parametrize(("gop", "bframes"), [(250, 3), (8, 2), (8, 0), (1, 0)])

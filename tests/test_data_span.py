@@ -12,15 +12,10 @@ from clip_files import numbered_video, read_number
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvr.data_prep.decode import (
-    Span,
-    frames_within,
-    reencode_video,
-    sample_frames,
-    segment_centres,
-    segment_frames,
-)
+from tvr.data_prep.decode import sample_frames
+from tvr.data_prep.frame_choice import Span, frames_within, segment_centres, segment_frames
 from tvr.data_prep.records import BadSample
+from tvr.data_prep.reencode import reencode_video
 
 VIDEO = numbered_video(40, gop=8)  # 10 frames/s
 
@@ -88,7 +83,9 @@ def test_a_span_is_as_a_video_of_its_own(
 
 def test_a_span_without_a_frame_is_refused() -> None:
     for span in ((4.0, None), (3.91, 8.0), (0.51, 0.59)):
-        with pytest.raises(BadSample, match=rf"k: no_frames: .* from {span[0]} s to"):
+        with pytest.raises(
+            BadSample, match=r"k: no_frames: none of 40 frames, the last at 3.9 s, is in"
+        ):
             sample_frames(VIDEO, 2, span=span, key="k")
         with pytest.raises(BadSample, match="k: no_frames"):
             reencode_video(VIDEO, short_side=None, keyframe_interval=8, span=span, key="k")
@@ -104,9 +101,9 @@ def test_bad_spans(span: Span) -> None:
 
 def test_frames_within_a_span() -> None:
     times_s = [0.0, 0.033333, 0.5, 0.7]
-    assert frames_within(times_s, None) == (0, 4)
-    assert frames_within(times_s, (1 / 30, 0.7)) == (1, 3)
-    assert frames_within(np.array(times_s).tolist(), (0.6, 0.65)) == (3, 3)
+    assert frames_within(times_s, None) == range(4)
+    assert frames_within(times_s, (1 / 30, 0.7)) == range(1, 3)
+    assert frames_within(np.array(times_s).tolist(), (0.6, 0.65)) == range(3, 3)
 
 
 def test_a_clock_that_starts_late_counts_from_the_first_frame() -> None:

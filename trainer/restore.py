@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tvr.data_prep.decode import segment_centres
+from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import ShardCorrupt
 from tvr.trainer.checkpoint import latest_checkpoint
