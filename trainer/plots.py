@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-# matplotlib knows no CSS: it draws with these stand-ins, which are then replaced in its SVG.
-INK, GRID = "#010203", "#010204"
-SERIES = ("#010211", "#010212", "#010213")
-CSS_COLOURS = {
-    INK: "var(--muted)",
-    GRID: "var(--line)",
-    **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(SERIES)},
-}
+from tvr.data_prep.page import GRID, INK, SERIES, drawing, figure_svg
+
 MOST_POINTS = 800
 
 
@@ -55,8 +45,7 @@ def line_chart(
     `log_if_wide` takes a logarithmic axis where a few large values would flatten all others.
     `minutes` = (steps, minutes), both rising, adds the wall clock as a second axis on top.
     """
-    # Text stays text (it takes the page's font), and the same numbers give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
+    with drawing(name):
         figure = Figure(figsize=(6.4, 3.5), layout="constrained")
         axes = figure.add_subplot()
         for line in series:
@@ -75,9 +64,7 @@ def line_chart(
             figure.legend(
                 loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=9
             )
-        text = StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
-    return _for_page(text.getvalue(), name)
+        return figure_svg(figure, name)
 
 
 def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
@@ -137,22 +124,3 @@ def _add_clock(axes: Axes, steps: Sequence[float], minutes: Sequence[float]) -> 
     clock.set_xlabel("minutes", color=INK)
     clock.tick_params(colors=INK, length=0)
     clock.spines["top"].set_visible(False)
-
-
-def _for_page(svg: str, name: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    for stand_in, css in CSS_COLOURS.items():
-        svg = svg.replace(stand_in, css)
-    # The patches behind figure and axes are opaque white.
-    svg = re.sub(r"fill: #ffffff(; stroke: #[0-9a-f]{6})?", "fill: none", svg)
-    # Names of groups are the same in every chart, and a page may have each once; nothing uses them.
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # The page decides the font and, given only the view box, the size.
-    svg = re.sub(r" font-family: [^;]*;", "", svg)
-    return re.sub(
-        r'<svg[^>]*(viewBox="[^"]*")[^>]*>',
-        rf'<svg \1 role="img" aria-label="{name}">',
-        svg,
-        count=1,
-    )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from tvr.data_prep.page import page_template, picture_strip
 from tvr.trainer.plots import Series, line_chart
 from tvr.trainer.run_dir import CONFIG, EVALUATION, write_whole
 from tvr.trainer.run_log import LOG, Event, RunLog, read_log
@@ -24,8 +22,6 @@ Thumbnails = Callable[[str], Sequence[Image.Image]]
 
 SHOWN_QUERIES = 12
 SHOWN_KEYS = 5
-FRAME_HEIGHT = 72
-FRAME_GAP = 1
 DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
 PACKAGES = ("tvr", "torch", "deepspeed", "transformers", "webdataset", "av", "numpy")
 
@@ -45,7 +41,7 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
     if result is None and log.evaluations:
         result = log.evaluations[-1]
     queries = choose_queries(result.get("queries", []) if result else [], SHOWN_QUERIES)
-    page = _template().render(
+    page = page_template(Path(__file__).parent, "report.html.jinja").render(
         name="/".join(folder.resolve().parts[-2:]),
         summary=_summary(log),
         result=result,
@@ -101,18 +97,6 @@ def _required(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the run_dir of a run that `tvr train` started")
     return path.read_text(encoding="utf-8")
-
-
-def _template() -> Any:
-    # Everything that comes from data is escaped; undefined names are errors, not empty text.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja")
 
 
 def _summary(log: RunLog) -> list[tuple[str, str]]:
@@ -219,22 +203,7 @@ def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
 def _strip(key: str, thumbnails: Thumbnails | None) -> str | None:
     """The clip's frames side by side, as a data URL; None without frames."""
     frames = list(thumbnails(key)) if thumbnails else []
-    if not frames:
-        return None
-    height = min(FRAME_HEIGHT, *(frame.height for frame in frames))
-    sized = [
-        frame.convert("RGB").resize((max(1, frame.width * height // frame.height), height))
-        for frame in frames
-    ]
-    width = sum(frame.width for frame in sized) + FRAME_GAP * (len(sized) - 1)
-    strip = Image.new("RGB", (width, height), "gray")
-    left = 0
-    for frame in sized:
-        strip.paste(frame, (left, 0))
-        left += frame.width + FRAME_GAP
-    data = BytesIO()
-    strip.save(data, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return picture_strip(frames) if frames else None
 
 
 def _by_reason(replaced: Sequence[Event]) -> list[dict[str, Any]]:
