@@ -1,4 +1,4 @@
-"""The command line of `tvr verify`.
+"""The command lines of `tvr verify` and `tvr stats`.
 
 Exit codes: 0 done; 2 bad usage or no data set to read; 3 verify found problems.
 """
@@ -29,8 +29,10 @@ from rich.text import Text
 from tvr.data_prep import scan
 from tvr.data_prep.captions import LONG_WORDS, CaptionStatistics
 from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.scan import JOBS
-from tvr.data_prep.verify import Report, verify_dataset
+from tvr.data_prep.stats import read_facts, statistics_of
+from tvr.data_prep.verify import Report, leaks, verify_dataset
 
 Against = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -57,10 +59,35 @@ class VerifyArguments:
     """File for the whole report; - = standard output, instead of text."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class StatsArguments:
+    """Writes one HTML page about a packed data set: samples to look at, histograms, totals."""
+
+    url: Annotated[str, tyro.conf.Positional]
+    """Folder or fsspec URL of the data set."""
+    out: str = "stats.html"
+    """File to write."""
+    against: Against = ()
+    """A data set that must have no sample in common with it. May be given several times."""
+    samples: int | None = None
+    """Samples to read, spread evenly; default: all."""
+    pictures: int = 12
+    """Samples to show, spread evenly; 0 = none."""
+    jobs: int = JOBS
+    """Shards to read at a time."""
+
+
 def verify(argv: Sequence[str]) -> int:
     """`tvr verify`: returns the exit code."""
     return reported(
         "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
+    )
+
+
+def stats(argv: Sequence[str]) -> int:
+    """`tvr stats`: returns the exit code."""
+    return reported(
+        "tvr stats", lambda: _stats(tyro.cli(StatsArguments, prog="tvr stats", args=argv))
     )
 
 
@@ -117,6 +144,39 @@ def _caption_lines(captions: CaptionStatistics) -> Iterator[str]:
         f"captions empty: {captions.num_empty:,}, repeated within a video:"
         f" {captions.num_repeated:,}, of several videos: {captions.num_shared:,}"
     )
+
+
+def _stats(arguments: StatsArguments) -> int:
+    # Takes a second, which verify need not.
+    from tvr.data_prep.stats_page import shown_samples, stats_page
+
+    if arguments.pictures < 0:
+        raise ValueError(f"pictures={arguments.pictures} must be 0 or more")
+    manifest = read_manifest(arguments.url)
+    found = {
+        other: list(leaks(manifest, other, read_manifest(other))) for other in arguments.against
+    }
+    with _bar() as progress:
+        tally = read_facts(
+            arguments.url,
+            manifest,
+            samples=arguments.samples,
+            jobs=arguments.jobs,
+            progress=progress,
+        )
+    statistics = statistics_of(manifest, tally)
+    shown = shown_samples(arguments.url, manifest, arguments.pictures)
+    _write_whole(Path(arguments.out), stats_page(arguments.url, statistics, shown, found))
+    print(
+        f"{arguments.url}: {statistics.num_read:,} of {statistics.num_samples:,} samples read,"
+        f" {statistics.num_captions:,} captions of {statistics.num_videos:,} videos;"
+        f" see {arguments.out}"
+    )
+    if unread := sum(statistics.unread.values()):
+        print(f"{unread:,} samples could not be read: `tvr verify` names them")
+    for other, problems in found.items():
+        print(f"in common with {other}: {len(problems):,} pairs of samples")
+    return 0
 
 
 @contextmanager

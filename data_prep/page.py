@@ -71,9 +71,9 @@ def figure_svg(figure: Figure, name: str) -> str:
     )
 
 
-def picture_strip(frames: Sequence[Image.Image]) -> str:
-    """One picture or more side by side, at most FRAME_HEIGHT pixels high, as a data URL."""
-    height = min(FRAME_HEIGHT, *(frame.height for frame in frames))
+def picture_strip(frames: Sequence[Image.Image], max_height: int = FRAME_HEIGHT) -> str:
+    """One picture or more side by side, at most `max_height` pixels high, as a data URL."""
+    height = min(max_height, *(frame.height for frame in frames))
     sized = [
         frame.convert("RGB").resize((max(1, frame.width * height // frame.height), height))
         for frame in frames

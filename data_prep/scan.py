@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tvr.data_prep.manifest import Shard
+from tvr.data_prep.manifest import Manifest, Shard
+from tvr.data_prep.reader import parse_members
 from tvr.data_prep.store import Store
 
 # One request of a scan; a shard in turn holds this much, or one sample where that is larger.
@@ -66,6 +67,15 @@ class ShardBytes:
         self._ended = len(content) < last - first
         self._meter.add(len(content))
         self._held += content
+
+
+def read_members(file: ShardBytes, manifest: Manifest, row: int) -> dict[str, bytes]:
+    """Checked tar members of a sample by extension. Raises BadSample, and as `Store.read_range`."""
+    samples = manifest.samples
+    offset, length, crc32 = (
+        int(column[row]) for column in (samples.offset, samples.length, samples.crc32)
+    )
+    return parse_members(file.read(offset, length), str(samples.key[row]), length, crc32)
 
 
 def in_threads(jobs: int, action: Callable[[int], Result], numbers: Sequence[int]) -> list[Result]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from tvr.data_prep.captions import CaptionTally
 from tvr.data_prep.manifest import Manifest
-from tvr.data_prep.reader import SampleMeta, decode_members, parse_members, parse_meta
+from tvr.data_prep.reader import decode_members, parse_members, parse_meta
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.scan import CHUNK_BYTES, Meter, ShardBytes
+from tvr.data_prep.scan import CHUNK_BYTES, Meter, ShardBytes, read_members
 from tvr.data_prep.store import Store
 
 
@@ -93,9 +93,7 @@ def read_captions(store: Store, manifest: Manifest, meter: Meter, number: int) -
     rows = np.flatnonzero(samples.shard == number).tolist()
     for done, row in enumerate(rows):
         try:
-            meta = _parse(
-                manifest, row, file.read(int(samples.offset[row]), int(samples.length[row]))
-            )[1]
+            meta = parse_meta(str(samples.key[row]), read_members(file, manifest, row))
         except BadSample:
             scan.num_unread += 1
         except OSError:
@@ -106,19 +104,14 @@ def read_captions(store: Store, manifest: Manifest, meter: Meter, number: int) -
     return scan
 
 
-def _parse(manifest: Manifest, row: int, content: bytes) -> tuple[dict[str, bytes], SampleMeta]:
-    samples = manifest.samples
-    key = str(samples.key[row])
-    members = parse_members(content, key, int(samples.length[row]), int(samples.crc32[row]))
-    return members, parse_meta(key, members)
-
-
 def _check_sample(scan: Scan, manifest: Manifest, row: int, content: bytes, decode: bool) -> None:
     samples, where = manifest.samples, place(manifest, row)
+    key = str(samples.key[row])
     try:
-        members, meta = _parse(manifest, row, content)
+        members = parse_members(content, key, int(samples.length[row]), int(samples.crc32[row]))
+        meta = parse_meta(key, members)
         if decode:
-            decode_members(str(samples.key[row]), members, meta, manifest.num_frames or 1)
+            decode_members(key, members, meta, manifest.num_frames or 1)
     except BadSample as error:
         scan.num_unread += 1
         scan.problems.append(Problem(where=where, what=f"{error.reason}: {error.detail}"))

@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": Command("tvr.trainer.cli:demo", "render clips, train a small model on them, report"),
     "pack": Command("tvr.data_prep.cli:pack", "write videos and captions into shards"),
     "verify": Command("tvr.data_prep.check_cli:verify", "check a data set against its manifest"),
+    "stats": Command("tvr.data_prep.check_cli:stats", "write a page about a data set"),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
