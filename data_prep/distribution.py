@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_BINS = 40
-# Where the largest value is further out than this many times the 99th percentile, the bins end at
-# the latter: one clip of an hour would put all others into the first bin.
+# Values above this many times the 99th percentile are left out of the bins: one clip of an hour
+# would put all others into the first.
 FAR_OUT = 3
 
 
@@ -31,19 +31,21 @@ class Distribution:
 
 
 def distribution(values: np.ndarray, *, whole: bool = False) -> Distribution | None:
-    """Of finite numbers, or None where there are none; `whole` ones get bins of whole numbers."""
+    """Of finite numbers, 0 or more, or None where there are none; `whole` ones get bins of whole
+    numbers."""
     if not len(values):
         return None
     median, p95, p99 = (float(each) for each in np.percentile(values, (50, 95, 99)))
     least, most = float(values.min()), float(values.max())
-    top = p99 if most > FAR_OUT * p99 > FAR_OUT * least else most
+    top = float(values[values <= FAR_OUT * p99].max())
     if whole:
         width = -(-(int(top) - int(least) + 1) // MOST_BINS)
         num_bins = -(-(int(top) - int(least) + 1) // width)
         edges = least - 0.5 + width * np.arange(num_bins + 1)
+    elif top > least:
+        edges = np.linspace(least, top, MOST_BINS + 1)
     else:
-        # Equal values have one bin around them.
-        edges = np.linspace(least, top, MOST_BINS + 1) if top > least else least + np.array([0, 1])
+        edges = least + np.array([-0.5, 0.5])
     counts, _ = np.histogram(values, edges)
     return Distribution(
         count=len(values),
@@ -56,3 +58,8 @@ def distribution(values: np.ndarray, *, whole: bool = False) -> Distribution | N
         counts=tuple(counts.tolist()),
         num_beyond=int((values > edges[-1]).sum()),
     )
+
+
+def readable(value: float) -> str:
+    """A number as people write it: 0.125, 23.98, 2,677,000."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

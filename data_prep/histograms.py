@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from tvr.data_prep.distribution import Distribution
+from tvr.data_prep.distribution import Distribution, readable
 from tvr.data_prep.page import GRID, INK, SERIES, drawing, figure_svg
 
 
@@ -19,18 +19,17 @@ def _figure(values: Distribution, x_label: str, of_what: str) -> Figure:
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(values.counts, values.edges, fill=True, color=SERIES[0], alpha=0.75)
-    if values.median <= values.edges[-1]:
-        axes.axvline(values.median, color=SERIES[1], lw=1.5, ls="--")
-        axes.annotate(
-            f"median {values.median:,.4g}",
-            (values.median, 1.02),
-            xycoords=("data", "axes fraction"),
-            color=SERIES[1],
-            ha="center",
-            fontsize=9,
-        )
+    axes.axvline(values.median, color=SERIES[1], lw=1.5, ls="--")
+    axes.annotate(
+        f"median {readable(values.median)}",
+        (values.median, 1.02),
+        xycoords=("data", "axes fraction"),
+        color=SERIES[1],
+        ha="center",
+        fontsize=9,
+    )
     if values.num_beyond:
-        label = f"{x_label} ({values.num_beyond:,} beyond, up to {values.most:,.4g})"
+        label = f"{x_label} ({values.num_beyond:,} beyond, up to {readable(values.most)})"
     else:
         label = x_label
     axes.set_xlabel(label, color=INK)
@@ -38,7 +37,11 @@ def _figure(values: Distribution, x_label: str, of_what: str) -> Figure:
     axes.tick_params(colors=INK, length=0)
     axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
+    wide = values.edges[-1] - values.edges[0] > 4
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=wide))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: readable(value)))
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(GRID)

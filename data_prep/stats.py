@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 
 from tvr.data_prep.captions import CaptionStatistics, CaptionTally
-from tvr.data_prep.decode import segment_centres
 from tvr.data_prep.distribution import Distribution, distribution
+from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.manifest import Layout, Manifest
 from tvr.data_prep.reader import parse_meta
 from tvr.data_prep.records import BadSample

@@ -10,8 +10,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from tvr.data_prep.captions import LONG_WORDS
-from tvr.data_prep.decode import sample_frames, segment_frames
-from tvr.data_prep.distribution import Distribution
+from tvr.data_prep.decode import sample_frames
+from tvr.data_prep.distribution import Distribution, readable
+from tvr.data_prep.frame_choice import segment_frames
 from tvr.data_prep.histograms import histogram_svg
 from tvr.data_prep.images import decode_jpeg
 from tvr.data_prep.manifest import Manifest
@@ -69,6 +70,7 @@ def stats_page(
         statistics=statistics,
         captions=statistics.captions,
         long_words=LONG_WORDS,
+        readable=readable,
         shown=shown,
         charts=list(_charts(statistics)),
         rows=[(title, unit, values) for title, unit, _, values in _measured(statistics)],
@@ -105,6 +107,8 @@ def _measured(statistics: Statistics) -> Iterator[tuple[str, str, str, Distribut
 
 def _charts(statistics: Statistics) -> Iterator[tuple[str, Markup]]:
     for title, unit, of_what, values in _measured(statistics):
+        if values.most == values.least:
+            continue  # the table says it all
         svg = histogram_svg(values, name=title, x_label=unit, of_what=of_what)
         # Our own drawing of numbers: nothing in it to escape.
         yield title, Markup(svg)

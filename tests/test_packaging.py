@@ -61,7 +61,7 @@ def test_wheel_holds_the_folders_and_nothing_else(wheel: Path) -> None:
 def test_package_files_include_types_and_the_template() -> None:
     # Guards the comparison above against an empty listing.
     assert {f"tvr/{folder}/py.typed" for folder in FOLDERS} <= package_files()
-    assert "tvr/trainer/report.html.jinja" in package_files()
+    assert {"tvr/trainer/report.html.jinja", "tvr/data_prep/page.css.jinja"} <= package_files()
 
 
 def test_imports_come_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import re
-from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from html_page import Page, assert_needs_nothing
 from PIL import Image
 
 from tvr.trainer.plots import Series, line_chart, running_mean
@@ -77,25 +76,6 @@ def write_run(folder: Path, events: list[dict[str, Any]], queries: list[dict[str
 
 def frames(key: str) -> list[Image.Image]:
     return [Image.new("RGB", (64, 48), shade) for shade in ("red", "blue", "green")]
-
-
-class Page(HTMLParser):
-    """Collects tags with their attributes and the visible text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture
@@ -166,18 +146,7 @@ def test_without_thumbnails_clips_are_named(full_run: Path, thumbnails: Any) -> 
 
 
 def test_needs_nothing_from_outside(full_run: Path) -> None:
-    html = write_report(full_run, thumbnails=frames).read_text()
-    page = Page(html)
-    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
-    assert not re.findall(r"https?:|@import", html)
-    targets = re.findall(r"url\(([^)]*)\)", html)
-    targets += [str(value) for _, some in page.tags for key, value in some.items() if "href" in key]
-    assert targets
-    assert all(target.startswith("#") for target in targets)
-    # What a chart points at is in the page, once.
-    names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(names) == len(set(names))
-    assert {target[1:] for target in targets} <= set(names)
+    assert_needs_nothing(write_report(full_run, thumbnails=frames).read_text())
 
 
 def test_escapes_everything_from_the_data(tmp_path: Path) -> None:
