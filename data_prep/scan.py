@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 from tvr.data_prep.manifest import Manifest, Shard
@@ -21,16 +21,24 @@ Progress = Callable[[int, int], None]
 
 
 class Meter:
-    """Adds up what the threads of a scan read."""
+    """Adds up what the threads of a scan read, until one of them fails."""
 
     def __init__(self, num_bytes: int, progress: Progress | None) -> None:
         self._num_bytes = num_bytes
         self._progress = progress
         self._read = 0
+        self._stopped = False
         self._lock = threading.Lock()
 
+    def stop(self) -> None:
+        """Ends every thread at its next `add`."""
+        self._stopped = True
+
     def add(self, num_bytes: int) -> None:
+        """Counts bytes that were read. Raises CancelledError after `stop`."""
         with self._lock:
+            if self._stopped:
+                raise CancelledError
             self._read += num_bytes
             if self._progress is not None:
                 self._progress(self._read, self._num_bytes)
@@ -78,8 +86,10 @@ def read_members(file: ShardBytes, manifest: Manifest, row: int) -> dict[str, by
     return parse_members(file.read(offset, length), str(samples.key[row]), length, crc32)
 
 
-def in_threads(jobs: int, action: Callable[[int], Result], numbers: Sequence[int]) -> list[Result]:
-    """The results of `action` for each number, in order, `jobs` at a time.
+def in_threads(
+    jobs: int, action: Callable[[int], Result], numbers: Sequence[int], meter: Meter
+) -> list[Result]:
+    """The results of `action`, which reads by `meter`, for each number, in order, `jobs` at a time.
 
     Reading waits, and hashing lets go of the interpreter: threads suffice.
     """
@@ -88,5 +98,8 @@ def in_threads(jobs: int, action: Callable[[int], Result], numbers: Sequence[int
     executor = ThreadPoolExecutor(jobs, thread_name_prefix="scan")
     try:
         return list(executor.map(action, numbers))
+    except BaseException:
+        meter.stop()  # a shard may take minutes yet, and Ctrl-C is meant now
+        raise
     finally:
-        executor.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new starts
+        executor.shutdown(cancel_futures=True)

@@ -122,7 +122,7 @@ def read_facts(
     meter = Meter(num_bytes, progress)
     read = partial(_read_shard, Store(url), manifest, rows, meter, ahead)
     tally = Tally()
-    for found in in_threads(jobs, read, range(len(manifest.shards))):
+    for found in in_threads(jobs, read, range(len(manifest.shards)), meter):
         tally.merge(found)
     return tally
 

@@ -70,13 +70,13 @@ def verify_dataset(
     read = [manifest, *(others.values() if compare_captions else ())]
     meter = Meter(sum(s.shard_bytes for each in read for s in each.shards), progress)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
-    scan = _scan(manifest, partial(check_shard, Store(url), manifest, rows, meter), jobs)
+    scan = _scan(manifest, partial(check_shard, Store(url), manifest, rows, meter), jobs, meter)
     problems = [*_duplicates(manifest), *_totals(url, manifest), *scan.problems]
     common = []
     for other, theirs in others.items():
         problems += leaks(manifest, other, theirs)
         if compare_captions:
-            found = _scan(theirs, partial(read_captions, Store(other), theirs, meter), jobs)
+            found = _scan(theirs, partial(read_captions, Store(other), theirs, meter), jobs, meter)
             num_captions = scan.captions.num_also_in(found.captions)
             common.append(
                 CommonCaptions(url=other, num_captions=num_captions, num_unread=found.num_unread)
@@ -101,9 +101,9 @@ def leaks(manifest: Manifest, other: str, theirs: Manifest) -> Iterator[Problem]
         yield Problem(where=place(manifest, shared.row), what=what)
 
 
-def _scan(manifest: Manifest, read: Callable[[int], Scan], jobs: int) -> Scan:
+def _scan(manifest: Manifest, read: Callable[[int], Scan], jobs: int, meter: Meter) -> Scan:
     whole = Scan()
-    for scan in in_threads(jobs, read, range(len(manifest.shards))):
+    for scan in in_threads(jobs, read, range(len(manifest.shards)), meter):
         whole.merge(scan)
     return whole
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,10 @@ def test_threads_keep_the_order_and_their_number() -> None:
         meeting.wait()
         return number * number
 
-    assert in_threads(3, act, range(6)) == [0, 1, 4, 9, 16, 25]
+    meter = Meter(0, None)
+    assert in_threads(3, act, range(6), meter) == [0, 1, 4, 9, 16, 25]
     with pytest.raises(ValueError, match="jobs=0 must be 1 or more"):
-        in_threads(0, act, range(6))
+        in_threads(0, act, range(6), meter)
 
 
 def test_after_an_error_nothing_new_starts() -> None:
@@ -90,8 +92,28 @@ def test_after_an_error_nothing_new_starts() -> None:
         raise OSError("the disk")
 
     with pytest.raises(OSError, match="the disk"):
-        in_threads(1, act, range(1000))
+        in_threads(1, act, range(1000), Meter(0, None))
     assert len(begun) < 1000
+
+
+def test_an_error_ends_the_other_threads_in_mid_shard() -> None:
+    meter, both = Meter(0, None), threading.Barrier(2, timeout=20)
+    ended = threading.Event()
+
+    def act(number: int) -> None:
+        both.wait()
+        if number == 0:
+            raise KeyboardInterrupt
+        try:
+            while True:
+                meter.add(1)
+        except CancelledError:
+            ended.set()
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(2, act, range(2), meter)
+    assert ended.is_set()
 
 
 @pytest.fixture
