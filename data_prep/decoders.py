@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Literal, Protocol
 
+import av
 import numpy as np
 
 from tvr.data_prep import decode
@@ -26,6 +28,19 @@ class SampleFrames(Protocol):
         offsets: Sequence[float] | None = None,
         key: str = "video",
     ) -> tuple[np.ndarray, tuple[float, ...]]: ...
+
+
+def decoder_line(decoder: Decoder) -> str:
+    """What decodes, or why it cannot."""
+    try:
+        frame_sampler(decoder)
+    except ValueError as error:
+        return f"videos: not to be decoded: {error}"
+    if decoder == "pyav":
+        return f"videos: decoded by PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"
+    from torchcodec import ffmpeg_major_version  # pyright: ignore[reportPrivateImportUsage]
+
+    return f"videos: decoded by torchcodec {version('torchcodec')}, FFmpeg {ffmpeg_major_version}"
 
 
 def frame_sampler(decoder: Decoder) -> SampleFrames:

@@ -11,6 +11,7 @@ from tvr.data_prep.collate import Tokenize, collate
 from tvr.data_prep.order import SampleOrder, caption_choice
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import BadSample, Batch, Replacement, Sample
+from tvr.data_prep.views import Views
 
 # A row that is still bad after this many substitutes means the data set is bad, not the row.
 MAX_ATTEMPTS = 16
@@ -27,20 +28,22 @@ class Drawn:
 
 
 class TrainingRows(Dataset[Drawn]):
-    """Stream position -> sample and one caption."""
+    """Stream position -> sample, as this position's view shows it, and one caption."""
 
-    def __init__(self, reader: SampleReader, order: SampleOrder) -> None:
+    def __init__(self, reader: SampleReader, order: SampleOrder, views: Views) -> None:
         self._reader = reader
         self._order = order
+        self._views = views
 
     def __getitem__(self, position: int) -> Drawn:
         place = self._order.locate(position)
         if self._reader.fetches_ahead:
             self._reader.fetch_ahead(self._order.shards_ahead(place))
+        view = self._views.draw(self._order.seed, position, self._reader.num_frames)
         replaced: list[Replacement] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                sample = self._reader.read(place.sample)
+                sample = self._reader.read(place.sample, view)
             except BadSample as error:
                 replaced.append(_replacement(position, error))
                 place = self._order.substitute(position, attempt)
@@ -56,12 +59,15 @@ class TrainingRows(Dataset[Drawn]):
 
 
 class EvaluationRows(Dataset[Drawn]):
-    """Manifest row -> sample and all its captions."""
+    """Manifest row, below `end`, -> sample and all its captions."""
 
-    def __init__(self, reader: SampleReader) -> None:
+    def __init__(self, reader: SampleReader, end: int) -> None:
         self._reader = reader
+        self._end = end
 
     def __getitem__(self, position: int) -> Drawn:
+        if self._reader.fetches_ahead:
+            self._reader.fetch_ahead(self._reader.next_shards(position, self._end))
         try:
             sample = self._reader.read(position)
         except BadSample as error:

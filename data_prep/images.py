@@ -23,10 +23,15 @@ def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]
 def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
     """Frames (F, H, W, 3) uint8 with the shorter side at `short_side` pixels; bicubic,
     antialiased."""
-    size = short_side_size(frames.shape[2], frames.shape[1], short_side)
-    if size == (frames.shape[2], frames.shape[1]):
+    return resize(frames, *short_side_size(frames.shape[2], frames.shape[1], short_side))
+
+
+def resize(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Frames (F, height, width, 3) uint8 of (F, H, W, 3); bicubic, antialiased."""
+    if (height, width) == frames.shape[1:3]:
         return frames
-    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
     return np.stack([np.asarray(image) for image in resized])
 
 

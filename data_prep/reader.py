@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -18,14 +18,18 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from tvr.data_prep.ahead import ShardsAhead
 from tvr.data_prep.decode import sample_frames
-from tvr.data_prep.frame_choice import segment_centres
+from tvr.data_prep.decoders import Decoder, SampleFrames, frame_sampler
+from tvr.data_prep.frame_choice import segment_frames
 from tvr.data_prep.images import decode_jpeg, fit_square
 from tvr.data_prep.manifest import Shard, read_manifest
 from tvr.data_prep.records import BadSample, Sample
 from tvr.data_prep.shard_cache import CacheFolder, ShardCache
 from tvr.data_prep.store import Store
+from tvr.data_prep.views import View, crop_box, crop_frames
 
 MAX_OPEN_SHARDS = 64
+# In evaluation, where the next shard is read when this one is done.
+SHARDS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +54,19 @@ class SampleReader:
         *,
         num_frames: int,
         image_size: int,
+        decoder: Decoder = "pyav",
         cache_bytes: int = 0,
         shard_cache: CacheFolder | None = None,
     ) -> None:
-        """`cache_bytes` > 0 keeps that many bytes of decoded frames per process, least recently
-        used out first. Worth it where a data set fits: 400 clips of 6 JPEG frames of 48 x 48 came
-        at 14,000 a second instead of 600, in one process on a 2-core machine. `shard_cache` keeps
-        whole shards of a remote data set on a local disk; a local data set needs none.
+        """`decoder` is for the video layout. `cache_bytes` > 0 keeps that many bytes of decoded
+        frames per process, least recently used out first: as `read` returns them or, where samples
+        are read by views, as they are stored. Worth it where a data set fits: 400 clips of 6 JPEG
+        frames of 48 x 48 came at 14,000 a second instead of 600, in one process on a 2-core
+        machine. `shard_cache` keeps whole shards of a remote data set on a local disk; a local data
+        set needs none.
 
-        Raises ValueError for sizes the data set cannot give, and as `read_manifest`.
+        Raises ValueError for sizes the data set cannot give, as `frame_sampler`, and as
+        `read_manifest`.
         """
         self.manifest = read_manifest(url)
         stored = self.manifest.num_frames
@@ -75,7 +83,9 @@ class SampleReader:
         self.num_frames = num_frames
         self.image_size = image_size
         self._files = _ShardFiles(url, self.manifest.shards, shard_cache)
+        self._sample_frames = frame_sampler(decoder)
         self._cache = SampleCache(cache_bytes)
+        self._keeps_samples = cache_bytes > 0
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -89,27 +99,63 @@ class SampleReader:
         """Whether shards are kept here, with room for those that come next."""
         return self._files.ahead is not None
 
+    def next_shards(self, row: int, end: int) -> tuple[int, ...]:
+        """The shards read after that of a row, where rows are read in order up to `end`."""
+        shards = self.manifest.samples.shard
+        here, last = int(shards[row]), int(shards[end - 1])
+        return tuple(range(here + 1, min(here + SHARDS_AHEAD, last) + 1))
+
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetches shards in the background; they are needed soon."""
         if self._files.ahead is not None:
             self._files.ahead.want(shards)
 
-    def read(self, row: int) -> Sample:
-        """Frames at (num_frames or fewer, image_size, image_size, 3). Raises BadSample."""
-        sample = self._cache.get(row)
-        if sample is None:
-            key, members = self.key(row), self.members(row)
-            meta = parse_meta(key, members)
-            frames, times_s = decode_members(key, members, meta, self.num_frames)
-            sample = Sample(
-                key=key,
-                video_id=meta.video_id,
-                captions=meta.captions,
-                frames=fit_square(frames, self.image_size),
-                frame_times_s=times_s,
-            )
-            self._cache.put(row, sample)
-        return sample
+    def read(self, row: int, view: View | None = None) -> Sample:
+        """Frames at (num_frames or fewer, image_size, image_size, 3): those a view shows, or the
+        middle ones' squares at the centre. Raises BadSample.
+
+        One reader is asked for views always or never: what it keeps is of one kind.
+        """
+        kept = self._cache.get(row)
+        if kept is None:
+            kept = self._load(row, view)
+            self._cache.put(row, kept)
+        return kept if view is None else self._shown(kept, view)
+
+    def decode(
+        self, row: int, num_frames: int, offsets: Sequence[float] | None
+    ) -> tuple[SampleMeta, np.ndarray, tuple[float, ...]]:
+        """A sample's frames (num_frames or fewer, H, W, 3) as stored, those that `segment_frames`
+        names, with their times. Raises BadSample."""
+        key, members = self.key(row), self.members(row)
+        meta = parse_meta(key, members)
+        return meta, *decode_members(
+            key, members, meta, num_frames, offsets=offsets, sample=self._sample_frames
+        )
+
+    def _load(self, row: int, view: View | None) -> Sample:
+        num_frames, offsets = self.num_frames, None if view is None else view.offsets
+        if self._keeps_samples and offsets is not None:
+            num_frames, offsets = max(num_frames, self.manifest.num_frames), None
+        meta, frames, times_s = self.decode(row, num_frames, offsets)
+        return Sample(
+            key=self.key(row),
+            video_id=meta.video_id,
+            captions=meta.captions,
+            frames=fit_square(frames, self.image_size) if view is None else frames,
+            frame_times_s=times_s,
+        )
+
+    def _shown(self, kept: Sample, view: View) -> Sample:
+        frames, times_s = kept.frames, kept.frame_times_s
+        if len(frames) > self.num_frames:
+            chosen = segment_frames(len(frames), self.num_frames, view.offsets)
+            frames, times_s = frames[chosen], tuple(times_s[i] for i in chosen)
+        if view.crop is None:
+            frames = fit_square(frames, self.image_size)
+        else:
+            frames = crop_frames(frames, crop_box(view.crop, *frames.shape[1:3]), self.image_size)
+        return replace(kept, frames=frames, frame_times_s=times_s)
 
     def members(self, row: int) -> dict[str, bytes]:
         """Checked tar members of a sample by extension. Raises BadSample."""
@@ -170,12 +216,18 @@ def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
 
 
 def decode_members(
-    key: str, members: dict[str, bytes], meta: SampleMeta, num_frames: int
+    key: str,
+    members: dict[str, bytes],
+    meta: SampleMeta,
+    num_frames: int,
+    *,
+    offsets: Sequence[float] | None = None,
+    sample: SampleFrames = sample_frames,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames. Raises BadSample."""
     if "mp4" in members:
-        return sample_frames(members["mp4"], num_frames, key=key)
-    chosen = segment_centres(len(meta.jpegs), num_frames)
+        return sample(members["mp4"], num_frames, offsets=offsets, key=key)
+    chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
     pictures = [decode_jpeg(members[meta.jpegs[i]], key=key, member=meta.jpegs[i]) for i in chosen]
     if len({picture.shape for picture in pictures}) > 1:
         raise BadSample(key, "unreadable", "its JPEG frames differ in size")

@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from tvr.data_prep.budget import Budget
 from tvr.data_prep.collate import Tokenize
+from tvr.data_prep.decoders import Decoder
 from tvr.data_prep.draw import Drawn, EvaluationRows, Join, Runs, TrainingRows
 from tvr.data_prep.order import SampleOrder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, Replacement, Sample
 from tvr.data_prep.shard_cache import CacheFolder
+from tvr.data_prep.views import MIDDLES, Views
 
 
 def train_batches(
@@ -43,6 +45,8 @@ def train_batches(
     tokenize: Tokenize,
     max_bad: int,
     max_bad_in_a_row: int | None = None,
+    views: Views = MIDDLES,
+    decoder: Decoder = "pyav",
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
@@ -54,7 +58,8 @@ def train_batches(
     micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
     and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets, and
     `max_bad_in_a_row` those with no sample between them that was read as planned.
-    `cache_bytes` as in SampleReader, per worker; `shard_cache` likewise, per node.
+    `views` says what is drawn anew each time. `decoder` and `cache_bytes` (per worker) as in
+    SampleReader; `shard_cache` likewise, per node.
 
     Raises, at the call:
         FileNotFoundError, ShardCorrupt: see read_manifest.
@@ -76,10 +81,12 @@ def train_batches(
         url,
         num_frames=num_frames,
         image_size=image_size,
+        decoder=decoder,
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
     )
-    rows = TrainingRows(reader, SampleOrder(reader.manifest.shard_sizes, seed))
+    _check_views(views, reader, cache_bytes)
+    rows = TrainingRows(reader, SampleOrder(reader.manifest.shard_sizes, seed), views)
     first = start_step * global_batch + rank * micro_batch
     loader = _loader(rows, Runs(first, run, micro_batch, None), Join(reader, tokenize), workers)
     budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
@@ -98,6 +105,7 @@ def evaluation_batches(
     tokenize: Tokenize,
     max_bad: int,
     max_bad_in_a_row: int | None = None,
+    decoder: Decoder = "pyav",
     shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks in manifest order, with all its captions; the last batch may
@@ -110,11 +118,15 @@ def evaluation_batches(
     """
     _check_rank(rank, world_size, micro_batch, workers)
     reader = SampleReader(
-        url, num_frames=num_frames, image_size=image_size, shard_cache=shard_cache
+        url,
+        num_frames=num_frames,
+        image_size=image_size,
+        decoder=decoder,
+        shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
     runs = Runs(first, micro_batch, micro_batch, end)
-    loader = _loader(EvaluationRows(reader), runs, Join(reader, tokenize), workers)
+    loader = _loader(EvaluationRows(reader, end), runs, Join(reader, tokenize), workers)
     budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
     return _without_empty(_within_budget(loader, budget, 0), budget)
 
@@ -189,6 +201,15 @@ def _without_empty(batches: Iterator[Batch], budget: Budget) -> Iterator[Batch]:
         yield held
     elif orphans:
         raise budget.exhausted()  # not one good sample, and no batch to report it in
+
+
+def _check_views(views: Views, reader: SampleReader, cache_bytes: int) -> None:
+    if cache_bytes and views.frame_sampling == "random" and reader.manifest.layout == "video":
+        raise ValueError(
+            f"cache_bytes={cache_bytes} (data.cache_mib) must be 0 for the video layout of"
+            f" {reader.url} where frame_sampling=random (data.frame_sampling) decodes other frames"
+            " each time"
+        )
 
 
 def _check_rank(rank: int, world_size: int, micro_batch: int, workers: int) -> None:

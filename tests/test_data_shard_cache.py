@@ -19,9 +19,10 @@ import pytest
 from clip_files import packed, tokenize
 from http_store import HttpStore, served
 
+from tvr.data_prep.draw import EvaluationRows
 from tvr.data_prep.manifest import Manifest, read_manifest
 from tvr.data_prep.order import SampleOrder
-from tvr.data_prep.reader import SampleReader
+from tvr.data_prep.reader import SHARDS_AHEAD, SampleReader
 from tvr.data_prep.records import Batch
 from tvr.data_prep.shard_cache import CacheFolder, ShardCache
 from tvr.data_prep.store import Store
@@ -259,6 +260,22 @@ def test_the_next_window_is_fetched_ahead(
             thread.join()
     assert len(kept(folder)) == 6
     assert set((shards_asked(store) - before).values()) == {1}
+
+
+def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStore, tmp_path: Path) -> None:
+    url, limit = f"{store.url}/data", CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
+    reader = SampleReader(url, num_frames=4, image_size=16, shard_cache=limit)
+    shards = reader.manifest.samples.shard.tolist()
+    end = shards.index(5)  # of a rank that reads all shards but the last
+    rows = EvaluationRows(reader, end)
+    asked = []
+    for row in range(end):
+        assert rows[row].sample is not None
+        for thread in threading.enumerate():
+            if thread.name == "shards-ahead":
+                thread.join()
+        asked.append(len(kept(tmp_path / "cache")))
+    assert asked == [min(shards[row] + 1 + SHARDS_AHEAD, 5) for row in range(end)]
 
 
 def test_fetching_ahead_ends_with_the_reader(

@@ -121,7 +121,7 @@ def test_a_late_start_reads_nothing_before_its_own_batch(
     drawn: list[int] = []
     read_row, draw = SampleReader.read, SampleOrder._draw
     monkeypatch.setattr(
-        SampleReader, "read", lambda self, row: read.append(row) or read_row(self, row)
+        SampleReader, "read", lambda self, row, view: read.append(row) or read_row(self, row, view)
     )
     monkeypatch.setattr(
         SampleOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)

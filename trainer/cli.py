@@ -93,10 +93,12 @@ def show_config(argv: Sequence[str]) -> int:
         if ranks is not None and ranks < 1:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
+        from tvr.data_prep.decoders import decoder_line
         from tvr.trainer.machine import device_line, similarity_line
 
         print(device_line(), file=sys.stderr)
         print(similarity_line(resolved), file=sys.stderr)
+        print(decoder_line(resolved.data.decoder), file=sys.stderr)
         if memory:
             from tvr.trainer.memory_table import memory_table
 

@@ -17,7 +17,9 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from tvr.data_prep.decoders import Decoder
 from tvr.data_prep.shard_cache import CacheFolder
+from tvr.data_prep.views import FrameSampling, Views
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -41,6 +43,15 @@ class DataConfig:
     """Frames per video."""
     max_words: Annotated[int, Field(ge=3)] = 32
     """Word slots per caption, start and end tokens included; longer captions are cut."""
+    frame_sampling: FrameSampling = "centre"
+    """Which frame of each of the equal segments of a clip: the middle one or, in training, one
+    drawn anew each time. Of stored frames there must be more than `num_frames` to choose from."""
+    crop_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """In training, least area of a random crop, as a share of the largest square's; CLIP is
+    fine-tuned with 0.9. 1: the square at the centre, as in evaluation."""
+    decoder: Decoder = "pyav"
+    """Decodes data sets of the video layout; torchcodec is an extra and needs FFmpeg's libraries.
+    The frames are the same."""
     workers: NotNegative = 2
     """Loader processes per rank; the samples and their order do not depend on it."""
     cache_mib: NotNegative = 0
@@ -204,6 +215,11 @@ def shard_cache(data: DataConfig) -> CacheFolder | None:
     if data.shard_cache is None:
         return None
     return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
+
+
+def views(data: DataConfig) -> Views:
+    """What training draws anew each time a sample is seen."""
+    return Views(frame_sampling=data.frame_sampling, crop_scale=data.crop_scale)
 
 
 def to_json(config: Config) -> str:

@@ -134,6 +134,7 @@ def _encode_set(
         tokenize=tokenizer,
         max_bad=config.data.max_bad,
         max_bad_in_a_row=config.data.max_bad_in_a_row,
+        decoder=config.data.decoder,
         shard_cache=shard_cache(config.data),
     )
     parts: list[Features] = []

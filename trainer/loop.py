@@ -17,7 +17,7 @@ from tvr.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tvr.trainer.config import Config, shard_cache
+from tvr.trainer.config import Config, shard_cache, views
 from tvr.trainer.engine import Engine
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
@@ -114,6 +114,8 @@ class _Run:
             tokenize=self.tokenizer,
             max_bad=data.max_bad,
             max_bad_in_a_row=data.max_bad_in_a_row,
+            views=views(data),
+            decoder=data.decoder,
             cache_bytes=data.cache_mib << 20,
             shard_cache=shard_cache(data),
         )

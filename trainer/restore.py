@@ -70,7 +70,10 @@ def thumbnails_of(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
         return None
     try:
         reader = SampleReader(
-            url, num_frames=config.data.num_frames, image_size=image_size(config.model)
+            url,
+            num_frames=config.data.num_frames,
+            image_size=image_size(config.model),
+            decoder=config.data.decoder,
         )
     except (OSError, ValueError, ShardCorrupt) as error:
         logging.getLogger(__name__).warning("no thumbnails: %s", error)
