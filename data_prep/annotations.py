@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from tvr.data_prep.parquet import parquet_rows
 from tvr.data_prep.records import Clip
 from tvr.data_prep.video_files import VideoFiles
 
-ALLOWED = ("video", "captions", "caption", "key", "video_id")
-CSV_ALLOWED = ("video", "caption", "key", "video_id")
+ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
+CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
 # The lines of the DMAE authors' code. It needs neither sen_id nor retrieval_key nor label to tell
 # captions and videos apart, and neither does this.
 NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
@@ -31,14 +32,17 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
     """Reads clips in file order from a .jsonl, .csv (also .gz) or .parquet file at a path or fsspec
     URL.
 
-    JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id"}.
+    JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id",
+    "start", "end"}.
     Or {"clip_name": ..., "caption": ...}: the video is searched by that name among the videos, and
     the lines of one name are merged in file order.
-    CSV: columns video, caption, optional key, video_id; rows of one video are merged in file order.
+    CSV: columns video, caption, optional key, video_id, start, end; rows of one clip are merged in
+    file order.
     Parquet: the same, and a column captions of lists instead of or beside caption.
-    Relative video paths resolve against `videos`, or else the annotation file's folder. Without
-    "key" the video's file name is used, without "video_id" the key. Empty captions are kept here;
-    packing counts them.
+    "start" and "end" cut the clip out of its video, in seconds. Relative video paths resolve
+    against `videos`, or else the annotation file's folder. Without "key" the video's file name is
+    used, of a cut with its milliseconds as NAME_START_END, without "video_id" the key. Empty
+    captions are kept here; packing counts them.
 
     Raises:
         FileNotFoundError: no such annotation file, or folder of videos to search.
@@ -55,12 +59,12 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         first = drafts.get(row.key)
         if first is None:
             drafts[row.key] = row
-        elif (merge or row.by_name) and (first.video, first.by_name) == (row.video, row.by_name):
+        elif (merge or row.by_name) and first.source == row.source:
             _merge(first, row)
         else:
             raise ValueError(
                 f"{row.origin}: duplicate key {row.key!r}, first at {first.origin}; give each clip"
-                ' its own "key" (without one the video\'s file name is the key)'
+                ' its own "key" (without one it comes from the video\'s file name)'
             )
     if not drafts:
         raise ValueError(
@@ -79,6 +83,13 @@ class _Draft:
     by_name: bool = False
     """`video` is a name to search for."""
     captions: list[str] = field(default_factory=list)
+    start_s: float = 0.0
+    end_s: float | None = None
+
+    @property
+    def source(self) -> tuple[object, ...]:
+        """What a clip shows."""
+        return self.video, self.by_name, self.start_s, self.end_s
 
 
 def _clip(draft: _Draft, base: str, files: VideoFiles | None) -> Clip:
@@ -93,6 +104,8 @@ def _clip(draft: _Draft, base: str, files: VideoFiles | None) -> Clip:
         captions=tuple(draft.captions),
         video_id=draft.video_id,
         origin=draft.origin,
+        start_s=draft.start_s,
+        end_s=draft.end_s,
     )
 
 
@@ -169,7 +182,7 @@ def _csv_rows(url: str) -> Iterator[_Draft]:
         if columns and (unknown or not {"video", "caption"} <= set(columns)):
             raise ValueError(
                 f"{url}:1: columns {', '.join(columns)}; expected video, caption and optionally"
-                " key, video_id"
+                " key, video_id, start, end"
             )
         for row in reader:
             origin = f"{url}:{reader.line_num}"
@@ -196,7 +209,8 @@ def _draft(row: dict[str, Any], origin: str) -> _Draft:
             raise ValueError(
                 f"{origin}: {name}={value!r} must be a text with at least one character"
             )
-    key = row.get("key") or key_of(row["video"])
+    start_s, end_s = _span(row, origin)
+    key = row.get("key") or key_of(row["video"]) + _span_suffix(start_s, end_s)
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
     return _Draft(
@@ -205,7 +219,34 @@ def _draft(row: dict[str, Any], origin: str) -> _Draft:
         video_id=row.get("video_id", key),
         origin=origin,
         captions=captions,
+        start_s=start_s,
+        end_s=end_s,
     )
+
+
+def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
+    """The cut of a row in seconds; CSV has it as text."""
+    seconds: dict[str, float] = {}
+    for name in ("start", "end"):
+        value = row.get(name)
+        if value is not None:
+            try:
+                seconds[name] = float(value) if not isinstance(value, bool) else math.nan
+            except (TypeError, ValueError):
+                seconds[name] = math.nan
+            if not math.isfinite(seconds[name]):
+                raise ValueError(f"{origin}: {name}={value!r} must be a number of seconds")
+    start_s, end_s = seconds.get("start", 0.0), seconds.get("end")
+    if not 0 <= start_s < (math.inf if end_s is None else end_s):
+        raise ValueError(f"{origin}: start={start_s} and end={end_s} must be 0 <= start < end")
+    return start_s, end_s
+
+
+def _span_suffix(start_s: float, end_s: float | None) -> str:
+    """What tells the cuts of one file apart in their keys."""
+    if start_s == 0 and end_s is None:
+        return ""
+    return f"_{round(1000 * start_s)}_{'end' if end_s is None else round(1000 * end_s)}"
 
 
 def _check_fields(row: dict[str, Any], allowed: tuple[str, ...], origin: str) -> None:

@@ -6,27 +6,20 @@ Exit codes: 0 done; 2 bad usage, bad input or too many bad clips.
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import tyro
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.datasets import Dataset, read_benchmark
-from tvr.data_prep.manifest import BAD_NAME, Layout, join
+from tvr.data_prep.manifest import BAD_NAME, Layout, Manifest, join
 from tvr.data_prep.pack import pack_shards
+from tvr.data_prep.pack_pool import available_processes
+from tvr.data_prep.pack_progress import shown_progress
 from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -68,8 +61,13 @@ class PackArguments:
     once."""
     keyframe_interval: int = 16
     """Frames between keyframes when re-encoding."""
+    processes: int | None = None
+    """Processes that read and convert clips; default: one for each CPU available."""
+    task: str | None = None
+    """i/n with 0 <= i < n: pack this share of the shards only; the last task to end completes the
+    data set."""
     overwrite: bool = False
-    """Replace a complete data set at `out`."""
+    """Replace a complete data set at `out`, or an unfinished packing of something else."""
 
 
 def pack(argv: Sequence[str]) -> int:
@@ -94,32 +92,58 @@ def say_error(command: str, error: Exception) -> None:
 
 
 def _pack(arguments: PackArguments) -> int:
+    task, num_tasks = _task(arguments.task)
     clips = _clips(arguments)
-    manifest = pack_shards(
-        _with_progress(clips),
-        arguments.out,
-        layout=arguments.layout,
-        num_frames=arguments.num_frames,
-        short_side=arguments.short_side,
-        jpeg_quality=arguments.jpeg_quality,
-        samples_per_shard=arguments.samples_per_shard,
-        max_bad=arguments.max_bad,
-        reencode=arguments.reencode,
-        keyframe_interval=arguments.keyframe_interval,
-        overwrite=arguments.overwrite,
-    )
+    with shown_progress("packing") as on_progress:
+        manifest = pack_shards(
+            clips,
+            arguments.out,
+            layout=arguments.layout,
+            num_frames=arguments.num_frames,
+            short_side=arguments.short_side,
+            jpeg_quality=arguments.jpeg_quality,
+            samples_per_shard=arguments.samples_per_shard,
+            max_bad=arguments.max_bad,
+            reencode=arguments.reencode,
+            keyframe_interval=arguments.keyframe_interval,
+            overwrite=arguments.overwrite,
+            processes=arguments.processes or available_processes(),
+            task=task,
+            num_tasks=num_tasks,
+            on_progress=on_progress,
+        )
+    if manifest is None:
+        print(
+            f"task {arguments.task} packed its shards; the data set at {arguments.out} is complete"
+            " when the last task is"
+        )
+        return 0
+    _tell(manifest, arguments.out)
+    return 0
+
+
+def _tell(manifest: Manifest, out: str) -> None:
     megabytes = sum(shard.shard_bytes for shard in manifest.shards) / 1e6
     print(
         f"packed {manifest.num_samples} clips with {manifest.num_captions} captions into"
-        f" {len(manifest.shards)} shards, {megabytes:.1f} MB, at {arguments.out}"
+        f" {len(manifest.shards)} shards, {megabytes:.1f} MB, at {out}"
     )
     if manifest.num_empty_captions:
         print(f"dropped {manifest.num_empty_captions} empty captions")
     if manifest.bad:
         counts = ", ".join(f"{count} {reason}" for reason, count in manifest.bad.items())
-        listed = join(arguments.out, BAD_NAME)
+        listed = join(out, BAD_NAME)
         print(f"left out {sum(manifest.bad.values())} clips ({counts}), listed in {listed}")
-    return 0
+
+
+def _task(text: str | None) -> tuple[int, int]:
+    """ "1/8" -> (1, 8); without a task (0, 1)."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(f"task={text!r} must be i/n with 0 <= i < n, such as 0/8 (--task)")
+    return int(found[1]), int(found[2])
 
 
 def _clips(arguments: PackArguments) -> Sequence[Clip]:
@@ -141,16 +165,3 @@ def _clips(arguments: PackArguments) -> Sequence[Clip]:
             f" max_bad={arguments.max_bad}; the last is {missing[-1]}; nothing was packed"
         )
     return selection.clips
-
-
-def _with_progress(clips: Sequence[Clip]) -> Iterator[Clip]:
-    """The clips, with a bar on stderr while they are taken, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(clips)
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.1f} clips/s")

@@ -2,7 +2,8 @@
 property).
 
 `manifest.json` is written last and names the sha256 of `samples.npz`: where it exists, the data set
-is complete.
+is complete. A data set that replaces another one has its generation in the names of its files, so
+that both can lie in one folder until `manifest.json` changes over.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -17,13 +19,12 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from tvr.data_prep.records import ShardCorrupt
-from tvr.data_prep.store import Store
+from tvr.data_prep.store import Store, write_whole
 
 # Raise it with every change of what is stored, and say so in the change log as a shard-format
 # break.
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-SAMPLES_NAME = "samples.npz"
 BAD_NAME = "bad.jsonl"
 
 Layout = Literal["video", "frames"]
@@ -73,6 +74,10 @@ class Manifest:
     """Clips left out when packing, by reason; listed in bad.jsonl."""
     shards: tuple[Shard, ...]
     samples: Samples
+    fingerprint: str = ""
+    """Of the clips and settings it was packed from; see plan."""
+    generation: int = 0
+    """How many data sets lay in the folder before it."""
 
     @property
     def num_samples(self) -> int:
@@ -82,6 +87,25 @@ class Manifest:
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples in each shard: what the sample order is a function of."""
         return tuple(shard.num_samples for shard in self.shards)
+
+
+def shard_name(number: int, generation: int) -> str:
+    """The file of a planned shard."""
+    return f"shard-{number:06d}.tar" if not generation else f"shard-{generation}-{number:06d}.tar"
+
+
+def samples_name(generation: int) -> str:
+    """The file of the columns."""
+    return "samples.npz" if not generation else f"samples-{generation}.npz"
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The rows of one shard after another; `shard` counts them."""
+    columns = {name: [getattr(part, name) for part in parts] for name in Samples.__slots__}
+    columns["shard"] = [
+        np.full(len(part), number, dtype=np.int32) for number, part in enumerate(parts)
+    ]
+    return Samples(**{name: np.concatenate(column) for name, column in columns.items()})
 
 
 def join(url: str, name: str) -> str:
@@ -98,7 +122,7 @@ def read_manifest(url: str) -> Manifest:
         ValueError: written in another format version, or it holds no samples.
         ShardCorrupt: the index is damaged.
     """
-    fields = _read_json(url)
+    fields = read_fields(url)
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -107,7 +131,7 @@ def read_manifest(url: str) -> Manifest:
         )
     try:
         shards = tuple(Shard(**shard) for shard in fields["shards"])
-        samples = _read_samples(url, fields["samples"]["sha256"])
+        samples = _read_samples(url, fields["samples"]["name"], fields["samples"]["sha256"])
         manifest = Manifest(
             layout=fields["layout"],
             num_frames=fields["num_frames"],
@@ -117,6 +141,8 @@ def read_manifest(url: str) -> Manifest:
             bad=fields["bad"],
             shards=shards,
             samples=samples,
+            fingerprint=fields["fingerprint"],
+            generation=fields["generation"],
         )
     except (KeyError, TypeError) as error:
         raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: damaged or edited: {error!r}") from error
@@ -125,12 +151,15 @@ def read_manifest(url: str) -> Manifest:
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
-    """Writes the columns, then `manifest.json` under a temporary name, then renames it."""
+    """Writes the columns, then `manifest.json`, each whole or not at all."""
     buffer = io.BytesIO()
     columns = {name: getattr(manifest.samples, name) for name in Samples.__slots__}
     np.savez_compressed(buffer, allow_pickle=False, **columns)
+    samples = samples_name(manifest.generation)
     fields = {
         "format_version": FORMAT_VERSION,
+        "fingerprint": manifest.fingerprint,
+        "generation": manifest.generation,
         "layout": manifest.layout,
         "num_frames": manifest.num_frames,
         "short_side": manifest.short_side,
@@ -138,17 +167,17 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         "num_captions": manifest.num_captions,
         "num_empty_captions": manifest.num_empty_captions,
         "bad": manifest.bad,
-        "samples": {"name": SAMPLES_NAME, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
+        "samples": {"name": samples, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
         "shards": [asdict(shard) for shard in manifest.shards],
     }
     fs, root = url_to_fs(url)
-    fs.pipe_file(join(root, SAMPLES_NAME), buffer.getvalue())
-    partial = join(root, MANIFEST_NAME + ".partial")
-    fs.pipe_file(partial, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
-    fs.mv(partial, join(root, MANIFEST_NAME))
+    write_whole(fs, join(root, samples), buffer.getvalue())
+    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+    write_whole(fs, join(root, MANIFEST_NAME), text.encode())
 
 
-def _read_json(url: str) -> dict:
+def read_fields(url: str) -> dict:
+    """`manifest.json` of whatever version, unchecked. Raises as `read_manifest`."""
     location = join(url, MANIFEST_NAME)
     try:
         content = Store(url).read(MANIFEST_NAME)
@@ -166,10 +195,10 @@ def _read_json(url: str) -> dict:
     return fields
 
 
-def _read_samples(url: str, sha256: str) -> Samples:
-    location = join(url, SAMPLES_NAME)
+def _read_samples(url: str, name: str, sha256: str) -> Samples:
+    location = join(url, name)
     try:
-        content = Store(url).read(SAMPLES_NAME)
+        content = Store(url).read(name)
     except FileNotFoundError as error:
         raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -187,5 +216,5 @@ def _check_agreement(manifest: Manifest, url: str) -> None:
     in_order = bool(np.all(np.diff(manifest.samples.shard) >= 0))
     if tuple(counts.tolist()) != manifest.shard_sizes or not in_order:
         raise ShardCorrupt(
-            f"{url}: {MANIFEST_NAME} and {SAMPLES_NAME} disagree on the samples per shard"
+            f"{url}: {MANIFEST_NAME} and the columns disagree on the samples per shard"
         )

@@ -1,38 +1,34 @@
-"""Clips -> WebDataset tar shards with a manifest. The same clips and settings give the same
-bytes."""
+"""Clips -> WebDataset tar shards with a manifest, by any number of processes and tasks. The same
+clips and settings give the same bytes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
 
-import fsspec
-from fsspec.core import url_to_fs
-
-from tvr.data_prep.annotations import KEY_PATTERN, key_rule
 from tvr.data_prep.budget import Budget
-from tvr.data_prep.decode import VideoInfo, check_frames, describe_video, sample_frames
-from tvr.data_prep.images import encode_jpeg, resize_short_side
-from tvr.data_prep.manifest import (
-    BAD_NAME,
-    MANIFEST_NAME,
-    SAMPLES_NAME,
-    Layout,
-    Manifest,
-    join,
-    write_manifest,
-)
-from tvr.data_prep.records import BadSample, Clip
-from tvr.data_prep.reencode import reencode_video
-from tvr.data_prep.shards import (
-    PARTIAL,
-    SHARD_PATTERN,
-    ShardWriter,
-    content_hash,
-    remove_files,
-)
+from tvr.data_prep.manifest import Layout, Manifest, joined, read_manifest
+from tvr.data_prep.pack_clip import Refused
+from tvr.data_prep.pack_pool import Outcome, packed_clips
+from tvr.data_prep.packing_folder import PackingFolder
+from tvr.data_prep.plan import PackSettings, Plan, make_plan
+from tvr.data_prep.records import Clip
+from tvr.data_prep.shard_record import ShardRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackProgress:
+    """How far a packing is."""
+
+    num_done: int
+    """Clips of this task in shards that were complete already, and those packed now."""
+    num_clips: int
+    """Of this task."""
+    num_bytes: int
+    """Packed now."""
 
 
 def pack_shards(
@@ -48,21 +44,31 @@ def pack_shards(
     reencode: bool = False,
     keyframe_interval: int = 16,
     overwrite: bool = False,
-) -> Manifest:
+    processes: int = 1,
+    task: int = 0,
+    num_tasks: int = 1,
+    on_progress: Callable[[PackProgress], object] = lambda progress: None,
+) -> Manifest | None:
     """Writes `shard-NNNNNN.tar`, `samples.npz`, `bad.jsonl` and, last, `manifest.json` to a folder
-    or fsspec URL.
+    or fsspec URL. There is no data set before that; one that is overwritten stays until then.
 
     frames layout: `num_frames` JPEGs a clip. video layout: the source MP4's bytes after decoding
     them once, or with `reencode` an H.264 copy with a keyframe every `keyframe_interval` frames.
-    `short_side` in pixels. Shards carry temporary names until all are complete; a data set being
-    overwritten stays until then.
+    `short_side` in pixels. A shard holds the good ones of `samples_per_shard` clips.
+
+    A packing that was ended goes on where it stopped if the same clips and settings come again. Of
+    several tasks, each makes its share of the shards; the one that finds all complete publishes the
+    data set, the others return None. With one task that is this call, whoever made the shards.
 
     Raises:
-        TooManyBadSamples: more than `max_bad` clips were refused; nothing is published.
-        FileExistsError: a complete data set is there and `overwrite` is false.
-        ValueError: a setting out of range, a bad or duplicate key, or no usable clip.
+        TooManyBadSamples: more than `max_bad` clips of all tasks were refused; no data set comes
+            of it, though complete shards wait for a larger `max_bad`.
+        FileExistsError: another complete data set is there and `overwrite` is false.
+        ValueError: a setting out of range, a bad or duplicate key, an unfinished packing of
+            something else in the folder, or no usable clip.
+        ChildProcessError: a clip's process was killed twice.
     """
-    settings = _Settings(
+    settings = PackSettings(
         layout=layout,
         num_frames=num_frames,
         short_side=short_side,
@@ -71,192 +77,134 @@ def pack_shards(
         reencode=reencode,
         keyframe_interval=keyframe_interval,
     )
-    fs, root = url_to_fs(url)
-    if not overwrite and fs.exists(join(root, MANIFEST_NAME)):
-        raise FileExistsError(
-            f"{url} holds a complete data set; pack elsewhere or allow it with --overwrite"
-        )
-    fs.makedirs(root, exist_ok=True)
-    writer = ShardWriter(fs, root, settings.samples_per_shard)
-    draft = _Draft(settings, writer, Budget(max_bad, f"while packing {url}"))
+    budget = Budget(max_bad, f"while packing {url}")
+    plan = make_plan(clips, settings)
+    _check(plan, url, processes, task, num_tasks)
+    folder = PackingFolder(url, plan)
+    if folder.claim(overwrite=overwrite):
+        return read_manifest(url)
+    run = _Run(plan, folder, budget, on_progress)
     try:
-        remove_files(fs, root, lambda name: name.endswith(PARTIAL))  # of a packing that was killed
-        for clip in clips:
-            draft.add(clip)
-        writer.end_shard()
-        if not writer.rows:
-            refused = dict(draft.budget.by_reason) or "none"
-            raise ValueError(f"no usable clip to pack to {url}; refused: {refused}")
-        return _publish(fs, root, url, draft)
-    finally:
-        writer.close()
-        remove_files(fs, root, lambda name: name.endswith(PARTIAL))
+        with folder.completed_by_others():
+            if run.make(plan.share(task, num_tasks), processes):
+                return run.published()
+        return read_manifest(url)
+    except BaseException:
+        if num_tasks == 1:
+            folder.abandon()
+        raise
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    layout: Layout
-    num_frames: int
-    short_side: int | None
-    jpeg_quality: int
-    samples_per_shard: int
-    reencode: bool
-    keyframe_interval: int
-
-    def __post_init__(self) -> None:
-        if self.layout not in get_args(Layout):
-            raise ValueError(f"layout={self.layout!r} must be one of {', '.join(get_args(Layout))}")
-        for name, low, high in (
-            ("num_frames", 1, 1000),
-            ("short_side", 2, 4096),
-            ("jpeg_quality", 1, 100),
-            ("samples_per_shard", 1, 10**6),
-            ("keyframe_interval", 1, 1000),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value} must be from {low} to {high}")
-        if self.layout == "frames" and self.reencode:
-            raise ValueError("reencode=True is for layout=video; the frames layout stores JPEGs")
-        if self.layout == "video" and self.short_side is not None and not self.reencode:
-            raise ValueError(
-                f"short_side={self.short_side} needs reencode=True in layout=video: a copy keeps"
-                " its size"
-            )
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A data set being written."""
-
-    settings: _Settings
-    writer: ShardWriter
-    budget: Budget
-    bad: list[dict[str, str]] = field(default_factory=list)
-    num_empty_captions: int = 0
-    origins: dict[str, str] = field(default_factory=dict)
-
-    def add(self, clip: Clip) -> None:
-        """Packs one clip, or counts it as bad."""
-        self._check_key(clip)
-        if clip.span is not None:
-            raise ValueError(f"{clip.origin or clip.key}: start_s and end_s are not cut by packing")
-        captions = tuple(text for text in (" ".join(c.split()) for c in clip.captions) if text)
-        try:
-            if not captions:
-                found = f"{len(clip.captions)} captions, none with a character"
-                raise BadSample(clip.key, "no_caption", found)
-            source = _read_source(clip)
-            members = _members(clip, source, captions, self.settings)
-        except BadSample as error:
-            detail = f"{error.detail} [{clip.video}{' of ' + clip.origin if clip.origin else ''}]"
-            self.bad.append({"key": clip.key, "reason": error.reason, "detail": detail})
-            self.budget.spend(clip.key, error.reason, detail)
-            return
-        self.num_empty_captions += len(clip.captions) - len(captions)
-        self.writer.append(
-            clip.key,
-            clip.video_id,
-            members,
-            num_captions=len(captions),
-            content=content_hash(source, clip.span),
-        )
-
-    def _check_key(self, clip: Clip) -> None:
-        where = clip.origin or clip.video
-        if not KEY_PATTERN.fullmatch(clip.key):
-            raise ValueError(f"{where}: {key_rule(clip.key)}")
-        if clip.key in self.origins:
-            raise ValueError(
-                f"{where}: duplicate key {clip.key!r}, first at {self.origins[clip.key]}"
-            )
-        self.origins[clip.key] = where
-
-    def manifest(self) -> Manifest:
-        """The index of what was written."""
-        samples = self.writer.columns()
-        return Manifest(
-            layout=self.settings.layout,
-            num_frames=self.settings.num_frames if self.settings.layout == "frames" else 0,
-            short_side=self.settings.short_side,
-            num_captions=int(samples.num_captions.sum()),
-            num_empty_captions=self.num_empty_captions,
-            bad=dict(sorted(self.budget.by_reason.items())),
-            shards=tuple(self.writer.shards),
-            samples=samples,
-        )
-
-
-def _publish(fs: Any, root: str, url: str, draft: _Draft) -> Manifest:
-    """Gives the shards their names and writes the index, `manifest.json` last."""
-    # The old manifest goes first: from here until the new one is there, no data set is claimed.
-    remove_files(fs, root, lambda name: name == MANIFEST_NAME)
-    stale = (SAMPLES_NAME, BAD_NAME)
-    remove_files(fs, root, lambda name: name in stale or bool(SHARD_PATTERN.fullmatch(name)))
-    draft.writer.publish()
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in draft.bad)
-    fs.pipe_file(join(root, BAD_NAME), lines.encode())
-    manifest = draft.manifest()
-    write_manifest(url, manifest)
-    return manifest
-
-
-def _members(
-    clip: Clip, source: bytes, captions: tuple[str, ...], settings: _Settings
-) -> dict[str, bytes]:
-    info = describe_video(source, key=clip.key)
-    if settings.layout == "frames":
-        frames, times_s = sample_frames(source, settings.num_frames, key=clip.key)
-        if settings.short_side is not None:
-            frames = resize_short_side(frames, settings.short_side)
-        digits = max(2, len(str(settings.num_frames - 1)))
-        members = {
-            f"{index:0{digits}d}.jpg": encode_jpeg(frame, settings.jpeg_quality)
-            for index, frame in enumerate(frames)
-        }
-    elif settings.reencode:
-        members = {
-            "mp4": reencode_video(
-                source,
-                short_side=settings.short_side,
-                keyframe_interval=settings.keyframe_interval,
-                key=clip.key,
-            )
-        }
-        times_s = ()
-    else:
-        if "mp4" not in info.container.split(","):
-            raise BadSample(
-                clip.key, "not_mp4", f"container {info.container}; --reencode turns it into MP4"
-            )
-        check_frames(source, key=clip.key)
-        members, times_s = {"mp4": source}, ()
-    text = json.dumps(
-        _meta(clip, captions, info, times_s),
-        ensure_ascii=False,
-        sort_keys=True,
-        separators=(",", ":"),
+def _check(plan: Plan, url: str, processes: int, task: int, num_tasks: int) -> None:
+    if not plan.clips:
+        raise ValueError(f"no usable clip to pack to {url}: no clip at all")
+    if not 0 <= task < num_tasks:
+        raise ValueError(f"task={task} must be from 0 to {num_tasks - 1}, num_tasks={num_tasks}")
+    if processes < 1:
+        raise ValueError(f"processes={processes} must be at least 1")
+    here = next(
+        (place for place in (url, *(c.video for c in plan.clips)) if "memory://" in place), ""
     )
-    return {"json": text.encode(), **members}
+    if here and processes > 1:
+        raise ValueError(
+            f"processes={processes} must be 1 (--processes 1) with {here}: other processes have"
+            " other memories"
+        )
 
 
-def _meta(
-    clip: Clip, captions: tuple[str, ...], info: VideoInfo, times_s: tuple[float, ...]
-) -> dict[str, Any]:
-    """The sample's JSON member."""
-    return {
-        "captions": captions,
-        "video_id": clip.video_id,
-        "frame_times_s": times_s,  # of the stored frames; empty where the video itself is stored
-        "source_size": [info.width, info.height],
-        "fps": round(info.frame_rate_hz, 6),
-        "duration_s": info.duration_s,
-    }
+class _Run:
+    """What one task does."""
 
+    def __init__(
+        self,
+        plan: Plan,
+        folder: PackingFolder,
+        budget: Budget,
+        on_progress: Callable[[PackProgress], object],
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._budget = budget
+        self._on_progress = on_progress
+        self._counted: set[int] = set()
+        self._num_done = self._num_clips = self._num_bytes = 0
 
-def _read_source(clip: Clip) -> bytes:
-    try:
-        with fsspec.open(clip.video, "rb") as file:
-            return file.read()  # type: ignore[union-attr]
-    except OSError as error:
-        raise BadSample(clip.key, "missing_file", f"{type(error).__name__}: {error}") from error
+    def make(self, share: range, processes: int) -> bool:
+        """Makes those shards of a share that are missing; False where the data set was completed
+        meanwhile."""
+        complete = self._complete()
+        sizes = {number: len(self._plan.shard_clips(number)) for number in share}
+        missing = [number for number in share if number not in complete]
+        to_do = sum(sizes[number] for number in missing)
+        self._num_clips = sum(sizes.values())
+        self._num_done = self._num_clips - to_do
+        self._tell()
+        clips = chain.from_iterable(self._plan.shard_clips(number) for number in missing)
+        processes = min(processes, max(1, to_do))
+        with closing(packed_clips(clips, self._plan.settings, processes)) as outcomes:
+            for number in missing:
+                if not self._folder.write_shard(
+                    number, self._told(islice(outcomes, sizes[number]))
+                ):
+                    return False
+                self._spend(self._folder.known_records())
+        return True
+
+    def published(self) -> Manifest | None:
+        """The data set, published now if all its shards are there."""
+        records = list(self._complete().values())
+        if len(records) < self._plan.num_shards:
+            return None if self._folder.goes_on() else read_manifest(self._folder.url)
+        bad = [entry for record in records for entry in record.bad]
+        manifest = self._manifest([record for record in records if record.samples], bad)
+        self._folder.publish(manifest, bad)
+        return manifest
+
+    def _manifest(self, records: list[ShardRecord], bad: list[Refused]) -> Manifest:
+        refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
+        if not records:
+            raise ValueError(f"no usable clip to pack to {self._folder.url}; refused: {refused}")
+        settings = self._plan.settings
+        samples = joined([record.samples for record in records])
+        return Manifest(
+            layout=settings.layout,
+            num_frames=settings.num_frames if settings.layout == "frames" else 0,
+            short_side=settings.short_side,
+            num_captions=int(samples.num_captions.sum()),
+            num_empty_captions=sum(record.num_empty_captions for record in records),
+            bad=refused,
+            shards=tuple(record.shard for record in records),
+            samples=samples,
+            fingerprint=self._plan.fingerprint,
+            generation=self._folder.generation,
+        )
+
+    def _complete(self) -> dict[int, ShardRecord]:
+        records = self._folder.records()
+        self._spend(records)
+        return records
+
+    def _spend(self, records: dict[int, ShardRecord]) -> None:
+        """Counts the bad clips of complete shards, whoever made them, against the budget."""
+        for number in sorted(records.keys() - self._counted):
+            self._counted.add(number)
+            for entry in records[number].bad:
+                self._budget.spend(entry.key, entry.reason, entry.detail)
+
+    def _told(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """The outcomes, counted."""
+        for outcome in outcomes:
+            self._num_done += 1
+            if isinstance(outcome, Refused):
+                self._budget.spend(outcome.key, outcome.reason, outcome.detail)
+            else:
+                self._num_bytes += len(outcome.stored)
+            self._tell()
+            yield outcome
+
+    def _tell(self) -> None:
+        self._on_progress(
+            PackProgress(
+                num_done=self._num_done, num_clips=self._num_clips, num_bytes=self._num_bytes
+            )
+        )

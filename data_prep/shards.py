@@ -1,133 +1,103 @@
-"""Writes samples into tar shards through webdataset's writer, under temporary names until all are
-complete."""
+"""Writes samples into a tar shard through webdataset's writer."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import math
-import re
+import os
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from webdataset.writer import TarWriter
 
-from tvr.data_prep.manifest import Samples, Shard, join
+from tvr.data_prep.manifest import Samples, Shard
 
-PARTIAL = ".partial"
-SHARD_PATTERN = re.compile(r"shard-\d{6,}\.tar")
 # Two empty blocks end a tar archive.
 END_OF_TAR = bytes(1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRow:
-    """One line of the manifest's columns; see Samples."""
+class TarSample:
+    """One sample as its shard stores it."""
 
     key: str
     video_id: str
-    shard: int
-    offset: int
-    length: int
-    crc32: int
+    stored: bytes
+    """Of `tar_bytes`."""
     num_captions: int
+    num_empty_captions: int = 0
+    """Dropped when packing."""
     content: int
+    """Of `content_hash`."""
 
 
 class ShardWriter:
-    """Fills one shard after another in the folder `root` of an fsspec file system."""
+    """Fills one tar file at a path of an fsspec file system; without samples there is no file."""
 
-    def __init__(self, fs: Any, root: str, samples_per_shard: int) -> None:
-        self.rows: list[SampleRow] = []
-        self.shards: list[Shard] = []
+    def __init__(self, fs: Any, path: str) -> None:
         self._fs = fs
-        self._root = root
-        self._samples_per_shard = samples_per_shard
+        self._path = path
         self._file: Any = None
         self._digest = hashlib.sha256()
-        self._offset = 0
-        self._num_samples = 0
+        self._num_bytes = 0
+        self._rows: list[tuple[str, str, int, int, int, int, int]] = []
 
-    def append(
-        self,
-        key: str,
-        video_id: str,
-        members: dict[str, bytes],
-        *,
-        num_captions: int,
-        content: int,
-    ) -> None:
-        """Writes one sample; `members` by extension, `content` as of `content_hash`."""
-        stored = tar_bytes(key, members)
+    def append(self, sample: TarSample) -> None:
+        """Writes one sample."""
         if self._file is None:
-            self._file = self._fs.open(self._partial(len(self.shards)), "wb")
-            self._digest, self._offset, self._num_samples = hashlib.sha256(), 0, 0
-        row = SampleRow(
-            key=key,
-            video_id=video_id,
-            shard=len(self.shards),
-            offset=self._offset,
-            length=len(stored),
-            crc32=zlib.crc32(stored),
-            num_captions=num_captions,
-            content=content,
+            self._file = self._fs.open(self._path, "wb")
+        row = (
+            *(sample.key, sample.video_id, self._num_bytes, len(sample.stored)),
+            *(zlib.crc32(sample.stored), sample.num_captions, sample.content),
         )
-        self._write(stored)
-        self.rows.append(row)
-        self._num_samples += 1
-        if self._num_samples == self._samples_per_shard:
-            self.end_shard()
+        self._write(sample.stored)
+        self._rows.append(row)
 
-    def end_shard(self) -> None:
-        """Completes the open shard, if there is one."""
-        if self._file is None:
-            return
-        self._write(END_OF_TAR)
-        self.close()
-        self.shards.append(
-            Shard(
-                name=f"shard-{len(self.shards):06d}.tar",
-                num_samples=self._num_samples,
-                shard_bytes=self._offset,
-                sha256=self._digest.hexdigest(),
-            )
+    def finish(self, name: str) -> tuple[Shard, Samples]:
+        """Completes the file; its description under the name it will have, and its rows."""
+        if self._file is not None:
+            self._write(END_OF_TAR)
+            if isinstance(self._fs, LocalFileSystem):
+                self._file.flush()
+                os.fsync(self._file.fileno())  # a name must not outlive its content in a crash
+            self.close()
+        shard = Shard(
+            name=name,
+            num_samples=len(self._rows),
+            shard_bytes=self._num_bytes,
+            sha256=self._digest.hexdigest(),
         )
+        return shard, self._columns()
 
     def close(self) -> None:
-        """Closes the open file, complete or not."""
+        """Closes the file, complete or not."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def publish(self) -> None:
-        """Gives the complete shards their names."""
-        for number, shard in enumerate(self.shards):
-            self._fs.mv(self._partial(number), join(self._root, shard.name))
-
-    def columns(self) -> Samples:
-        """The rows written, as the manifest stores them."""
+    def _columns(self) -> Samples:
+        columns = zip(*self._rows, strict=True) if self._rows else ((),) * 7
+        key, video_id, offset, length, crc32, num_captions, content = columns
         return Samples(
-            key=np.array([row.key for row in self.rows], dtype=np.str_),
-            video_id=np.array([row.video_id for row in self.rows], dtype=np.str_),
-            shard=np.array([row.shard for row in self.rows], dtype=np.int32),
-            offset=np.array([row.offset for row in self.rows], dtype=np.int64),
-            length=np.array([row.length for row in self.rows], dtype=np.int64),
-            crc32=np.array([row.crc32 for row in self.rows], dtype=np.uint32),
-            num_captions=np.array([row.num_captions for row in self.rows], dtype=np.int32),
-            content=np.array([row.content for row in self.rows], dtype=np.uint64),
+            key=np.array(key, dtype=np.str_),
+            video_id=np.array(video_id, dtype=np.str_),
+            shard=np.zeros(len(self._rows), dtype=np.int32),
+            offset=np.array(offset, dtype=np.int64),
+            length=np.array(length, dtype=np.int64),
+            crc32=np.array(crc32, dtype=np.uint32),
+            num_captions=np.array(num_captions, dtype=np.int32),
+            content=np.array(content, dtype=np.uint64),
         )
-
-    def _partial(self, number: int) -> str:
-        return join(self._root, f"shard-{number:06d}.tar{PARTIAL}")
 
     def _write(self, content: bytes) -> None:
         self._file.write(content)
         self._digest.update(content)
-        self._offset += len(content)
+        self._num_bytes += len(content)
 
 
 def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
@@ -147,10 +117,3 @@ def content_hash(source: bytes, span: tuple[float, float | None] | None) -> int:
         start_s, end_s = span
         digest.update(struct.pack("<2d", start_s, math.inf if end_s is None else end_s))
     return int.from_bytes(digest.digest(), "little")
-
-
-def remove_files(fs: Any, root: str, chosen: Callable[[str], bool]) -> None:
-    """Removes the files of a folder whose names are chosen."""
-    for path in fs.ls(root, detail=False):
-        if chosen(path.rsplit("/", 1)[-1]):
-            fs.rm_file(path)

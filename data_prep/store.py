@@ -1,10 +1,12 @@
-"""Reads the files of a data set; a remote store that fails for a moment is asked again, with
-back-off."""
+"""Reads files from any store, one that fails for a moment again and with back-off; writes them
+whole or not at all."""
 
 from __future__ import annotations
 
 import logging
 import os
+import uuid
+from contextlib import suppress
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -29,6 +31,8 @@ PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirector
 PASSING = frozenset({408, 429})
 PAST_THE_END = 416
 
+PARTIAL = ".partial"
+
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +53,11 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises as `read_range`."""
-        return self._read(name, None, None, ATTEMPTS)
+        return self._read(self.path(name), None, None, ATTEMPTS)
+
+    def read_root(self) -> bytes:
+        """The file at the URL itself. Raises as `read_range`."""
+        return self._read(self._root, None, None, ATTEMPTS)
 
     def read_range(self, name: str, start: int, end: int, attempts: int | None = None) -> bytes:
         """Bytes start to end of a file, or what there is of them.
@@ -59,26 +67,27 @@ class Store:
             OSError: all else that the store answers, after `attempts` (none: ATTEMPTS) if it might
                 have passed. The clients' own errors come as OSErrors, too.
         """
-        content = self._read(name, start, end, ATTEMPTS if attempts is None else attempts)
+        path = self.path(name)
+        content = self._read(path, start, end, ATTEMPTS if attempts is None else attempts)
         if len(content) > end - start:
             raise OSError(
-                f"{self.path(name)}: asked for {end - start} bytes, got {len(content)}: this store"
+                f"{path}: asked for {end - start} bytes, got {len(content)}: this store"
                 " ignores byte ranges"
             )
         return content
 
-    def _read(self, name: str, start: int | None, end: int | None, attempts: int) -> bytes:
+    def _read(self, path: str, start: int | None, end: int | None, attempts: int) -> bytes:
         retrying = Retrying(
             stop=stop_after_attempt(1 if self.is_local else attempts),
             wait=wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
             retry=retry_if_exception(_may_pass),
-            before_sleep=lambda state: self._log(name, state),
+            before_sleep=lambda state: self._log(path, state),
             reraise=True,
         )
         try:
             # Not through open(): over HTTP that asks for the size first, and calls every failure
             # thereof a missing file.
-            return retrying(self._file_system().cat_file, self.path(name), start=start, end=end)
+            return retrying(self._file_system().cat_file, path, start=start, end=end)
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -86,7 +95,7 @@ class Store:
                 raise
             if _status(error) == PAST_THE_END:
                 return b""
-            raise OSError(f"{self.path(name)}: {type(error).__name__}: {error}") from error
+            raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
     def _file_system(self) -> Any:
         if self._pid != os.getpid():
@@ -94,7 +103,7 @@ class Store:
             self._fs, self._pid = url_to_fs(self._url)[0], os.getpid()
         return self._fs
 
-    def _log(self, name: str, state: RetryCallState) -> None:
+    def _log(self, path: str, state: RetryCallState) -> None:
         """The retries 1, 2, 4, 8, ... of this process: a store that fails often fills no log."""
         error = state.outcome.exception() if state.outcome else None
         if error is not None:
@@ -105,12 +114,29 @@ class Store:
         if self.num_retries & (self.num_retries - 1) == 0:
             log.warning(
                 "%s: attempt %d failed, trying again (retry %d of this process): %s: %s",
-                self.path(name),
+                path,
                 state.attempt_number,
                 self.num_retries,
                 type(error).__name__,
                 error,
             )
+
+
+def partial_name(path: str) -> str:
+    """A temporary name for a file; no two writers have the same."""
+    return f"{path}.{uuid.uuid4().hex}{PARTIAL}"
+
+
+def write_whole(fs: Any, path: str, content: bytes) -> None:
+    """Writes a file of an fsspec file system beside its place, then renames it."""
+    partial = partial_name(path)
+    try:
+        fs.pipe_file(partial, content)
+        fs.mv(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            fs.rm_file(partial)
+        raise
 
 
 def _is_of_store(error: BaseException) -> bool:

@@ -51,6 +51,26 @@ def test_csv_merges_rows_of_a_video_in_file_order(tmp_path: Path) -> None:
     assert clips[0].video == "memory://films/b.mp4"
 
 
+def test_cuts_have_keys_of_their_own_and_merge_when_equal(tmp_path: Path) -> None:
+    text = (
+        "video,caption,start,end,key\nv.mp4,one,1.5,3,\nv.mp4,two,3,,\nv.mp4,whole,,,\n"
+        "v.mp4,three,1.5,3.0,\nv.mp4,named,0,2,k\n"
+    )
+    clips = read_annotations(write(tmp_path, "a.csv", text))
+    assert [(clip.key, clip.captions, clip.span) for clip in clips] == [
+        ("v_1500_3000", ("one", "three"), (1.5, 3.0)),
+        ("v_3000_end", ("two",), (3.0, None)),
+        ("v", ("whole",), None),
+        ("k", ("named",), (0.0, 2.0)),
+    ]
+    lines = [{"video": "v.mp4", "caption": "x", "start": 2, "end": 4.25}]
+    (clip,) = read_annotations(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines))))
+    assert (clip.key, clip.start_s, clip.end_s) == ("v_2000_4250", 2.0, 4.25)
+    columns = {"video": ["v.mp4"], "caption": ["x"], "start": [None], "end": [7]}
+    (clip,) = read_annotations(write_parquet(tmp_path, columns))
+    assert (clip.key, clip.span) == ("v_0_7000", (0.0, 7.0))
+
+
 def test_gzip_on_another_file_system() -> None:
     url = "memory://annotations/a.jsonl.gz"
     with fsspec.open(url, "wb") as file:
@@ -163,6 +183,11 @@ JSONL_ERRORS = [
     ('{"video": 3, "caption": "x"}', r"a\.jsonl:1: video=3 must be a text"),
     ('{"video": "v.mp4", "caption": "x", "key": "a.b"}', r"a\.jsonl:1: key='a\.b' must be 1 to 80"),
     ('{"video": "v.mp4", "caption": "x", "key": "a/b"}', r"a\.jsonl:1: key='a/b' must be"),
+    ('{"video": "v.mp4", "caption": "x", "end": true}', r"a\.jsonl:1: end=True must be a number"),
+    (
+        '{"video": "v.mp4", "caption": "x", "start": -1}',
+        r"a\.jsonl:1: start=-1.0 and end=None must",
+    ),
     ('{"clip_name": "v"}', r"a\.jsonl:1: clip_name='v' and caption=None must be text"),
     ('{"clip_name": "", "caption": "x"}', r"a\.jsonl:1: clip_name='' and caption='x' must"),
     (
@@ -205,6 +230,13 @@ CSV_ERRORS = [
     ('video,caption\nv.mp4,"x\n', r"a\.csv:2: not CSV"),
     ("video,caption,video_id\nv.mp4,x,A\nv.mp4,y,B\n", r"a\.csv:3: video_id='B' differs from 'A'"),
     ("video,caption\np/v.mp4,x\nq/v.mp4,y\n", r"a\.csv:3: duplicate key 'v'"),
+    ("video,caption,start\nv.mp4,x,soon\n", r"a\.csv:2: start='soon' must be a number of sec"),
+    ("video,caption,start\nv.mp4,x,nan\n", r"a\.csv:2: start='nan' must be a number"),
+    ("video,caption,start,end\nv.mp4,x,3,2\n", r"a\.csv:2: start=3.0 and end=2.0 must be 0 <= st"),
+    (
+        "video,caption,start,key\nv.mp4,x,1,k\nv.mp4,y,2,k\n",
+        r"a\.csv:3: duplicate key 'k', first at .*a\.csv:2",
+    ),
 ]
 
 

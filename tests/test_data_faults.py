@@ -17,10 +17,16 @@ from clip_files import numbered_video, sound_only, tokenize
 from fsspec.core import url_to_fs
 from http_store import HttpStore, served
 
-from tvr.data_prep.manifest import Manifest, read_manifest, write_manifest
+from tvr.data_prep.manifest import (
+    Manifest,
+    joined,
+    read_manifest,
+    shard_name,
+    write_manifest,
+)
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.data_prep.shard_cache import CacheFolder
-from tvr.data_prep.shards import ShardWriter
+from tvr.data_prep.shards import ShardWriter, TarSample, tar_bytes
 from tvr.data_prep.stream import evaluation_batches, train_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -36,14 +42,20 @@ def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard
     `pack_shards` this refuses nothing."""
     folder.mkdir()
     url = str(folder)
-    writer = ShardWriter(url_to_fs(url)[0], url, samples_per_shard)
-    for row, key in enumerate(KEYS):
-        video = members.get(key, numbered_video(4, first=8 * row % 256, bframes=0))
-        text = f'{{"captions":["clip {row}"],"video_id":"{key}","frame_times_s":[]}}'
-        files = {"json": text.encode()} | ({} if video is None else {"mp4": video})
-        writer.append(key, key, files, num_captions=1, content=row)
-    writer.end_shard()
-    writer.publish()
+    shards, parts = [], []
+    for first in range(0, NUM_SAMPLES, samples_per_shard):
+        name = shard_name(first // samples_per_shard, 0)
+        writer = ShardWriter(url_to_fs(url)[0], f"{url}/{name}")
+        for row, key in list(enumerate(KEYS))[first : first + samples_per_shard]:
+            video = members.get(key, numbered_video(4, first=8 * row % 256, bframes=0))
+            text = f'{{"captions":["clip {row}"],"video_id":"{key}","frame_times_s":[]}}'
+            files = {"json": text.encode()} | ({} if video is None else {"mp4": video})
+            stored = tar_bytes(key, files)
+            sample = TarSample(key=key, video_id=key, stored=stored, num_captions=1, content=row)
+            writer.append(sample)
+        shard, samples = writer.finish(name)
+        shards.append(shard)
+        parts.append(samples)
     manifest = Manifest(
         layout="video",
         num_frames=0,
@@ -51,8 +63,8 @@ def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard
         num_captions=NUM_SAMPLES,
         num_empty_captions=0,
         bad={},
-        shards=tuple(writer.shards),
-        samples=writer.columns(),
+        shards=tuple(shards),
+        samples=joined(parts),
     )
     write_manifest(url, manifest)
     return url

@@ -20,6 +20,7 @@ from rich.progress import track
 from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.manifest import MANIFEST_NAME
 from tvr.data_prep.pack import pack_shards
+from tvr.data_prep.pack_progress import shown_progress
 from tvr.data_prep.shapes import ANNOTATIONS, Scene, demo_scenes, write_clips
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.run_dir import write_whole
@@ -128,7 +129,7 @@ def prepare_demo(
         else:
             _render(folder, scenes, workers, training=split == "train")
             say(f"clips/{split}: {len(scenes)} clips rendered")
-        _pack(paths, split, num_frames, image_size, say)
+        _pack(paths, split, num_frames, image_size, workers, say)
     if (paths.tokenizer / "tokenizer_config.json").exists():
         say("tokenizer: complete")
         return
@@ -174,6 +175,7 @@ def _pack(
     split: str,
     num_frames: int,
     image_size: int,
+    workers: int,
     say: Callable[[str], None],
 ) -> None:
     url = str(paths.data(split))
@@ -181,15 +183,19 @@ def _pack(
         say(f"data/{split}: complete")
         return
     clips = read_annotations(str(paths.clips / split / ANNOTATIONS))
-    manifest = pack_shards(
-        _tracked(clips, f"pack {split}", len(clips)),
-        url,
-        layout="frames",
-        num_frames=num_frames,
-        short_side=image_size,
-        jpeg_quality=95,
-        samples_per_shard=500,
-    )
+    with shown_progress(f"pack {split}") as on_progress:
+        manifest = pack_shards(
+            clips,
+            url,
+            layout="frames",
+            num_frames=num_frames,
+            short_side=image_size,
+            jpeg_quality=95,
+            samples_per_shard=500,
+            processes=workers,
+            on_progress=on_progress,
+        )
+    assert manifest is not None, "this is the only task"
     say(f"data/{split}: {manifest.num_samples} clips in {len(manifest.shards)} shards")
 
 
