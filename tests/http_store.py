@@ -23,6 +23,15 @@ class HttpStore:
         self.asked: list[str] = []
         self._lock = threading.Lock()
 
+    def fail_every_third_of_a_file(self) -> None:
+        """Readers at a time, one a file, cannot take all the failures from each other."""
+
+        def fails(number: int) -> bool:
+            name = self.asked[number - 1]
+            return self.asked[:number].count(name) % 3 == 0
+
+        self.fails = fails
+
     def answer(self, name: str, byte_range: str | None) -> tuple[int, bytes]:
         with self._lock:
             self.asked.append(name)

@@ -167,7 +167,7 @@ def test_over_a_store_that_fails_every_third_read(
     monkeypatch.setattr("tvr.data_prep.store.FIRST_WAIT_S", 0)
     expected = described(url)
     with served(Path(url)) as store:
-        store.fails = lambda number: number % 3 == 0
+        store.fail_every_third_of_a_file()
         assert described(store.url, jobs=3) == expected
         shown = shown_samples(store.url, read_manifest(store.url), 4)
     assert shown == shown_samples(url, read_manifest(url), 4)
