@@ -4,6 +4,7 @@ global batches is the same; a late start costs what an early one does."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from hypothesis import strategies as st
 
 from tvr.data_prep import draw
 from tvr.data_prep.images import encode_jpeg
-from tvr.data_prep.manifest import Manifest, write_manifest
+from tvr.data_prep.manifest import Manifest, joined, shard_name, write_manifest
 from tvr.data_prep.order import SampleOrder, caption_choice
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch
-from tvr.data_prep.shards import ShardWriter
+from tvr.data_prep.shards import ShardWriter, TarSample, tar_bytes
 from tvr.data_prep.store import Store
 from tvr.data_prep.stream import train_batches
 
@@ -61,25 +62,16 @@ def starts(pick: st.DrawFn) -> Start:
 def write_shards(folder: Path, sizes: list[int]) -> str:
     """Shards of these sizes; sample i is a grey picture of its own with i % 3 + 1 captions."""
     folder.mkdir()
-    writer = ShardWriter(LocalFileSystem(), str(folder), samples_per_shard=10**6)
+    written = []
     number = 0
-    for size in sizes:
+    for index, size in enumerate(sizes):
+        name = shard_name(index, 0)
+        writer = ShardWriter(LocalFileSystem(), str(folder / name))
         for _ in range(size):
-            captions = ",".join(f'"{text}"' for text in captions_of(number))
-            text = f'{{"captions":[{captions}],"video_id":"v{number}","frame_times_s":[0.0]}}'
-            picture = np.full((SIDE, SIDE, 3), number, dtype=np.uint8)
-            members = {"json": text.encode(), "0.jpg": encode_jpeg(picture, 95)}
-            writer.append(
-                f"c{number}",
-                f"v{number}",
-                members,
-                num_captions=len(captions_of(number)),
-                content=number,
-            )
+            writer.append(tar_sample(number))
             number += 1
-        writer.end_shard()
-    writer.publish()
-    samples = writer.columns()
+        written.append(writer.finish(name))
+    samples = joined([rows for _, rows in written])
     manifest = Manifest(
         layout="frames",
         num_frames=1,
@@ -87,11 +79,25 @@ def write_shards(folder: Path, sizes: list[int]) -> str:
         num_captions=int(samples.num_captions.sum()),
         num_empty_captions=0,
         bad={},
-        shards=tuple(writer.shards),
+        shards=tuple(shard for shard, _ in written),
         samples=samples,
     )
     write_manifest(str(folder), manifest)
     return str(folder)
+
+
+def tar_sample(number: int) -> TarSample:
+    key, video_id, captions = f"c{number}", f"v{number}", captions_of(number)
+    meta = {"captions": captions, "video_id": video_id, "frame_times_s": [0.0]}
+    picture = np.full((SIDE, SIDE, 3), number, dtype=np.uint8)
+    members = {"json": json.dumps(meta).encode(), "0.jpg": encode_jpeg(picture, 95)}
+    return TarSample(
+        key=key,
+        video_id=video_id,
+        stored=tar_bytes(key, members),
+        num_captions=len(captions),
+        content=number,
+    )
 
 
 def captions_of(number: int) -> list[str]:
