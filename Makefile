@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := data_prep kernels launchers trainer
 
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo test check fix bench ffcv clean
 
 help:
 	@echo "make demo   render clips, train a small model on two ranks, write report.html (about 15 minutes)"
 	@echo "make test   the test suite (TEST_ARGS='-q -k name' for a part)"
 	@echo "make check  formatting, lint and types; 'make fix' repairs the first two"
+	@echo "make ffcv   the optional package for betons; compiles it (README.md names the system packages)"
 	@echo "make bench  the kernels' benchmarks, one line of JSON each (some minutes)"
 
 $(READY): pyproject.toml constraints.txt
@@ -41,6 +42,15 @@ check: $(READY)
 
 fix: $(READY)
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+# FFCV asks pkg-config for all of OpenCV and includes all of it, and needs two of its modules.
+ffcv: $(READY)
+	@mkdir -p build/ffcv/opencv2
+	@printf '#include <opencv2/%s.hpp>\n' core imgproc > build/ffcv/opencv2/opencv.hpp
+	@printf '%s\n' 'Name: opencv4' 'Description: what FFCV needs of OpenCV' 'Version: 4' \
+		'Libs: -lopencv_imgproc -lopencv_core' 'Cflags: -I$${pcfiledir} -I/usr/include/opencv4' > build/ffcv/opencv4.pc
+	@PKG_CONFIG_PATH="$(CURDIR)/build/ffcv:$$PKG_CONFIG_PATH" \
+		$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[ffcv]'
 
 bench: $(READY)
 	@$(BIN)/tvr bench kernels --json -

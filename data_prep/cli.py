@@ -5,10 +5,12 @@ Exit codes: 0 done; 2 bad usage, bad input or too many bad clips.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import tyro
 from pydantic import ConfigDict
@@ -30,8 +32,12 @@ USER_ERRORS = (ValueError, OSError, BadSample, TooManyBadSamples, ShardCorrupt, 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class PackArguments:
-    """Packs annotated videos into WebDataset shards with a manifest."""
+    """Packs annotated videos into WebDataset shards with a manifest.
 
+    A packed data set becomes an FFCV file with `tvr pack --format beton` (see its --help)."""
+
+    format: Literal["webdataset"] = "webdataset"
+    """Of the data set to write."""
     annotations: str
     """JSONL, CSV or Parquet file (path or fsspec URL); with --dataset the folder of its files."""
     out: str
@@ -72,7 +78,18 @@ class PackArguments:
 
 def pack(argv: Sequence[str]) -> int:
     """`tvr pack`: returns the exit code."""
+    if _asks_for_beton(argv):
+        from tvr.data_prep.beton_cli import pack_beton
+
+        return pack_beton(argv)
     return reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))
+
+
+def _asks_for_beton(argv: Sequence[str]) -> bool:
+    # Its other options are not those of packing videos.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--format")
+    return parser.parse_known_args(argv)[0].format == "beton"
 
 
 def reported(command: str, action: Callable[[], int]) -> int:

@@ -85,15 +85,15 @@ class Runs:
     (None: no end)."""
 
     def __init__(self, first: int, stride: int, length: int, end: int | None) -> None:
+        self.length = length
         self._first = first
         self._stride = stride
-        self._length = length
         self._end = end
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self._first
         while self._end is None or start < self._end:
-            stop = start + self._length
+            stop = start + self.length
             yield list(range(start, stop if self._end is None else min(stop, self._end)))
             start += self._stride
 

@@ -32,7 +32,7 @@ Layout = Literal["video", "frames"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One tar file."""
+    """One file of samples: a tar archive, or the beton of a whole data set."""
 
     name: str
     num_samples: int
@@ -78,6 +78,9 @@ class Manifest:
     """Of the clips and settings it was packed from; see plan."""
     generation: int = 0
     """How many data sets lay in the folder before it."""
+    beton: Shard | None = None
+    """The one file that holds the samples instead of the shards it was made from; those still give
+    the order."""
 
     @property
     def num_samples(self) -> int:
@@ -87,6 +90,21 @@ class Manifest:
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples in each shard: what the sample order is a function of."""
         return tuple(shard.num_samples for shard in self.shards)
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """The files that hold the samples, in the order of their rows."""
+        return self.shards if self.beton is None else (self.beton,)
+
+    def rows_in(self, file: int) -> list[int]:
+        """The samples that lie in a file."""
+        if self.beton is not None:
+            return list(range(self.num_samples))
+        return np.flatnonzero(self.samples.shard == file).tolist()
+
+    def file_of(self, shard: int) -> Shard:
+        """The file that the byte ranges of a shard's samples are of."""
+        return self.shards[shard] if self.beton is None else self.beton
 
 
 def shard_name(number: int, generation: int) -> str:
@@ -143,6 +161,7 @@ def read_manifest(url: str) -> Manifest:
             samples=samples,
             fingerprint=fields["fingerprint"],
             generation=fields["generation"],
+            beton=Shard(**fields["beton"]) if fields.get("beton") else None,
         )
     except (KeyError, TypeError) as error:
         raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: damaged or edited: {error!r}") from error
@@ -169,6 +188,7 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         "bad": manifest.bad,
         "samples": {"name": samples, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
         "shards": [asdict(shard) for shard in manifest.shards],
+        "beton": asdict(manifest.beton) if manifest.beton else None,
     }
     fs, root = url_to_fs(url)
     write_whole(fs, join(root, samples), buffer.getvalue())

@@ -9,7 +9,7 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,7 +21,8 @@ from tvr.data_prep.decode import sample_frames
 from tvr.data_prep.decoders import Decoder, SampleFrames, frame_sampler
 from tvr.data_prep.frame_choice import segment_frames
 from tvr.data_prep.images import decode_jpeg, fit_square
-from tvr.data_prep.manifest import Shard, read_manifest
+from tvr.data_prep.jpeg_stack import split_stack, stack_names
+from tvr.data_prep.manifest import Manifest, read_manifest
 from tvr.data_prep.records import BadSample, Sample
 from tvr.data_prep.shard_cache import CacheFolder, ShardCache
 from tvr.data_prep.store import Store
@@ -82,10 +83,13 @@ class SampleReader:
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = _ShardFiles(url, self.manifest.shards, shard_cache)
+        self._files = _ShardFiles(url, self.manifest, shard_cache)
         self._sample_frames = frame_sampler(decoder)
+        if self.manifest.beton is not None:
+            cache_bytes = 0  # FFCV decodes every batch anew
         self._cache = SampleCache(cache_bytes)
         self._keeps_samples = cache_bytes > 0
+        self._held: dict[int, tuple[bytes, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -110,6 +114,11 @@ class SampleReader:
         if self._files.ahead is not None:
             self._files.ahead.want(shards)
 
+    def hold(self, decoded: dict[int, tuple[bytes, np.ndarray]]) -> None:
+        """Takes samples that somebody else read, checked and decoded: the JSON and all stored
+        frames by row, instead of those held before."""
+        self._held = decoded
+
     def read(self, row: int, view: View | None = None) -> Sample:
         """Frames at (num_frames or fewer, image_size, image_size, 3): those a view shows, or the
         middle ones' squares at the centre. Raises BadSample.
@@ -127,11 +136,28 @@ class SampleReader:
     ) -> tuple[SampleMeta, np.ndarray, tuple[float, ...]]:
         """A sample's frames (num_frames or fewer, H, W, 3) as stored, those that `segment_frames`
         names, with their times. Raises BadSample."""
-        key, members = self.key(row), self.members(row)
+        key = self.key(row)
+        if row in self._held:
+            return self._chosen(key, *self._held[row], num_frames, offsets)
+        members = self.members(row)
         meta = parse_meta(key, members)
         return meta, *decode_members(
             key, members, meta, num_frames, offsets=offsets, sample=self._sample_frames
         )
+
+    def _chosen(
+        self,
+        key: str,
+        text: bytes,
+        frames: np.ndarray,
+        num_frames: int,
+        offsets: Sequence[float] | None,
+    ) -> tuple[SampleMeta, np.ndarray, tuple[float, ...]]:
+        meta = parse_meta(key, {"json": text, **dict.fromkeys(stack_names(len(frames)), b"")})
+        chosen = segment_frames(len(frames), num_frames, offsets)
+        if len(frames) > num_frames:
+            frames = frames[chosen]
+        return meta, frames, tuple(meta.frame_times_s[i] for i in chosen)
 
     def _load(self, row: int, view: View | None) -> Sample:
         num_frames, offsets = self.num_frames, None if view is None else view.offsets
@@ -158,27 +184,26 @@ class SampleReader:
         return replace(kept, frames=frames, frame_times_s=times_s)
 
     def members(self, row: int) -> dict[str, bytes]:
-        """Checked tar members of a sample by extension. Raises BadSample."""
+        """Checked members of a sample by extension. Raises BadSample."""
         samples = self.manifest.samples
-        key, length = self.key(row), int(samples.length[row])
-        shard, offset, crc32 = (
-            int(column[row]) for column in (samples.shard, samples.offset, samples.crc32)
+        shard, offset, length, crc32 = (
+            int(column[row])
+            for column in (samples.shard, samples.offset, samples.length, samples.crc32)
         )
-        content = self._files.read(shard, offset, length, crc32, key)
-        return parse_members(content, key, length, crc32)
+        content = self._files.read(shard, offset, length, crc32, self.key(row))
+        return parse_range(self.manifest, row, content)
 
 
-def parse_members(content: bytes, key: str, length: int, crc32: int) -> dict[str, bytes]:
-    """Splits a sample's byte range into members by extension; refuses bytes that are not the packed
-    ones."""
-    if len(content) != length:
-        raise BadSample(
-            key, "checksum", f"{len(content)} of {length} bytes are there: the shard is truncated"
-        )
-    if zlib.crc32(content) != crc32:
-        raise BadSample(
-            key, "checksum", f"crc32 {zlib.crc32(content):08x} is not the packed {crc32:08x}"
-        )
+def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes]:
+    """Splits the byte range of a sample of a data set into its members, as `parse_members`."""
+    samples = manifest.samples
+    key, length, crc32 = str(samples.key[row]), int(samples.length[row]), int(samples.crc32[row])
+    split = split_tar if manifest.beton is None else split_stack
+    return parse_members(content, key, length, crc32, split)
+
+
+def split_tar(content: bytes, key: str) -> dict[str, bytes]:
+    """A sample's range of a shard -> its members by extension. Raises BadSample."""
     # webdataset annotates its file argument as a TarFile, which it is not. group_by_keys copies the
     # shard's URL into each group; there is none for a range in memory.
     files = (
@@ -191,6 +216,26 @@ def parse_members(content: bytes, key: str, length: int, crc32: int) -> dict[str
             key, "missing_member", f"the range holds {[group['__key__'] for group in groups]}"
         )
     return {name: value for name, value in groups[0].items() if not name.startswith("__")}
+
+
+def parse_members(
+    content: bytes,
+    key: str,
+    length: int,
+    crc32: int,
+    split: Callable[[bytes, str], dict[str, bytes]] = split_tar,
+) -> dict[str, bytes]:
+    """Splits a sample's byte range into members by extension; refuses bytes that are not the packed
+    ones."""
+    if len(content) != length:
+        raise BadSample(
+            key, "checksum", f"{len(content)} of {length} bytes are there: the file is truncated"
+        )
+    if zlib.crc32(content) != crc32:
+        raise BadSample(
+            key, "checksum", f"crc32 {zlib.crc32(content):08x} is not the packed {crc32:08x}"
+        )
+    return split(content, key)
 
 
 def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
@@ -238,14 +283,14 @@ class _ShardFiles:
     """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
     reading."""
 
-    def __init__(self, url: str, shards: Sequence[Shard], folder: CacheFolder | None) -> None:
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+    def __init__(self, url: str, manifest: Manifest, folder: CacheFolder | None) -> None:
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
         self.ahead: ShardsAhead | None = None
         self._store = Store(url)
-        self._names = [shard.name for shard in shards]
+        self._manifest = manifest
         self._cache: ShardCache | None = None
-        if folder is not None and not self._store.is_local:
-            self._cache = ShardCache(folder, self._store, shards)
+        if folder is not None and not self._store.is_local and manifest.beton is None:
+            self._cache = ShardCache(folder, self._store, manifest.shards)
             # With less room the next shards would push out those being read.
             if folder.max_bytes >= 2 * self._cache.window_bytes:
                 self.ahead = ShardsAhead(self._cache)
@@ -253,10 +298,10 @@ class _ShardFiles:
     def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
         """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,
         since the store may have better bytes."""
-        name = self._names[shard]
+        name = self._manifest.file_of(shard).name
         try:
             if self._store.is_local:
-                return self._read_local(shard, offset, length)
+                return self._read_local(name, offset, length)
             if self._cache is not None:
                 content = self._cache.read(shard, offset, length)
                 if content is not None and zlib.crc32(content) == crc32:
@@ -269,25 +314,24 @@ class _ShardFiles:
         except OSError as error:
             raise BadSample(key, "read_error", str(error)) from error
 
-    def _read_local(self, shard: int, offset: int, length: int) -> bytes:
+    def _read_local(self, name: str, offset: int, length: int) -> bytes:
         try:
-            return os.pread(self._descriptor(shard), length, offset)
+            return os.pread(self._descriptor(name), length, offset)
         except OSError as error:
-            if error.errno != errno.ESTALE or shard not in self._descriptors:
+            if error.errno != errno.ESTALE or name not in self._descriptors:
                 raise
             # A network file system forgot the open file, for example after its server restarted.
-            os.close(self._descriptors.pop(shard))
-            return os.pread(self._descriptor(shard), length, offset)
+            os.close(self._descriptors.pop(name))
+            return os.pread(self._descriptor(name), length, offset)
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, name: str) -> int:
         # Safe to share with forked workers: pread has no file position.
-        if shard not in self._descriptors:
+        if name not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
-            path = self._store.path(self._names[shard])
-            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
+            self._descriptors[name] = os.open(self._store.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptors.move_to_end(name)
+        return self._descriptors[name]
 
     def __del__(self) -> None:
         if self.ahead is not None:

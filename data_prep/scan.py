@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 from tvr.data_prep.manifest import Manifest, Shard
-from tvr.data_prep.reader import parse_members
+from tvr.data_prep.reader import parse_range
 from tvr.data_prep.store import Store
 
 # One request of a scan; a shard in turn holds this much, or one sample where that is larger.
@@ -78,12 +78,9 @@ class ShardBytes:
 
 
 def read_members(file: ShardBytes, manifest: Manifest, row: int) -> dict[str, bytes]:
-    """Checked tar members of a sample by extension. Raises BadSample, and as `Store.read_range`."""
-    samples = manifest.samples
-    offset, length, crc32 = (
-        int(column[row]) for column in (samples.offset, samples.length, samples.crc32)
-    )
-    return parse_members(file.read(offset, length), str(samples.key[row]), length, crc32)
+    """Checked members of a sample by extension. Raises BadSample, and as `Store.read_range`."""
+    offset, length = int(manifest.samples.offset[row]), int(manifest.samples.length[row])
+    return parse_range(manifest, row, file.read(offset, length))
 
 
 def in_threads(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from tvr.data_prep.captions import CaptionTally
 from tvr.data_prep.manifest import Manifest
-from tvr.data_prep.reader import decode_members, parse_members, parse_meta
+from tvr.data_prep.reader import decode_members, parse_meta, parse_range
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.scan import CHUNK_BYTES, Meter, ShardBytes, read_members
 from tvr.data_prep.store import Store
@@ -45,20 +43,26 @@ class Scan:
 def place(manifest: Manifest, row: int) -> str:
     """Where a sample is, "shard: key"."""
     samples = manifest.samples
-    return f"{manifest.shards[int(samples.shard[row])].name}: {samples.key[row]}"
+    return f"{manifest.file_of(int(samples.shard[row])).name}: {samples.key[row]}"
 
 
 def check_shard(
     store: Store, manifest: Manifest, decode_rows: set[int], meter: Meter, number: int
 ) -> Scan:
-    """Reads a shard once, from its first byte to its last; decodes the frames of `decode_rows`."""
-    shard, samples = manifest.shards[number], manifest.samples
+    """Reads a file of samples once, from its first byte to its last; decodes the frames of
+    `decode_rows`."""
+    shard, samples = manifest.files[number], manifest.samples
     scan, digest = Scan(), hashlib.sha256()
     file = ShardBytes(store, shard, meter, ahead=CHUNK_BYTES)
-    end = 0  # of the samples so far, which lie end to end
+    end = 0  # of the samples so far, which lie end to end in a shard
     try:
-        for row in np.flatnonzero(samples.shard == number).tolist():
+        for row in manifest.rows_in(number):
             offset, length = int(samples.offset[row]), int(samples.length[row])
+            if manifest.beton is not None and offset > end:  # FFCV's own: header, pages' ends
+                gap = file.read(end, offset - end)
+                digest.update(gap)
+                scan.num_bytes += len(gap)
+                end = offset
             content = file.read(end, length)
             digest.update(content)
             if offset != end:
@@ -89,8 +93,8 @@ def check_shard(
 def read_captions(store: Store, manifest: Manifest, meter: Meter, number: int) -> Scan:
     """The captions of a shard's samples; what cannot be read is counted only."""
     samples, scan = manifest.samples, Scan()
-    file = ShardBytes(store, manifest.shards[number], meter, ahead=CHUNK_BYTES)
-    rows = np.flatnonzero(samples.shard == number).tolist()
+    file = ShardBytes(store, manifest.files[number], meter, ahead=CHUNK_BYTES)
+    rows = manifest.rows_in(number)
     for done, row in enumerate(rows):
         try:
             meta = parse_meta(str(samples.key[row]), read_members(file, manifest, row))
@@ -108,7 +112,7 @@ def _check_sample(scan: Scan, manifest: Manifest, row: int, content: bytes, deco
     samples, where = manifest.samples, place(manifest, row)
     key = str(samples.key[row])
     try:
-        members = parse_members(content, key, int(samples.length[row]), int(samples.crc32[row]))
+        members = parse_range(manifest, row, content)
         meta = parse_meta(key, members)
         if decode:
             decode_members(key, members, meta, manifest.num_frames or 1)

@@ -116,13 +116,13 @@ def read_facts(
     total = manifest.num_samples
     rows = np.array(segment_centres(total, total if samples is None else samples))
     if len(rows) == total:
-        num_bytes, ahead = sum(shard.shard_bytes for shard in manifest.shards), CHUNK_BYTES
+        num_bytes, ahead = sum(shard.shard_bytes for shard in manifest.files), CHUNK_BYTES
     else:  # nothing that is wanted lies beside a sample
         num_bytes, ahead = int(manifest.samples.length[rows].sum()), 0
     meter = Meter(num_bytes, progress)
     read = partial(_read_shard, Store(url), manifest, rows, meter, ahead)
     tally = Tally()
-    for found in in_threads(jobs, read, range(len(manifest.shards)), meter):
+    for found in in_threads(jobs, read, range(len(manifest.files)), meter):
         tally.merge(found)
     return tally
 
@@ -138,7 +138,7 @@ def statistics_of(manifest: Manifest, tally: Tally) -> Statistics:
         num_samples=manifest.num_samples,
         num_videos=len(video_ids),
         num_captions=manifest.num_captions,
-        num_bytes=sum(shard.shard_bytes for shard in manifest.shards),
+        num_bytes=sum(shard.shard_bytes for shard in manifest.files),
         refused=manifest.bad,
         num_empty_captions=manifest.num_empty_captions,
         captions_per_video=distribution(np.bincount(videos, samples.num_captions), whole=True),
@@ -158,8 +158,8 @@ def _read_shard(
     store: Store, manifest: Manifest, rows: np.ndarray, meter: Meter, ahead: int, number: int
 ) -> Tally:
     tally = Tally()
-    file = ShardBytes(store, manifest.shards[number], meter, ahead=ahead)
-    wanted = rows[manifest.samples.shard[rows] == number].tolist()
+    file = ShardBytes(store, manifest.files[number], meter, ahead=ahead)
+    wanted = np.intersect1d(rows, manifest.rows_in(number)).tolist()
     for done, row in enumerate(wanted):
         try:
             tally.add(_facts(str(manifest.samples.key[row]), read_members(file, manifest, row)))

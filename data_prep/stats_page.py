@@ -45,7 +45,7 @@ def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]
     store, shown = Store(url), []
     for row in segment_frames(manifest.num_samples, count) if count else ():
         key = str(manifest.samples.key[row])
-        shard = manifest.shards[int(manifest.samples.shard[row])]
+        shard = manifest.file_of(int(manifest.samples.shard[row]))
         captions: tuple[str, ...] = ()
         pictures = problem = ""
         try:

@@ -13,7 +13,7 @@ group; and connections are opened anew (reader.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,7 @@ from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, Replacement, Sample
 from tvr.data_prep.shard_cache import CacheFolder
 from tvr.data_prep.views import MIDDLES, Views
+from tvr.data_prep.with_ffcv import import_ffcv
 
 
 def train_batches(
@@ -86,11 +87,18 @@ def train_batches(
         shard_cache=shard_cache,
     )
     _check_views(views, reader, cache_bytes)
-    rows = TrainingRows(reader, SampleOrder(reader.manifest.shard_sizes, seed), views)
-    first = start_step * global_batch + rank * micro_batch
-    loader = _loader(rows, Runs(first, run, micro_batch, None), Join(reader, tokenize), workers)
+    order = SampleOrder(reader.manifest.shard_sizes, seed)
+    rows, join = TrainingRows(reader, order, views), Join(reader, tokenize)
+    runs = Runs(start_step * global_batch + rank * micro_batch, run, micro_batch, None)
+    if reader.manifest.beton is None:
+        batches = _loader(rows, runs, join, workers)
+    else:
+        import_ffcv(f"training from {url}")
+        from tvr.data_prep.beton_stream import beton_batches
+
+        batches = beton_batches(reader, order, rows, runs, join, workers)
     budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
-    return _within_budget(loader, budget, micro_batch)
+    return _within_budget(batches, budget, micro_batch)
 
 
 def evaluation_batches(
@@ -162,8 +170,8 @@ def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataL
     )
 
 
-def _within_budget(loader: DataLoader, budget: Budget, min_rows: int) -> Iterator[Batch]:
-    for batch in loader:
+def _within_budget(batches: Iterable[Batch], budget: Budget, min_rows: int) -> Iterator[Batch]:
+    for batch in batches:
         _spend(budget, batch)
         if len(batch.keys) < min_rows:
             raise budget.exhausted()

@@ -68,7 +68,7 @@ def verify_dataset(
     manifest = read_manifest(url)
     others = {other: read_manifest(other) for other in against}
     read = [manifest, *(others.values() if compare_captions else ())]
-    meter = Meter(sum(s.shard_bytes for each in read for s in each.shards), progress)
+    meter = Meter(sum(s.shard_bytes for each in read for s in each.files), progress)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
     scan = _scan(manifest, partial(check_shard, Store(url), manifest, rows, meter), jobs, meter)
     problems = [*_duplicates(manifest), *_totals(url, manifest), *scan.problems]
@@ -83,7 +83,7 @@ def verify_dataset(
             )
     return Report(
         url=url,
-        num_shards=len(manifest.shards),
+        num_shards=len(manifest.files),
         num_samples=manifest.num_samples,
         num_bytes=scan.num_bytes,
         num_decoded=len(rows),
@@ -103,7 +103,7 @@ def leaks(manifest: Manifest, other: str, theirs: Manifest) -> Iterator[Problem]
 
 def _scan(manifest: Manifest, read: Callable[[int], Scan], jobs: int, meter: Meter) -> Scan:
     whole = Scan()
-    for scan in in_threads(jobs, read, range(len(manifest.shards)), meter):
+    for scan in in_threads(jobs, read, range(len(manifest.files)), meter):
         whole.merge(scan)
     return whole
 

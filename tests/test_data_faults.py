@@ -315,4 +315,4 @@ def test_a_truncated_shard_behind_http_is_a_checksum(store: HttpStore) -> None:
     cut_inside_c07(store.folder / "data")
     rows, replaced = streamed(f"{store.url}/data", world_size=1, workers=0)
     check_one_epoch(rows, replaced, dict.fromkeys(KEYS[7:10], "checksum"))
-    assert np.all(["the shard is truncated" in entry.detail for entry in replaced])
+    assert np.all(["the file is truncated" in entry.detail for entry in replaced])

@@ -148,7 +148,7 @@ def test_a_truncated_and_a_grown_shard_are_named_over_http(store: HttpStore) -> 
     assert where[-4:] == ["shard-000000.tar"] * 2 + ["shard-000001.tar"] * 2
     assert "9000 bytes, packed were" in problems[-4].what
     assert problems[-2].what.startswith("more bytes than the")
-    assert "the shard is truncated" in problems[0].what
+    assert "the file is truncated" in problems[0].what
 
 
 def test_a_store_that_stays_down_is_a_problem_of_each_shard(store: HttpStore) -> None:

@@ -229,7 +229,7 @@ def test_what_was_refused_and_what_cannot_be_read(url: str, tmp_path: Path) -> N
     ]
     page = Page(stats_page("name", found, shown, {}))
     assert len(page.named("img")) == 7
-    for wanted in ("missing_shard", "checksum", "no_frames", "the shard is truncated"):
+    for wanted in ("missing_shard", "checksum", "no_frames", "the file is truncated"):
         assert wanted in page.text
     everything = Tally()
     everything.unread["missing_shard"] = 13

@@ -55,7 +55,7 @@ def test_a_truncated_and_a_missing_shard(tmp_path: Path) -> None:
         *("shard-000000.tar: c03", "shard-000000.tar: c04"),
         *("shard-000000.tar", "shard-000000.tar", "shard-000001.tar"),
     ]
-    assert "the shard is truncated" in problems[0]
+    assert "the file is truncated" in problems[0]
     assert f"{keep} bytes, packed were" in problems[2]
     assert "FileNotFoundError" in problems[4]
 
