@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 
-from tvr.data_prep.annotations import text_lines
+from tvr.data_prep.annotation_rows import text_lines
 from tvr.data_prep.plain_pickle import load_plain_pickle, plain_text
 
 

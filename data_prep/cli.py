@@ -110,6 +110,9 @@ def say_error(command: str, error: Exception) -> None:
 
 def _pack(arguments: PackArguments) -> int:
     task, num_tasks = _task(arguments.task)
+    processes = arguments.processes
+    if processes is None:
+        processes = available_processes()
     clips = _clips(arguments)
     with shown_progress("packing") as on_progress:
         manifest = pack_shards(
@@ -124,7 +127,7 @@ def _pack(arguments: PackArguments) -> int:
             reencode=arguments.reencode,
             keyframe_interval=arguments.keyframe_interval,
             overwrite=arguments.overwrite,
-            processes=arguments.processes or available_processes(),
+            processes=processes,
             task=task,
             num_tasks=num_tasks,
             on_progress=on_progress,

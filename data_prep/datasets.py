@@ -2,7 +2,7 @@
 
 The file names and layouts are those that CLIP4Clip and its successors read. A split is a list of
 video ids and a file of captions. A clip's video_id is the published id, and its key that id as
-`annotations.key_of` spells it.
+`clip_keys.key_of` spells it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Literal
 
 from fsspec.core import url_to_fs
 
-from tvr.data_prep.annotations import KEY_PATTERN, key_of, key_rule
 from tvr.data_prep.benchmark_files import (
     activitynet_captions,
     didemo_captions,
@@ -22,6 +21,7 @@ from tvr.data_prep.benchmark_files import (
     msvd_captions,
     read_ids,
 )
+from tvr.data_prep.clip_keys import KEY_PATTERN, key_of, key_rule
 from tvr.data_prep.manifest import join
 from tvr.data_prep.records import Clip
 from tvr.data_prep.video_files import VideoFiles

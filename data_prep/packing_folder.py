@@ -60,7 +60,8 @@ class PackingFolder:
         self._fs, root = url_to_fs(url)
         self._root = root
         self._work = join(root, WORK)
-        self._generation = 0
+        self.generation = 0
+        """How many data sets lay here before the one that is packed."""
         self._records: dict[int, ShardRecord] = {}
 
     def claim(self, *, overwrite: bool = False) -> bool:
@@ -72,7 +73,7 @@ class PackingFolder:
         """
         begun = self._begun()
         if begun is not None and begun["fingerprint"] == self._plan.fingerprint:
-            self._generation = begun["generation"]
+            self.generation = begun["generation"]
             return False
         if begun is not None and not overwrite:
             told = differences(begun["plan"], self._plan.record)
@@ -89,20 +90,15 @@ class PackingFolder:
                 f"{self.url} holds a complete data set; pack elsewhere or allow it with --overwrite"
             )
         # The same for all who begin this packing at once. Format 1 had no generations.
-        self._generation = 0 if published is None else int(published.get("generation", 0)) + 1
+        self.generation = 0 if published is None else int(published.get("generation", 0)) + 1
         self._fs.makedirs(self._work, exist_ok=True)
         record = {
             "fingerprint": self._plan.fingerprint,
-            "generation": self._generation,
+            "generation": self.generation,
             "plan": self._plan.record,
         }
         write_whole(self._fs, join(self._work, PLAN_NAME), json.dumps(record, indent=1).encode())
         return False
-
-    @property
-    def generation(self) -> int:
-        """How many data sets lay here before the one that is packed."""
-        return self._generation
 
     def records(self) -> dict[int, ShardRecord]:
         """The complete shards by number, whoever made them; their files are there."""
@@ -132,7 +128,7 @@ class PackingFolder:
 
         Raises as `claim` where another packing was begun here.
         """
-        name = shard_name(number, self._generation)
+        name = shard_name(number, self.generation)
         partial = partial_name(join(self._work, name))
         writer = ShardWriter(self._fs, partial)
         bad = []
@@ -204,7 +200,7 @@ class PackingFolder:
 
     @property
     def _packing(self) -> str:
-        return packing_id(self._plan.fingerprint, self._generation)
+        return packing_id(self._plan.fingerprint, self.generation)
 
     def _name_shard(self, number: int, partial: str, name: str) -> None:
         try:

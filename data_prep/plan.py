@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, get_args
 
-from tvr.data_prep.annotations import KEY_PATTERN, key_rule
+from tvr.data_prep.clip_keys import KEY_PATTERN, key_rule
 from tvr.data_prep.frame_choice import check_span
 from tvr.data_prep.manifest import FORMAT_VERSION, Layout
 from tvr.data_prep.records import Clip

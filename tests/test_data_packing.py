@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from tvr.data_prep.decode import sample_frames
 from tvr.data_prep.images import decode_jpeg
 from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.pack import PackProgress, pack_shards
+from tvr.data_prep.pack_progress import shown_progress
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Clip, TooManyBadSamples
 from tvr.data_prep.verify import verify_dataset
@@ -454,6 +456,32 @@ def test_memory_is_for_one_process(tmp_path: Path) -> None:
         pack_shards(clips, "memory://two", processes=2, **FRAMES)
     with pytest.raises(ValueError, match="processes=0 must be at least 1"):
         pack_shards(clips, str(tmp_path / "data"), processes=0, **FRAMES)
+
+
+# Progress.
+
+
+def test_lines_for_a_log_and_a_bar_for_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(at_s: dict[int, float]) -> str:
+        now = iter(at_s.values())
+        with shown_progress("packing", clock=lambda: next(now)) as on_progress:
+            for num_done in at_s:
+                num_bytes = 50_000 * (num_done - 2_000)
+                on_progress(PackProgress(num_done=num_done, num_clips=4_000, num_bytes=num_bytes))
+        return capsys.readouterr().err
+
+    # 2,000 clips were there before.
+    lines = show({2_000: 100.0, 2_010: 129.0, 2_300: 130.0, 2_310: 159.0, 2_600: 160.0})
+    assert lines.splitlines() == [
+        "packing: 2,300 of 4,000 clips, 10.0 clips/s, 0.5 MB/s, 0:02:50 left",
+        "packing: 2,600 of 4,000 clips, 10.0 clips/s, 0.5 MB/s, 0:02:20 left",
+    ]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    bar = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", show({2_000: 100.0, 2_600: 160.0}))
+    assert re.search(r"packing \S+ 2600/4000 10\.0 clips/s, 0\.5 MB/s", bar)
 
 
 # Cuts.

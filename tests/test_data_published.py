@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tvr.data_prep.annotations import KEY_PATTERN
 from tvr.data_prep.benchmark_files import read_ids
+from tvr.data_prep.clip_keys import KEY_PATTERN
 from tvr.data_prep.datasets import BENCHMARKS, Dataset, Selection, read_benchmark
 
 REAL = Path(__file__).parents[2] / "shared" / "annotations"
