@@ -83,7 +83,8 @@ class PackingFolder:
             )
         published = self._published()
         if published is not None and not overwrite:
-            if published.get("fingerprint") == self._plan.fingerprint:
+            newest = published.get("generation", 0) >= self.generation
+            if newest and published.get("fingerprint") == self._plan.fingerprint:
                 self._remove_work()
                 return True
             raise FileExistsError(
@@ -155,15 +156,19 @@ class PackingFolder:
         content = record_bytes(record, self._packing)
         write_whole(self._fs, join(self._work, record_name(number)), content)
         self._records[number] = record
-        for other in self._names(
-            self._work
-        ):  # of packers that were killed, or will find the record
+        # Those of packers that were killed, or that will find the record.
+        for other in self._names(self._work):
             if other.startswith(name) and other.endswith(PARTIAL):
                 self._remove(join(self._work, other))
         return True
 
     def publish(self, manifest: Manifest, bad: Sequence[Refused]) -> None:
-        """Writes the index, `manifest.json` last, then removes all that it does not name."""
+        """Writes the index, `manifest.json` last, then removes all that it does not name.
+
+        Raises FileNotFoundError where others did it long ago.
+        """
+        if not self.goes_on():
+            raise FileNotFoundError(f"{self.url}: {WORK} is gone")
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in bad)
         write_whole(self._fs, join(self._root, BAD_NAME), lines.encode())
         write_manifest(self.url, manifest)
@@ -180,12 +185,9 @@ class PackingFolder:
 
     def abandon(self) -> None:
         """Leaves no trace of this packing if it has no complete shard."""
-        begun = self._begun()
-        if (
-            begun is not None
-            and packing_id(begun["fingerprint"], begun["generation"]) == self._packing
-            and not self.records()
-        ):
+        begun = self._begun() or {"fingerprint": "", "generation": 0}
+        ours = packing_id(begun["fingerprint"], begun["generation"]) == self._packing
+        if ours and not self.records():
             self._remove_work()
 
     @contextmanager
