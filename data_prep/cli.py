@@ -72,6 +72,8 @@ class PackArguments:
     task: str | None = None
     """i/n with 0 <= i < n: pack this share of the shards only; the last task to end completes the
     data set."""
+    words: bool = True
+    """Find the words of captions (English) that `data.word_drop` and `data.content_words` need."""
     overwrite: bool = False
     """Replace a complete data set at `out`, or an unfinished packing of something else."""
 
@@ -126,6 +128,7 @@ def _pack(arguments: PackArguments) -> int:
             max_bad=arguments.max_bad,
             reencode=arguments.reencode,
             keyframe_interval=arguments.keyframe_interval,
+            words=arguments.words,
             overwrite=arguments.overwrite,
             processes=processes,
             task=task,

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.records import Batch, Caption, Replacement, Sample
 
-Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-"""Texts -> token ids (A, T) and word_mask (A, T), 0 = padding and 1 = token, with a fixed T."""
+Tokenize = Callable[[Sequence[Caption]], tuple[Tensor, Tensor]]
+"""Captions -> token ids (A, T) and word_mask (A, T), 0 = padding, 1 = token and 2 = token of a
+content word, with a fixed T."""
 
 
 def collate(
     samples: Sequence[Sample],
-    captions_per_sample: Sequence[Sequence[str]],
+    captions_per_sample: Sequence[Sequence[Caption]],
     positions: Sequence[int],
     tokenize: Tokenize,
     num_frames: int,
@@ -46,7 +47,7 @@ def collate(
         ),
         frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3),
         frame_mask=_long(frame_mask),
-        captions=tuple(captions),
+        captions=tuple(caption.text for caption in captions),
         token_ids=token_ids,
         word_mask=word_mask,
         caption_video=_long(np.array(rows, dtype=np.int64)),
@@ -77,7 +78,7 @@ def _padded(
 
 
 def _tokens(
-    captions: list[str], rows: list[int], samples: Sequence[Sample], tokenize: Tokenize
+    captions: list[Caption], rows: list[int], samples: Sequence[Sample], tokenize: Tokenize
 ) -> tuple[Tensor, Tensor]:
     if not captions:
         return _long(np.zeros((0, 0), dtype=np.int64)), _long(np.zeros((0, 0), dtype=np.int64))
@@ -89,9 +90,9 @@ def _tokens(
         )
     empty = torch.nonzero(word_mask.sum(dim=1) == 0).flatten().tolist()
     if empty:
+        key, text = samples[rows[empty[0]]].key, captions[empty[0]].text
         raise ValueError(
-            f"sample {samples[rows[empty[0]]].key}: caption {captions[empty[0]]!r} has no token;"
-            " every caption needs at least one"
+            f"sample {key}: caption {text!r} has no token; every caption needs at least one"
         )
     return token_ids, word_mask
 

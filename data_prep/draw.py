@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from tvr.data_prep.collate import Tokenize, collate
 from tvr.data_prep.order import SampleOrder, caption_choice
 from tvr.data_prep.reader import SampleReader
-from tvr.data_prep.records import BadSample, Batch, Replacement, Sample
+from tvr.data_prep.records import BadSample, Batch, Caption, Replacement, Sample
 from tvr.data_prep.views import Views
+from tvr.data_prep.word_drop import drop_words
 
 # A row that is still bad after this many substitutes means the data set is bad, not the row.
 MAX_ATTEMPTS = 16
@@ -23,17 +24,21 @@ class Drawn:
 
     position: int
     sample: Sample | None
-    captions: tuple[str, ...]
+    captions: tuple[Caption, ...]
     replaced: tuple[Replacement, ...]
 
 
 class TrainingRows(Dataset[Drawn]):
-    """Stream position -> sample, as this position's view shows it, and one caption."""
+    """Stream position -> sample, as this position's view shows it, and one caption, less some of
+    its words with `word_drop`."""
 
-    def __init__(self, reader: SampleReader, order: SampleOrder, views: Views) -> None:
+    def __init__(
+        self, reader: SampleReader, order: SampleOrder, views: Views, *, word_drop: bool
+    ) -> None:
         self._reader = reader
         self._order = order
         self._views = views
+        self._word_drop = word_drop
 
     def __getitem__(self, position: int) -> Drawn:
         place = self._order.locate(position)
@@ -51,9 +56,11 @@ class TrainingRows(Dataset[Drawn]):
             choice = caption_choice(
                 self._order.seed, place.epoch, place.sample, len(sample.captions)
             )
-            chosen = (sample.captions[choice],)
+            caption = sample.captions[choice]
+            if self._word_drop:
+                caption = drop_words(caption, self._order.seed, position)
             return Drawn(
-                position=position, sample=sample, captions=chosen, replaced=tuple(replaced)
+                position=position, sample=sample, captions=(caption,), replaced=tuple(replaced)
             )
         return Drawn(position=position, sample=None, captions=(), replaced=tuple(replaced))
 

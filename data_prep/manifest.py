@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 from fsspec.core import url_to_fs
 
-from tvr.data_prep.records import ShardCorrupt
+from tvr.data_prep.records import NO_WORDS, ShardCorrupt
 from tvr.data_prep.store import Store, write_whole
 
 # Raise it with every change of what is stored, and say so in the change log as a shard-format
@@ -74,6 +74,8 @@ class Manifest:
     """Clips left out when packing, by reason; listed in bad.jsonl."""
     shards: tuple[Shard, ...]
     samples: Samples
+    tagger: str | None = None
+    """What found the captions' words, with its version; None = packed without words."""
     fingerprint: str = ""
     """Of the clips and settings it was packed from; see plan."""
     generation: int = 0
@@ -156,6 +158,7 @@ def read_manifest(url: str) -> Manifest:
             short_side=fields["short_side"],
             num_captions=fields["num_captions"],
             num_empty_captions=fields["num_empty_captions"],
+            tagger=fields["tagger"],
             bad=fields["bad"],
             shards=shards,
             samples=samples,
@@ -167,6 +170,12 @@ def read_manifest(url: str) -> Manifest:
         raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: damaged or edited: {error!r}") from error
     _check_agreement(manifest, url)
     return manifest
+
+
+def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
+    """Refuses, with a ValueError, a data set whose captions were packed without words."""
+    if manifest.tagger is None:
+        raise ValueError(f"{needed_by} needs the words of captions, and {url} was {NO_WORDS}")
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
@@ -185,6 +194,7 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         "num_samples": manifest.num_samples,
         "num_captions": manifest.num_captions,
         "num_empty_captions": manifest.num_empty_captions,
+        "tagger": manifest.tagger,
         "bad": manifest.bad,
         "samples": {"name": samples, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
         "shards": [asdict(shard) for shard in manifest.shards],

@@ -17,6 +17,7 @@ from tvr.data_prep.packing_folder import PackingFolder
 from tvr.data_prep.plan import PackSettings, Plan, make_plan
 from tvr.data_prep.records import Clip
 from tvr.data_prep.shard_record import ShardRecord
+from tvr.data_prep.words import WordTagger, tagger_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ def pack_shards(
     max_bad: int = 0,
     reencode: bool = False,
     keyframe_interval: int = 16,
+    words: bool = False,
     overwrite: bool = False,
     processes: int = 1,
     task: int = 0,
@@ -54,7 +56,8 @@ def pack_shards(
 
     frames layout: `num_frames` JPEGs a clip. video layout: the source MP4's bytes after decoding
     them once, or with `reencode` an H.264 copy with a keyframe every `keyframe_interval` frames.
-    `short_side` in pixels. A shard holds the good ones of `samples_per_shard` clips.
+    `short_side` in pixels. `words` finds the words of captions, for `data.word_drop` and
+    `data.content_words`. A shard holds the good ones of `samples_per_shard` clips.
 
     A packing that was ended goes on where it stopped if the same clips and settings come again. Of
     several tasks, each makes its share of the shards; the one that finds all complete publishes the
@@ -76,6 +79,7 @@ def pack_shards(
         samples_per_shard=samples_per_shard,
         reencode=reencode,
         keyframe_interval=keyframe_interval,
+        words=words,
     )
     budget = Budget(max_bad, f"while packing {url}")
     plan = make_plan(clips, settings)
@@ -141,7 +145,10 @@ class _Run:
         self._tell()
         clips = chain.from_iterable(self._plan.shard_clips(number) for number in missing)
         processes = min(processes, max(1, to_do))
-        with closing(packed_clips(clips, self._plan.settings, processes)) as outcomes:
+        settings = self._plan.settings
+        # Of all clips, so that each task weighs words alike.
+        tagger = WordTagger(self._plan.clips) if settings.words and missing else None
+        with closing(packed_clips(clips, settings, processes, tagger)) as outcomes:
             for number in missing:
                 if not self._folder.write_shard(
                     number, self._told(islice(outcomes, sizes[number]))
@@ -175,6 +182,7 @@ class _Run:
             bad=refused,
             shards=tuple(record.shard for record in records),
             samples=samples,
+            tagger=tagger_name() if settings.words else None,
             fingerprint=self._plan.fingerprint,
             generation=self._folder.generation,
         )

@@ -9,10 +9,11 @@ from typing import Any
 from tvr.data_prep.decode import VideoInfo, check_frames, describe_video, sample_frames
 from tvr.data_prep.images import encode_jpeg, resize_short_side
 from tvr.data_prep.plan import PackSettings
-from tvr.data_prep.records import BadSample, Clip
+from tvr.data_prep.records import BadSample, Caption, Clip
 from tvr.data_prep.reencode import reencode_video
 from tvr.data_prep.shards import TarSample, content_hash, tar_bytes
 from tvr.data_prep.store import PERMANENT, Store
+from tvr.data_prep.words import WordTagger, clean_captions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +26,11 @@ class Refused:
     detail: str
 
 
-def pack_clip(clip: Clip, settings: PackSettings) -> TarSample | Refused:
+def pack_clip(
+    clip: Clip, settings: PackSettings, tagger: WordTagger | None = None
+) -> TarSample | Refused:
     """Reads, checks and converts one clip; the same clip gives the same bytes."""
-    captions = tuple(text for text in (" ".join(c.split()) for c in clip.captions) if text)
+    captions = _captions(clip, tagger)
     try:
         if not captions:
             found = f"{len(clip.captions)} captions, none with a character"
@@ -46,6 +49,13 @@ def pack_clip(clip: Clip, settings: PackSettings) -> TarSample | Refused:
     )
 
 
+def _captions(clip: Clip, tagger: WordTagger | None) -> tuple[Caption, ...]:
+    texts = clean_captions(clip.captions)
+    if tagger is not None:
+        return tagger.tag(texts)
+    return tuple(Caption(text=text) for text in texts)
+
+
 def refused(clip: Clip, reason: str, detail: str) -> Refused:
     """A clip that is left out, with where it came from."""
     source = f"{clip.video} of {clip.origin}" if clip.origin else clip.video
@@ -53,7 +63,7 @@ def refused(clip: Clip, reason: str, detail: str) -> Refused:
 
 
 def _members(
-    clip: Clip, source: bytes, captions: tuple[str, ...], settings: PackSettings
+    clip: Clip, source: bytes, captions: tuple[Caption, ...], settings: PackSettings
 ) -> dict[str, bytes]:
     info = describe_video(source, key=clip.key)
     times_s: tuple[float, ...] = ()
@@ -88,11 +98,13 @@ def _members(
 
 
 def _meta(
-    clip: Clip, captions: tuple[str, ...], info: VideoInfo, times_s: tuple[float, ...]
+    clip: Clip, captions: tuple[Caption, ...], info: VideoInfo, times_s: tuple[float, ...]
 ) -> dict[str, Any]:
     """The sample's JSON member."""
     return {
-        "captions": captions,
+        "captions": [caption.text for caption in captions],
+        # Of each caption [start, end, kind], see Word; null = packed without words.
+        "words": [caption.words for caption in captions] if captions[0].words is not None else None,
         "video_id": clip.video_id,
         "frame_times_s": times_s,  # of the stored frames; empty where the video itself is stored
         "span_s": clip.span,  # that was cut out of the source; null: all of it is here

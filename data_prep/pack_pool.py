@@ -24,6 +24,7 @@ from tvr.data_prep.pack_clip import Refused, pack_clip, refused
 from tvr.data_prep.plan import PackSettings
 from tvr.data_prep.records import Clip
 from tvr.data_prep.shards import TarSample
+from tvr.data_prep.words import WordTagger
 
 # Clips in work or done before an earlier one is, for each process: a long video stops nobody.
 AHEAD = 4
@@ -42,7 +43,10 @@ def available_processes() -> int:
 
 
 def packed_clips(
-    clips: Iterable[Clip], settings: PackSettings, processes: int
+    clips: Iterable[Clip],
+    settings: PackSettings,
+    processes: int,
+    tagger: WordTagger | None = None,
 ) -> Generator[Outcome, None, None]:
     """`pack_clip` of every clip in order; with one process in this one.
 
@@ -54,11 +58,11 @@ def packed_clips(
         RuntimeError: packing a clip raised; with the traceback in its process.
     """
     if processes == 1:
-        yield from (pack_clip(clip, settings) for clip in clips)
+        yield from (pack_clip(clip, settings, tagger) for clip in clips)
         return
     clips = iter(clips)
     window: deque[_Job] = deque()
-    workers = [_Worker(settings) for _ in range(processes)]
+    workers = [_Worker(settings, tagger) for _ in range(processes)]
     try:
         while True:
             for worker in workers:
@@ -90,8 +94,9 @@ class _Job:
 class _Worker:
     """A process that packs one clip at a time, and its successors."""
 
-    def __init__(self, settings: PackSettings) -> None:
+    def __init__(self, settings: PackSettings, tagger: WordTagger | None) -> None:
         self._settings = settings
+        self._tagger = tagger
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self.job: _Job | None = None
@@ -129,7 +134,7 @@ class _Worker:
     def _start(self) -> None:
         self.connection, theirs = self._context.Pipe()
         self._process = self._context.Process(
-            target=_work, args=(theirs, self._settings), daemon=True
+            target=_work, args=(theirs, self._settings, self._tagger), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -160,14 +165,14 @@ def _named(exit_code: int | None) -> str:
     return signal.Signals(-exit_code).name if known else f"exit code {exit_code}"  # type: ignore[operator]
 
 
-def _work(connection: Connection, settings: PackSettings) -> None:
+def _work(connection: Connection, settings: PackSettings, tagger: WordTagger | None) -> None:
     """Packs what comes until nobody is at the other end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent acts
     try:
         while True:
             clip = connection.recv()
             try:
-                outcome = pack_clip(clip, settings)
+                outcome = pack_clip(clip, settings, tagger)
             except Exception:
                 outcome = traceback.format_exc()
             connection.send(outcome)

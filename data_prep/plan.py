@@ -19,8 +19,8 @@ from tvr.data_prep.frame_choice import check_span
 from tvr.data_prep.manifest import FORMAT_VERSION, Layout
 from tvr.data_prep.records import Clip
 
-# Packages whose versions pictures and videos are a function of.
-WRITERS = ("av", "pillow")
+# Packages whose versions pictures, videos and words are a function of.
+WRITERS = ("av", "pillow", "HanTa")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class PackSettings:
     samples_per_shard: int
     reencode: bool
     keyframe_interval: int
+    words: bool
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):

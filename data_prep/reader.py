@@ -23,7 +23,7 @@ from tvr.data_prep.frame_choice import segment_frames
 from tvr.data_prep.images import decode_jpeg, fit_square
 from tvr.data_prep.jpeg_stack import split_stack, stack_names
 from tvr.data_prep.manifest import Manifest, read_manifest
-from tvr.data_prep.records import BadSample, Sample
+from tvr.data_prep.records import BadSample, Caption, Sample, Word, WordKind
 from tvr.data_prep.shard_cache import CacheFolder, ShardCache
 from tvr.data_prep.store import Store
 from tvr.data_prep.views import View, crop_box, crop_frames
@@ -37,12 +37,17 @@ SHARDS_AHEAD = 2
 class SampleMeta:
     """A sample less its pictures."""
 
-    captions: tuple[str, ...]
+    captions: tuple[Caption, ...]
     video_id: str
     frame_times_s: tuple[float, ...]
     """Of the stored JPEG frames; empty in the video layout."""
     jpegs: tuple[str, ...]
     """Names of the JPEG members in order."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The captions without their words."""
+        return tuple(caption.text for caption in self.captions)
 
 
 class SampleReader:
@@ -245,7 +250,7 @@ def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
     try:
         fields = json.loads(members["json"])
         meta = SampleMeta(
-            captions=tuple(fields["captions"]),
+            captions=_captions(fields["captions"], fields.get("words")),
             video_id=fields["video_id"],
             frame_times_s=tuple(fields["frame_times_s"]),
             jpegs=tuple(sorted(name for name in members if name.endswith(".jpg"))),
@@ -258,6 +263,15 @@ def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
         found = f"{len(meta.jpegs)} of {len(meta.frame_times_s)} JPEG frames and no mp4"
         raise BadSample(key, "missing_member", found)
     return meta
+
+
+def _captions(texts: list[str], words: list[list[list[int]]] | None) -> tuple[Caption, ...]:
+    if words is None:
+        return tuple(Caption(text=text) for text in texts)
+    return tuple(
+        Caption(text=text, words=tuple(Word(start, end, WordKind(kind)) for start, end, kind in of))
+        for text, of in zip(texts, words, strict=True)
+    )
 
 
 def decode_members(

@@ -4,6 +4,8 @@ act on."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -48,6 +50,42 @@ class Clip:
         return None if whole else (self.start_s, self.end_s)
 
 
+NO_WORDS = "packed without words; pack the data set again with `tvr pack --words`"
+
+
+class WordKind(IntEnum):
+    """What a word may be used for; the numbers are stored in shards."""
+
+    PLAIN = 0
+    CONTENT = 1
+    """A noun, adjective or full verb: value 2 in a word mask."""
+    DROPPABLE = 2
+    """A word that tells little of its video: training may leave it out."""
+
+
+class Word(NamedTuple):
+    """A word's characters [start, end) in its caption."""
+
+    start: int
+    end: int
+    kind: WordKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caption:
+    """A packed caption: HTML entities resolved, one space between words."""
+
+    text: str
+    words: tuple[Word, ...] | None = None
+    """In order; None = packed without words."""
+
+    def known_words(self) -> tuple[Word, ...]:
+        """The words; raises ValueError for a caption packed without them."""
+        if self.words is None:
+            raise ValueError(f"caption {self.text!r}: {NO_WORDS}")
+        return self.words
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
     """One decoded clip: frames (F, H, W, 3) uint8 RGB with F >= 1, and the second each was shown
@@ -55,7 +93,7 @@ class Sample:
 
     key: str
     video_id: str
-    captions: tuple[str, ...]
+    captions: tuple[Caption, ...]
     frames: np.ndarray
     frame_times_s: tuple[float, ...]
 
@@ -75,7 +113,8 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """B videos with A captions; A == B in training. Masks are 1 for real and 0 for padding.
+    """B videos with A captions; A == B in training. Masks are 1 for real and 0 for padding; a word
+    mask is 2 on content words, where they are told apart.
 
     In training `caption_video` is arange(B); in evaluation every caption of each video is present.
     """

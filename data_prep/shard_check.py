@@ -104,7 +104,7 @@ def read_captions(store: Store, manifest: Manifest, meter: Meter, number: int) -
             scan.num_unread += len(rows) - done
             break
         else:
-            scan.captions.add(meta.video_id, meta.captions)
+            scan.captions.add(meta.video_id, meta.texts)
     return scan
 
 
@@ -120,7 +120,7 @@ def _check_sample(scan: Scan, manifest: Manifest, row: int, content: bytes, deco
         scan.num_unread += 1
         scan.problems.append(Problem(where=where, what=f"{error.reason}: {error.detail}"))
         return
-    scan.captions.add(meta.video_id, meta.captions)
+    scan.captions.add(meta.video_id, meta.texts)
     for name, found, listed in (
         ("captions", len(meta.captions), int(samples.num_captions[row])),
         ("video_id", meta.video_id, str(samples.video_id[row])),

@@ -180,7 +180,7 @@ def _facts(key: str, members: dict[str, bytes]) -> Facts:
         width, height = fields["source_size"]
         facts = Facts(
             video_id=meta.video_id,
-            captions=meta.captions,
+            captions=meta.texts,
             duration_s=float(fields["duration_s"]),
             frame_rate_hz=float(fields["fps"]),
             width=int(width),

@@ -50,7 +50,7 @@ def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]
         pictures = problem = ""
         try:
             members = read_members(ShardBytes(store, shard, Meter(0, None), ahead=0), manifest, row)
-            captions = parse_meta(key, members).captions
+            captions = parse_meta(key, members).texts
             pictures = picture_strip(_pictures(key, members), PICTURE_HEIGHT)
         except (BadSample, OSError) as error:
             problem = str(error)

@@ -23,6 +23,7 @@ from tvr.data_prep.budget import Budget
 from tvr.data_prep.collate import Tokenize
 from tvr.data_prep.decoders import Decoder
 from tvr.data_prep.draw import Drawn, EvaluationRows, Join, Runs, TrainingRows
+from tvr.data_prep.manifest import check_words
 from tvr.data_prep.order import SampleOrder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, Replacement, Sample
@@ -48,6 +49,7 @@ def train_batches(
     max_bad_in_a_row: int | None = None,
     views: Views = MIDDLES,
     decoder: Decoder = "pyav",
+    word_drop: bool = False,
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
@@ -59,8 +61,9 @@ def train_batches(
     micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
     and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets, and
     `max_bad_in_a_row` those with no sample between them that was read as planned.
-    `views` says what is drawn anew each time. `decoder` and `cache_bytes` (per worker) as in
-    SampleReader; `shard_cache` likewise, per node.
+    `views` says what is drawn anew each time. `word_drop` leaves out fillers of captions, see
+    `drop_words`; the data set must be packed with words. `decoder` and `cache_bytes` (per worker)
+    as in SampleReader; `shard_cache` likewise, per node.
 
     Raises, at the call:
         FileNotFoundError, ShardCorrupt: see read_manifest.
@@ -87,8 +90,11 @@ def train_batches(
         shard_cache=shard_cache,
     )
     _check_views(views, reader, cache_bytes)
+    if word_drop:
+        check_words(url, reader.manifest, needed_by="data.word_drop")
     order = SampleOrder(reader.manifest.shard_sizes, seed)
-    rows, join = TrainingRows(reader, order, views), Join(reader, tokenize)
+    rows = TrainingRows(reader, order, views, word_drop=word_drop)
+    join = Join(reader, tokenize)
     runs = Runs(start_step * global_batch + rank * micro_batch, run, micro_batch, None)
     if reader.manifest.beton is None:
         batches = _loader(rows, runs, join, workers)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tvr.data_prep.pack import pack_shards
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Caption, Clip
 
 BLOCK = 16
 
@@ -108,10 +108,15 @@ def packed(folder: Path, num_clips: int, **settings: Any) -> str:
     return url
 
 
-def tokenize(captions: Sequence[str]) -> tuple[torch.LongTensor, torch.LongTensor]:
+def plain(*texts: str) -> list[Caption]:
+    """Captions without words."""
+    return [Caption(text=text) for text in texts]
+
+
+def tokenize(captions: Sequence[Caption]) -> tuple[torch.LongTensor, torch.LongTensor]:
     """One token a word, by length, padded to 8."""
     token_ids = torch.zeros(len(captions), 8, dtype=torch.long)
     for row, caption in enumerate(captions):
-        lengths = [len(word) for word in caption.split()][:8]
+        lengths = [len(word) for word in caption.text.split()][:8]
         token_ids[row, : len(lengths)] = torch.tensor(lengths)
     return token_ids, (token_ids > 0).long()  # type: ignore[return-value]

@@ -8,23 +8,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_files import tokenize
+from clip_files import plain, tokenize
 
 from tvr.data_prep.collate import collate
-from tvr.data_prep.records import BadSample, Replacement, Sample
+from tvr.data_prep.records import BadSample, Caption, Replacement, Sample
 
 
 def sample(key: str, num_frames: int, size: int = 4) -> Sample:
     frames = np.full((num_frames, size, size, 3), 7, dtype=np.uint8)
     times = tuple(float(i) for i in range(num_frames))
-    return Sample(key=key, video_id=f"v{key}", captions=("a",), frames=frames, frame_times_s=times)
+    return Sample(
+        key=key,
+        video_id=f"v{key}",
+        captions=(Caption(text="a"),),
+        frames=frames,
+        frame_times_s=times,
+    )
 
 
 def test_padding_masks_and_rows() -> None:
     samples = [sample("a", 3), sample("b", 1)]
     replaced = Replacement(position=9, key="x", reason="checksum", detail="d")
     batch = collate(
-        samples, [["one two"], ["x", "y z"]], [9, 4], tokenize, 3, 4, replaced=[replaced]
+        samples, [plain("one two"), plain("x", "y z")], [9, 4], tokenize, 3, 4, replaced=[replaced]
     )
     assert batch.frame_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.frames.shape == (2, 3, 3, 4, 4)
@@ -40,8 +46,14 @@ def test_padding_masks_and_rows() -> None:
 
 def test_channels_come_before_rows_and_columns() -> None:
     frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    record = Sample(key="a", video_id="a", captions=("a",), frames=frames, frame_times_s=(0.0, 1.0))
-    batch = collate([record], [["a"]], [0], tokenize, 2, 4)
+    record = Sample(
+        key="a",
+        video_id="a",
+        captions=(Caption(text="a"),),
+        frames=frames,
+        frame_times_s=(0.0, 1.0),
+    )
+    batch = collate([record], [plain("a")], [0], tokenize, 2, 4)
     assert batch.frames[0, 1, 2, 3, 0] == frames[1, 3, 0, 2]
 
 
@@ -73,7 +85,7 @@ def test_what_would_be_an_empty_mask_is_refused(
     record: Sample, captions: list[str], tokenizer: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        collate([record], [captions], [0], tokenizer, 3, 4)
+        collate([record], [plain(*captions)], [0], tokenizer, 3, 4)
 
 
 def test_bad_sample_survives_pickling_and_bounds_its_reasons() -> None:

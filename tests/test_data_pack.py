@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from clip_files import numbered_video, packed, read_number, sound_only, tokenize, write_clips
+from clip_files import numbered_video, packed, plain, read_number, sound_only, tokenize, write_clips
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -59,7 +59,7 @@ def test_round_trip(tmp_path: Path, settings: dict[str, Any], place: str) -> Non
         text for clip in clips for text in clip.captions
     ]
     sample = read_sample(url, "c03", num_frames=4, image_size=32 if place == "folder" else 31)
-    assert (sample.captions, sample.video_id) == (clips[3].captions, "c03")
+    assert (list(sample.captions), sample.video_id) == (plain(*clips[3].captions), "c03")
     assert sample.frame_times_s == pytest.approx((0.0, 0.1, 0.2, 0.3))
 
 
@@ -78,6 +78,7 @@ def test_shards_are_plain_webdataset(tmp_path: Path) -> None:
     assert numbers == [16, 17, 18, 19]
     assert json.loads(samples[2]["json"]) == {
         "captions": [f"caption {number} of clip 2" for number in range(3)],
+        "words": None,
         "video_id": "c02",
         "span_s": None,
         "frame_times_s": [0.0, 0.1, 0.2, 0.3],
@@ -171,13 +172,15 @@ def test_beyond_the_budget_nothing_is_published(tmp_path: Path) -> None:
 
 def test_an_empty_caption_among_good_ones_is_dropped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_bytes(numbered_video(2))
-    (tmp_path / "a.jsonl").write_text('{"video": "v.mp4", "captions": ["", " two\\twords ", "x"]}')
+    (tmp_path / "a.jsonl").write_text(
+        '{"video": "v.mp4", "captions": ["", " two\\twords ", "x &amp; y"]}'
+    )
     clips = read_annotations(str(tmp_path / "a.jsonl"))
     url = str(tmp_path / "data")
     manifest = pack_shards(clips, url, layout="frames", num_frames=2)
     assert (manifest.num_captions, manifest.num_empty_captions, manifest.bad) == (2, 1, {})
     sample = read_sample(url, "v", num_frames=1, image_size=8)
-    assert sample.captions == ("two words", "x")
+    assert list(sample.captions) == plain("two words", "x & y")
 
 
 def test_a_complete_data_set_stays_until_the_new_one_is_ready(tmp_path: Path) -> None:

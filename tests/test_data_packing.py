@@ -429,7 +429,7 @@ def test_a_clip_whose_process_dies(
 def test_a_fault_in_the_code_ends_packing_with_its_traceback(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 5)
     clips[3] = replace(clips[3], captions=(7,))  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"(?s)packing c03 .*Traceback.*in pack_clip.*Attribute"):
+    with pytest.raises(RuntimeError, match=r"(?s)packing c03 .*Traceback.*in pack_clip.*TypeError"):
         pack_shards(clips, str(tmp_path / "data"), processes=2, **FRAMES)
 
 

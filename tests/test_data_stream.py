@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_files import packed, read_number, tokenize
+from clip_files import packed, plain, read_number, tokenize
 
 from tvr.data_prep.budget import Budget
 from tvr.data_prep.manifest import read_manifest
@@ -369,7 +369,9 @@ def test_evaluation_gives_no_empty_batch_and_loses_no_report(damaged_url: str) -
 def test_reading_by_key(frames_url: str) -> None:
     samples = read_samples(frames_url, ["c05", "c01"], num_frames=4, image_size=16)
     assert [sample.key for sample in samples] == ["c05", "c01"]
-    assert samples[0].captions == tuple(f"caption {number} of clip 5" for number in range(3))
+    assert list(samples[0].captions) == plain(
+        *(f"caption {number} of clip 5" for number in range(3))
+    )
     with pytest.raises(ValueError, match=r"key='x' is not in .* \(it holds 13 samples\)"):
         read_sample(frames_url, "x", num_frames=4, image_size=16)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clip_files import plain
 from tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
@@ -59,7 +60,7 @@ def inputs(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (len(CAPTIONS), NUM_FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     frame_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
-    return frames, frame_mask, *tokenizer(CAPTIONS)
+    return frames, frame_mask, *tokenizer(plain(*CAPTIONS))
 
 
 def encoded(model: TextVideoModel, tokenizer: Tokenizer) -> Features:
@@ -323,7 +324,7 @@ def test_a_clip_folder_gives_clips_own_embeddings(
     model = build_model(config, LossConfig(), tokenizer, num_frames=2).eval()
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (4, 2, 3, 24, 24), dtype=torch.uint8, generator=generator)
-    token_ids, word_mask = tokenizer(CAPTIONS)
+    token_ids, word_mask = tokenizer(plain(*CAPTIONS))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     pixels = (frames.flatten(0, 1) / 255 - mean) / std
     with torch.no_grad():

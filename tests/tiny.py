@@ -22,7 +22,9 @@ MAX_WORDS = 20
 IMAGE_SIZE = 16
 
 
-def make_tiny_data(folder: Path, *, num_train: int = 48, num_test: int = 10) -> None:
+def make_tiny_data(
+    folder: Path, *, num_train: int = 48, num_test: int = 10, words: bool = False
+) -> None:
     """Packs `train`, `test` and `exchanged` under `folder`, and a tokeniser beside them."""
     splits = demo_scenes(num_train, num_test, seed=7)
     for split, scenes in splits.items():
@@ -39,6 +41,7 @@ def make_tiny_data(folder: Path, *, num_train: int = 48, num_test: int = 10) -> 
             num_frames=NUM_FRAMES,
             short_side=IMAGE_SIZE,
             samples_per_shard=10,
+            words=words,
         )
     said = [caption for scene in splits["train"] for caption in captions(scene)]
     train_tokenizer(said, folder / "tokenizer", vocab_size=560, max_words=MAX_WORDS)

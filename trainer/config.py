@@ -52,6 +52,12 @@ class DataConfig:
     decoder: Decoder = "pyav"
     """Decodes data sets of the video layout; torchcodec is an extra and needs FFmpeg's libraries.
     The frames are the same."""
+    word_drop: bool = False
+    """In training, leaves out some of a caption's fillers, drawn anew each time (the method's
+    caption augmentation)."""
+    content_words: bool = False
+    """Nouns, adjectives and full verbs count twice among a caption's words, in training and
+    evaluation (the method's `twm`)."""
     workers: NotNegative = 2
     """Loader processes per rank; the samples and their order do not depend on it."""
     cache_mib: NotNegative = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tvr.data_prep.manifest import read_manifest
+from tvr.data_prep.manifest import check_words, read_manifest
 from tvr.data_prep.records import Batch
 from tvr.data_prep.stream import train_batches
 from tvr.trainer.checkpoint import (
@@ -45,7 +45,11 @@ def train(config: Config, run_dir: Path) -> Evaluation | None:
     with join_world() as world:
         claim(run_dir, config, world)
         num_samples = _checked_data(config, world)
-        tokenizer = load_tokenizer(tokenizer_folder(config.model), config.data.max_words)
+        tokenizer = load_tokenizer(
+            tokenizer_folder(config.model),
+            config.data.max_words,
+            content_words=config.data.content_words,
+        )
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
         engine = Engine(model, config.train, world)
@@ -116,6 +120,7 @@ class _Run:
             max_bad_in_a_row=data.max_bad_in_a_row,
             views=views(data),
             decoder=data.decoder,
+            word_drop=data.word_drop,
             cache_bytes=data.cache_mib << 20,
             shard_cache=shard_cache(data),
         )
@@ -165,21 +170,27 @@ class _Run:
 def _checked_data(config: Config, world: World) -> int:
     """The number of training samples; every data set is looked at before anything is built."""
     data = config.data
-    num_samples = read_manifest(data.train).num_samples
+    train = read_manifest(data.train)
+    sets = [(data.train, train)]
     if data.test is not None:
         test = read_manifest(data.test)
+        sets.append((data.test, test))
         if test.num_samples < world.world_size:
             raise ValueError(
                 f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
             )
         if data.test_exchanged is not None:
             exchanged = read_manifest(data.test_exchanged)
+            sets.append((data.test_exchanged, exchanged))
             if list(test.samples.key) != list(exchanged.samples.key):
                 raise ValueError(
                     f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
                     f"same order as data.test={data.test}"
                 )
-    return num_samples
+    if data.content_words:
+        for url, manifest in sets:
+            check_words(url, manifest, needed_by="data.content_words")
+    return train.num_samples
 
 
 def _due(step: int, every: int, last: int) -> bool:

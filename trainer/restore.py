@@ -51,7 +51,11 @@ def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, 
     if found is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
     path, saved = found
-    tokenizer = load_tokenizer(tokenizer_folder(config.model), config.data.max_words)
+    tokenizer = load_tokenizer(
+        tokenizer_folder(config.model),
+        config.data.max_words,
+        content_words=config.data.content_words,
+    )
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
     model.load_state_dict(weights_of(path.parent, path.name, saved.zero_stage))
     return model, tokenizer, saved.step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import html
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+
+from tvr.data_prep.records import Caption, WordKind
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -34,24 +35,37 @@ class Tokenizer:
 
     backend: PreTrainedTokenizerBase
     max_words: int
+    content_words: bool = False
 
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
         """Token ids (A, T) and word_mask (A, T), int64, T = max_words.
 
-        The mask is 1 on the caption's tokens, its start and its end. A longer caption is cut and
-        keeps its end token, whose feature is the sentence's.
+        The mask is 1 on the caption's tokens, its start and its end, and with `content_words` 2 on
+        the tokens of content words. A longer caption is cut and keeps its end token, whose feature
+        is the sentence's.
+
+        Raises ValueError with `content_words` for a caption packed without words.
         """
         if not captions:
             empty = torch.zeros(0, self.max_words, dtype=torch.int64)
             return empty, empty.clone()
         encoded = self.backend(
-            [html.unescape(caption) for caption in captions],
+            [caption.text for caption in captions],
             padding="max_length",
             truncation=True,
             max_length=self.max_words,
+            return_offsets_mapping=self.content_words,
         )
         ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-        return ids, torch.tensor(encoded["attention_mask"], dtype=torch.int64)
+        mask = torch.tensor(encoded["attention_mask"], dtype=torch.int64)
+        if self.content_words:
+            mask += torch.tensor(
+                [
+                    _on_content(caption, offsets)
+                    for caption, offsets in zip(captions, encoded["offset_mapping"], strict=True)
+                ]
+            )
+        return ids, mask
 
     @property
     def vocab_size(self) -> int:
@@ -66,11 +80,22 @@ class Tokenizer:
         return self.backend.get_vocab()[str(self.backend.eos_token)]
 
 
-def load_tokenizer(folder: str | Path, max_words: int) -> Tokenizer:
+def _on_content(caption: Caption, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens share a character with a content word. Offsets are characters of the text as it
+    was given, whatever the normaliser did to it; start, end and padding have none."""
+    content = bytearray(len(caption.text))
+    for word in caption.known_words():
+        if word.kind == WordKind.CONTENT:
+            content[word.start : word.end] = bytes([1]) * (word.end - word.start)
+    return [any(content[start:end]) for start, end in offsets]
+
+
+def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = False) -> Tokenizer:
     """The tokenizer of a local Hugging Face folder; nothing is downloaded.
 
     Raises ValueError for a folder without a tokenizer, one without a start, end or padding token,
-    and a `max_words` with no room for a word.
+    one that cannot tell its tokens' characters where `content_words` needs them, and a `max_words`
+    with no room for a word.
     """
     # Ids are made in loader workers too; the library's own threads and a fork do not mix.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -89,7 +114,12 @@ def load_tokenizer(folder: str | Path, max_words: int) -> Tokenizer:
     for role in ("bos_token", "eos_token", "pad_token"):
         if getattr(backend, role) is None:
             raise ValueError(f"the tokenizer in {folder} has no {role}; the model needs one")
-    return Tokenizer(backend, max_words)
+    if content_words and not backend.is_fast:
+        raise ValueError(
+            f"the tokenizer in {folder} does not tell its tokens' characters, which "
+            "data.content_words needs; give a folder with tokenizer.json"
+        )
+    return Tokenizer(backend, max_words, content_words)
 
 
 def train_tokenizer(
@@ -116,7 +146,7 @@ def train_tokenizer(
         special_tokens=[letter + WORD_END for letter in letters],
         show_progress=False,
     )
-    learner.train_from_iterator((html.unescape(caption) for caption in captions), trainer)
+    learner.train_from_iterator(captions, trainer)
     merges = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
     if not merges:
         raise ValueError("the captions hold no word of two letters; give captions with text")

@@ -137,14 +137,14 @@ def batch_of(first: int, size: int, tokenizer: Any) -> Any:
     """The same pair at the same place of the global batch, however it is cut."""
     import torch
 
-    from tvr.data_prep.records import Batch
+    from tvr.data_prep.records import Batch, Caption
 
     places = torch.arange(first, first + size)
     draws = [torch.Generator().manual_seed(place) for place in places.tolist()]
     shape = (FRAMES, 3, IMAGE, IMAGE)
     frames = [torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) for draw in draws]
     said = captions(size, first)
-    token_ids, word_mask = tokenizer(said)
+    token_ids, word_mask = tokenizer([Caption(text=text) for text in said])
     return Batch(
         positions=places,
         keys=tuple(map(str, places.tolist())),
