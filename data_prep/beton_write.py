@@ -28,7 +28,8 @@ from tvr.data_prep.manifest import (
     samples_name,
     write_manifest,
 )
-from tvr.data_prep.reader import SampleReader, parse_meta
+from tvr.data_prep.members import parse_meta
+from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.store import Store
 from tvr.data_prep.with_ffcv import import_ffcv
 

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 from tvr.data_prep.manifest import Manifest, Shard
-from tvr.data_prep.reader import parse_range
+from tvr.data_prep.members import parse_range
 from tvr.data_prep.store import Store
 
 # One request of a scan; a shard in turn holds this much, or one sample where that is larger.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tvr.data_prep.captions import CaptionTally
 from tvr.data_prep.manifest import Manifest
-from tvr.data_prep.reader import decode_members, parse_meta, parse_range
+from tvr.data_prep.members import decode_members, parse_meta, parse_range
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.scan import CHUNK_BYTES, Meter, ShardBytes, read_members
 from tvr.data_prep.store import Store

@@ -15,7 +15,7 @@ from tvr.data_prep.captions import CaptionStatistics, CaptionTally
 from tvr.data_prep.distribution import Distribution, distribution
 from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.manifest import Layout, Manifest
-from tvr.data_prep.reader import parse_meta
+from tvr.data_prep.members import parse_meta
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.scan import (
     CHUNK_BYTES,

@@ -16,8 +16,8 @@ from tvr.data_prep.frame_choice import segment_frames
 from tvr.data_prep.histograms import histogram_svg
 from tvr.data_prep.images import decode_jpeg
 from tvr.data_prep.manifest import Manifest
+from tvr.data_prep.members import parse_meta
 from tvr.data_prep.page import page_template, picture_strip
-from tvr.data_prep.reader import parse_meta
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.scan import Meter, ShardBytes, read_members
 from tvr.data_prep.shard_check import Problem

@@ -216,7 +216,7 @@ def test_the_cache_changes_nothing_and_keeps_its_bound(frames_url: str) -> None:
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tvr.data_prep.reader.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("tvr.data_prep.shard_files.MAX_OPEN_SHARDS", 2)
     url = packed(tmp_path, NUM_SAMPLES, samples_per_shard=2)
     before = set(os.listdir("/dev/fd"))
     stream = train(url)

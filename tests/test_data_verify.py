@@ -12,7 +12,7 @@ import pytest
 from clip_files import packed
 
 from tvr.data_prep.manifest import read_manifest, write_manifest
-from tvr.data_prep.reader import parse_members, parse_meta
+from tvr.data_prep.members import parse_members, parse_meta
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.shards import tar_bytes
 from tvr.data_prep.verify import Report, verify_dataset
