@@ -97,8 +97,16 @@ def _batches(
 ) -> Iterator[Batch]:
     while True:
         for index, result in enumerate(_decoded(loader)):
-            reader.hold(_intact(loader, reader, epochs.rows[index], result))
+            (frames, _, _), _ = result
+            reader.hold(_intact(loader, reader, epochs.rows[index], result), _room(reader, frames))
             yield join([rows[position] for position in epochs.positions[index]])
+
+
+def _room(reader: SampleReader, frames: np.ndarray) -> torch.Tensor | None:
+    """The frames of a batch as they lie, where every sample is stored in the size wanted."""
+    shape = (reader.num_frames, reader.image_size, reader.image_size, 3)
+    whole = frames.shape[1] == math.prod(shape)
+    return torch.from_numpy(frames).view(-1, *shape) if whole else None
 
 
 def _intact(

@@ -25,11 +25,13 @@ def collate(
     image_size: int,
     *,
     replaced: Sequence[Replacement] = (),
+    room: Tensor | None = None,
 ) -> Batch:
     """Joins B samples, each with its chosen captions, into one Batch (see there for shapes).
 
     Samples with fewer frames than `num_frames` are padded with zeros under frame_mask 0. No samples
-    give a batch of 0 rows.
+    give a batch of 0 rows. `room` (B, num_frames, image_size, image_size, 3) is not copied where
+    the frames of all samples, and zeros behind them, lie in it in this order.
 
     Raises:
         ValueError: a sample without frames, with too many or of another size; a caption without a
@@ -37,7 +39,7 @@ def collate(
     """
     captions = [caption for chosen in captions_per_sample for caption in chosen]
     rows = [row for row, chosen in enumerate(captions_per_sample) for _ in chosen]
-    frames, frame_mask = _padded(samples, num_frames, image_size)
+    frames, frame_mask = _padded(samples, num_frames, image_size, room)
     token_ids, word_mask = _tokens(captions, rows, samples, tokenize)
     return Batch(
         positions=_long(np.array(positions, dtype=np.int64)),
@@ -45,7 +47,7 @@ def collate(
         video_ids=_long(
             np.array([hash_video_id(sample.video_id) for sample in samples], dtype=np.int64)
         ),
-        frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3),
+        frames=frames.permute(0, 1, 4, 2, 3),
         frame_mask=_long(frame_mask),
         captions=tuple(caption.text for caption in captions),
         token_ids=token_ids,
@@ -61,20 +63,31 @@ def hash_video_id(video_id: str) -> int:
 
 
 def _padded(
-    samples: Sequence[Sample], num_frames: int, image_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    frames = np.zeros((len(samples), num_frames, image_size, image_size, 3), dtype=np.uint8)
+    samples: Sequence[Sample], num_frames: int, image_size: int, room: Tensor | None
+) -> tuple[Tensor, np.ndarray]:
+    shape = (num_frames, image_size, image_size, 3)
     frame_mask = np.zeros((len(samples), num_frames), dtype=np.int64)
     for row, sample in enumerate(samples):
         count = len(sample.frames)
-        if not 1 <= count <= num_frames or sample.frames.shape[1:] != frames.shape[2:]:
+        if not 1 <= count <= num_frames or sample.frames.shape[1:] != shape[1:]:
             raise ValueError(
                 f"sample {sample.key}: frames of shape {sample.frames.shape}; expected 1 to"
                 f" {num_frames} frames of {image_size} x {image_size} x 3"
             )
-        frames[row, :count] = sample.frames
         frame_mask[row, :count] = 1
-    return frames, frame_mask
+    if room is not None and _is_filled(room, samples, shape):
+        return room, frame_mask
+    frames = np.zeros((len(samples), *shape), dtype=np.uint8)
+    for row, sample in enumerate(samples):
+        frames[row, : len(sample.frames)] = sample.frames
+    return torch.from_numpy(frames), frame_mask
+
+
+def _is_filled(room: Tensor, samples: Sequence[Sample], shape: tuple[int, ...]) -> bool:
+    return room.shape == (len(samples), *shape) and all(
+        sample.frames.flags.c_contiguous and sample.frames.ctypes.data == place.data_ptr()
+        for sample, place in zip(samples, room, strict=True)
+    )
 
 
 def _tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
@@ -39,6 +39,11 @@ class TrainingRows(Dataset[Drawn]):
         self._order = order
         self._views = views
         self._word_drop = word_drop
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Drawn]:
+        """The samples of a batch; torch's loader asks for them at once."""
+        self._reader.make_room(len(positions))
+        return [self[position] for position in positions]
 
     def __getitem__(self, position: int) -> Drawn:
         place = self._order.locate(position)
@@ -110,8 +115,7 @@ class Join:
 
     def __init__(self, reader: SampleReader, tokenize: Tokenize) -> None:
         self._tokenize = tokenize
-        self._num_frames = reader.num_frames
-        self._image_size = reader.image_size
+        self._reader = reader
 
     def __call__(self, drawn: list[Drawn]) -> Batch:
         good = [(each.sample, each) for each in drawn if each.sample is not None]
@@ -120,9 +124,10 @@ class Join:
             [each.captions for _, each in good],
             [each.position for _, each in good],
             self._tokenize,
-            self._num_frames,
-            self._image_size,
+            self._reader.num_frames,
+            self._reader.image_size,
             replaced=[entry for each in drawn for entry in each.replaced],
+            room=self._reader.room,
         )
 
 

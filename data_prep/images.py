@@ -50,9 +50,14 @@ def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_jpeg(content: bytes, *, key: str, member: str) -> np.ndarray:
-    """(H, W, 3) uint8. Raises BadSample("unreadable") naming the tar member."""
+def decode_jpeg(
+    content: bytes, *, key: str, member: str, place: np.ndarray | None = None
+) -> np.ndarray:
+    """(H, W, 3) uint8, in `place` if that is the picture's shape. Raises BadSample("unreadable")
+    naming the tar member."""
     try:
+        if place is not None and simplejpeg.decode_jpeg_header(content)[:2] == place.shape[:2]:
+            return simplejpeg.decode_jpeg(content, buffer=place)
         return simplejpeg.decode_jpeg(content)
     except ValueError as error:  # truncated, damaged, or another format
         raise BadSample(key, "unreadable", f"{member}: {error}") from error

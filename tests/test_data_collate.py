@@ -93,3 +93,26 @@ def test_bad_sample_survives_pickling_and_bounds_its_reasons() -> None:
     assert (error.key, error.reason, str(error)) == ("k", "checksum", "k: checksum: d")
     with pytest.raises(ValueError, match="reason='odd' is not one of missing_file"):
         BadSample("k", "odd", "d")
+
+
+def test_frames_in_their_room_are_not_copied() -> None:
+    room = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)
+    room[0], room[1, :2] = 5, 6
+
+    def placed(key: str, row: int, count: int) -> Sample:
+        frames = room[row].numpy()[:count]
+        times = tuple(float(i) for i in range(count))
+        said = (Caption(text="a"),)
+        return Sample(key=key, video_id=key, captions=said, frames=frames, frame_times_s=times)
+
+    samples = [placed("a", 0, 3), placed("b", 1, 2)]
+    arguments = ([plain("a")] * 2, [0, 1], tokenize, 3, 4)
+    batch = collate(samples, *arguments, room=room)
+    assert batch.frames.data_ptr() == room.data_ptr()
+    copied = collate(samples, *arguments)
+    assert copied.frames.data_ptr() != room.data_ptr()
+    assert torch.equal(batch.frames, copied.frames)
+    for others in (samples[::-1], [samples[0], sample("c", 3)]):  # after a substitute, say
+        mixed = collate(others, *arguments, room=room)
+        assert mixed.frames.data_ptr() != room.data_ptr()
+        assert [int(row.sum()) for row in mixed.frames] == [int(s.frames.sum()) for s in others]
