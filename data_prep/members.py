@@ -122,12 +122,26 @@ def decode_members(
     *,
     offsets: Sequence[float] | None = None,
     sample: SampleFrames = sample_frames,
+    place: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames. Raises BadSample."""
+    """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames; JPEGs that fit into
+    `place` (num_frames, H, W, 3) lie there, with zeros behind them. Raises BadSample."""
     if "mp4" in members:
         return sample(members["mp4"], num_frames, offsets=offsets, key=key)
     chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
-    pictures = [decode_jpeg(members[meta.jpegs[i]], key=key, member=meta.jpegs[i]) for i in chosen]
+    times_s = tuple(meta.frame_times_s[i] for i in chosen)
+    pictures = [
+        decode_jpeg(
+            members[meta.jpegs[i]],
+            key=key,
+            member=meta.jpegs[i],
+            place=None if place is None else place[at],
+        )
+        for at, i in enumerate(chosen)
+    ]
     if len({picture.shape for picture in pictures}) > 1:
         raise BadSample(key, "unreadable", "its JPEG frames differ in size")
-    return np.stack(pictures), tuple(meta.frame_times_s[i] for i in chosen)
+    if place is None or pictures[0].shape != place.shape[1:]:
+        return np.stack(pictures), times_s
+    place[len(pictures) :] = 0
+    return place[: len(pictures)], times_s

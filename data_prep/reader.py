@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import io
-import json
 import math
-import os
-import tarfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from tvr.data_prep.ahead import ShardsAhead
-from tvr.data_prep.decode import sample_frames
-from tvr.data_prep.decoders import Decoder, SampleFrames, frame_sampler
+from tvr.data_prep.decoders import Decoder, frame_sampler
 from tvr.data_prep.frame_choice import segment_frames
-from tvr.data_prep.images import decode_jpeg, fit_square
-from tvr.data_prep.jpeg_stack import split_stack, stack_names
-from tvr.data_prep.manifest import Manifest, read_manifest
-from tvr.data_prep.records import BadSample, Caption, Sample, Word, WordKind
-from tvr.data_prep.shard_cache import CacheFolder, ShardCache
-from tvr.data_prep.store import Store
+from tvr.data_prep.images import fit_square
+from tvr.data_prep.jpeg_stack import stack_names
+from tvr.data_prep.manifest import read_manifest
+from tvr.data_prep.members import SampleMeta, decode_members, parse_meta, parse_range
+from tvr.data_prep.records import Sample
+from tvr.data_prep.shard_cache import CacheFolder
+from tvr.data_prep.shard_files import ShardFiles
 from tvr.data_prep.views import View, crop_box, crop_frames
 
-MAX_OPEN_SHARDS = 64
 # In evaluation, where the next shard is read when this one is done.
 SHARDS_AHEAD = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleMeta:
-    """A sample less its pictures."""
-
-    captions: tuple[Caption, ...]
-    video_id: str
-    frame_times_s: tuple[float, ...]
-    """Of the stored JPEG frames; empty in the video layout."""
-    jpegs: tuple[str, ...]
-    """Names of the JPEG members in order."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The captions without their words."""
-        return tuple(caption.text for caption in self.captions)
 
 
 class SampleReader:
@@ -92,7 +65,7 @@ class SampleReader:
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = _ShardFiles(url, self.manifest, shard_cache)
+        self._files = ShardFiles(url, self.manifest, shard_cache)
         self._sample_frames = frame_sampler(decoder)
         if self.manifest.beton is not None:
             cache_bytes = 0  # FFCV decodes every batch anew
@@ -220,114 +193,6 @@ class SampleReader:
         return parse_range(self.manifest, row, content)
 
 
-def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes]:
-    """Splits the byte range of a sample of a data set into its members, as `parse_members`."""
-    samples = manifest.samples
-    key, length, crc32 = str(samples.key[row]), int(samples.length[row]), int(samples.crc32[row])
-    split = split_tar if manifest.beton is None else split_stack
-    return parse_members(content, key, length, crc32, split)
-
-
-def split_tar(content: bytes, key: str) -> dict[str, bytes]:
-    """A sample's range of a shard -> its members by extension. Raises BadSample."""
-    # webdataset annotates its file argument as a TarFile, which it is not. group_by_keys copies the
-    # shard's URL into each group; there is none for a range in memory.
-    files = (
-        {**file, "__url__": ""}
-        for file in tar_file_iterator(cast(tarfile.TarFile, io.BytesIO(content)))
-    )
-    groups = list(group_by_keys(files))
-    if [group["__key__"] for group in groups] != [key]:
-        raise BadSample(
-            key, "missing_member", f"the range holds {[group['__key__'] for group in groups]}"
-        )
-    return {name: value for name, value in groups[0].items() if not name.startswith("__")}
-
-
-def parse_members(
-    content: bytes,
-    key: str,
-    length: int,
-    crc32: int,
-    split: Callable[[bytes, str], dict[str, bytes]] = split_tar,
-) -> dict[str, bytes]:
-    """Splits a sample's byte range into members by extension; refuses bytes that are not the packed
-    ones."""
-    if len(content) != length:
-        raise BadSample(
-            key, "checksum", f"{len(content)} of {length} bytes are there: the file is truncated"
-        )
-    if zlib.crc32(content) != crc32:
-        raise BadSample(
-            key, "checksum", f"crc32 {zlib.crc32(content):08x} is not the packed {crc32:08x}"
-        )
-    return split(content, key)
-
-
-def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
-    """Reads the JSON member and checks that the frames it promises are there. Raises BadSample."""
-    if "json" not in members:
-        raise BadSample(key, "missing_member", "json")
-    try:
-        fields = json.loads(members["json"])
-        meta = SampleMeta(
-            captions=_captions(fields["captions"], fields.get("words")),
-            video_id=fields["video_id"],
-            frame_times_s=tuple(fields["frame_times_s"]),
-            jpegs=tuple(sorted(name for name in members if name.endswith(".jpg"))),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadSample(key, "unreadable", f"json: {error!r}") from error
-    if not meta.captions:
-        raise BadSample(key, "no_caption", "json holds no caption")
-    if "mp4" not in members and (not meta.jpegs or len(meta.jpegs) != len(meta.frame_times_s)):
-        found = f"{len(meta.jpegs)} of {len(meta.frame_times_s)} JPEG frames and no mp4"
-        raise BadSample(key, "missing_member", found)
-    return meta
-
-
-def _captions(texts: list[str], words: list[list[list[int]]] | None) -> tuple[Caption, ...]:
-    if words is None:
-        return tuple(Caption(text=text) for text in texts)
-    return tuple(
-        Caption(text=text, words=tuple(Word(start, end, WordKind(kind)) for start, end, kind in of))
-        for text, of in zip(texts, words, strict=True)
-    )
-
-
-def decode_members(
-    key: str,
-    members: dict[str, bytes],
-    meta: SampleMeta,
-    num_frames: int,
-    *,
-    offsets: Sequence[float] | None = None,
-    sample: SampleFrames = sample_frames,
-    place: np.ndarray | None = None,
-) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames; JPEGs that fit into
-    `place` (num_frames, H, W, 3) lie there, with zeros behind them. Raises BadSample."""
-    if "mp4" in members:
-        return sample(members["mp4"], num_frames, offsets=offsets, key=key)
-    chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
-    times_s = tuple(meta.frame_times_s[i] for i in chosen)
-    pictures = [
-        decode_jpeg(
-            members[meta.jpegs[i]],
-            key=key,
-            member=meta.jpegs[i],
-            place=None if place is None else place[at],
-        )
-        for at, i in enumerate(chosen)
-    ]
-    if len({picture.shape for picture in pictures}) > 1:
-        raise BadSample(key, "unreadable", "its JPEG frames differ in size")
-    if place is None or pictures[0].shape != place.shape[1:]:
-        return np.stack(pictures), times_s
-    place[len(pictures) :] = 0
-    return place[: len(pictures)], times_s
-
-
 def shared_between_processes(shape: tuple[int, ...]) -> Tensor:
     """Uninitialised uint8; in a loader's worker it passes to the parent without a copy."""
     if get_worker_info() is None:
@@ -335,67 +200,6 @@ def shared_between_processes(shape: tuple[int, ...]) -> Tensor:
     # As torch's default_collate; a tensor moved to shared memory afterwards would be copied there.
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-class _ShardFiles:
-    """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
-    reading."""
-
-    def __init__(self, url: str, manifest: Manifest, folder: CacheFolder | None) -> None:
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self.ahead: ShardsAhead | None = None
-        self._store = Store(url)
-        self._manifest = manifest
-        self._cache: ShardCache | None = None
-        if folder is not None and not self._store.is_local and manifest.beton is None:
-            self._cache = ShardCache(folder, self._store, manifest.shards)
-            # With less room the next shards would push out those being read.
-            if folder.max_bytes >= 2 * self._cache.window_bytes:
-                self.ahead = ShardsAhead(self._cache)
-
-    def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
-        """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,
-        since the store may have better bytes."""
-        name = self._manifest.file_of(shard).name
-        try:
-            if self._store.is_local:
-                return self._read_local(name, offset, length)
-            if self._cache is not None:
-                content = self._cache.read(shard, offset, length)
-                if content is not None and zlib.crc32(content) == crc32:
-                    return content
-                if content is not None:
-                    self._cache.drop(shard)
-            return self._store.read_range(name, offset, offset + length)
-        except FileNotFoundError as error:
-            raise BadSample(key, "missing_shard", self._store.path(name)) from error
-        except OSError as error:
-            raise BadSample(key, "read_error", str(error)) from error
-
-    def _read_local(self, name: str, offset: int, length: int) -> bytes:
-        try:
-            return os.pread(self._descriptor(name), length, offset)
-        except OSError as error:
-            if error.errno != errno.ESTALE or name not in self._descriptors:
-                raise
-            # A network file system forgot the open file, for example after its server restarted.
-            os.close(self._descriptors.pop(name))
-            return os.pread(self._descriptor(name), length, offset)
-
-    def _descriptor(self, name: str) -> int:
-        # Safe to share with forked workers: pread has no file position.
-        if name not in self._descriptors:
-            if len(self._descriptors) >= MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[name] = os.open(self._store.path(name), os.O_RDONLY | os.O_CLOEXEC)
-        self._descriptors.move_to_end(name)
-        return self._descriptors[name]
-
-    def __del__(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
 
 
 class SampleCache:
