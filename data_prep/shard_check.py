@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tvr.data_prep.captions import CaptionTally
 from tvr.data_prep.manifest import Manifest
 from tvr.data_prep.members import decode_members, parse_meta, parse_range
-from tvr.data_prep.records import BadSample
+from tvr.data_prep.records import BadSample, Caption
 from tvr.data_prep.scan import CHUNK_BYTES, Meter, ShardBytes, read_members
 from tvr.data_prep.store import Store
 
@@ -128,3 +128,20 @@ def _check_sample(scan: Scan, manifest: Manifest, row: int, content: bytes, deco
         if found != listed:
             what = f"{name} {found!r}, {listed!r} in the manifest"
             scan.problems.append(Problem(where=where, what=what))
+    for caption in meta.captions:
+        if what := _wrong_words(caption, manifest.tagger is not None):
+            scan.problems.append(Problem(where=where, what=f"caption {caption.text!r}: {what}"))
+
+
+def _wrong_words(caption: Caption, has_words: bool) -> str:
+    """What is wrong with a caption's words; nothing if they are parts of it, one after another."""
+    if caption.words is None or not has_words:
+        differs = (caption.words is not None) != has_words
+        return f"words {'missing' if has_words else 'without a tagger'}" if differs else ""
+    end = 0
+    for word in caption.words:
+        if not end <= word.start < word.end <= len(caption.text):
+            where = f"[{word.start}, {word.end}) of {len(caption.text)} characters"
+            return f"word at {where}, from {end} on"
+        end = word.end
+    return ""

@@ -142,6 +142,39 @@ def test_frames_that_do_not_decode_are_found_only_by_decoding(tmp_path: Path) ->
     assert [line for line in found(verify_dataset(url)) if r"unreadable: 00.jpg" in line]
 
 
+@pytest.mark.parametrize(
+    ("tagger", "words", "expected"),
+    [
+        ("t 1", "[[[0,1,0],[2,5,1]]]", ""),
+        ("t 1", "[[]]", ""),
+        (None, "null", ""),
+        ("t 1", "[[[0,1,0],[2,6,1]]]", "word at [2, 6) of 5 characters, from 1 on"),
+        ("t 1", "[[[0,3,0],[2,5,1]]]", "word at [2, 5) of 5 characters, from 3 on"),
+        ("t 1", "[[[-1,1,0]]]", "word at [-1, 1) of 5 characters, from 0 on"),
+        ("t 1", "[[[2,2,0]]]", "word at [2, 2) of 5 characters, from 0 on"),
+        ("t 1", "null", "words missing"),
+        (None, "[[[0,1,0]]]", "words without a tagger"),
+    ],
+)
+def test_words_lie_in_their_caption(
+    tmp_path: Path, tagger: str | None, words: str, expected: str
+) -> None:
+    url = packed(tmp_path, 1)
+    text = f'{{"captions":["a dog"],"words":{words},"video_id":"c00","frame_times_s":[]}}'
+    content = tar_bytes("c00", {"json": text.encode(), "mp4": b""})
+    (tmp_path / "data" / "shard-000000.tar").write_bytes(content + bytes(1024))
+    manifest = read_manifest(url)
+    samples = replace(
+        manifest.samples,
+        length=np.array([len(content)]),
+        crc32=np.array([zlib.crc32(content)], dtype=np.uint32),
+    )
+    write_manifest(url, replace(manifest, samples=samples, tagger=tagger))
+    problems = [line for line in found(verify_dataset(url, decode=0)) if "c00" in line]
+    where = "shard-000000.tar: c00 / caption 'a dog': "
+    assert problems == ([where + expected] if expected else [])
+
+
 GOOD_JSON = b'{"captions":["x"],"video_id":"v","frame_times_s":[0.0, 0.1]}'
 
 
