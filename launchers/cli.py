@@ -32,7 +32,9 @@ COMMANDS = {
     "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
-    "bench": Command("tvr.trainer.bench:bench", "time and memory against the naive definition"),
+    "bench": Command(
+        "tvr.trainer.bench:bench", "the kernels' time and memory; clips/s of the data"
+    ),
     "launch": Command("tvr.launchers.cli:launch", "start the ranks of a training job"),
 }
 

@@ -81,11 +81,15 @@ def bench(argv: Sequence[str]) -> int:
     """`tvr bench`: returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="tvr bench",
-        usage="tvr bench {kernels} ...",
-        epilog="`tvr bench kernels --help` describes it.",
+        usage="tvr bench {kernels,data} ...",
+        epilog="`tvr bench kernels --help` and `tvr bench data --help` describe them.",
     )
-    parser.add_argument("what", choices=["kernels"], help="kernels: the similarity and its loss")
-    parser.parse_args(list(argv[:1]))
+    what = "kernels: the similarity and its loss; data: the sources of training batches"
+    parser.add_argument("what", choices=["kernels", "data"], help=what)
+    if parser.parse_args(list(argv[:1])).what == "data":
+        from tvr.trainer.bench_data import bench_data
+
+        return bench_data(argv[1:])
 
     def action() -> int:
         line = tyro.cli(KernelsArguments, prog="tvr bench kernels", args=list(argv[1:]))

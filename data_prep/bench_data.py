@@ -1,0 +1,218 @@
+"""Clips a second of each source of training batches, against plain webdataset on the same clips.
+
+Every source and its plain counterpart take turns within one process, so that what else the machine
+does meets all of them, and the ratios are of medians. Plain is what a user of webdataset would
+write: its shards decoded by Pillow (JPEG) or PyAV (MP4), stacked, batched, through WebLoader.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from webdataset.compat import WebDataset, WebLoader
+
+from tvr.data_prep.beton_write import write_beton
+from tvr.data_prep.frame_choice import segment_centres
+from tvr.data_prep.manifest import Layout, read_manifest
+from tvr.data_prep.pack import pack_shards
+from tvr.data_prep.records import Caption, Clip
+from tvr.data_prep.stream import train_batches
+
+SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "video")
+PLAIN = {"frames": "plain jpeg", "beton": "plain jpeg", "video": "plain mp4"}
+"""What a source is held against."""
+STEPS = (1, 10, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of the clips and of the measurement."""
+
+    clips: int
+    frames: int
+    size: int
+    """Pixels of both sides of a clip and of its frames in a batch."""
+    batch: int
+    workers: int
+    epochs: int
+    """In one measurement."""
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Of one source."""
+
+    source: str
+    clips_per_s: tuple[float, ...]
+    """Of each repeat."""
+    first_batch_s: dict[int, float]
+    """Seconds from the call to the first batch, starting at a step; medians. Plain webdataset
+    starts at the first step only."""
+
+    @property
+    def median(self) -> float:
+        return median(self.clips_per_s)
+
+
+def measure(
+    folder: Path, sizes: Sizes, sources: Sequence[str], tell: Callable[[str], None]
+) -> list[Speed]:
+    """Makes the clips and data sets in a folder and measures the sources in turn."""
+    make_data(folder, sizes, sources)
+    steps = {source: (1,) if source.startswith("plain") else STEPS for source in sources}
+    rates: dict[str, list[float]] = {source: [] for source in sources}
+    starts: dict[str, dict[int, list[float]]] = {s: {k: [] for k in steps[s]} for s in sources}
+    for repeat in range(sizes.repeats + 1):  # the first one warms caches and compilers
+        for source in sources:
+            tell(source)
+            rate = _rate(folder, sizes, source)
+            waits = {step: _first_batch_s(folder, sizes, source, step) for step in steps[source]}
+            if repeat:
+                rates[source].append(rate)
+                for step, wait in waits.items():
+                    starts[source][step].append(wait)
+    return [
+        Speed(
+            source=source,
+            clips_per_s=tuple(rates[source]),
+            first_batch_s={step: median(waits) for step, waits in starts[source].items()},
+        )
+        for source in sources
+    ]
+
+
+def make_data(folder: Path, sizes: Sizes, sources: Sequence[str]) -> None:
+    """Clips of a moving pattern with noise, packed for each of the sources."""
+    videos = folder / "clips"
+    videos.mkdir(parents=True)
+    clips = []
+    for number in range(sizes.clips):
+        path = videos / f"c{number:04d}.mp4"
+        _write_clip(path, number, sizes)
+        captions = (f"pattern {number} moves",)
+        clips.append(Clip(key=path.stem, video=str(path), captions=captions, video_id=path.stem))
+    shape: dict[str, Any] = {
+        "num_frames": sizes.frames,
+        "samples_per_shard": max(1, sizes.clips // (2 * max(1, sizes.workers))),
+    }
+    used: dict[Layout, set[str]] = {
+        "frames": {"plain jpeg", "frames", "beton"},
+        "video": {"plain mp4", "video"},
+    }
+    for layout, names in used.items():
+        if names & set(sources):
+            pack_shards(clips, str(folder / layout), layout=layout, **shape)
+    if "beton" in sources:
+        write_beton(str(folder / "frames"), str(folder / "beton"))
+
+
+def _write_clip(path: Path, number: int, sizes: Sizes) -> None:
+    """64 frames, as many as a clip of two or three seconds has."""
+    noise = np.random.default_rng(number).normal(0, 10, (sizes.size, sizes.size, 3))
+    y, x = np.mgrid[: sizes.size, : sizes.size]
+    with av.open(str(path), "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width = stream.height = sizes.size
+        stream.pix_fmt, stream.options = "yuv420p", {"preset": "veryfast"}
+        for index in range(64):
+            waves = (
+                np.sin(x / 17 + index / 5 + number),
+                np.cos(y / 19 + index / 7),
+                np.sin((x + y) / 23),
+            )
+            picture = np.clip(128 + 80 * np.stack(waves, axis=-1) + noise, 0, 255).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = index
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+
+
+def _rate(folder: Path, sizes: Sizes, source: str) -> float:
+    """Clips a second over some epochs, after the batches that were made ahead."""
+    num_batches = max(1, sizes.epochs * sizes.clips // sizes.batch)
+    ahead = 2 * max(1, sizes.workers) + 1
+    with _closed(_batches(folder, sizes, source, step=1)) as batches:
+        for _ in range(ahead):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(num_batches):
+            next(batches)
+        return num_batches * sizes.batch / (time.perf_counter() - start)
+
+
+def _first_batch_s(folder: Path, sizes: Sizes, source: str, step: int) -> float:
+    start = time.perf_counter()
+    with _closed(_batches(folder, sizes, source, step)) as batches:
+        next(batches)
+        return time.perf_counter() - start
+
+
+def _closed(batches: Iterator[Any]) -> Any:
+    gc.collect()  # ends the processes of the source before
+    close = getattr(batches, "close", None)
+    return nullcontext(batches) if close is None else closing(batches)  # type: ignore[type-var]
+
+
+def _batches(folder: Path, sizes: Sizes, source: str, step: int) -> Iterator[Any]:
+    if source == "plain jpeg":
+        return _plain(folder / "frames", sizes, _from_jpegs, "pil")
+    if source == "plain mp4":
+        return _plain(folder / "video", sizes, lambda sample: _from_mp4(sample, sizes.frames))
+    return train_batches(
+        str(folder / source),
+        seed=0,
+        global_batch=sizes.batch,
+        micro_batch=sizes.batch,
+        rank=0,
+        world_size=1,
+        start_step=step,
+        workers=sizes.workers,
+        num_frames=sizes.frames,
+        image_size=sizes.size,
+        tokenize=_tokenize,
+        max_bad=0,
+    )
+
+
+def _plain(
+    folder: Path, sizes: Sizes, clip: Callable[[dict], Any], *decoders: str
+) -> Iterator[Any]:
+    shards = [str(folder / shard.name) for shard in read_manifest(str(folder)).shards]
+    pipeline: Any = WebDataset(shards, shardshuffle=len(shards)).shuffle(sizes.batch)
+    pipeline = pipeline.decode(*decoders).map(clip).batched(sizes.batch, partial=False).repeat()
+    return iter(WebLoader(pipeline, batch_size=None, num_workers=sizes.workers))
+
+
+def _from_jpegs(sample: dict) -> tuple[torch.Tensor, str, str]:
+    pictures = [np.asarray(sample[name]) for name in sorted(sample) if name.endswith(".jpg")]
+    return _frames(pictures), sample["json"]["captions"][0], sample["__key__"]
+
+
+def _from_mp4(sample: dict, num_frames: int) -> tuple[torch.Tensor, str, str]:
+    with av.open(io.BytesIO(sample["mp4"]), "r") as container:
+        frames = list(container.decode(video=0))
+    chosen = segment_centres(len(frames), num_frames)
+    pictures = [frames[index].to_ndarray(format="rgb24") for index in chosen]
+    return _frames(pictures), sample["json"]["captions"][0], sample["__key__"]
+
+
+def _frames(pictures: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def _tokenize(captions: Sequence[Caption]) -> tuple[torch.Tensor, torch.Tensor]:
+    # No tokeniser is timed: plain has none either.
+    ones = torch.ones(len(captions), 1, dtype=torch.long)
+    return ones, ones
