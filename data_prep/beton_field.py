@@ -5,6 +5,7 @@ This one asks the same library for the exact transform, which gives the pixels o
 Pillow, and tells what it could not decode. Importing it needs FFCV.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import ctypes

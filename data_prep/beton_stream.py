@@ -6,6 +6,7 @@ FFCV's side does not give intact is read again by the reader, which says what is
 Importing it needs FFCV.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import math

@@ -5,6 +5,7 @@ the same order; byte ranges and checksums are those in the `.beton` file. Whoeve
 reads the sample without FFCV (jpeg_stack.py).
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import hashlib

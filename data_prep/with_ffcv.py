@@ -1,5 +1,6 @@
 """Imports FFCV, an optional package, only where a beton is written or trained from."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import os
