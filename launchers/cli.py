@@ -40,7 +40,7 @@ COMMANDS = {
 
 EPILOG = """\
 `tvr COMMAND --help` describes a command.
-exit codes: 0 done, 2 bad usage or configuration, 3 failed"""
+exit codes: 0 done, 2 bad usage or configuration, 3 failed, 75 preempted: start it again"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

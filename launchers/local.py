@@ -67,11 +67,12 @@ def read_codes(codes: Path) -> list[int]:
 
 
 def job_exit_code(codes: Sequence[int], *, torchrun_code: int) -> int:
-    """One code for all ranks: 0 if all ended well, 2 if the first to fail said so, else 3."""
+    """One code for all ranks: 0 if all ended well; that of the first to fail if it is one that
+    tells what to do (2: correct the line, 75: start again, from a checkpoint); else 3."""
     failures = [code for code in codes if code != 0]
     if not failures:
         return 0 if torchrun_code == 0 else 3
-    return 2 if failures[0] == 2 else 3
+    return failures[0] if failures[0] in (2, 75) else 3
 
 
 def die_with_parent(signal_number: int) -> None:

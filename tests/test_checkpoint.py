@@ -1,63 +1,62 @@
-"""Checkpoints: which is the newest, which are kept, which are refused; a save that broke off."""
+"""Checkpoints: which is found, what is refused, which stay, and how a save may fail."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tvr.trainer.attempt import Attempt, begin_attempt
 from tvr.trainer.checkpoint import (
-    KEPT,
-    SavedState,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+    Checkpoint,
+    Retention,
+    best_step,
+    newest,
+    newest_whole,
+    note_evaluation,
+    set_aside,
 )
-from tvr.trainer.errors import CheckpointIncompatible
+from tvr.trainer.checkpoint_manifest import SavedState
+from tvr.trainer.errors import CheckpointDamaged, Fenced
+from tvr.trainer.place import Place
+from tvr.trainer.random_state import random_state, restore_random_state
+from tvr.trainer.resume import local_files
+from tvr.trainer.saver import Saved, Saver, shard_files
+from tvr.trainer.staging import Staging
 from tvr.trainer.world import World
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-class FileEngine:
-    """Saves a file of its own where DeepSpeed would write shards."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        (folder / tag / "weights").write_text(tag)
-
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        self.loaded.append((folder / tag / "weights").read_text())
-        return {}
+def state(step: int, **changes: Any) -> SavedState:
+    fields = {"step": step, "world_size": 1, "zero_stage": 1, "precision": "fp32", "attempt": 1}
+    return SavedState(**{**fields, "files": {}, **changes})
 
 
-class BrokenEngine:
-    """Dies in the middle of writing, as a killed process does."""
-
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        (folder / tag / "weights").write_text("half")
-        raise RuntimeError("killed")
+def saver(folder: Path | str, run_dir: Path, **settings: Any) -> Saver:
+    retention = settings.pop("retention", Retention())
+    settings.setdefault("background", False)
+    return Saver(Place(str(folder)), ALONE, begin_attempt(run_dir), retention, **settings)
 
 
-class NoEngine:
-    """Must not be touched at all."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"engine.{name} was used")
+def stage(value: float) -> dict[str, Any]:
+    shards = {"model.pt": {"weight": torch.full((1000,), value)}, "optimiser.pt": {"step": value}}
+    return shard_files(shards, 0, random_state())
 
 
-def state(step: int, **changes: int) -> SavedState:
-    return SavedState(**({"step": step, "world_size": 1, "zero_stage": 1} | changes))
-
-
-def save(engine: Any, folder: Path, step: int) -> Path:
-    return save_checkpoint(engine, folder, state(step), ALONE)
+def save(to: Saver, step: int) -> Saved:
+    (saved,) = to.save(state(step), lambda: stage(float(step)))
+    return saved
 
 
 def names(folder: Path) -> list[str]:
@@ -65,106 +64,264 @@ def names(folder: Path) -> list[str]:
 
 
 def test_there_is_none_at_first(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    assert latest_checkpoint(tmp_path / "absent") is None
-    (tmp_path / "step-00000003").mkdir()  # not claimed by `latest`: not known to be complete
-    assert latest_checkpoint(tmp_path) is None
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert newest_whole(Place(str(folder)), ALONE).newest is None
+        assert newest(Place(str(folder))) is None
 
 
-def test_the_newest_is_found_and_two_are_kept(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_folder_whose_manifest_covers_every_file(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    for step in (3, 20, 100):
-        path = save(FileEngine(), folder, step)
-        assert path == folder / f"step-{step:08d}"
-        assert latest_checkpoint(folder) == (path, state(step))
-    assert KEPT == 2
-    assert names(folder) == ["latest", "step-00000020", "step-00000100"]
-    assert names(folder / "step-00000100") == [
-        "random-state-rank-00000.pt",
-        "state.json",
-        "weights",
-    ]
-    # Written under another name and renamed when whole.
-    assert (folder / "step-00000100" / "weights").read_text() == ".step-00000100.partial"
+    ended = save(saver(folder, tmp_path), 3)
+    assert (ended.step, ended.error) == (3, None)
+    assert names(folder) == ["latest", "step-00000003"]
+    assert (folder / "latest").read_text() == "step-00000003\n"
+    written = {str(p.relative_to(folder / "step-00000003")) for p in all_files(folder)}
+    found = newest_whole(Place(str(folder)), ALONE).newest
+    assert found is not None
+    assert set(found.state.files) | {"manifest.json"} == written
+    assert set(found.state.files) == {
+        "random-rank-00000.pt",
+        "shards/model.pt",
+        "shards/optimiser.pt",
+    }
+    assert ended.num_bytes == sum(p.stat().st_size for p in all_files(folder)) - manifest_bytes(
+        folder
+    )
 
 
-def test_a_save_that_broke_off_leaves_the_one_before(tmp_path: Path) -> None:
-    save(FileEngine(), tmp_path, 3)
-    with pytest.raises(RuntimeError, match="killed"):
-        save(BrokenEngine(), tmp_path, 6)
-    assert latest_checkpoint(tmp_path) == (tmp_path / "step-00000003", state(3))
-    assert names(tmp_path) == [".step-00000006.partial", "latest", "step-00000003"]
+def all_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*/**/*") if path.is_file())
 
 
-def test_the_leftovers_of_an_earlier_attempt_are_replaced(tmp_path: Path) -> None:
-    save(FileEngine(), tmp_path, 3)
-    # Of this step, broken off and whole, and of a later one whose `latest` was never written.
-    for leftover in (".step-00000006.partial", "step-00000006", "step-00000009"):
-        (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "stale").write_text("of the earlier attempt")
-    path = save(FileEngine(), tmp_path, 6)
-    assert names(path) == ["random-state-rank-00000.pt", "state.json", "weights"]
-    assert names(tmp_path) == ["latest", "step-00000003", "step-00000006"]
-    assert latest_checkpoint(tmp_path) == (path, state(6))
+def manifest_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("step-*/manifest.json"))
 
 
+@pytest.mark.parametrize("url", ["disk", "memory://checkpoints-{}"])
+def test_what_was_saved_is_read_back(tmp_path: Path, url: str) -> None:
+    place = str(tmp_path / "disk") if url == "disk" else url.format(tmp_path.name)
+    writer = saver(place, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+    found = newest_whole(Place(place), ALONE)
+    assert found.newest is not None
+    assert (found.newest.state.step, found.damaged) == (6, {})
+    files = local_files(Place(place), found.newest, tmp_path / "fetched")
+    weight = torch.load(files / "shards" / "model.pt")["weight"]
+    assert torch.equal(weight, torch.full((1000,), 6.0))
+
+
+DAMAGE = {
+    "gone": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+}
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: [file.unlink() for file in path.iterdir()],
-        lambda path: (path / "state.json").write_text("{"),
-        lambda path: (path / "state.json").write_text("[]"),
-        lambda path: (path / "state.json").write_text(json.dumps({"step": 3, "ranks": 1})),
-    ],
-    ids=["gone", "torn", "a list", "other fields"],
+    "name", ["manifest.json", "random-rank-00000.pt", "shards/model.pt", "shards/optimiser.pt"]
 )
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Any) -> None:
-    damage(save(FileEngine(), tmp_path, 3))
-    with pytest.raises(
-        CheckpointIncompatible, match=r"latest names step-00000003, which cannot be read: "
-    ):
-        latest_checkpoint(tmp_path)
-
-
-def test_a_pointer_to_nowhere_is_named(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("step-00000009\n")
-    with pytest.raises(CheckpointIncompatible, match="latest names step-00000009"):
-        latest_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"world_size": 4}, "world_size=4, this run has world_size=1; continue with 4"),
-        ({"zero_stage": 3}, "zero_stage=3, this run has zero_stage=1; continue with 3"),
-    ],
-)
-def test_another_number_of_ranks_or_stage_is_refused_untouched(
-    tmp_path: Path, changes: dict[str, int], said: str
+def test_damage_to_any_file_is_named_and_the_one_before_is_used(
+    tmp_path: Path, name: str, kind: str
 ) -> None:
-    engine: Any = NoEngine()
-    path = tmp_path / "step-00000003"
-    with pytest.raises(CheckpointIncompatible, match=rf"step-00000003 was saved with {said}"):
-        load_checkpoint(engine, path, state(3, **changes), state(3), ALONE)
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+    DAMAGE[kind](folder / "step-00000006" / name)
+    found = newest_whole(Place(str(folder)), ALONE)
+    assert found.newest is not None
+    assert found.newest.state.step == 3
+    (lines,) = found.damaged.values()
+    assert f"step-00000006/{name}" in " ".join(lines)
+    # Set aside it is kept, and no longer counts as one of those that stay.
+    set_aside(Place(str(folder)), found)
+    assert names(folder) == ["damaged-step-00000006", "latest", "step-00000003"]
+    save(writer, 6)
+    assert newest_whole(Place(str(folder)), ALONE).newest == newest(Place(str(folder)))
+    assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
 
 
-def test_loading_restores_weights_and_random_state(tmp_path: Path) -> None:
-    torch.manual_seed(11)
-    engine: Any = FileEngine()
-    path = save(engine, tmp_path, 3)
-    expected = torch.rand(5)
-    torch.manual_seed(12)
-    load_checkpoint(engine, path, state(3), state(3), ALONE)
-    assert engine.loaded == [".step-00000003.partial"]
-    assert torch.equal(torch.rand(5), expected)
+def test_where_none_is_whole_all_are_named_and_nothing_begins_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+        DAMAGE["one bit"](folder / f"step-{step:08d}" / "shards" / "model.pt")
+    with pytest.raises(CheckpointDamaged, match=r"no checkpoint is whole: .*06/.*; .*03/"):
+        newest_whole(Place(str(folder)), ALONE)
 
 
-def test_each_rank_has_a_random_state_of_its_own(tmp_path: Path) -> None:
-    path = save(FileEngine(), tmp_path, 3)
-    others = {"cpu": torch.Generator().manual_seed(5).get_state()}
-    torch.save(others, path / "random-state-rank-00001.pt")
-    expected = torch.rand(5, generator=torch.Generator().manual_seed(5))
-    engine: Any = FileEngine()
-    rank_1 = World(rank=1, world_size=1, device=torch.device("cpu"))
-    load_checkpoint(engine, path, state(3), state(3), rank_1)
-    assert torch.equal(torch.rand(5), expected)
+def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(saver(folder, tmp_path), 3)
+    path = folder / "step-00000003" / "manifest.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "step": 4}))
+    with pytest.raises(CheckpointDamaged, match="its sha256 is not that of its content"):
+        newest_whole(Place(str(folder)), ALONE)
+
+
+@given(
+    st.sets(st.integers(1, 60), min_size=1),
+    st.integers(1, 4),
+    st.integers(0, 10),
+    st.booleans(),
+    st.integers(1, 60),
+)
+def test_retention(steps: set[int], last: int, every: int, keep_best: bool, best: int) -> None:
+    gone = Retention(last=last, every=every, best=keep_best).surplus(steps, best)
+    kept = steps - set(gone)
+    assert set(sorted(steps)[-last:]) <= kept
+    assert not every or {step for step in steps if step % every == 0} <= kept
+    assert not keep_best or best not in gone
+    for step in kept:
+        assert (
+            step in sorted(steps)[-last:]
+            or (every and step % every == 0)
+            or (keep_best and step == best)
+        )
+
+
+def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path, retention=Retention(last=2, every=50, best=True))
+    place = Place(str(folder))
+    for step, score in ((10, 30.0), (20, 44.0), (30, 44.0), (40, 20.0), (50, 1.0), (60, 2.0)):
+        save(writer, step)
+        note_evaluation(place, step, score)
+    assert best_step(place) == 30  # the newer one of two equal ones
+    save(writer, 70)
+    kept = ["step-00000030", "step-00000050", "step-00000060", "step-00000070"]
+    assert names(folder) == ["best.json", "latest", *kept]
+
+
+def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path, background=True)
+    assert writer.save(state(3), lambda: stage(3.0)) == []
+    while not writer.is_written:
+        pass
+    assert names(folder) == [".step-00000003.attempt-1.partial"]
+    assert writer.publish().error is None
+    assert names(folder) == ["latest", "step-00000003"]
+    # A save that comes too early waits for the one before.
+    assert writer.save(state(6), lambda: stage(6.0)) == []
+    (ended,) = writer.save(state(9), lambda: stage(9.0))
+    assert (ended.step, ended.error) == (6, None)
+    (ended,) = writer.finish()
+    assert (ended.step, ended.error) == (9, None)
+    assert writer.finish() == []
+
+
+def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> None:
+    staging = Staging()
+    weight = torch.zeros(5)
+    nested = {"a": [weight, {"b": (weight, 3)}], "step": 1}
+    staging.save(nested, "/somewhere/model.pt")
+    weight += 1
+    nested["step"] = 2
+    first = staging.take()["model.pt"]
+    assert first["a"][0].tolist() == first["a"][1]["b"][0].tolist() == [0.0] * 5
+    assert first["step"] == 1
+    assert staging.take() == {}
+    # The memory is used again: fresh pages would cost more than the copy.
+    staging.save(nested, "/somewhere/model.pt")
+    second = staging.take()["model.pt"]
+    assert second["a"][0].data_ptr() == first["a"][0].data_ptr()
+    assert second["a"][0].tolist() == [1.0] * 5
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let files grow beyond, as a full disk or a quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_without_room_costs_one_checkpoint_and_no_more(
+    tmp_path: Path, background: bool
+) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path, background=background)
+    writer.save(state(3), lambda: stage(3.0))
+    writer.finish()
+    with files_of_at_most(2000):
+        ended = [*writer.save(state(6), lambda: stage(6.0)), *writer.finish()]
+    assert len(ended) == 1
+    assert ended[0].error is not None
+    assert "rank 0: OSError: [Errno 27] File too large" in ended[0].error
+    assert names(folder) == ["latest", "step-00000003"]
+    ended = [*writer.save(state(9), lambda: stage(9.0)), *writer.finish()]
+    assert ended[0].error is None
+    assert names(folder) == ["latest", "step-00000003", "step-00000009"]
+
+
+def test_a_new_attempt_clears_what_a_dead_one_was_writing(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(saver(folder, tmp_path), 3)
+    (folder / ".step-00000006.attempt-1.partial" / "shards").mkdir(parents=True)
+    saver(folder, tmp_path)
+    assert names(folder) == ["latest", "step-00000003"]
+
+
+def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    orphan = saver(folder, tmp_path, background=True)
+    orphan.save(state(3), lambda: stage(3.0))
+    while not orphan.is_written:
+        pass
+    successor = saver(folder, tmp_path)
+    with pytest.raises(Fenced, match=r"attempt 1 at .* is over: another one began"):
+        orphan.publish()
+    with pytest.raises(Fenced):
+        orphan.save(state(6), lambda: stage(6.0))
+    assert names(folder) == []
+    save(successor, 3)
+    found = newest(Place(str(folder)))
+    assert isinstance(found, Checkpoint)
+    assert found.state.attempt == 1  # of the state that was given
+    assert names(folder) == ["latest", "step-00000003"]
+
+
+def test_attempts_at_the_same_time_get_different_numbers(tmp_path: Path) -> None:
+    taken: list[Attempt] = []
+    threads = [
+        threading.Thread(target=lambda: taken.append(begin_attempt(tmp_path))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(attempt.number for attempt in taken) == list(range(1, 9))
+    newest_one = max(taken, key=lambda attempt: attempt.number)
+    newest_one.check()
+    for attempt in taken:
+        if attempt is not newest_one:
+            with pytest.raises(Fenced):
+                attempt.check()
+
+
+def test_all_random_states_are_restored() -> None:
+    import random
+
+    import numpy as np
+
+    saved = random_state()
+    drawn = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
+    restore_random_state(saved)
+    assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == drawn

@@ -17,6 +17,7 @@ from spawn import spawn
 from test_global_batch import assert_equal_gradients
 from tiny import batches_of, make_tiny_data, tiny_config
 
+from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import Engine
@@ -72,7 +73,9 @@ def take_steps(
             frames = config.data.num_frames
             model = build_model(config.model, config.loss, tokenizer, num_frames=frames)
             engine = RecordingEngine(model, config.train, world)
-            step = OptimiserStep(config, engine, LogWriter(run_dir, rank), world, 48)
+            attempt = world.from_first(lambda: begin_attempt(run_dir))
+            log = LogWriter(run_dir, attempt, world)
+            step = OptimiserStep(config, engine, log, world, 48)
             batches = batches_of(config, tokenizer, world)
             records = [step.take(number, batches) for number in (1, 2)]
             assert engine.gradients is not None

@@ -70,7 +70,7 @@ def keys_by_step(run_dir: Path) -> list[list[str]]:
 
 
 def weights(run_dir: Path, step: int, zero_stage: int = 1) -> dict[str, torch.Tensor]:
-    return weights_of(run_dir / "checkpoints", f"step-{step:08d}", zero_stage)
+    return weights_of(run_dir / "checkpoints" / f"step-{step:08d}" / "shards", zero_stage)
 
 
 def test_workers_and_ranks_do_not_change_the_samples(data: Path, tmp_path: Path) -> None:
@@ -96,7 +96,9 @@ def test_workers_and_ranks_do_not_change_the_samples(data: Path, tmp_path: Path)
 def test_resumed_equals_uninterrupted_to_the_last_bit(
     data: Path, tmp_path: Path, zero_stage: int
 ) -> None:
-    config = tiny_config(data, train={"steps": 6, "save_every": 3, "zero_stage": zero_stage})
+    config = tiny_config(
+        data, train={"steps": 6, "zero_stage": zero_stage}, checkpoint={"every": 3}
+    )
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     done = train(config, whole, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -126,9 +128,13 @@ def test_a_run_of_other_settings_is_not_continued(data: Path, tmp_path: Path) ->
     again = train(config, run_dir, flags=("--data.workers", "1"))
     assert again.returncode == 0, again.stderr
     assert len(losses(run_dir)) == 1  # it was complete already
-    other = train(config, run_dir, flags=("--train.zero-stage", "2"))
-    assert other.returncode == 2
-    assert "train.zero_stage was 1, is 2" in other.stderr
+    refused = train(config, run_dir, flags=("--train.micro-batch", "4"))
+    assert refused.returncode == 2
+    assert "was 8 x 1 = 8, is 4 x 1 = 4" in refused.stderr
+    assert train(config, run_dir, flags=("--train.zero-stage", "2")).returncode == 0
+    refused = train(config, run_dir, flags=("--resume", "never"))
+    assert refused.returncode == 2
+    assert "holds step-00000001 and --resume is never" in refused.stderr
 
 
 def test_settings_that_trained_nothing_may_be_corrected(data: Path, tmp_path: Path) -> None:
@@ -146,12 +152,12 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(
         data,
         train={
             "steps": 5,
-            "save_every": 1,
             "learning_rate": 1e30,
             "encoder_learning_rate": 1e30,
             "log_keys": True,
         },
         data={"test": None},
+        checkpoint={"every": 1, "background": False},
     )
     run_dir = tmp_path / "run"
     failed = train(config, run_dir, ranks=2)

@@ -1,113 +1,150 @@
-"""Sharded checkpoints: one folder a step, written aside by all ranks, renamed when whole."""
+"""Which checkpoints there are, which one a run goes on from, and which are kept.
+
+    checkpoints/step-00000300/shards/     DeepSpeed's files: weights and optimiser, by rank
+                              random-rank-00000.pt ...
+                              manifest.json             last; no checkpoint without it
+                latest        the name of the newest; for people and scripts
+                best.json     the step whose evaluation was best
+
+A checkpoint is complete or absent (saver.py writes it). What is read back is verified against the
+manifest before anything is unpickled; one that is damaged is named, and the one before is used.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import torch
-
-from tvr.trainer.engine import Engine
-from tvr.trainer.errors import CheckpointIncompatible
+from tvr.trainer.checkpoint_manifest import SavedState, damage, read_manifest
+from tvr.trainer.errors import CheckpointDamaged
+from tvr.trainer.place import Place
 from tvr.trainer.world import World
 
-STATE = "state.json"
 LATEST = "latest"
-KEPT = 2  # the newest and the one before
+BEST = "best.json"
+SHARDS = "shards"
+STEP_PATTERN = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SavedState:
-    """What a checkpoint says of itself. The position in the data follows from `step`."""
+class Checkpoint:
+    """A complete one."""
 
-    step: int
-    world_size: int
-    zero_stage: int
-
-
-def save_checkpoint(engine: Engine, folder: Path, state: SavedState, world: World) -> Path:
-    """Writes folder/step-N with all ranks' shards and random states, then moves `latest` to it.
-
-    Under its name a checkpoint is complete: it is renamed after every rank has written its part.
-    """
-    name = f"step-{state.step:08d}"
-    aside, final = folder / f".{name}.partial", folder / name
-    world.from_first(lambda: _make_room(folder, aside, name))
-    engine.save(folder, aside.name, {})
-    torch.save(_random_state(), aside / _random_file(world.rank))
-    world.barrier()
-    world.from_first(lambda: _publish(folder, aside, final, state))
-    return final
+    name: str
+    state: SavedState
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path, SavedState] | None:
-    """The newest complete checkpoint, or none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a run can go on from, and what it cannot."""
+
+    newest: Checkpoint | None
+    damaged: dict[str, tuple[str, ...]]
+    """The newer ones that are not whole, by name, and what is wrong with each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay: the last ones, every n-th step's, and the best one."""
+
+    last: int = 2
+    every: int = 0
+    """Steps; 0: none."""
+    best: bool = False
+
+    def surplus(self, steps: Iterable[int], best_step: int | None) -> list[int]:
+        """The steps of the checkpoints that may go."""
+        ordered = sorted(steps)
+        kept = set(ordered[-self.last :])
+        if self.every:
+            kept |= {step for step in ordered if step % self.every == 0}
+        if self.best and best_step is not None:
+            kept.add(best_step)
+        return [step for step in ordered if step not in kept]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps_in(place: Place) -> list[int]:
+    """The steps of all folders with a checkpoint's name, oldest first."""
+    matches = (STEP_PATTERN.fullmatch(name) for name in place.names())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def newest_whole(place: Place, world: World) -> Found:
+    """The newest checkpoint whose every byte is what was written; all ranks share the reading.
 
     Raises:
-        CheckpointIncompatible: if `latest` names a folder that is gone or unreadable.
+        CheckpointDamaged: there are checkpoints, and not one of them is whole.
     """
-    if not (folder / LATEST).exists():
-        return None
-    path = folder / (folder / LATEST).read_text().strip()
+    damaged: dict[str, tuple[str, ...]] = {}
+    for step in reversed(world.from_first(lambda: steps_in(place))):
+        name = name_of(step)
+        state, lines = world.from_first(lambda name=name: _state(place, name))
+        if state is not None:
+            mine = sorted(state.files)[world.rank :: world.world_size]
+            found = world.gather_objects(damage(place, name, state, mine))
+            lines = [line for part in found for line in part]
+            if not lines:
+                return Found(newest=Checkpoint(name=name, state=state), damaged=damaged)
+        damaged[name] = tuple(lines)
+    if damaged:
+        said = "; ".join(line for lines in damaged.values() for line in lines)
+        raise CheckpointDamaged(
+            f"{place.url}: no checkpoint is whole: {said}. Restore one of them, or train in another"
+            " folder"
+        )
+    return Found(newest=None, damaged={})
+
+
+def set_aside(place: Place, found: Found) -> None:
+    """Gives damaged checkpoints another name, so that they count as none; they stay to be looked
+    at."""
+    for name in found.damaged:
+        place.remove(f"damaged-{name}")
+        place.rename(name, f"damaged-{name}")
+
+
+def newest(place: Place) -> Checkpoint | None:
+    """The newest checkpoint with a readable manifest; its other files are not looked at."""
+    for step in reversed(steps_in(place)):
+        state, _ = _state(place, name_of(step))
+        if state is not None:
+            return Checkpoint(name=name_of(step), state=state)
+    return None
+
+
+def best_step(place: Place) -> int | None:
+    """The step whose evaluation was best so far."""
+    return _best(place)[0]
+
+
+def note_evaluation(place: Place, step: int, score: float) -> None:
+    """Remembers the step of the best score; the newer one of two equal ones."""
+    before = _best(place)[1]
+    if before is None or score >= before:
+        place.write_whole(BEST, (json.dumps({"step": step, "score": score}) + "\n").encode())
+
+
+def prune(place: Place, retention: Retention) -> None:
+    """Removes what need not stay."""
+    for step in retention.surplus(steps_in(place), best_step(place) if retention.best else None):
+        place.remove(name_of(step))
+
+
+def _best(place: Place) -> tuple[int | None, float | None]:
+    if BEST not in place.names():
+        return None, None
+    fields = json.loads(place.read(BEST))
+    return fields["step"], fields["score"]
+
+
+def _state(place: Place, name: str) -> tuple[SavedState | None, list[str]]:
     try:
-        return path, SavedState(**json.loads((path / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointIncompatible(
-            f"{folder / LATEST} names {path.name}, which cannot be read: {error}"
-        ) from None
-
-
-def load_checkpoint(
-    engine: Engine, path: Path, saved: SavedState, mine: SavedState, world: World
-) -> None:
-    """Restores weights, optimiser and random state of this rank.
-
-    Raises:
-        CheckpointIncompatible: saved by another number of ranks or at another ZeRO stage.
-    """
-    for name in ("world_size", "zero_stage"):
-        was, now = getattr(saved, name), getattr(mine, name)
-        if was != now:
-            raise CheckpointIncompatible(
-                f"{path} was saved with {name}={was}, this run has {name}={now}; "
-                f"continue with {was}"
-            )
-    engine.load(path.parent, path.name)
-    _restore_random_state(torch.load(path / _random_file(world.rank), weights_only=True))
-
-
-def _make_room(folder: Path, aside: Path, name: str) -> None:
-    """Removes what an earlier attempt left of this step or beyond it: none of it is `latest`."""
-    for leftover in (aside, *(path for path in folder.glob("step-*") if path.name >= name)):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-
-
-def _publish(folder: Path, aside: Path, final: Path, state: SavedState) -> None:
-    (aside / STATE).write_text(json.dumps(asdict(state)) + "\n")
-    aside.rename(final)
-    pointer = folder / f".{LATEST}.partial"
-    pointer.write_text(final.name + "\n")
-    os.replace(pointer, folder / LATEST)
-    for old in sorted(folder.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def _random_file(rank: int) -> str:
-    return f"random-state-rank-{rank:05d}.pt"
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        return read_manifest(place, name), []
+    except (ValueError, OSError) as error:
+        return None, [str(error)]

@@ -1,6 +1,7 @@
 """The command lines of `tvr demo`, `train`, `evaluate`, `report` and `show-config`.
 
-Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed.
+Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed; 75 preempted, with a
+checkpoint saved.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 from rich.console import Console
@@ -21,7 +22,7 @@ from tvr.data_prep.records import TooManyBadSamples
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
 from tvr.trainer.recipes import recipe
 
-EXIT_DONE, EXIT_FAILED = 0, 3
+EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 3, 75
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
@@ -38,25 +39,28 @@ def train(argv: Sequence[str]) -> int:
             run_dir: Path,
             recipe: str = "demo",
             config: Path | None = None,
+            resume: Literal["auto", "never"] = "auto",
             settings: Flags = base,
-        ) -> tuple[Config, Path]:
+        ) -> tuple[Config, Path, Literal["auto", "never"]]:
             """Trains on packed data; started on every rank by `tvr launch` (alone: one rank).
 
             Settings come from the recipe, then the --config file, then flags; the last one wins.
-            A run that stopped goes on from its newest checkpoint when the same line is given again.
+            A run that stopped goes on from its newest whole checkpoint when the same line is given
+            again, also on another number of ranks or at another ZeRO stage.
 
             Args:
                 run_dir: Folder of the run: configuration, log, checkpoints, results.
                 recipe: Full configuration to start from.
                 config: JSON file with (some) settings, nested as `tvr show-config` prints them.
+                resume: auto goes on from the newest checkpoint; never refuses a run that has any.
                 settings: All settings.
             """
-            return settings, run_dir
+            return settings, run_dir, resume
 
-        resolved, run_dir = tyro.cli(arguments, prog="tvr train", args=list(argv))
+        resolved, run_dir, resume = tyro.cli(arguments, prog="tvr train", args=list(argv))
         from tvr.trainer.loop import train as run
 
-        run(resolved, run_dir)
+        run(resolved, run_dir, resume=resume)
         return EXIT_DONE
 
     return _reported("train", action)
@@ -237,14 +241,15 @@ def _base(argv: Sequence[str]) -> Config:
 
 def _reported(command: str, action: Callable[[], int]) -> int:
     """As `reported`, and a training that failed for a reason it can name becomes exit code 3."""
-    from tvr.trainer.errors import CheckpointIncompatible, NonFiniteLoss
+    from tvr.trainer.errors import CheckpointDamaged, Fenced, NonFiniteLoss, Preempted
 
     def guarded() -> int:
         try:
             return action()
-        except CheckpointIncompatible as error:
-            raise ValueError(str(error)) from error
-        except (NonFiniteLoss, TooManyBadSamples) as error:
+        except Preempted as notice:
+            print(f"tvr {command}: {notice}", file=sys.stderr)
+            return EXIT_PREEMPTED
+        except (NonFiniteLoss, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
             say_error(f"tvr {command}", error)
             return EXIT_FAILED
 

@@ -1,4 +1,4 @@
-"""Every setting of a run, in five sections; each module receives its own section, never the whole.
+"""Every setting of a run, in sections; each module receives its own section, never the whole.
 
 Order of precedence: recipe, then `--config FILE`, then flags. The result is resolved once and
 written to `run_dir/config.json`. Nothing here is derived from something else here: derived numbers
@@ -182,12 +182,29 @@ class TrainConfig:
     seed: NotNegative = 0
     eval_every: NotNegative = 0
     """Steps between evaluations; 0: only at the end."""
-    save_every: NotNegative = 0
-    """Steps between checkpoints; 0: only at the end."""
     log_every: Positive = 1
     """Steps between lines in the log."""
     log_keys: bool = False
     """Also writes every rank's sample keys, step by step, to run_dir/keys."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
+    """Where checkpoints go, how often, and which of them stay."""
+
+    url: str | None = None
+    """Folder or fsspec URL, of this run alone; none: run_dir/checkpoints."""
+    every: NotNegative = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: Positive = 2
+    """The newest ones that stay."""
+    keep_every: NotNegative = 0
+    """Those of every so many steps stay, too; 0: none."""
+    keep_best: bool = True
+    """The one whose evaluation has the highest mean of R@1 both ways stays, too."""
+    background: bool = True
+    """Write while training goes on: a step waits for a copy in host memory, whose size is the
+    rank's part of weights and optimiser, and not for the disk. Off: it waits for all."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -198,6 +215,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from torch import Tensor, nn
 
 from tvr.trainer.config import TrainConfig, accumulation_steps
 from tvr.trainer.model import Features, TextVideoModel, parameter_groups
+from tvr.trainer.staging import Staging
+from tvr.trainer.universal import MODEL_STATES, Reader, from_stage_0, read_parameters, unify
 from tvr.trainer.world import World
 
 
-def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run.
+def deepspeed_config(
+    train: TrainConfig, world_size: int, *, universal: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run; `universal`: it will load a universal checkpoint.
 
     Raises:
         ValueError: bf16 without ZeRO, whose unfused optimiser follows another trajectory; or batch
@@ -43,28 +50,34 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         # torch's own AdamW: exact at every stage, which DeepSpeed's are not to the last bit.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
 class Engine:
-    """A model under ZeRO: `encode`, `backward`, `step`, and checkpoints of all of it.
+    """A model under ZeRO: `encode`, `backward`, `step`, and the state of all of it.
 
     Every method is collective: all ranks call it in the same order.
     """
 
-    def __init__(self, model: TextVideoModel, train: TrainConfig, world: World) -> None:
-        settings = deepspeed_config(train, world.world_size)
+    def __init__(
+        self, model: TextVideoModel, train: TrainConfig, world: World, *, universal: bool = False
+    ) -> None:
+        """`universal`: the state that it will `load` is in the universal form."""
+        settings = deepspeed_config(train, world.world_size, universal=universal)
         _reject_scalars(model)
         deepspeed = _import_deepspeed(world)
         self._train = train
+        self._universal = universal
         groups = parameter_groups(
             model,
             learning_rate=train.learning_rate,
             encoder_learning_rate=train.encoder_learning_rate,
             weight_decay=train.weight_decay,
         )
+        self._names = _names_in_order(model, groups)
         optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2))
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
@@ -74,6 +87,10 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
+        self._staging = Staging()
+        self._engine.checkpoint_engine = self._staging
+        # It would put scripts beside the checkpoints, while all ranks wait on that disk.
+        self._engine._copy_recovery_script = lambda folder: None
 
     def encode(self, *inputs: Tensor) -> Features:
         """The model's forward; ZeRO-3 holds the parameters for its length only."""
@@ -104,33 +121,99 @@ class Engine:
         """The model itself; under ZeRO-3 its parameters are partitioned."""
         return self._engine.module
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        """Writes every rank's shards to folder/tag; `state` is rank 0's, small and picklable."""
-        # DeepSpeed would move `latest` before all shards are written; checkpoint.py does it after.
-        self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state=dict(state), save_latest=False
-        )
+    def stage(self) -> dict[str, Any]:
+        """A copy of this rank's part of weights and optimiser in host memory, by file name.
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restores weights and optimiser from folder/tag and returns the saved `state`."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        Valid until the next call. No file is touched.
+        """
+        # DeepSpeed would move `latest` before all shards are written; saver.py does it after.
+        self._engine.save_checkpoint("nowhere", tag="staged", save_latest=False)
+        return self._staging.take()
+
+    def load(self, folder: Path) -> None:
+        """Restores weights and optimiser from a folder of what `stage` gave on as many ranks at
+        the same stage, or of the universal form."""
+        if self._universal and self._train.zero_stage == 0:
+            self._load_without_zero(read_parameters(folder, self._names))
+            return
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:  # DeepSpeed reports a missing checkpoint this way and does not raise
-            raise ValueError(f"{folder / tag}: DeepSpeed found no checkpoint there")
-        return state
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
+        if self._universal:
+            # ZeRO-3's loader gives all groups one tensor, which each of them would then count up.
+            for state in self._optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    def _load_without_zero(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        parameters = dict(self._engine.module.named_parameters())
+        for name, kinds in values.items():
+            parameter = parameters[name]
+            parameter.data.copy_(kinds["fp32"])
+            self._optimizer.state[parameter] = {
+                kind: value.to(parameter.device if kind != "step" else "cpu")
+                for kind, value in kinds.items()
+                if kind != "fp32"
+            }
 
 
-def weights_of(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
+def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Reader) -> None:
+    """Writes the universal form of a checkpoint's shards, saved at `zero_stage`, to `folder`."""
+    if zero_stage == 0:
+        from_stage_0(shards, folder, reader)
+        return
+    _import_deepspeed(None)
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = Namespace(
+        input_folder=str(shards),
+        output_folder=str(folder),
+        # In this process: its pool would fork while gloo's threads run.
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
+    unify(folder, reader)
+
+
+def reader_of(model: TextVideoModel, train: TrainConfig, world_size: int) -> Reader:
+    """What will load a universal checkpoint, before the model is partitioned."""
+    groups = parameter_groups(
+        model,
+        learning_rate=train.learning_rate,
+        encoder_learning_rate=train.encoder_learning_rate,
+        weight_decay=train.weight_decay,
+    )
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    names = _names_in_order(model, groups)
+    return Reader(
+        world_size=world_size,
+        num_groups=len(groups),
+        shapes={name: shapes[name] for name in names},
+    )
+
+
+def weights_of(shards: Path, zero_stage: int) -> dict[str, Tensor]:
     """The whole fp32 state dict of a sharded checkpoint, on this process alone."""
     if zero_stage == 0:
-        state = torch.load(folder / tag / "mp_rank_00_model_states.pt", weights_only=False)
+        state = torch.load(shards / MODEL_STATES, weights_only=False)
         return state["module"]
     _import_deepspeed(None)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name)
     if state is None:
-        raise ValueError(f"{folder / tag} holds no weights that DeepSpeed can join")
+        raise ValueError(f"{shards} holds no weights that DeepSpeed can join")
     return dict(state)
+
+
+def _names_in_order(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in groups for parameter in group["params"]]
 
 
 def _import_deepspeed(world: World | None) -> Any:

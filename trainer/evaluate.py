@@ -46,6 +46,12 @@ class Evaluation:
     queries: list[dict[str, Any]]
     """Per caption: its text, key, rank, and the top 5 videos."""
 
+    @property
+    def score(self) -> float:
+        """What the best checkpoint is the best by: the mean of R@1 both ways."""
+        both = (self.metrics.text_to_video, self.metrics.video_to_text)
+        return sum(way.recall_at_1 for way in both) / len(both)
+
     def summary(self) -> dict[str, Any]:
         """What the log holds: all but the queries."""
         return {

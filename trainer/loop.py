@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tvr.data_prep.manifest import check_words, read_manifest
 from tvr.data_prep.records import Batch
 from tvr.data_prep.stream import train_batches
-from tvr.trainer.checkpoint import (
-    SavedState,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from tvr.trainer.attempt import begin_attempt
+from tvr.trainer.checkpoint import note_evaluation
+from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.config import Config, shard_cache, views
 from tvr.trainer.engine import Engine
-from tvr.trainer.errors import TrainingFailed
+from tvr.trainer.errors import Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.model import build_model, image_size, tokenizer_folder
+from tvr.trainer.preemption import Notice, noticing
 from tvr.trainer.progress import Progress
-from tvr.trainer.run_dir import CHECKPOINTS, claim, evaluated_step, write_evaluation
+from tvr.trainer.random_state import random_state
+from tvr.trainer.resume import Resume, engine_from, resume_point
+from tvr.trainer.run_dir import (
+    checkpoints_of,
+    claim,
+    evaluated_step,
+    retention,
+    write_evaluation,
+)
 from tvr.trainer.run_log import LogWriter
+from tvr.trainer.saver import Saved, Saver, shard_files
 from tvr.trainer.step import OptimiserStep
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import World, join_world
 
 
-def train(config: Config, run_dir: Path) -> Evaluation | None:
-    """Trains to `train.steps`, continuing from the newest checkpoint in `run_dir`.
+def train(config: Config, run_dir: Path, *, resume: Resume = "auto") -> Evaluation | None:
+    """Trains to `train.steps`, continuing from the newest whole checkpoint of the run.
 
     Every rank of the job calls it. Returns the last evaluation (none without a test set).
+    `resume` "never" refuses a run that has checkpoints.
 
     Raises:
         ValueError: settings, data or a `run_dir` of another configuration that cannot be used.
-        CheckpointIncompatible: a checkpoint of another number of ranks or ZeRO stage.
+        CheckpointDamaged: the run has checkpoints, and none is whole.
+        Preempted: a signal asked the job to leave, and a checkpoint is saved.
+        Fenced: a newer attempt at the run has begun.
         NonFiniteLoss: naming step, rank and keys.
         TooManyBadSamples: the budget `data.max_bad` is spent.
         TrainingFailed: anything else that broke once training had begun.
     """
-    with join_world() as world:
+    with join_world() as world, noticing() as notice:
         claim(run_dir, config, world)
         num_samples = _checked_data(config, world)
         tokenizer = load_tokenizer(
@@ -50,14 +61,22 @@ def train(config: Config, run_dir: Path) -> Evaluation | None:
             config.data.max_words,
             content_words=config.data.content_words,
         )
+        attempt = world.from_first(lambda: begin_attempt(run_dir))
+        saver = Saver(
+            checkpoints_of(config, run_dir),
+            world,
+            attempt,
+            retention(config.checkpoint),
+            background=config.checkpoint.background,
+        )
+        log = LogWriter(run_dir, attempt, world)
+        found = resume_point(saver.place, log, world, resume)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-        engine = Engine(model, config.train, world)
-        # Equal weights on all ranks, but dropout of each rank's own.
-        torch.manual_seed(config.train.seed + 1 + world.rank)
-        log = LogWriter(run_dir, world.rank)
+        engine = engine_from(found, saver.place, model, config.train, run_dir, world)
         step = OptimiserStep(config, engine, log, world, num_samples)
-        return _Run(config, run_dir, log, engine, tokenizer, world, step).to_the_end()
+        run = _Run(config, run_dir, log, engine, tokenizer, world, step, saver, notice)
+        return run.to_the_end(found.state if found else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +88,18 @@ class _Run:
     tokenizer: Tokenizer
     world: World
     step: OptimiserStep
+    saver: Saver
+    notice: Notice
 
-    def to_the_end(self) -> Evaluation | None:
+    def to_the_end(self, saved: SavedState | None) -> Evaluation | None:
         train = self.config.train
-        start_step = self._resume()
-        evaluation = self._missed_evaluation(start_step)
+        start_step = saved.step if saved else 0
+        self.log.begin(start_step)
+        if saved is not None:
+            self.step.go_on(saved)
         if 0 < start_step < train.steps:
-            self.log.write("resumed", {"step": start_step})
+            self.log.write("resumed", {"step": start_step, "attempt": self.saver.attempt.number})
+        evaluation = self._missed_evaluation(start_step)
         batches = self._batches(start_step)
         with Progress(train.steps, start_step, enabled=self.world.is_first) as progress:
             for step in range(start_step, train.steps):
@@ -84,6 +108,7 @@ class _Run:
                 except (ValueError, OSError) as error:
                     # Before the first step these mean bad input; here they mean that a run broke.
                     raise TrainingFailed(f"step {step + 1} on rank {self.world.rank}") from error
+        self._tell(self.saver.finish())
         return evaluation
 
     def _advance(self, step: int, batches: Iterator[Batch], show: Progress) -> Evaluation | None:
@@ -94,13 +119,60 @@ class _Run:
         if done % train.log_every == 0 or done == train.steps:
             self.log.write("step", record)
         show.step(done, record)
+        leave = self._agree()
         # Saved first: an evaluation that fails must not cost the steps before it.
-        if _due(done, train.save_every, train.steps):
-            self._save(done)
+        if leave or _due(done, self.config.checkpoint.every, train.steps):
+            self._tell(self.saver.save(self._state(done), self._staged))
+        if leave and done < train.steps:
+            self._leave(done)
         if self._evaluation_due(done):
             evaluation = self._evaluate(done)
             show.text(evaluation.table())
         return evaluation
+
+    def _agree(self) -> bool:
+        """What no rank may decide alone: a save is published once it is written on all ranks, and
+        all leave once one was told to."""
+        mine = int(self.saver.is_written) + 2 * int(self.notice.given)
+        everyone = self.world.gather_counts(mine)
+        if all(flags & 1 for flags in everyone):
+            self._tell([self.saver.publish()])
+        return any(flags & 2 for flags in everyone)
+
+    def _leave(self, done: int) -> None:
+        self._tell(self.saver.finish())
+        name = self.notice.signal.name if self.notice.signal else "another rank"
+        self.log.write("preempted", {"step": done, "by": name})
+        raise Preempted(f"step {done} is saved; asked to leave by {name}")
+
+    def _staged(self) -> dict[str, Any]:
+        return shard_files(self.engine.stage(), self.world.rank, random_state())
+
+    def _state(self, step: int) -> SavedState:
+        return SavedState(
+            step=step,
+            world_size=self.world.world_size,
+            zero_stage=self.config.train.zero_stage,
+            precision=self.config.train.precision,
+            attempt=self.saver.attempt.number,
+            quarantine=dict(self.step.quarantine),
+            metrics=dict(self.step.counters),
+            files={},
+        )
+
+    def _tell(self, saves: Sequence[Saved]) -> None:
+        for saved in saves:
+            values = {
+                "step": saved.step,
+                "num_bytes": saved.num_bytes,
+                "held_up_s": round(saved.held_up_s, 4),
+                "seconds": round(saved.seconds, 4),
+            }
+            if saved.error is None:
+                self.log.write("saved", values)
+            else:
+                self.log.write("save_failed", {**values, "error": saved.error})
+                self.log.warn(f"checkpoint of step {saved.step} not saved: {saved.error}")
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
         data, train = self.config.data, self.config.train
@@ -132,7 +204,9 @@ class _Run:
         self.log.write("evaluation", {"step": step, **evaluation.summary()})
         self.log.write_replaced(step, evaluation.left_out)
         if self.world.is_first:
+            self.saver.attempt.check()
             write_evaluation(self.run_dir, evaluation, step)
+            note_evaluation(self.saver.place, step, evaluation.score)
         return evaluation
 
     def _evaluation_due(self, step: int) -> bool:
@@ -145,26 +219,6 @@ class _Run:
             return None
         done = self.world.from_first(lambda: evaluated_step(self.run_dir))
         return None if done == step else self._evaluate(step)
-
-    def _save(self, step: int) -> None:
-        save_checkpoint(self.engine, self.run_dir / CHECKPOINTS, self._state(step), self.world)
-
-    def _resume(self) -> int:
-        found = self.world.from_first(lambda: latest_checkpoint(self.run_dir / CHECKPOINTS))
-        step = 0
-        if found is not None:
-            path, saved = found
-            load_checkpoint(self.engine, path, saved, self._state(saved.step), self.world)
-            step = saved.step
-        self.log.begin(step)
-        return step
-
-    def _state(self, step: int) -> SavedState:
-        return SavedState(
-            step=step,
-            world_size=self.world.world_size,
-            zero_stage=self.config.train.zero_stage,
-        )
 
 
 def _checked_data(config: Config, world: World) -> int:

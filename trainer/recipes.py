@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvr.trainer.config import (
+    CheckpointConfig,
     Config,
     DataConfig,
     LossConfig,
@@ -43,8 +44,8 @@ def demo() -> Config:
             warmup_steps=30,
             weight_decay=0.05,
             eval_every=100,
-            save_every=100,
         ),
+        checkpoint=CheckpointConfig(every=100),
     )
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from tvr.data_prep.frame_choice import segment_centres
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import ShardCorrupt
-from tvr.trainer.checkpoint import latest_checkpoint
+from tvr.trainer.checkpoint import SHARDS, newest_whole
 from tvr.trainer.config import Config
 from tvr.trainer.engine import weights_of
 from tvr.trainer.evaluate import Evaluation, evaluate, results_table
 from tvr.trainer.model import TextVideoModel, build_model, image_size, tokenizer_folder
-from tvr.trainer.run_dir import CHECKPOINTS, EVALUATION, read_config, write_evaluation
+from tvr.trainer.resume import local_files
+from tvr.trainer.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.world import join_world
+from tvr.trainer.world import World, join_world
 
 THUMBNAIL_FRAMES = 3
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
@@ -47,17 +52,23 @@ def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
 
 def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, int]:
     """The model of the newest checkpoint whole, in fp32 on the CPU, with tokeniser and step."""
-    found = latest_checkpoint(run_dir / CHECKPOINTS)
-    if found is None:
+    place = checkpoints_of(config, run_dir)
+    alone = World(rank=0, world_size=1, device=torch.device("cpu"))
+    found = newest_whole(place, alone)
+    for name, lines in found.damaged.items():
+        log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
+    if found.newest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
-    path, saved = found
     tokenizer = load_tokenizer(
         tokenizer_folder(config.model),
         config.data.max_words,
         content_words=config.data.content_words,
     )
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-    model.load_state_dict(weights_of(path.parent, path.name, saved.zero_stage))
+    saved = found.newest.state
+    with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:
+        files = local_files(place, found.newest, Path(folder))
+        model.load_state_dict(weights_of(files / SHARDS, saved.zero_stage))
     return model, tokenizer, saved.step
 
 
@@ -80,7 +91,7 @@ def thumbnails_of(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
             decoder=config.data.decoder,
         )
     except (OSError, ValueError, ShardCorrupt) as error:
-        logging.getLogger(__name__).warning("no thumbnails: %s", error)
+        log.warning("no thumbnails: %s", error)
         return None
     rows = {reader.key(row): row for row in range(len(reader))}
 

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tvr.trainer.checkpoint import latest_checkpoint
-from tvr.trainer.config import Config, from_json, to_json
+from tvr.trainer.checkpoint import Checkpoint, Retention, newest
+from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
 from tvr.trainer.evaluate import Evaluation
+from tvr.trainer.place import Place
 from tvr.trainer.world import World
 
 CONFIG = "config.json"
@@ -33,9 +34,24 @@ FREE = frozenset(
         "data.max_bad",
         "data.max_bad_in_a_row",
         "train.eval_every",
-        "train.save_every",
         "train.log_every",
         "train.log_keys",
+        "checkpoint.every",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.keep_best",
+        "checkpoint.background",
+    }
+)
+
+# What may differ too: the results agree to rounding, no longer bit for bit.
+ROUNDING = frozenset(
+    {
+        "train.zero_stage",
+        "train.precision",
+        "train.micro_batch",
+        "train.exchange",
+        "train.scores",
     }
 )
 
@@ -46,7 +62,7 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
     Raises:
         ValueError: it holds a run of another configuration, the differing settings named.
     """
-    world.from_first(lambda: _claim(run_dir, config))
+    world.from_first(lambda: _claim(run_dir, config, world.world_size))
 
 
 def read_config(run_dir: Path) -> Config:
@@ -61,6 +77,18 @@ def read_config(run_dir: Path) -> Config:
     return from_json(path.read_text(), where=str(path))
 
 
+def checkpoints_of(config: Config, run_dir: Path) -> Place:
+    """Where a run's checkpoints lie."""
+    return Place(config.checkpoint.url or str(run_dir / CHECKPOINTS))
+
+
+def retention(checkpoint: CheckpointConfig) -> Retention:
+    """Which of them stay."""
+    return Retention(
+        last=checkpoint.keep_last, every=checkpoint.keep_every, best=checkpoint.keep_best
+    )
+
+
 def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
     """Replaces evaluation.json: the summary that the log has, and every query's best videos."""
     content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
@@ -69,9 +97,9 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
 
 def is_finished(run_dir: Path, config: Config) -> bool:
     """Whether this very run was trained, saved and evaluated to its last step."""
-    found = latest_checkpoint(run_dir / CHECKPOINTS)
+    found = newest(checkpoints_of(config, run_dir))
     steps = config.train.steps
-    if found is None or found[1].step != steps or evaluated_step(run_dir) != steps:
+    if found is None or found.state.step != steps or evaluated_step(run_dir) != steps:
         return False
     return read_config(run_dir) == config
 
@@ -89,25 +117,40 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _claim(run_dir: Path, config: Config) -> None:
+def _claim(run_dir: Path, config: Config, world_size: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
+    before = read_config(run_dir) if path.exists() else config
+    saved = newest(checkpoints_of(before, run_dir))
     # Without a checkpoint nothing was trained by the settings that are there: they may change.
-    if path.exists() and latest_checkpoint(run_dir / CHECKPOINTS) is not None:
-        before = read_config(run_dir)
+    if saved is not None:
         differing = [
             f"{name} was {was!r}, is {now!r}"
             for (name, was), (_, now) in zip(
                 _leaves(asdict(before)), _leaves(asdict(config)), strict=True
             )
-            if was != now and name not in FREE
+            if was != now and name not in FREE | ROUNDING
         ]
+        differing += _other_negatives(before, saved, config, world_size)
         if differing:
             raise ValueError(
                 f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
                 "Give the settings it was started with, or another folder"
             )
     write_whole(path, to_json(config))
+
+
+def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size: int) -> list[str]:
+    """The batch that a loss is over is part of the result, on whatever number of ranks."""
+    was, is_now = before.train, now.train
+    pairs = (was.micro_batch * saved.state.world_size, is_now.micro_batch * world_size)
+    if is_now.gradient_cache or pairs[0] == pairs[1]:
+        return []
+    return [
+        f"train.micro_batch x ranks, the pairs of one loss, was {was.micro_batch} x"
+        f" {saved.state.world_size} = {pairs[0]}, is {is_now.micro_batch} x {world_size} ="
+        f" {pairs[1]}"
+    ]
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

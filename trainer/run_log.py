@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,30 +12,52 @@ from pathlib import Path
 from typing import Any
 
 from tvr.data_prep.records import Replacement
+from tvr.trainer.attempt import Attempt
+from tvr.trainer.world import World
 
 LOG = "log.jsonl"
+
+log = logging.getLogger(__name__)
 
 Event = Mapping[str, Any]
 
 
 class LogWriter:
-    """Appends events to run_dir/log.jsonl on rank 0, and every rank's keys to its own file."""
+    """Appends events to run_dir/log.jsonl on rank 0, and every rank's keys to its own file.
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self._path = run_dir / LOG if rank == 0 else None
-        self._keys = run_dir / "keys" / f"rank-{rank:05d}.jsonl"
+    A process of an attempt that is over writes nothing more: Fenced is raised.
+    """
+
+    def __init__(self, run_dir: Path, attempt: Attempt, world: World) -> None:
+        self._attempt = attempt
+        self._path = run_dir / LOG if world.is_first else None
+        self._keys = run_dir / "keys" / f"rank-{world.rank:05d}.jsonl"
+        self._world = world
         self._started = time.monotonic()
 
     def begin(self, step: int) -> None:
         """Goes on after optimiser step `step`; what an earlier attempt logged beyond is dropped."""
-        for path in (self._path, self._keys):
+        for path in (self._path, self._keys, *self._orphaned_keys()):
             if path is not None and path.exists():
                 _keep_until(path, step)
 
+    def _orphaned_keys(self) -> list[Path]:
+        """Files of ranks that an earlier attempt had and this one has not: rank 0's business."""
+        if not self._world.is_first:
+            return []
+        files = self._keys.parent.glob("rank-*.jsonl")
+        return [path for path in files if int(path.stem[5:]) >= self._world.world_size]
+
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         if self._path is not None:
+            self._attempt.check()
             elapsed = {"time_s": round(time.monotonic() - self._started, 3)}
             _append(self._path, {"event": event, **elapsed, **values})
+
+    def warn(self, text: str) -> None:
+        """For the person who looks at the job's output."""
+        if self._path is not None:
+            log.warning(text)
 
     def write_replaced(self, step: int, replaced: Sequence[Replacement]) -> None:
         for entry in replaced:

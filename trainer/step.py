@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tvr.data_prep.records import Batch, TooManyBadSamples
+from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.chunked import FeatureCache
 from tvr.trainer.config import Config, LossConfig, accumulation_steps
 from tvr.trainer.engine import Engine
@@ -34,6 +35,15 @@ class OptimiserStep:
     world: World
     num_samples: int
     """Of the training set: an epoch."""
+    quarantine: dict[str, str] = field(default_factory=dict)
+    """Keys of the bad samples met so far, on any rank, each with its reason."""
+    counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
+    """What goes on counting after a restart."""
+
+    def go_on(self, saved: SavedState) -> None:
+        """Takes over what a checkpoint counted."""
+        self.quarantine.update(saved.quarantine)
+        self.counters.update(saved.metrics)
 
     def take(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """Step number `step`, from 1; returns the values of its global batch for the log.
@@ -58,6 +68,7 @@ class OptimiserStep:
             shares, norm = self._contrast(micro_batches, step, factor)
             totals += shares / losses
         seconds = time.perf_counter() - started
+        self.counters["trained_s"] += seconds
         if norm is not None and not math.isfinite(norm):
             raise NonFiniteLoss(
                 f"step {step}: the loss is finite, its gradient is not ({norm}); the weights are "
@@ -132,6 +143,7 @@ class OptimiserStep:
         if everyone[:, -1].any():
             for entries in world.gather_objects(replaced):
                 self.log.write_replaced(step, entries)
+                self.quarantine.update({entry.key: entry.reason for entry in entries})
         return mine.for_backward, everyone[:, :-1].sum(0)
 
 

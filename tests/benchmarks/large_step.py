@@ -90,6 +90,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     """One rank's part; rank 0 writes what the step logged, and everyone's memory."""
     import torch
 
+    from tvr.trainer.attempt import begin_attempt
     from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
     from tvr.trainer.engine import Engine
     from tvr.trainer.measured import process_bytes
@@ -121,7 +122,9 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         torch.manual_seed(0)
         model = build_model(config.model, config.loss, tokenizer, num_frames=FRAMES)
         engine = Engine(model, config.train, world)
-        step = OptimiserStep(config, engine, LogWriter(folder, world.rank), world, options.pairs)
+        attempt = world.from_first(lambda: begin_attempt(folder))
+        log = LogWriter(folder, attempt, world)
+        step = OptimiserStep(config, engine, log, world, options.pairs)
         first = world.rank * of_rank
         size = config.train.micro_batch
         batches = (batch_of(at, size, tokenizer) for at in range(first, first + of_rank, size))

@@ -1,0 +1,54 @@
+"""The fencing token: of all attempts at a run only the newest may write to it.
+
+A rank can outlive its job, for example behind a node daemon that died; the job is then restarted
+while the orphan still holds weights and an open run. Each attempt takes the next number when it
+starts, and every write to the run asks first whether the number is still the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvr.trainer.errors import Fenced
+
+ATTEMPTS = "attempts"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The number of this start of the run, 1 for the first."""
+
+    run_dir: Path
+    number: int
+
+    def check(self) -> None:
+        """Raises Fenced once a newer attempt has begun."""
+        newer = _file(self.run_dir, self.number + 1)
+        if newer.exists():
+            raise Fenced(
+                f"attempt {self.number} at {self.run_dir} is over: another one began"
+                f" ({newer.read_text().strip() or newer.name}); nothing more is written by this one"
+            )
+
+
+def begin_attempt(run_dir: Path) -> Attempt:
+    """Takes the next number; rank 0 of a job calls it. Two jobs at once get two numbers."""
+    folder = run_dir / ATTEMPTS
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.stem) for path in folder.glob("*.json")), default=0) + 1
+    who = {"host": socket.gethostname(), "pid": os.getpid()}
+    while True:
+        try:
+            with _file(run_dir, number).open("x") as file:
+                file.write(json.dumps(who) + "\n")
+            return Attempt(run_dir, number)
+        except FileExistsError:
+            number += 1
+
+
+def _file(run_dir: Path, number: int) -> Path:
+    return run_dir / ATTEMPTS / f"{number:06d}.json"

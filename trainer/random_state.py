@@ -1,0 +1,38 @@
+"""All random states of a process: Python's, numpy's, torch's, and those of its GPU."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def random_file(rank: int) -> str:
+    """The file of a rank's random states within a checkpoint."""
+    return f"random-rank-{rank:05d}.pt"
+
+
+def random_state() -> dict[str, Any]:
+    """Plain containers and tensors, which torch.load reads without unpickling anything else."""
+    legacy = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
+    kind, words, place, has_gauss, gauss = legacy
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), place, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """The counterpart of `random_state`."""
+    random.setstate(state["python"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
