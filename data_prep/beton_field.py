@@ -143,7 +143,9 @@ def _copy_rows(rows, metadata, file, row_bytes):  # type: ignore[no-untyped-def]
     return texts
 
 
-@njit(nogil=True)
+# Inlined: as a function of its own numba 0.68 compiles it for one beton, and for a second one of
+# other sizes in the same process fails with a KeyError among its own signatures.
+@njit(nogil=True, inline="always")
 def _decode_stack(file, start, size, count, height, width, out):  # type: ignore[no-untyped-def]
     frame_bytes = 3 * height * width
     at = start + 4 * (count + 1)
@@ -164,7 +166,7 @@ def _decode_stack(file, start, size, count, height, width, out):  # type: ignore
     return result == 0
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _uint32(file, at):  # type: ignore[no-untyped-def]
     value = np.int64(0)
     for place in range(4):

@@ -29,6 +29,7 @@ from tvr.data_prep.draw import Join, Runs, TrainingRows
 from tvr.data_prep.order import SampleOrder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, ShardCorrupt
+from tvr.data_prep.rooms import Room
 from tvr.data_prep.store import Store
 from tvr.data_prep.with_ffcv import max_threads
 
@@ -100,14 +101,16 @@ def _batches(
         for index, result in enumerate(_decoded(loader)):
             (frames, _, _), _ = result
             reader.hold(_intact(loader, reader, epochs.rows[index], result), _room(reader, frames))
-            yield join([rows[position] for position in epochs.positions[index]])
+            batch = join([rows[position] for position in epochs.positions[index]])
+            assert isinstance(batch, Batch), "no rooms are lent here: FFCV's frames have their own"
+            yield batch
 
 
-def _room(reader: SampleReader, frames: np.ndarray) -> torch.Tensor | None:
+def _room(reader: SampleReader, frames: np.ndarray) -> Room | None:
     """The frames of a batch as they lie, where every sample is stored in the size wanted."""
     shape = (reader.num_frames, reader.image_size, reader.image_size, 3)
     whole = frames.shape[1] == math.prod(shape)
-    return torch.from_numpy(frames).view(-1, *shape) if whole else None
+    return Room(torch.from_numpy(frames).view(-1, *shape)) if whole else None
 
 
 def _intact(

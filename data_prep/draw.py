@@ -11,6 +11,7 @@ from tvr.data_prep.collate import Tokenize, collate
 from tvr.data_prep.order import SampleOrder, caption_choice
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import BadSample, Batch, Caption, Replacement, Sample
+from tvr.data_prep.rooms import Lent
 from tvr.data_prep.views import Views
 from tvr.data_prep.word_drop import drop_words
 
@@ -111,24 +112,26 @@ class Runs:
 
 
 class Join:
-    """The loader's collate function."""
+    """The loader's collate function; with rooms, what it gives is for `Rooms.receive`."""
 
     def __init__(self, reader: SampleReader, tokenize: Tokenize) -> None:
         self._tokenize = tokenize
         self._reader = reader
 
-    def __call__(self, drawn: list[Drawn]) -> Batch:
+    def __call__(self, drawn: list[Drawn]) -> Batch | Lent:
         good = [(each.sample, each) for each in drawn if each.sample is not None]
-        return collate(
+        reader = self._reader
+        batch = collate(
             [sample for sample, _ in good],
             [each.captions for _, each in good],
             [each.position for _, each in good],
             self._tokenize,
-            self._reader.num_frames,
-            self._reader.image_size,
+            reader.num_frames,
+            reader.image_size,
             replaced=[entry for each in drawn for entry in each.replaced],
-            room=self._reader.room,
+            room=None if reader.room is None else reader.room.frames,
         )
+        return batch if reader.rooms is None else reader.rooms.send(batch, reader.room)
 
 
 def _replacement(position: int, error: BadSample) -> Replacement:

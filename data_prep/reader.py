@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from tvr.data_prep.decoders import Decoder, frame_sampler
 from tvr.data_prep.frame_choice import segment_frames
@@ -19,6 +15,7 @@ from tvr.data_prep.jpeg_stack import stack_names
 from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.members import SampleMeta, decode_members, parse_meta, parse_range
 from tvr.data_prep.records import Sample
+from tvr.data_prep.rooms import Room, Rooms, own_room
 from tvr.data_prep.shard_cache import CacheFolder
 from tvr.data_prep.shard_files import ShardFiles
 from tvr.data_prep.views import View, crop_box, crop_frames
@@ -72,8 +69,10 @@ class SampleReader:
         self._cache = SampleCache(cache_bytes)
         self._keeps_samples = cache_bytes > 0
         self._held: dict[int, tuple[bytes, np.ndarray]] = {}
-        self.room: Tensor | None = None
+        self.room: Room | None = None
         """Where the frames of the batch being read may lie."""
+        self.rooms: Rooms | None = None
+        """Of a loader whose workers read by this reader."""
         self._places: Iterator[np.ndarray] = iter(())
 
     def __len__(self) -> int:
@@ -99,15 +98,19 @@ class SampleReader:
         if self._files.ahead is not None:
             self._files.ahead.want(shards)
 
-    def make_room(self, count: int) -> None:
-        """Lets the frames of the next `count` samples be decoded to where a batch of them lies, if
-        they are stored in its size."""
-        if self.manifest.layout == "frames" and not self._keeps_samples:
-            shape = (count, self.num_frames, self.image_size, self.image_size, 3)
-            self.room = shared_between_processes(shape)
-            self._places = iter(self.room.numpy())
+    @property
+    def decodes_into_place(self) -> bool:
+        """Whether frames are decoded to where their batch lies, if they are stored in its size."""
+        return self.manifest.layout == "frames" and not self._keeps_samples
 
-    def hold(self, decoded: dict[int, tuple[bytes, np.ndarray]], room: Tensor | None) -> None:
+    def make_room(self, count: int) -> None:
+        """Makes room for a batch of the next `count` samples."""
+        if self.decodes_into_place:
+            shape = (count, self.num_frames, self.image_size, self.image_size, 3)
+            self.room = own_room(shape) if self.rooms is None else self.rooms.take(count)
+            self._places = iter(self.room.frames.numpy())
+
+    def hold(self, decoded: dict[int, tuple[bytes, np.ndarray]], room: Room | None) -> None:
         """Takes samples that somebody else read, checked and decoded: the JSON and all stored
         frames by row, instead of those held before; `room` is where they lie."""
         self._held, self.room, self._places = decoded, room, iter(())
@@ -191,15 +194,6 @@ class SampleReader:
         )
         content = self._files.read(shard, offset, length, crc32, self.key(row))
         return parse_range(self.manifest, row, content)
-
-
-def shared_between_processes(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8; in a loader's worker it passes to the parent without a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    # As torch's default_collate; a tensor moved to shared memory afterwards would be copied there.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class SampleCache:

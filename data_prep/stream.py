@@ -27,6 +27,7 @@ from tvr.data_prep.manifest import check_words
 from tvr.data_prep.order import SampleOrder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.rooms import Rooms
 from tvr.data_prep.shard_cache import CacheFolder
 from tvr.data_prep.views import MIDDLES, Views
 from tvr.data_prep.with_ffcv import import_ffcv
@@ -97,7 +98,7 @@ def train_batches(
     join = Join(reader, tokenize)
     runs = Runs(start_step * global_batch + rank * micro_batch, run, micro_batch, None)
     if reader.manifest.beton is None:
-        batches = _loader(rows, runs, join, workers)
+        batches = _received(reader, rows, runs, join, workers)
     else:
         import_ffcv(f"training from {url}")
         from tvr.data_prep.beton_stream import beton_batches
@@ -161,6 +162,19 @@ def read_samples(
     if unknown:
         raise ValueError(f"key={unknown[0]!r} is not in {url} (it holds {len(rows)} samples)")
     return [reader.read(rows[key]) for key in keys]
+
+
+def _received(
+    reader: SampleReader, rows: Dataset[Drawn], runs: Runs, join: Join, workers: int
+) -> Iterator[Batch]:
+    """The loader's batches, whose frames lie in memory that is used again where they can."""
+    if not workers or not reader.decodes_into_place:
+        yield from _loader(rows, runs, join, workers)
+        return
+    size = reader.image_size
+    rooms = reader.rooms = Rooms(workers, (runs.length, reader.num_frames, size, size, 3))
+    for sent in _loader(rows, runs, join, workers):
+        yield rooms.receive(sent)
 
 
 def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataLoader:

@@ -108,6 +108,19 @@ def test_batches_are_those_of_the_shards(
     assert_same(list(islice(train(beton, **changes), num_batches)), expected)
 
 
+def test_a_second_beton_of_other_sizes_in_one_process(
+    shards: str, beton: str, tmp_path: Path
+) -> None:
+    smaller = packed(tmp_path, 7, short_side=20, num_frames=3)
+    other = str(tmp_path / "beton")
+    write_beton(smaller, other)
+    assert_same(list(islice(train(beton), 3)), list(islice(train(shards), 3)))
+    settings = {"num_frames": 3, "image_size": 20}
+    assert_same(
+        list(islice(train(other, **settings), 5)), list(islice(train(smaller, **settings), 5))
+    )
+
+
 def test_epochs_of_ffcv_do_not_show(
     shards: str, beton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
