@@ -168,7 +168,10 @@ def test_where_it_would_run_is_said_beside_the_json(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--recipe", "nonesuch"], "--recipe nonesuch: unknown; there are: demo"),
+        (
+            ["--recipe", "nonesuch"],
+            f"--recipe nonesuch: unknown; there are: {', '.join(sorted(RECIPES))}",
+        ),
         (["--config", "absent.json"], "--config absent.json: there is no such file"),
     ],
 )

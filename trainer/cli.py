@@ -20,12 +20,15 @@ from rich.console import Console
 from tvr.data_prep.cli import reported, say_error
 from tvr.data_prep.records import TooManyBadSamples
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
-from tvr.trainer.recipes import recipe
+from tvr.trainer.recipes import RECIPES, recipe
 
 EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 3, 75
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
+RecipeName: TypeAlias = Annotated[
+    str, tyro.conf.arg(help=f"Full configuration to start from: {', '.join(RECIPES)}.")
+]
 
 
 def train(argv: Sequence[str]) -> int:
@@ -37,11 +40,14 @@ def train(argv: Sequence[str]) -> int:
         def arguments(
             *,
             run_dir: Path,
-            recipe: str = "demo",
+            recipe: RecipeName = "demo",
             config: Path | None = None,
             resume: Literal["auto", "never"] = "auto",
+            dry_run: bool = False,
+            ranks: int | None = None,
+            samples: int | None = None,
             settings: Flags = base,
-        ) -> tuple[Config, Path, Literal["auto", "never"]]:
+        ) -> int:
             """Trains on packed data; started on every rank by `tvr launch` (alone: one rank).
 
             Settings come from the recipe, then the --config file, then flags; the last one wins.
@@ -50,18 +56,30 @@ def train(argv: Sequence[str]) -> int:
 
             Args:
                 run_dir: Folder of the run: configuration, log, checkpoints, results.
-                recipe: Full configuration to start from.
                 config: JSON file with (some) settings, nested as `tvr show-config` prints them.
                 resume: auto goes on from the newest checkpoint; never refuses a run that has any.
+                dry_run: Only prints what the run would do, and takes one step on random data, in
+                    this process alone; run_dir is left as it is.
+                ranks: Training processes that --dry-run reckons with; default: 1.
+                samples: Size that --dry-run takes for a training set that is not there.
                 settings: All settings.
             """
-            return settings, run_dir, resume
+            for name, value in (("ranks", ranks), ("samples", samples)):
+                if value is not None and not dry_run:
+                    raise ValueError(f"--{name} {value} is for --dry-run, which is not given")
+                if value is not None and value < 1:
+                    raise ValueError(f"--{name} {value} must be at least 1")
+            if dry_run:
+                from tvr.trainer.dry_run import dry_run as show
 
-        resolved, run_dir, resume = tyro.cli(arguments, prog="tvr train", args=list(argv))
-        from tvr.trainer.loop import train as run
+                show(settings, ranks=ranks or 1, samples=samples, console=Console())
+                return EXIT_DONE
+            from tvr.trainer.loop import train as run
 
-        run(resolved, run_dir, resume=resume)
-        return EXIT_DONE
+            run(settings, run_dir, resume=resume)
+            return EXIT_DONE
+
+        return tyro.cli(arguments, prog="tvr train", args=list(argv))
 
     return _reported("train", action)
 
@@ -74,7 +92,7 @@ def show_config(argv: Sequence[str]) -> int:
 
         def arguments(
             *,
-            recipe: str = "demo",
+            recipe: RecipeName = "demo",
             config: Path | None = None,
             memory: bool = False,
             ranks: int | None = None,
@@ -83,7 +101,6 @@ def show_config(argv: Sequence[str]) -> int:
             """Prints the settings that `tvr train` would use, as JSON, and what they would run on.
 
             Args:
-                recipe: Full configuration to start from.
                 config: JSON file with (some) settings, nested as this command prints them.
                 memory: Also estimates the memory of the similarity and its loss on one rank.
                 ranks: Training processes, for --memory; default: 1.

@@ -170,7 +170,16 @@ def build_model(
     Raises:
         ValueError: if the folder is missing, or the tokeniser does not fit the text tower.
     """
-    towers = _pretrained(model.clip) if model.clip else _from_scratch(model, tokenizer)
+    return _built(model, loss, tokenizer, num_frames, weights=True)
+
+
+def _built(
+    model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, num_frames: int, *, weights: bool
+) -> TextVideoModel:
+    if model.clip is None:
+        towers = _from_scratch(model, tokenizer)
+    else:
+        towers = _pretrained(model.clip) if weights else _shaped(model.clip)
     text = towers[0].config
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
@@ -186,6 +195,20 @@ def build_model(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
     )
     return built.train()  # pretrained towers come in evaluation mode, without dropout
+
+
+def build_outline(
+    model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, *, num_frames: int
+) -> TextVideoModel:
+    """The model that `build_model` gives, on the meta device: shapes without numbers.
+
+    Of a pretrained folder only config.json is read.
+
+    Raises:
+        ValueError: as `build_model`.
+    """
+    with torch.device("meta"):
+        return _built(model, loss, tokenizer, num_frames, weights=False)
 
 
 def tokenizer_folder(model: ModelConfig) -> str:
@@ -253,6 +276,16 @@ def _pretrained(folder: str) -> Towers:
         _loaded(CLIPTextModelWithProjection, folder),
         _loaded(CLIPVisionModelWithProjection, folder),
     )
+
+
+def _shaped(folder: str) -> Towers:
+    """Towers as config.json has them, with weights at random."""
+    try:
+        text = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+        vision = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"model.clip={folder!r} holds no CLIP model: {error}") from None
+    return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
 
 
 def _loaded(tower: Any, folder: str) -> Any:

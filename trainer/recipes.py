@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tvr.trainer import recipes_benchmarks as benchmarks
 from tvr.trainer.config import (
     CheckpointConfig,
     Config,
@@ -49,7 +50,18 @@ def demo() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"demo": demo}
+RECIPES: dict[str, Callable[[], Config]] = {
+    build.__name__: build
+    for build in (
+        demo,
+        benchmarks.msrvtt_b32,
+        benchmarks.msrvtt_b16,
+        benchmarks.msvd_b32,
+        benchmarks.didemo_b32,
+        benchmarks.activitynet_b32,
+        benchmarks.large_scale_l14_64gpu,
+    )
+}
 
 
 def recipe(name: str) -> Config:

@@ -1,0 +1,237 @@
+"""`tvr train --dry-run`: what a run would do, in tables, and one step of it on random data.
+
+Nothing is written to the run's folder. Data sets need not be there; the model's folder must be, or
+its config.json and a tokeniser, without which there are no shapes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import psutil
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tvr.data_prep.manifest import Manifest, check_words, read_manifest
+from tvr.trainer.config import Config, accumulation_steps
+from tvr.trainer.engine import deepspeed_config, parameter_groups
+from tvr.trainer.machine import device, device_line, similarity_backend
+from tvr.trainer.memory import configured, estimate
+from tvr.trainer.memory_table import embed_width
+from tvr.trainer.model import TextVideoModel, build_outline, tokenizer_folder
+from tvr.trainer.outline import ModelBytes, checkpoint_bytes, model_bytes
+from tvr.trainer.schedule import learning_rate_factor
+from tvr.trainer.synthetic import share_of_one, take_synthetic_step
+from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+
+Row = Sequence[str]
+SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)
+
+
+def dry_run(config: Config, *, ranks: int, samples: int | None, console: Console) -> None:
+    """Prints what a run on `ranks` ranks would do, and takes a step on this process alone.
+
+    `samples` stands for the size of a training set that is not there.
+
+    Raises:
+        ValueError: settings, data or a model folder that cannot be used; or several ranks started.
+    """
+    if "RANK" in os.environ:
+        raise ValueError("--dry-run is one process's: leave `tvr launch` out, give --ranks instead")
+    deepspeed_config(config.train, ranks)  # refuses what does not fit together
+    sets = dict(_data_sets(config))
+    samples = _training_samples(config, sets["train"], samples)
+    tokenizer = load_tokenizer(
+        tokenizer_folder(config.model),
+        config.data.max_words,
+        content_words=config.data.content_words,
+    )
+    model = build_outline(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    needs = rank_memory(config, tokenizer, ranks)
+    for title, header, rows in (
+        ("data", ("samples", "captions", "shards"), _data_rows(config, sets)),
+        (f"batches on {ranks} ranks", ("",), _batch_rows(config, ranks, samples)),
+        ("learning rate at step", ("heads", "towers"), _rate_rows(config)),
+        ("parameters", ("tensors", "numbers", "peak rate", "decay"), _group_rows(config, model)),
+        (f"memory of one rank of {ranks}", ("MB",), needs.rows()),
+        ("checkpoints", ("",), _checkpoint_rows(config, model)),
+    ):
+        console.print(_table(title, header, rows))
+    console.print(_step(config, tokenizer, ranks))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """An estimate in bytes of what one rank holds at the worst moment of a step."""
+
+    model: ModelBytes
+    similarity: int
+    """Similarity and its loss, features included."""
+    at_once: bool
+    """Whether the activations are still there when the loss is computed."""
+
+    @property
+    def total(self) -> int:
+        parts = (self.model.activations, self.similarity)
+        return self.model.states + (sum(parts) if self.at_once else max(parts))
+
+    def rows(self) -> Iterator[Row]:
+        model, when = self.model, "together" if self.at_once else "one after the other"
+        for name, size in (
+            ("weights", model.weights),
+            ("gradients", model.gradients),
+            ("optimiser", model.optimiser),
+            ("activations of a micro-batch", model.activations),
+            ("similarity and loss", self.similarity),
+            (f"total, the last two {when}", self.total),
+        ):
+            yield name, f"{size / 1e6:,.0f}"
+
+
+def rank_memory(config: Config, tokenizer: Tokenizer, ranks: int) -> RankMemory:
+    """What one rank of `ranks` needs, the estimates of model and similarity put together."""
+    backend, _ = similarity_backend(config)
+    width = embed_width(config.model)
+    sizes = configured(config, ranks, width=width, backend=backend, device=device())
+    return RankMemory(
+        model=model_bytes(config, tokenizer, ranks),
+        similarity=estimate(sizes).total,
+        at_once=not config.train.gradient_cache,
+    )
+
+
+def free_bytes() -> int:
+    """Memory of this machine's device that a step could take now."""
+    if device() == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def _data_sets(config: Config) -> Iterator[tuple[str, Manifest | None]]:
+    """The configured data sets by setting; none where there is no data set yet."""
+    for name in ("train", "test", "test_exchanged"):
+        url = getattr(config.data, name)
+        if url is None:
+            continue
+        try:
+            manifest = read_manifest(url)
+        except FileNotFoundError:
+            manifest = None
+        if manifest is not None and config.data.content_words:
+            check_words(url, manifest, needed_by="data.content_words")
+        yield name, manifest
+
+
+def _training_samples(config: Config, train: Manifest | None, given: int | None) -> int | None:
+    if train is None:
+        return given
+    if given is not None:
+        raise ValueError(
+            f"--samples {given} is for a training set that is not there, and {config.data.train} "
+            f"holds {train.num_samples}"
+        )
+    return train.num_samples
+
+
+def _data_rows(config: Config, sets: dict[str, Manifest | None]) -> Iterator[Row]:
+    for name, manifest in sets.items():
+        place = f"data.{name}: {getattr(config.data, name)}"
+        if manifest is None:
+            yield place, "not there", "", ""
+        else:
+            counts = (manifest.num_samples, manifest.num_captions, len(manifest.shards))
+            yield place, *(f"{count:,}" for count in counts)
+
+
+def _batch_rows(config: Config, ranks: int, samples: int | None) -> Iterator[Row]:
+    train = config.train
+    micro_steps = accumulation_steps(train, ranks)
+    pairs = train.global_batch if train.gradient_cache else train.micro_batch * ranks
+    yield (
+        "pairs of a step",
+        f"{train.global_batch:,} = {train.micro_batch:,} a micro-batch x {ranks:,} ranks x "
+        f"{micro_steps:,} micro-steps",
+    )
+    yield "pairs of one loss", f"{pairs:,}: {pairs - 1:,} negatives for each caption"
+    yield "frames of a rank's forward", f"{train.micro_batch * config.data.num_frames:,}"
+    yield "steps", f"{train.steps:,}"
+    if samples is None:
+        yield "steps of an epoch", "not known without the training set; --samples N stands for it"
+    else:
+        yield "steps of an epoch", f"{samples / train.global_batch:,.2f} ({samples:,} samples)"
+        yield "epochs", f"{train.steps * train.global_batch / samples:,.2f}"
+
+
+def _rate_rows(config: Config) -> Iterator[Row]:
+    train = config.train
+    for share in SHARES_OF_RUN:
+        step = round(share * (train.steps - 1))
+        factor = learning_rate_factor(step, warmup_steps=train.warmup_steps, steps=train.steps)
+        rates = (train.learning_rate * factor, train.encoder_learning_rate * factor)
+        yield f"{step + 1:,} ({share:.0%})", *(f"{rate:.3g}" for rate in rates)
+
+
+def _group_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
+    train = config.train
+    for group in parameter_groups(
+        model,
+        learning_rate=train.learning_rate,
+        encoder_learning_rate=train.encoder_learning_rate,
+        weight_decay=train.weight_decay,
+    ):
+        members = cast(list[Tensor], group["params"])
+        yield (
+            str(group["name"]),
+            f"{len(members):,}",
+            f"{sum(p.numel() for p in members):,}",
+            f"{group['peak']:.3g}",
+            f"{group['weight_decay']:.3g}",
+        )
+
+
+def _checkpoint_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
+    rule, steps = config.checkpoint, config.train.steps
+    size = checkpoint_bytes(model, config.train)
+    saved = -(-steps // rule.every) if rule.every else 1
+    kept = min(saved, rule.keep_last + (steps // rule.keep_every if rule.keep_every else 0))
+    best = int(rule.keep_best and config.data.test is not None and kept < saved)
+    yield "size of one", f"{size / 1e6:,.0f} MB"
+    yield "saved", f"{saved:,}, every {rule.every or steps:,} steps"
+    yield (
+        "kept at most",
+        f"{kept + best:,}: {(kept + best) * size / 1e9:,.1f} GB, and {size / 1e9:,.1f} GB while "
+        "another one is written",
+    )
+
+
+def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:
+    """One rank's share of a step, taken here, or why it is not."""
+    alone = share_of_one(config, ranks)
+    needed, free = rank_memory(alone, tokenizer, 1).total, free_bytes()
+    if needed > free:
+        return (
+            f"No step was taken: one rank alone would need {needed / 1e6:,.0f} MB, and "
+            f"{free / 1e6:,.0f} MB are free ({device_line()}). Smaller: --train.micro-batch, "
+            "--train.global-batch"
+        )
+    values = take_synthetic_step(alone, tokenizer)
+    told = ("loss", "similarity_loss", "tpm_cl_loss", "gradient_norm", "step_s")
+    rows = [(name, f"{values[name]:.4g}") for name in told if values[name] is not None]
+    title = f"a step of {alone.train.global_batch:,} random pairs, one rank alone"
+    return _table(title, (device_line(),), rows)
+
+
+def _table(title: str, header: Row, rows: Iterable[Row]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title)
+    for name in header:
+        table.add_column(name, justify="right" if len(header) > 1 else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
