@@ -10,7 +10,8 @@ from torch import nn
 
 from tvr.trainer import engine as engine_module
 from tvr.trainer.config import TrainConfig
-from tvr.trainer.engine import Engine, deepspeed_config
+from tvr.trainer.deepspeed_config import deepspeed_config, is_fused, optimizer_line
+from tvr.trainer.engine import Engine
 from tvr.trainer.world import World
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
@@ -51,6 +52,70 @@ def test_precision() -> None:
         assert half["bf16"] == {"enabled": True}
     with pytest.raises(ValueError, match=r"train\.precision=bf16 needs train\.zero_stage >= 1"):
         deepspeed_config(train(precision="bf16", zero_stage=0), 1)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_offload_says_what_goes_to_the_host(zero_stage: int) -> None:
+    host = {"device": "cpu", "pin_memory": True}
+    settings = train(zero_stage=zero_stage, offload="optimizer")
+    zero = deepspeed_config(settings, 1, pin_memory=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == host
+    assert "offload_param" not in zero
+    whole = train(zero_stage=3, offload="parameters")
+    zero = deepspeed_config(whole, 1, pin_memory=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == host
+    plain = deepspeed_config(train(zero_stage=zero_stage), 1)["zero_optimization"]
+    assert not [name for name in plain if name.startswith("offload")]
+
+
+def test_torchs_own_optimiser_is_never_refused_or_replaced() -> None:
+    got = deepspeed_config(train(offload="optimizer"), 1)
+    assert got["zero_allow_untested_optimizer"] is True
+    assert got["zero_force_ds_cpu_optimizer"] is False
+    assert "optimizer" not in got
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"offload": "optimizer", "zero_stage": 0}, r"optimizer needs .*1 or 2 or 3.*it is 0"),
+        (
+            {"offload": "parameters", "zero_stage": 2},
+            r"parameters needs train\.zero_stage 3,.*is 2",
+        ),
+        ({"compile": True, "zero_stage": 3}, r"train\.compile=true does not work at .*=3"),
+    ],
+)
+def test_what_does_not_work_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        deepspeed_config(train(**changes), 1)
+
+
+def test_the_fused_optimiser_serves_where_a_gpu_holds_its_state() -> None:
+    assert is_fused(train(), "cuda")
+    assert not is_fused(train(), "cpu")
+    assert not is_fused(train(offload="optimizer"), "cuda")
+    assert optimizer_line(train(), "cuda") == "optimiser: torch AdamW, fused"
+    assert optimizer_line(train(), "cpu") == (
+        "optimiser: torch AdamW, plain (on a CPU the fused one rounds differently)"
+    )
+    assert "train.offload=optimizer keeps" in optimizer_line(train(offload="optimizer"), "cuda")
+
+
+def test_on_a_cpu_the_fused_optimiser_rounds_differently() -> None:
+    # The day on which this fails, the fused one can serve everywhere.
+    torch.manual_seed(0)
+    start, gradients = torch.randn(100_000), torch.randn(10, 100_000)
+    ends = []
+    for fused in (False, True):
+        parameter = nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=fused)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append(parameter.detach())
+    assert not torch.equal(*ends)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
 
 def test_a_parameter_without_dimension_is_refused_before_deepspeed_starts(

@@ -115,9 +115,11 @@ def show_config(argv: Sequence[str]) -> int:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
         from tvr.data_prep.decoders import decoder_line
-        from tvr.trainer.machine import device_line, similarity_line
+        from tvr.trainer.deepspeed_config import optimizer_line
+        from tvr.trainer.machine import device, device_line, similarity_line
 
         print(device_line(), file=sys.stderr)
+        print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(similarity_line(resolved), file=sys.stderr)
         print(decoder_line(resolved.data.decoder), file=sys.stderr)
         if memory:

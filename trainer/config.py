@@ -179,6 +179,15 @@ class TrainConfig:
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep the optimiser's state in host memory (ZeRO 1 to 3) or weights as well (ZeRO 3), and
+    update there: for models that do not fit a GPU otherwise; slower."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the towers' layers for the backward, which computes the rest again:
+    less memory, a second forward of the towers."""
+    compile: bool = False
+    """Compile the towers' layers with torch.compile (ZeRO 0 to 2): the first step of each shape
+    takes long, later ones less; results agree to rounding."""
     seed: NotNegative = 0
     eval_every: NotNegative = 0
     """Steps between evaluations; 0: only at the end."""

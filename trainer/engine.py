@@ -1,4 +1,4 @@
-"""DeepSpeed, in one file: its configuration as a pure function, and the engine as four verbs."""
+"""DeepSpeed, in one file: the engine as four verbs, and the state of all of it."""
 
 from __future__ import annotations
 
@@ -14,46 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tvr.trainer.config import TrainConfig, accumulation_steps
+from tvr.trainer.config import TrainConfig
+from tvr.trainer.deepspeed_config import deepspeed_config, is_fused
 from tvr.trainer.model import Features, TextVideoModel, parameter_groups
 from tvr.trainer.staging import Staging
 from tvr.trainer.universal import MODEL_STATES, Reader, from_stage_0, read_parameters, unify
 from tvr.trainer.world import World
-
-
-def deepspeed_config(
-    train: TrainConfig, world_size: int, *, universal: bool = False
-) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run; `universal`: it will load a universal checkpoint.
-
-    Raises:
-        ValueError: bf16 without ZeRO, whose unfused optimiser follows another trajectory; or batch
-            sizes that do not fit together.
-    """
-    if train.precision == "bf16" and train.zero_stage == 0:
-        raise ValueError(
-            "train.precision=bf16 needs train.zero_stage >= 1; at stage 0 DeepSpeed falls back to "
-            "an unfused optimiser whose results differ"
-        )
-    return {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": accumulation_steps(train, world_size),
-        # Left out, it is 1.0 in this version; 0.0 turns clipping off.
-        "gradient_clipping": train.gradient_clip,
-        "bf16": {"enabled": train.precision == "bf16"},
-        "zero_optimization": {
-            "stage": train.zero_stage,
-            # Its linear keeps other intermediates: bf16 at stage 3 would differ from stage 2.
-            "memory_efficient_linear": False,
-        },
-        # torch's own AdamW: exact at every stage, which DeepSpeed's are not to the last bit.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "checkpoint": {"load_universal": universal},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
 
 
 class Engine:
@@ -66,9 +34,11 @@ class Engine:
         self, model: TextVideoModel, train: TrainConfig, world: World, *, universal: bool = False
     ) -> None:
         """`universal`: the state that it will `load` is in the universal form."""
-        settings = deepspeed_config(train, world.world_size, universal=universal)
+        on_gpu = world.device.type == "cuda"
+        settings = deepspeed_config(train, world.world_size, universal=universal, pin_memory=on_gpu)
         _reject_scalars(model)
         deepspeed = _import_deepspeed(world)
+        _change_towers(model, train)
         self._train = train
         self._universal = universal
         groups = parameter_groups(
@@ -78,7 +48,10 @@ class Engine:
             weight_decay=train.weight_decay,
         )
         self._names = _names_in_order(model, groups)
-        optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2))
+        self._fused = is_fused(train, world.device.type)
+        optimizer = torch.optim.AdamW(
+            groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
+        )
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -141,8 +114,8 @@ class Engine:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
         if self._universal:
             # ZeRO-3's loader gives all groups one tensor, which each of them would then count up.
-            for state in self._optimizer.optimizer.state.values():
-                state["step"] = state["step"].clone()
+            for parameter, state in self._optimizer.optimizer.state.items():
+                state["step"] = self._placed_step(state["step"], parameter)
 
     def _load_without_zero(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         parameters = dict(self._engine.module.named_parameters())
@@ -150,10 +123,16 @@ class Engine:
             parameter = parameters[name]
             parameter.data.copy_(kinds["fp32"])
             self._optimizer.state[parameter] = {
-                kind: value.to(parameter.device if kind != "step" else "cpu")
+                kind: value.to(parameter.device)
+                if kind != "step"
+                else self._placed_step(value, parameter)
                 for kind, value in kinds.items()
                 if kind != "fp32"
             }
+
+    def _placed_step(self, step: Tensor, parameter: Tensor) -> Tensor:
+        """A copy of Adam's counter where it counts: beside the parameter for the fused one."""
+        return step.to(parameter.device if self._fused else "cpu", copy=True)
 
 
 def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Reader) -> None:
@@ -233,6 +212,19 @@ def _import_deepspeed(world: World | None) -> Any:
 
 def _backend(world: World) -> str:
     return "gloo" if world.device.type == "cpu" else "nccl"
+
+
+def _change_towers(model: TextVideoModel, train: TrainConfig) -> None:
+    """Activation checkpointing and compilation of the towers' layers, in place."""
+    for tower in (model.text_tower, model.image_tower):
+        if train.activation_checkpointing:
+            tower.activation_checkpointing_enable({"use_reentrant": False})
+        if train.compile:
+            for layer in tower.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    # In place, so that names of parameters stay. All of a layer or an error: what
+                    # torch could not compile would run uncompiled, and nobody would know.
+                    layer.compile(fullgraph=True)
 
 
 def _reject_scalars(model: nn.Module) -> None:

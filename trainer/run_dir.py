@@ -49,6 +49,9 @@ ROUNDING = frozenset(
     {
         "train.zero_stage",
         "train.precision",
+        "train.offload",
+        "train.activation_checkpointing",
+        "train.compile",
         "train.micro_batch",
         "train.exchange",
         "train.scores",
