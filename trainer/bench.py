@@ -81,15 +81,23 @@ def bench(argv: Sequence[str]) -> int:
     """`tvr bench`: returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="tvr bench",
-        usage="tvr bench {kernels,data} ...",
-        epilog="`tvr bench kernels --help` and `tvr bench data --help` describe them.",
+        usage="tvr bench {kernels,data,train,save} ...",
+        epilog="`tvr bench kernels --help` and so on describe them.",
     )
-    what = "kernels: the similarity and its loss; data: the sources of training batches"
-    parser.add_argument("what", choices=["kernels", "data"], help=what)
-    if parser.parse_args(list(argv[:1])).what == "data":
+    what = (
+        "kernels: the similarity and its loss; data: the sources of training batches; "
+        "train: the parts of a training step, and more ranks; save: what a step waits for a save"
+    )
+    parser.add_argument("what", choices=["kernels", "data", "train", "save"], help=what)
+    chosen = parser.parse_args(list(argv[:1])).what
+    if chosen == "data":
         from tvr.trainer.bench_data import bench_data
 
         return bench_data(argv[1:])
+    if chosen in ("train", "save"):
+        from tvr.trainer.bench_train import bench_save, bench_train
+
+        return (bench_train if chosen == "train" else bench_save)(argv[1:])
 
     def action() -> int:
         line = tyro.cli(KernelsArguments, prog="tvr bench kernels", args=list(argv[1:]))

@@ -17,6 +17,7 @@ from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.exchange import Gathered, Ring
 from tvr.trainer.gather import collectives_of, gather_rows
 from tvr.trainer.model import Features
+from tvr.trainer.stopwatch import Stopwatch
 from tvr.trainer.world import World
 
 
@@ -53,18 +54,24 @@ def objective(
     exchange: Literal["gather", "ring"] = "gather",
     scores: Literal["keep", "stream"] = "keep",
     fast: bool = False,
+    watch: Stopwatch | None = None,
 ) -> Objective:
     """Similarity loss plus TPM-CL over the global batch (the method, sections 3 and 4).
 
     `mine` are the features of this rank's B pairs, `video_ids` (B,) theirs; B may differ between
     ranks. Only the frames, the shorter side, travel; the (B, G) similarities are this rank's alone.
     `exchange` and `scores` (see `TrainConfig`) change what is in memory, and nothing else; `fast`
-    is `TrainConfig.fast_similarity`.
+    is `TrainConfig.fast_similarity`. Streamed or in a ring, gather and loss are parts of the
+    similarity for the `watch` too.
     """
+    watch = watch or Stopwatch()
     counts = world.gather_counts(len(video_ids))
     everyones_ids = gather_rows(video_ids, world, counts)
     if exchange == "gather" and scores == "keep":
-        block = similarity_rows(mine, gathered_videos(mine, world, counts), model, fast=fast)
+        videos = gathered_videos(mine, world, counts)
+        watch.lap("gather")
+        block = similarity_rows(mine, videos, model, fast=fast)
+        watch.lap("similarity")
         terms = row_loss(
             block,
             loss_rule(loss),
@@ -92,6 +99,7 @@ def objective(
             keep_scores=scores == "keep",
             fast=fast,
         )
+        watch.lap("similarity")
     return _with_tpm_cl(terms, mine.margin_hinge, loss.tpm_cl_weight, world, sum(counts))
 
 

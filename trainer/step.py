@@ -22,6 +22,7 @@ from tvr.trainer.model import Features, model_inputs
 from tvr.trainer.objective import SHARES, objective
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.schedule import learning_rate_factor
+from tvr.trainer.stopwatch import Stopwatch
 from tvr.trainer.world import World
 
 
@@ -39,6 +40,7 @@ class OptimiserStep:
     """Keys of the bad samples met so far, on any rank, each with its reason."""
     counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
     """What goes on counting after a restart."""
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def go_on(self, saved: SavedState) -> None:
         """Takes over what a checkpoint counted."""
@@ -61,10 +63,12 @@ class OptimiserStep:
         micro_steps = accumulation_steps(train, self.world.world_size)
         losses = 1 if train.gradient_cache else micro_steps
         totals = torch.zeros(len(SHARES))
+        self.watch.lap("between")
         for _ in range(losses):
             before = time.perf_counter()
             micro_batches = [self._next_batch(batches) for _ in range(micro_steps // losses)]
             waited_s += time.perf_counter() - before
+            self.watch.lap("data wait")
             shares, norm = self._contrast(micro_batches, step, factor)
             totals += shares / losses
         seconds = time.perf_counter() - started
@@ -98,7 +102,9 @@ class OptimiserStep:
         def backward(loss: Tensor) -> None:
             nonlocal norm
             self.engine.backward(loss)
+            self.watch.lap("backward")
             norm = self.engine.step(factor)
+            self.watch.lap("optimiser")
 
         if self.config.train.log_keys:
             for batch in micro_batches:
@@ -107,6 +113,7 @@ class OptimiserStep:
             cache = FeatureCache(self._encode, micro_batches, self.world.device)
             loss, values = self._loss(cache.features, micro_batches, step)
             loss.backward()
+            self.watch.lap("backward")
             # DeepSpeed takes micro-steps for batches of their own, whose gradients it averages by
             # dividing each loss by their number; here they are the parts of one sum.
             cache.replay(lambda part: backward(part * len(micro_batches)))
@@ -117,7 +124,9 @@ class OptimiserStep:
         return values, norm
 
     def _encode(self, batch: Batch) -> Features:
-        return self.engine.encode(*model_inputs(batch, self.world.device))
+        features = self.engine.encode(*model_inputs(batch, self.world.device))
+        self.watch.lap("encode")
+        return features
 
     def _loss(
         self, features: Features, micro_batches: Sequence[Batch], step: int
@@ -133,6 +142,7 @@ class OptimiserStep:
             exchange=config.train.exchange,
             scores=config.train.scores,
             fast=config.train.fast_similarity,
+            watch=self.watch,
         )
         replaced = [entry for batch in micro_batches for entry in batch.replaced]
         # One small collective tells every rank the values, who is not finite, and who skipped.
@@ -140,6 +150,7 @@ class OptimiserStep:
         everyone = gather_rows(line[None], world, (1,) * world.world_size).cpu()
         keys = [key for batch in micro_batches for key in batch.keys]
         _stop_unless_finite(everyone, step, keys, world)
+        self.watch.lap("loss")
         if everyone[:, -1].any():
             for entries in world.gather_objects(replaced):
                 self.log.write_replaced(step, entries)

@@ -1,0 +1,134 @@
+"""`tvr bench train` and `tvr bench save`: real steps on real ranks, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import make_tiny_data, tiny_config
+
+from tvr.trainer.bench import bench
+from tvr.trainer.bench_train import shared_out
+from tvr.trainer.bench_train_report import rows, save_row, table
+from tvr.trainer.config import to_json
+from tvr.trainer.stopwatch import PARTS, Laps
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_tiny_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(data: Path) -> dict[str, Any]:
+    """All numbers of three steps on one and on two ranks, with a save after every step."""
+    settings, numbers = data / "settings.json", data / "numbers.json"
+    settings.write_text(to_json(tiny_config(data, train={"micro_batch": 4})))
+    flags = ["--config", str(settings), "--steps", "3", "--save-every", "1", "--threads", "1"]
+    assert bench(["train", *flags, "--ranks", "1", "2", "--json", str(numbers)]) == 0
+    return json.loads(numbers.read_text())
+
+
+def test_every_part_of_a_step_is_measured(measured: dict[str, Any]) -> None:
+    alone, two = measured["rows"]
+    assert (alone["ranks"], two["ranks"]) == (1, 2)
+    for row in (alone, two):
+        assert list(row["shares"]) == list(PARTS)
+        assert all(0 < share < 1 for share in row["shares"].values())
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert 0 < row["fastest_s"] <= row["step_s"] <= row["slowest_s"]
+        assert row["pairs_per_s"] == pytest.approx(8 / row["step_s"])
+    assert alone["efficiency"] == 1
+    assert two["efficiency"] == pytest.approx(alone["step_s"] / (2 * two["step_s"]))
+
+
+def test_the_numbers_come_with_what_made_them(measured: dict[str, Any]) -> None:
+    assert set(measured["versions"]) == {"python", "torch", "tvr"}
+    assert measured["machine"]["cpu"]
+    sizes = measured["sizes"]
+    assert (sizes["global_batch"], sizes["steps"], sizes["threads"]) == (8, 3, 1)
+    assert sizes["parameters"] > 10_000
+    assert sizes["model"]["towers"]["width"] == 32
+
+
+def test_saves_of_both_kinds_are_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--ranks", "2", "--saves", "2", "--width", "64", "--layers", "1"]
+    assert bench(["save", *flags, "--out", str(tmp_path), "--json", "-"]) == 0
+    said = capsys.readouterr()
+    numbers = json.loads(said.out)
+    (row,) = numbers["rows"]
+    assert len(row["background"]) == len(row["synchronous"]) == 2
+    assert row["ratio"] == pytest.approx(row["background_s"] / row["synchronous_s"])
+    # Weights, and three numbers of the optimiser for each.
+    assert row["checkpoint_bytes"] > 16 * numbers["sizes"]["parameters"]
+    assert "a step waits" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_fails_is_told(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    config = tiny_config(data)
+    config = replace(config, data=replace(config.data, train=str(data / "nowhere")))
+    settings = data / "nowhere.json"
+    settings.write_text(to_json(config))
+    assert bench(["train", "--config", str(settings), "--ranks", "1"]) == 3
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_fewer_ranks_take_more_pairs_each(data: Path) -> None:
+    config = tiny_config(data, train={"micro_batch": 4, "global_batch": 24})
+    assert [shared_out(config, ranks, 3).train.micro_batch for ranks in (1, 2, 3)] == [12, 6, 4]
+    with pytest.raises(ValueError, match=r"--ranks 5: cannot share out the 12 pairs"):
+        shared_out(config, 5, 3)
+    cached = tiny_config(data, train={"micro_batch": 4, "gradient_cache": True})
+    assert shared_out(cached, 1, 2) == cached
+
+
+def test_rows_and_table_of_known_numbers() -> None:
+    alone = {"by_rank": [[{"encode": 3.0, "backward": 1.0}, {"encode": 5.0, "backward": 3.0}]]}
+    two = {"by_rank": [[{"encode": 2.0, "gather": 1.0}], [{"encode": 3.0, "gather": 0.0}]]}
+    found = rows({1: alone, 2: two}, 12)
+    assert [row["step_s"] for row in found] == [6, 3]
+    assert [row["efficiency"] for row in found] == [1, 1]
+    assert found[0]["shares"]["encode"] == pytest.approx(8 / 12)
+    assert found[1]["shares"]["gather"] == pytest.approx(1 / 6)
+    sizes = {"global_batch": 12, "parameters": 2_000_000, "device": "cpu", "threads": 1}
+    console = Console(width=80, record=True, quiet=True)
+    console.print(table(found, sizes))
+    said = [line.split() for line in console.export_text().splitlines()]
+    assert ["encode", "4000.0", "ms", "66.7%", "2500.0", "ms", "83.3%"] in said
+    assert ["efficiency", "1.00", "1.00"] in said
+
+
+def test_a_save_is_as_long_as_its_slowest_rank() -> None:
+    of_ranks = [
+        {"background": [1.0, 3.0], "synchronous": [30.0, 10.0]},
+        {"background": [2.0, 2.0], "synchronous": [10.0, 20.0]},
+    ]
+    row = save_row({"by_rank": of_ranks, "checkpoint_bytes": 7})
+    assert (row["background"], row["synchronous"]) == ([2, 3], [30, 20])
+    assert row["ratio"] == 0.1
+
+
+def test_laps_add_up_to_all_the_time_there_was() -> None:
+    started = time.perf_counter()
+    watch = Laps(torch.device("cpu"))
+    for part in ("encode", "backward", "encode"):
+        time.sleep(0.01)
+        watch.lap(part)
+    taken, whole = watch.take(), time.perf_counter() - started
+    assert list(taken) == ["encode", "backward"]
+    assert taken["backward"] >= 0.01
+    assert taken["encode"] >= 0.02
+    assert sum(taken.values()) <= whole
+    watch.lap("loss")
+    assert list(watch.take()) == ["loss"]
