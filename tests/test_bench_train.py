@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from dataclasses import replace
@@ -102,9 +103,9 @@ def test_rows_and_table_of_known_numbers() -> None:
     assert found[0]["shares"]["encode"] == pytest.approx(8 / 12)
     assert found[1]["shares"]["gather"] == pytest.approx(1 / 6)
     sizes = {"global_batch": 12, "parameters": 2_000_000, "device": "cpu", "threads": 1}
-    console = Console(width=80, record=True, quiet=True)
-    console.print(table(found, sizes))
-    said = [line.split() for line in console.export_text().splitlines()]
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(table(found, sizes))
+    said = [line.split() for line in shown.getvalue().splitlines()]
     assert ["encode", "4000.0", "ms", "66.7%", "2500.0", "ms", "83.3%"] in said
     assert ["efficiency", "1.00", "1.00"] in said
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tvr.data_prep.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
-from tvr.trainer.engine import deepspeed_config, parameter_groups
+from tvr.trainer.deepspeed_config import deepspeed_config
+from tvr.trainer.engine import parameter_groups
 from tvr.trainer.machine import device, device_line, similarity_backend
 from tvr.trainer.memory import configured, estimate
 from tvr.trainer.memory_table import embed_width
