@@ -49,7 +49,7 @@ def test_values_that_are_not_defaults_round_trip() -> None:
         SMALL,
         {
             "data": {"test": "over/there", "workers": 0},
-            "model": {"clip": "folder", "towers": {"width": 64}, "interaction": "ti"},
+            "model": {"pretrained": "folder", "towers": {"width": 64}, "interaction": "ti"},
             "loss": {"mask_same_video": False, "temperature": 0.07, "margin": 0},
             "train": {"learning_rate": 1.5e-7, "seed": 3, "precision": "bf16"},
         },

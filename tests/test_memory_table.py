@@ -68,9 +68,9 @@ def test_the_width_is_read_from_the_folder_of_a_clip(
 ) -> None:
     shape = {"model_type": "clip", "text_config": {"projection_dim": 96}}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    assert "width 96," in shown(capsys, "--model.clip", str(tmp_path))["said"]
-    assert show_config(["--memory", "--model.clip", str(tmp_path / "absent")]) == 2
-    assert "holds no CLIP model" in capsys.readouterr().err
+    assert "width 96," in shown(capsys, "--model.pretrained", str(tmp_path))["said"]
+    assert show_config(["--memory", "--model.pretrained", str(tmp_path / "absent")]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

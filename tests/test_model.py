@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 import torch
 from clip_files import plain
+from pretrained import save_clip
 from tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
-from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig
+from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
 from tvr.trainer.model import (
-    PIXEL_MEAN,
-    PIXEL_STD,
     Features,
     TextVideoModel,
     build_model,
     image_size,
-    parameter_groups,
     tokenizer_folder,
 )
 from tvr.trainer.objective import similarity_rows
 from tvr.trainer.tokenizer import Tokenizer, train_tokenizer
+from tvr.trainer.towers import CLIP, Towers
+from tvr.trainer.trained import parameter_groups
 
 WIDTH = 16
 CAPTIONS = [
@@ -66,6 +66,11 @@ def inputs(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def encoded(model: TextVideoModel, tokenizer: Tokenizer) -> Features:
     with torch.no_grad():
         return model.eval()(*inputs(tokenizer))
+
+
+def rates(**changes: Any) -> TrainConfig:
+    usual = {"learning_rate": 3e-4, "encoder_learning_rate": 1e-6}
+    return TrainConfig(steps=1, global_batch=1, micro_batch=1, **(usual | changes))
 
 
 def unit_length(x: Tensor) -> bool:
@@ -226,9 +231,7 @@ def test_what_is_in_the_padding_does_not_matter(
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(tokenizer: Tokenizer) -> None:
     model = built(tokenizer, sequence_header_layers=1, weight_layers=2)
-    groups: list[Any] = parameter_groups(
-        model, learning_rate=3e-4, encoder_learning_rate=1e-6, weight_decay=0.1
-    )
+    groups: list[Any] = parameter_groups(model, rates(weight_decay=0.1))
     kinds = {(group["name"], group["weight_decay"]) for group in groups}
     assert kinds == {(name, decay) for name in ("encoder", "head") for decay in (0.0, 0.1)}
     for group in groups:
@@ -277,47 +280,19 @@ def test_equal_seeds_give_equal_weights(tokenizer: Tokenizer) -> None:
     )
 
 
-def save_clip(folder: Path, tokenizer: Tokenizer) -> CLIPModel:
-    """A tiny CLIP with the tokeniser beside its weights, as published ones have."""
-    common = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "projection_dim": WIDTH,
-    }
-    words = {
-        "vocab_size": tokenizer.vocab_size,
-        "max_position_embeddings": MAX_WORDS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
-    config = CLIPConfig(
-        text_config=common | words,
-        vision_config=common | {"image_size": 24, "patch_size": 8},
-        projection_dim=WIDTH,
-    )
-    torch.manual_seed(5)
-    clip = CLIPModel(config).eval()
-    clip.save_pretrained(folder)
-    tokenizer.backend.save_pretrained(folder)
-    return clip
-
-
 @pytest.fixture(scope="module")
 def clip_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
 ) -> tuple[Path, CLIPModel]:
     folder = tmp_path_factory.mktemp("clip")
-    return folder, save_clip(folder, tokenizer)
+    return folder, save_clip(folder, tokenizer, width=WIDTH, image_size=24)
 
 
 def test_a_clip_folder_gives_clips_own_embeddings(
     clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer
 ) -> None:
     folder, clip = clip_folder
-    config = ModelConfig(clip=str(folder))
+    config = ModelConfig(pretrained=str(folder))
     assert image_size(config) == 24
     assert tokenizer_folder(config) == str(folder)
     torch.manual_seed(99)  # the weights come from the folder, whatever the seed
@@ -325,7 +300,7 @@ def test_a_clip_folder_gives_clips_own_embeddings(
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (4, 2, 3, 24, 24), dtype=torch.uint8, generator=generator)
     token_ids, word_mask = tokenizer(plain(*CAPTIONS))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP.pixel_mean, CLIP.pixel_std))
     pixels = (frames.flatten(0, 1) / 255 - mean) / std
     with torch.no_grad():
         features = model(frames, torch.ones(4, 2, dtype=torch.long), token_ids, word_mask)
@@ -342,7 +317,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     folder, _ = clip_folder
-    config = ModelConfig(clip=str(folder), tokenizer=str(tmp_path))
+    config = ModelConfig(pretrained=str(folder), tokenizer=str(tmp_path))
     assert tokenizer_folder(config) == str(tmp_path)
     captions = [f"caption {'abcdefgh'[i % 8]}{'klmnopqr'[i // 8]}xyz" for i in range(64)]
     larger = train_tokenizer(captions, tmp_path, vocab_size=700, max_words=MAX_WORDS)
@@ -360,8 +335,8 @@ def test_a_folder_without_a_model_is_refused(
     tokenizer: Tokenizer, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    config = ModelConfig(clip=str(tmp_path / name))
-    with pytest.raises(ValueError, match=rf"model\.clip='.*{name}' holds no CLIP model"):
+    config = ModelConfig(pretrained=str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"model\.pretrained='.*{name}' holds no config\.json"):
         build_model(config, LossConfig(), tokenizer, num_frames=2)
 
 
@@ -382,7 +357,7 @@ def test_towers_of_two_widths_are_refused(tokenizer: Tokenizer) -> None:
     )
     with pytest.raises(ValueError, match="text tower projects to width 16, the image tower to 8"):
         TextVideoModel(
-            (one.text_tower, other.image_tower),
+            Towers(family=CLIP, text=one.text_tower, image=other.image_tower),
             ModelConfig(),
             LossConfig(),
             num_frames=2,
@@ -394,7 +369,9 @@ def test_a_clip_folder_saved_in_half_precision_is_trained_in_fp32(
     clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     CLIPModel.from_pretrained(clip_folder[0]).half().save_pretrained(tmp_path)
-    model = build_model(ModelConfig(clip=str(tmp_path)), LossConfig(), tokenizer, num_frames=3)
+    model = build_model(
+        ModelConfig(pretrained=str(tmp_path)), LossConfig(), tokenizer, num_frames=3
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(module.training for module in model.modules())
 
@@ -405,6 +382,6 @@ def test_a_clip_folder_without_all_weights_is_refused(
     clip = CLIPModel.from_pretrained(clip_folder[0])
     weights = {k: v for k, v in clip.state_dict().items() if k != "text_projection.weight"}
     clip.save_pretrained(tmp_path, state_dict=weights)
-    config = ModelConfig(clip=str(tmp_path))
-    with pytest.raises(ValueError, match=r"lacks 1 weights of a CLIP tower, text_projection"):
+    config = ModelConfig(pretrained=str(tmp_path))
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a tower, text_projection"):
         build_model(config, LossConfig(), tokenizer, num_frames=3)

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_settings_file_is_accepted() -> None:
     (block,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     config = merged(recipe("demo"), json.loads(block), where="README.md")
-    assert config.model.clip == "/models/clip-vit-base-patch32"
+    assert config.model.pretrained == "/models/clip-vit-base-patch32"
     assert config.data.test_exchanged is None
 
 

@@ -26,6 +26,7 @@ _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Freeze = NotNegative | Literal["text", "image", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -76,7 +77,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TowersConfig:
-    """Shape of CLIP towers that start from scratch; unused when `model.clip` names a folder."""
+    """Shape of CLIP towers that start from scratch; unused with `model.pretrained`."""
 
     width: Positive = 128
     layers: Positive = 3
@@ -90,12 +91,18 @@ class TowersConfig:
 class ModelConfig:
     """The two towers and the heads on top."""
 
-    clip: str | None = None
-    """Local folder with pretrained CLIP weights in Hugging Face format; none: start from
+    pretrained: str | None = None
+    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format; none: start from
     `towers`."""
     tokenizer: str | None = None
-    """Local tokeniser folder; none: the one in `clip`."""
+    """Local tokeniser folder; none: the one in `pretrained`."""
     towers: TowersConfig = TowersConfig()
+    freeze: Freeze = 0
+    """What of the towers keeps its weights: this many of the bottom layers of each, and the
+    embeddings below them; or a whole tower, or both."""
+    lora_rank: NotNegative = 0
+    """Trains additions of this rank to the towers' queries and values (LoRA, alpha = 2 x rank), and
+    none of their own weights; 0: none. Needs the extra `lora`."""
     sequence_header_layers: NotNegative = 0
     """Temporal transformer blocks over the frames of a video; 0: frames go on as they are."""
     unit_after_header: bool = True
@@ -168,6 +175,9 @@ class TrainConfig:
     """Peak rate of the heads."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7
     """Peak rate of the two towers."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor of that rate for each layer further down: what is above a tower's layers has the whole
+    rate, its top layer the rate x layer_decay, its embeddings the least."""
     warmup_steps: NotNegative = 0
     """Steps of linear warm-up; a cosine to zero follows."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.2

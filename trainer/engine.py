@@ -18,9 +18,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.deepspeed_config import deepspeed_config, is_fused
-from tvr.trainer.model import Features, TextVideoModel, parameter_groups
+from tvr.trainer.model import Features, TextVideoModel
 from tvr.trainer.staging import Staging
-from tvr.trainer.universal import MODEL_STATES, Reader, from_stage_0, read_parameters, unify
+from tvr.trainer.trained import parameter_groups
+from tvr.trainer.universal import (
+    MODEL_STATES,
+    Reader,
+    from_stage_0,
+    read_parameters,
+    unify,
+    write_frozen,
+)
 from tvr.trainer.world import World
 
 
@@ -41,12 +49,7 @@ class Engine:
         _change_towers(model, train)
         self._train = train
         self._universal = universal
-        groups = parameter_groups(
-            model,
-            learning_rate=train.learning_rate,
-            encoder_learning_rate=train.encoder_learning_rate,
-            weight_decay=train.weight_decay,
-        )
+        groups = parameter_groups(model, train)
         self._names = _names_in_order(model, groups)
         self._fused = is_fused(train, world.device.type)
         optimizer = torch.optim.AdamW(
@@ -137,6 +140,9 @@ class Engine:
 
 def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Reader) -> None:
     """Writes the universal form of a checkpoint's shards, saved at `zero_stage`, to `folder`."""
+    folder.mkdir(parents=True)
+    if reader.frozen:
+        write_frozen(folder, weights_of(shards, zero_stage), reader)
     if zero_stage == 0:
         from_stage_0(shards, folder, reader)
         return
@@ -160,18 +166,14 @@ def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Reader)
 
 def reader_of(model: TextVideoModel, train: TrainConfig, world_size: int) -> Reader:
     """What will load a universal checkpoint, before the model is partitioned."""
-    groups = parameter_groups(
-        model,
-        learning_rate=train.learning_rate,
-        encoder_learning_rate=train.encoder_learning_rate,
-        weight_decay=train.weight_decay,
-    )
+    groups = parameter_groups(model, train)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     names = _names_in_order(model, groups)
     return Reader(
         world_size=world_size,
         num_groups=len(groups),
         shapes={name: shapes[name] for name in names},
+        frozen=frozenset(shapes.keys() - set(names)),
     )
 
 
@@ -187,7 +189,11 @@ def weights_of(shards: Path, zero_stage: int) -> dict[str, Tensor]:
         state = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name)
     if state is None:
         raise ValueError(f"{shards} holds no weights that DeepSpeed can join")
-    return dict(state)
+    if zero_stage == 3:
+        return dict(state)
+    # ZeRO-1 keeps frozen weights in the model's own state alone, where DeepSpeed does not look.
+    saved = torch.load(shards / MODEL_STATES, weights_only=False)["module"]
+    return {name: state[name] if name in state else saved[name].float() for name in saved}
 
 
 def _names_in_order(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -60,19 +60,13 @@ def embed_width(model: ModelConfig) -> int:
     """Length of the features, from the folder's config.json where there is one; no weights.
 
     Raises:
-        ValueError: the folder is none of CLIP's.
+        ValueError: the folder holds no CLIP or SigLIP.
     """
-    if model.clip is None:
+    if model.pretrained is None:
         return model.towers.embed_width
-    from transformers import CLIPTextConfig
+    from tvr.trainer.towers import pretrained_width
 
-    try:
-        width = CLIPTextConfig.from_pretrained(model.clip, local_files_only=True).projection_dim
-    except OSError as error:
-        raise ValueError(f"model.clip={model.clip!r} holds no CLIP model: {error}") from None
-    if width is None:
-        raise ValueError(f"model.clip={model.clip!r}: its config.json tells no projection_dim")
-    return width
+    return pretrained_width(model.pretrained)
 
 
 def _title(sizes: Sizes, ranks: int) -> str:

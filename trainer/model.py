@@ -1,17 +1,11 @@
-"""The two CLIP towers and the heads on top: a batch in, token features out."""
+"""The two towers and the heads on top: a batch in, token features out."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from tvr.data_prep.records import Batch
 from tvr.kernels.layers import SequenceHeader, TokenWeightLayer
@@ -19,12 +13,14 @@ from tvr.kernels.partial import LinearTokenWeights, tpm_cl
 from tvr.kernels.reference import unit
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.tokenizer import Tokenizer
-
-# CLIP's pixel statistics: part of the pretrained weights, so not a setting.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
-Towers: TypeAlias = tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]
+from tvr.trainer.towers import (
+    Towers,
+    check_captions,
+    fresh_towers,
+    pretrained_image_size,
+    pretrained_towers,
+)
+from tvr.trainer.trained import add_adapters, freeze
 
 
 class Features(NamedTuple):
@@ -34,7 +30,7 @@ class Features(NamedTuple):
     """
 
     sentence: Tensor
-    """(A, D) the end token's vector."""
+    """(A, D) the vector that the text tower gives a whole caption, CLIP's the end token's."""
     words: Tensor
     """(A, T, D) contextual word vectors."""
     word_mask: Tensor
@@ -52,7 +48,7 @@ class Features(NamedTuple):
 
 
 class TextVideoModel(nn.Module):
-    """CLIP per frame and per word, the method's weight layers, and the TPM-CL predictors.
+    """A tower per frame and per word, the method's weight layers, and the TPM-CL predictors.
 
     `num_frames` and `num_words` are fixed, since the predictors mix along the slots.
     """
@@ -71,14 +67,9 @@ class TextVideoModel(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = loss
-        self.text_tower, self.image_tower = towers
-        width = self.text_tower.text_projection.out_features
-        image_width = self.image_tower.visual_projection.out_features
-        if image_width != width:
-            raise ValueError(
-                f"the text tower projects to width {width}, the image tower to {image_width}: "
-                "they cannot be compared"
-            )
+        self.family = towers.family
+        self.text_tower, self.image_tower = towers.text, towers.image
+        width = towers.width
         self.sequence_header = (
             SequenceHeader(
                 width,
@@ -95,8 +86,9 @@ class TextVideoModel(nn.Module):
         partial = bool(loss.tpm_cl)
         self.word_predictor = LinearTokenWeights(num_frames, num_words, width) if partial else None
         self.frame_predictor = LinearTokenWeights(1, num_frames, width) if partial else None
-        for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        for name in ("pixel_mean", "pixel_std"):
+            value = torch.tensor(getattr(self.family, name)).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     def forward(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
@@ -124,8 +116,8 @@ class TextVideoModel(nn.Module):
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
-        pixels = pixels.to(self.image_tower.visual_projection.weight.dtype)
-        per_frame = self.image_tower(pixel_values=pixels).image_embeds
+        pixels = pixels.to(self.image_tower.dtype)
+        per_frame = self.family.encode_frames(self.image_tower, pixels)
         vectors = unit(per_frame).unflatten(0, frames.shape[:2])
         if self.sequence_header is None:
             return vectors
@@ -133,10 +125,8 @@ class TextVideoModel(nn.Module):
         return unit(vectors) if self.unit_after_header else vectors
 
     def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        tower = self.text_tower
-        out = tower.text_model(input_ids=token_ids, attention_mask=(word_mask > 0).long())
-        project = tower.text_projection
-        return unit(project(out.pooler_output)), unit(project(out.last_hidden_state))
+        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
+        return unit(sentence), unit(words)
 
     def _margins(
         self, sentence: Tensor, words: Tensor, word_mask: Tensor, frames: Tensor, frame_mask: Tensor
@@ -168,7 +158,8 @@ def build_model(
     """Builds the model from a local folder or from scratch; weights follow torch's global seed.
 
     Raises:
-        ValueError: if the folder is missing, or the tokeniser does not fit the text tower.
+        ValueError: the folder holds no model, the tokeniser does not fit the text tower, or what
+            is to be frozen or adapted cannot be.
     """
     return _built(model, loss, tokenizer, num_frames, weights=True)
 
@@ -176,24 +167,24 @@ def build_model(
 def _built(
     model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, num_frames: int, *, weights: bool
 ) -> TextVideoModel:
-    if model.clip is None:
-        towers = _from_scratch(model, tokenizer)
+    if model.pretrained is None:
+        towers = fresh_towers(model.towers, tokenizer)
     else:
-        towers = _pretrained(model.clip) if weights else _shaped(model.clip)
-    text = towers[0].config
-    if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"the tokeniser knows {tokenizer.vocab_size} tokens, the text tower only "
-            f"{text.vocab_size}: model.tokenizer does not belong to model.clip"
-        )
-    if tokenizer.max_words > text.max_position_embeddings:
-        raise ValueError(
-            f"data.max_words={tokenizer.max_words} exceeds the text tower's "
-            f"{text.max_position_embeddings} positions"
-        )
+        towers = pretrained_towers(model.pretrained, weights=weights)
+    check_captions(towers, tokenizer)
     built = TextVideoModel(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
     )
+    sides = {"text": built.text_tower, "image": built.image_tower}
+    if not model.lora_rank:
+        freeze(sides, model.freeze)
+    elif model.freeze:
+        raise ValueError(
+            f"model.freeze={model.freeze!r} goes without model.lora_rank={model.lora_rank}, which "
+            "freezes both towers whole"
+        )
+    else:
+        add_adapters(sides, model.lora_rank)
     return built.train()  # pretrained towers come in evaluation mode, without dropout
 
 
@@ -215,53 +206,21 @@ def tokenizer_folder(model: ModelConfig) -> str:
     """The local folder with the tokeniser.
 
     Raises:
-        ValueError: neither `model.tokenizer` nor `model.clip` is set.
+        ValueError: neither `model.tokenizer` nor `model.pretrained` is set.
     """
-    folder = model.tokenizer or model.clip
+    folder = model.tokenizer or model.pretrained
     if folder is None:
-        raise ValueError("set model.tokenizer (a local folder), or model.clip to a CLIP folder")
+        raise ValueError(
+            "set model.tokenizer to a local folder, or model.pretrained to one that has it"
+        )
     return folder
 
 
 def image_size(model: ModelConfig) -> int:
     """Side in pixels of the frames that the image tower takes."""
-    if model.clip is None:
+    if model.pretrained is None:
         return model.towers.image_size
-    size = CLIPVisionConfig.from_pretrained(model.clip, local_files_only=True).image_size
-    if not isinstance(size, int):
-        raise ValueError(f"model.clip={model.clip!r} takes images of {size}, not squares")
-    return size
-
-
-def parameter_groups(
-    model: TextVideoModel,
-    *,
-    learning_rate: float,
-    encoder_learning_rate: float,
-    weight_decay: float,
-) -> list[dict[str, object]]:
-    """Four groups: towers and heads, each with and without decay; biases and norms never decay.
-
-    `name` is "encoder" or "head", `peak` the group's highest learning rate.
-    """
-    exempt = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        owner = "encoder" if name.startswith(("text_tower.", "image_tower.")) else "head"
-        # CLIP's class vector is one-dimensional like a bias, and CLIP does not decay it either.
-        decays = parameter.ndim > 1 and parameter not in exempt
-        groups.setdefault((owner, decays), []).append(parameter)
-    peaks = {"encoder": encoder_learning_rate, "head": learning_rate}
-    return [
-        {
-            "params": members,
-            "name": owner,
-            "peak": peaks[owner],
-            "lr": peaks[owner],
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (owner, decays), members in groups.items()
-    ]
+    return pretrained_image_size(model.pretrained)
 
 
 def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,59 +228,3 @@ def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Te
     tensors = (batch.frames, batch.frame_mask, batch.token_ids, batch.word_mask)
     frames, frame_mask, token_ids, word_mask = (t.to(device, non_blocking=True) for t in tensors)
     return frames, frame_mask, token_ids, word_mask
-
-
-def _pretrained(folder: str) -> Towers:
-    return (
-        _loaded(CLIPTextModelWithProjection, folder),
-        _loaded(CLIPVisionModelWithProjection, folder),
-    )
-
-
-def _shaped(folder: str) -> Towers:
-    """Towers as config.json has them, with weights at random."""
-    try:
-        text = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
-        vision = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"model.clip={folder!r} holds no CLIP model: {error}") from None
-    return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
-
-
-def _loaded(tower: Any, folder: str) -> Any:
-    """A tower with every weight from the folder, in fp32 whatever it was saved in."""
-    try:
-        model, found = tower.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"model.clip={folder!r} holds no CLIP model: {error}") from None
-    # transformers starts what is missing at random and only reports it.
-    absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if absent:
-        raise ValueError(
-            f"model.clip={folder!r} lacks {len(absent)} weights of a CLIP tower, {absent[0]} first"
-        )
-    return model
-
-
-def _from_scratch(model: ModelConfig, tokenizer: Tokenizer) -> Towers:
-    shape = model.towers
-    common: dict[str, Any] = {
-        "hidden_size": shape.width,
-        "intermediate_size": 4 * shape.width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "projection_dim": shape.embed_width,
-        "hidden_act": "gelu",  # one fused operation; only OpenAI's weights need quick_gelu
-    }
-    text = CLIPTextConfig(
-        **common,
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=tokenizer.max_words,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    vision = CLIPVisionConfig(**common, image_size=shape.image_size, patch_size=shape.patch_size)
-    return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)

@@ -22,6 +22,7 @@ from tvr.trainer.model import TextVideoModel
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_file, restore_random_state
 from tvr.trainer.run_log import LogWriter
+from tvr.trainer.universal import load_frozen
 from tvr.trainer.world import World
 
 SCRATCH = ".resume"
@@ -74,6 +75,8 @@ def engine_from(
         torch.manual_seed(train.seed + 1 + world.rank)
         return engine
     with _prepared(place, checkpoint, model, train, run_dir, world) as files:
+        if files.universal:
+            load_frozen(model, files.folder)
         engine = Engine(model, train, world, universal=files.universal)
         engine.load(files.folder)
         if files.random is not None:

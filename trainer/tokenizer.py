@@ -73,6 +73,9 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int:
+        """Raises ValueError where captions have no start, as SigLIP's."""
+        if self.backend.bos_token is None:
+            raise ValueError("the tokenizer has no bos_token, which towers from scratch need")
         return self.backend.get_vocab()[str(self.backend.bos_token)]
 
     @property
@@ -93,8 +96,8 @@ def _on_content(caption: Caption, offsets: Sequence[tuple[int, int]]) -> list[bo
 def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = False) -> Tokenizer:
     """The tokenizer of a local Hugging Face folder; nothing is downloaded.
 
-    Raises ValueError for a folder without a tokenizer, one without a start, end or padding token,
-    one that cannot tell its tokens' characters where `content_words` needs them, and a `max_words`
+    Raises ValueError for a folder without a tokenizer, one without an end or padding token, one
+    that cannot tell its tokens' characters where `content_words` needs them, and a `max_words`
     with no room for a word.
     """
     # Ids are made in loader workers too; the library's own threads and a fork do not mix.
@@ -103,7 +106,13 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
         raise ValueError(f"max_words={max_words} must be at least 3: start, one token, end")
     folder = Path(folder)
     if (folder / "tokenizer_config.json").is_file():
-        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except ImportError as error:
+            raise ValueError(
+                f"the tokenizer in {folder} needs more packages (SigLIP's: pip install "
+                f"'tvr[siglip]'): {error}"
+            ) from None
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     else:
@@ -111,7 +120,7 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
             f"tokenizer folder {folder} holds neither tokenizer_config.json nor vocab.json and "
             "merges.txt; give a Hugging Face tokenizer's local folder"
         )
-    for role in ("bos_token", "eos_token", "pad_token"):
+    for role in ("eos_token", "pad_token"):
         if getattr(backend, role) is None:
             raise ValueError(f"the tokenizer in {folder} has no {role}; the model needs one")
     if content_words and not backend.is_fast:

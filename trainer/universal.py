@@ -6,6 +6,7 @@ ZeRO-3 loses shapes and steps, ZeRO-1/2 lacks what ZeRO-3 asks for, and stage 0 
 What is written here loads at every stage.
 
     zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt     of each trained parameter
+    frozen.pt                                       the others' values by name, if there are any
     zero/optimizer_state.pt
     mp_rank_00_model_states.pt, zero_pp_rank_R_mp_rank_00_model_states.pt    counters
 """
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VALUES = ("fp32", "exp_avg", "exp_avg_sq")
 MODEL_STATES = "mp_rank_00_model_states.pt"
+FROZEN = "frozen.pt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class Reader:
     """Of parameters in the optimiser."""
     shapes: Mapping[str, torch.Size]
     """Of the trained parameters, in the optimiser's order."""
+    frozen: frozenset[str] = frozenset()
+    """Names of the other parameters."""
 
 
 def unify(folder: Path, reader: Reader) -> None:
@@ -59,6 +63,17 @@ def from_stage_0(shards: Path, folder: Path, reader: Reader) -> None:
         _write_parameter(folder / "zero" / name, values, step)
     _write_common(folder / "zero", step, saved["ds_version"], reader.num_groups)
     _write_counters(folder, saved, reader.world_size)
+
+
+def write_frozen(folder: Path, weights: Mapping[str, Tensor], reader: Reader) -> None:
+    """Writes what no optimiser holds, for `load_frozen`."""
+    torch.save({name: weights[name].clone() for name in reader.frozen}, folder / FROZEN)
+
+
+def load_frozen(model: nn.Module, folder: Path) -> None:
+    """Gives a model that is not partitioned yet the frozen weights of the universal form."""
+    if (folder / FROZEN).exists():
+        model.load_state_dict(_read(folder / FROZEN), strict=False)
 
 
 def _write_parameter(folder: Path, values: Mapping[str, Tensor], step: Tensor) -> None:

@@ -1,0 +1,105 @@
+"""Which weights train, and how fast: frozen layers, LoRA, and the optimiser's groups."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from tvr.trainer.config import Freeze, TrainConfig
+
+# What LoRA adds to, in CLIP's and SigLIP's attention alike; the pair of the LoRA paper.
+ADAPTED = ("q_proj", "v_proj")
+
+
+def depth(name: str, num_layers: int) -> int:
+    """How far below a tower's top a parameter is: 0 above the layers (norm, projection, pooling),
+    1 in the top layer, num_layers in the bottom one, num_layers + 1 in the embeddings."""
+    if found := re.search(r"\bencoder\.layers\.(\d+)\.", name):
+        return num_layers - int(found[1])
+    # The second name is CLIP's own spelling, of the norm between the embeddings and the layers.
+    return num_layers + 1 if re.search(r"\b(embeddings|pre_layrnorm)\.", name) else 0
+
+
+def freeze(towers: dict[str, Any], what: Freeze) -> None:
+    """Takes the gradient from whole towers, "text" or "image", or from their bottom layers.
+
+    Raises:
+        ValueError: a tower has fewer layers.
+    """
+    for side, tower in towers.items():
+        layers = tower.config.num_hidden_layers
+        if isinstance(what, int) and what > layers:
+            raise ValueError(f"model.freeze={what}: the {side} tower has only {layers} layers")
+        for name, parameter in tower.named_parameters():
+            if isinstance(what, int):
+                frozen = what > 0 and depth(name, layers) > layers - what
+            else:
+                frozen = what in (side, "both")
+            parameter.requires_grad_(not frozen)
+
+
+def add_adapters(towers: dict[str, Any], rank: int) -> None:
+    """Freezes the towers and adds LoRA of that rank to queries and values; scale 2, at first 0.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError(
+            f"model.lora_rank={rank} needs peft (pip install 'tvr[lora]'): {error}"
+        ) from None
+    for tower in towers.values():
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ADAPTED))
+        inject_adapter_in_model(settings, tower)
+
+
+def merge_adapters(tower: nn.Module) -> None:
+    """Adds LoRA's products to the weights they belong to; the tower is then as without LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(tower.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(tower.get_submodule(parent), child, layer.get_base_layer())
+
+
+def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, object]]:
+    """Towers and heads, each with and without decay, and with `layer_decay` a pair for each depth
+    of the towers. Biases and norms never decay, and frozen weights are in no group.
+
+    `name` is "encoder" or "head", `peak` the group's highest learning rate.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    exempt = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    towers = {"text_tower.": model.text_tower, "image_tower.": model.image_tower}
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner, peak = "head", train.learning_rate
+        for prefix, tower in towers.items():
+            if name.startswith(prefix):
+                below = depth(name, tower.config.num_hidden_layers)
+                owner, peak = "encoder", train.encoder_learning_rate * train.layer_decay**below
+        # CLIP's class vector is one-dimensional like a bias, and CLIP does not decay it either.
+        decays = parameter.ndim > 1 and parameter not in exempt
+        groups.setdefault((owner, peak, decays), []).append(parameter)
+    if not groups:
+        raise ValueError("nothing is left to train: model.freeze leaves no weight of this model")
+    return [
+        {
+            "params": members,
+            "name": owner,
+            "peak": peak,
+            "lr": peak,
+            "weight_decay": train.weight_decay if decays else 0.0,
+        }
+        for (owner, peak, decays), members in groups.items()
+    ]
