@@ -64,7 +64,9 @@ def save_siglip(
     tokenizer: Any = SiglipTokenizer(str(vocabulary), model_max_length=max_words)
     tokenizer.save_pretrained(folder)
     config = SiglipConfig(
-        text_config=LAYERS | {"vocab_size": len(tokenizer), "max_position_embeddings": max_words},
+        text_config=LAYERS
+        | {"vocab_size": len(tokenizer), "max_position_embeddings": max_words}
+        | {"bos_token_id": None, "eos_token_id": 1},
         vision_config=LAYERS | {"image_size": image_size, "patch_size": 8},
     )
     torch.manual_seed(6)

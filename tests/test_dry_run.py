@@ -106,7 +106,7 @@ def test_without_data_the_arithmetic_goes_by_the_samples_given(
         ({}, ("--ranks", "3"), "train.global_batch=8 must be a multiple"),
         ({}, ("--ranks", "0"), "--ranks 0 must be at least 1"),
         ({"model": {"tokenizer": "nowhere"}}, (), "tokenizer folder nowhere holds neither"),
-        ({"model": {"clip": "nowhere"}}, (), "model.clip='nowhere'"),
+        ({"model": {"pretrained": "nowhere"}}, (), "model.pretrained='nowhere'"),
         ({"data": {"content_words": True}}, (), "data.content_words needs the words"),
         ({"train": {"precision": "bf16", "zero_stage": 0}}, (), "needs train.zero_stage >= 1"),
     ],
@@ -155,7 +155,7 @@ def test_a_clip_b32_takes_a_real_step_of_its_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_clip(tmp_path / "clip", "base-patch32", weights=True)
-    flags = ["--train.global-batch", "2", "--train.micro-batch", "2", "--model.clip", folder]
+    flags = ["--train.global-batch", "2", "--train.micro-batch", "2", "--model.pretrained", folder]
     line = ["--recipe", "msrvtt_b32", "--run-dir", str(tmp_path / "run"), "--dry-run", *flags]
     assert tvr_train(line) == 0
     rows = rows_of(capsys.readouterr().out)

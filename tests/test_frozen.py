@@ -99,7 +99,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("saved")
-    expected = [spawn(save_all, ranks, data, folder)[0] for ranks in RANKS]
+    expected = [spawn(save_all, ranks, data, folder, timeout_s=300.0)[0] for ranks in RANKS]
     for kind in KINDS:
         assert expected[0][kind] == pytest.approx(expected[1][kind], rel=1e-4)
     return folder, expected[0]
@@ -110,7 +110,7 @@ def test_any_stage_and_number_of_ranks_goes_on_at_any_other(
     data: Path, saved: tuple[Path, Any], ranks: int
 ) -> None:
     folder, expected = saved
-    found = spawn(load_all, ranks, data, folder)[0]
+    found = spawn(load_all, ranks, data, folder, timeout_s=300.0)[0]
     assert len(found) == len(KINDS) * len(STAGES) ** 2 * len(RANKS)
     for (source, stage), values in found.items():
         kind = source.split("-")[0]

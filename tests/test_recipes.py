@@ -84,9 +84,9 @@ def test_every_recipe_is_dry_run_at_its_real_shapes(
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(dry_run, "free_bytes", lambda: 0)
     config = recipe(name)
-    folder = clips[str(config.model.clip).removeprefix("models/clip-vit-")]
+    folder = clips[str(config.model.pretrained).removeprefix("models/clip-vit-")]
     samples = PASSES[name].videos
-    line = ["--recipe", name, "--run-dir", "run", "--model.clip", folder, "--dry-run"]
+    line = ["--recipe", name, "--run-dir", "run", "--model.pretrained", folder, "--dry-run"]
     assert tvr_train([*line, "--ranks", str(RANKS[name]), "--samples", str(samples)]) == 0
     said = capsys.readouterr().out
     assert f"data.train: {config.data.train}" in said

@@ -186,7 +186,7 @@ def test_accumulation_takes_the_same_samples_in_smaller_runs(data: Path, tmp_pat
     [
         (("--data.train", "nowhere"), "nowhere"),
         (("--model.tokenizer", "nowhere"), "tokenizer folder nowhere"),
-        (("--model.clip", "nowhere"), "nowhere"),
+        (("--model.pretrained", "nowhere"), "nowhere"),
         (("--train.micro-batch", "3"), "global_batch=8 must be a multiple"),
         (("--data.num-frames", "9"), "num_frames=9 must be from 1 to 3"),
         (("--train.precision", "bf16", "--train.zero-stage", "0"), "zero_stage >= 1"),

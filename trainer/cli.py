@@ -1,4 +1,4 @@
-"""The command lines of `tvr demo`, `train`, `evaluate`, `report` and `show-config`.
+"""The command lines of `tvr demo`, `train`, `evaluate`, `report`, `export` and `show-config`.
 
 Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed; 75 preempted, with a
 checkpoint saved.
@@ -164,6 +164,26 @@ def report(argv: Sequence[str]) -> int:
         return EXIT_DONE
 
     return _reported("report", lambda: tyro.cli(arguments, prog="tvr report", args=list(argv)))
+
+
+def export(argv: Sequence[str]) -> int:
+    """`tvr export`."""
+
+    def arguments(*, run_dir: Path, out: Path) -> int:
+        """Writes a run's newest checkpoint as a folder in Hugging Face format, with a model card.
+
+        Args:
+            run_dir: Folder of an existing run.
+            out: Folder to make: towers, tokeniser and processor as transformers reads them, and
+                the heads beside them.
+        """
+        from tvr.trainer.export import export_run
+
+        export_run(run_dir, out)
+        print(out)
+        return EXIT_DONE
+
+    return _reported("export", lambda: tyro.cli(arguments, prog="tvr export", args=list(argv)))
 
 
 def demo(argv: Sequence[str]) -> int:

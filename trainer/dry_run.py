@@ -21,7 +21,6 @@ from torch import Tensor
 from tvr.data_prep.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.deepspeed_config import deepspeed_config
-from tvr.trainer.engine import parameter_groups
 from tvr.trainer.machine import device, device_line, similarity_backend
 from tvr.trainer.memory import configured, estimate
 from tvr.trainer.memory_table import embed_width
@@ -30,6 +29,7 @@ from tvr.trainer.outline import ModelBytes, checkpoint_bytes, model_bytes
 from tvr.trainer.schedule import learning_rate_factor
 from tvr.trainer.synthetic import share_of_one, take_synthetic_step
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.trained import parameter_groups
 
 Row = Sequence[str]
 SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)
@@ -179,13 +179,7 @@ def _rate_rows(config: Config) -> Iterator[Row]:
 
 
 def _group_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
-    train = config.train
-    for group in parameter_groups(
-        model,
-        learning_rate=train.learning_rate,
-        encoder_learning_rate=train.encoder_learning_rate,
-        weight_decay=train.weight_decay,
-    ):
+    for group in parameter_groups(model, config.train):
         members = cast(list[Tensor], group["params"])
         yield (
             str(group["name"]),

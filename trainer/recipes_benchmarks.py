@@ -139,7 +139,7 @@ def large_scale_l14_64gpu() -> Config:
             content_words=True,
             workers=8,
         ),
-        model=ModelConfig(clip=L14),
+        model=ModelConfig(pretrained=L14),
         train=TrainConfig(
             steps=steps,
             global_batch=batch,
@@ -171,7 +171,7 @@ def _fine_tuning(name: str, clip: str, *, train: str, test: str, ranks: int) -> 
     fifth = steps // 5  # one of the 5 passes over all captions
     return Config(
         data=DataConfig(train=train, test=test, word_drop=True, content_words=True, workers=4),
-        model=ModelConfig(clip=clip),
+        model=ModelConfig(pretrained=clip),
         train=TrainConfig(
             steps=steps,
             global_batch=batch,

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     SiglipModel,
+    SiglipProcessor,
     SiglipTextModel,
     SiglipVisionModel,
 )
@@ -34,6 +36,7 @@ from tvr.trainer.config import TowersConfig
 from tvr.trainer.tokenizer import Tokenizer
 
 Channels: TypeAlias = tuple[float, float, float]
+Weights: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,11 @@ class Family:
     pixel_std: Channels
     fills_all_slots: bool
     """Whether captions must have as many slots as the text tower has positions."""
+    processor: Any
+    joint_settings: Callable[[Any], dict[str, Any]]
+    """What `whole`'s configuration holds beside those of the towers, from the text tower."""
+    joined: Callable[[Weights, Weights, Tensor], Weights]
+    """State dicts of text and image tower and log(1 / temperature) -> that of `whole`."""
     encode_text: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(tower, token_ids (A, T), word_mask (A, T)) -> sentence (A, D), words (A, T, D)."""
     encode_frames: Callable[[Any, Tensor], Tensor]
@@ -96,6 +104,17 @@ def _siglip_text(tower: Any, token_ids: Tensor, word_mask: Tensor) -> tuple[Tens
     return out.pooler_output, tower.head(out.last_hidden_state)
 
 
+def _whole_clip(text: Weights, image: Weights, log_scale: Tensor) -> Weights:
+    return text | image | {"logit_scale": log_scale}
+
+
+def _whole_siglip(text: Weights, image: Weights, log_scale: Tensor) -> Weights:
+    named = {f"text_model.{name}": value for name, value in text.items()}
+    named |= {f"vision_model.{name}": value for name, value in image.items()}
+    # The bias belongs to the sigmoid loss, which the towers are not trained by here.
+    return named | {"logit_scale": log_scale[None], "logit_bias": torch.zeros(1)}
+
+
 CLIP = Family(
     name="clip",
     text=CLIPTextModelWithProjection,
@@ -106,6 +125,9 @@ CLIP = Family(
     pixel_mean=(0.48145466, 0.4578275, 0.40821073),
     pixel_std=(0.26862954, 0.26130258, 0.27577711),
     fills_all_slots=False,
+    processor=CLIPProcessor,
+    joint_settings=lambda text: {"projection_dim": text.config.projection_dim},
+    joined=_whole_clip,
     encode_text=_clip_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).image_embeds,
 )
@@ -119,6 +141,9 @@ SIGLIP = Family(
     pixel_mean=(0.5, 0.5, 0.5),
     pixel_std=(0.5, 0.5, 0.5),
     fills_all_slots=True,
+    processor=SiglipProcessor,
+    joint_settings=lambda text: {},
+    joined=_whole_siglip,
     encode_text=_siglip_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).pooler_output,
 )
