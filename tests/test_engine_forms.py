@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
-from tvr.trainer.model import model_inputs, parameter_groups
+from tvr.trainer.model import model_inputs
 from tvr.trainer.tokenizer import load_tokenizer
+from tvr.trainer.trained import parameter_groups
 from tvr.trainer.world import World
 
 STEPS, MORE = 3, 2
@@ -62,12 +63,7 @@ class PlainEngine:
 
     def __init__(self, model: Any, config: Config, world: World) -> None:
         train, self.module, self._world = config.train, model, world
-        groups = parameter_groups(
-            model,
-            learning_rate=train.learning_rate,
-            encoder_learning_rate=train.encoder_learning_rate,
-            weight_decay=train.weight_decay,
-        )
+        groups = parameter_groups(model, train)
         self._optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2))
 
     def encode(self, *inputs: Tensor) -> Any:

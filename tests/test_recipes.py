@@ -104,7 +104,7 @@ def test_outlines_have_the_parameters_of_the_published_towers(
     name: str, clips: dict[str, str]
 ) -> None:
     config = recipe("msrvtt_b32")
-    model = replace(config.model, clip=clips[name])
+    model = replace(config.model, pretrained=clips[name])
     tokenizer = load_tokenizer(clips[name], config.data.max_words)
     outline = build_outline(model, config.loss, tokenizer, num_frames=12)
     towers = (outline.text_tower, outline.image_tower)
@@ -114,7 +114,7 @@ def test_outlines_have_the_parameters_of_the_published_towers(
 
 def test_the_large_recipe_fits_its_gpus(clips: dict[str, str]) -> None:
     config = recipe("large_scale_l14_64gpu")
-    config = replace(config, model=replace(config.model, clip=clips["large-patch14"]))
+    config = replace(config, model=replace(config.model, pretrained=clips["large-patch14"]))
     tokenizer = load_tokenizer(clips["large-patch14"], config.data.max_words)
     needs = dry_run.rank_memory(config, tokenizer, 64)
     assert needs.similarity < 5e9
