@@ -19,7 +19,7 @@ FLAGS = """
     --model.towers.width 32 --model.towers.layers 1 --model.towers.heads 2
     --model.towers.embed-width 16 --model.towers.image-size 16 --model.towers.patch-size 8
     --model.sequence-header-layers 1
-    --train.steps 2 --train.global-batch 8 --train.eval-every 0 --train.save-every 0
+    --train.steps 2 --train.global-batch 8 --train.eval-every 0 --checkpoint.every 0
 """.split()
 
 

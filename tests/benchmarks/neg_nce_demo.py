@@ -73,7 +73,7 @@ def train(
         "--train.global-batch": batch,
         "--train.micro-batch": batch,
         "--train.eval-every": 0,
-        "--train.save-every": 0,
+        "--checkpoint.every": 0,
         "--loss.tpm-cl": 0,
     }
     line = [sys.executable, "-m", "tvr.launchers.cli", "train"]
