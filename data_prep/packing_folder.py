@@ -83,8 +83,7 @@ class PackingFolder:
             )
         published = self._published()
         if published is not None and not overwrite:
-            newest = published.get("generation", 0) >= self.generation
-            if newest and published.get("fingerprint") == self._plan.fingerprint:
+            if self._is_complete(published):
                 self._remove_work()
                 return True
             raise FileExistsError(
@@ -197,7 +196,8 @@ class PackingFolder:
         try:
             yield
         except FileNotFoundError:
-            if self.goes_on():
+            # By the manifest: who published removes partial files first and the plan after them.
+            if not self._is_complete(self._published()):
                 raise
 
     @property
@@ -225,6 +225,14 @@ class PackingFolder:
             return None
         except ShardCorrupt:  # there is one, whatever it says
             return {}
+
+    def _is_complete(self, published: dict[str, Any] | None) -> bool:
+        """Whether what is published is what this packing makes."""
+        return (
+            published is not None
+            and published.get("generation", 0) >= self.generation
+            and published.get("fingerprint") == self._plan.fingerprint
+        )
 
     def _names(self, folder: str) -> set[str]:
         """What is in a folder now."""

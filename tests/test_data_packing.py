@@ -24,12 +24,13 @@ import pytest
 from clip_files import numbered_video, read_number, write_clips
 from http_store import HttpStore, served
 
-from tvr.data_prep import cli
+from tvr.data_prep import cli, packing_folder
 from tvr.data_prep.decode import sample_frames
 from tvr.data_prep.images import decode_jpeg
-from tvr.data_prep.manifest import read_manifest
+from tvr.data_prep.manifest import Manifest, read_manifest
 from tvr.data_prep.pack import PackProgress, pack_shards
 from tvr.data_prep.pack_progress import shown_progress
+from tvr.data_prep.packing_folder import PackingFolder
 from tvr.data_prep.reader import SampleReader
 from tvr.data_prep.records import Clip, TooManyBadSamples
 from tvr.data_prep.verify import verify_dataset
@@ -265,6 +266,40 @@ def test_packers_side_by_side(bad_clips_packed: tuple[list[Clip], Path], tmp_pat
         with ThreadPoolExecutor(len(shares)) as pool:
             list(pool.map(run, shares))  # raises what they raised
         assert contents(Path(url)) == contents(undisturbed)
+
+
+def test_published_by_another(
+    bad_clips_packed: tuple[list[Clip], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes last finds its partial file removed, though the plan of the packing still lies."""
+    clips, undisturbed = bad_clips_packed
+    url = str(tmp_path / "data")
+
+    def overtaken(url: str, manifest: Manifest) -> None:
+        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(PackingFolder, "_remove_work", lambda _: None)
+            pack_shards(clips, url, max_bad=3, **FRAMES)
+        raise FileNotFoundError("samples.npz.partial")
+
+    monkeypatch.setattr(packing_folder, "write_manifest", overtaken)
+    manifest = pack_shards(clips, url, max_bad=3, **FRAMES)
+    assert manifest.samples.num_captions.sum() == manifest.num_captions
+    pack_shards(clips, url, max_bad=3, **FRAMES)
+    assert contents(Path(url)) == contents(undisturbed)
+
+
+def test_lost_on_the_way(
+    bad_clips_packed: tuple[list[Clip], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody published: a file that is gone is an error."""
+
+    def lost(url: str, manifest: Manifest) -> None:
+        raise FileNotFoundError("samples.npz.partial")
+
+    monkeypatch.setattr(packing_folder, "write_manifest", lost)
+    with pytest.raises(FileNotFoundError, match=r"samples\.npz"):
+        pack_shards(bad_clips_packed[0], str(tmp_path / "data"), max_bad=3, **FRAMES)
 
 
 # The command itself, and processes that die.
