@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from tvr.launchers.records import RankRecord, has_failed, is_alive, read
 
 # Linux: a signal for the process once its parent is gone, so that a killed launcher leaves no rank.
 PR_SET_PDEATHSIG = 1
+
+
+# Ranks that outlive the first one to fail so long hang: in a collective, or stopped.
+GRACE_S = 10.0
+POLL_S = 0.2
 
 
 def run_local(command: Sequence[str], *, ranks: int) -> int:
@@ -21,28 +31,55 @@ def run_local(command: Sequence[str], *, ranks: int) -> int:
 
     SIGINT and SIGTERM reach every rank, and the ranks' answer is waited for (30 s, or what
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT says; then torchrun kills them). Of a command other than
-    `tvr ...` only success (0) and failure (3) can be told.
+    `tvr ...` only success (0) and failure (3) can be told. Of `tvr ...` the first rank that failed
+    is named, and ranks that do not end after it are killed.
     """
     with tempfile.TemporaryDirectory(prefix="tvr-launch-") as folder:
-        codes = Path(folder, "exit-codes")
-        line = torchrun_command(command, ranks=ranks, python=sys.executable, codes=codes)
+        records, ended = Path(folder, "ranks"), Path(folder, "ended.json")
+        line = torchrun_command(
+            command, ranks=ranks, python=sys.executable, records=records, ended=ended
+        )
         environment = rank_environment(os.environ, ranks=ranks, cores=len(os.sched_getaffinity(0)))
-        torchrun_code = _run_passing_signals(line, environment)
+        ranks_seen = _Ranks(records)
+        torchrun_code = _run_passing_signals(line, environment, ranks_seen.look)
         if not _is_tvr(command):
             return 0 if torchrun_code == 0 else 3
-        return job_exit_code(read_codes(codes), torchrun_code=torchrun_code)
+        ranks_seen.look()
+        codes = [record.code for record in read(records) if record.code is not None]
+        code = job_exit_code(codes, torchrun_code=torchrun_code)
+        if code == 3 and ranks_seen.first is not None:
+            exit_codes = json.loads(ended.read_text()) if ended.exists() else {}
+            print(f"tvr launch: {failure_line(ranks_seen.first, exit_codes)}", file=sys.stderr)
+        return code
 
 
-def torchrun_command(command: Sequence[str], *, ranks: int, python: str, codes: Path) -> list[str]:
+def torchrun_command(
+    command: Sequence[str], *, ranks: int, python: str, records: Path, ended: Path
+) -> list[str]:
     """The line that starts the ranks: `tvr ...` by this interpreter, anything else as given."""
     if ranks < 1:
         raise ValueError(f"ranks={ranks} must be at least 1")
     if not command:
         raise ValueError("the command of the ranks is empty; give one such as `tvr train ...`")
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    options = ["--standalone", f"--nproc-per-node={ranks}"]
     if _is_tvr(command):
-        return [*torchrun, "-m", "tvr.launchers.rank", str(codes), *command[1:]]
-    return [*torchrun, "--no-python", *command]
+        agent = [python, "-m", "tvr.launchers.agent", str(ended), *options]
+        return [*agent, "-m", "tvr.launchers.rank", str(records), *command[1:]]
+    return [python, "-m", "torch.distributed.run", *options, "--no-python", *command]
+
+
+def failure_line(first: RankRecord, exit_codes: Mapping[str, int]) -> str:
+    """How the first rank to fail ended, as far as it has not said so itself.
+
+    `exit_codes` are torchrun's, by rank.
+    """
+    who = f"rank {first.rank} (process {first.pid}) on {socket.gethostname()} failed first"
+    code = exit_codes.get(str(first.rank)) if first.code is None else first.code
+    if code is None:
+        return f"{who}, without a word"
+    if code < 0:
+        return f"{who}: killed by {signal.Signals(-code).name}"
+    return f"{who}, with exit code {code}; what it said is above"
 
 
 def rank_environment(environment: Mapping[str, str], *, ranks: int, cores: int) -> dict[str, str]:
@@ -59,11 +96,6 @@ def path_with_scripts(path: str) -> str:
     scripts = sysconfig.get_path("scripts")
     folders = path.split(os.pathsep) if path else []
     return path if scripts in folders else os.pathsep.join([scripts, *folders])
-
-
-def read_codes(codes: Path) -> list[int]:
-    """The exit codes of the ranks that came to their end, in the order in which they ended."""
-    return [int(line) for line in codes.read_text().split()] if codes.exists() else []
 
 
 def job_exit_code(codes: Sequence[int], *, torchrun_code: int) -> int:
@@ -84,7 +116,28 @@ def _is_tvr(command: Sequence[str]) -> bool:
     return command[0] == "tvr"
 
 
-def _run_passing_signals(line: Sequence[str], environment: Mapping[str, str]) -> int:
+class _Ranks:
+    """Notes which rank fails first, and kills what is left of the job some time after that."""
+
+    def __init__(self, records: Path) -> None:
+        self._records = records
+        self._failed_at = 0.0
+        self.first: RankRecord | None = None
+
+    def look(self) -> None:
+        found = read(self._records)
+        if self.first is None:
+            self.first = next(filter(has_failed, found), None)
+            self._failed_at = time.monotonic()
+        elif time.monotonic() - self._failed_at > GRACE_S:
+            for record in found:
+                if record.code is None and is_alive(record.pid):
+                    os.kill(record.pid, signal.SIGKILL)
+
+
+def _run_passing_signals(
+    line: Sequence[str], environment: Mapping[str, str], look: Callable[[], None]
+) -> int:
     pending: list[int] = []
     passed_on = (signal.SIGINT, signal.SIGTERM)
     # A signal between here and the start of torchrun is kept and passed on then.
@@ -103,7 +156,11 @@ def _run_passing_signals(line: Sequence[str], environment: Mapping[str, str]) ->
             signal.signal(number, lambda got, _: process.send_signal(got))
         for number in pending:
             process.send_signal(number)
-        return process.wait()
+        while True:
+            try:
+                return process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                look()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,4 @@
-"""What torchrun starts on each rank: `tvr`, with its exit code written down for the launcher.
-
-torchrun itself ends with 1 whatever its ranks returned, and its log is no interface.
-"""
+"""What torchrun starts on each rank: `tvr`, with its exit code written down for the launcher."""
 
 from __future__ import annotations
 
@@ -14,21 +11,19 @@ from typing import NoReturn
 
 from tvr.launchers.cli import EXIT_FAILED, main
 from tvr.launchers.local import die_with_parent
+from tvr.launchers.records import note
 
 
-def run_rank(codes: Path, argv: list[str]) -> int:
-    """Runs `tvr ARGV` and appends its exit code as a line to `codes`; returns that for torchrun."""
+def run_rank(records: Path, argv: list[str]) -> int:
+    """Runs `tvr ARGV`; adds to `records` that it began and how it ended, and returns its code."""
     die_with_parent(signal.SIGKILL)
+    rank, pid = int(os.environ.get("RANK", "0")), os.getpid()
+    note(records, rank, pid)
     try:
         code = main(argv)
     except SystemExit as end:
         code = _code_of(end)
-    # One short write to a file opened for appending: lines of several ranks do not mix.
-    file = os.open(codes, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        os.write(file, f"{code}\n".encode())
-    finally:
-        os.close(file)
+    note(records, rank, pid, code)
     return code
 
 

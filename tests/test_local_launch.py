@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tvr.launchers import cli
 from tvr.launchers.local import (
+    failure_line,
     job_exit_code,
     path_with_scripts,
     rank_environment,
-    read_codes,
     run_local,
     torchrun_command,
 )
 from tvr.launchers.rank import run_rank
+from tvr.launchers.records import RankRecord, has_failed, is_alive, note, read
 
 TORCHRUN = ["/py", "-m", "torch.distributed.run", "--standalone"]
+FILES = {"records": Path("/records"), "ended": Path("/ended")}
 
 
 def test_tvr_runs_by_the_same_interpreter() -> None:
-    line = torchrun_command(
-        ["tvr", "train", "--run-dir", "a b"], ranks=2, python="/py", codes=Path("/codes")
-    )
-    ranks = ["-m", "tvr.launchers.rank", "/codes", "train", "--run-dir", "a b"]
-    assert line == [*TORCHRUN, "--nproc-per-node=2", *ranks]
+    line = torchrun_command(["tvr", "train", "--run-dir", "a b"], ranks=2, python="/py", **FILES)
+    agent = ["/py", "-m", "tvr.launchers.agent", "/ended", "--standalone", "--nproc-per-node=2"]
+    ranks = ["-m", "tvr.launchers.rank", "/records", "train", "--run-dir", "a b"]
+    assert line == [*agent, *ranks]
 
 
 def test_another_command_runs_as_given() -> None:
-    line = torchrun_command(["./x", "--y"], ranks=3, python="/py", codes=Path("/codes"))
+    line = torchrun_command(["./x", "--y"], ranks=3, python="/py", **FILES)
     assert line == [*TORCHRUN, "--nproc-per-node=3", "--no-python", "./x", "--y"]
 
 
 @pytest.mark.parametrize(("command", "ranks"), [(["tvr", "train"], 0), ([], 1)])
 def test_refuses_no_ranks_and_no_command(command: list[str], ranks: int) -> None:
     with pytest.raises(ValueError, match=r"ranks=0|empty"):
-        torchrun_command(command, ranks=ranks, python="/py", codes=Path("/codes"))
+        torchrun_command(command, ranks=ranks, python="/py", **FILES)
 
 
 @pytest.mark.parametrize(("ranks", "cores", "threads"), [(2, 8, "4"), (3, 8, "2"), (4, 2, "1")])
@@ -85,13 +89,49 @@ def test_job_exit_code(codes: list[int], torchrun_code: int, job_code: int) -> N
 def test_a_rank_writes_its_code_down(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    records = tmp_path / "records"
+
+    def main(argv: list[str]) -> int:
+        assert read(records)[0].code is None
+        return code
+
     monkeypatch.setattr("tvr.launchers.rank.die_with_parent", lambda number: None)
-    monkeypatch.setattr("tvr.launchers.rank.main", lambda argv: code)
-    codes = tmp_path / "codes"
-    assert read_codes(codes) == []
-    assert run_rank(codes, ["train"]) == code
-    assert run_rank(codes, ["train"]) == code
-    assert read_codes(codes) == [code, code]
+    monkeypatch.setattr("tvr.launchers.rank.main", main)
+    assert read(records) == []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_rank(records, ["train"]) == code
+        note(records, 2, 77)
+    pid = os.getpid()
+    ends = [RankRecord(rank=rank, pid=pid, code=code) for rank in (1, 0)]
+    assert read(records) == [RankRecord(rank=2, pid=77, code=None), *ends]
+
+
+def test_a_rank_has_failed_that_is_gone_or_ended_otherwise_than_well() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    running = RankRecord(rank=0, pid=process.pid, code=None)
+    assert not has_failed(running)
+    process.kill()
+    _until(lambda: has_failed(running))  # not waited for yet
+    process.wait()
+    assert has_failed(running)
+    assert [has_failed(replace(running, code=code)) for code in (0, 3)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_codes", "said"),
+    [
+        (3, {}, "failed first, with exit code 3; what it said is above"),
+        (None, {"1": 3}, "failed first, with exit code 3; what it said is above"),
+        (None, {"1": -9, "0": 3}, "failed first: killed by SIGKILL"),
+        (None, {}, "failed first, without a word"),
+    ],
+)
+def test_the_first_rank_to_fail_is_named(
+    code: int | None, exit_codes: dict[str, int], said: str
+) -> None:
+    line = failure_line(RankRecord(rank=1, pid=7, code=code), exit_codes)
+    assert line == f"rank 1 (process 7) on {socket.gethostname()} {said}"
 
 
 def test_two_ranks_end_well_and_know_who_they_are(tmp_path: Path) -> None:
@@ -137,14 +177,14 @@ def test_signals_reach_every_rank(number: signal.Signals, tmp_path: Path) -> Non
     assert launcher.wait(60) == 3
     got = {path.name: path.read_text() for path in tmp_path.glob("got-*")}
     assert got == {"got-0": str(number.value), "got-1": str(number.value)}
-    assert not [pid for pid in pids if _is_alive(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
     launcher, pids = _start_waiting_ranks(tmp_path)
     launcher.kill()
     launcher.wait(60)
-    _until(lambda: not [pid for pid in pids if _is_alive(pid)])
+    _until(lambda: not [pid for pid in pids if is_alive(pid)])
 
 
 def _start_waiting_ranks(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
@@ -175,14 +215,6 @@ def _until(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not so after {timeout_s} s")
         time.sleep(0.05)
-
-
-def _is_alive(pid: int) -> bool:
-    # A process that has ended but was not waited for by its new parent still has a number.
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_process_ends_with_its_code_its_output_and_its_exit_functions() -> None:

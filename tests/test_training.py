@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(
     run_dir = tmp_path / "run"
     failed = train(config, run_dir, ranks=2)
     assert failed.returncode == 3
-    assert "step 2: the loss is not finite on rank 0, 1 of 2" in failed.stderr
+    assert failed.stderr.count("step 2: the loss is not finite on rank 0, 1 of 2") == 1
     assert " ".join(keys_by_step(run_dir)[1][:4]) in failed.stderr
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000001\n"
 
@@ -238,6 +238,6 @@ def test_a_spent_budget_on_one_rank_stops_all(data: Path, tmp_path: Path) -> Non
     )
     failed = train(config, tmp_path / "run", ranks=2)
     assert failed.returncode == 3
-    for rank in (0, 1):
-        assert f"error [rank {rank}]: 1 bad samples in {folder} on rank" in failed.stderr
-    assert f"{key}: checksum" in failed.stderr
+    # All ranks raise it; one tells it, whichever comes first.
+    assert failed.stderr.count(f"1 bad samples in {folder} on rank") == 1
+    assert failed.stderr.count(f"{key}: checksum") == 1

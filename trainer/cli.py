@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -22,7 +23,7 @@ from tvr.data_prep.records import TooManyBadSamples
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
 from tvr.trainer.recipes import RECIPES, recipe
 
-EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 3, 75
+EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_PREEMPTED = 0, 2, 3, 75
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
@@ -76,7 +77,7 @@ def train(argv: Sequence[str]) -> int:
                 return EXIT_DONE
             from tvr.trainer.loop import train as run
 
-            run(settings, run_dir, resume=resume)
+            run(settings, run_dir, resume=resume, tell=_tell_training)
             return EXIT_DONE
 
         return tyro.cli(arguments, prog="tvr train", args=list(argv))
@@ -278,9 +279,29 @@ def _base(argv: Sequence[str]) -> Config:
     return merged(base, read_overrides(named.config), where=f"--config {named.config}")
 
 
+def _tell_training(error: Exception) -> int:
+    """What `tvr train` says of an error, from where it happens; the exit code."""
+
+    def again() -> int:
+        raise error
+
+    try:
+        return _reported("train", again)
+    except Exception:
+        traceback.print_exception(error)
+        return EXIT_FAILED
+
+
 def _reported(command: str, action: Callable[[], int]) -> int:
     """As `reported`, and a training that failed for a reason it can name becomes exit code 3."""
-    from tvr.trainer.errors import CheckpointDamaged, Fenced, NonFiniteLoss, Preempted
+    from tvr.trainer.errors import (
+        CheckpointDamaged,
+        Fenced,
+        NonFiniteLoss,
+        Preempted,
+        PreflightFailed,
+        Told,
+    )
 
     def guarded() -> int:
         try:
@@ -288,6 +309,12 @@ def _reported(command: str, action: Callable[[], int]) -> int:
         except Preempted as notice:
             print(f"tvr {command}: {notice}", file=sys.stderr)
             return EXIT_PREEMPTED
+        except Told as told:
+            return told.code
+        except PreflightFailed as failed:
+            for line in failed.lines:
+                say_error(f"tvr {command}", ValueError(line))
+            return EXIT_USAGE
         except (NonFiniteLoss, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
             say_error(f"tvr {command}", error)
             return EXIT_FAILED

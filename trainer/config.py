@@ -205,6 +205,12 @@ class TrainConfig:
     """Steps between lines in the log."""
     log_keys: bool = False
     """Also writes every rank's sample keys, step by step, to run_dir/keys."""
+    stall_factor: Annotated[float, Field(ge=0.0)] = 20.0
+    """A rank that takes so many times the median step, and over a minute, ends the job, which names
+    the ranks that the others waited for; 0: never."""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
+    """The longest that a step, an evaluation or a save may take in any case, and that ranks wait
+    for each other."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -21,3 +21,19 @@ class NonFiniteLoss(Exception):
 
 class Preempted(Exception):
     """The job was told to leave; its state is saved, and the same command goes on from there."""
+
+
+class PreflightFailed(ValueError):
+    """Something is wrong with the job's surroundings, on some ranks; raised on all of them."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
+class Told(Exception):
+    """A failure that a rank of the job has told on stderr: nothing is left but to end."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"told; exit code {code}")
+        self.code = code

@@ -19,8 +19,10 @@ from tvr.trainer.config import Config, shard_cache, views
 from tvr.trainer.engine import Engine
 from tvr.trainer.errors import Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
+from tvr.trainer.failures import Tell, telling
 from tvr.trainer.model import build_model, image_size, tokenizer_folder
 from tvr.trainer.preemption import Notice, noticing
+from tvr.trainer.preflight import check_disk, preflight
 from tvr.trainer.progress import Progress
 from tvr.trainer.random_state import random_state
 from tvr.trainer.resume import Resume, engine_from, resume_point
@@ -35,14 +37,21 @@ from tvr.trainer.run_log import LogWriter
 from tvr.trainer.saver import Saved, Saver, shard_files
 from tvr.trainer.step import OptimiserStep
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.watchdog import Watchdog, watching
 from tvr.trainer.world import World, join_world
 
+# Beyond train.timeout_s, after which the watchdog ends a job within seconds.
+TIMEOUT_MARGIN_S = 60.0
 
-def train(config: Config, run_dir: Path, *, resume: Resume = "auto") -> Evaluation | None:
+
+def train(
+    config: Config, run_dir: Path, *, resume: Resume = "auto", tell: Tell | None = None
+) -> Evaluation | None:
     """Trains to `train.steps`, continuing from the newest whole checkpoint of the run.
 
     Every rank of the job calls it. Returns the last evaluation (none without a test set).
-    `resume` "never" refuses a run that has checkpoints.
+    `resume` "never" refuses a run that has checkpoints. With `tell`, a failure is told on stderr by
+    the first rank that fails, and Told is raised on all in its place.
 
     Raises:
         ValueError: settings, data or a `run_dir` of another configuration that cannot be used.
@@ -53,7 +62,14 @@ def train(config: Config, run_dir: Path, *, resume: Resume = "auto") -> Evaluati
         TooManyBadSamples: the budget `data.max_bad` is spent.
         TrainingFailed: anything else that broke once training had begun.
     """
-    with join_world() as world, noticing() as notice:
+    with (
+        # The watchdog comes first, where it can: it names the rank that is waited for.
+        join_world(config.train.timeout_s + TIMEOUT_MARGIN_S) as world,
+        noticing() as notice,
+        telling(run_dir, world, tell) as failures,
+        watching(config.train, run_dir, world, failures) as watchdog,
+    ):
+        preflight(config, run_dir, world)
         claim(run_dir, config, world)
         num_samples = _checked_data(config, world)
         tokenizer = load_tokenizer(
@@ -73,9 +89,10 @@ def train(config: Config, run_dir: Path, *, resume: Resume = "auto") -> Evaluati
         found = resume_point(saver.place, log, world, resume)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+        check_disk(config, run_dir, model, world)
         engine = engine_from(found, saver.place, model, config.train, run_dir, world)
         step = OptimiserStep(config, engine, log, world, num_samples)
-        run = _Run(config, run_dir, log, engine, tokenizer, world, step, saver, notice)
+        run = _Run(config, run_dir, log, engine, tokenizer, world, step, saver, notice, watchdog)
         return run.to_the_end(found.state if found else None)
 
 
@@ -90,6 +107,7 @@ class _Run:
     step: OptimiserStep
     saver: Saver
     notice: Notice
+    watchdog: Watchdog
 
     def to_the_end(self, saved: SavedState | None) -> Evaluation | None:
         train = self.config.train
@@ -108,7 +126,8 @@ class _Run:
                 except (ValueError, OSError) as error:
                     # Before the first step these mean bad input; here they mean that a run broke.
                     raise TrainingFailed(f"step {step + 1} on rank {self.world.rank}") from error
-        self._tell(self.saver.finish())
+        with self.watchdog.phase("checkpoint"):
+            self._tell(self.saver.finish())
         return evaluation
 
     def _advance(self, step: int, batches: Iterator[Batch], show: Progress) -> Evaluation | None:
@@ -116,15 +135,17 @@ class _Run:
         train, evaluation = self.config.train, None
         done = step + 1
         record = self.step.take(done, batches)
+        self.watchdog.finished(done, record["step_s"])
         if done % train.log_every == 0 or done == train.steps:
             self.log.write("step", record)
         show.step(done, record)
-        leave = self._agree()
-        # Saved first: an evaluation that fails must not cost the steps before it.
-        if leave or _due(done, self.config.checkpoint.every, train.steps):
-            self._tell(self.saver.save(self._state(done), self._staged))
-        if leave and done < train.steps:
-            self._leave(done)
+        with self.watchdog.phase("checkpoint"):
+            leave = self._agree()
+            # Saved first: an evaluation that fails must not cost the steps before it.
+            if leave or _due(done, self.config.checkpoint.every, train.steps):
+                self._tell(self.saver.save(self._state(done), self._staged))
+            if leave and done < train.steps:
+                self._leave(done)
         if self._evaluation_due(done):
             evaluation = self._evaluate(done)
             show.text(evaluation.table())
@@ -198,9 +219,10 @@ class _Run:
         )
 
     def _evaluate(self, step: int) -> Evaluation:
-        self.engine.training(False)
-        evaluation = evaluate(self.engine.encode, self.config, self.tokenizer, self.world)
-        self.engine.training(True)
+        with self.watchdog.phase("evaluation"):
+            self.engine.training(False)
+            evaluation = evaluate(self.engine.encode, self.config, self.tokenizer, self.world)
+            self.engine.training(True)
         self.log.write("evaluation", {"step": step, **evaluation.summary()})
         self.log.write_replaced(step, evaluation.left_out)
         if self.world.is_first:
@@ -225,6 +247,11 @@ def _checked_data(config: Config, world: World) -> int:
     """The number of training samples; every data set is looked at before anything is built."""
     data = config.data
     train = read_manifest(data.train)
+    if train.num_samples < config.train.global_batch:
+        raise ValueError(
+            f"{data.train} holds {train.num_samples} samples, fewer than train.global_batch="
+            f"{config.train.global_batch}: a batch would hold some of them twice"
+        )
     sets = [(data.train, train)]
     if data.test is not None:
         test = read_manifest(data.test)

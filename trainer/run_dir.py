@@ -3,6 +3,8 @@
 config.json       the resolved configuration      log.jsonl       one event a line (run_log.py)
 evaluation.json   the last evaluation             report.html     `tvr report`
 checkpoints/      one folder a step (checkpoint.py)
+failures/         a job's first failure (failures.py)
+stalls/           where the ranks of a job were that got stuck (watchdog.py)
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ FREE = frozenset(
         "train.eval_every",
         "train.log_every",
         "train.log_keys",
+        "train.stall_factor",
+        "train.timeout_s",
         "checkpoint.every",
         "checkpoint.keep_last",
         "checkpoint.keep_every",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # the slowest rank may still be compiling or reading its first shard
-
+# The slowest rank may still be compiling or reading its first shard.
+TIMEOUT_S = 1800.0
+# By then ranks that have joined have also added up a number, or they never will.
+MEET_S = 120.0
 
 T = TypeVar("T")
 
@@ -35,6 +36,31 @@ class World:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def meet(self, timeout_s: float) -> None:
+        """Adds up the ranks' numbers, on the host and on the device.
+
+        Raises:
+            ValueError: it takes longer, or the sum is wrong; names rank, host and device.
+        """
+        for device in dict.fromkeys(
+            (torch.device("cpu"), self.device)
+        ):  # in one order on all ranks
+            number = torch.tensor([self.rank], dtype=torch.int64, device=device)
+            try:
+                work = dist.all_reduce(number, async_op=True)
+                if work is not None:
+                    work.wait(timedelta(seconds=timeout_s))
+                found = int(number)
+            except RuntimeError as error:
+                found = " ".join(str(error).split())
+            if found != sum(range(self.world_size)):
+                raise ValueError(
+                    f"rank {self.rank} on {socket.gethostname()} does not meet the other"
+                    f" {self.world_size - 1} on {device.type}: their numbers add up to"
+                    f" {sum(range(self.world_size))}, and it got {found}. GLOO_SOCKET_IFNAME and"
+                    " NCCL_SOCKET_IFNAME name the network interface that reaches all of them"
+                )
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """Every rank's small picklable object, in rank order, on every rank."""
@@ -94,11 +120,12 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
+def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """Joins the ranks that torchrun or srun started, or stands alone; leaves them at the end.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK the process is
-    its own world of one, in a group of one, which DeepSpeed needs.
+    A collective that waits for another rank longer than `timeout_s` raises. Reads RANK, WORLD_SIZE,
+    LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK the process is its own world of one, in a
+    group of one, which DeepSpeed needs.
 
     Raises:
         ValueError: a variable is no number, or this machine has GPUs but fewer than ranks.
@@ -120,19 +147,29 @@ def join_world() -> Iterator[World]:
     if not dist.is_initialized():
         if "RANK" in os.environ:
             leave = True
-            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+            dist.init_process_group(
+                backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+            )
         else:
             # In memory: a world of one opens no port. (torch has it public and out of __all__.)
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
-        yield world
-        world.barrier()  # a rank that leaves first would break the others' last collective
-    finally:
-        # A lone process keeps its group of one: DeepSpeed holds on to the first group it saw.
-        if leave:
-            dist.destroy_process_group()
+    world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    world.meet(min(MEET_S, timeout_s))
+    yield world
+    # Not after an error: the process ends, and taking leave of ranks that hang would hang too.
+    world.barrier()  # a rank that leaves first would break the others' last collective
+    # A lone process keeps its group of one: DeepSpeed holds on to the first group it saw.
+    if leave:
+        dist.destroy_process_group()
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed since another rank is gone or does not come."""
+    # What gloo throws comes as a plain RuntimeError that names a file of its source.
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
 
 
 _PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -1,0 +1,125 @@
+"""What is looked at before a run begins: each failure is named with its rank and host."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import spawn
+from tiny import make_tiny_data, tiny_config
+from torch import nn
+
+from tvr.trainer.cli import train as tvr_train
+from tvr.trainer.config import CheckpointConfig, Config, to_json
+from tvr.trainer.errors import PreflightFailed
+from tvr.trainer.model import build_outline, tokenizer_folder
+from tvr.trainer.preflight import check_disk, differences, preflight
+from tvr.trainer.run_dir import checkpoints_of
+from tvr.trainer.tokenizer import load_tokenizer
+from tvr.trainer.world import World
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, world_size=1, device=CPU)
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("data")
+    make_tiny_data(folder)
+    return tiny_config(folder, data={"test": None, "test_exchanged": None}, train={"steps": 1})
+
+
+@pytest.mark.parametrize("url", [None, "memory://preflight"])
+def test_a_place_that_can_be_used_is_left_as_it_was(
+    config: Config, tmp_path: Path, url: str | None
+) -> None:
+    config = replace(config, checkpoint=CheckpointConfig(url=url))
+    preflight(config, tmp_path, ALONE)
+    assert checkpoints_of(config, tmp_path).names() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def refusals(rank: int, world_size: int, config: Config, folder: Path) -> list[str]:
+    """Rank 1 has another folder, whose place is a file, and another batch size."""
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    world.meet(60.0)
+    if rank == 1:
+        config = replace(config, train=replace(config.train, global_batch=16))
+    try:
+        preflight(config, folder / str(rank), world)
+    except PreflightFailed as failed:
+        return failed.lines
+    return []
+
+
+def test_all_ranks_hear_of_every_failure_of_every_rank(config: Config, tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+    for rank in (1, 2):
+        (tmp_path / str(rank) / "checkpoints").write_text("no folder")
+    lines, *others = spawn(refusals, 3, config, tmp_path)
+    assert all(other == lines for other in others)
+    settings, *places = lines
+    assert settings.startswith(f"rank 1 on {HOST}: the sha256 of its settings is ")
+    assert [place.split(" cannot be used for checkpoints")[0] for place in places] == [
+        f"rank {rank} on {HOST}: {tmp_path / str(rank) / 'checkpoints'}" for rank in (1, 2)
+    ]
+
+
+def meets_nobody(rank: int, world_size: int) -> None:
+    """Rank 1 does not come."""
+    if rank == 1:
+        time.sleep(60)
+    World(rank=rank, world_size=world_size, device=CPU).meet(0.5)
+
+
+def test_a_rank_that_does_not_come_is_missed_soon() -> None:
+    with pytest.raises(RuntimeError, match=f"rank 0 on {HOST} does not meet the other 1 on cpu"):
+        spawn(meets_nobody, 2)
+
+
+def test_ranks_that_differ_from_most_are_named() -> None:
+    usual = {"python": "3.11", "torch": "2.13"}
+    identities = [usual, usual | {"torch": "2.12"}, usual]
+    assert differences(identities, ["a", "b", "c"]) == [
+        "rank 1 on b: torch is 2.12, elsewhere 2.13"
+    ]
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_refused(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "not" / "there"
+    tokenizer = load_tokenizer(tokenizer_folder(config.model), config.data.max_words)
+    model = build_outline(config.model, config.loss, tokenizer, num_frames=3)
+    check_disk(config, run_dir, model, ALONE)
+    with torch.device("meta"):
+        model.register_parameter("vast", nn.Parameter(torch.empty(10**7, 10**6)))
+    with pytest.raises(PreflightFailed, match=r"3 more checkpoints of 1.6e\+05 GB each"):
+        check_disk(config, run_dir, model, ALONE)
+    elsewhere = replace(config, checkpoint=CheckpointConfig(url="memory://disk"))
+    check_disk(elsewhere, run_dir, model, ALONE)
+
+
+def test_a_small_data_set_and_a_refused_place_end_with_code_2(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(run_dir: Path, **train: Any) -> str:
+        settings = tmp_path / "settings.json"
+        settings.write_text(to_json(replace(config, train=replace(config.train, **train))))
+        code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+        assert code == 2
+        return capsys.readouterr().err
+
+    assert "holds 48 samples, fewer than train.global_batch=64" in refused(
+        tmp_path / "run", global_batch=64, micro_batch=64
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").write_text("no folder")
+    line = refused(tmp_path / "other")
+    assert line.startswith(f"tvr train: error: rank 0 on {HOST}: ")
+    assert line.count("\n") == 1
