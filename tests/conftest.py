@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sysconfig
+from pathlib import Path
 
 # Before anything imports torch or deepspeed: both read these once.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from tiny import make_tiny_data
 
 settings.register_profile("tvr", derandomize=True, deadline=None, database=None)
 settings.load_profile("tvr")
@@ -26,6 +28,14 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make_tiny_data`, which tests read only."""
+    folder = tmp_path_factory.mktemp("data")
+    make_tiny_data(folder)
+    return folder
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import make_tiny_data, tiny_config
+from tiny import tiny_config
 
 from tvr.trainer.bench import bench
 from tvr.trainer.bench_train import shared_out
@@ -22,16 +22,10 @@ from tvr.trainer.stopwatch import PARTS, Laps
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def measured(data: Path) -> dict[str, Any]:
+def measured(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All numbers of three steps on one and on two ranks, with a save after every step."""
-    settings, numbers = data / "settings.json", data / "numbers.json"
+    folder = tmp_path_factory.mktemp("measured")
+    settings, numbers = folder / "settings.json", folder / "numbers.json"
     settings.write_text(to_json(tiny_config(data, train={"micro_batch": 4})))
     flags = ["--config", str(settings), "--steps", "3", "--save-every", "1", "--threads", "1"]
     assert bench(["train", *flags, "--ranks", "1", "2", "--json", str(numbers)]) == 0
@@ -76,10 +70,12 @@ def test_saves_of_both_kinds_are_measured(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_that_fails_is_told(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+def test_a_rank_that_fails_is_told(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
     config = tiny_config(data)
     config = replace(config, data=replace(config.data, train=str(data / "nowhere")))
-    settings = data / "nowhere.json"
+    settings = tmp_path / "settings.json"
     settings.write_text(to_json(config))
     assert bench(["train", "--config", str(settings), "--ranks", "1"]) == 3
     assert "nowhere" in capsys.readouterr().err

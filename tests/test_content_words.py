@@ -16,7 +16,7 @@ import torch
 from clip_files import plain
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import batches_of, make_tiny_data, tiny_config
+from tiny import make_tiny_data, tiny_config
 
 from tvr.data_prep.records import Caption, Clip, Word, WordKind
 from tvr.data_prep.word_drop import drop_words
@@ -24,6 +24,7 @@ from tvr.data_prep.words import WordTagger
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.evaluate import evaluate
+from tvr.trainer.inputs import training_batches
 from tvr.trainer.model import model_inputs
 from tvr.trainer.restore import evaluate_run, load_run
 from tvr.trainer.tokenizer import Tokenizer, clip_tokenizer, train_tokenizer
@@ -157,7 +158,7 @@ def test_evaluation_counts_content_words_as_training_does(data: Path, tmp_path: 
     # Captions are whole, and the similarities others.
     assert [query["caption"] for query in plainly.queries] == [query["caption"] for query in stored]
     assert plainly.queries != stored
-    batch = next(batches_of(config, tokenizer, ALONE))
+    batch = next(training_batches(config, tokenizer, ALONE))
     assert set(batch.word_mask.unique().tolist()) == {0, 1, 2}
     frames, frame_mask, ids, mask = model_inputs(batch, ALONE.device)
     with torch.no_grad():

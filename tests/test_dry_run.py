@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from clip_folders import write_clip
-from tiny import MAX_WORDS, make_tiny_data, tiny_config
+from tiny import MAX_WORDS, tiny_config
 
 from tvr.trainer import dry_run
 from tvr.trainer.cli import train as tvr_train
@@ -22,13 +22,6 @@ from tvr.trainer.outline import AliveBytes, activation_bytes, checkpoint_bytes, 
 from tvr.trainer.synthetic import random_batches, share_of_one, take_synthetic_step
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import join_world
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

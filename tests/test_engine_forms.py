@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from spawn import spawn
 from test_universal import CPU, losses, model_of
-from tiny import batches_of, make_tiny_data, tiny_config, with_ranks
+from tiny import tiny_config, with_ranks
 from torch import Tensor
 
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
+from tvr.trainer.inputs import training_batches
 from tvr.trainer.model import model_inputs
 from tvr.trainer.tokenizer import load_tokenizer
 from tvr.trainer.trained import parameter_groups
@@ -140,7 +141,7 @@ def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[
         tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
         engine.training(False)
         with torch.no_grad():
-            batch = next(batches_of(config, tokenizer, world))
+            batch = next(training_batches(config, tokenizer, world))
             features = engine.encode(*model_inputs(batch, CPU))
         engine.training(True)
         values, _ = take(engine, config, world)
@@ -148,13 +149,6 @@ def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[
         saved = engine.stage()["mp_rank_00_model_states.pt"]["module"]
         results[key(stage, form)] = (values, features.words, names, list(saved))
     return results
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

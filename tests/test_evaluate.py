@@ -17,13 +17,13 @@ from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.records import Batch, TooManyBadSamples
-from tvr.data_prep.stream import evaluation_batches
 from tvr.kernels import reference
 from tvr.kernels.ranking import retrieval_metrics
 from tvr.trainer.config import Config
 from tvr.trainer.evaluate import Evaluation, evaluate, results_table
+from tvr.trainer.inputs import batches_in_order
 from tvr.trainer.loop import train
-from tvr.trainer.model import Features, TextVideoModel, build_model, image_size, model_inputs
+from tvr.trainer.model import Features, TextVideoModel, build_model, model_inputs
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import World
 
@@ -72,17 +72,8 @@ def evaluated(config: Config, world: World = ALONE) -> Evaluation:
 
 
 def whole_set(url: str, config: Config, tokenizer: Tokenizer) -> Batch:
-    (batch,) = evaluation_batches(
-        url,
-        micro_batch=1000,
-        rank=0,
-        world_size=1,
-        workers=0,
-        num_frames=config.data.num_frames,
-        image_size=image_size(config.model),
-        tokenize=tokenizer,
-        max_bad=0,
-    )
+    large = replace(config.train, micro_batch=1000, global_batch=1000)
+    (batch,) = batches_in_order(replace(config, train=large), tokenizer, ALONE, url)
     return batch
 
 

@@ -16,18 +16,20 @@ from transformers import AutoModel, AutoProcessor, CLIPModel, SiglipModel
 
 from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.shapes import ANNOTATIONS
-from tvr.data_prep.stream import evaluation_batches
 from tvr.launchers.cli import main
 from tvr.trainer.chunked import joined
 from tvr.trainer.config import Config
 from tvr.trainer.export import load_exported
-from tvr.trainer.model import TextVideoModel, image_size, model_inputs
+from tvr.trainer.inputs import batches_in_order
+from tvr.trainer.model import TextVideoModel, model_inputs
 from tvr.trainer.objective import similarity_rows
 from tvr.trainer.restore import load_run
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.world import World
 
 CPU = torch.device("cpu")
+ALONE = World(rank=0, world_size=1, device=CPU)
 KINDS = ("clip", "siglip")
 
 
@@ -56,17 +58,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def features(model: TextVideoModel, config: Config, tokenizer: Tokenizer) -> Any:
     assert config.data.test is not None
-    batches = evaluation_batches(
-        config.data.test,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-        workers=0,
-        num_frames=config.data.num_frames,
-        image_size=image_size(config.model),
-        tokenize=tokenizer,
-        max_bad=0,
-    )
+    batches = batches_in_order(config, tokenizer, ALONE, config.data.test)
     with torch.no_grad():
         return joined([model(*model_inputs(batch, CPU)) for batch in batches])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jobs
 import pytest
-from tiny import make_tiny_data, tiny_config
+from tiny import tiny_config
 
 from tvr.trainer.config import Config
 from tvr.trainer.failures import Failure, Failures, end_line
@@ -20,11 +20,9 @@ STALL_S = 5.0
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
+def config(data: Path) -> Config:
     return tiny_config(
-        folder,
+        data,
         data={"test": None, "test_exchanged": None},
         train={"steps": 100_000, "log_every": 5, "log_keys": True, "timeout_s": STALL_S},
     )

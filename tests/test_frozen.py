@@ -11,7 +11,7 @@ import pytest
 import torch
 from spawn import spawn
 from test_universal import losses
-from tiny import make_tiny_data, tiny_config, with_ranks
+from tiny import tiny_config, with_ranks
 
 from tvr.trainer.engine import Engine, reader_of, weights_of, write_universal
 from tvr.trainer.model import TextVideoModel, build_model
@@ -87,13 +87,6 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path) -> Any:
                 engine.load(universal)
             results[source.name, stage] = losses(engine, config, world, BEFORE, AFTER)
     return results
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from spawn import spawn
-from tiny import batches_of, make_tiny_data, tiny_config, with_ranks
+from tiny import tiny_config, with_ranks
 from torch import Tensor
 
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
 from tvr.trainer.gather import collectives_of, gather_rows
+from tvr.trainer.inputs import training_batches
 from tvr.trainer.model import TextVideoModel, build_model, model_inputs
 from tvr.trainer.objective import objective
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
@@ -29,13 +30,6 @@ ENGINE_CASES = [(zero_stage, name) for zero_stage in range(4) for name in ("refe
 # Above this size of a parameter ZeRO-3 lets go of it between uses; smaller ones it keeps.
 RELEASED = 100_000
 DOUBLE_CASES = [(loss, interaction) for loss in LOSSES for interaction in ("att_wti", "ti")]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 def model_of(config: Config) -> tuple[TextVideoModel, Tokenizer]:
@@ -70,7 +64,7 @@ def engine_gradients(
         config = with_ranks(config, world_size)
         model, tokenizer = model_of(config)
         engine = Engine(model, config.train, world)
-        batch = next(batches_of(config, tokenizer, world))
+        batch = next(training_batches(config, tokenizer, world))
         features = engine.encode(*model_inputs(batch, world.device))
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
         shares = collectives_of(world).sum(mine.shares)
@@ -140,7 +134,7 @@ def double_gradients(
         config = with_ranks(config, world_size)
         model, tokenizer = model_of(config)
         model.double()
-        batch = next(batches_of(config, tokenizer, world))
+        batch = next(training_batches(config, tokenizer, world))
         features = model(*model_inputs(batch, world.device))
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
         mine.for_backward.backward()

@@ -9,18 +9,11 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from tiny import make_tiny_data, tiny_config
+from tiny import tiny_config
 
 from tvr.trainer.config import Config
 
 STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 def settings(data: Path, zero_stage: int) -> Config:

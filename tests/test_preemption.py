@@ -8,16 +8,9 @@ from pathlib import Path
 
 import jobs
 import pytest
-from tiny import make_tiny_data, tiny_config
+from tiny import tiny_config
 
 from tvr.trainer.config import Config
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from spawn import spawn
-from tiny import make_tiny_data, tiny_config
+from tiny import tiny_config
 from torch import nn
 
 from tvr.trainer.cli import train as tvr_train
@@ -29,10 +29,8 @@ HOST = socket.gethostname()
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return tiny_config(folder, data={"test": None, "test_exchanged": None}, train={"steps": 1})
+def config(data: Path) -> Config:
+    return tiny_config(data, data={"test": None, "test_exchanged": None}, train={"steps": 1})
 
 
 @pytest.mark.parametrize("url", [None, "memory://preflight"])

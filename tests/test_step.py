@@ -15,12 +15,13 @@ import torch
 from plain_model import Gradients
 from spawn import spawn
 from test_global_batch import assert_equal_gradients
-from tiny import batches_of, make_tiny_data, tiny_config
+from tiny import tiny_config
 
 from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import Engine
+from tvr.trainer.inputs import training_batches
 from tvr.trainer.model import build_model
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.step import OptimiserStep
@@ -76,18 +77,11 @@ def take_steps(
             attempt = world.from_first(lambda: begin_attempt(run_dir))
             log = LogWriter(run_dir, attempt, world)
             step = OptimiserStep(config, engine, log, world, 48)
-            batches = batches_of(config, tokenizer, world)
+            batches = training_batches(config, tokenizer, world)
             records = [step.take(number, batches) for number in (1, 2)]
             assert engine.gradients is not None
             results[stage, name] = (records, engine.gradients)
     return results
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

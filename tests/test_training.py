@@ -14,19 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny_data, tiny_config, with_ranks
+from tiny import tiny_config, with_ranks
 
 from tvr.data_prep.manifest import read_manifest
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import weights_of
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from spawn import spawn
-from tiny import batches_of, make_tiny_data, tiny_config, with_ranks
+from tiny import tiny_config, with_ranks
 
 from tvr.trainer.engine import Engine, reader_of, weights_of, write_universal
 from tvr.trainer.gather import gather_rows
+from tvr.trainer.inputs import training_batches
 from tvr.trainer.model import build_model, model_inputs
 from tvr.trainer.objective import objective
 from tvr.trainer.tokenizer import load_tokenizer
@@ -41,7 +42,7 @@ def settings(data: Path, stage: int, world_size: int, precision: str = "fp32") -
 def losses(engine: Engine, config: Any, world: World, first: int, count: int) -> list[float]:
     """Losses of steps first + 1 to first + count, each followed by its update."""
     tokenizer = load_tokenizer(config.model.tokenizer, config.data.max_words)
-    batches = batches_of(config, tokenizer, world)
+    batches = training_batches(config, tokenizer, world)
     for _ in range(first):
         next(batches)
     values = []
@@ -100,13 +101,6 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path, precision: st
             engine.load(universal)
             results[source.name, stage] = losses(engine, config, world, BEFORE, AFTER)
     return results
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.pack import pack_shards
-from tvr.data_prep.records import Batch
 from tvr.data_prep.shapes import ANNOTATIONS, captions, demo_scenes, write_clips
-from tvr.data_prep.stream import train_batches
 from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig, merged
-from tvr.trainer.model import image_size
 from tvr.trainer.tokenizer import train_tokenizer
-from tvr.trainer.world import World
 
 NUM_FRAMES = 3
 MAX_WORDS = 20
@@ -76,21 +71,3 @@ def with_ranks(config: Config, ranks: int) -> Config:
     """The same global batch, shared out among that many ranks."""
     micro_batch = config.train.global_batch // ranks
     return replace(config, train=replace(config.train, micro_batch=micro_batch))
-
-
-def batches_of(config: Config, tokenizer: Any, world: World) -> Iterator[Batch]:
-    """This rank's batches from the first step on."""
-    return train_batches(
-        config.data.train,
-        seed=0,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
-        start_step=0,
-        workers=0,
-        num_frames=config.data.num_frames,
-        image_size=image_size(config.model),
-        tokenize=tokenizer,
-        max_bad=0,
-    )

@@ -21,14 +21,15 @@ from torch import Tensor
 from tvr.data_prep.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.deepspeed_config import deepspeed_config
+from tvr.trainer.inputs import tokenizer_of
 from tvr.trainer.machine import device, device_line, similarity_backend
 from tvr.trainer.memory import configured, estimate
 from tvr.trainer.memory_table import embed_width
-from tvr.trainer.model import TextVideoModel, build_outline, tokenizer_folder
+from tvr.trainer.model import TextVideoModel, build_outline
 from tvr.trainer.outline import ModelBytes, checkpoint_bytes, model_bytes
 from tvr.trainer.schedule import learning_rate_factor
 from tvr.trainer.synthetic import share_of_one, take_synthetic_step
-from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.trained import parameter_groups
 
 Row = Sequence[str]
@@ -48,11 +49,7 @@ def dry_run(config: Config, *, ranks: int, samples: int | None, console: Console
     deepspeed_config(config.train, ranks)  # refuses what does not fit together
     sets = dict(_data_sets(config))
     samples = _training_samples(config, sets["train"], samples)
-    tokenizer = load_tokenizer(
-        tokenizer_folder(config.model),
-        config.data.max_words,
-        content_words=config.data.content_words,
-    )
+    tokenizer = tokenizer_of(config)
     model = build_outline(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
     needs = rank_memory(config, tokenizer, ranks)
     for title, header, rows in (

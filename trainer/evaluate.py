@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
-from tvr.data_prep.stream import evaluation_batches
 from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
 from tvr.trainer.chunked import joined
-from tvr.trainer.config import Config, shard_cache
+from tvr.trainer.config import Config
 from tvr.trainer.gather import gather_rows
-from tvr.trainer.model import Features, image_size, model_inputs
+from tvr.trainer.inputs import batches_in_order
+from tvr.trainer.model import Features, model_inputs
 from tvr.trainer.objective import gathered_videos, similarity_rows
 from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.world import World
@@ -129,20 +129,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
 def _encode_set(
     encode: Encode, url: str, config: Config, tokenizer: Tokenizer, world: World
 ) -> _Encoded:
-    batches = evaluation_batches(
-        url,
-        micro_batch=config.train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
-        workers=config.data.workers,
-        num_frames=config.data.num_frames,
-        image_size=image_size(config.model),
-        tokenize=tokenizer,
-        max_bad=config.data.max_bad,
-        max_bad_in_a_row=config.data.max_bad_in_a_row,
-        decoder=config.data.decoder,
-        shard_cache=shard_cache(config.data),
-    )
+    batches = batches_in_order(config, tokenizer, world, url)
     parts: list[Features] = []
     keys: list[str] = []
     captions: list[str] = []

@@ -11,16 +11,16 @@ import torch
 
 from tvr.data_prep.manifest import check_words, read_manifest
 from tvr.data_prep.records import Batch
-from tvr.data_prep.stream import train_batches
 from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.checkpoint import note_evaluation
 from tvr.trainer.checkpoint_manifest import SavedState
-from tvr.trainer.config import Config, shard_cache, views
+from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
 from tvr.trainer.errors import Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.failures import Tell, telling
-from tvr.trainer.model import build_model, image_size, tokenizer_folder
+from tvr.trainer.inputs import tokenizer_of, training_batches
+from tvr.trainer.model import build_model
 from tvr.trainer.preemption import Notice, noticing
 from tvr.trainer.preflight import check_disk, preflight
 from tvr.trainer.progress import Progress
@@ -36,7 +36,7 @@ from tvr.trainer.run_dir import (
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.saver import Saved, Saver, shard_files
 from tvr.trainer.step import OptimiserStep
-from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.watchdog import Watchdog, watching
 from tvr.trainer.world import World, join_world
 
@@ -72,11 +72,7 @@ def train(
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
         num_samples = _checked_data(config, world)
-        tokenizer = load_tokenizer(
-            tokenizer_folder(config.model),
-            config.data.max_words,
-            content_words=config.data.content_words,
-        )
+        tokenizer = tokenizer_of(config)
         attempt = world.from_first(lambda: begin_attempt(run_dir))
         saver = Saver(
             checkpoints_of(config, run_dir),
@@ -118,7 +114,7 @@ class _Run:
         if 0 < start_step < train.steps:
             self.log.write("resumed", {"step": start_step, "attempt": self.saver.attempt.number})
         evaluation = self._missed_evaluation(start_step)
-        batches = self._batches(start_step)
+        batches = training_batches(self.config, self.tokenizer, self.world, start_step=start_step)
         with Progress(train.steps, start_step, enabled=self.world.is_first) as progress:
             for step in range(start_step, train.steps):
                 try:
@@ -194,29 +190,6 @@ class _Run:
             else:
                 self.log.write("save_failed", {**values, "error": saved.error})
                 self.log.warn(f"checkpoint of step {saved.step} not saved: {saved.error}")
-
-    def _batches(self, start_step: int) -> Iterator[Batch]:
-        data, train = self.config.data, self.config.train
-        return train_batches(
-            data.train,
-            seed=train.seed,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            start_step=start_step,
-            workers=data.workers,
-            num_frames=data.num_frames,
-            image_size=image_size(self.config.model),
-            tokenize=self.tokenizer,
-            max_bad=data.max_bad,
-            max_bad_in_a_row=data.max_bad_in_a_row,
-            views=views(data),
-            decoder=data.decoder,
-            word_drop=data.word_drop,
-            cache_bytes=data.cache_mib << 20,
-            shard_cache=shard_cache(data),
-        )
 
     def _evaluate(self, step: int) -> Evaluation:
         with self.watchdog.phase("evaluation"):

@@ -19,10 +19,11 @@ from tvr.trainer.checkpoint import SHARDS, newest_whole
 from tvr.trainer.config import Config
 from tvr.trainer.engine import weights_of
 from tvr.trainer.evaluate import Evaluation, evaluate, results_table
-from tvr.trainer.model import TextVideoModel, build_model, image_size, tokenizer_folder
+from tvr.trainer.inputs import tokenizer_of
+from tvr.trainer.model import TextVideoModel, build_model, image_size
 from tvr.trainer.resume import local_files
 from tvr.trainer.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
-from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.world import World, join_world
 
 THUMBNAIL_FRAMES = 3
@@ -59,11 +60,7 @@ def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, 
         log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
     if found.newest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
-    tokenizer = load_tokenizer(
-        tokenizer_folder(config.model),
-        config.data.max_words,
-        content_words=config.data.content_words,
-    )
+    tokenizer = tokenizer_of(config)
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
     saved = found.newest.state
     with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:

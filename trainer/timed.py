@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,19 @@ from typing import Any
 import torch
 
 from tvr.data_prep.manifest import read_manifest
-from tvr.data_prep.records import Batch
-from tvr.data_prep.stream import train_batches
 from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.checkpoint import Retention
 from tvr.trainer.checkpoint_manifest import SavedState
-from tvr.trainer.config import Config, from_json, shard_cache, views
+from tvr.trainer.config import Config, from_json
 from tvr.trainer.engine import Engine
-from tvr.trainer.model import build_model, image_size, tokenizer_folder
+from tvr.trainer.inputs import tokenizer_of, training_batches
+from tvr.trainer.model import build_model
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_state
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.saver import Saver, shard_files
 from tvr.trainer.step import OptimiserStep
 from tvr.trainer.stopwatch import Laps
-from tvr.trainer.tokenizer import load_tokenizer
 from tvr.trainer.world import World, join_world
 
 
@@ -63,9 +61,7 @@ class _Timed:
     def __init__(self, config: Config, folder: Path, world: World) -> None:
         self._config, self._folder, self._world = config, folder, world
         data = config.data
-        tokenizer = load_tokenizer(
-            tokenizer_folder(config.model), data.max_words, content_words=data.content_words
-        )
+        tokenizer = tokenizer_of(config)
         self._attempt = world.from_first(lambda: begin_attempt(folder))
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=data.num_frames)
@@ -75,7 +71,7 @@ class _Timed:
         log = LogWriter(folder, self._attempt, world)
         num_samples = read_manifest(data.train).num_samples
         self._step = OptimiserStep(config, self._engine, log, world, num_samples, watch=self._watch)
-        self._batches = _batches(config, tokenizer, world)
+        self._batches = training_batches(config, tokenizer, world)
         self._done = 0
 
     def steps(self, task: Task) -> dict[str, Any]:
@@ -162,30 +158,6 @@ KINDS = ("background", "synchronous")
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
     before = time.perf_counter()
     return action(), time.perf_counter() - before
-
-
-def _batches(config: Config, tokenizer: Any, world: World) -> Iterator[Batch]:
-    data, train = config.data, config.train
-    return train_batches(
-        data.train,
-        seed=train.seed,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
-        start_step=0,
-        workers=data.workers,
-        num_frames=data.num_frames,
-        image_size=image_size(config.model),
-        tokenize=tokenizer,
-        max_bad=data.max_bad,
-        max_bad_in_a_row=data.max_bad_in_a_row,
-        views=views(data),
-        decoder=data.decoder,
-        word_drop=data.word_drop,
-        cache_bytes=data.cache_mib << 20,
-        shard_cache=shard_cache(data),
-    )
 
 
 if __name__ == "__main__":
