@@ -20,6 +20,7 @@ from tvr.data_prep.annotations import read_annotations
 from tvr.data_prep.datasets import Dataset, read_benchmark
 from tvr.data_prep.manifest import BAD_NAME, Layout, Manifest, join
 from tvr.data_prep.pack import pack_shards
+from tvr.data_prep.pack_metrics import served_progress
 from tvr.data_prep.pack_pool import available_processes
 from tvr.data_prep.pack_progress import shown_progress
 from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
@@ -74,6 +75,8 @@ class PackArguments:
     data set."""
     words: bool = True
     """Find the words of captions (English) that `data.word_drop` and `data.content_words` need."""
+    metrics_port: int | None = None
+    """Port at which Prometheus finds how far the packing is (`tvr metrics`); 0: any free one."""
     overwrite: bool = False
     """Replace a complete data set at `out`, or an unfinished packing of something else."""
 
@@ -116,7 +119,10 @@ def _pack(arguments: PackArguments) -> int:
     if processes is None:
         processes = available_processes()
     clips = _clips(arguments)
-    with shown_progress("packing") as on_progress:
+    with (
+        shown_progress("packing") as show,
+        served_progress(show, arguments.metrics_port) as on_progress,
+    ):
         manifest = pack_shards(
             clips,
             arguments.out,

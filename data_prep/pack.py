@@ -4,9 +4,9 @@ clips and settings give the same bytes."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from tvr.data_prep.budget import Budget
@@ -30,6 +30,8 @@ class PackProgress:
     """Of this task."""
     num_bytes: int
     """Packed now."""
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """Clips refused now, by reason."""
 
 
 def pack_shards(
@@ -132,6 +134,7 @@ class _Run:
         self._on_progress = on_progress
         self._counted: set[int] = set()
         self._num_done = self._num_clips = self._num_bytes = 0
+        self._refused: Counter[str] = Counter()
 
     def make(self, share: range, processes: int) -> bool:
         """Makes those shards of a share that are missing; False where the data set was completed
@@ -204,6 +207,7 @@ class _Run:
         for outcome in outcomes:
             self._num_done += 1
             if isinstance(outcome, Refused):
+                self._refused[outcome.reason] += 1
                 self._budget.spend(outcome.key, outcome.reason, outcome.detail)
             else:
                 self._num_bytes += len(outcome.stored)
@@ -213,6 +217,9 @@ class _Run:
     def _tell(self) -> None:
         self._on_progress(
             PackProgress(
-                num_done=self._num_done, num_clips=self._num_clips, num_bytes=self._num_bytes
+                num_done=self._num_done,
+                num_clips=self._num_clips,
+                num_bytes=self._num_bytes,
+                refused=dict(self._refused),
             )
         )

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "export": Command("tvr.trainer.cli:export", "write a run's model as a Hugging Face folder"),
+    "metrics": Command("tvr.trainer.metrics_cli:metrics", "what a run tells Prometheus"),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
     "bench": Command(
         "tvr.trainer.bench:bench", "the kernels' time and memory; clips/s of the data"

@@ -25,6 +25,10 @@ class Attempt:
     run_dir: Path
     number: int
 
+    def run_began_s(self) -> float:
+        """When the run's first attempt began, in Unix time."""
+        return _file(self.run_dir, 1).stat().st_mtime
+
     def check(self) -> None:
         """Raises Fenced once a newer attempt has begun."""
         newer = _file(self.run_dir, self.number + 1)

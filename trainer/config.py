@@ -233,6 +233,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class MetricsConfig:
+    """What Prometheus finds while the run goes on; last values also go to run_dir/metrics."""
+
+    enabled: bool = True
+    """Off: no metrics at all."""
+    endpoint: Literal["node", "rank", "none"] = "node"
+    """Where: one HTTP endpoint for all ranks of a node, or one for each rank. Its address is in
+    run_dir/metrics/HOST.json, a file for Prometheus's file_sd."""
+    address: str = "0.0.0.0"
+    """Of the network interface that serves it."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Of the endpoint, with `rank` of a node's first; 0: any that is free."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
     """A whole run."""
 
@@ -241,6 +256,7 @@ class Config:
     loss: LossConfig = LossConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:

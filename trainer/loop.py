@@ -16,11 +16,12 @@ from tvr.trainer.checkpoint import note_evaluation
 from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
-from tvr.trainer.errors import Preempted, TrainingFailed
+from tvr.trainer.errors import NonFiniteLoss, Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.failures import Tell, telling
 from tvr.trainer.inputs import tokenizer_of, training_batches
 from tvr.trainer.model import build_model
+from tvr.trainer.monitor import Monitor, monitored
 from tvr.trainer.preemption import Notice, noticing
 from tvr.trainer.preflight import check_disk, preflight
 from tvr.trainer.progress import Progress
@@ -66,6 +67,8 @@ def train(
         # The watchdog comes first, where it can: it names the rank that is waited for.
         join_world(config.train.timeout_s + TIMEOUT_MARGIN_S) as world,
         noticing() as notice,
+        # Outside of what tells a failure, which must not wait for the last scrape.
+        monitored(config, run_dir, world) as monitor,
         telling(run_dir, world, tell) as failures,
         watching(config.train, run_dir, world, failures) as watchdog,
     ):
@@ -87,8 +90,10 @@ def train(
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
         check_disk(config, run_dir, model, world)
         engine = engine_from(found, saver.place, model, config.train, run_dir, world)
-        step = OptimiserStep(config, engine, log, world, num_samples)
-        run = _Run(config, run_dir, log, engine, tokenizer, world, step, saver, notice, watchdog)
+        step = OptimiserStep(config, engine, log, world, num_samples, watch=monitor.watch)
+        run = _Run(
+            config, run_dir, log, engine, tokenizer, world, step, saver, notice, watchdog, monitor
+        )
         return run.to_the_end(found.state if found else None)
 
 
@@ -104,6 +109,7 @@ class _Run:
     saver: Saver
     notice: Notice
     watchdog: Watchdog
+    monitor: Monitor
 
     def to_the_end(self, saved: SavedState | None) -> Evaluation | None:
         train = self.config.train
@@ -111,6 +117,7 @@ class _Run:
         self.log.begin(start_step)
         if saved is not None:
             self.step.go_on(saved)
+        self.monitor.begin(self.saver.attempt, saved)
         if 0 < start_step < train.steps:
             self.log.write("resumed", {"step": start_step, "attempt": self.saver.attempt.number})
         evaluation = self._missed_evaluation(start_step)
@@ -119,6 +126,9 @@ class _Run:
             for step in range(start_step, train.steps):
                 try:
                     evaluation = self._advance(step, batches, progress) or evaluation
+                except NonFiniteLoss:
+                    self.monitor.nonfinite()
+                    raise
                 except (ValueError, OSError) as error:
                     # Before the first step these mean bad input; here they mean that a run broke.
                     raise TrainingFailed(f"step {step + 1} on rank {self.world.rank}") from error
@@ -132,6 +142,7 @@ class _Run:
         done = step + 1
         record = self.step.take(done, batches)
         self.watchdog.finished(done, record["step_s"])
+        self.monitor.step(record, self.step.skipped)
         if done % train.log_every == 0 or done == train.steps:
             self.log.write("step", record)
         show.step(done, record)
@@ -142,6 +153,7 @@ class _Run:
                 self._tell(self.saver.save(self._state(done), self._staged))
             if leave and done < train.steps:
                 self._leave(done)
+        self.step.watch.lap("save")
         if self._evaluation_due(done):
             evaluation = self._evaluate(done)
             show.text(evaluation.table())
@@ -179,6 +191,7 @@ class _Run:
 
     def _tell(self, saves: Sequence[Saved]) -> None:
         for saved in saves:
+            self.monitor.saved(saved)
             values = {
                 "step": saved.step,
                 "num_bytes": saved.num_bytes,
@@ -196,6 +209,8 @@ class _Run:
             self.engine.training(False)
             evaluation = evaluate(self.engine.encode, self.config, self.tokenizer, self.world)
             self.engine.training(True)
+        self.step.watch.lap("evaluation")
+        self.monitor.evaluated(step, evaluation)
         self.log.write("evaluation", {"step": step, **evaluation.summary()})
         self.log.write_replaced(step, evaluation.left_out)
         if self.world.is_first:

@@ -4,6 +4,7 @@ config.json       the resolved configuration      log.jsonl       one event a li
 evaluation.json   the last evaluation             report.html     `tvr report`
 checkpoints/      one folder a step (checkpoint.py)
 failures/         a job's first failure (failures.py)
+metrics/          where Prometheus finds its nodes, and their last values (monitor.py)
 stalls/           where the ranks of a job were that got stuck (watchdog.py)
 """
 
@@ -45,6 +46,10 @@ FREE = frozenset(
         "checkpoint.keep_every",
         "checkpoint.keep_best",
         "checkpoint.background",
+        "metrics.enabled",
+        "metrics.endpoint",
+        "metrics.address",
+        "metrics.port",
     }
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,8 @@ class OptimiserStep:
     """Of the training set: an epoch."""
     quarantine: dict[str, str] = field(default_factory=dict)
     """Keys of the bad samples met so far, on any rank, each with its reason."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Bad samples that were replaced since this start, on any rank, by reason."""
     counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
     """What goes on counting after a restart."""
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -88,6 +91,8 @@ class OptimiserStep:
             "samples_per_s": train.global_batch / seconds,
             "data_wait_s": waited_s,
             "step_s": seconds,
+            "trained_s": self.counters["trained_s"],
+            "quarantined": len(self.quarantine),
         }
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -155,6 +160,7 @@ class OptimiserStep:
             for entries in world.gather_objects(replaced):
                 self.log.write_replaced(step, entries)
                 self.quarantine.update({entry.key: entry.reason for entry in entries})
+                self.skipped.update(entry.reason for entry in entries)
         return mine.for_backward, everyone[:, :-1].sum(0)
 
 

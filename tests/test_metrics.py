@@ -1,0 +1,318 @@
+"""The table of metrics, its text and its endpoint; the ranks of a node as one, or each apart."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from clip_files import numbered_video
+from prometheus_client.parser import text_string_to_metric_families
+from spawn import spawn
+from tiny import tiny_config
+
+from tvr.data_prep.cli import pack
+from tvr.data_prep.endpoint import Endpoint
+from tvr.data_prep.metric import Metric, Table, Values
+from tvr.data_prep.pack import PackProgress
+from tvr.data_prep.pack_metrics import PACK_METRICS, served_progress
+from tvr.trainer.attempt import begin_attempt
+from tvr.trainer.config import Config
+from tvr.trainer.metrics import METRICS
+from tvr.trainer.metrics_cli import markdown_page, metrics, rows
+from tvr.trainer.monitor import NodeMonitor
+from tvr.trainer.node_memory import IN_MEMORY
+from tvr.trainer.world import World
+
+ROOT = Path(__file__).resolve().parent.parent
+UNITS = {"", "seconds", "bytes", "ratio", "pairs", "steps", "clips"}
+
+Samples = dict[tuple[str, ...], float]
+
+
+def fetched(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=")
+        return answer.read().decode()
+
+
+def samples(text: str) -> Samples:
+    """By name and label values, in the order of the labels' names."""
+    return {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_names_follow_the_conventions(metric: Metric) -> None:
+    assert re.fullmatch(r"tvr_[a-z]+(_[a-z]+)+", metric.name)
+    assert metric.name.endswith("_total") == (metric.kind == "counter")
+    assert metric.unit in UNITS
+    if metric.unit:
+        assert metric.name.removesuffix("_total").endswith(metric.unit)
+    assert metric.meaning.endswith(".")
+    assert "rank" not in metric.labels
+    for name, values in metric.labels.items():
+        assert re.fullmatch(r"[a-z]+", name)
+        assert len(set(values)) == len(values) > 0
+        assert all(re.fullmatch(r"[a-z0-9_]+", value) for value in values)
+
+
+def test_the_page_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert metrics(["--markdown"]) == 0
+    assert capsys.readouterr().out == markdown_page() == (ROOT / "METRICS.md").read_text()
+    assert metrics([]) == 0
+    shown = capsys.readouterr().out
+    assert len(rows()) == len(METRICS)
+    assert all(metric.name[:8] in shown for metric in METRICS)
+
+
+TABLE = Table(
+    [
+        Metric(name="tvr_a_value", kind="gauge", unit="", meaning="A."),
+        Metric(name="tvr_b_total", kind="counter", unit="", meaning="B.", per="node"),
+        Metric(
+            name="tvr_c_total",
+            kind="counter",
+            unit="",
+            meaning="C.",
+            per="rank",
+            labels={"part": ("x", "y")},
+        ),
+        Metric(name="tvr_d_value", kind="gauge", unit="", meaning="D.", per="rank"),
+    ]
+)
+
+
+def test_values_of_a_nodes_ranks_become_one_text() -> None:
+    lines = {rank: np.empty(len(TABLE.places)) for rank in (0, 1)}
+    first, second = (Values(TABLE, line) for line in lines.values())
+    first.set("tvr_a_value", 1.5)
+    second.set("tvr_a_value", 9)  # only rank 0 tells what is the run's
+    for values, more in ((first, 2), (second, 3)):
+        values.add("tvr_b_total", more)
+        values.add("tvr_c_total", 10 * more, "y")
+    second.set("tvr_d_value", 7)
+    found = samples(TABLE.text(lines).decode())
+    assert found == {
+        ("tvr_a_value",): 1.5,
+        ("tvr_b_total",): 5,
+        ("tvr_c_total", "x", "0"): 0,
+        ("tvr_c_total", "y", "0"): 20,
+        ("tvr_c_total", "x", "1"): 0,
+        ("tvr_c_total", "y", "1"): 30,
+        ("tvr_d_value", "1"): 7,
+    }
+    first.set("tvr_a_value", None)
+    assert ("tvr_a_value",) not in samples(TABLE.text(lines).decode())
+    # A node without rank 0 says nothing of the run.
+    assert "tvr_a_value" not in TABLE.text({1: lines[1]}).decode()
+
+
+def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
+    texts = [b"first", b"second"]
+    made: list[bytes] = []
+
+    def text() -> bytes:
+        made.append(texts[len(made)])
+        return made[-1]
+
+    endpoint = Endpoint(text, "127.0.0.1", 0)
+    url = f"http://{endpoint.target}/metrics"
+    assert [fetched(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
+    closing = threading.Thread(target=endpoint.close, args=(60.0,))
+    closing.start()
+    assert endpoint._closing.wait(10)
+    assert fetched(url) == "second"
+    closing.join(10)
+    assert not closing.is_alive()
+    with pytest.raises(OSError):  # noqa: PT011 (nobody answers)
+        fetched(url)
+
+
+def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint(lambda: b"", "127.0.0.1", 0)
+    monkeypatch.setattr(endpoint._told_last, "wait", lambda _: pytest.fail("it waits"))
+    endpoint.close(linger_s=60.0)
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot be served at 127\.0\.0\.1:{port} .*port 0"):
+            Endpoint(lambda: b"", "127.0.0.1", port)
+
+
+RECORD = {
+    "step": 3,
+    "epoch": 0.5,
+    "loss": 2.0,
+    "similarity_loss": 1.5,
+    "tpm_cl_loss": None,
+    "penalty": 0.25,
+    "hard_negatives_per_row": 1.0,
+    "clamped_share": None,
+    "learning_rate": 0.1,
+    "encoder_learning_rate": 0.01,
+    "gradient_norm": 4.0,
+    "samples_per_s": 20.0,
+    "data_wait_s": 0.5,
+    "trained_s": 1.0,
+    "quarantined": 0,
+}
+
+
+class Seen(NamedTuple):
+    """By a rank, of a run with one way to serve."""
+
+    files: list[str]
+    targets: list[dict[str, Any]]
+    during: list[Samples]
+    last: Samples | None
+    files_after: list[str]
+
+
+def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, Seen]:
+    world = World(rank=rank, world_size=world_size, device=torch.device("cpu"))
+    seen = {}
+    for endpoint in ("node", "rank", "none"):
+        run_dir = folder / endpoint
+        attempt = world.from_first(lambda run_dir=run_dir: begin_attempt(run_dir))
+        settings = replace(config.metrics, endpoint=endpoint)
+        monitor = NodeMonitor(replace(config, metrics=settings), run_dir, world)
+        monitor.begin(attempt, None)
+        monitor.step({**RECORD, "step_s": 1.0 + rank}, {"checksum": 2})
+        world.barrier()
+        written = run_dir / "metrics"
+        files = sorted(path.name for path in written.iterdir())
+        targets = [json.loads((written / name).read_text())[0] for name in files]
+        during = [samples(fetched(url(target))) for target in targets]
+        world.barrier()
+        last, server = None, monitor._server
+        closing = threading.Thread(target=monitor.end, kwargs={"well": True})
+        closing.start()
+        if server is not None and server._endpoint is not None:
+            assert server._endpoint._closing.wait(10)
+            last = samples(fetched(f"http://{server._endpoint.target}"))
+        closing.join(30)
+        world.barrier()
+        after = sorted(path.name for path in written.iterdir())
+        seen[endpoint] = Seen(files, targets, during, last, after)
+    return seen
+
+
+def url(target: dict[str, Any]) -> str:
+    (address,) = target["targets"]
+    return f"http://{address}/metrics"
+
+
+def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, metrics={"address": "127.0.0.1"})
+    first, second = spawn(ran, 2, config, tmp_path)
+    host = socket.gethostname()
+    # One for the node, with a series for each rank.
+    assert first["node"].files == [f"{host}.json"]
+    assert first["node"].targets[0]["labels"] == {"run": "node", "host": host}
+    (during,) = first["node"].during
+    assert second["node"].during == [during]
+    assert during["tvr_train_step_seconds", "0"] == 1.0
+    assert during["tvr_train_step_seconds", "1"] == 2.0
+    assert during["tvr_train_step",] == 3
+    assert during["tvr_train_finished",] == 0
+    assert during["tvr_train_loss", "total"] == 2.0
+    assert ("tvr_train_loss", "tpm_cl") not in during
+    assert during["tvr_data_skipped_samples_total", "checksum"] == 2
+    assert first["node"].last is not None
+    assert first["node"].last["tvr_train_finished",] == 1
+    assert second["node"].last is None
+    assert first["node"].files_after == [f"{host}.prom"]
+    written = (tmp_path / "node" / "metrics" / f"{host}.prom").read_text()
+    assert samples(written) == first["node"].last
+    # One for each; what is the run's comes from rank 0.
+    names = [f"{host}-rank-{rank:05d}" for rank in (0, 1)]
+    assert first["rank"].files == [f"{name}.json" for name in names]
+    zero, one = first["rank"].during
+    assert zero["tvr_train_step_seconds", "0"] == 1.0
+    assert ("tvr_train_step_seconds", "1") not in zero
+    assert one["tvr_train_step_seconds", "1"] == 2.0
+    assert ("tvr_train_step",) in zero
+    assert ("tvr_train_step",) not in one
+    assert second["rank"].last is not None
+    assert first["rank"].files_after == [f"{name}.prom" for name in names]
+    # None, and yet the last values.
+    assert first["none"].files == []
+    assert first["none"].files_after == [f"{host}.prom"]
+    # Every series is of the table.
+    keys = {(name, *labels) for metric in METRICS for name, labels in known(metric)}
+    for found in (during, zero, one, samples(written)):
+        assert found.keys() <= keys
+
+
+def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names and label values of a metric's series on two ranks, in the order of `samples`."""
+    for labels in metric.series:
+        for rank in ("0", "1") if metric.per == "rank" else ("",):
+            named = dict(zip(metric.label_names, (*labels, rank), strict=False))
+            yield metric.name, tuple(named[name] for name in sorted(named))
+
+
+def test_memory_that_the_ranks_share_has_no_name() -> None:
+    assert not list(IN_MEMORY.glob("tvr-metrics-*"))
+
+
+def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    shown: list[PackProgress] = []
+    found: list[Samples] = []
+
+    def scrape(port: str) -> None:
+        while True:
+            try:
+                found.append(samples(fetched(f"http://127.0.0.1:{port}/metrics")))
+            except OSError:
+                return
+            time.sleep(0.05)
+
+    with served_progress(shown.append, 0) as tell:
+        (port,) = re.findall(r"^metrics: http://.*:(\d+)/metrics$", capsys.readouterr().out)
+        tell(PackProgress(num_done=3, num_clips=9, num_bytes=0))
+        scraper = threading.Thread(target=scrape, args=(port,))
+        scraper.start()
+        while not found:
+            time.sleep(0.01)
+        tell(PackProgress(num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1}))
+    scraper.join(10)
+    assert [progress.num_done for progress in shown] == [3, 5]
+    first, last = found[0], found[-1]
+    assert first["tvr_pack_done_clips",] == 3
+    assert first["tvr_pack_clips_total",] == 0
+    assert last["tvr_pack_done_clips",] == 5
+    assert last["tvr_pack_planned_clips",] == 9
+    assert last["tvr_pack_clips_total",] == 2
+    assert last["tvr_pack_bytes_total",] == 70
+    assert last["tvr_pack_refused_clips_total", "no_frames"] == 1
+    assert abs(last["tvr_pack_last_clip_timestamp_seconds",] - time.time()) < 60
+    keys = {(name, *labels) for metric in PACK_METRICS for name, labels in known(metric)}
+    assert last.keys() == keys
+
+
+def test_pack_names_its_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.mp4").write_bytes(numbered_video(5))
+    (tmp_path / "a.csv").write_text("video,caption\na.mp4,one\n")
+    line = ["--annotations", str(tmp_path / "a.csv"), "--out", str(tmp_path / "data")]
+    assert pack([*line, "--layout", "frames", "--num-frames", "3", "--metrics-port", "0"]) == 0
+    assert re.match(r"metrics: http://\S+:\d+/metrics\n", capsys.readouterr().out)

@@ -1,0 +1,156 @@
+"""A run of two ranks that is scraped all the while, beside the same run without metrics."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+from test_metrics import Samples, fetched, samples
+from tiny import tiny_config
+
+from tvr.trainer.cli import train as tvr_train
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.monitor import GAUGES
+from tvr.trainer.stopwatch import ALL_PARTS
+
+STEPS, PAUSE_S = 150, 0.02
+MEMORY = ("tvr_host_memory_bytes", "0"), ("tvr_host_memory_bytes", "1")
+
+
+@dataclass
+class Run:
+    config: Config
+    run_dir: Path
+    scraped: list[Samples]
+    last: Samples
+    """From run_dir, after the end."""
+    steps: dict[int, dict[str, Any]]
+    """The log's."""
+
+
+def scrape(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
+    """50 times a second, from when the endpoint is named until it is gone."""
+    while not (files := list((run_dir / "metrics").glob("*.json"))):
+        if over.wait(PAUSE_S):
+            return
+    (target,) = json.loads(files[0].read_text())[0]["targets"]
+    while not over.is_set():
+        began = time.monotonic()
+        try:
+            found.append(samples(fetched(f"http://{target}/metrics")))
+        except OSError:
+            return
+        over.wait(max(0.0, PAUSE_S - (time.monotonic() - began)))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run_dir = tmp_path_factory.mktemp("runs") / "scraped"
+    config = tiny_config(
+        data,
+        train={"steps": STEPS, "eval_every": 50},
+        checkpoint={"every": 40},
+        metrics={"address": "127.0.0.1"},
+    )
+    found: list[Samples] = []
+    over = threading.Event()
+    scraper = threading.Thread(target=scrape, args=(run_dir, over, found))
+    scraper.start()
+    try:
+        code, errors = jobs.run(config, run_dir, 2)
+    finally:
+        over.set()
+        scraper.join()
+    assert code == 0, errors
+    (written,) = (run_dir / "metrics").glob("*.prom")
+    steps = {event["step"]: event for event in jobs.events(run_dir, "step")}
+    return Run(config, run_dir, found, samples(written.read_text()), steps)
+
+
+def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
+    amid = [found for found in run.scraped if 1 < found.get(("tvr_train_step",), 0) < STEPS]
+    assert len(amid) > 20
+    assert len({found["tvr_train_step",] for found in amid}) > 1
+    for found in amid:
+        step = int(found["tvr_train_step",])
+        # It may be read while a step is written.
+        near = [run.steps[at] for at in (step - 1, step, step + 1) if at in run.steps]
+        for name, place in GAUGES.items():
+            assert found.get(place) in [record[name] for record in near]
+        assert abs(found["tvr_train_steps_total",] - step) <= 1
+        assert found["tvr_train_finished",] == 0
+        assert all(1e7 < found[place] < 1e11 for place in MEMORY)
+    falls = [
+        key
+        for before, after in zip(run.scraped, run.scraped[1:], strict=False)
+        for key in before.keys() & after.keys()
+        if key[0].endswith("_total") and after[key] < before[key]
+    ]
+    assert falls == []
+
+
+def test_the_last_values_stay_with_the_run(run: Run) -> None:
+    last, end, log = run.last, run.steps[STEPS], run.steps.values()
+    for name, place in GAUGES.items():
+        assert last.get(place) == end[name]
+    assert last["tvr_train_finished",] == 1
+    assert last["tvr_train_steps_total",] == STEPS
+    assert last["tvr_train_pairs_total",] == 8 * STEPS
+    assert last["tvr_train_frames_total",] == 3 * 8 * STEPS
+    assert last["tvr_train_ranks",] == 2
+    assert last["tvr_train_restarts_total",] == 0
+    waited = sum(record["data_wait_s"] for record in log)
+    assert last["tvr_data_wait_seconds_total", "0"] == pytest.approx(waited)
+    trained = sum(record["step_s"] for record in log)
+    assert 0 < last["tvr_train_goodput_ratio",] < 1
+    for rank in ("0", "1"):
+        parts = {
+            part: last["tvr_train_part_seconds_total", part.replace(" ", "_"), rank]
+            for part in ALL_PARTS
+        }
+        assert all(parts.values())
+        within = sum(parts[part] for part in ALL_PARTS[:7])  # data wait to optimiser
+        assert within == pytest.approx(trained, rel=0.1)
+    (*_, evaluation) = jobs.events(run.run_dir, "evaluation")
+    for direction in ("text_to_video", "video_to_text"):
+        for k in ("1", "5", "10"):
+            recall = last["tvr_evaluation_recall_ratio", direction, k, "test"]
+            assert recall == evaluation[direction][f"recall_at_{k}"] / 100
+    saves = jobs.events(run.run_dir, "saved")
+    assert last["tvr_checkpoint_saves_total",] == len(saves) == 4
+    assert last["tvr_checkpoint_failures_total",] == 0
+    assert last["tvr_checkpoint_step",] == STEPS
+    assert last["tvr_checkpoint_bytes",] == saves[-1]["num_bytes"]
+    assert abs(time.time() - last["tvr_checkpoint_timestamp_seconds",]) < 600
+    assert list((run.run_dir / "metrics").glob("*.json")) == []
+
+
+def test_without_metrics_the_losses_are_the_same(run: Run) -> None:
+    config = replace(run.config, metrics=replace(run.config.metrics, enabled=False))
+    run_dir = run.run_dir.with_name("without")
+    code, errors = jobs.run(config, run_dir, 2)
+    assert code == 0, errors
+    assert not (run_dir / "metrics").exists()
+    assert jobs.losses(run_dir) == [record["loss"] for record in run.steps.values()]
+    assert len(jobs.losses(run_dir)) == STEPS
+
+
+def test_a_run_that_breaks_leaves_its_target_and_says_why(data: Path, tmp_path: Path) -> None:
+    at_once = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    config = tiny_config(data, train={"steps": 5, **at_once}, data={"test": None})
+    run_dir = tmp_path / "run"
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 3
+    (written,) = (run_dir / "metrics").glob("*.prom")
+    last = samples(written.read_text())
+    assert last["tvr_train_nonfinite_total",] == 1
+    assert last["tvr_train_finished",] == 0
+    assert last["tvr_train_step",] == 1
+    assert len(list((run_dir / "metrics").glob("*.json"))) == 1

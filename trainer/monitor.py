@@ -1,0 +1,296 @@
+"""What a run tells of itself while it goes on: the loop says what happened, Prometheus reads it.
+
+Nothing here asks a device or another rank for anything in a step: the numbers are those that the
+step has on the host, and writing them is an assignment each to memory that the ranks of a node
+share (node_memory.py). The first rank of a node serves them, and writes the last values to
+
+    run_dir/metrics/HOST.json    the endpoint's address, as Prometheus's file_sd reads it; it goes
+                                 when the run ends as it should, and stays when it breaks
+    run_dir/metrics/HOST.prom    the last values, every few seconds and at the end
+
+(HOST-rank-N with `metrics.endpoint` rank).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tvr.data_prep.endpoint import Endpoint, write_replacing, write_target
+from tvr.data_prep.metric import Values
+from tvr.trainer.attempt import Attempt
+from tvr.trainer.checkpoint_manifest import SavedState
+from tvr.trainer.config import Config
+from tvr.trainer.errors import Fenced, Preempted
+from tvr.trainer.evaluate import Evaluation
+from tvr.trainer.metrics import CUTS, DIRECTIONS, TRAINING
+from tvr.trainer.node_memory import ranks_here, shared_lines
+from tvr.trainer.saver import Saved
+from tvr.trainer.stopwatch import Laps, Stopwatch
+from tvr.trainer.world import World
+
+FOLDER = "metrics"
+WRITE_EVERY_S = 5.0
+MEMORY_EVERY_S = 1.0
+
+# Where the values of a step's record go.
+GAUGES = {
+    "step": ("tvr_train_step",),
+    "epoch": ("tvr_train_epoch",),
+    "loss": ("tvr_train_loss", "total"),
+    "similarity_loss": ("tvr_train_loss", "similarity"),
+    "tpm_cl_loss": ("tvr_train_loss", "tpm_cl"),
+    "penalty": ("tvr_train_loss", "penalty"),
+    "hard_negatives_per_row": ("tvr_train_hard_negatives_per_row",),
+    "clamped_share": ("tvr_train_zero_gradient_positives_ratio",),
+    "learning_rate": ("tvr_train_learning_rate", "heads"),
+    "encoder_learning_rate": ("tvr_train_learning_rate", "towers"),
+    "gradient_norm": ("tvr_train_gradient_norm",),
+    "samples_per_s": ("tvr_train_pairs_per_second",),
+}
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Told by the loop of each rank what it did. This one listens to nothing."""
+
+    watch: Stopwatch = Stopwatch()
+    """For the parts of a step."""
+
+    def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
+        """Training begins, after what is `saved`. All ranks call it."""
+
+    def step(self, record: Mapping[str, Any], skipped: Mapping[str, int]) -> None:
+        """A step was taken; `skipped` are the bad samples of this start so far, by reason."""
+
+    def saved(self, saved: Saved) -> None:
+        """A save has ended, well or not."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """The test set was looked at after `step`."""
+
+    def nonfinite(self) -> None:
+        """A loss or a gradient was not finite."""
+
+    def end(self, *, well: bool) -> None:
+        """The run ends: it is done or preempted, or it breaks."""
+
+
+@contextmanager
+def monitored(config: Config, run_dir: Path, world: World) -> Iterator[Monitor]:
+    """The monitor of a run that the block is."""
+    monitor = NodeMonitor(config, run_dir, world) if config.metrics.enabled else Monitor()
+    try:
+        yield monitor
+    except BaseException as error:
+        monitor.end(well=isinstance(error, Preempted))
+        raise
+    monitor.end(well=True)
+
+
+class NodeMonitor(Monitor):
+    """The monitor of a rank that shares its numbers with those of its node."""
+
+    def __init__(self, config: Config, run_dir: Path, world: World) -> None:
+        self._config, self._run_dir, self._world = config, run_dir, world
+        self.watch = self._laps = Laps(world.device)
+        self._values: Values | None = None
+        self._server: _Server | None = None
+        self._process = psutil.Process(os.getpid())
+        self._memory_at = -MEMORY_EVERY_S
+        self._run_began_s = 0.0
+
+    def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
+        ranks = ranks_here(self._world)
+        lines = shared_lines(self._world, ranks, len(TRAINING.places))
+        rank, metrics = self._world.rank, self._config.metrics
+        self._values = values = Values(TRAINING, lines[rank])
+        self._run_began_s = attempt.run_began_s()
+        self._settings(values, attempt, saved)
+        shown = {rank: lines[rank]} if metrics.endpoint == "rank" else lines
+        if rank == min(shown):
+            self._server = _Server(self._config, self._run_dir, attempt, shown, ranks.index(rank))
+        self._world.barrier()  # no rank trains before the others' endpoints are known to work
+        self._laps.restart()
+
+    def _settings(self, values: Values, attempt: Attempt, saved: SavedState | None) -> None:
+        """What stays as it is."""
+        config = self._config
+        values.set("tvr_train_step", saved.step if saved else 0)
+        values.set("tvr_train_planned_steps", config.train.steps)
+        values.set("tvr_train_global_batch_pairs", config.train.global_batch)
+        values.set("tvr_train_ranks", self._world.world_size)
+        values.set("tvr_train_finished", 0)
+        values.set("tvr_train_temperature", config.loss.temperature)
+        values.set("tvr_checkpoint_every_steps", config.checkpoint.every)
+        values.set("tvr_data_quarantined_samples", len(saved.quarantine) if saved else 0)
+        values.add("tvr_train_restarts_total", attempt.number - 1)
+        if saved is not None:
+            values.set("tvr_checkpoint_step", saved.step)
+        if config.loss.similarity == "neg_nce":
+            values.set("tvr_train_negative_weight", config.loss.neg_nce_weight)
+
+    def step(self, record: Mapping[str, Any], skipped: Mapping[str, int]) -> None:
+        values, now = self._values, time.time()
+        assert values is not None, "begin comes first"
+        values.set("tvr_train_last_step_timestamp_seconds", now)
+        values.set("tvr_train_step_seconds", record["step_s"])
+        values.add("tvr_data_wait_seconds_total", record["data_wait_s"])
+        self._parts(values)
+        self._memory(values)
+        if self._world.is_first:
+            self._of_the_run(values, record, skipped, now)
+        self._changed()
+
+    def _of_the_run(
+        self, values: Values, record: Mapping[str, Any], skipped: Mapping[str, int], now: float
+    ) -> None:
+        for name, place in GAUGES.items():
+            metric, *labels = place
+            values.set(metric, record[name], *labels)
+        pairs, frames = self._config.train.global_batch, self._config.data.num_frames
+        values.add("tvr_train_steps_total", 1)
+        values.add("tvr_train_pairs_total", pairs)
+        values.add("tvr_train_frames_total", pairs * frames)
+        values.set("tvr_train_frames_per_second", frames * record["samples_per_s"])
+        values.set("tvr_train_goodput_ratio", record["trained_s"] / (now - self._run_began_s))
+        values.set("tvr_data_quarantined_samples", record["quarantined"])
+        for reason, count in skipped.items():
+            values.count("tvr_data_skipped_samples_total", count, reason)
+
+    def _parts(self, values: Values) -> None:
+        for part, seconds in self._laps.take_known().items():
+            values.add("tvr_train_part_seconds_total", seconds, part.replace(" ", "_"))
+
+    def _memory(self, values: Values) -> None:
+        now = time.monotonic()
+        if now - self._memory_at < MEMORY_EVERY_S:
+            return
+        self._memory_at = now
+        values.set("tvr_host_memory_bytes", self._process.memory_info().rss)
+        device = self._world.device
+        if device.type == "cuda":
+            in_tensors, peak = (
+                torch.cuda.memory_allocated(device),
+                torch.cuda.max_memory_allocated(device),
+            )
+            values.set("tvr_device_memory_bytes", in_tensors, "allocated")
+            values.set("tvr_device_memory_bytes", peak, "peak")
+            values.set("tvr_device_memory_bytes", torch.cuda.memory_reserved(device), "reserved")
+
+    def saved(self, saved: Saved) -> None:
+        values = self._values
+        if values is None or not self._world.is_first:
+            return
+        values.set("tvr_checkpoint_seconds", saved.seconds)
+        values.set("tvr_checkpoint_held_up_seconds", saved.held_up_s)
+        if saved.error is not None:
+            values.add("tvr_checkpoint_failures_total", 1)
+        else:
+            values.add("tvr_checkpoint_saves_total", 1)
+            values.set("tvr_checkpoint_step", saved.step)
+            values.set("tvr_checkpoint_bytes", saved.num_bytes)
+            values.set("tvr_checkpoint_timestamp_seconds", time.time())
+        self._changed()
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        values = self._values
+        if values is None or not self._world.is_first:
+            return
+        values.set("tvr_evaluation_step", step)
+        for direction in DIRECTIONS:
+            way, labels = getattr(evaluation.metrics, direction), ("test", direction)
+            for k in CUTS:
+                recall = getattr(way, f"recall_at_{k}") / 100
+                values.set("tvr_evaluation_recall_ratio", recall, *labels, k)
+            values.set("tvr_evaluation_median_rank", way.median_rank, *labels)
+            values.set("tvr_evaluation_mean_rank", way.mean_rank, *labels)
+        if evaluation.binding_accuracy is not None:
+            share = evaluation.binding_accuracy / 100
+            values.set("tvr_evaluation_binding_accuracy_ratio", share)
+        self._changed()
+
+    def nonfinite(self) -> None:
+        if self._values is not None and self._world.is_first:
+            self._values.add("tvr_train_nonfinite_total", 1)
+            self._changed()
+
+    def end(self, *, well: bool) -> None:
+        if self._values is not None:
+            self._parts(self._values)
+            if self._world.is_first:
+                self._values.set("tvr_train_finished", int(well))
+        if self._server is not None:
+            self._server.close(well=well)
+
+    def _changed(self) -> None:
+        if self._server is not None:
+            self._server.has_news = True
+
+
+class _Server:
+    """Endpoint and files of the ranks that one process speaks for."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        attempt: Attempt,
+        lines: Mapping[int, Any],
+        local_rank: int,
+    ) -> None:
+        self.has_news = False
+        self._lines, self._attempt = lines, attempt
+        folder, metrics = run_dir / FOLDER, config.metrics
+        folder.mkdir(exist_ok=True)
+        host = socket.gethostname()
+        name = f"{host}-rank-{min(lines):05d}" if metrics.endpoint == "rank" else host
+        self._target, self._last = folder / f"{name}.json", folder / f"{name}.prom"
+        self._endpoint: Endpoint | None = None
+        if metrics.endpoint != "none":
+            port = metrics.port + local_rank if metrics.port else 0
+            self._endpoint = endpoint = Endpoint(self._text, metrics.address, port)
+            labels = {"run": run_dir.resolve().name, "host": host}
+            write_target(self._target, endpoint.target, labels)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="last-values", daemon=True)
+        self._thread.start()
+
+    def _text(self) -> bytes:
+        return TRAINING.text(self._lines)
+
+    def _keep(self) -> None:
+        while not self._over.wait(WRITE_EVERY_S):
+            self._write()
+
+    def _write(self) -> None:
+        if not self.has_news:
+            return
+        self.has_news = False
+        try:
+            self._attempt.check()
+            write_replacing(self._last, self._text())
+        except Fenced:
+            pass  # the run's own thread hears of it where it writes
+        except OSError as error:
+            log.warning("the last values of the metrics are not written: %s", error)
+
+    def close(self, *, well: bool) -> None:
+        self._over.set()
+        self._thread.join()
+        self._write()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        if well:
+            self._target.unlink(missing_ok=True)
