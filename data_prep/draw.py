@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.utils.data import Dataset
 
@@ -131,6 +131,7 @@ class Join:
             replaced=[entry for each in drawn for entry in each.replaced],
             room=None if reader.room is None else reader.room.frames,
         )
+        batch = replace(batch, reads=reader.take_reads())
         return batch if reader.rooms is None else reader.rooms.send(batch, reader.room)
 
 

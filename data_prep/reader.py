@@ -93,6 +93,12 @@ class SampleReader:
         here, last = int(shards[row]), int(shards[end - 1])
         return tuple(range(here + 1, min(here + SHARDS_AHEAD, last) + 1))
 
+    def take_reads(self) -> dict[str, int]:
+        """How many samples were read since the last call, by SOURCES."""
+        reads = dict(self._files.reads)
+        self._files.reads.clear()
+        return reads
+
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetches shards in the background; they are needed soon."""
         if self._files.ahead is not None:
@@ -122,7 +128,9 @@ class SampleReader:
         One reader is asked for views always or never: what it keeps is of one kind.
         """
         kept = self._cache.get(row)
-        if kept is None:
+        if kept is not None:
+            self._files.reads["memory"] += 1
+        else:
             kept = self._load(row, view)
             self._cache.put(row, kept)
         return kept if view is None else self._shown(kept, view)
@@ -134,6 +142,7 @@ class SampleReader:
         names, with their times. Raises BadSample."""
         key = self.key(row)
         if row in self._held:
+            self._files.reads["beton"] += 1
             return self._chosen(key, *self._held[row], num_frames, offsets)
         members = self.members(row)
         meta = parse_meta(key, members)

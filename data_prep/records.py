@@ -3,6 +3,7 @@ act on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -21,6 +22,19 @@ REASONS = (
     "read_error",  # the storage failed to deliver the bytes
     "checksum",  # the bytes differ from what was packed
     "missing_member",  # a tar member that the layout demands is absent
+)
+
+
+UNDECODABLE = ("unreadable", "no_frames")
+
+# Where the bytes of a sample can come from.
+SOURCES = (
+    "memory",  # decoded before, and kept (data.cache_mib)
+    "local",  # a file on this machine
+    "beton",  # FFCV
+    "shard_cache",  # a remote shard that was kept here
+    "fetched",  # a remote shard that was fetched for it
+    "store",  # a range of a remote shard
 )
 
 
@@ -136,6 +150,8 @@ class Batch:
     caption_video: Tensor
     """(A,) the row of the caption's video in this batch."""
     replaced: tuple[Replacement, ...] = field(default=())
+    reads: Mapping[str, int] = field(default_factory=dict)
+    """Samples that were read for it, by SOURCES."""
 
 
 class BadSample(Exception):

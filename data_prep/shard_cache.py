@@ -78,6 +78,10 @@ class ShardCache:
                 os.close(descriptor)
         return None  # fetched and removed at once: others need the room more
 
+    def has(self, shard: int) -> bool:
+        """Whether the shard is here."""
+        return self._path(shard).exists()
+
     def drop(self, shard: int) -> None:
         """Removes a shard whose copy here turned out to be damaged."""
         self._path(shard).unlink(missing_ok=True)
@@ -95,7 +99,7 @@ class ShardCache:
 
         Raises as `Store.read_range`.
         """
-        if self._path(shard).exists():
+        if self.has(shard):
             return True
         if self._disk_failed or self._is_refused(shard):
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from tvr.data_prep.ahead import ShardsAhead
 from tvr.data_prep.manifest import Manifest
@@ -21,6 +21,8 @@ class ShardFiles:
     reading."""
 
     def __init__(self, url: str, manifest: Manifest, folder: CacheFolder | None) -> None:
+        self.reads: Counter[str] = Counter()
+        """By SOURCES."""
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self.ahead: ShardsAhead | None = None
         self._store = Store(url)
@@ -38,13 +40,17 @@ class ShardFiles:
         name = self._manifest.file_of(shard).name
         try:
             if self._store.is_local:
+                self.reads["local"] += 1
                 return self._read_local(name, offset, length)
             if self._cache is not None:
+                source = "shard_cache" if self._cache.has(shard) else "fetched"
                 content = self._cache.read(shard, offset, length)
                 if content is not None and zlib.crc32(content) == crc32:
+                    self.reads[source] += 1
                     return content
                 if content is not None:
                     self._cache.drop(shard)
+            self.reads["store"] += 1
             return self._store.read_range(name, offset, offset + length)
         except FileNotFoundError as error:
             raise BadSample(key, "missing_shard", self._store.path(name)) from error

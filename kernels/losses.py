@@ -31,7 +31,8 @@ class LossTerms:
     `loss` is the mean of the two directions. Without gradient: `penalty`, the part of `loss` that
     NegNCE adds for hard negatives; `hard_per_row`, the mean number of hard negatives of a text;
     `clamped_share`, the share of positives (of both directions) whose probability lies under the
-    reference's clamp, so that they get no gradient.
+    reference's clamp, so that they get no gradient; `positive_similarity` and `hardest_similarity`,
+    the means over texts of the similarity with their own video and with the nearest of the others.
     """
 
     loss: Float[Tensor, ""]
@@ -40,6 +41,8 @@ class LossTerms:
     penalty: Float[Tensor, ""]
     hard_per_row: Float[Tensor, ""]
     clamped_share: Float[Tensor, ""]
+    positive_similarity: Float[Tensor, ""]
+    hardest_similarity: Float[Tensor, ""]
 
 
 def info_nce(

@@ -104,6 +104,7 @@ class RowLoss:
         # Of each direction the lines that belong to this rank's pairs.
         self.own = (slice(None), slice(row_offset, row_offset + num_rows))
         self.positives = like.new_zeros(num_rows)
+        self.hardest = like.new_full((num_rows,), -torch.inf)  # logits of negatives
         self.everyones = like.new_zeros(num_pairs)
 
     @property
@@ -117,6 +118,9 @@ class RowLoss:
         logits, _ = self._logits(scores, place)
         self.rows.softmax.add(place.row, Softmax.of(logits, 1))
         self.columns.softmax.add(place.column, Softmax.of(logits, 0))
+        place.diagonal(logits)[0].fill_(-torch.inf)
+        hardest = self.rows.over(self.hardest, place, logits).squeeze(1)
+        torch.maximum(hardest, logits.amax(1), out=hardest)
 
     def looked(self) -> None:
         """Ends the first pass: the columns are joined over ranks."""
@@ -191,15 +195,18 @@ class RowLoss:
             values.append(penalty - log_probability.sum() / self.num_pairs)
         return values[0], values[1]
 
-    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's shares of the penalty, of hard negatives per row, of silenced positives."""
+    def statistics(self) -> tuple[Tensor, ...]:
+        """This rank's shares of the penalty, of hard negatives per row, of silenced positives, and
+        of the similarity of positives and of each row's hardest negative (0 in a row without)."""
         penalty, silent = self.positives.new_zeros(2)
         for lines, own in zip(self.lines, self.own, strict=True):
             penalty = penalty + (lines.weight * lines.penalty).sum() / 2
             if self.rule.neg_nce_mode == "reference":
                 log_probability = self.rule.scale * self.positives - lines.total[own]
                 silent = silent + (log_probability.exp() < SMALLEST).sum() / 2
-        return penalty, self.rows.count.sum() / self.num_pairs, silent / self.num_pairs
+        hardest = self.hardest.masked_fill(self.hardest == -torch.inf, 0) / self.rule.scale
+        over_rows = (self.rows.count, silent, self.positives, hardest)
+        return penalty, *(x.sum() / self.num_pairs for x in over_rows)
 
     def _logits(self, scores: Tensor, place: Place) -> tuple[Tensor, Bool[Tensor, "n m"] | None]:
         """Scaled scores, and which pairs are left out (their logit is -inf)."""

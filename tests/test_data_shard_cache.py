@@ -80,7 +80,13 @@ def test_each_shard_is_fetched_once_and_the_stream_is_the_same(
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     plain = keys_and_frames(train(str(tmp_path / "data"), 6))
     url = f"{store.url}/data"
-    assert keys_and_frames(train(url, 6, workers, shard_cache=folder)) == plain
+    batches = train(url, 6, workers, shard_cache=folder)
+    assert keys_and_frames(batches) == plain
+    reads = Counter[str]()
+    for batch in batches:
+        reads.update(batch.reads)
+    assert reads.total() == 6 * 4
+    assert 0 < reads["shard_cache"] == reads.total() - reads["fetched"]
     for rank in range(2):
         batches = evaluation_batches(
             url,

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from clip_files import numbered_video
 from prometheus_client.parser import text_string_to_metric_families
 from spawn import spawn
 from tiny import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.data_prep.cli import pack
 from tvr.data_prep.endpoint import Endpoint
@@ -28,14 +30,20 @@ from tvr.data_prep.pack import PackProgress
 from tvr.data_prep.pack_metrics import PACK_METRICS, served_progress
 from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.config import Config
+from tvr.trainer.flops import flops_per_pair, peak_flops, peak_line
+from tvr.trainer.gather import gather_rows
+from tvr.trainer.inputs import tokenizer_of
 from tvr.trainer.metrics import METRICS
 from tvr.trainer.metrics_cli import markdown_page, metrics, rows
-from tvr.trainer.monitor import NodeMonitor
+from tvr.trainer.model import TextVideoModel, build_model, model_inputs
+from tvr.trainer.monitor import GAUGES, NodeMonitor
 from tvr.trainer.node_memory import IN_MEMORY
+from tvr.trainer.synthetic import random_batches
+from tvr.trainer.tally import Tally
 from tvr.trainer.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = {"", "seconds", "bytes", "ratio", "pairs", "steps", "clips"}
+UNITS = {"", "seconds", "bytes", "ratio", "pairs", "samples", "steps", "clips"}
 
 Samples = dict[tuple[str, ...], float]
 
@@ -167,6 +175,8 @@ RECORD = {
     "penalty": 0.25,
     "hard_negatives_per_row": 1.0,
     "clamped_share": None,
+    "positive_similarity": 0.5,
+    "hardest_similarity": 0.25,
     "learning_rate": 0.1,
     "encoder_learning_rate": 0.01,
     "gradient_norm": 4.0,
@@ -174,6 +184,8 @@ RECORD = {
     "data_wait_s": 0.5,
     "trained_s": 1.0,
     "quarantined": 0,
+    "straggler_gap_s": None,
+    "slowest_rank": None,
 }
 
 
@@ -196,7 +208,15 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
         settings = replace(config.metrics, endpoint=endpoint)
         monitor = NodeMonitor(replace(config, metrics=settings), run_dir, world)
         monitor.begin(attempt, None)
-        monitor.step({**RECORD, "step_s": 1.0 + rank}, {"checksum": 2})
+        (mine,) = {"node": [3], "rank": [2], "none": [1]}[endpoint]
+        gather_rows(torch.ones(mine, 4), world, (mine, mine))
+        tally = Tally(loading_s=0.5 + rank)
+        tally.skipped.update({"checksum": 2, "unreadable": 1, "no_frames": 3})
+        tally.bad.update(("a", "b")[: 1 + rank])
+        tally.reads.update({"local": 10 + rank, "store": rank})
+        more = monitor.step({**RECORD, "step_s": 1.0 + rank}, tally)
+        assert tally.alone_s == 0.5 + rank  # nothing was encoded
+        assert set(GAUGES) <= {*RECORD, *more}
         world.barrier()
         written = run_dir / "metrics"
         files = sorted(path.name for path in written.iterdir())
@@ -237,6 +257,14 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     assert during["tvr_train_loss", "total"] == 2.0
     assert ("tvr_train_loss", "tpm_cl") not in during
     assert during["tvr_data_skipped_samples_total", "checksum"] == 2
+    assert during["tvr_data_decode_failures_total",] == 4
+    assert [during["tvr_data_bad_samples", rank] for rank in ("0", "1")] == [1, 2]
+    assert during["tvr_data_bad_samples_limit",] == config.data.max_bad
+    assert during["tvr_data_reads_total", "local"] == 21
+    assert during["tvr_data_reads_total", "store"] == 1
+    assert during["tvr_data_loading_seconds_total", "1"] == 1.5
+    # Of 6 rows of 4 numbers, 3 came to each of both ranks.
+    assert during["tvr_train_received_bytes_total", "all_gather"] == 2 * 3 * 4 * 4
     assert first["node"].last is not None
     assert first["node"].last["tvr_train_finished",] == 1
     assert second["node"].last is None
@@ -269,6 +297,48 @@ def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
         for rank in ("0", "1") if metric.per == "rank" else ("",):
             named = dict(zip(metric.label_names, (*labels, rank), strict=False))
             yield metric.name, tuple(named[name] for name in sorted(named))
+
+
+def test_a_straggler_is_named() -> None:
+    tally = Tally()
+    assert tally.straggler() == {"straggler_gap_s": None, "slowest_rank": None}
+    tally.alone_s, tally.everyones_s = 1.0, (0.0, 0.0, 0.0)  # of before the first step
+    assert tally.straggler()["straggler_gap_s"] is None
+    tally.everyones_s = (1.0, 4.5, 0.5)
+    assert tally.straggler() == {"straggler_gap_s": 4.0, "slowest_rank": 1}
+
+
+def test_operations_are_those_that_torch_counts(data: Path) -> None:
+    config = tiny_config(data, metrics={"peak_tflops": 2.0})
+    tokenizer = tokenizer_of(config)
+
+    def built(config: Config) -> TextVideoModel:
+        data = config.data
+        return build_model(config.model, config.loss, tokenizer, num_frames=data.num_frames)
+
+    model, rows = built(config), 1 + config.data.max_words
+    before = torch.get_rng_state()
+    found = flops_per_pair(model, config, world_size=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.grad is None for weight in model.parameters())
+    # A loss has 16 pairs: one text's sentence and words meet the frames of each, 16 numbers wide.
+    similarity = 3 * 2 * 16 * rows * config.data.num_frames * 16
+    (batch,) = islice(random_batches(config, tokenizer), 1)
+    with FlopCounterMode(display=False) as counter:
+        features = model(*model_inputs(batch, torch.device("cpu")))
+        torch.stack(
+            [x.sum() for x in features if x is not None and x.requires_grad]
+        ).sum().backward()
+    counted = counter.get_total_flops() / 8  # pairs
+    assert 0.95 * counted < found - similarity < counted  # less the small heads
+    # Without a backward a third is left, and a little more: pixels have no gradient in any case.
+    frozen = replace(config, model=replace(config.model, freeze="both"))
+    assert flops_per_pair(built(frozen), frozen, 2) - similarity == pytest.approx(
+        (found - similarity) / 3, rel=0.06
+    )
+    assert peak_flops(config, torch.device("cpu")) == 2e12
+    assert peak_line(config) == "MFU: of 2 TFLOP/s a rank"
+    assert "peak of a CPU is" in peak_line(tiny_config(data))
 
 
 def test_memory_that_the_ranks_share_has_no_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tiny import tiny_config
 
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
+from tvr.trainer.metrics import TRAINING_METRICS
 from tvr.trainer.monitor import GAUGES
 from tvr.trainer.stopwatch import ALL_PARTS
 
@@ -56,7 +58,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         data,
         train={"steps": STEPS, "eval_every": 50},
         checkpoint={"every": 40},
-        metrics={"address": "127.0.0.1"},
+        metrics={"address": "127.0.0.1", "peak_tflops": 1e-3},
     )
     found: list[Samples] = []
     over = threading.Event()
@@ -82,7 +84,7 @@ def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
         # It may be read while a step is written.
         near = [run.steps[at] for at in (step - 1, step, step + 1) if at in run.steps]
         for name, place in GAUGES.items():
-            assert found.get(place) in [record[name] for record in near]
+            assert found.get(place) in [record[name] for record in near], name
         assert abs(found["tvr_train_steps_total",] - step) <= 1
         assert found["tvr_train_finished",] == 0
         assert all(1e7 < found[place] < 1e11 for place in MEMORY)
@@ -117,6 +119,21 @@ def test_the_last_values_stay_with_the_run(run: Run) -> None:
         assert all(parts.values())
         within = sum(parts[part] for part in ALL_PARTS[:7])  # data wait to optimiser
         assert within == pytest.approx(trained, rel=0.1)
+        assert 0 < last["tvr_train_alone_seconds", rank] < 60
+        assert 0 < last["tvr_data_loading_seconds_total", rank] <= parts["data wait"]
+        assert last["tvr_data_bad_samples", rank] == 0
+    # As the run's own settings have it, and as its own shapes do.
+    assert last["tvr_train_mfu_ratio",] == last["tvr_train_model_flops_per_second",] / 2 / 1e9
+    flops = last["tvr_train_model_flops_per_second",] * end["step_s"]
+    assert flops == pytest.approx(run.steps[2]["model_flops_per_s"] * run.steps[2]["step_s"])
+    assert -1 < last["tvr_train_hardest_negative_similarity",] < 1
+    assert -1 < last["tvr_train_positive_similarity",] < 1
+    assert last["tvr_train_straggler_gap_seconds",] >= 0
+    assert last["tvr_train_slowest_rank",] in (0, 1)
+    assert last["tvr_data_reads_total", "local"] == 8 * STEPS
+    frames_of_others = 8 * 3 * 16 * 4  # 4 of each of 2 ranks, of 3 frames of 16 float32 numbers
+    assert last["tvr_train_received_bytes_total", "all_gather"] > STEPS * frames_of_others
+    assert last["tvr_train_received_bytes_total", "reduce_scatter"] >= STEPS * frames_of_others
     (*_, evaluation) = jobs.events(run.run_dir, "evaluation")
     for direction in ("text_to_video", "video_to_text"):
         for k in ("1", "5", "10"):
@@ -154,3 +171,20 @@ def test_a_run_that_breaks_leaves_its_target_and_says_why(data: Path, tmp_path: 
     assert last["tvr_train_finished",] == 0
     assert last["tvr_train_step",] == 1
     assert len(list((run_dir / "metrics").glob("*.json"))) == 1
+
+
+# What these settings and this machine do not have.
+ABSENT = {
+    "tvr_train_zero_gradient_positives_ratio",  # of NegNCE's reference mode
+    "tvr_device_memory_bytes",
+}
+
+
+def test_every_metric_that_applies_is_scraped(run: Run) -> None:
+    seen = {name for found in run.scraped for name, *_ in found}
+    assert seen == {metric.name for metric in TRAINING_METRICS} - ABSENT
+    for found in run.scraped:
+        for (name, *_), value in found.items():
+            assert math.isfinite(value)
+            assert value >= 0 or name.endswith(("_similarity", "_loss"))
+            assert value <= 1 or not name.endswith("_ratio")

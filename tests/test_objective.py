@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -40,9 +40,14 @@ def features() -> Features:
 
 
 def values(
-    loss: LossConfig, model: ModelConfig | None = None, mine: Features | None = None
+    loss: LossConfig,
+    model: ModelConfig | None = None,
+    mine: Features | None = None,
+    scores: Literal["keep", "stream"] = "keep",
 ) -> dict[str, float]:
-    result = objective(mine or features(), VIDEO_IDS, model or ModelConfig(), loss, ALONE)
+    result = objective(
+        mine or features(), VIDEO_IDS, model or ModelConfig(), loss, ALONE, scores=scores
+    )
     return dict(zip(SHARES, result.shares.tolist(), strict=True))
 
 
@@ -192,6 +197,19 @@ def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
     masked = values(LossConfig(neg_nce_mode="reference", mask_same_video=True))
     assert masked["hard_negatives_per_row"] < got["hard_negatives_per_row"]
     assert values(LossConfig(similarity="info_nce"))["clamped_share"] == 0.0
+
+
+@pytest.mark.parametrize("scores", ["keep", "stream"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_statistics_tell_how_near_positives_and_negatives_are(
+    scores: Literal["keep", "stream"], masked: bool
+) -> None:
+    got = values(LossConfig(mask_same_video=masked), scores=scores)
+    square = similarity(features(), ModelConfig()).detach()
+    assert got["positive_similarity"] == pytest.approx(float(square.diagonal().mean()))
+    same = VIDEO_IDS[:, None] == VIDEO_IDS if masked else torch.eye(PAIRS, dtype=torch.bool)
+    hardest = square.masked_fill(same, -torch.inf).amax(1)
+    assert got["hardest_similarity"] == pytest.approx(float(hardest.mean()))
 
 
 def test_pairs_that_all_win_leave_no_hard_negative() -> None:

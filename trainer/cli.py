@@ -117,12 +117,14 @@ def show_config(argv: Sequence[str]) -> int:
         sys.stdout.write(to_json(resolved))
         from tvr.data_prep.decoders import decoder_line
         from tvr.trainer.deepspeed_config import optimizer_line
+        from tvr.trainer.flops import peak_line
         from tvr.trainer.machine import device, device_line, similarity_line
 
         print(device_line(), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(similarity_line(resolved), file=sys.stderr)
         print(decoder_line(resolved.data.decoder), file=sys.stderr)
+        print(peak_line(resolved), file=sys.stderr)
         if memory:
             from tvr.trainer.memory_table import memory_table
 

@@ -245,6 +245,8 @@ class MetricsConfig:
     """Of the network interface that serves it."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Of the endpoint, with `rank` of a node's first; 0: any that is free."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """What a rank's device can do at most, for MFU; none: as its vendor says, if it is known."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

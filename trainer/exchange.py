@@ -36,12 +36,12 @@ class Gathered:
         sums = gradients(0, self._everyones(mine))
         if self._world.world_size == 1:
             return sums
-        return tuple(reduce_scatter_rows(x, self._world.rank, self._counts) for x in sums)
+        return tuple(reduce_scatter_rows(x, self._world, self._counts) for x in sums)
 
     def _everyones(self, mine: Tensors) -> Tensors:
         if self._world.world_size == 1:
             return _plain(mine)
-        return tuple(all_gather_rows(x, self._counts) for x in _plain(mine))
+        return tuple(all_gather_rows(x, self._world, self._counts) for x in _plain(mine))
 
 
 class Ring:
@@ -108,7 +108,7 @@ class _Lane:
     def __init__(
         self, like: Tensors, world: World, counts: Sequence[int], *, first_tag: int
     ) -> None:
-        self._counts, self._first_tag = counts, first_tag
+        self._world, self._counts, self._first_tag = world, counts, first_tag
         self._next = (world.rank + 1) % world.world_size
         self._previous = (world.rank - 1) % world.world_size
         self._buffers = list[Tensors]()
@@ -126,6 +126,7 @@ class _Lane:
         else:
             self._buffers.reverse()
         self._arriving = tuple(x[: self._counts[owner]] for x in self._buffers[0])
+        self._world.received["ring"] += sum(x.nbytes for x in self._arriving)
         # All in one batch: NCCL would run a send and a receive of the same two ranks one after the
         # other, and where every rank sends first, none would ever receive.
         self._works = dist.batch_isend_irecv(

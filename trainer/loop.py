@@ -89,6 +89,7 @@ def train(
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
         check_disk(config, run_dir, model, world)
+        monitor.look_at(model)
         engine = engine_from(found, saver.place, model, config.train, run_dir, world)
         step = OptimiserStep(config, engine, log, world, num_samples, watch=monitor.watch)
         run = _Run(
@@ -142,7 +143,7 @@ class _Run:
         done = step + 1
         record = self.step.take(done, batches)
         self.watchdog.finished(done, record["step_s"])
-        self.monitor.step(record, self.step.skipped)
+        record |= self.monitor.step(record, self.step.tally)
         if done % train.log_every == 0 or done == train.steps:
             self.log.write("step", record)
         show.step(done, record)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from tvr.data_prep.metric import Metric, Table
 from tvr.data_prep.pack_metrics import PACK_METRICS
-from tvr.data_prep.records import REASONS
+from tvr.data_prep.records import REASONS, SOURCES
 from tvr.trainer.stopwatch import ALL_PARTS
+from tvr.trainer.world import RECEIVED
 
 TERMS = ("total", "similarity", "tpm_cl", "penalty")
 DIRECTIONS = ("text_to_video", "video_to_text")
@@ -130,6 +131,47 @@ TRAINING_METRICS = (
         meaning="When the last step ended, in Unix time.",
         per="rank",
     ),
+    Metric(
+        name="tvr_train_alone_seconds",
+        kind="gauge",
+        unit="seconds",
+        meaning="What the rank did in the last step before it needed others: loading, encoding.",
+        per="rank",
+    ),
+    Metric(
+        name="tvr_train_straggler_gap_seconds",
+        kind="gauge",
+        unit="seconds",
+        meaning="How much longer the slowest rank took for that than the fastest, the step before.",
+    ),
+    Metric(
+        name="tvr_train_slowest_rank",
+        kind="gauge",
+        unit="",
+        meaning="Which rank the slowest one was.",
+    ),
+    Metric(
+        name="tvr_train_model_flops_per_second",
+        kind="gauge",
+        unit="",
+        meaning="Floating-point operations that the last step needed by its model, over its time:"
+        " towers and similarity, forward and backward, all ranks; without what is computed again.",
+    ),
+    Metric(
+        name="tvr_train_mfu_ratio",
+        kind="gauge",
+        unit="ratio",
+        meaning="The same over what the ranks' devices could do at most, where that is known.",
+    ),
+    Metric(
+        name="tvr_train_received_bytes_total",
+        kind="counter",
+        unit="bytes",
+        meaning="Bytes that came by the loss's collectives: features, their gradients, statistics."
+        " The weights' gradients are DeepSpeed's and not in it.",
+        per="node",
+        labels={"collective": RECEIVED},
+    ),
     # What it learns.
     Metric(
         name="tvr_train_loss",
@@ -177,6 +219,18 @@ TRAINING_METRICS = (
         meaning="Positives under the clamp of NegNCE's reference mode, which get no gradient.",
     ),
     Metric(
+        name="tvr_train_positive_similarity",
+        kind="gauge",
+        unit="",
+        meaning="Similarity of texts with their own video, mean of the last step.",
+    ),
+    Metric(
+        name="tvr_train_hardest_negative_similarity",
+        kind="gauge",
+        unit="",
+        meaning="Similarity of texts with the nearest other video of their batch, mean.",
+    ),
+    Metric(
         name="tvr_evaluation_recall_ratio",
         kind="gauge",
         unit="ratio",
@@ -214,8 +268,43 @@ TRAINING_METRICS = (
         name="tvr_data_wait_seconds_total",
         kind="counter",
         unit="seconds",
-        meaning="Time for which a rank waited for its batches, all ranks agreeing included.",
+        meaning="Time for which steps waited for the batches of all ranks.",
         per="rank",
+    ),
+    Metric(
+        name="tvr_data_loading_seconds_total",
+        kind="counter",
+        unit="seconds",
+        meaning="Time for which a rank waited for its own loader.",
+        per="rank",
+    ),
+    Metric(
+        name="tvr_data_reads_total",
+        kind="counter",
+        unit="",
+        meaning="Samples read for training by where their bytes came from: kept in memory, a local"
+        " file, a beton, a shard kept in the cache, a shard fetched for it, a range of a store.",
+        per="node",
+        labels={"source": SOURCES},
+    ),
+    Metric(
+        name="tvr_data_decode_failures_total",
+        kind="counter",
+        unit="",
+        meaning="Those of the skipped samples that could not be decoded.",
+    ),
+    Metric(
+        name="tvr_data_bad_samples",
+        kind="gauge",
+        unit="samples",
+        meaning="Different bad samples that a rank met since this start.",
+        per="rank",
+    ),
+    Metric(
+        name="tvr_data_bad_samples_limit",
+        kind="gauge",
+        unit="",
+        meaning="How many a rank may meet before the run stops: data.max_bad.",
     ),
     Metric(
         name="tvr_data_skipped_samples_total",

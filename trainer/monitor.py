@@ -2,21 +2,12 @@
 
 Nothing here asks a device or another rank for anything in a step: the numbers are those that the
 step has on the host, and writing them is an assignment each to memory that the ranks of a node
-share (node_memory.py). The first rank of a node serves them, and writes the last values to
-
-    run_dir/metrics/HOST.json    the endpoint's address, as Prometheus's file_sd reads it; it goes
-                                 when the run ends as it should, and stays when it breaks
-    run_dir/metrics/HOST.prom    the last values, every few seconds and at the end
-
-(HOST-rank-N with `metrics.endpoint` rank).
+share (node_memory.py), the first of which serves them (metrics_server.py).
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,22 +17,30 @@ from typing import Any
 import psutil
 import torch
 
-from tvr.data_prep.endpoint import Endpoint, write_replacing, write_target
 from tvr.data_prep.metric import Values
+from tvr.data_prep.records import UNDECODABLE
 from tvr.trainer.attempt import Attempt
 from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.config import Config
-from tvr.trainer.errors import Fenced, Preempted
+from tvr.trainer.errors import Preempted
 from tvr.trainer.evaluate import Evaluation
+from tvr.trainer.flops import flops_per_pair, peak_flops
 from tvr.trainer.metrics import CUTS, DIRECTIONS, TRAINING
+from tvr.trainer.metrics_server import MetricsServer, forget_targets
+from tvr.trainer.model import TextVideoModel
 from tvr.trainer.node_memory import ranks_here, shared_lines
 from tvr.trainer.saver import Saved
 from tvr.trainer.stopwatch import Laps, Stopwatch
+from tvr.trainer.tally import Tally
 from tvr.trainer.world import World
 
-FOLDER = "metrics"
-WRITE_EVERY_S = 5.0
 MEMORY_EVERY_S = 1.0
+# What torch's allocator knows by itself.
+OF_DEVICE = {
+    "allocated": torch.cuda.memory_allocated,
+    "peak": torch.cuda.max_memory_allocated,
+    "reserved": torch.cuda.memory_reserved,
+}
 
 # Where the values of a step's record go.
 GAUGES = {
@@ -53,13 +52,19 @@ GAUGES = {
     "penalty": ("tvr_train_loss", "penalty"),
     "hard_negatives_per_row": ("tvr_train_hard_negatives_per_row",),
     "clamped_share": ("tvr_train_zero_gradient_positives_ratio",),
+    "positive_similarity": ("tvr_train_positive_similarity",),
+    "hardest_similarity": ("tvr_train_hardest_negative_similarity",),
     "learning_rate": ("tvr_train_learning_rate", "heads"),
     "encoder_learning_rate": ("tvr_train_learning_rate", "towers"),
     "gradient_norm": ("tvr_train_gradient_norm",),
     "samples_per_s": ("tvr_train_pairs_per_second",),
+    "straggler_gap_s": ("tvr_train_straggler_gap_seconds",),
+    "slowest_rank": ("tvr_train_slowest_rank",),
+    "quarantined": ("tvr_data_quarantined_samples",),
+    "goodput": ("tvr_train_goodput_ratio",),
+    "model_flops_per_s": ("tvr_train_model_flops_per_second",),
+    "mfu": ("tvr_train_mfu_ratio",),
 }
-
-log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -68,11 +73,15 @@ class Monitor:
     watch: Stopwatch = Stopwatch()
     """For the parts of a step."""
 
+    def look_at(self, model: TextVideoModel) -> None:
+        """The model as it was built."""
+
     def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
         """Training begins, after what is `saved`. All ranks call it."""
 
-    def step(self, record: Mapping[str, Any], skipped: Mapping[str, int]) -> None:
-        """A step was taken; `skipped` are the bad samples of this start so far, by reason."""
+    def step(self, record: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
+        """A step was taken; returns what its record should also say."""
+        return {}
 
     def saved(self, saved: Saved) -> None:
         """A save has ended, well or not."""
@@ -106,12 +115,21 @@ class NodeMonitor(Monitor):
         self._config, self._run_dir, self._world = config, run_dir, world
         self.watch = self._laps = Laps(world.device)
         self._values: Values | None = None
-        self._server: _Server | None = None
+        self._server: MetricsServer | None = None
         self._process = psutil.Process(os.getpid())
         self._memory_at = -MEMORY_EVERY_S
         self._run_began_s = 0.0
+        self._flops = 0.0
+        peak = peak_flops(config, world.device)
+        self._peak_flops = None if peak is None else peak * world.world_size
+
+    def look_at(self, model: TextVideoModel) -> None:
+        if self._world.is_first:
+            pairs = self._config.train.global_batch
+            self._flops = pairs * flops_per_pair(model, self._config, self._world.world_size)
 
     def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
+        self._world.from_first(lambda: forget_targets(self._run_dir))
         ranks = ranks_here(self._world)
         lines = shared_lines(self._world, ranks, len(TRAINING.places))
         rank, metrics = self._world.rank, self._config.metrics
@@ -120,7 +138,7 @@ class NodeMonitor(Monitor):
         self._settings(values, attempt, saved)
         shown = {rank: lines[rank]} if metrics.endpoint == "rank" else lines
         if rank == min(shown):
-            self._server = _Server(self._config, self._run_dir, attempt, shown, ranks.index(rank))
+            self._server = MetricsServer(metrics, self._run_dir, attempt, shown, ranks.index(rank))
         self._world.barrier()  # no rank trains before the others' endpoints are known to work
         self._laps.restart()
 
@@ -134,28 +152,47 @@ class NodeMonitor(Monitor):
         values.set("tvr_train_finished", 0)
         values.set("tvr_train_temperature", config.loss.temperature)
         values.set("tvr_checkpoint_every_steps", config.checkpoint.every)
-        values.set("tvr_data_quarantined_samples", len(saved.quarantine) if saved else 0)
+        values.set("tvr_data_bad_samples_limit", config.data.max_bad)
         values.add("tvr_train_restarts_total", attempt.number - 1)
         if saved is not None:
             values.set("tvr_checkpoint_step", saved.step)
         if config.loss.similarity == "neg_nce":
             values.set("tvr_train_negative_weight", config.loss.neg_nce_weight)
 
-    def step(self, record: Mapping[str, Any], skipped: Mapping[str, int]) -> None:
+    def step(self, record: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
         values, now = self._values, time.time()
         assert values is not None, "begin comes first"
         values.set("tvr_train_last_step_timestamp_seconds", now)
         values.set("tvr_train_step_seconds", record["step_s"])
         values.add("tvr_data_wait_seconds_total", record["data_wait_s"])
-        self._parts(values)
-        self._memory(values)
+        parts = self._parts(values)
+        self._of_the_rank(values, tally, parts.get("encode", 0.0))
+        flops_per_s = self._flops / record["step_s"]
+        more = {
+            "goodput": record["trained_s"] / (now - self._run_began_s),
+            "model_flops_per_s": flops_per_s,
+            "mfu": None if self._peak_flops is None else flops_per_s / self._peak_flops,
+            "parts_s": parts,
+            "received_bytes": self._world.received.total(),
+            "host_memory_bytes": self._memory(values),
+        }
         if self._world.is_first:
-            self._of_the_run(values, record, skipped, now)
+            self._of_the_run(values, {**record, **more}, tally)
         self._changed()
+        return more
 
-    def _of_the_run(
-        self, values: Values, record: Mapping[str, Any], skipped: Mapping[str, int], now: float
-    ) -> None:
+    def _of_the_rank(self, values: Values, tally: Tally, encoding_s: float) -> None:
+        loading = "tvr_data_loading_seconds_total"
+        tally.alone_s = tally.loading_s - values.get(loading) + encoding_s
+        values.count(loading, tally.loading_s)
+        values.set("tvr_train_alone_seconds", tally.alone_s)
+        values.set("tvr_data_bad_samples", len(tally.bad))
+        for source, count in tally.reads.items():
+            values.count("tvr_data_reads_total", count, source)
+        for collective, num_bytes in self._world.received.items():
+            values.count("tvr_train_received_bytes_total", num_bytes, collective)
+
+    def _of_the_run(self, values: Values, record: Mapping[str, Any], tally: Tally) -> None:
         for name, place in GAUGES.items():
             metric, *labels = place
             values.set(metric, record[name], *labels)
@@ -164,30 +201,29 @@ class NodeMonitor(Monitor):
         values.add("tvr_train_pairs_total", pairs)
         values.add("tvr_train_frames_total", pairs * frames)
         values.set("tvr_train_frames_per_second", frames * record["samples_per_s"])
-        values.set("tvr_train_goodput_ratio", record["trained_s"] / (now - self._run_began_s))
-        values.set("tvr_data_quarantined_samples", record["quarantined"])
-        for reason, count in skipped.items():
+        for reason, count in tally.skipped.items():
             values.count("tvr_data_skipped_samples_total", count, reason)
+        undecodable = sum(tally.skipped[reason] for reason in UNDECODABLE)
+        values.count("tvr_data_decode_failures_total", undecodable)
 
-    def _parts(self, values: Values) -> None:
-        for part, seconds in self._laps.take_known().items():
+    def _parts(self, values: Values) -> dict[str, float]:
+        parts = self._laps.take_known()
+        for part, seconds in parts.items():
             values.add("tvr_train_part_seconds_total", seconds, part.replace(" ", "_"))
+        return parts
 
-    def _memory(self, values: Values) -> None:
+    def _memory(self, values: Values) -> int:
+        """Of this process on the host; looked at once a second."""
         now = time.monotonic()
         if now - self._memory_at < MEMORY_EVERY_S:
-            return
+            return int(values.get("tvr_host_memory_bytes"))
         self._memory_at = now
         values.set("tvr_host_memory_bytes", self._process.memory_info().rss)
         device = self._world.device
         if device.type == "cuda":
-            in_tensors, peak = (
-                torch.cuda.memory_allocated(device),
-                torch.cuda.max_memory_allocated(device),
-            )
-            values.set("tvr_device_memory_bytes", in_tensors, "allocated")
-            values.set("tvr_device_memory_bytes", peak, "peak")
-            values.set("tvr_device_memory_bytes", torch.cuda.memory_reserved(device), "reserved")
+            for kind, asked in OF_DEVICE.items():
+                values.set("tvr_device_memory_bytes", asked(device), kind)
+        return int(values.get("tvr_host_memory_bytes"))
 
     def saved(self, saved: Saved) -> None:
         values = self._values
@@ -237,60 +273,3 @@ class NodeMonitor(Monitor):
     def _changed(self) -> None:
         if self._server is not None:
             self._server.has_news = True
-
-
-class _Server:
-    """Endpoint and files of the ranks that one process speaks for."""
-
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        attempt: Attempt,
-        lines: Mapping[int, Any],
-        local_rank: int,
-    ) -> None:
-        self.has_news = False
-        self._lines, self._attempt = lines, attempt
-        folder, metrics = run_dir / FOLDER, config.metrics
-        folder.mkdir(exist_ok=True)
-        host = socket.gethostname()
-        name = f"{host}-rank-{min(lines):05d}" if metrics.endpoint == "rank" else host
-        self._target, self._last = folder / f"{name}.json", folder / f"{name}.prom"
-        self._endpoint: Endpoint | None = None
-        if metrics.endpoint != "none":
-            port = metrics.port + local_rank if metrics.port else 0
-            self._endpoint = endpoint = Endpoint(self._text, metrics.address, port)
-            labels = {"run": run_dir.resolve().name, "host": host}
-            write_target(self._target, endpoint.target, labels)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="last-values", daemon=True)
-        self._thread.start()
-
-    def _text(self) -> bytes:
-        return TRAINING.text(self._lines)
-
-    def _keep(self) -> None:
-        while not self._over.wait(WRITE_EVERY_S):
-            self._write()
-
-    def _write(self) -> None:
-        if not self.has_news:
-            return
-        self.has_news = False
-        try:
-            self._attempt.check()
-            write_replacing(self._last, self._text())
-        except Fenced:
-            pass  # the run's own thread hears of it where it writes
-        except OSError as error:
-            log.warning("the last values of the metrics are not written: %s", error)
-
-    def close(self, *, well: bool) -> None:
-        self._over.set()
-        self._thread.join()
-        self._write()
-        if self._endpoint is not None:
-            self._endpoint.close()
-        if well:
-            self._target.unlink(missing_ok=True)

@@ -41,6 +41,8 @@ SHARES = (
     "penalty",
     "hard_negatives_per_row",
     "clamped_share",
+    "positive_similarity",
+    "hardest_similarity",
 )
 
 
@@ -110,6 +112,7 @@ def _with_tpm_cl(
     margin = terms.loss.new_zeros(()) if hinge is None else hinge.sum() / num_pairs
     share = terms.loss + weight * margin
     shares = [share, terms.loss, margin, terms.penalty, terms.hard_per_row, terms.clamped_share]
+    shares += [terms.positive_similarity, terms.hardest_similarity]
     return Objective(
         for_backward=share * world.world_size,  # the scale rule: see gather.py
         shares=torch.stack([x.detach() for x in shares]),

@@ -50,6 +50,7 @@ FREE = frozenset(
         "metrics.endpoint",
         "metrics.address",
         "metrics.port",
+        "metrics.peak_tflops",
     }
 )
 

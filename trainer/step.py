@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from tvr.trainer.objective import SHARES, objective
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.schedule import learning_rate_factor
 from tvr.trainer.stopwatch import Stopwatch
+from tvr.trainer.tally import Tally
 from tvr.trainer.world import World
 
 
@@ -39,11 +39,10 @@ class OptimiserStep:
     """Of the training set: an epoch."""
     quarantine: dict[str, str] = field(default_factory=dict)
     """Keys of the bad samples met so far, on any rank, each with its reason."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Bad samples that were replaced since this start, on any rank, by reason."""
     counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
     """What goes on counting after a restart."""
     watch: Stopwatch = field(default_factory=Stopwatch)
+    tally: Tally = field(default_factory=Tally)
 
     def go_on(self, saved: SavedState) -> None:
         """Takes over what a checkpoint counted."""
@@ -93,10 +92,19 @@ class OptimiserStep:
             "step_s": seconds,
             "trained_s": self.counters["trained_s"],
             "quarantined": len(self.quarantine),
+            **self.tally.straggler(),
         }
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        return self.world.together(lambda: next(batches), TooManyBadSamples)
+        def load() -> Batch:
+            before = time.perf_counter()
+            batch = next(batches)
+            self.tally.loading_s += time.perf_counter() - before
+            return batch
+
+        batch = self.world.together(load, TooManyBadSamples)
+        self.tally.reads.update(batch.reads)
+        return batch
 
     def _contrast(
         self, micro_batches: Sequence[Batch], step: int, factor: float
@@ -150,18 +158,23 @@ class OptimiserStep:
             watch=self.watch,
         )
         replaced = [entry for batch in micro_batches for entry in batch.replaced]
-        # One small collective tells every rank the values, who is not finite, and who skipped.
-        line = torch.cat([mine.shares, mine.shares.new_tensor([len(replaced)])])
+        # One small collective tells every rank the values, who is not finite, who skipped, and how
+        # long each worked in the step before.
+        more = mine.shares.new_tensor([len(replaced), self.tally.alone_s or 0.0])
+        line = torch.cat([mine.shares, more])
         everyone = gather_rows(line[None], world, (1,) * world.world_size).cpu()
         keys = [key for batch in micro_batches for key in batch.keys]
         _stop_unless_finite(everyone, step, keys, world)
         self.watch.lap("loss")
-        if everyone[:, -1].any():
+        values, skipped, alone_s = everyone[:, :-2], everyone[:, -2], everyone[:, -1]
+        self.tally.everyones_s = tuple(alone_s.tolist())
+        if skipped.any():
+            self.tally.bad.update(entry.key for entry in replaced)
             for entries in world.gather_objects(replaced):
                 self.log.write_replaced(step, entries)
                 self.quarantine.update({entry.key: entry.reason for entry in entries})
-                self.skipped.update(entry.reason for entry in entries)
-        return mine.for_backward, everyone[:, :-1].sum(0)
+                self.tally.skipped.update(entry.reason for entry in entries)
+        return mine.for_backward, values.sum(0)
 
 
 def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,8 @@ TIMEOUT_S = 1800.0
 # By then ranks that have joined have also added up a number, or they never will.
 MEET_S = 120.0
 
+RECEIVED = ("all_gather", "reduce_scatter", "all_reduce", "ring")
+
 T = TypeVar("T")
 
 
@@ -28,6 +31,8 @@ class World:
     rank: int
     world_size: int
     device: torch.device
+    received: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    """Bytes that came by collectives of features, gradients and statistics, by RECEIVED."""
 
     @property
     def is_first(self) -> bool:
