@@ -31,6 +31,9 @@ COMMANDS = {
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
+    "dashboard": Command(
+        "tvr.trainer.dashboard_cli:dashboard", "write a page that shows runs while they go on"
+    ),
     "export": Command("tvr.trainer.cli:export", "write a run's model as a Hugging Face folder"),
     "metrics": Command("tvr.trainer.metrics_cli:metrics", "what a run tells Prometheus"),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),

@@ -2,6 +2,7 @@
 
 config.json       the resolved configuration      log.jsonl       one event a line (run_log.py)
 evaluation.json   the last evaluation             report.html     `tvr report`
+dashboard.html    `tvr dashboard`
 checkpoints/      one folder a step (checkpoint.py)
 failures/         a job's first failure (failures.py)
 metrics/          where Prometheus finds its nodes, and their last values (monitor.py)
@@ -130,6 +131,15 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its full name, such as train.steps."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _claim(run_dir: Path, config: Config, world_size: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
@@ -140,7 +150,7 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
         differing = [
             f"{name} was {was!r}, is {now!r}"
             for (name, was), (_, now) in zip(
-                _leaves(asdict(before)), _leaves(asdict(config)), strict=True
+                leaves(asdict(before)), leaves(asdict(config)), strict=True
             )
             if was != now and name not in FREE | ROUNDING
         ]
@@ -164,11 +174,3 @@ def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size:
         f" {saved.state.world_size} = {pairs[0]}, is {is_now.micro_batch} x {world_size} ="
         f" {pairs[1]}"
     ]
-
-
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

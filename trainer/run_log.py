@@ -1,4 +1,4 @@
-"""log.jsonl: what a run did, one JSON object a line; written by rank 0, read by the report."""
+"""log.jsonl: what a run did, one JSON object a line; written by rank 0, read by the pages."""
 
 from __future__ import annotations
 
@@ -93,6 +93,9 @@ class RunLog:
     steps: list[Event] = field(default_factory=list)
     evaluations: list[Event] = field(default_factory=list)
     replaced: list[Event] = field(default_factory=list)
+    saves: list[Event] = field(default_factory=list)
+    """Published or, with `error`, failed."""
+    preempted: list[Event] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     unreadable_lines: int = 0
 
@@ -113,6 +116,10 @@ def read_log(text: str) -> RunLog:
                 evaluations[event["step"]] = {**event, "elapsed_s": elapsed_s}
             case "replaced":
                 log.replaced.append(event)
+            case "saved" | "save_failed":
+                log.saves.append({**event, "elapsed_s": elapsed_s})
+            case "preempted":
+                log.preempted.append(event)
             case "resumed":
                 log.resumed_at.append(event["step"])
     log.steps = [steps[step] for step in sorted(steps)]
