@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from tiny import tiny_config
 
+from tvr.trainer import bench_train
 from tvr.trainer.bench import bench
 from tvr.trainer.bench_train import shared_out
 from tvr.trainer.bench_train_report import rows, save_row, table
@@ -23,11 +24,11 @@ from tvr.trainer.stopwatch import PARTS, Laps
 
 @pytest.fixture(scope="module")
 def measured(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All numbers of three steps on one and on two ranks, with a save after every step."""
+    """All numbers of two steps on one and on two ranks, with a save after every step."""
     folder = tmp_path_factory.mktemp("measured")
     settings, numbers = folder / "settings.json", folder / "numbers.json"
     settings.write_text(to_json(tiny_config(data, train={"micro_batch": 4})))
-    flags = ["--config", str(settings), "--steps", "3", "--save-every", "1", "--threads", "1"]
+    flags = ["--config", str(settings), "--steps", "2", "--save-every", "1", "--threads", "1"]
     assert bench(["train", *flags, "--ranks", "1", "2", "--json", str(numbers)]) == 0
     return json.loads(numbers.read_text())
 
@@ -49,20 +50,28 @@ def test_the_numbers_come_with_what_made_them(measured: dict[str, Any]) -> None:
     assert set(measured["versions"]) == {"python", "torch", "tvr"}
     assert measured["machine"]["cpu"]
     sizes = measured["sizes"]
-    assert (sizes["global_batch"], sizes["steps"], sizes["threads"]) == (8, 3, 1)
+    assert (sizes["global_batch"], sizes["steps"], sizes["threads"]) == (8, 2, 1)
     assert sizes["parameters"] > 10_000
     assert sizes["model"]["towers"]["width"] == 32
 
 
 def test_saves_of_both_kinds_are_measured(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
-    flags = ["--ranks", "2", "--saves", "2", "--width", "64", "--layers", "1"]
+    # Without the clips that are rendered for it, which take longer than all the rest.
+    monkeypatch.setattr(bench_train, "_with_data", lambda *_: tiny_config(data))
+    flags = ["--ranks", "2", "--saves", "1", "--width", "64", "--layers", "1"]
     assert bench(["save", *flags, "--out", str(tmp_path), "--json", "-"]) == 0
     said = capsys.readouterr()
     numbers = json.loads(said.out)
     (row,) = numbers["rows"]
-    assert len(row["background"]) == len(row["synchronous"]) == 2
+    assert len(row["background"]) == len(row["synchronous"]) == 1
+    assert row["background_steps"][0] >= 2  # one to write beside, one to publish beside
+    assert row["synchronous_steps"] == [0]
+    assert row["synchronous_later_s"] >= row["synchronous_s"] > 0
     assert row["ratio"] == pytest.approx(row["background_s"] / row["synchronous_s"])
     # Weights, and three numbers of the optimiser for each.
     assert row["checkpoint_bytes"] > 16 * numbers["sizes"]["parameters"]
@@ -107,13 +116,20 @@ def test_rows_and_table_of_known_numbers() -> None:
 
 
 def test_a_save_is_as_long_as_its_slowest_rank() -> None:
+    def saves(*found: tuple[float, float, int]) -> list[dict[str, float]]:
+        return [{"waited_s": w, "seconds": s, "steps": n} for w, s, n in found]
+
     of_ranks = [
-        {"background": [1.0, 3.0], "synchronous": [30.0, 10.0]},
-        {"background": [2.0, 2.0], "synchronous": [10.0, 20.0]},
+        {"background": saves((1, 12, 2), (3, 14, 2)), "synchronous": saves((30, 30, 0), (9, 9, 0))},
+        {"background": saves((2, 12, 2), (2, 14, 2)), "synchronous": saves((9, 9, 0), (20, 20, 0))},
     ]
-    row = save_row({"by_rank": of_ranks, "checkpoint_bytes": 7})
+    by_rank = [{**mine, "step_s": [4.0, 5.0, 6.0]} for mine in of_ranks]
+    row = save_row({"by_rank": by_rank, "checkpoint_bytes": 7})
     assert (row["background"], row["synchronous"]) == ([2, 3], [30, 20])
     assert row["ratio"] == 0.1
+    # Two steps of 5 s would have been done after 10 s.
+    assert (row["background_later"], row["synchronous_later"]) == ([2, 4], [30, 20])
+    assert row["later_ratio"] == 3 / 25
 
 
 def test_laps_add_up_to_all_the_time_there_was() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +33,7 @@ from tvr.trainer.errors import CheckpointDamaged, Fenced
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_state, restore_random_state
 from tvr.trainer.resume import local_files
-from tvr.trainer.saver import Saved, Saver, shard_files
+from tvr.trainer.saver import NICENESS, Saved, Saver, shard_files
 from tvr.trainer.staging import Staging
 from tvr.trainer.world import World
 
@@ -55,8 +57,13 @@ def stage(value: float) -> dict[str, Any]:
 
 
 def save(to: Saver, step: int) -> Saved:
-    (saved,) = to.save(state(step), lambda: stage(float(step)))
+    (saved,) = to.save(state(step), lambda copy: stage(float(step)))
     return saved
+
+
+def wait_for(writer: Saver) -> None:
+    while not writer.is_ready:
+        pass
 
 
 def names(folder: Path) -> list[str]:
@@ -206,15 +213,18 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
 def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path, background=True)
-    assert writer.save(state(3), lambda: stage(3.0)) == []
-    while not writer.is_written:
-        pass
+    assert writer.save(state(3), lambda copy: stage(3.0)) == []
+    wait_for(writer)
     assert names(folder) == [".step-00000003.attempt-1.partial"]
-    assert writer.publish().error is None
+    assert writer.go_on() == []
+    wait_for(writer)
+    (ended,) = writer.go_on()
+    assert ended.error is None
+    assert not writer.is_ready
     assert names(folder) == ["latest", "step-00000003"]
     # A save that comes too early waits for the one before.
-    assert writer.save(state(6), lambda: stage(6.0)) == []
-    (ended,) = writer.save(state(9), lambda: stage(9.0))
+    assert writer.save(state(6), lambda copy: stage(6.0)) == []
+    (ended,) = writer.save(state(9), lambda copy: stage(9.0))
     assert (ended.step, ended.error) == (6, None)
     (ended,) = writer.finish()
     assert (ended.step, ended.error) == (9, None)
@@ -239,6 +249,47 @@ def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> No
     assert second["a"][0].tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_old_checkpoints_go_beside_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """Unlinking a large one takes longer than the copy; the thread that does so gives way."""
+    seen: list[tuple[bool, int]] = []
+
+    def removing(*_: Any) -> None:
+        ident = threading.get_native_id()
+        in_main = threading.current_thread() is threading.main_thread()
+        seen.append((in_main, os.getpriority(os.PRIO_PROCESS, ident)))
+
+    monkeypatch.setattr("tvr.trainer.saver.prune", removing)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    writer = saver(tmp_path / "checkpoints", tmp_path, background=background)
+    writer.save(state(3), lambda copy: stage(3.0))
+    writer.finish()
+    assert seen == [(False, max(NICENESS, before) if background else before)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_where_a_copy_does_not_fit_the_step_waits_and_it_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = SimpleNamespace(available=3000)  # the state takes 4000 bytes and more
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    writer, copies = saver(tmp_path / "checkpoints", tmp_path, background=True), []
+
+    def staged(copy: bool) -> dict[str, Any]:
+        copies.append(copy)
+        return stage(1.0)
+
+    for step in (3, 6):
+        (ended,) = writer.save(state(step), staged)
+        assert (ended.step, ended.error) == (step, None)
+    assert not any(copies)
+    (line,) = caplog.messages
+    assert "not written in the background" in line
+    assert "3e-06 GB are free" in line
+
+
 @contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
     """The kernel refuses to let files grow beyond, as a full disk or a quota does."""
@@ -258,15 +309,15 @@ def test_a_disk_without_room_costs_one_checkpoint_and_no_more(
 ) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path, background=background)
-    writer.save(state(3), lambda: stage(3.0))
+    writer.save(state(3), lambda copy: stage(3.0))
     writer.finish()
     with files_of_at_most(2000):
-        ended = [*writer.save(state(6), lambda: stage(6.0)), *writer.finish()]
+        ended = [*writer.save(state(6), lambda copy: stage(6.0)), *writer.finish()]
     assert len(ended) == 1
     assert ended[0].error is not None
     assert "rank 0: OSError: [Errno 27] File too large" in ended[0].error
     assert names(folder) == ["latest", "step-00000003"]
-    ended = [*writer.save(state(9), lambda: stage(9.0)), *writer.finish()]
+    ended = [*writer.save(state(9), lambda copy: stage(9.0)), *writer.finish()]
     assert ended[0].error is None
     assert names(folder) == ["latest", "step-00000003", "step-00000009"]
 
@@ -282,14 +333,13 @@ def test_a_new_attempt_clears_what_a_dead_one_was_writing(tmp_path: Path) -> Non
 def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     orphan = saver(folder, tmp_path, background=True)
-    orphan.save(state(3), lambda: stage(3.0))
-    while not orphan.is_written:
-        pass
+    orphan.save(state(3), lambda copy: stage(3.0))
+    wait_for(orphan)
     successor = saver(folder, tmp_path)
     with pytest.raises(Fenced, match=r"attempt 1 at .* is over: another one began"):
-        orphan.publish()
+        orphan.finish()
     with pytest.raises(Fenced):
-        orphan.save(state(6), lambda: stage(6.0))
+        orphan.save(state(6), lambda copy: stage(6.0))
     assert names(folder) == []
     save(successor, 3)
     found = newest(Place(str(folder)))

@@ -13,6 +13,7 @@ from spawn import spawn
 from test_universal import CPU, losses, model_of
 from tiny import tiny_config, with_ranks
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
@@ -97,9 +98,13 @@ def take_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, 
         config = settings(data, stage, world_size, **form)
         engine = Engine(model_of(config), config.train, world)
         results[key(stage, form)] = take(engine, config, world)
-        if form in (OPTIMIZER, PARAMETERS, {}) and stage:
+        if form in (OPTIMIZER, PARAMETERS, {}):
             stage_to(folder, engine, world, key(stage, form))
+            kept = tensors(engine.stage())
+            live = tensors(engine.stage(copy=False))
+            then = [tensor.clone() for tensor in live]
             results[f"beyond {key(stage, form)}"] = take(engine, config, world, STEPS, MORE)
+            results[f"copy {key(stage, form)}"] = [equal(kept, then), equal(live, then)]
     results |= moved(data, folder, world)
     return results
 
@@ -115,10 +120,18 @@ def moved(data: Path, folder: Path, world: World) -> dict[str, Taken]:
     return results
 
 
+def tensors(state: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
 def stage_to(folder: Path, engine: Engine, world: World, name: str) -> None:
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    for file, value in engine.stage().items():
+    for file, value in engine.stage(copy=False).items():
         torch.save(value, place / file)
     world.barrier()
 
@@ -188,6 +201,16 @@ def test_a_state_goes_on_wherever_it_lay_before(taken: list[dict[str, Any]]) -> 
         assert len(found) == len(MOVES)
         for name in found:
             assert_same(results[name], results["beyond " + name.split(" -> ")[0]])
+
+
+def test_steps_do_not_reach_what_was_staged(taken: list[dict[str, Any]]) -> None:
+    for results in taken:
+        found = [name for name in results if name.startswith("copy ")]
+        assert len(found) == 8
+        for name in found:
+            kept, live = results[name]
+            assert kept
+            assert not live
 
 
 def test_compiled_towers_give_the_same_to_rounding_under_the_same_names(

@@ -17,8 +17,9 @@ HOW_TRAIN = (
     "(ranks x step), the threads of a rank being the same."
 )
 HOW_SAVE = (
-    "Medians of what a step waited for a save: for one in the background, its copy and its "
-    "publication. Both kinds in turn in one run, which trains on while the former is written."
+    "Medians of what steps waited for a save, for one in the background its copy and the ranks' "
+    "agreements, and of how much later training then was by the save's end, steps that it slowed "
+    "included. Both kinds in turn in one run, which trains on while the former is written."
 )
 
 Answer = Mapping[str, Any]
@@ -47,14 +48,25 @@ def rows(answers: Mapping[int, Answer], global_batch: int) -> list[dict[str, Any
 
 
 def save_row(answer: Answer) -> dict[str, Any]:
-    """The waits of both kinds of save, each that of the rank that waited longest."""
-    waits = {}
-    for kind in ("background", "synchronous"):
-        by_rank = [mine[kind] for mine in answer["by_rank"]]
-        waits[kind] = [max(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
-    medians = {f"{kind}_s": median(found) for kind, found in waits.items()}
-    ratio = medians["background_s"] / medians["synchronous_s"]
-    return {"checkpoint_bytes": answer["checkpoint_bytes"], **medians, "ratio": ratio, **waits}
+    """What both kinds of save cost, each on the rank that it cost most.
+
+    `background_s` and `synchronous_s`, with their `ratio`, are medians of what steps waited;
+    `background_later_s`, `synchronous_later_s` and `later_ratio` of what training was late in all:
+    the time to the save's end less that of as many steps without one (`step_s`, a median).
+    """
+    by_rank = answer["by_rank"]
+    step_s = median(seconds for mine in by_rank for seconds in mine["step_s"])
+    kinds = ("background", "synchronous")
+    row: dict[str, Any] = {"checkpoint_bytes": answer["checkpoint_bytes"], "step_s": step_s}
+    for kind in kinds:
+        saves = list(zip(*(mine[kind] for mine in by_rank), strict=True))
+        row[kind] = [max(mine["waited_s"] for mine in save) for save in saves]
+        late = [max(mine["seconds"] - mine["steps"] * step_s for mine in save) for save in saves]
+        row |= {f"{kind}_later": late, f"{kind}_steps": [save[0]["steps"] for save in saves]}
+        row |= {f"{kind}_s": median(row[kind]), f"{kind}_later_s": median(late)}
+    for name, end in (("ratio", "s"), ("later_ratio", "later_s")):
+        row[name] = row[f"background_{end}"] / row[f"synchronous_{end}"]
+    return row
 
 
 def table(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> Table:
@@ -87,12 +99,13 @@ def save_table(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
         f" {sizes['saves']} saves of each kind",
         HOW_SAVE,
     )
-    for name in ("save", "a step waits", "fastest", "slowest"):
+    for name in ("save", "a step waits", "fastest", "slowest", "training is later by"):
         result.add_column(name, justify="left" if name == "save" else "right")
     for kind in ("background", "synchronous"):
         waits = row[kind]
-        result.add_row(kind, *(_ms(x) for x in (row[f"{kind}_s"], min(waits), max(waits))))
-    result.add_row("ratio", f"{row['ratio']:.3f}")
+        shown = (row[f"{kind}_s"], min(waits), max(waits), row[f"{kind}_later_s"])
+        result.add_row(kind, *map(_ms, shown))
+    result.add_row("ratio", f"{row['ratio']:.3f}", "", "", f"{row['later_ratio']:.2f}")
     return result
 
 

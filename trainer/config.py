@@ -229,7 +229,8 @@ class CheckpointConfig:
     """The one whose evaluation has the highest mean of R@1 both ways stays, too."""
     background: bool = True
     """Write while training goes on: a step waits for a copy in host memory, whose size is the
-    rank's part of weights and optimiser, and not for the disk. Off: it waits for all."""
+    rank's part of weights and optimiser, and not for the disk. Off: it waits for all and needs no
+    copy; so it is, with a warning, where a copy does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -71,13 +71,18 @@ class RankMemory:
     model: ModelBytes
     similarity: int
     """Similarity and its loss, features included."""
+    copy: int
+    """Of the state, in host memory, while a checkpoint is written in the background."""
+    copy_here: bool
+    """Whether host memory is the device's."""
     at_once: bool
     """Whether the activations are still there when the loss is computed."""
 
     @property
     def total(self) -> int:
         parts = (self.model.activations, self.similarity)
-        return self.model.states + (sum(parts) if self.at_once else max(parts))
+        states = self.model.states + self.copy * self.copy_here
+        return states + (sum(parts) if self.at_once else max(parts))
 
     def rows(self) -> Iterator[Row]:
         model, when = self.model, "together" if self.at_once else "one after the other"
@@ -85,6 +90,7 @@ class RankMemory:
             ("weights", model.weights),
             ("gradients", model.gradients),
             ("optimiser", model.optimiser),
+            (f"copy for a checkpoint{'' if self.copy_here else ', in host memory'}", self.copy),
             ("activations of a micro-batch", model.activations),
             ("similarity and loss", self.similarity),
             (f"total, the last two {when}", self.total),
@@ -97,8 +103,13 @@ def rank_memory(config: Config, tokenizer: Tokenizer, ranks: int) -> RankMemory:
     backend, _ = similarity_backend(config)
     width = embed_width(config.model)
     sizes = configured(config, ranks, width=width, backend=backend, device=device())
+    model = model_bytes(config, tokenizer, ranks)
+    # At stage 3 a rank's part of the float32 weights is all of them that is saved.
+    copy = model.optimiser + (0 if config.train.zero_stage == 3 else model.weights)
     return RankMemory(
-        model=model_bytes(config, tokenizer, ranks),
+        model=model,
+        copy=copy if config.checkpoint.background else 0,
+        copy_here=device() == "cpu",
         similarity=estimate(sizes).total,
         at_once=not config.train.gradient_cache,
     )

@@ -97,11 +97,13 @@ class Engine:
         """The model itself; under ZeRO-3 its parameters are partitioned."""
         return self._engine.module
 
-    def stage(self) -> dict[str, Any]:
-        """A copy of this rank's part of weights and optimiser in host memory, by file name.
+    def stage(self, *, copy: bool = True) -> dict[str, Any]:
+        """This rank's part of weights and optimiser by file name, copied to host memory; without
+        `copy`, as it lies there. No file is touched.
 
-        Valid until the next call. No file is touched.
+        A copy is valid until the next call, the other until the next step.
         """
+        self._staging.copies = copy
         # DeepSpeed would move `latest` before all shards are written; saver.py does it after.
         self._engine.save_checkpoint("nowhere", tag="staged", save_latest=False)
         return self._staging.take()

@@ -161,12 +161,12 @@ class _Run:
         return evaluation
 
     def _agree(self) -> bool:
-        """What no rank may decide alone: a save is published once it is written on all ranks, and
+        """What no rank may decide alone: a save goes on once its part is done on all ranks, and
         all leave once one was told to."""
-        mine = int(self.saver.is_written) + 2 * int(self.notice.given)
+        mine = int(self.saver.is_ready) + 2 * int(self.notice.given)
         everyone = self.world.gather_counts(mine)
         if all(flags & 1 for flags in everyone):
-            self._tell([self.saver.publish()])
+            self._tell(self.saver.go_on())
         return any(flags & 2 for flags in everyone)
 
     def _leave(self, done: int) -> None:
@@ -175,8 +175,8 @@ class _Run:
         self.log.write("preempted", {"step": done, "by": name})
         raise Preempted(f"step {done} is saved; asked to leave by {name}")
 
-    def _staged(self) -> dict[str, Any]:
-        return shard_files(self.engine.stage(), self.world.rank, random_state())
+    def _staged(self, copy: bool) -> dict[str, Any]:
+        return shard_files(self.engine.stage(copy=copy), self.world.rank, random_state())
 
     def _state(self, step: int) -> SavedState:
         return SavedState(

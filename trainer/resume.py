@@ -99,13 +99,13 @@ def _prepared(
     """Fetches a remote checkpoint, and converts one of another number of ranks, ZeRO stage or
     precision, in a folder of `run_dir` that is gone afterwards. All ranks call it."""
     state, scratch = checkpoint.state, run_dir / SCRATCH
-    reader = reader_of(model, train, world.world_size)
     same = is_same_layout(state, train, world.world_size)
 
     def prepare() -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         source = local_files(place, checkpoint, scratch / "fetched")
         if not same:
+            reader = reader_of(model, train, world.world_size)
             write_universal(source / SHARDS, scratch / "universal", state.zero_stage, reader)
         return source
 

@@ -2,18 +2,25 @@
 
 A save has three parts. Staging: every rank copies its state to host memory, while the step waits.
 Writing: a thread on each rank writes the copy to files aside, hashes them, and syncs them to disk.
-Publication: at a later step boundary all ranks agree that all files are written; then rank 0 writes
-the manifest, gives the folder its name, and moves `latest`. A rank that dies at any point leaves
-the checkpoints before as they were. A save that fails on some rank is dropped by all, told, and the
-run goes on.
+Publication: at a later step boundary all ranks agree that all files are written; then rank 0's
+thread writes the manifest, gives the folder its name, moves `latest`, and removes old checkpoints,
+of which all hear at a step boundary once more. A rank that dies at any point leaves the checkpoints
+before as they were. A save that fails on some rank is dropped by all, told, and the run goes on.
+
+Without `background` the step waits for all three parts, and nothing is copied: the training's own
+tensors are written. So it is, with a warning, where the copies do not fit the machine's memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
@@ -28,10 +35,17 @@ from tvr.trainer.checkpoint import (
     name_of,
     prune,
 )
-from tvr.trainer.checkpoint_manifest import FileRecord, SavedState, write_manifest
+from tvr.trainer.checkpoint_manifest import MANIFEST, FileRecord, SavedState, write_manifest
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_file
+from tvr.trainer.staging import no_room
 from tvr.trainer.world import World
+
+# Of the thread that writes beside the training: where all cores are taken it gets a tenth of one,
+# and steps do not wait for it. At 0 it lengthened steps by more than a synchronous save takes.
+NICENESS = 10
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,22 +57,35 @@ class Saved:
     """What went wrong, on the lowest rank where something did; none: the checkpoint is there."""
     num_bytes: int
     held_up_s: float
-    """How long the step waited for this rank's copy."""
+    """How long steps waited on this rank: for its copy, and for the ranks to agree; without
+    `background` for all of it."""
     seconds: float
     """From the start to the publication."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class _InFlight:
     state: SavedState
     aside: str
-    written: Future[dict[str, FileRecord]]
     began: float
-    held_up_s: float
+    written: Future[dict[str, FileRecord]]
+    published: Future[str | None] | None = None
+    """Begun once all ranks have written."""
+    held_up_s: float = 0.0
+
+    @property
+    def part(self) -> Future[Any]:
+        return self.published or self.written
+
+    @contextmanager
+    def holding_up(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.held_up_s += time.perf_counter() - before
 
 
 class Saver:
-    """One run's checkpoints at one place. `save`, `publish` and `finish` are collective."""
+    """One run's checkpoints at one place. `save`, `go_on` and `finish` are collective."""
 
     def __init__(
         self,
@@ -74,12 +101,18 @@ class Saver:
         self._world = world
         self._retention = retention
         self._background = background
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._has_room: bool | None = None
+        self._thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="checkpoint",
+            initializer=_give_way if background else None,
+        )
         self._in_flight: _InFlight | None = None
         world.from_first(self._clear)
 
-    def save(self, state: SavedState, stage: Callable[[], Mapping[str, Any]]) -> list[Saved]:
-        """Begins a save: `stage` copies this rank's state, by file name. `state.files` is filled.
+    def save(self, state: SavedState, stage: Callable[[bool], Mapping[str, Any]]) -> list[Saved]:
+        """Begins a save: `stage` gives this rank's state by file name, copied where it is told so.
+        `state.files` is filled.
 
         Returns how saves ended that this one had to wait for, itself among them without
         `background`.
@@ -87,55 +120,74 @@ class Saver:
         ended = self.finish()
         began = time.perf_counter()
         self.attempt.check()
-        staged = stage()
-        held_up_s = time.perf_counter() - began
+        staged = stage(self._copies(stage))
         aside = self._aside(state.step)
         self._in_flight = _InFlight(
             state=state,
             aside=aside,
-            written=self._thread.submit(_write_files, self.place, aside, staged),
             began=began,
-            held_up_s=held_up_s,
+            written=self._thread.submit(_write_files, self.place, aside, staged),
+            held_up_s=time.perf_counter() - began,
         )
         return ended if self._background else ended + self.finish()
 
     @property
-    def is_written(self) -> bool:
-        """Whether this rank's files of a save are all written, or will never be."""
-        return self._in_flight is not None and self._in_flight.written.done()
+    def is_ready(self) -> bool:
+        """Whether a save can `go_on` as far as this rank knows: its part of the work is done."""
+        return self._in_flight is not None and self._in_flight.part.done()
 
     def finish(self) -> list[Saved]:
-        """Waits for a save that is in flight, and publishes it."""
-        if self._in_flight is None:
-            return []
-        self._in_flight.written.exception()
-        self._world.barrier()
-        return [self.publish()]
+        """Waits for a save that is in flight."""
+        ended: list[Saved] = []
+        while self._in_flight is not None:
+            with self._in_flight.holding_up():
+                wait([self._in_flight.part])
+            ended += self.go_on()
+        return ended
 
-    def publish(self) -> Saved:
-        """Publishes the save in flight, or drops it where it failed on some rank.
-
-        For the boundary at which all ranks know that it `is_written` on all ranks.
-        """
+    def go_on(self) -> list[Saved]:
+        """For a boundary at which all ranks know that the save `is_ready` on all ranks: begins its
+        publication, or tells how it ended."""
         flight = self._in_flight
         assert flight is not None, "nothing is being saved"
+        with flight.holding_up():
+            if flight.published is None:
+                flight.published = self._publication(flight)
+                return []
+            # What is raised here, Fenced, ends the run.
+            error = self._world.from_first(flight.published.result)
         self._in_flight = None
-        everyone = self._world.gather_objects(_outcome(flight.written))
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
-        files = {name: record for records, _ in everyone for name, record in records.items()}
-        state = replace(flight.state, files=dict(sorted(files.items())))
-        error = errors[0] if errors else None
-        if error is None:
-            error = self._world.from_first(lambda: self._publish(flight.aside, state))
-        if error is not None:
-            self._world.from_first(lambda: self._drop(flight.aside))
-        return Saved(
-            step=state.step,
+        saved = Saved(
+            step=flight.state.step,
             error=error,
-            num_bytes=sum(record.num_bytes for record in files.values()),
+            num_bytes=sum(record.num_bytes for record in flight.state.files.values()),
             held_up_s=flight.held_up_s,
             seconds=time.perf_counter() - flight.began,
         )
+        return [saved]
+
+    def _copies(self, stage: Callable[[bool], Mapping[str, Any]]) -> bool:
+        if self._background and self._has_room is None:
+            short = no_room(stage(False), self._world)
+            self._has_room = short is None
+            if short is not None:
+                self._background = False
+                if self._world.is_first:
+                    log.warning("checkpoints are not written in the background: %s", short)
+        return self._background
+
+    def _publication(self, flight: _InFlight) -> Future[str | None]:
+        """Of what all ranks have written, or its end where one of them has not."""
+        everyone = self._world.gather_objects(_outcome(flight.written))
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
+        files = {name: record for records, _ in everyone for name, record in records.items()}
+        flight.state = replace(flight.state, files=dict(sorted(files.items())))
+        error = errors[0] if errors else None
+        if self._world.is_first:
+            return self._thread.submit(self._publish, flight.aside, flight.state, error)
+        done: Future[str | None] = Future()
+        done.set_result(None)
+        return done
 
     def _aside(self, step: int) -> str:
         # A store has no rename: there the manifest alone, which comes last, makes a checkpoint.
@@ -143,8 +195,14 @@ class Saver:
             return name_of(step)
         return f".{name_of(step)}.attempt-{self.attempt.number}.partial"
 
-    def _publish(self, aside: str, state: SavedState) -> str | None:
-        """What went wrong, if anything. Fenced is raised: it ends the run."""
+    def _publish(self, aside: str, state: SavedState, error: str | None) -> str | None:
+        """What went wrong, if anything; then nothing is left of it. Raises Fenced."""
+        error = error or self._published(aside, state)
+        if error is not None:
+            self._drop(aside)
+        return error
+
+    def _published(self, aside: str, state: SavedState) -> str | None:
         self.attempt.check()
         name = name_of(state.step)
         try:
@@ -174,13 +232,20 @@ class Saver:
                 self.place.remove(name)
 
     def _is_published(self, name: str) -> bool:
-        return self.place.is_local or "manifest.json" in self.place.names(name)
+        return self.place.is_local or MANIFEST in self.place.names(name)
 
 
 def shard_files(staged: Mapping[str, Any], rank: int, random: Any) -> dict[str, Any]:
     """One rank's part of a checkpoint by the names that its files have in there."""
     shards = {f"{SHARDS}/{name}": value for name, value in staged.items()}
     return {**shards, random_file(rank): random}
+
+
+def _give_way() -> None:
+    # On Linux a thread has a niceness of its own, by its id, and only the superuser lowers one.
+    thread = threading.get_native_id()
+    niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+    os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _write_files(place: Place, folder: str, staged: Mapping[str, Any]) -> dict[str, FileRecord]:

@@ -5,11 +5,18 @@ The memory is kept from one save to the next: fresh pages cost more than the cop
 
 from __future__ import annotations
 
+import resource
+import socket
 from pathlib import PurePath
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tvr.trainer.node_memory import ranks_here
+from tvr.trainer.world import World
 
 
 class Staging:
@@ -19,6 +26,8 @@ class Staging:
     """
 
     def __init__(self) -> None:
+        self.copies = True
+        """Whether to copy tensors; if not, they are the training's own, which a step changes."""
         self._buffers: dict[str, Tensor] = {}
         self._staged: dict[str, Any] = {}
 
@@ -58,7 +67,7 @@ class Staging:
 
     def _copied(self, value: Any, where: str) -> Any:
         if isinstance(value, Tensor):
-            return self._copy(value.detach(), where)
+            return self._copy(value.detach(), where) if self.copies else value.detach()
         if isinstance(value, dict):
             items = {key: self._copied(item, f"{where}/{key}") for key, item in value.items()}
             return type(value)(items)
@@ -75,3 +84,25 @@ class Staging:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self._buffers[where] = buffer
         return buffer.copy_(tensor)
+
+
+def no_room(state: Any, world: World) -> str | None:
+    """Why copies of the ranks' states do not fit the memory of some machine; none where they do.
+
+    A step is taken to need again what steps needed so far at their worst. The answer is the same
+    on all ranks, which all call it.
+    """
+    size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    coming = max(0, peak - psutil.Process().memory_info().rss)
+    here = ranks_here(world)
+    everyone = world.gather_objects((size, coming))
+    copies, steps = (sum(everyone[rank][n] for rank in here) for n in (0, 1))
+    free = psutil.virtual_memory().available
+    short = None
+    if copies + steps > free:
+        short = (
+            f"on {socket.gethostname()} {free / 1e9:.3g} GB are free, copies of its ranks' states"
+            f" take {copies / 1e9:.3g} GB, and a step up to {steps / 1e9:.3g} GB more"
+        )
+    return next((line for line in world.gather_objects(short) if line), None)

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tvr.trainer.model import build_model
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_state
 from tvr.trainer.run_log import LogWriter
-from tvr.trainer.saver import Saver, shard_files
+from tvr.trainer.saver import Saved, Saver, shard_files
 from tvr.trainer.step import OptimiserStep
 from tvr.trainer.stopwatch import Laps
 from tvr.trainer.world import World, join_world
@@ -61,6 +60,7 @@ class _Timed:
     def __init__(self, config: Config, folder: Path, world: World) -> None:
         self._config, self._folder, self._world = config, folder, world
         data = config.data
+        num_samples = read_manifest(data.train).num_samples
         tokenizer = tokenizer_of(config)
         self._attempt = world.from_first(lambda: begin_attempt(folder))
         torch.manual_seed(config.train.seed)
@@ -69,7 +69,6 @@ class _Timed:
         self._engine = Engine(model, config.train, world)
         self._watch = Laps(world.device)
         log = LogWriter(folder, self._attempt, world)
-        num_samples = read_manifest(data.train).num_samples
         self._step = OptimiserStep(config, self._engine, log, world, num_samples, watch=self._watch)
         self._batches = training_batches(config, tokenizer, world)
         self._done = 0
@@ -82,8 +81,8 @@ class _Timed:
             self._advance()
             if task.save_every and step and step % task.save_every == 0:
                 saver.save(self._state(), self._staged)
-            elif self._all_have(saver.is_written):
-                saver.publish()
+            elif self._all(saver.is_ready):
+                saver.go_on()
             self._watch.lap("save")
             parts = self._watch.take()
             taken += [parts] if step else []  # the first one's caches were cold
@@ -91,33 +90,43 @@ class _Timed:
         return self._answer(taken)
 
     def saves(self, task: Task) -> dict[str, Any]:
-        """Seconds that steps waited for each save in the background, and for each that was not."""
+        """What saves of both kinds took, and steps without any between them."""
         savers = {kind: self._saver(kind, background=kind == "background") for kind in KINDS}
-        waits: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        found: dict[str, list[Any]] = {kind: [] for kind in (*KINDS, "step_s")}
         num_bytes = 0
-        for _ in range(task.count + 1):
+        for counted in range(task.count + 1):
             for kind, saver in savers.items():
-                self._advance()
-                self._world.barrier()
-                ended, waited_s = _timed(lambda s=saver: s.save(self._state(), self._staged))
-                while kind == "background" and not ended:
-                    self._advance()  # training goes on while it is written
-                    if self._all_have(saver.is_written):
-                        published, more_s = _timed(lambda s=saver: s.publish())
-                        ended, waited_s = [published], waited_s + more_s
-                if ended[0].error is not None:
-                    raise OSError(ended[0].error)
-                waits[kind].append(waited_s)
-                num_bytes = ended[0].num_bytes
-        mine = {kind: found[1:] for kind, found in waits.items()}
-        return self._answer(mine) | {"checkpoint_bytes": num_bytes}
+                plain = [self._advance() for _ in range(PLAIN_STEPS)]
+                saved, record = self._save(saver)
+                num_bytes = saved.num_bytes
+                if counted:  # the first one's memory was new, and its caches were cold
+                    found[kind].append(record)
+                    found["step_s"] += plain
+        return self._answer(found) | {"checkpoint_bytes": num_bytes}
 
-    def _advance(self) -> None:
+    def _save(self, saver: Saver) -> tuple[Saved, dict[str, float]]:
+        """One save, and the seconds from its begin to its end, in which training goes on."""
+        self._world.barrier()
+        before, steps = time.perf_counter(), 0
+        ended = saver.save(self._state(), self._staged)
+        while not ended:
+            self._advance()
+            steps += 1
+            if self._all(saver.is_ready):
+                ended = saver.go_on()
+        (saved,) = ended
+        if saved.error is not None:
+            raise OSError(saved.error)
+        seconds = time.perf_counter() - before
+        return saved, {"waited_s": saved.held_up_s, "seconds": seconds, "steps": steps}
+
+    def _advance(self) -> float:
+        """The step's seconds."""
         self._done += 1
-        self._step.take(self._done, self._batches)
+        return self._step.take(self._done, self._batches)["step_s"]
 
-    def _all_have(self, written: bool) -> bool:
-        return all(self._world.gather_counts(int(written)))
+    def _all(self, ready: bool) -> bool:
+        return all(self._world.gather_counts(int(ready)))
 
     def _saver(self, name: str, *, background: bool) -> Saver:
         return Saver(
@@ -128,8 +137,8 @@ class _Timed:
             background=background,
         )
 
-    def _staged(self) -> dict[str, Any]:
-        return shard_files(self._engine.stage(), self._world.rank, random_state())
+    def _staged(self, copy: bool) -> dict[str, Any]:
+        return shard_files(self._engine.stage(copy=copy), self._world.rank, random_state())
 
     def _state(self) -> SavedState:
         return SavedState(
@@ -153,11 +162,8 @@ class _Timed:
 
 
 KINDS = ("background", "synchronous")
-
-
-def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    before = time.perf_counter()
-    return action(), time.perf_counter() - before
+PLAIN_STEPS = 3
+"""Before each save, to compare with."""
 
 
 if __name__ == "__main__":
