@@ -204,13 +204,14 @@ def test_a_state_goes_on_wherever_it_lay_before(taken: list[dict[str, Any]]) -> 
 
 
 def test_steps_do_not_reach_what_was_staged(taken: list[dict[str, Any]]) -> None:
-    for results in taken:
+    for rank, results in enumerate(taken):
         found = [name for name in results if name.startswith("copy ")]
         assert len(found) == 8
         for name in found:
             kept, live = results[name]
             assert kept
-            assert not live
+            # Without ZeRO all state is rank 0's to save.
+            assert live == (rank > 0 and name == "copy 0")
 
 
 def test_compiled_towers_give_the_same_to_rounding_under_the_same_names(
