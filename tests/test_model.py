@@ -289,7 +289,7 @@ def clip_folder(
 
 
 def test_a_clip_folder_gives_clips_own_embeddings(
-    clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer
+    clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, clip = clip_folder
     config = ModelConfig(pretrained=str(folder))
@@ -297,6 +297,7 @@ def test_a_clip_folder_gives_clips_own_embeddings(
     assert tokenizer_folder(config) == str(folder)
     torch.manual_seed(99)  # the weights come from the folder, whatever the seed
     model = build_model(config, LossConfig(), tokenizer, num_frames=2).eval()
+    assert not caplog.records  # each tower leaves the other's weights aside, and says nothing of it
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (4, 2, 3, 24, 24), dtype=torch.uint8, generator=generator)
     token_ids, word_mask = tokenizer(plain(*CAPTIONS))

@@ -12,7 +12,8 @@ was trained with as many as it has positions, and knows no mask: padding is part
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,6 +32,7 @@ from transformers import (
     SiglipTextModel,
     SiglipVisionModel,
 )
+from transformers.utils import logging
 
 from tvr.trainer.config import TowersConfig
 from tvr.trainer.tokenizer import Tokenizer
@@ -255,9 +257,10 @@ def check_captions(towers: Towers, tokenizer: Tokenizer) -> None:
 
 def _loaded(tower: Any, folder: str) -> Any:
     try:
-        model, found = tower.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        with _without_report():
+            model, found = tower.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model.pretrained={folder!r} holds no whole model: {error}") from None
     # transformers starts what is missing at random and only reports it.
@@ -267,6 +270,17 @@ def _loaded(tower: Any, folder: str) -> Any:
             f"model.pretrained={folder!r} lacks {len(absent)} weights of a tower, {absent[0]} first"
         )
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers would list the other tower's weights as unexpected, every time."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _shaped(tower: Any, folder: str) -> Any:
