@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from tvr.data_prep.records import TooManyBadSamples
 
@@ -15,10 +16,18 @@ class Budget:
 
     A sample counts once for `max_bad`, however often it is met: a run of many epochs must not spend
     its budget on one bad clip. Every failure counts for `max_bad_in_a_row`, which is about a store
-    that is down. The counts are this process's: a restarted run begins new ones.
+    that is down. `known` are bad samples that count already, each with its reason: those that a run
+    met before it was started again.
     """
 
-    def __init__(self, max_bad: int, what: str, max_bad_in_a_row: int | None = None) -> None:
+    def __init__(
+        self,
+        max_bad: int,
+        what: str,
+        max_bad_in_a_row: int | None = None,
+        *,
+        known: Mapping[str, str] | None = None,
+    ) -> None:
         if max_bad < 0:
             raise ValueError(
                 f"max_bad={max_bad} must be 0 or more (0 = stop at the first bad sample)"
@@ -28,8 +37,8 @@ class Budget:
         self.max_bad = max_bad
         self.max_bad_in_a_row = max_bad_in_a_row
         self.what = what
-        self.by_reason: Counter[str] = Counter()
-        self._seen: set[str] = set()
+        self.by_reason: Counter[str] = Counter((known or {}).values())
+        self._seen: set[str] = set(known or {})
         self._last: list[str] = []
         self._in_a_row = 0
 

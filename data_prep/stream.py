@@ -13,7 +13,7 @@ group; and connections are opened anew (reader.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,6 +48,7 @@ def train_batches(
     tokenize: Tokenize,
     max_bad: int,
     max_bad_in_a_row: int | None = None,
+    known_bad: Mapping[str, str] | None = None,
     views: Views = MIDDLES,
     decoder: Decoder = "pyav",
     word_drop: bool = False,
@@ -60,8 +61,9 @@ def train_batches(
     Step k consumes stream positions [k G, (k + 1) G), its micro-step m the run [k G + m W b, ...)
     of W b, and rank r the r-th run of b therein, for G = global_batch, W = world_size, b =
     micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
-    and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets, and
-    `max_bad_in_a_row` those with no sample between them that was read as planned.
+    and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets,
+    those of `known_bad` (keys with reasons) included, and `max_bad_in_a_row` those with no sample
+    between them that was read as planned.
     `views` says what is drawn anew each time. `word_drop` leaves out fillers of captions, see
     `drop_words`; the data set must be packed with words. `decoder` and `cache_bytes` (per worker)
     as in SampleReader; `shard_cache` likewise, per node.
@@ -104,7 +106,7 @@ def train_batches(
         from tvr.data_prep.beton_stream import beton_batches
 
         batches = beton_batches(reader, order, rows, runs, join, workers)
-    budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
+    budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row, known=known_bad)
     return _within_budget(batches, budget, micro_batch)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spawn import started
 from tiny import with_ranks
 
+from tvr.launchers.rank import end_process
+from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import weights_of
 from tvr.trainer.run_log import read_log
@@ -50,6 +53,24 @@ def run(config: Config, run_dir: Path, ranks: int) -> tuple[int, str]:
     with running(config, run_dir, ranks) as job:
         _, errors = job.communicate(timeout=TIMEOUT_S)
         return job.returncode, errors
+
+
+def train_rank(rank: int, world_size: int, settings: Path, run_dir: Path) -> None:
+    """`tvr train` on a rank of `spawn.started`, whose process has its exit code."""
+    end_process(tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]))
+
+
+def run_forked(
+    settings: Path, run_dir: Path, ranks: int, disturb: Callable[[list[int]], None] | None = None
+) -> list[int | None]:
+    """The exit codes of a run without a launcher, which starts at once; `disturb` gets the
+    processes of its ranks."""
+    with started(train_rank, ranks, settings, run_dir, timeout_s=TIMEOUT_S) as (processes, _):
+        if disturb is not None:
+            disturb([process.pid for process in processes if process.pid is not None])
+        for process in processes:
+            process.join(TIMEOUT_S)
+        return [process.exitcode for process in processes]
 
 
 def wait_for(job: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
@@ -137,10 +158,15 @@ def global_batches(run_dir: Path) -> dict[int, list[str]]:
     return dict(sorted(batches.items()))
 
 
+def as_after_step(step: int, whole: Path, run_dir: Path) -> None:
+    """Copies a run as it would stand, had it been killed after it saved a step."""
+    shutil.copytree(whole, run_dir)
+    checkpoints = run_dir / "checkpoints"
+    for folder in checkpoints.glob("step-*"):
+        if folder.name > f"step-{step:08d}":
+            shutil.rmtree(folder)
+    (checkpoints / "latest").write_text(f"step-{step:08d}\n")
+
+
 def with_stage(config: Config, zero_stage: int) -> Config:
     return replace(config, train=replace(config.train, zero_stage=zero_stage))
-
-
-def random_step(seed: int, first: int, last: int) -> int:
-    """Somewhere in the run, the same in every repetition of the test."""
-    return random.Random(seed).randint(first, last)

@@ -20,8 +20,10 @@ LAYERS = {
 }
 
 
-def save_clip(folder: Path, tokenizer: Tokenizer, *, width: int, image_size: int) -> CLIPModel:
-    """With the tokeniser beside the weights."""
+def save_clip(
+    folder: Path, tokenizer: Tokenizer, *, width: int, image_size: int, dropout: float = 0.0
+) -> CLIPModel:
+    """With the tokeniser beside the weights; `dropout` is that of attention."""
     words = {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": tokenizer.max_words,
@@ -29,7 +31,7 @@ def save_clip(folder: Path, tokenizer: Tokenizer, *, width: int, image_size: int
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
     }
-    common = LAYERS | {"projection_dim": width}
+    common = LAYERS | {"projection_dim": width, "attention_dropout": dropout}
     config = CLIPConfig(
         text_config=common | words,
         vision_config=common | {"image_size": image_size, "patch_size": 8},

@@ -9,11 +9,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+# Imported once, by the process that all ranks are forked from: that takes longer than most tests.
+PRELOADED = ["deepspeed", "tvr.trainer.cli", "tvr.trainer.loop"]
 
 
 def spawn(
@@ -24,10 +28,22 @@ def spawn(
     `fn` is a module-level function of a test module; arguments and values are picklable. Raises
     RuntimeError with the traceback of a rank that failed, TimeoutError when one is not done.
     """
-    context = multiprocessing.get_context("spawn")
+    with started(fn, world_size, *args, timeout_s=timeout_s) as (ranks, folder):
+        _wait(ranks, folder, timeout_s)
+        return [pickle.loads((folder / f"value-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+@contextmanager
+def started(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+) -> Iterator[tuple[list[BaseProcess], Path]]:
+    """The ranks' processes while they run `fn`, and the folder for what they leave; none of them
+    outlives the block."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="tvr-ranks-") as folder:
         job = pickle.dumps((fn, args))
-        ranks = [
+        ranks: list[BaseProcess] = [
             context.Process(
                 target=_run_rank, args=(rank, world_size, folder, job, timeout_s), daemon=False
             )
@@ -36,17 +52,13 @@ def spawn(
         try:
             for process in ranks:
                 process.start()
-            _wait(ranks, Path(folder), timeout_s)
+            yield ranks, Path(folder)
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                 if process.pid is not None:
                     process.join()
-        return [
-            pickle.loads((Path(folder) / f"value-{rank}").read_bytes())
-            for rank in range(world_size)
-        ]
 
 
 def _wait(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, with_ranks
+from tiny import damaged_data, tiny_config, with_ranks
 
-from tvr.data_prep.manifest import read_manifest
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import weights_of
@@ -194,20 +193,8 @@ def test_bad_settings_end_with_code_2_and_a_line_that_names_them(
     assert said in refused.stderr
 
 
-def damaged_data(data: Path, folder: Path) -> tuple[Path, str]:
-    """A copy of the training data with one byte of one sample flipped, and that sample's key."""
-    shutil.copytree(data / "train", folder)
-    samples = read_manifest(str(folder)).samples
-    row = 17
-    shard = folder / f"shard-{int(samples.shard[row]):06d}.tar"
-    content = bytearray(shard.read_bytes())
-    content[int(samples.offset[row]) + 600] ^= 1
-    shard.write_bytes(content)
-    return folder, str(samples.key[row])
-
-
 def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None:
-    folder, key = damaged_data(data, tmp_path / "damaged")
+    folder, (key,) = damaged_data(data, tmp_path / "damaged", rows=[17])
     config = tiny_config(
         data,
         data={"train": str(folder), "test": None},
@@ -223,7 +210,7 @@ def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None
 
 
 def test_a_spent_budget_on_one_rank_stops_all(data: Path, tmp_path: Path) -> None:
-    folder, key = damaged_data(data, tmp_path / "damaged")
+    folder, (key,) = damaged_data(data, tmp_path / "damaged", rows=[17])
     config = tiny_config(
         data,
         data={"train": str(folder), "test": None, "max_bad": 0},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tvr.data_prep.annotations import read_annotations
+from tvr.data_prep.manifest import read_manifest
 from tvr.data_prep.pack import pack_shards
 from tvr.data_prep.shapes import ANNOTATIONS, captions, demo_scenes, write_clips
 from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig, merged
@@ -40,6 +43,18 @@ def make_tiny_data(
         )
     said = [caption for scene in splits["train"] for caption in captions(scene)]
     train_tokenizer(said, folder / "tokenizer", vocab_size=560, max_words=MAX_WORDS)
+
+
+def damaged_data(data: Path, folder: Path, *, rows: Sequence[int]) -> tuple[Path, list[str]]:
+    """A copy of the training data with a byte of some samples flipped, and their keys."""
+    shutil.copytree(data / "train", folder)
+    samples = read_manifest(str(folder)).samples
+    for row in rows:
+        shard = folder / f"shard-{int(samples.shard[row]):06d}.tar"
+        content = bytearray(shard.read_bytes())
+        content[int(samples.offset[row]) + 600] ^= 1
+        shard.write_bytes(content)
+    return folder, [str(samples.key[row]) for row in rows]
 
 
 def tiny_config(folder: Path, **overrides: Any) -> Config:

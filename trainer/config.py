@@ -70,9 +70,9 @@ class DataConfig:
     """Most that this folder holds; what was used least recently goes first. At twice the size of
     16 shards, the next shards of the order are fetched while the present ones are read."""
     max_bad: NotNegative = 100
-    """Bad samples that a rank replaces before the run stops."""
+    """Different bad samples that a run replaces before it stops, on all ranks and over restarts."""
     max_bad_in_a_row: Positive = 20
-    """The same for bad samples with no good one between them."""
+    """The same for those that a rank meets with no good one between them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tvr.data_prep.records import Batch
 from tvr.data_prep.stream import evaluation_batches, train_batches
@@ -22,9 +22,15 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def training_batches(
-    config: Config, tokenizer: Tokenizer, world: World, *, start_step: int = 0
+    config: Config,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    start_step: int = 0,
+    known_bad: Mapping[str, str] | None = None,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from the one of step `start_step` on. Raises as `train_batches`."""
+    """This rank's micro-batches from the one of step `start_step` on; `known_bad` were met before,
+    on any rank. Raises as `train_batches`."""
     data, train = config.data, config.train
     return train_batches(
         data.train,
@@ -40,6 +46,7 @@ def training_batches(
         tokenize=tokenizer,
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
+        known_bad=known_bad,
         views=views(data),
         decoder=data.decoder,
         word_drop=data.word_drop,

@@ -122,7 +122,13 @@ class _Run:
         if 0 < start_step < train.steps:
             self.log.write("resumed", {"step": start_step, "attempt": self.saver.attempt.number})
         evaluation = self._missed_evaluation(start_step)
-        batches = training_batches(self.config, self.tokenizer, self.world, start_step=start_step)
+        batches = training_batches(
+            self.config,
+            self.tokenizer,
+            self.world,
+            start_step=start_step,
+            known_bad=dict(self.step.quarantine),
+        )
         with Progress(train.steps, start_step, enabled=self.world.is_first) as progress:
             for step in range(start_step, train.steps):
                 try:

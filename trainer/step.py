@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch, TooManyBadSamples
+from tvr.data_prep.budget import Budget
+from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.chunked import FeatureCache
 from tvr.trainer.config import Config, LossConfig, accumulation_steps
@@ -170,11 +171,19 @@ class OptimiserStep:
         self.tally.everyones_s = tuple(alone_s.tolist())
         if skipped.any():
             self.tally.bad.update(entry.key for entry in replaced)
-            for entries in world.gather_objects(replaced):
-                self.log.write_replaced(step, entries)
-                self.quarantine.update({entry.key: entry.reason for entry in entries})
-                self.tally.skipped.update(entry.reason for entry in entries)
+            bad = [entry for entries in world.gather_objects(replaced) for entry in entries]
+            self.log.write_replaced(step, bad)
+            self.tally.skipped.update(entry.reason for entry in bad)
+            self._set_apart(bad)
         return mine.for_backward, values.sum(0)
+
+    def _set_apart(self, entries: Sequence[Replacement]) -> None:
+        """All ranks' bad samples count for the run's budget, and those of its earlier starts."""
+        data = self.config.data
+        budget = Budget(data.max_bad, f"in {data.train} on all ranks", known=self.quarantine)
+        for entry in entries:
+            self.quarantine[entry.key] = entry.reason
+            budget.spend(entry.key, entry.reason, entry.detail)
 
 
 def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:
