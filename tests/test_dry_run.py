@@ -17,7 +17,7 @@ from tvr.trainer import dry_run
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.engine import Engine
-from tvr.trainer.model import build_model, build_outline, model_inputs
+from tvr.trainer.model import build_model, build_outline, checkpoint_activations, model_inputs
 from tvr.trainer.outline import AliveBytes, activation_bytes, checkpoint_bytes, model_bytes
 from tvr.trainer.synthetic import random_batches, share_of_one, take_synthetic_step
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
@@ -180,14 +180,21 @@ def test_random_batches_fill_all_slots_and_repeat_no_video(
     assert share_of_one(config, 4).train.global_batch == 2
 
 
-@pytest.mark.parametrize("frames", [3, 12])
+@pytest.mark.parametrize(("frames", "again"), [(3, False), (12, False), (12, True)])
 def test_activations_on_the_meta_device_bound_those_of_real_tensors(
-    data: Path, tokenizer: Tokenizer, frames: int
+    data: Path, tokenizer: Tokenizer, frames: int, again: bool
 ) -> None:
     shape = {"width": 128, "heads": 4, "layers": 4, "image_size": 64}
-    config = tiny_config(data, data={"num_frames": frames}, model={"towers": shape})
+    config = tiny_config(
+        data,
+        data={"num_frames": frames},
+        model={"towers": shape},
+        train={"activation_checkpointing": again},
+    )
     config = replace(config, loss=replace(config.loss, tpm_cl=0))
     model = build_model(config.model, config.loss, tokenizer, num_frames=frames)
+    if again:
+        checkpoint_activations(model)
     inputs = model_inputs(next(random_batches(config, tokenizer)), torch.device("cpu"))
     with AliveBytes(model.parameters()) as alive:
         features = model(*inputs)
@@ -197,7 +204,11 @@ def test_activations_on_the_meta_device_bound_those_of_real_tensors(
     measured = max(forward, alive.peak - gradients)
     assert measured > 5e6
     # Above, since attention scores count as held, and never far above at this length.
-    assert measured <= activation_bytes(config, tokenizer) < 1.15 * measured
+    estimated = activation_bytes(config, tokenizer)
+    assert measured <= estimated < 1.15 * measured
+    if again:
+        whole = replace(config, train=replace(config.train, activation_checkpointing=False))
+        assert estimated < 0.5 * activation_bytes(whole, tokenizer)
 
 
 STAGES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in (1, 2, 3)]

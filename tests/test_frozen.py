@@ -3,27 +3,22 @@ train, and go on at any stage and number of ranks, whatever the new process bega
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from carried import CPU, engine_from, losses, model_of, save_state, universal_of
 from spawn import spawn
-from test_universal import losses
 from tiny import tiny_config, with_ranks
 
-from tvr.trainer.engine import Engine, reader_of, weights_of, write_universal
-from tvr.trainer.model import TextVideoModel, build_model
-from tvr.trainer.tokenizer import load_tokenizer
-from tvr.trainer.universal import load_frozen
+from tvr.trainer.engine import Engine, weights_of
 from tvr.trainer.world import World
 
 KINDS: dict[str, dict[str, Any]] = {"layers": {"freeze": 1}, "lora": {"lora_rank": 2}}
 STAGES = (1, 3)
 RANKS = (1, 2)
 BEFORE, AFTER = 2, 2
-CPU = torch.device("cpu")
 
 
 def settings(data: Path, kind: str, stage: int, world_size: int) -> Any:
@@ -37,24 +32,15 @@ def settings(data: Path, kind: str, stage: int, world_size: int) -> Any:
     return with_ranks(tiny_config(data, train=changes, model=KINDS[kind]), world_size)
 
 
-def model_of(config: Any, seed: int) -> TextVideoModel:
-    tokenizer = load_tokenizer(config.model.tokenizer, config.data.max_words)
-    torch.manual_seed(seed)
-    return build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-
-
 def save_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, list[float]]:
     """Trains and saves every kind at every stage; the losses of the steps beyond, at ZeRO-1."""
     world, beyond = World(rank=rank, world_size=world_size, device=CPU), {}
     for kind in KINDS:
         for stage in STAGES:
             config = settings(data, kind, stage, world_size)
-            engine = Engine(model_of(config, 0), config.train, world)
+            engine = Engine(model_of(config), config.train, world)
             losses(engine, config, world, 0, BEFORE)
-            shards = folder / f"{kind}-{stage}-{world_size}" / "shards"
-            shards.mkdir(parents=True, exist_ok=True)
-            for name, value in engine.stage().items():
-                torch.save(value, shards / name)
+            save_state(engine, folder / f"{kind}-{stage}-{world_size}", world)
             if stage == 1:
                 beyond[kind] = losses(engine, config, world, BEFORE, AFTER)
     return beyond
@@ -68,23 +54,12 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path) -> Any:
         kind, was_stage, was_ranks = source.name.split("-")
         for stage in STAGES:
             config = settings(data, kind, stage, world_size)
-            model, shards = model_of(config, 1), source / "shards"
-            same = (int(was_stage), int(was_ranks)) == (stage, world_size)
-            if same:
-                engine = Engine(model, config.train, world)
-                engine.load(shards)
+            if (int(was_stage), int(was_ranks)) == (stage, world_size):
+                engine = Engine(model_of(config, seed=1), config.train, world)
+                engine.load(source / "shards")
             else:
-                reader = reader_of(model, config.train, world_size)
-                scratch = world.from_first(lambda: tempfile.mkdtemp(prefix="tvr-frozen-"))
-                universal = Path(scratch) / "universal"
-                world.from_first(
-                    lambda s=shards, u=universal, w=int(was_stage), r=reader: write_universal(
-                        s, u, w, r
-                    )
-                )
-                load_frozen(model, universal)
-                engine = Engine(model, config.train, world, universal=True)
-                engine.load(universal)
+                universal = universal_of(config, source, int(was_stage), world)
+                engine = engine_from(config, universal, world, seed=1)
             results[source.name, stage] = losses(engine, config, world, BEFORE, AFTER)
     return results
 
@@ -114,7 +89,7 @@ def test_any_stage_and_number_of_ranks_goes_on_at_any_other(
 def test_a_checkpoint_holds_all_weights_and_frozen_ones_as_they_were(
     data: Path, saved: tuple[Path, Any], kind: str
 ) -> None:
-    model = model_of(settings(data, kind, 1, 1), 0)
+    model = model_of(settings(data, kind, 1, 1))
     start = model.state_dict()
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("tower." in name for name in trains)

@@ -3,27 +3,21 @@ one that was never moved, to rounding."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from carried import CPU, engine_from, losses, model_of, save_state, universal_of
 from spawn import spawn
 from tiny import tiny_config, with_ranks
 
-from tvr.trainer.engine import Engine, reader_of, weights_of, write_universal
-from tvr.trainer.gather import gather_rows
-from tvr.trainer.inputs import training_batches
-from tvr.trainer.model import build_model, model_inputs
-from tvr.trainer.objective import objective
-from tvr.trainer.tokenizer import load_tokenizer
+from tvr.trainer.engine import Engine, weights_of
 from tvr.trainer.world import World
 
 STAGES = (0, 1, 2, 3)
 RANKS = (1, 2)
-BEFORE, AFTER = 3, 3
-CPU = torch.device("cpu")
+BEFORE, AFTER = 3, 2
 
 
 def settings(data: Path, stage: int, world_size: int, precision: str = "fp32") -> Any:
@@ -39,30 +33,6 @@ def settings(data: Path, stage: int, world_size: int, precision: str = "fp32") -
     return with_ranks(tiny_config(data, train=changes), world_size)
 
 
-def losses(engine: Engine, config: Any, world: World, first: int, count: int) -> list[float]:
-    """Losses of steps first + 1 to first + count, each followed by its update."""
-    tokenizer = load_tokenizer(config.model.tokenizer, config.data.max_words)
-    batches = training_batches(config, tokenizer, world)
-    for _ in range(first):
-        next(batches)
-    values = []
-    for _ in range(count):
-        batch = next(batches)
-        features = engine.encode(*model_inputs(batch, CPU))
-        mine = objective(features, batch.video_ids, config.model, config.loss, world)
-        engine.backward(mine.for_backward)
-        engine.step(1.0)
-        everyone = gather_rows(mine.shares[None], world, (1,) * world.world_size)
-        values.append(float(everyone[:, 0].sum()))
-    return values
-
-
-def model_of(config: Any) -> Any:
-    tokenizer = load_tokenizer(config.model.tokenizer, config.data.max_words)
-    torch.manual_seed(0)
-    return build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-
-
 def save_all(rank: int, world_size: int, data: Path, folder: Path) -> list[float]:
     """Trains and saves at every stage; and the losses of the steps beyond, at ZeRO-1."""
     world, beyond = World(rank=rank, world_size=world_size, device=CPU), []
@@ -70,10 +40,7 @@ def save_all(rank: int, world_size: int, data: Path, folder: Path) -> list[float
         config = settings(data, stage, world_size)
         engine = Engine(model_of(config), config.train, world)
         losses(engine, config, world, 0, BEFORE)
-        shards = folder / f"{stage}-{world_size}" / "shards"
-        shards.mkdir(parents=True, exist_ok=True)
-        for name, value in engine.stage().items():
-            torch.save(value, shards / name)
+        save_state(engine, folder / f"{stage}-{world_size}", world)
         if stage == 1:
             beyond = losses(engine, config, world, BEFORE, AFTER)
     return beyond
@@ -84,21 +51,12 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path, precision: st
     world = World(rank=rank, world_size=world_size, device=CPU)
     results = {}
     for source in sorted(folder.iterdir()):
-        was_stage = int(source.name[0])
         for stage in STAGES:
             if precision == "bf16" and stage == 0:
                 continue
             config = settings(data, stage, world_size, precision)
-            model = model_of(config)
-            reader = reader_of(model, config.train, world_size)
-            scratch = world.from_first(lambda: tempfile.mkdtemp(prefix="tvr-universal-"))
-            universal = Path(scratch) / "universal"
-            shards, wanted = source / "shards", was_stage
-            world.from_first(
-                lambda s=shards, u=universal, w=wanted, r=reader: write_universal(s, u, w, r)
-            )
-            engine = Engine(model, config.train, world, universal=True)
-            engine.load(universal)
+            universal = universal_of(config, source, int(source.name[0]), world)
+            engine = engine_from(config, universal, world)
             results[source.name, stage] = losses(engine, config, world, BEFORE, AFTER)
     return results
 

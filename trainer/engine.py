@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.deepspeed_config import deepspeed_config, is_fused
-from tvr.trainer.model import Features, TextVideoModel
+from tvr.trainer.model import Features, TextVideoModel, checkpoint_activations
 from tvr.trainer.staging import Staging
 from tvr.trainer.trained import parameter_groups
 from tvr.trainer.universal import (
@@ -224,9 +224,9 @@ def _backend(world: World) -> str:
 
 def _change_towers(model: TextVideoModel, train: TrainConfig) -> None:
     """Activation checkpointing and compilation of the towers' layers, in place."""
+    if train.activation_checkpointing:
+        checkpoint_activations(model)
     for tower in (model.text_tower, model.image_tower):
-        if train.activation_checkpointing:
-            tower.activation_checkpointing_enable({"use_reentrant": False})
         if train.compile:
             for layer in tower.modules():
                 if isinstance(layer, GradientCheckpointingLayer):

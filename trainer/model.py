@@ -202,6 +202,12 @@ def build_outline(
         return _built(model, loss, tokenizer, num_frames, weights=False)
 
 
+def checkpoint_activations(model: TextVideoModel) -> None:
+    """Keeps the inputs of the towers' layers alone for the backward, which runs them again."""
+    for tower in (model.text_tower, model.image_tower):
+        tower.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def tokenizer_folder(model: ModelConfig) -> str:
     """The local folder with the tokeniser.
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tvr.trainer.config import Config, TrainConfig
-from tvr.trainer.model import TextVideoModel, build_outline, image_size
+from tvr.trainer.model import TextVideoModel, build_outline, checkpoint_activations, image_size
 from tvr.trainer.tokenizer import Tokenizer
 
 FP32, BF16 = 4, 2
@@ -65,6 +65,8 @@ def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
     """
     loss = replace(config.loss, tpm_cl=0)
     model = build_outline(config.model, loss, tokenizer, num_frames=config.data.num_frames)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
     if config.train.precision == "bf16":
         model = model.to(torch.bfloat16)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -122,10 +122,11 @@ def large_scale_l14_64gpu() -> Config:
     3,051 steps of 16,384 pairs: 5 passes over 10,000,000 videos. Everything here is chosen by us
     and untried but the method's constants, betas and temperature: with 128 times CLIP4Clip's batch
     the towers get 1e-6, and a decay of 0.05. `tvr train --dry-run --ranks 64` tells what a rank
-    needs. The gradient cache makes one loss of 16,384 pairs of which a rank encodes 8 (96 frames)
-    at a time, with some 38 GB of activations. The similarity's own peak is 4.3 GB with gathered
-    frames and kept scores: neither `ring` nor `stream` is needed. Frames and crops are drawn anew,
-    so pack in the video layout.
+    needs. The gradient cache makes one loss of 16,384 pairs of which a rank encodes 32 (384 frames)
+    at a time, with some 13 GB of activations, since the towers' layers run again for the backward
+    (without that 38 GB for every 8). The similarity's own peak is 4.3 GB with gathered frames and
+    kept scores: neither `ring` nor `stream` is needed. Frames and crops are drawn anew, so pack in
+    the video layout.
     """
     name, batch = "large_scale_l14_64gpu", 16_384
     steps = PASSES[name].steps(batch)
@@ -143,8 +144,9 @@ def large_scale_l14_64gpu() -> Config:
         train=TrainConfig(
             steps=steps,
             global_batch=batch,
-            micro_batch=8,
+            micro_batch=32,
             gradient_cache=True,
+            activation_checkpointing=True,
             learning_rate=1e-4,
             encoder_learning_rate=1e-6,
             warmup_steps=steps // 10,
