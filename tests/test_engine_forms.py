@@ -46,10 +46,10 @@ COMPILED = [(0, {"compile": True}), (1, {"compile": True} | OPTIMIZER | RECOMPUT
 Taken = tuple[list[float], dict[str, Tensor]]
 
 
-def settings(data: Path, stage: int, world_size: int, *, layers: int = 2, **form: Any) -> Config:
+def settings(data: Path, stage: int, world_size: int, **form: Any) -> Config:
     # Without clipping, whose norm is summed in another order at each stage.
     changes = {"zero_stage": stage, "learning_rate": 3e-3, "weight_decay": 0.5, "gradient_clip": 0}
-    config = tiny_config(data, model={"towers": {"layers": layers}}, train=changes | form)
+    config = tiny_config(data, model={"towers": {"layers": 2}}, train=changes | form)
     return with_ranks(config, world_size)
 
 
@@ -141,7 +141,7 @@ def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[
     """Steps, names in the checkpoint, and features in evaluation, compiled and not."""
     world, results = World(rank=rank, world_size=world_size, device=CPU), {}
     for stage, form in [(0, {}), *COMPILED]:
-        config = settings(data, stage, world_size, layers=1, **form)
+        config = settings(data, stage, world_size, **form)
         engine = Engine(model_of(config), config.train, world)
         tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
         engine.training(False)

@@ -1,0 +1,104 @@
+"""Runs that meet damaged checkpoints and a disk without room: they say so, and go on."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from test_checkpoint import DAMAGE
+from test_metrics import samples
+from tiny import tiny_config, with_ranks
+
+from tvr.trainer.checkpoint import newest_whole
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.loop import train
+from tvr.trainer.place import Place
+from tvr.trainer.world import World
+
+ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
+STEPS = 6
+# Above what the log and the settings take, below a rank's part of a checkpoint.
+NO_ROOM = 30_000
+FULL_STEPS = 80
+
+
+def settings(data: Path, steps: int) -> Config:
+    return tiny_config(
+        data,
+        data={"test": None, "test_exchanged": None},
+        train={"steps": steps, "log_every": 2},
+        checkpoint={"every": 2, "keep_last": STEPS},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train(settings(data, STEPS), run_dir)
+    return run_dir
+
+
+FILES = ["manifest.json", "random-rank-00000.pt", "mp_rank_00_model_states.pt", "optim_states.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "one bit") for name in FILES), (FILES[3], "truncated"), (FILES[2], "gone")],
+)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    data: Path, whole: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    config, run_dir = settings(data, STEPS), tmp_path / "run"
+    jobs.as_after_step(4, whole, run_dir)
+    folder = run_dir / "checkpoints" / "step-00000004"
+    (path,) = folder.rglob(f"*{name}")
+    DAMAGE[kind](path)
+    train(config, run_dir)
+    (told,) = jobs.events(run_dir, "checkpoint_damaged")
+    assert any(str(path) in line for line in told["errors"])
+    assert [event["step"] for event in jobs.events(run_dir, "resumed")] == [2]
+    assert jobs.losses(run_dir) == jobs.losses(whole)
+    ours, theirs = (jobs.final_weights(run, config) for run in (run_dir, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + jobs.TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.01)
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path) -> None:
+    config, run_dir = with_ranks(settings(data, FULL_STEPS), 2), tmp_path / "run"
+    file = tmp_path / "settings.json"
+    file.write_text(to_json(config))
+    place, left = Place(str(run_dir / "checkpoints")), []
+
+    def fill_the_disk(pids: list[int]) -> None:
+        until(lambda: jobs.steps_logged(run_dir) >= 4)
+        before = resource.prlimit(pids[1], resource.RLIMIT_FSIZE)
+        resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (NO_ROOM, before[1]))
+        until(lambda: bool(jobs.events(run_dir, "save_failed")))
+        left.append(newest_whole(place, ALONE).newest)
+        resource.prlimit(pids[1], resource.RLIMIT_FSIZE, before)
+
+    assert jobs.run_forked(file, run_dir, 2, fill_the_disk) == [0, 0]
+    failed = jobs.events(run_dir, "save_failed")
+    assert all(event["error"].startswith("rank 1: ") for event in failed)
+    assert left[0] is not None
+    assert left[0].state.step < failed[0]["step"]
+    (written,) = (run_dir / "metrics").glob("*.prom")
+    last = samples(written.read_text())
+    assert last["tvr_checkpoint_failures_total",] == len(failed) >= 1
+    assert last["tvr_checkpoint_saves_total",] == len(jobs.events(run_dir, "saved"))
+    found = newest_whole(place, ALONE)
+    assert found.damaged == {}
+    assert found.newest is not None
+    assert found.newest.state.step == FULL_STEPS
+    assert jobs.steps_logged(run_dir) == FULL_STEPS
