@@ -19,8 +19,10 @@ from tvr.trainer.config import Config, DataConfig, TrainConfig, merged, to_json
 from tvr.trainer.dashboard import read_run, write_dashboard
 from tvr.trainer.history import MOST_POINTS, Curve, history, thinned
 from tvr.trainer.metrics import TRAINING
+from tvr.trainer.monitor import GAUGES
 from tvr.trainer.panels import GROUPS, panels
 from tvr.trainer.run_log import read_log
+from tvr.trainer.stopwatch import ALL_PARTS
 
 STEPS = 4
 SAVED = {"event": "saved", "num_bytes": 1000, "held_up_s": 0.5, "seconds": 2.0}
@@ -71,11 +73,33 @@ def test_curves_are_what_the_log_says(tmp_path: Path) -> None:
     assert found["tvr_checkpoint_timestamp_seconds",].y == [60.0, 120.0, 59.0, 119.0]
 
 
+def test_counters_are_drawn_as_what_a_step_added(tmp_path: Path) -> None:
+    def counted(number: int, **reads: int) -> dict[str, Any]:
+        return logged(number, reads=reads)
+
+    events = [counted(10, local=80), counted(20, local=160, store=40)]
+    # Steps 21 to 25 were saved and not logged; counters begin at 0 with each start.
+    events += [{"event": "resumed", "step": 25, "attempt": 2}, counted(30, local=40)]
+    found = read_run(write_run(tmp_path / "run", *events)).history
+    assert found["tvr_data_reads_total", "local"] == Curve([10, 20, 30], [8.0, 8.0, 8.0])
+    assert found["tvr_data_reads_total", "store"] == Curve([20], [4.0])
+    (reads,) = [panel for panel in panels([found])["Data"] if panel.metric.endswith("reads_total")]
+    assert [(line.label, line.x, line.y) for line in reads.lines] == [
+        ("local", [10, 20, 30], [8.0, 8.0, 8.0]),
+        ("store", [10, 20, 30], [0.0, 4.0, 0.0]),
+    ]
+
+
 def test_every_curve_has_a_panel_and_every_panel_a_metric(tmp_path: Path) -> None:
-    drawn = {form.metric for forms in GROUPS.values() for form in forms}
+    forms = [form for forms in GROUPS.values() for form in forms]
+    drawn = {name for form in forms for name in (form.metric, form.beside) if name}
     assert drawn <= {metric.name for metric in TRAINING.metrics}
-    run = write_run(tmp_path / "run", logged(1), saved(1), evaluation(1))
-    found = read_run(run).history
+    more = {key: 0.5 for key in GAUGES} | {"step": 1, "parts_s": dict.fromkeys(ALL_PARTS, 0.1)}
+    more |= {"reads": {"local": 8}, "received_bytes": {"all_gather": 4}, "host_memory_bytes": 1e9}
+    more |= {"device_memory_bytes": {"peak": 1e9}}
+    found = read_run(
+        write_run(tmp_path / "run", logged(1, **more), saved(1), evaluation(1))
+    ).history
     assert {name for name, *_ in found} <= drawn
     assert set(found) <= set(TRAINING.places)
 

@@ -22,6 +22,7 @@ from tiny import tiny_config
 from tvr.trainer import dashboard
 from tvr.trainer.dashboard import write_dashboard
 from tvr.trainer.loop import train
+from tvr.trainer.stopwatch import ALL_PARTS
 
 STEPS, LEFT_AFTER = 40, 12
 
@@ -30,7 +31,8 @@ STEPS, LEFT_AFTER = 40, 12
 DRAWN = """
 [...document.querySelectorAll(".panel")].flatMap((panel) => {
   const plot = panel.querySelector(".chart"), { xaxis, yaxis } = plot._fullLayout;
-  return [...panel.querySelectorAll("g.trace.scatter")].map((trace) => {
+  const traces = [...panel.querySelectorAll("g.trace.scatter")];
+  return traces.filter((trace) => trace.querySelector("path.js-line")).map((trace) => {
     const of = plot._fullData.find((data) => trace.classList.contains(`trace${data.uid}`));
     const path = trace.querySelector("path.js-line").getAttribute("d");
     const points = path.match(/-?[\\d.]+,-?[\\d.]+/g).map((point) => point.split(",").map(Number));
@@ -159,6 +161,17 @@ WANTED: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = {
     ("tvr_data_wait_seconds_total", ""): ("step", a_step("data_wait_s")),
     ("tvr_train_hard_negatives_per_row", ""): ("step", a_step("hard_negatives_per_row")),
     ("tvr_train_temperature", ""): ("step", lambda event: 0.01),
+    ("tvr_train_goodput_ratio", ""): ("step", a_step("goodput")),
+    ("tvr_train_straggler_gap_seconds", ""): ("step", a_step("straggler_gap_s")),
+    ("tvr_train_positive_similarity", "positive similarity"): (
+        "step",
+        a_step("positive_similarity"),
+    ),
+    ("tvr_train_positive_similarity", "hardest negative similarity"): (
+        "step",
+        a_step("hardest_similarity"),
+    ),
+    ("tvr_host_memory_bytes", ""): ("step", a_step("host_memory_bytes")),
     ("tvr_checkpoint_seconds", ""): ("saved", a_step("seconds")),
     ("tvr_checkpoint_held_up_seconds", ""): ("saved", a_step("held_up_s")),
     ("tvr_checkpoint_bytes", ""): ("saved", a_step("num_bytes")),
@@ -181,6 +194,8 @@ def assert_drawn(lines: list[Line], run_dir: Path, *, run: int = 0, until: int =
     found = {(line.panel, line.label): line for line in lines if line.run == run}
     for name, (kind, value) in WANTED.items():
         events = [event for event in jobs.events(run_dir, kind) if event["step"] <= until]
+        # A start's first step has no straggler yet.
+        events = [event for event in events if value(event) is not None]
         assert (name in found) == bool(events), name
         if not events:
             continue
@@ -194,6 +209,17 @@ def test_what_is_drawn_is_what_the_log_says(seen: Seen) -> None:
     assert_drawn(seen.after, seen.run_dir)
     assert seen.state == "finished"
     assert seen.errors == []
+
+
+def test_the_parts_of_a_step_are_stacked(seen: Seen) -> None:
+    lines = [line for line in seen.after if line.panel == "tvr_train_part_seconds_total-0"]
+    assert [line.label for line in lines] == list(ALL_PARTS)
+    events = jobs.events(seen.run_dir, "step")
+    for place, line in enumerate(lines):
+        assert line.x == [event["step"] for event in events]
+        for event, (least, most) in zip(events, line.y, strict=True):
+            below = sum(event["parts_s"].get(part, 0.0) for part in ALL_PARTS[: place + 1])
+            assert least <= below <= most, (line.label, event["step"])
 
 
 def test_an_open_page_takes_over_the_new_points(seen: Seen) -> None:
@@ -239,7 +265,8 @@ def test_runs_are_laid_over_one_another(
     lines = drawn(tab)
     assert_drawn(lines, seen.run_dir, run=0)
     assert_drawn(lines, other, run=1)
-    colours = {run: {line.colour for line in lines if line.run == run} for run in (0, 1)}
+    losses = [line for line in lines if line.panel == "tvr_train_loss"]
+    colours = [{line.colour for line in losses if line.run == run} for run in (0, 1)]
     assert len(colours[0]) == len(colours[1]) == 1
     assert colours[0] != colours[1]
     text = tab.value("document.getElementById('runs').innerText")
@@ -258,6 +285,7 @@ def test_runs_are_laid_over_one_another(
 
 def test_keys_and_pointer_tell_the_values_of_a_step(seen: Seen) -> None:
     tab = seen.tab
+    tab.call("Page.bringToFront")
     losses = jobs.losses(seen.run_dir)
     chart = "document.querySelector('#tvr_train_loss .chart')"
     assert f"total{losses[-1]:.4g}" in tab.value(f"{chart}.getAttribute('aria-label')")
@@ -273,9 +301,8 @@ def test_keys_and_pointer_tell_the_values_of_a_step(seen: Seen) -> None:
     box = tab.value(f"(({{left, top}}) => [left, top])({chart}.getBoundingClientRect())")
     at = tab.value(f"{chart}._fullLayout.xaxis._offset + {chart}._fullLayout.xaxis.d2p(20)")
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + at, y=box[1] + 100)
-    hover = tab.wait_for(f"({chart}.querySelector('.hoverlayer') || {{}}).textContent")
-    assert "step 20" in hover
-    assert f"total {losses[19]:.4g}" in hover
+    tab.wait_for(f"{chart}.querySelector('.cursor').dataset.at === 'step 20'")
+    assert f"total{losses[19]:.4g}" in tab.value("byId('tvr_train_loss').innerText")
 
 
 def test_time_as_the_axis_and_a_smoothing_that_keeps_the_values(

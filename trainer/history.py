@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,16 @@ _OF_A_STEP: dict[str, Series] = {
     "step_s": ("tvr_train_step_seconds",),
     "data_wait_s": ("tvr_data_wait_seconds_total",),
     "host_memory_bytes": ("tvr_host_memory_bytes",),
+}
+# Of these an event has several by name, which is the metric's label.
+_NAMED = {
+    "parts_s": "tvr_train_part_seconds_total",
+    "device_memory_bytes": "tvr_device_memory_bytes",
+}
+# The same, counted since the start of the job.
+_COUNTED = {
+    "received_bytes": "tvr_train_received_bytes_total",
+    "reads": "tvr_data_reads_total",
 }
 _OF_A_SAVE: dict[str, Series] = {
     "seconds": ("tvr_checkpoint_seconds",),
@@ -60,9 +70,8 @@ def clock(log: RunLog) -> Curve:
 def thinned(curves: Sequence[Curve], most: int = MOST_POINTS) -> list[Curve]:
     """The same curves with at most `most` points, of which the highest and lowest of each stretch
     stay, so that no spike is lost. Curves over the same steps keep the same ones, by their sum."""
-    (first, *_) = curves
-    assert all(curve.x == first.x for curve in curves), "one of curves over other steps"
-    if len(first.x) <= most:
+    assert all(curve.x == curves[0].x for curve in curves), "curves over different steps"
+    if not curves or len(curves[0].x) <= most:
         return list(curves)
     total = np.sum([curve.y for curve in curves], axis=0)
     kept = {0, len(total) - 1}
@@ -87,10 +96,13 @@ def _values(log: RunLog, config: Mapping[str, Any]) -> Iterator[tuple[Series, in
         step = event["step"]
         yield ("tvr_train_frames_per_second",), step, num_frames * event["samples_per_s"]
         yield ("tvr_train_temperature",), step, temperature
-        for part, seconds in event.get("parts_s", {}).items():
-            yield ("tvr_train_part_seconds_total", part.replace(" ", "_")), step, seconds
+        for key, metric in _NAMED.items():
+            for name, value in event.get(key, {}).items():
+                yield (metric, name.replace(" ", "_")), step, value
         if event.get("penalty") is not None:
             yield ("tvr_train_negative_weight",), step, config["loss"]["neg_nce_weight"]
+    for key, metric in _COUNTED.items():
+        yield from _of_each_step(log, key, metric)
     for event in log.evaluations:
         yield from _of_an_evaluation(event)
     for event in log.saves:
@@ -104,6 +116,21 @@ def _picked(
 ) -> Iterator[tuple[Series, int, Any]]:
     for key, series in names.items():
         yield series, event["step"], event.get(key)
+
+
+def _of_each_step(log: RunLog, key: str, metric: str) -> Iterator[tuple[Series, int, Any]]:
+    """What a step added to counters, in the mean over the steps since the last one that was
+    logged. They begin anew where the run was resumed."""
+    before: Mapping[str, float] = {}
+    last, resumed = 0, sorted(log.resumed_at)
+    for event in log.steps:
+        step, counts = event["step"], event.get(key) or {}
+        started = resumed[at - 1] if (at := bisect_left(resumed, step)) else 0
+        if started >= last:
+            before, last = {}, started
+        for name, count in counts.items():
+            yield (metric, name), step, (count - before.get(name, 0)) / (step - last)
+        before, last = counts, step
 
 
 def _of_an_evaluation(event: Mapping[str, Any]) -> Iterator[tuple[Series, int, Any]]:

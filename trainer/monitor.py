@@ -173,8 +173,9 @@ class NodeMonitor(Monitor):
             "model_flops_per_s": flops_per_s,
             "mfu": None if self._peak_flops is None else flops_per_s / self._peak_flops,
             "parts_s": parts,
-            "received_bytes": self._world.received.total(),
-            "host_memory_bytes": self._memory(values),
+            "received_bytes": dict(self._world.received),
+            "reads": dict(tally.reads),
+            **self._memory(values),
         }
         if self._world.is_first:
             self._of_the_run(values, {**record, **more}, tally)
@@ -212,18 +213,18 @@ class NodeMonitor(Monitor):
             values.add("tvr_train_part_seconds_total", seconds, part.replace(" ", "_"))
         return parts
 
-    def _memory(self, values: Values) -> int:
-        """Of this process on the host; looked at once a second."""
-        now = time.monotonic()
-        if now - self._memory_at < MEMORY_EVERY_S:
-            return int(values.get("tvr_host_memory_bytes"))
-        self._memory_at = now
-        values.set("tvr_host_memory_bytes", self._process.memory_info().rss)
-        device = self._world.device
-        if device.type == "cuda":
-            for kind, asked in OF_DEVICE.items():
+    def _memory(self, values: Values) -> dict[str, Any]:
+        """Of this process on the host, and on its GPU if it has one; looked at once a second."""
+        now, device = time.monotonic(), self._world.device
+        kinds = OF_DEVICE if device.type == "cuda" else {}
+        if now - self._memory_at >= MEMORY_EVERY_S:
+            self._memory_at = now
+            values.set("tvr_host_memory_bytes", self._process.memory_info().rss)
+            for kind, asked in kinds.items():
                 values.set("tvr_device_memory_bytes", asked(device), kind)
-        return int(values.get("tvr_host_memory_bytes"))
+        on_device = {kind: int(values.get("tvr_device_memory_bytes", kind)) for kind in kinds}
+        on_host = int(values.get("tvr_host_memory_bytes"))
+        return {"host_memory_bytes": on_host, "device_memory_bytes": on_device}
 
     def saved(self, saved: Saved) -> None:
         values = self._values

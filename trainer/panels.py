@@ -5,17 +5,18 @@ A metric that no run has values of gives no panel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tvr.data_prep.metric import Metric
 from tvr.trainer.history import Curve, Series, thinned
 from tvr.trainer.metrics import TRAINING_METRICS
 
-# Of a number that is written with these, every digit that can be told apart in a chart is there.
+# More could not be told apart in a chart.
 DIGITS = 7
+_TABLE = {metric.name: metric for metric in TRAINING_METRICS}
 
 
 class Form(NamedTuple):
@@ -24,8 +25,12 @@ class Form(NamedTuple):
     metric: str
     apart: str = ""
     """The label whose values have a panel each."""
+    beside: str = ""
+    """Another metric of the same kind, to be seen in one chart with it."""
     stacked: bool = False
     """The series are parts of a whole."""
+    points: bool = False
+    """What lies between two values means nothing."""
     per_step: bool = False
     """What a step adds to a counter is drawn, not its value."""
     title: str = ""
@@ -42,6 +47,8 @@ GROUPS: Mapping[str, Sequence[Form]] = {
         Form("tvr_train_step_seconds"),
         Form("tvr_train_part_seconds_total", stacked=True, per_step=True),
         Form("tvr_train_goodput_ratio"),
+        Form("tvr_train_model_flops_per_second"),
+        Form("tvr_train_mfu_ratio"),
         Form("tvr_evaluation_median_rank"),
         Form("tvr_evaluation_mean_rank"),
         Form("tvr_evaluation_binding_accuracy_ratio"),
@@ -50,8 +57,13 @@ GROUPS: Mapping[str, Sequence[Form]] = {
         Form("tvr_data_wait_seconds_total", per_step=True),
         Form("tvr_train_frames_per_second"),
         Form("tvr_data_skipped_samples_total"),
+        Form("tvr_data_quarantined_samples"),
+        Form("tvr_data_reads_total", stacked=True, per_step=True),
     ),
     "Communication and memory": (
+        Form("tvr_train_received_bytes_total", stacked=True, per_step=True),
+        Form("tvr_train_straggler_gap_seconds"),
+        Form("tvr_train_slowest_rank", points=True),
         Form("tvr_host_memory_bytes"),
         Form("tvr_device_memory_bytes"),
     ),
@@ -60,6 +72,7 @@ GROUPS: Mapping[str, Sequence[Form]] = {
         Form("tvr_train_negative_weight"),
         Form("tvr_train_zero_gradient_positives_ratio"),
         Form("tvr_train_temperature"),
+        Form("tvr_train_positive_similarity", beside="tvr_train_hardest_negative_similarity"),
     ),
     "Checkpoints": (
         Form("tvr_checkpoint_seconds"),
@@ -90,6 +103,7 @@ class Panel:
     meaning: str
     unit: str
     stacked: bool
+    points: bool
     labels: Sequence[str]
     """In the order of the table; what a line is called in the legend."""
     lines: Sequence[Line]
@@ -97,11 +111,8 @@ class Panel:
 
 def panels(histories: Sequence[Mapping[Series, Curve]]) -> dict[str, list[Panel]]:
     """The panels of each group that has any, for runs to be laid over one another."""
-    table = {metric.name: metric for metric in TRAINING_METRICS}
     drawn = {
-        group: [
-            panel for form in forms for panel in _of_a_form(form, table[form.metric], histories)
-        ]
+        group: [panel for form in forms for panel in _of_a_form(form, histories)]
         for group, forms in GROUPS.items()
     }
     return {group: found for group, found in drawn.items() if found}
@@ -110,69 +121,78 @@ def panels(histories: Sequence[Mapping[Series, Curve]]) -> dict[str, list[Panel]
 def title_of(metric: Metric) -> str:
     """A metric's name for a person."""
     name = metric.name.removeprefix("tvr_").removeprefix("train_")
-    words = name.removesuffix("_total").removesuffix("_ratio").replace("_", " ")
+    words = _words(name.removesuffix("_total").removesuffix("_ratio"))
     return words[0].upper() + words[1:]
 
 
-def _of_a_form(
-    form: Form, metric: Metric, histories: Sequence[Mapping[Series, Curve]]
-) -> list[Panel]:
-    values = metric.labels.get(form.apart, ("",))
+def _of_a_form(form: Form, histories: Sequence[Mapping[Series, Curve]]) -> list[Panel]:
+    values = _TABLE[form.metric].labels.get(form.apart, ("",))
+    everyone = range(len(histories))
     # Parts of different runs cannot be stacked on one another.
-    sets = [[run] for run in range(len(histories))] if form.stacked else [range(len(histories))]
-    made = [_panel(form, metric, value, runs, histories) for value, runs in product(values, sets)]
+    sets = [[run] for run in everyone] if form.stacked else [everyone]
+    made = [_panel(form, value, runs, histories) for value, runs in product(values, sets)]
     return [panel for panel in made if panel.lines]
 
 
 def _panel(
-    form: Form,
-    metric: Metric,
-    value: str,
-    runs: Sequence[int],
-    histories: Sequence[Mapping[Series, Curve]],
+    form: Form, value: str, runs: Sequence[int], histories: Sequence[Mapping[Series, Curve]]
 ) -> Panel:
-    named = {
-        (metric.name, *labels): _label(metric, labels, form.apart)
-        for labels in metric.series
-        if not value or value in labels
+    """The panel of the series in which the label `form.apart` has the value, if it is given."""
+    metrics = [_TABLE[name] for name in (form.metric, form.beside) if name]
+    titles = [form.title] if form.title else [title_of(metric) for metric in metrics]
+    labels = _labels(form, metrics, value)
+    curves = {
+        (run, label): histories[run][series]
+        for run in runs
+        for series, label in labels.items()
+        if series in histories[run]
     }
-    lines = []
-    for run in runs:
-        curves = {name: histories[run][name] for name in named if name in histories[run]}
-        for name, curve in zip(curves, _thinned(curves.values(), form.stacked), strict=True):
-            y = [float(f"{y:.{DIGITS}g}") for y in curve.y]
-            lines.append(Line(run=run, label=named[name], x=curve.x, y=y))
-    id = "-".join(
-        [metric.name, *([value] if value else []), *map(str, runs if form.stacked else [])]
-    )
-    title = (form.title or title_of(metric)) + (" per step" if form.per_step else "")
+    lines = [
+        Line(run=run, label=label, x=curve.x, y=[float(f"{y:.{DIGITS}g}") for y in curve.y])
+        for (run, label), curve in zip(curves, _drawn(form, curves.values()), strict=True)
+    ]
+    of = [form.metric, value, *(map(str, runs) if form.stacked else ())]
     return Panel(
-        id=id,
-        title=f"{title}, {_words(value)}" if value else title,
-        metric=metric.name,
-        meaning=metric.meaning,
-        unit=metric.unit,
+        id="-".join(part for part in of if part),
+        title=" and ".join([titles[0], *(title.lower() for title in titles[1:])])
+        + (" per step" if form.per_step else "")
+        + (f", {_words(value)}" if value else ""),
+        metric=form.metric,
+        meaning=" ".join(metric.meaning for metric in metrics),
+        unit=metrics[0].unit,
         stacked=form.stacked,
-        labels=list(dict.fromkeys(line.label for line in lines)),
+        points=form.points,
+        labels=[label for label in labels.values() if any(line.label == label for line in lines)],
         lines=lines,
     )
 
 
-def _thinned(curves: Any, together: bool) -> list[Curve]:
-    curves = list(curves)
-    if together and curves:
-        return thinned(curves)
-    return [thin for curve in curves for thin in thinned([curve])]
+def _labels(form: Form, metrics: Sequence[Metric], value: str) -> dict[Series, str]:
+    """What tells a panel's series from one another, in the order of the table."""
+    if form.beside:
+        return {(metric.name,): title_of(metric).lower() for metric in metrics}
+    (metric,) = metrics
+    names = [name for name, said in metric.labels.items() if name != form.apart and len(said) > 1]
+    labels = {}
+    for series in metric.series:
+        by_name = dict(zip(metric.labels, series, strict=True))
+        if by_name.get(form.apart, "") == value:
+            labels[metric.name, *series] = ", ".join(_told(name, by_name[name]) for name in names)
+    return labels
 
 
-def _label(metric: Metric, labels: Sequence[str], apart: str) -> str:
-    """What tells a series from the panel's others: the values of its labels."""
-    told = [
-        f"{name} = {value}" if value.isdigit() else _words(value)
-        for (name, values), value in zip(metric.labels.items(), labels, strict=True)
-        if name != apart and len(values) > 1
-    ]
-    return ", ".join(told)
+def _drawn(form: Form, curves: Iterable[Curve]) -> list[Curve]:
+    """With no more points than can be seen; stacked ones over the same steps."""
+    if not form.stacked:
+        return [thin for curve in curves for thin in thinned([curve])]
+    known = [dict(zip(curve.x, curve.y, strict=True)) for curve in curves]
+    steps = sorted({step for one in known for step in one})
+    # A part that a step did not have took nothing of it.
+    return thinned([Curve(steps, [one.get(step, 0.0) for step in steps]) for one in known])
+
+
+def _told(name: str, value: str) -> str:
+    return f"{name} = {value}" if value.isdigit() else _words(value)
 
 
 def _words(value: str) -> str:
