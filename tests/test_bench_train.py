@@ -79,6 +79,24 @@ def test_saves_of_both_kinds_are_measured(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_metrics_cost_is_measured(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "settings.json"
+    config = tiny_config(data, train={"micro_batch": 4}, metrics={"address": "127.0.0.1"})
+    settings.write_text(to_json(config))
+    assert bench(["metrics", "--config", str(settings), "--steps", "20", "--json", "-"]) == 0
+    said = capsys.readouterr()
+    numbers = json.loads(said.out)
+    (row,) = numbers["rows"]
+    assert row["steps"] == 25  # whole blocks
+    assert row["ratio"] == row["on_s"] / row["off_s"]
+    assert row["ratio_scraped"] == row["on_scraped_s"] / row["on_s"]
+    assert row["scrapes"] > 1
+    assert row["scraped_s"] > 0
+    assert "with metrics / without" in said.err
+
+
 def test_a_rank_that_fails_is_told(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
 ) -> None:

@@ -81,19 +81,24 @@ def bench(argv: Sequence[str]) -> int:
     """`tvr bench`: returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="tvr bench",
-        usage="tvr bench {kernels,data,train,save} ...",
+        usage="tvr bench {kernels,data,train,save,metrics} ...",
         epilog="`tvr bench kernels --help` and so on describe them.",
     )
     what = (
         "kernels: the similarity and its loss; data: the sources of training batches; "
-        "train: the parts of a training step, and more ranks; save: what a step waits for a save"
+        "train: the parts of a training step, and more ranks; save: what a step waits for a save; "
+        "metrics: what they cost a step"
     )
-    parser.add_argument("what", choices=["kernels", "data", "train", "save"], help=what)
+    parser.add_argument("what", choices=["kernels", "data", "train", "save", "metrics"], help=what)
     chosen = parser.parse_args(list(argv[:1])).what
     if chosen == "data":
         from tvr.trainer.bench_data import bench_data
 
         return bench_data(argv[1:])
+    if chosen == "metrics":
+        from tvr.trainer.bench_metrics import bench_metrics
+
+        return bench_metrics(argv[1:])
     if chosen in ("train", "save"):
         from tvr.trainer.bench_train import bench_save, bench_train
 

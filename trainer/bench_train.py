@@ -85,20 +85,22 @@ class SaveArguments:
 
 def bench_train(argv: Sequence[str]) -> int:
     """`tvr bench train`: returns the exit code."""
-    return _reported("train", lambda p: _train(tyro.cli(TrainArguments, prog=p, args=list(argv))))
+    return bench_reported(
+        "train", lambda p: _train(tyro.cli(TrainArguments, prog=p, args=list(argv)))
+    )
 
 
 def bench_save(argv: Sequence[str]) -> int:
     """`tvr bench save`: returns the exit code."""
-    return _reported("save", lambda p: _save(tyro.cli(SaveArguments, prog=p, args=list(argv))))
+    return bench_reported("save", lambda p: _save(tyro.cli(SaveArguments, prog=p, args=list(argv))))
 
 
 def _train(arguments: TrainArguments) -> int:
     most = max(arguments.ranks)
     threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // most)
     answers = {}
-    with _folder(None, "bench train") as (folder, tell):
-        config = _with_data(arguments.config, arguments.clips, folder, tell)
+    with bench_folder(None, "bench train") as (folder, tell):
+        config = with_data(arguments.config, arguments.clips, folder, tell)
         for ranks in arguments.ranks:
             tell(f"{ranks} ranks")
             task = Task(
@@ -112,15 +114,15 @@ def _train(arguments: TrainArguments) -> int:
     found = rows(answers, config.train.global_batch)
     sizes = {"global_batch": config.train.global_batch, "steps": arguments.steps}
     sizes |= {"save_every": arguments.save_every, "threads": threads}
-    sizes |= _of_any(answers.values()) | {"model": asdict(config.model)}
-    return _say(arguments.json, "train", HOW_TRAIN, sizes, found, table(found, sizes))
+    sizes |= of_any(answers.values()) | {"model": asdict(config.model)}
+    return say(arguments.json, "train", HOW_TRAIN, sizes, found, table(found, sizes))
 
 
 def _save(arguments: SaveArguments) -> int:
     if arguments.width % 64:
         raise ValueError(f"--width {arguments.width} must be a multiple of 64")
-    with _folder(arguments.out, "bench save") as (folder, tell):
-        base = _with_data(None, 16, folder, tell)
+    with bench_folder(arguments.out, "bench save") as (folder, tell):
+        base = with_data(None, 16, folder, tell)
         towers = TowersConfig(
             width=arguments.width,
             layers=arguments.layers,
@@ -140,8 +142,8 @@ def _save(arguments: SaveArguments) -> int:
         threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
         answer = run_on_ranks(task, arguments.ranks, threads)
     found = [save_row(answer)]
-    sizes = {"ranks": arguments.ranks, "saves": arguments.saves, **_of_any([answer])}
-    return _say(arguments.json, "save", HOW_SAVE, sizes, found, save_table(found[0], sizes))
+    sizes = {"ranks": arguments.ranks, "saves": arguments.saves, **of_any([answer])}
+    return say(arguments.json, "save", HOW_SAVE, sizes, found, save_table(found[0], sizes))
 
 
 def shared_out(config: Config, ranks: int, most: int) -> Config:
@@ -191,7 +193,7 @@ def _cause(stderr: str) -> str:
     return named[0] if named else (lines or ["no message"])[-1]
 
 
-def _with_data(file: Path | None, clips: int, folder: Path, tell: Callable[[str], None]) -> Config:
+def with_data(file: Path | None, clips: int, folder: Path, tell: Callable[[str], None]) -> Config:
     """The settings with a data set in them: the user's own, or one made in `folder`."""
     base = recipe("demo")
     if file is not None:
@@ -214,19 +216,19 @@ def _with_data(file: Path | None, clips: int, folder: Path, tell: Callable[[str]
 
 
 @contextmanager
-def _folder(place: Path | None, name: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
+def bench_folder(place: Path | None, name: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
     """A temporary folder, and a line on the terminal to tell what is done."""
     with tempfile.TemporaryDirectory(prefix="tvr-bench-", dir=place) as folder:
         with Console(stderr=True).status(name) as line:
             yield Path(folder), lambda text: line.update(f"{name}: {text}")
 
 
-def _of_any(answers: Any) -> dict[str, Any]:
+def of_any(answers: Any) -> dict[str, Any]:
     answer = next(iter(answers))
     return {name: answer[name] for name in ("parameters", "device")}
 
 
-def _say(
+def say(
     file: str | None,
     name: str,
     how: str,
@@ -244,7 +246,7 @@ def _say(
     return EXIT_DONE
 
 
-def _reported(name: str, action: Callable[[str], int]) -> int:
+def bench_reported(name: str, action: Callable[[str], int]) -> int:
     prog = f"tvr bench {name}"
 
     def guarded() -> int:

@@ -72,7 +72,7 @@ def save_row(answer: Answer) -> dict[str, Any]:
 def table(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> Table:
     """Parts down, numbers of ranks across: milliseconds of a step, and shares."""
     threads = sizes["threads"]
-    result = _table(
+    result = bench_table(
         f"{sizes['global_batch']} pairs a step, {sizes['parameters'] / 1e6:.1f} million"
         f" parameters, {sizes['device']}, {threads} thread{'s' if threads > 1 else ''} a rank",
         HOW_TRAIN,
@@ -94,7 +94,7 @@ def table(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> Table
 
 def save_table(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
     """One line for each kind of save."""
-    result = _table(
+    result = bench_table(
         f"{row['checkpoint_bytes'] / 1e6:.0f} MB from {sizes['ranks']} ranks,"
         f" {sizes['saves']} saves of each kind",
         HOW_SAVE,
@@ -109,7 +109,7 @@ def save_table(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
     return result
 
 
-def _table(title: str, caption: str) -> Table:
+def bench_table(title: str, caption: str) -> Table:
     return Table(
         title=title,
         title_justify="left",

@@ -1,4 +1,4 @@
-"""What `tvr bench train` and `tvr bench save` run on each rank: real steps with a watch in them."""
+"""What `tvr bench train`, `save` and `metrics` run on each rank: real steps, timed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.config import Config, from_json
 from tvr.trainer.engine import Engine
 from tvr.trainer.inputs import tokenizer_of, training_batches
+from tvr.trainer.metrics_server import FOLDER
 from tvr.trainer.model import build_model
+from tvr.trainer.monitor import NodeMonitor
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_state
 from tvr.trainer.run_log import LogWriter
 from tvr.trainer.saver import Saved, Saver, shard_files
+from tvr.trainer.scraper import Scraper
 from tvr.trainer.step import OptimiserStep
-from tvr.trainer.stopwatch import Laps
+from tvr.trainer.stopwatch import Laps, Stopwatch
 from tvr.trainer.world import World, join_world
 
 
@@ -34,12 +37,12 @@ class Task:
     """What to time; `folder` takes log, checkpoints and the answer, `answer.json`."""
 
     what: str
-    """Either "steps" or "saves"."""
+    """One of "steps", "saves" and "metrics"."""
     config: str
     """As JSON."""
     folder: str
     count: int
-    """Of steps, or of saves of either kind, after one that is not counted."""
+    """Of steps or saves, of each kind, after what is not counted."""
     save_every: int = 0
     """Steps between saves; 0: none."""
 
@@ -49,7 +52,7 @@ def main(task: Task) -> None:
     config, folder = from_json(task.config, where="the task"), Path(task.folder)
     with join_world() as world:
         run = _Timed(config, folder, world)
-        answer = run.steps(task) if task.what == "steps" else run.saves(task)
+        answer = {"steps": run.steps, "saves": run.saves, "metrics": run.metrics}[task.what](task)
         if world.is_first:
             (folder / "answer.json").write_text(json.dumps(answer))
 
@@ -103,6 +106,43 @@ class _Timed:
                     found[kind].append(record)
                     found["step_s"] += plain
         return self._answer(found) | {"checkpoint_bytes": num_bytes}
+
+    def metrics(self, task: Task) -> dict[str, Any]:
+        """Seconds of steps with and without metrics, in turn, in blocks in which the endpoint is
+        asked all the time and blocks in which it is not."""
+        monitor = NodeMonitor(self._config, self._folder, self._world)
+        monitor.begin(self._attempt, None)
+        watches = {"on": monitor.watch, "off": Stopwatch()}
+        steps = {kind: replace(self._step, watch=watch) for kind, watch in watches.items()}
+        taken = {kind + how: [] for kind in steps for how in ("", "_scraped")}
+        scraper = Scraper(self._target(), SCRAPES_PER_S) if self._world.is_first else None
+        for block in range(2 + 2 * -(-task.count // BLOCK)):
+            scraped = block % 2 == 1
+            if scraper is not None:
+                scraper.hold(not scraped)
+            for turn in range(2 * BLOCK):
+                kind = ("on", "off")[(turn + block // 2) % 2]  # none is always the first
+                before = time.perf_counter()
+                self._step_of(steps[kind], kind, monitor)
+                seconds = time.perf_counter() - before
+                if block > 1:  # before, caches were cold
+                    taken[kind + "_scraped" * scraped].append(seconds)
+        if scraper is None:
+            monitor.end(well=True)
+            return self._answer(taken)
+        scraper.hold(False)
+        monitor.end(well=True)
+        return self._answer(taken) | {"scrapes": scraper.count(), "scraped_s": scraper.seconds}
+
+    def _step_of(self, step: OptimiserStep, kind: str, monitor: NodeMonitor) -> None:
+        self._done += 1
+        record = step.take(self._done, self._batches)
+        if kind == "on":
+            monitor.step(record, step.tally)
+
+    def _target(self) -> str:
+        (file,) = (self._folder / FOLDER).glob("*.json")
+        return f"http://{json.loads(file.read_text())[0]['targets'][0]}/metrics"
 
     def _save(self, saver: Saver) -> tuple[Saved, dict[str, float]]:
         """One save, and the seconds from its begin to its end, in which training goes on."""
@@ -161,6 +201,8 @@ class _Timed:
         }
 
 
+BLOCK = 25  # steps of each kind
+SCRAPES_PER_S = 50
 KINDS = ("background", "synchronous")
 PLAIN_STEPS = 3
 """Before each save, to compare with."""
