@@ -26,6 +26,7 @@ _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+WriterName = Literal["tensorboard", "wandb", "mlflow"]
 Freeze = NotNegative | Literal["text", "image", "both"]
 
 
@@ -246,6 +247,8 @@ class MetricsConfig:
     """Of the network interface that serves it."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Of the endpoint, with `rank` of a node's first; 0: any that is free."""
+    writers: tuple[WriterName, ...] = ()
+    """Tools that get the log, too, in run_dir: each needs the extra of its name."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
     """What a rank's device can do at most, for MFU; none: as its vendor says, if it is known."""
 

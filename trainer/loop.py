@@ -152,6 +152,7 @@ class _Run:
         record |= self.monitor.step(record, self.step.tally)
         if done % train.log_every == 0 or done == train.steps:
             self.log.write("step", record)
+            self.monitor.logged(record)
         show.step(done, record)
         with self.watchdog.phase("checkpoint"):
             leave = self._agree()

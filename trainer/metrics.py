@@ -294,17 +294,10 @@ TRAINING_METRICS = (
         meaning="Those of the skipped samples that could not be decoded.",
     ),
     Metric(
-        name="tvr_data_bad_samples",
-        kind="gauge",
-        unit="samples",
-        meaning="Different bad samples that a rank met since this start.",
-        per="rank",
-    ),
-    Metric(
         name="tvr_data_bad_samples_limit",
         kind="gauge",
         unit="",
-        meaning="How many a rank may meet before the run stops: data.max_bad.",
+        meaning="Most quarantined samples with which a run goes on: data.max_bad.",
     ),
     Metric(
         name="tvr_data_skipped_samples_total",

@@ -33,6 +33,7 @@ from tvr.trainer.saver import Saved
 from tvr.trainer.stopwatch import Laps, Stopwatch
 from tvr.trainer.tally import Tally
 from tvr.trainer.world import World
+from tvr.trainer.writers import Writers
 
 MEMORY_EVERY_S = 1.0
 # What torch's allocator knows by itself.
@@ -83,6 +84,9 @@ class Monitor:
         """A step was taken; returns what its record should also say."""
         return {}
 
+    def logged(self, record: Mapping[str, Any]) -> None:
+        """A step's record went into the log."""
+
     def saved(self, saved: Saved) -> None:
         """A save has ended, well or not."""
 
@@ -116,6 +120,7 @@ class NodeMonitor(Monitor):
         self.watch = self._laps = Laps(world.device)
         self._values: Values | None = None
         self._server: MetricsServer | None = None
+        self._writers: Writers | None = None
         self._process = psutil.Process(os.getpid())
         self._memory_at = -MEMORY_EVERY_S
         self._run_began_s = 0.0
@@ -139,6 +144,9 @@ class NodeMonitor(Monitor):
         shown = {rank: lines[rank]} if metrics.endpoint == "rank" else lines
         if rank == min(shown):
             self._server = MetricsServer(metrics, self._run_dir, attempt, shown, ranks.index(rank))
+        if self._world.is_first:
+            start_step = saved.step if saved else 0
+            self._writers = Writers(self._config, self._run_dir, start_step, attempt.number)
         self._world.barrier()  # no rank trains before the others' endpoints are known to work
         self._laps.restart()
 
@@ -187,7 +195,6 @@ class NodeMonitor(Monitor):
         tally.alone_s = tally.loading_s - values.get(loading) + encoding_s
         values.count(loading, tally.loading_s)
         values.set("tvr_train_alone_seconds", tally.alone_s)
-        values.set("tvr_data_bad_samples", len(tally.bad))
         for source, count in tally.reads.items():
             values.count("tvr_data_reads_total", count, source)
         for collective, num_bytes in self._world.received.items():
@@ -226,6 +233,10 @@ class NodeMonitor(Monitor):
         on_host = int(values.get("tvr_host_memory_bytes"))
         return {"host_memory_bytes": on_host, "device_memory_bytes": on_device}
 
+    def logged(self, record: Mapping[str, Any]) -> None:
+        if self._writers is not None:
+            self._writers.write(record["step"], "train", record)
+
     def saved(self, saved: Saved) -> None:
         values = self._values
         if values is None or not self._world.is_first:
@@ -245,6 +256,8 @@ class NodeMonitor(Monitor):
         values = self._values
         if values is None or not self._world.is_first:
             return
+        if self._writers is not None:
+            self._writers.write(step, "evaluation", evaluation.summary())
         values.set("tvr_evaluation_step", step)
         for direction in DIRECTIONS:
             way, labels = getattr(evaluation.metrics, direction), ("test", direction)
@@ -268,6 +281,8 @@ class NodeMonitor(Monitor):
             self._parts(self._values)
             if self._world.is_first:
                 self._values.set("tvr_train_finished", int(well))
+        if self._writers is not None:
+            self._writers.close()
         if self._server is not None:
             self._server.close(well=well)
 

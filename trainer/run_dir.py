@@ -52,6 +52,7 @@ FREE = frozenset(
         "metrics.address",
         "metrics.port",
         "metrics.peak_tflops",
+        "metrics.writers",
     }
 )
 

@@ -170,7 +170,6 @@ class OptimiserStep:
         values, skipped, alone_s = everyone[:, :-2], everyone[:, -2], everyone[:, -1]
         self.tally.everyones_s = tuple(alone_s.tolist())
         if skipped.any():
-            self.tally.bad.update(entry.key for entry in replaced)
             bad = [entry for entries in world.gather_objects(replaced) for entry in entries]
             self.log.write_replaced(step, bad)
             self.tally.skipped.update(entry.reason for entry in bad)

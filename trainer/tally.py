@@ -13,8 +13,6 @@ class Tally:
 
     skipped: Counter[str] = field(default_factory=Counter)
     """Bad samples that were replaced, on any rank, by reason."""
-    bad: set[str] = field(default_factory=set)
-    """Keys of the bad samples that this rank met."""
     reads: Counter[str] = field(default_factory=Counter)
     """Samples that this rank's loader read, by SOURCES."""
     loading_s: float = 0.0
