@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := data_prep kernels launchers trainer
 
-.PHONY: help demo test check fix bench ffcv clean
+.PHONY: help demo test check fix bench ffcv grafana-schema clean
 
 help:
 	@echo "make demo   render clips, train a small model on two ranks, write report.html (about 15 minutes)"
 	@echo "make test   the test suite (TEST_ARGS='-q -k name' for a part)"
 	@echo "make check  formatting, lint and types; 'make fix' repairs the first two"
 	@echo "make ffcv   the optional package for betons; compiles it (README.md names the system packages)"
+	@echo "make grafana-schema   the types of dashboards, for a test; needs node and npm"
 	@echo "make bench  the kernels' benchmarks, one line of JSON each (some minutes)"
 
 $(READY): pyproject.toml constraints.txt
@@ -51,6 +52,12 @@ ffcv: $(READY)
 		'Libs: -lopencv_imgproc -lopencv_core' 'Cflags: -I$${pcfiledir} -I/usr/include/opencv4' > build/ffcv/opencv4.pc
 	@PKG_CONFIG_PATH="$(CURDIR)/build/ffcv:$$PKG_CONFIG_PATH" \
 		$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[ffcv]'
+
+# The types that a test holds dashboards against.
+grafana-schema:
+	@mkdir -p build/grafana_schema
+	@cp tests/grafana_schema/package.json tests/grafana_schema/package-lock.json build/grafana_schema/
+	@npm ci --prefix build/grafana_schema --silent --no-audit --no-fund
 
 bench: $(READY)
 	@$(BIN)/tvr bench kernels --json -

@@ -40,7 +40,9 @@ COMMANDS = {
     "bench": Command(
         "tvr.trainer.bench:bench", "the kernels' time and memory; clips/s of the data"
     ),
-    "launch": Command("tvr.launchers.cli:launch", "start the ranks of a training job"),
+    "launch": Command(
+        "tvr.launchers.cli:launch", "start the ranks of a training job; watch over it"
+    ),
 }
 
 EPILOG = """\
@@ -73,10 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(argv: list[str]) -> int:
-    """`tvr launch local --ranks N -- COMMAND ...`: the command on N ranks of this machine."""
+    """`tvr launch local --ranks N -- COMMAND ...`: the command on N ranks of this machine; `tvr
+    launch monitor ...`: files for Prometheus and Grafana."""
+    if argv[:1] == ["monitor"]:
+        return _load("tvr.launchers.monitoring:monitor")(argv[1:])
     ours, command = _split(argv)
     parser = argparse.ArgumentParser(
-        prog="tvr launch", usage="tvr launch local --ranks N -- tvr train ..."
+        prog="tvr launch",
+        usage="tvr launch local --ranks N -- tvr train ..., or tvr launch monitor --help",
     )
     parser.add_argument("where", choices=["local"], help="local: N processes on this machine")
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start")
