@@ -90,7 +90,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
 
     assert jobs.run_forked(file, run_dir, 2, fill_the_disk) == [0, 0]
     failed = jobs.events(run_dir, "save_failed")
-    assert all(event["error"].startswith("rank 1: ") for event in failed)
+    assert all(event["error"].startswith("rank 1: OSError: [Errno 27]") for event in failed)
     assert left[0] is not None
     assert left[0].state.step < failed[0]["step"]
     (written,) = (run_dir / "metrics").glob("*.prom")

@@ -70,6 +70,19 @@ def test_a_dry_run_reckons_takes_a_step_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
+def test_what_preflight_would_refuse_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        assert tvr_train(line_for(tiny_config(data), tmp_path)) == 0
+        return capsys.readouterr().out.split("on this machine a run would be refused for")[1]
+
+    assert said().split("a step of")[0].split()[-1] == "nothing"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("no folder")
+    assert "run/checkpoints cannot be used for checkpoints" in said().replace("\n", "")
+
+
 def test_the_gradient_cache_counts_all_pairs_as_negatives(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from spawn import spawn
-from tiny import tiny_config
+from tiny import tiny_config, with_ranks
 from torch import nn
 
+from tvr.trainer import preflight as preflight_file
+from tvr.trainer import rank_memory as rank_memory_file
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import CheckpointConfig, Config, to_json
 from tvr.trainer.errors import PreflightFailed
-from tvr.trainer.model import build_outline, tokenizer_folder
-from tvr.trainer.preflight import check_disk, differences, preflight
+from tvr.trainer.inputs import tokenizer_of
+from tvr.trainer.model import build_outline
+from tvr.trainer.preflight import check_disk, check_memory, differences, preflight
+from tvr.trainer.rank_memory import rank_memory
 from tvr.trainer.run_dir import checkpoints_of
-from tvr.trainer.tokenizer import load_tokenizer
 from tvr.trainer.world import World
 
 CPU = torch.device("cpu")
@@ -92,7 +95,7 @@ def test_ranks_that_differ_from_most_are_named() -> None:
 
 def test_checkpoints_that_do_not_fit_the_disk_are_refused(config: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "not" / "there"
-    tokenizer = load_tokenizer(tokenizer_folder(config.model), config.data.max_words)
+    tokenizer = tokenizer_of(config)
     model = build_outline(config.model, config.loss, tokenizer, num_frames=3)
     check_disk(config, run_dir, model, ALONE)
     with torch.device("meta"):
@@ -101,6 +104,50 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused(config: Config, tmp_pa
         check_disk(config, run_dir, model, ALONE)
     elsewhere = replace(config, checkpoint=CheckpointConfig(url="memory://disk"))
     check_disk(elsewhere, run_dir, model, ALONE)
+
+
+class Elsewhere(World):
+    """Rank 0 of two on one machine, whose other rank says what it says itself."""
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        return [mine, mine]
+
+
+def test_states_that_do_not_fit_the_memory_are_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, tokenizer = with_ranks(config, 2), tokenizer_of(config)
+    needs = rank_memory(config, tokenizer, 2)
+    assert 0 < needs.states < needs.total
+
+    def with_free(num_bytes: int) -> None:
+        monkeypatch.setattr(preflight_file, "free_bytes", lambda: num_bytes)
+        check_memory(config, tokenizer, Elsewhere(rank=0, world_size=2, device=CPU))
+
+    with_free(2 * needs.total)
+    assert not caplog.records
+    with_free(2 * needs.states)
+    assert "a step may need" in caplog.text
+    with pytest.raises(PreflightFailed, match="weights, gradients and optimiser of 2 ranks") as no:
+        with_free(2 * needs.states - 1)
+    assert [line.split(":")[0] for line in no.value.lines] == [
+        f"rank {rank} on {HOST}" for rank in range(2)
+    ]
+
+
+def test_what_is_offloaded_is_not_the_devices(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states(offload: str, kind: str) -> tuple[int, int]:
+        monkeypatch.setattr(rank_memory_file, "device", lambda: kind)
+        train = replace(with_ranks(config, 2).train, zero_stage=3, offload=offload)
+        needs = rank_memory(replace(config, train=train), tokenizer_of(config), 2)
+        return needs.states, needs.model.weights
+
+    whole, weights = states("none", "cuda")
+    assert states("optimizer", "cuda") == (weights, weights)
+    assert states("parameters", "cuda") == (0, weights)
+    assert states("parameters", "cpu") == (whole, weights)
 
 
 def test_a_small_data_set_and_a_refused_place_end_with_code_2(

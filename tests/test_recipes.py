@@ -15,6 +15,7 @@ from tvr.trainer.cli import show_config
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import accumulation_steps, from_json
 from tvr.trainer.model import build_outline
+from tvr.trainer.rank_memory import rank_memory
 from tvr.trainer.recipes import RECIPES, recipe
 from tvr.trainer.recipes_benchmarks import PASSES
 from tvr.trainer.tokenizer import load_tokenizer
@@ -116,7 +117,7 @@ def test_the_large_recipe_fits_its_gpus(clips: dict[str, str]) -> None:
     config = recipe("large_scale_l14_64gpu")
     config = replace(config, model=replace(config.model, pretrained=clips["large-patch14"]))
     tokenizer = load_tokenizer(clips["large-patch14"], config.data.max_words)
-    needs = dry_run.rank_memory(config, tokenizer, 64)
+    needs = rank_memory(config, tokenizer, 64)
     assert needs.similarity < 5e9
     assert needs.total < 64e9
 

@@ -73,7 +73,7 @@ def train(argv: Sequence[str]) -> int:
             if dry_run:
                 from tvr.trainer.dry_run import dry_run as show
 
-                show(settings, ranks=ranks or 1, samples=samples, console=Console())
+                show(settings, run_dir, ranks=ranks or 1, samples=samples, console=Console())
                 return EXIT_DONE
             from tvr.trainer.loop import train as run
 

@@ -1,6 +1,6 @@
 """`tvr train --dry-run`: what a run would do, in tables, and one step of it on random data.
 
-Nothing is written to the run's folder. Data sets need not be there; the model's folder must be, or
+The run's folder is left as it is. Data sets need not be there; the model's folder must be, or
 its config.json and a tokeniser, without which there are no shapes.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
-import psutil
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,22 +21,26 @@ from torch import Tensor
 from tvr.data_prep.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.deepspeed_config import deepspeed_config
+from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.inputs import tokenizer_of
-from tvr.trainer.machine import device, device_line, similarity_backend
-from tvr.trainer.memory import configured, estimate
-from tvr.trainer.memory_table import embed_width
+from tvr.trainer.machine import device_line
 from tvr.trainer.model import TextVideoModel, build_outline
-from tvr.trainer.outline import ModelBytes, checkpoint_bytes, model_bytes
+from tvr.trainer.outline import checkpoint_bytes
+from tvr.trainer.preflight import check_disk, preflight
+from tvr.trainer.rank_memory import free_bytes, rank_memory
 from tvr.trainer.schedule import learning_rate_factor
 from tvr.trainer.synthetic import share_of_one, take_synthetic_step
 from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.trained import parameter_groups
+from tvr.trainer.world import World
 
 Row = Sequence[str]
 SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)
 
 
-def dry_run(config: Config, *, ranks: int, samples: int | None, console: Console) -> None:
+def dry_run(
+    config: Config, run_dir: Path, *, ranks: int, samples: int | None, console: Console
+) -> None:
     """Prints what a run on `ranks` ranks would do, and takes a step on this process alone.
 
     `samples` stands for the size of a training set that is not there.
@@ -59,67 +63,10 @@ def dry_run(config: Config, *, ranks: int, samples: int | None, console: Console
         ("parameters", ("tensors", "numbers", "peak rate", "decay"), _group_rows(config, model)),
         (f"memory of one rank of {ranks}", ("MB",), needs.rows()),
         ("checkpoints", ("",), _checkpoint_rows(config, model)),
+        ("on this machine a run would be refused for", (), _refusals(config, run_dir, model)),
     ):
         console.print(_table(title, header, rows))
     console.print(_step(config, tokenizer, ranks))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankMemory:
-    """An estimate in bytes of what one rank holds at the worst moment of a step."""
-
-    model: ModelBytes
-    similarity: int
-    """Similarity and its loss, features included."""
-    copy: int
-    """Of the state, in host memory, while a checkpoint is written in the background."""
-    copy_here: bool
-    """Whether host memory is the device's."""
-    at_once: bool
-    """Whether the activations are still there when the loss is computed."""
-
-    @property
-    def total(self) -> int:
-        parts = (self.model.activations, self.similarity)
-        states = self.model.states + self.copy * self.copy_here
-        return states + (sum(parts) if self.at_once else max(parts))
-
-    def rows(self) -> Iterator[Row]:
-        model, when = self.model, "together" if self.at_once else "one after the other"
-        for name, size in (
-            ("weights", model.weights),
-            ("gradients", model.gradients),
-            ("optimiser", model.optimiser),
-            (f"copy for a checkpoint{'' if self.copy_here else ', in host memory'}", self.copy),
-            ("activations of a micro-batch", model.activations),
-            ("similarity and loss", self.similarity),
-            (f"total, the last two {when}", self.total),
-        ):
-            yield name, f"{size / 1e6:,.0f}"
-
-
-def rank_memory(config: Config, tokenizer: Tokenizer, ranks: int) -> RankMemory:
-    """What one rank of `ranks` needs, the estimates of model and similarity put together."""
-    backend, _ = similarity_backend(config)
-    width = embed_width(config.model)
-    sizes = configured(config, ranks, width=width, backend=backend, device=device())
-    model = model_bytes(config, tokenizer, ranks)
-    # At stage 3 a rank's part of the float32 weights is all of them that is saved.
-    copy = model.optimiser + (0 if config.train.zero_stage == 3 else model.weights)
-    return RankMemory(
-        model=model,
-        copy=copy if config.checkpoint.background else 0,
-        copy_here=device() == "cpu",
-        similarity=estimate(sizes).total,
-        at_once=not config.train.gradient_cache,
-    )
-
-
-def free_bytes() -> int:
-    """Memory of this machine's device that a step could take now."""
-    if device() == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
 
 
 def _data_sets(config: Config) -> Iterator[tuple[str, Manifest | None]]:
@@ -211,6 +158,24 @@ def _checkpoint_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
         f"{kept + best:,}: {(kept + best) * size / 1e9:,.1f} GB, and {size / 1e9:,.1f} GB while "
         "another one is written",
     )
+
+
+def _refusals(config: Config, run_dir: Path, model: TextVideoModel) -> Iterator[Row]:
+    """What preflight finds in the way here, where the checkpoints' place need not be the job's."""
+    alone, was_there = World(rank=0, world_size=1, device=torch.device("cpu")), run_dir.exists()
+    found = []
+    for check in (
+        lambda: preflight(config, run_dir, alone),
+        lambda: check_disk(config, run_dir, model, alone),
+    ):
+        try:
+            check()
+        except PreflightFailed as failed:
+            found += failed.lines
+    if not was_there:
+        with suppress(OSError):  # not made, or another run's by now
+            run_dir.rmdir()
+    yield from ((line,) for line in found or ["nothing"])
 
 
 def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:

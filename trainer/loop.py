@@ -23,7 +23,7 @@ from tvr.trainer.inputs import tokenizer_of, training_batches
 from tvr.trainer.model import build_model
 from tvr.trainer.monitor import Monitor, monitored
 from tvr.trainer.preemption import Notice, noticing
-from tvr.trainer.preflight import check_disk, preflight
+from tvr.trainer.preflight import check_disk, check_memory, preflight
 from tvr.trainer.progress import Progress
 from tvr.trainer.random_state import random_state
 from tvr.trainer.resume import Resume, engine_from, resume_point
@@ -76,6 +76,7 @@ def train(
         claim(run_dir, config, world)
         num_samples = _checked_data(config, world)
         tokenizer = tokenizer_of(config)
+        check_memory(config, tokenizer, world)
         attempt = world.from_first(lambda: begin_attempt(run_dir))
         saver = Saver(
             checkpoints_of(config, run_dir),

@@ -6,6 +6,7 @@ That the ranks can reach each other is seen before, in `join_world`.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,10 +20,15 @@ from tvr.trainer.checkpoint import steps_in
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.model import TextVideoModel
+from tvr.trainer.node_memory import ranks_here
 from tvr.trainer.outline import checkpoint_bytes
 from tvr.trainer.place import Place
+from tvr.trainer.rank_memory import free_bytes, rank_memory
 from tvr.trainer.run_dir import checkpoints_of
+from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.world import World
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("tvr", "torch", "deepspeed", "transformers")
 
@@ -73,6 +79,37 @@ def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: Worl
             )
 
     world.from_first(check)
+
+
+def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
+    """Checks that each rank's device holds weights, gradients and optimiser, before they are made.
+
+    The rest of a step is estimated, and rather high: where it may not fit, that is only told.
+
+    Raises:
+        PreflightFailed: naming what they take and what is free.
+    """
+    needs = world.from_first(lambda: rank_memory(config, tokenizer, world.world_size))
+    # The ranks of a machine share its memory, and have a GPU each.
+    sharing = len(ranks_here(world)) if world.device.type == "cpu" else 1
+    free = free_bytes()
+    short = (socket.gethostname(), free) if sharing * needs.states > free else None
+    where = f"{sharing} ranks of its machine" if sharing > 1 else "it"
+    lines = [
+        f"rank {rank} on {found[0]}: weights, gradients and optimiser of {where} take"
+        f" {sharing * needs.states / 1e9:.3g} GB of memory, and {found[1] / 1e9:.3g} GB are free;"
+        " more ranks with train.zero_stage=3 share them out, train.offload moves them to the host"
+        for rank, found in enumerate(world.gather_objects(short))
+        if found is not None
+    ]
+    if lines:
+        raise PreflightFailed(lines)
+    if world.is_first and sharing * needs.total > free:
+        log.warning(
+            "a step may need %.3g GB of memory, and %.3g GB are free; see `tvr train --dry-run`",
+            sharing * needs.total / 1e9,
+            free / 1e9,
+        )
 
 
 def differences(identities: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:

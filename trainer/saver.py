@@ -261,8 +261,16 @@ def _write_files(place: Place, folder: str, staged: Mapping[str, Any]) -> dict[s
 def _outcome(written: Future[dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:
     error = written.exception()
     if error is not None:
-        return {}, f"{type(error).__name__}: {error}"
+        cause = _first(error)
+        return {}, f"{type(cause).__name__}: {cause}"
     return written.result(), None
+
+
+def _first(error: BaseException) -> BaseException:
+    """What torch's writer met, which as it closes its file complains of a wrong position."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class _Hashing:
