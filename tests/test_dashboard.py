@@ -147,6 +147,11 @@ def test_a_long_curve_keeps_its_spikes_and_its_ends() -> None:
         kept = thin.y[places[start // 10_000] : places[end // 10_000]]
         assert max(kept) == values[start:end].max()
         assert min(kept) == values[start:end].min()
+    assert thin.mean is not None
+    (peak,) = [at for at, step in enumerate(thin.x) if step == 70_001]
+    assert thin.y[peak] == -50.0
+    assert -1.0 < thin.mean[peak] < 0.0  # of about a hundred values
+    assert np.mean(thin.mean) == pytest.approx(values.mean(), abs=0.02)
     assert thinned([Curve([1, 2], [3.0, 4.0])]) == [Curve([1, 2], [3.0, 4.0])]
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,12 @@ def seen(browser: Browser, data: Path, tmp_path_factory: pytest.TempPathFactory)
     run_dir = tmp_path_factory.mktemp("runs") / "resumed"
     page = run_dir / "dashboard.html"
     config = tiny_config(data, train={"steps": STEPS, "eval_every": 10}, checkpoint={"every": 10})
+
+    def enough() -> bool:
+        time.sleep(0.01)
+        return jobs.steps_logged(run_dir) >= LEFT_AFTER
+
     with jobs.running(config, run_dir, 2) as job:
-        enough = lambda: jobs.steps_logged(run_dir) >= LEFT_AFTER  # noqa: E731
         jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, enough)
         job.communicate(timeout=jobs.TIMEOUT_S)
     assert job.returncode == 75

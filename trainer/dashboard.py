@@ -164,7 +164,7 @@ def _told(run: Run) -> dict[str, Any]:
         "waiting": last["data_wait_s"] / last["step_s"] if last else None,
         "replaced": len(run.log.replaced),
         "marks": _marks(run.log),
-        "clock": asdict(time_of),
+        "clock": {"x": time_of.x, "y": time_of.y},
     }
 
 

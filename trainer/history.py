@@ -51,6 +51,8 @@ class Curve:
 
     x: Sequence[int]
     y: Sequence[float]
+    mean: Sequence[float] | None = None
+    """Of a curve that was thinned: the mean of all its values around each that is left."""
 
 
 def history(log: RunLog, config: Mapping[str, Any]) -> dict[Series, Curve]:
@@ -73,14 +75,20 @@ def thinned(curves: Sequence[Curve], most: int = MOST_POINTS) -> list[Curve]:
     assert all(curve.x == curves[0].x for curve in curves), "curves over different steps"
     if not curves or len(curves[0].x) <= most:
         return list(curves)
-    total = np.sum([curve.y for curve in curves], axis=0)
-    kept = {0, len(total) - 1}
-    for start, end in pairwise(np.linspace(0, len(total), most // 2, dtype=int).tolist()):
+    values = np.array([curve.y for curve in curves])
+    total, last = values.sum(axis=0), values.shape[1] - 1
+    starts = np.linspace(0, last + 1, most // 2, dtype=int)[:-1]
+    stretches = list(pairwise([*starts.tolist(), last + 1]))
+    kept = {0, last}
+    for start, end in stretches:
         kept |= {start + int(total[start:end].argmin()), start + int(total[start:end].argmax())}
-    places = sorted(kept)
+    places = np.array(sorted(kept))
+    of = np.searchsorted(starts, places, side="right") - 1
+    means = np.add.reduceat(values, starts, axis=1) / np.diff([*starts, last + 1])
+    x = [curves[0].x[place] for place in places.tolist()]
     return [
-        Curve([curve.x[place] for place in places], [curve.y[place] for place in places])
-        for curve in curves
+        Curve(x, y[places].tolist(), mean[of].tolist())
+        for y, mean in zip(values, means, strict=True)
     ]
 
 

@@ -91,6 +91,7 @@ class Line:
     label: str
     x: Sequence[int]
     y: Sequence[float]
+    mean: Sequence[float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +149,13 @@ def _panel(
         if series in histories[run]
     }
     lines = [
-        Line(run=run, label=label, x=curve.x, y=[float(f"{y:.{DIGITS}g}") for y in curve.y])
+        Line(
+            run=run,
+            label=label,
+            x=curve.x,
+            y=_short(curve.y),
+            mean=None if curve.mean is None or form.stacked else _short(curve.mean),
+        )
         for (run, label), curve in zip(curves, _drawn(form, curves.values()), strict=True)
     ]
     of = [form.metric, value, *(map(str, runs) if form.stacked else ())]
@@ -189,6 +196,10 @@ def _drawn(form: Form, curves: Iterable[Curve]) -> list[Curve]:
     steps = sorted({step for one in known for step in one})
     # A part that a step did not have took nothing of it.
     return thinned([Curve(steps, [one.get(step, 0.0) for step in steps]) for one in known])
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in values]
 
 
 def _told(name: str, value: str) -> str:
