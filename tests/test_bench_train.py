@@ -62,7 +62,7 @@ def test_saves_of_both_kinds_are_measured(
     tmp_path: Path,
 ) -> None:
     # Without the clips that are rendered for it, which take longer than all the rest.
-    monkeypatch.setattr(bench_train, "_with_data", lambda *_: tiny_config(data))
+    monkeypatch.setattr(bench_train, "with_data", lambda *_: tiny_config(data))
     flags = ["--ranks", "2", "--saves", "1", "--width", "64", "--layers", "1"]
     assert bench(["save", *flags, "--out", str(tmp_path), "--json", "-"]) == 0
     said = capsys.readouterr()
@@ -92,6 +92,8 @@ def test_what_metrics_cost_is_measured(
     assert row["steps"] == 25  # whole blocks
     assert row["ratio"] == row["on_s"] / row["off_s"]
     assert row["ratio_scraped"] == row["on_scraped_s"] / row["on_s"]
+    assert 0.1 < row["ratio_of_neighbours"] < 10
+    assert 0 < row["monitor_s"] < row["on_s"]
     assert row["scrapes"] > 1
     assert row["scraped_s"] > 0
     assert "with metrics / without" in said.err
@@ -148,6 +150,62 @@ def test_a_save_is_as_long_as_its_slowest_rank() -> None:
     # Two steps of 5 s would have been done after 10 s.
     assert (row["background_later"], row["synchronous_later"]) == ([2, 4], [30, 20])
     assert row["later_ratio"] == 3 / 25
+
+
+class Event:
+    """One of a GPU's queue that has come to what was recorded before `Event.now`."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        Event.recorded = self.at = Event.recorded + 1.0
+
+    def query(self) -> bool:
+        return self.at <= Event.now
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.query()
+        assert other.query()
+        return 1000 * (other.at - self.at)
+
+    recorded = 0.0
+
+
+def test_what_a_gpu_has_not_come_to_is_told_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: pytest.fail("it waits"))
+    watch = Laps(torch.device("cuda"))  # at 1
+    for part in ("encode", "backward", "encode"):  # at 2, 3, 4
+        watch.lap(part)
+    assert watch.take_known() == {}
+    Event.now = 3.0
+    assert watch.take_known() == {"encode": 1.0, "backward": 1.0}
+    assert watch.take_known() == {}
+    watch.lap("loss")  # at 5
+    Event.now = 5.0
+    assert watch.take_known() == {"encode": 1.0, "loss": 1.0}
+
+
+@pytest.mark.gpu
+def test_laps_of_a_gpu_are_known_without_waiting() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(2048, 2048, device=device)
+    watch = Laps(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            x = (x @ x).tanh()
+        watch.lap("encode")
+        known = watch.take_known()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    known = {**watch.take_known(), **known}
+    assert known["encode"] > 0
 
 
 def test_laps_add_up_to_all_the_time_there_was() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import threading
@@ -295,6 +296,27 @@ def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
         for rank in ("0", "1") if metric.per == "rank" else ("",):
             named = dict(zip(metric.label_names, (*labels, rank), strict=False))
             yield metric.name, tuple(named[name] for name in sorted(named))
+
+
+def test_restarts_and_goodput_are_the_runs(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, metrics={"endpoint": "none"})
+    world = World(rank=0, world_size=1, device=torch.device("cpu"))
+    begin_attempt(tmp_path)
+    an_hour_ago = time.time() - 3600
+    os.utime(tmp_path / "attempts" / "000001.json", (an_hour_ago, an_hour_ago))
+    left = tmp_path / "metrics" / "elsewhere.json"
+    left.parent.mkdir()
+    left.write_text("[]")  # of a host that this start does not have
+    monitor = NodeMonitor(config, tmp_path, world)
+    monitor.begin(begin_attempt(tmp_path), None)
+    more = monitor.step({**RECORD, "step_s": 1.0, "trained_s": 900.0}, Tally())
+    assert more["goodput"] == pytest.approx(0.25, abs=0.01)
+    monitor.end(well=False)
+    (written,) = left.parent.iterdir()
+    last = samples(written.read_text())
+    assert last["tvr_train_goodput_ratio",] == more["goodput"]
+    assert last["tvr_train_restarts_total",] == 1
+    assert last["tvr_train_finished",] == 0
 
 
 def test_a_straggler_is_named() -> None:

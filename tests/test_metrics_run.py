@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -187,3 +188,19 @@ def test_every_metric_that_applies_is_scraped(run: Run) -> None:
             assert math.isfinite(value)
             assert value >= 0 or name.endswith(("_similarity", "_loss"))
             assert value <= 1 or not name.endswith("_ratio")
+
+
+def test_a_taken_port_ends_a_run_before_it_begins(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = tiny_config(data, metrics={"address": "127.0.0.1", "port": port})
+        settings.write_text(to_json(config))
+        assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 2
+    said = capsys.readouterr().err
+    assert f"metrics cannot be served at 127.0.0.1:{port}" in said
+    assert not (run_dir / "checkpoints").exists() or not any((run_dir / "checkpoints").iterdir())

@@ -28,8 +28,9 @@ from tvr.trainer.timed import Task
 
 HOW = (
     "Rank 0's steps with and without metrics in turn, in one run; 25 of each while the endpoint is"
-    " asked 50 times a second, then 25 of each while it is not, and so on. Medians. Noise: half the"
-    " distance of the quartiles over the median, of steps without metrics that nobody asks."
+    " asked 50 times a second, then 25 of each while it is not, and so on. Medians. Of neighbours:"
+    " the median of each step's ratio to the one beside it. Noise: half the distance of the"
+    " quartiles over the median, of steps without metrics that nobody asks."
 )
 KINDS = {
     "off": "without metrics",
@@ -98,7 +99,11 @@ def row(answer: Mapping[str, Any]) -> dict[str, Any]:
         "steps": len(taken["on"]),
         **{f"{kind}_s": seconds for kind, seconds in medians.items()},
         "ratio": medians["on"] / medians["off"],
+        "ratio_of_neighbours": median(
+            a / b for a, b in zip(taken["on"], taken["off"], strict=True)
+        ),
         "ratio_scraped": medians["on_scraped"] / medians["on"],
+        "monitor_s": median(taken["monitor"]),
         "noise": (high - low) / 2 / middle,
         "scrapes": answer["scrapes"],
         "scraped_s": answer["scraped_s"],
@@ -118,6 +123,8 @@ def table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
         result.add_row(name, f"{found[f'{kind}_s'] * 1e3:.2f} ms")
     result.add_section()
     result.add_row("with metrics / without", f"{found['ratio']:.4f}")
+    result.add_row("the same of neighbours", f"{found['ratio_of_neighbours']:.4f}")
+    result.add_row("in the monitor", f"{found['monitor_s'] * 1e3:.3f} ms")
     result.add_row("scraped / not scraped", f"{found['ratio_scraped']:.4f}")
     result.add_row("noise", f"{found['noise']:.4f}")
     return result

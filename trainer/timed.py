@@ -114,31 +114,30 @@ class _Timed:
         monitor.begin(self._attempt, None)
         watches = {"on": monitor.watch, "off": Stopwatch()}
         steps = {kind: replace(self._step, watch=watch) for kind, watch in watches.items()}
-        taken = {kind + how: [] for kind in steps for how in ("", "_scraped")}
+        taken = {kind + how: [] for kind in (*steps, "monitor") for how in ("", "_scraped")}
         scraper = Scraper(self._target(), SCRAPES_PER_S) if self._world.is_first else None
         for block in range(2 + 2 * -(-task.count // BLOCK)):
-            scraped = block % 2 == 1
+            how = "_scraped" if block % 2 else ""
             if scraper is not None:
-                scraper.hold(not scraped)
+                scraper.hold(not how)
             for turn in range(2 * BLOCK):
                 kind = ("on", "off")[(turn + block // 2) % 2]  # none is always the first
+                self._done += 1
                 before = time.perf_counter()
-                self._step_of(steps[kind], kind, monitor)
-                seconds = time.perf_counter() - before
+                record = steps[kind].take(self._done, self._batches)
+                between = time.perf_counter()
+                if kind == "on":
+                    monitor.step(record, steps[kind].tally)
+                after = time.perf_counter()
                 if block > 1:  # before, caches were cold
-                    taken[kind + "_scraped" * scraped].append(seconds)
+                    taken[kind + how].append(after - before)
+                    taken["monitor" + how] += [after - between] if kind == "on" else []
         if scraper is None:
             monitor.end(well=True)
             return self._answer(taken)
         scraper.hold(False)
         monitor.end(well=True)
         return self._answer(taken) | {"scrapes": scraper.count(), "scraped_s": scraper.seconds}
-
-    def _step_of(self, step: OptimiserStep, kind: str, monitor: NodeMonitor) -> None:
-        self._done += 1
-        record = step.take(self._done, self._batches)
-        if kind == "on":
-            monitor.step(record, step.tally)
 
     def _target(self) -> str:
         (file,) = (self._folder / FOLDER).glob("*.json")
