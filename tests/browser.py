@@ -26,7 +26,7 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-pipe",
 )
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 @contextmanager

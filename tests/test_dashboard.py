@@ -234,6 +234,9 @@ def test_the_command_writes_beside_the_run_and_refuses_what_is_none(
     assert (run / "dashboard.html").exists()
     assert tvr(["dashboard", str(run), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()
+    finished = write_run(tmp_path / "finished", logged(STEPS), saved(STEPS), data={"test": None})
+    assert tvr(["dashboard", str(finished), "--watch"]) == 0
+    assert (finished / "dashboard.html").exists()
     assert tvr(["dashboard", str(run), str(tmp_path / "none")]) == 2
     assert "none is no run: it has no config.json" in capsys.readouterr().err
     assert tvr(["dashboard"]) == 2

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import tyro
 
 from tvr.data_prep.cli import reported
+
+Runs: TypeAlias = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")
+]
 
 
 def dashboard(argv: Sequence[str]) -> int:
     """`tvr dashboard`."""
 
     def arguments(
-        runs: tyro.conf.Positional[tuple[Path, ...]],
+        runs: Runs,
         /,
         *,
         out: Path | None = None,
