@@ -69,7 +69,7 @@ def _load() -> Path:
         torch.ops.load_library(library)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_process_at_a_time(folder), _ninja_on_path():
+    with one_builder(folder), _ninja_on_path():
         cpp_extension.load(
             name,
             [str(source) for source in SOURCES],
@@ -89,8 +89,9 @@ def _digest(flags: list[str]) -> str:
 
 
 @contextmanager
-def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """A lock that the system releases when its holder dies, around torch's, which it does not."""
+def one_builder(folder: Path) -> Iterator[None]:
+    """One process at a time builds an extension in its folder: a lock that the system releases when
+    its holder dies, around torch's, which it does not."""
     with open(folder / "builders", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Nobody else builds here now, so torch's own lock file is a dead builder's.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_config
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from tvr.trainer import engine as engine_module
-from tvr.trainer.config import TrainConfig
+from tvr.trainer.config import TrainConfig, to_json
 from tvr.trainer.deepspeed_config import deepspeed_config, is_fused, optimizer_line
 from tvr.trainer.engine import Engine
 from tvr.trainer.world import World
@@ -132,3 +137,24 @@ def test_a_parameter_without_dimension_is_refused_before_deepspeed_starts(
     model: Any = WithScale()
     with pytest.raises(ValueError, match=r"logit_scale has no dimension.*shape \(1,\)"):
         Engine(model, train(), ALONE)
+
+
+def test_a_start_does_not_wait_for_the_lock_of_one_that_was_killed(
+    data: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed's extension, with what torch leaves of a builder that SIGKILL ended."""
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(tiny_config(data)))
+    line = ["train", "--dry-run", "--config", str(settings), "--run-dir", str(tmp_path / "run")]
+    lock.touch()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "tvr.launchers.cli", *line],
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=120,
+        )
+        assert not lock.exists()
+    finally:
+        lock.unlink(missing_ok=True)

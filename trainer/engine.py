@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tvr.kernels.compiled import one_builder
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.deepspeed_config import deepspeed_config, is_fused
 from tvr.trainer.model import Features, TextVideoModel, checkpoint_activations
@@ -56,6 +57,7 @@ class Engine:
             groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
         )
         if not deepspeed.comm.is_initialized():
+            _build_extension(deepspeed)
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
@@ -216,6 +218,19 @@ def _import_deepspeed(world: World | None) -> Any:
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", rf".*{name}. is deprecated", FutureWarning)
     return deepspeed
+
+
+def _build_extension(deepspeed: Any) -> None:
+    """What DeepSpeed would compile as it joins the ranks, on the first start ever. Who is killed at
+    that leaves a lock for which every later start would wait."""
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return  # it goes without, likewise
+    from torch.utils import cpp_extension
+
+    folder = cpp_extension._get_build_directory(builder.NAME, verbose=False)
+    with one_builder(Path(folder)):
+        builder.load(verbose=False)
 
 
 def _backend(world: World) -> str:
