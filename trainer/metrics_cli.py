@@ -30,7 +30,7 @@ def metrics(argv: Sequence[str]) -> int:
         """Prints every metric that a run or a packing job may export, and what it means.
 
         Args:
-            markdown: As METRICS.md.
+            markdown: As trainer/METRICS.md.
         """
         if markdown:
             print(markdown_page(), end="")
@@ -60,7 +60,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def markdown_page() -> str:
-    """METRICS.md."""
+    """trainer/METRICS.md."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     lines += [(f"`{name}`", *rest) for name, *rest in rows()]
     return ABOUT + "".join(f"| {' | '.join(line)} |\n" for line in lines)
