@@ -82,7 +82,9 @@ def test_names_follow_the_conventions(metric: Metric) -> None:
 def test_the_page_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert metrics(["--markdown"]) == 0
-    assert capsys.readouterr().out == markdown_page() == (ROOT / "trainer" / "METRICS.md").read_text()
+    assert (
+        capsys.readouterr().out == markdown_page() == (ROOT / "trainer" / "METRICS.md").read_text()
+    )
     assert metrics([]) == 0
     shown = capsys.readouterr().out
     assert len(rows()) == len(METRICS)
