@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tvr.launchers.local import path_with_scripts, run_local
+from tvr.launchers.local import path_with_scripts
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -41,7 +41,7 @@ COMMANDS = {
         "tvr.trainer.bench:bench", "the kernels' time and memory; clips/s of the data"
     ),
     "launch": Command(
-        "tvr.launchers.cli:launch", "start the ranks of a training job; watch over it"
+        "tvr.launchers.launch_cli:launch", "start a job here or on a cluster; watch over it"
     ),
 }
 
@@ -74,28 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def launch(argv: list[str]) -> int:
-    """`tvr launch local --ranks N -- COMMAND ...`: the command on N ranks of this machine; `tvr
-    launch monitor ...`: files for Prometheus and Grafana."""
-    if argv[:1] == ["monitor"]:
-        return _load("tvr.launchers.monitoring:monitor")(argv[1:])
-    ours, command = _split(argv)
-    parser = argparse.ArgumentParser(
-        prog="tvr launch",
-        usage="tvr launch local --ranks N -- tvr train ..., or tvr launch monitor --help",
-    )
-    parser.add_argument("where", choices=["local"], help="local: N processes on this machine")
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start")
-    options, unknown = parser.parse_known_args(ours)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; the command of the ranks goes after `--`")
-    if not command:
-        parser.error("the command of the ranks is missing; it goes after `--`")
-    if options.ranks < 1:
-        parser.error(f"--ranks {options.ranks} must be at least 1")
-    return run_local(command, ranks=options.ranks)
-
-
 def _parser() -> argparse.ArgumentParser:
     width = max(len(name) for name in COMMANDS)
     lines = "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in COMMANDS.items())
@@ -114,13 +92,6 @@ def _parser() -> argparse.ArgumentParser:
 def _load(target: str) -> Callable[[list[str]], int]:
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in argv:
-        return argv, []
-    border = argv.index("--")
-    return argv[:border], argv[border + 1 :]
 
 
 def _version() -> str:

@@ -42,7 +42,7 @@ def run_local(command: Sequence[str], *, ranks: int) -> int:
         environment = rank_environment(os.environ, ranks=ranks, cores=len(os.sched_getaffinity(0)))
         ranks_seen = _Ranks(records)
         torchrun_code = _run_passing_signals(line, environment, ranks_seen.look)
-        if not _is_tvr(command):
+        if not is_tvr(command):
             return 0 if torchrun_code == 0 else 3
         ranks_seen.look()
         codes = [record.code for record in read(records) if record.code is not None]
@@ -62,7 +62,7 @@ def torchrun_command(
     if not command:
         raise ValueError("the command of the ranks is empty; give one such as `tvr train ...`")
     options = ["--standalone", f"--nproc-per-node={ranks}"]
-    if _is_tvr(command):
+    if is_tvr(command):
         agent = [python, "-m", "tvr.launchers.agent", str(ended), *options]
         return [*agent, "-m", "tvr.launchers.rank", str(records), *command[1:]]
     return [python, "-m", "torch.distributed.run", *options, "--no-python", *command]
@@ -112,7 +112,8 @@ def die_with_parent(signal_number: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
 
 
-def _is_tvr(command: Sequence[str]) -> bool:
+def is_tvr(command: Sequence[str]) -> bool:
+    """Whether the command is ours, to be run by this interpreter."""
     return command[0] == "tvr"
 
 

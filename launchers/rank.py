@@ -1,4 +1,4 @@
-"""What torchrun starts on each rank: `tvr`, with its exit code written down for the launcher."""
+"""What runs on each rank: `tvr`; under torchrun its exit code is written down."""
 
 from __future__ import annotations
 
@@ -6,25 +6,45 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tvr.launchers.cli import EXIT_FAILED, main
 from tvr.launchers.local import die_with_parent
 from tvr.launchers.records import note
+from tvr.launchers.restarts import PREEMPTED
+
+# The notice that a batch system gives before it takes a job off its nodes.
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_rank(records: Path, argv: list[str]) -> int:
     """Runs `tvr ARGV`; adds to `records` that it began and how it ended, and returns its code."""
-    die_with_parent(signal.SIGKILL)
     rank, pid = int(os.environ.get("RANK", "0")), os.getpid()
     note(records, rank, pid)
-    try:
-        code = main(argv)
-    except SystemExit as end:
-        code = _code_of(end)
+    code = run_tvr(argv)
     note(records, rank, pid, code)
     return code
+
+
+def run_tvr(argv: Sequence[str]) -> int:
+    """Runs `tvr ARGV` in this process, which ends with its parent; returns its exit code.
+
+    Told to leave before the command listens by itself, it leaves at once: nothing is lost yet.
+    """
+    die_with_parent(signal.SIGKILL)
+    leave_when_told()
+    try:
+        return main(argv)
+    except SystemExit as end:
+        return _code_of(end)
+
+
+def leave_when_told() -> None:
+    """Lets a notice end the process, with the code that says that it may be started again."""
+    for number in NOTICES:
+        signal.signal(number, lambda got, frame: sys.exit(PREEMPTED))
 
 
 def end_process(code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tvr.launchers import cli
+from tvr.launchers.launch_cli import launch
 from tvr.launchers.local import (
     failure_line,
     job_exit_code,
@@ -96,6 +96,7 @@ def test_a_rank_writes_its_code_down(
         return code
 
     monkeypatch.setattr("tvr.launchers.rank.die_with_parent", lambda number: None)
+    monkeypatch.setattr("tvr.launchers.rank.leave_when_told", lambda: None)
     monkeypatch.setattr("tvr.launchers.rank.main", main)
     assert read(records) == []
     for rank in ("1", "0"):
@@ -152,7 +153,7 @@ def test_two_ranks_end_well_and_know_who_they_are(tmp_path: Path) -> None:
     ("command", "code"), [(["tvr", "nonsense"], 2), ([sys.executable, "-c", "exit(75)"], 3)]
 )
 def test_failing_ranks_give_the_job_its_code(command: list[str], code: int) -> None:
-    assert cli.launch(["local", "--ranks", "2", "--", *command]) == code
+    assert launch(["local", "--ranks", "2", "--", *command]) == code
 
 
 # What a rank of the next tests does: says who it is, then waits to be told to end.

@@ -2,7 +2,8 @@
 
 A rank can outlive its job, for example behind a node daemon that died; the job is then restarted
 while the orphan still holds weights and an open run. Each attempt takes the next number when it
-starts, and every write to the run asks first whether the number is still the newest.
+starts, and every write to the run asks first whether the number is still the newest. A start that
+SLURM's restart count shows to be an earlier one of the same job, only slower, takes none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,18 +42,46 @@ class Attempt:
 
 
 def begin_attempt(run_dir: Path) -> Attempt:
-    """Takes the next number; rank 0 of a job calls it. Two jobs at once get two numbers."""
+    """Takes the next number; rank 0 of a job calls it. Two jobs at once get two numbers.
+
+    Raises:
+        Fenced: a later restart of this very job of SLURM has begun already.
+    """
     folder = run_dir / ATTEMPTS
     folder.mkdir(parents=True, exist_ok=True)
     number = max((int(path.stem) for path in folder.glob("*.json")), default=0) + 1
-    who = {"host": socket.gethostname(), "pid": os.getpid()}
+    who = {"host": socket.gethostname(), "pid": os.getpid(), **_of_slurm()}
     while True:
+        _refuse_late(run_dir, number - 1, who)
         try:
             with _file(run_dir, number).open("x") as file:
                 file.write(json.dumps(who) + "\n")
             return Attempt(run_dir, number)
         except FileExistsError:
             number += 1
+
+
+def _of_slurm() -> dict[str, str | int]:
+    """Which start of which job this is, where SLURM started it."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return {"job": os.environ["SLURM_JOB_ID"], "restart": restart}
+
+
+def _refuse_late(run_dir: Path, newest: int, who: Mapping[str, str | int]) -> None:
+    path = _file(run_dir, newest)
+    if "restart" not in who or not path.exists():
+        return
+    try:
+        other = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return  # it has begun in this moment
+    if other.get("job") == who["job"] and other["restart"] > who["restart"]:
+        raise Fenced(
+            f"restart {who['restart']} of job {who['job']} is over before it began at {run_dir}:"
+            f" restart {other['restart']} has begun"
+        )
 
 
 def _file(run_dir: Path, number: int) -> Path:

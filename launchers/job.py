@@ -1,0 +1,193 @@
+"""A job for a cluster: what runs where, as one record that every kind of launcher renders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tvr.launchers.restarts import Policy
+
+FOLDER = "launch"
+RECORD = "job.json"
+# What a command has in the place of the number of an array's task.
+TASK = "%a"
+
+# Variables that change what ranks do, written into the job so that it can be given again from
+# another shell; names that look like secrets are left to the batch system.
+CAPTURED = re.compile(
+    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|CC|CXX"
+    r"|(CUDA|DS|FI|GLOO|HF|NCCL|OMP|PYTORCH|TORCH|TRITON|UCX)_\w+"
+)
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
+
+NAME = re.compile(r"[^\\\n]+")
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """The image in which ranks run; the batch script itself runs outside."""
+
+    image: str
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: tuple[str, ...] = ()
+    """SOURCE:TARGET, beside the run's folder and the directory, which keep their names inside."""
+    python: str = "python3"
+    """The interpreter inside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One job. Paths are absolute, on a disk that all nodes share."""
+
+    command: tuple[str, ...]
+    """Of every rank: `tvr ...` or anything else. An array's task has its number at `%a`."""
+    run_dir: str
+    """Its folder `launch` holds this record, the script and all output."""
+    directory: str
+    """Where the command starts."""
+    python: str
+    """The interpreter on the nodes."""
+    name: str
+    nodes: int = 1
+    ranks_per_node: int = 1
+    gpus_per_node: int = 0
+    cpus_per_rank: int | None = None
+    memory: str | None = None
+    """Of a node, as `sbatch --mem` takes it."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_limit: str | None = None
+    """As `sbatch --time` takes it; none: the partition's."""
+    exclude: tuple[str, ...] = ()
+    """Nodes not to use."""
+    dependency: str | None = None
+    array: str | None = None
+    """Numbers of the tasks of a job array."""
+    notice_s: int = 300
+    """Seconds before the end of the time at which ranks are told to save and leave."""
+    interface: str | None = None
+    """Network interface of NCCL and gloo; none: they choose."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables set on the nodes."""
+    container: Container | None = None
+    targets: str | None = None
+    """Folder in which Prometheus looks for targets."""
+    policy: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        for what in ("nodes", "ranks_per_node", "notice_s"):
+            _check(getattr(self, what) >= 1, what, getattr(self, what), "at least 1")
+        gpus, cpus = self.gpus_per_node, self.cpus_per_rank
+        _check(gpus >= 0, "gpus_per_node", gpus, "0 or more")
+        _check(cpus is None or cpus >= 1, "cpus_per_rank", cpus, "at least 1")
+        _check(bool(self.command), "command", self.command, "one such as `tvr train ...`")
+        # SLURM's options and patterns of file names take a backslash for themselves.
+        for what in ("name", "run_dir", "directory"):
+            value = getattr(self, what)
+            _check(NAME.fullmatch(value) is not None, what, value, "without backslash and newline")
+        if self.time_limit is not None:
+            seconds(self.time_limit)
+        numbered = any(TASK in word for word in self.command)
+        if self.array is not None and not numbered:
+            raise ValueError(
+                f"array={self.array!r}: every task would do the same; the command must hold {TASK},"
+                f" the task's number, as in `tvr pack --task {TASK}/8`"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Of this record, the script and the output."""
+        return Path(self.run_dir, FOLDER)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def to_json(job: Job) -> str:
+    return json.dumps(asdict(job), indent=1) + "\n"
+
+
+def from_json(text: str) -> Job:
+    """Raises KeyError or TypeError where it is the record of another version."""
+    values: dict[str, Any] = json.loads(text)
+    container = values.pop("container")
+    if container is not None:
+        container = Container(**{**container, "mounts": tuple(container["mounts"])})
+    policy = Policy(**values.pop("policy"))
+    tuples = {name: tuple(values.pop(name)) for name in ("command", "exclude")}
+    return Job(**values, **tuples, container=container, policy=policy)
+
+
+def read_job(run_dir: Path) -> Job:
+    """The job of a run.
+
+    Raises:
+        ValueError: it has none, or it is of another version of the program.
+    """
+    path = run_dir / FOLDER / RECORD
+    try:
+        return from_json(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} was not launched on a cluster: there is no {path}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is of another version of tvr: {error}") from None
+
+
+def captured(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that a job takes along."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if CAPTURED.fullmatch(name) and not SECRET.search(name)
+    }
+
+
+def run_dir_of(command: Sequence[str]) -> str | None:
+    """What the command itself names as its run's folder."""
+    for word, following in zip(command, [*command[1:], None], strict=True):
+        if word == "--run-dir":
+            return following
+        if word.startswith("--run-dir="):
+            return word.removeprefix("--run-dir=")
+    return None
+
+
+def seconds(time_limit: str) -> int:
+    """Of a time in SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = TIME.fullmatch(time_limit)
+    if match is None:
+        raise ValueError(f"time {time_limit!r} must be minutes, H:M:S or D-H:M:S")
+    numbers = [int(number) for number in match.groups()[1:] if number is not None]
+    if match[1] is not None:
+        hours, minutes, rest = (*numbers, 0, 0)[:3]
+        return ((int(match[1]) * 24 + hours) * 60 + minutes) * 60 + rest
+    if len(numbers) < 3:
+        minutes, rest = (*numbers, 0)[:2]
+        return 60 * minutes + rest
+    hours, minutes, rest = numbers
+    return (60 * hours + minutes) * 60 + rest
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is seen complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def _check(fine: bool, what: str, value: object, allowed: str) -> None:
+    if not fine:
+        raise ValueError(f"{what}={value!r} must be {allowed}")

@@ -1,0 +1,191 @@
+"""The command line of `tvr launch`: where the ranks of a job run, and what became of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tvr.launchers import runs
+from tvr.launchers.job import Container, Job, captured, run_dir_of
+from tvr.launchers.local import run_local
+from tvr.launchers.progress import notice_for, read_progress
+from tvr.launchers.restarts import DONE, USAGE, Policy
+from tvr.launchers.sbatch import sbatch_script
+
+USAGE_LINE = "tvr launch {local,slurm} ... -- COMMAND | tvr launch {status,logs,cancel,resume} RUN"
+# With an image of their own ranks have other programs and libraries.
+OF_THE_HOST = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CC", "CXX"}
+
+
+def launch(argv: list[str]) -> int:
+    """`tvr launch ...`: returns the exit code."""
+    ours, command = _split(argv)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(ours)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; the command of the ranks goes after `--`")
+    if options.starts and not command:
+        parser.error("the command of the ranks is missing; it goes after `--`")
+    if not options.starts and command:
+        parser.error(f"{options.where} takes no command: {' '.join(command)}")
+    try:
+        return options.action(options, command)
+    except ValueError as error:
+        print(f"tvr launch {options.where}: error: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tvr launch", usage=USAGE_LINE)
+    where = parser.add_subparsers(dest="where", required=True, metavar="WHERE")
+
+    def add(name: str, action: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        starts = action in (_local, _slurm)
+        usage = f"tvr launch {name} [options] -- COMMAND ..." if starts else None
+        # Abbreviations would mean something else once there are more options.
+        child = where.add_parser(name, help=text, description=text, usage=usage, allow_abbrev=False)
+        child.set_defaults(action=action, starts=starts)
+        return child
+
+    local = add("local", _local, "processes on this machine")
+    local.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start")
+    _add_cluster_options(add("slurm", _slurm, "a batch job on a SLURM cluster"))
+    for name, action, text in (
+        ("status", _status, "how a run's job is doing"),
+        ("logs", _logs, "what its ranks said"),
+        ("cancel", _cancel, "end its job"),
+        ("resume", _resume, "submit it again, after its job has ended"),
+    ):
+        child = add(name, action, text)
+        child.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+        if name == "logs":
+            child.add_argument("--rank", type=int, help="default: the batch shell, then rank 0")
+            child.add_argument("--job", help="number of the job; default: the last one started")
+    return parser
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **settings: object) -> None:
+        parser.add_argument(name, help=text, **settings)  # type: ignore[arg-type]
+
+    size, batch = {"type": int, "metavar": "N"}, {"metavar": "TEXT"}
+    add("--nodes", "nodes (default: 1)", default=1, **size)
+    add("--gpus-per-node", "GPUs of a node (default: 0)", default=0, **size)
+    add("--ranks-per-node", "processes on a node (default: one for each GPU, at least 1)", **size)
+    add("--cpus-per-rank", "cores of a rank, for its loader workers and threads", **size)
+    add("--mem", "memory of a node, as sbatch takes it", dest="memory", **batch)
+    for name in ("partition", "account", "qos", "exclude", "dependency"):
+        add(f"--{name}", f"as sbatch --{name}", **batch)
+    add("--time", "as sbatch --time", dest="time_limit", **batch)
+    add("--array", "numbers of tasks such as 0-7; %%a in the command is a task's own", **batch)
+    add("--name", "of the job (default: the run's folder)", **batch)
+    add("--run-dir", "of the run (default: the --run-dir that the command has)", **batch)
+    notice = "seconds before the time is up at which ranks save (default: from measured saves)"
+    add("--notice", notice, **size)
+    add("--interface", "network interface of NCCL and gloo", **batch)
+    add("--container", "image in which ranks run", metavar="IMAGE")
+    add("--container-runtime", "default: pyxis", choices=["pyxis", "apptainer"], default="pyxis")
+    add("--container-mounts", "SOURCE:TARGET,... beside run and working folder", default="")
+    add("--container-python", "interpreter inside (default: python3)", default="python3")
+    add("--targets", "folder for Prometheus's file_sd", metavar="FOLDER")
+    policy = Policy()
+    text = f"failures in a row without a new checkpoint (default: {policy.max_failures})"
+    add("--max-failures", text, default=policy.max_failures, **size)
+    text = f"restarts in all (default: {policy.max_restarts})"
+    add("--max-restarts", text, default=policy.max_restarts, **size)
+    text = f"seconds; doubles with every failure (default: {policy.back_off_s:.0f})"
+    add("--back-off", text, type=float, default=policy.back_off_s, metavar="S")
+    add("--print", "only show the script", action="store_true", dest="show")
+
+
+def _local(options: argparse.Namespace, command: list[str]) -> int:
+    if options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks} must be at least 1")
+    return run_local(command, ranks=options.ranks)
+
+
+def _slurm(options: argparse.Namespace, command: list[str]) -> int:
+    job = _job(options, command)
+    if options.show:
+        sys.stdout.write(sbatch_script(job))
+    else:
+        print(runs.submit(job))
+    return DONE
+
+
+def _job(options: argparse.Namespace, command: list[str]) -> Job:
+    given = options.run_dir or run_dir_of(command)
+    if given is None:
+        raise ValueError("--run-dir, the folder for script and output, is not given")
+    run_dir = Path(given).absolute()
+    environment = captured(os.environ)
+    container = None
+    if options.container is not None:
+        environment = {k: v for k, v in environment.items() if k not in OF_THE_HOST}
+        container = Container(
+            image=options.container,
+            runtime=options.container_runtime,
+            mounts=tuple(filter(None, options.container_mounts.split(","))),
+            python=options.container_python,
+        )
+    ranks_per_node = options.ranks_per_node
+    return Job(
+        command=tuple(command),
+        run_dir=str(run_dir),
+        directory=os.getcwd(),
+        python=sys.executable,
+        name=options.name or run_dir.name,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        ranks_per_node=max(1, options.gpus_per_node) if ranks_per_node is None else ranks_per_node,
+        cpus_per_rank=options.cpus_per_rank,
+        memory=options.memory,
+        partition=options.partition,
+        account=options.account,
+        qos=options.qos,
+        time_limit=options.time_limit,
+        exclude=tuple(filter(None, (options.exclude or "").split(","))),
+        dependency=options.dependency,
+        array=options.array,
+        notice_s=options.notice or notice_for(read_progress(run_dir)),
+        interface=options.interface,
+        environment=environment,
+        container=container,
+        targets=str(Path(options.targets).absolute()) if options.targets else None,
+        policy=Policy(
+            max_failures=options.max_failures,
+            max_restarts=options.max_restarts,
+            back_off_s=options.back_off,
+        ),
+    )
+
+
+def _status(options: argparse.Namespace, command: list[str]) -> int:
+    print(runs.status(options.run_dir.absolute()))
+    return DONE
+
+
+def _logs(options: argparse.Namespace, command: list[str]) -> int:
+    for text in runs.logs(options.run_dir.absolute(), options.job, options.rank):
+        sys.stdout.write(text)
+    return DONE
+
+
+def _cancel(options: argparse.Namespace, command: list[str]) -> int:
+    print(f"cancelled: {runs.cancel(options.run_dir.absolute())}")
+    return DONE
+
+
+def _resume(options: argparse.Namespace, command: list[str]) -> int:
+    print(runs.resume(options.run_dir.absolute()))
+    return DONE
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    border = argv.index("--")
+    return argv[:border], argv[border + 1 :]

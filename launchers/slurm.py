@@ -1,0 +1,152 @@
+"""SLURM's commands: what is asked of them, and what they answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# States in which a job is over for good.
+OVER = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
+GONE = "GONE"
+"""Our word for a job that SLURM has forgotten: it keeps those that ended some minutes."""
+TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
+NODE_FAILED = re.compile(r"srun: error: (?:Node failure on|Timed out waiting for) (\S+)")
+EXITED = re.compile(r"Exited with exit code (\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobState:
+    """One job, or one task of an array."""
+
+    job_id: str
+    state: str
+    """SLURM's word, such as RUNNING."""
+    restarts: int
+    reason: str
+    """Why it waits; `None` in SLURM's words where it does not."""
+    nodes: str
+    """Node list; empty before it runs."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER or self.state == GONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEnd:
+    """The first rank of which srun says that it ended badly."""
+
+    node: str
+    rank: int | None
+    """None: the node itself failed."""
+    what: str
+    """In srun's words, such as `Killed`."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None: a signal ended it."""
+        match = EXITED.fullmatch(self.what)
+        return int(match[1]) if match else None
+
+
+def submit(script: Path) -> str:
+    """The job's number.
+
+    Raises:
+        ValueError: SLURM refuses it, in its words, or is not there.
+    """
+    # Variables of a job from within which this one is submitted would change it.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
+    answer = _run(["sbatch", "--parsable", str(script)], environment)
+    return answer.strip().split(";")[0]
+
+
+def job_states(job_id: str) -> list[JobState]:
+    """Of a job, or of all tasks of an array; GONE if SLURM does not know it any more."""
+    try:
+        text = _run(["scontrol", "--oneliner", "show", "job", job_id])
+    except ValueError as error:
+        if "Invalid job id" in str(error):
+            return [JobState(job_id=job_id, state=GONE, restarts=0, reason="", nodes="")]
+        raise
+    return [_job_state(line) for line in text.splitlines() if line.strip()]
+
+
+def node_field(node: str, field: str) -> str:
+    """What `scontrol show node` has of a node: NodeAddr, State."""
+    text = _run(["scontrol", "--oneliner", "show", "node", node])
+    match = re.search(rf"\b{field}=(\S+)", text)
+    if match is None:
+        raise ValueError(f"scontrol shows no {field} of node {node}: {text.strip()}")
+    return match[1]
+
+
+def requeue(job_id: str, wait_s: float, exclude: Iterable[str]) -> None:
+    """Ends this job, whose batch shell calls it, and queues it again."""
+    _run(["scontrol", "requeue", job_id])
+    # A job that runs takes no such changes; queued again, it takes them while it still ends.
+    changes = [f"StartTime=now+{wait_s:.0f}"] if wait_s else []
+    excluded = ",".join(exclude)
+    changes += [f"ExcNodeList={excluded}"] if excluded else []
+    if changes:
+        _run(["scontrol", "update", f"JobId={job_id}", *changes])
+
+
+def cancel(job_id: str) -> None:
+    """Ends a job wherever it is."""
+    _run(["scancel", job_id])
+
+
+def first_bad_end(words: str) -> TaskEnd | None:
+    """What srun said first of a rank or a node that failed; none: nothing."""
+    for line in words.splitlines():
+        if match := TASK_ENDED.search(line):
+            rank = int(re.split(r"[,-]", match[2])[0])
+            return TaskEnd(node=match[1], rank=rank, what=match[3].strip())
+        if match := NODE_FAILED.search(line):
+            return TaskEnd(node=match[1].rstrip(","), rank=None, what="the node failed")
+    return None
+
+
+def _job_state(line: str) -> JobState:
+    def field(name: str) -> str:
+        match = re.search(rf"\b{name}=(\S*)", line)
+        return match[1] if match else ""
+
+    nodes = field("NodeList")
+    return JobState(
+        job_id=field("JobId"),
+        state=field("JobState"),
+        restarts=int(field("Restarts") or 0),
+        reason=field("Reason"),
+        nodes="" if nodes == "(null)" else nodes,
+    )
+
+
+def _run(line: list[str], environment: Mapping[str, str] | None = None) -> str:
+    try:
+        ended = subprocess.run(line, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError(f"{line[0]} is not here: this needs the commands of SLURM") from None
+    if ended.returncode != 0:
+        said = " ".join((ended.stderr or ended.stdout).split())
+        raise ValueError(f"{line[0]} {line[1]}: {said}")
+    return ended.stdout

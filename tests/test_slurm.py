@@ -1,0 +1,379 @@
+"""Jobs on a real cluster of SLURM's daemons: what `tvr launch slurm` trains is what `tvr launch
+local` trains, bit for bit, whatever happens to ranks, nodes and the job meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jobs
+import pytest
+from slurm_cluster import Cluster, cluster_of, rank_pid, until
+from tiny import tiny_config, with_ranks
+
+from tvr.launchers.attempts import Attempt, Attempts
+from tvr.launchers.nodelist import expand_nodes
+from tvr.launchers.records import is_alive
+from tvr.launchers.restarts import Ended
+from tvr.trainer.config import Config, to_json
+
+STEPS = 60
+TRAINED_ON_TWO = ("--nodes", "2")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with cluster_of(8) as cluster, pytest.MonkeyPatch.context() as patch:
+        for name in ("PATH", "SLURM_CONF"):
+            patch.setenv(name, cluster.environment[name])
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp('it\'s a "cluster"')
+
+
+@pytest.fixture(scope="module")
+def config(data: Path) -> Config:
+    return tiny_config(
+        data,
+        # A worker: a process that must not die of the notice to its rank.
+        data={"test": None, "test_exchanged": None, "workers": 1},
+        train={"steps": STEPS, "zero_stage": 1},
+        checkpoint={"every": 5},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A job of the cluster."""
+
+    cluster: Cluster
+    run_dir: Path
+    job_id: str
+
+    def until(self, done: Callable[[], bool], what: str) -> None:
+        """Waits for what the job must come to."""
+        until(lambda: done() or self.state in ("FAILED", "CANCELLED"), what)
+        assert done(), self.words
+
+    @property
+    def state(self) -> str:
+        return self.cluster.job(self.job_id)["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.cluster.job(self.job_id)["Restarts"])
+
+    @property
+    def words(self) -> str:
+        """What the batch shell and the ranks said."""
+        files = sorted((self.run_dir / "launch").glob(f"{self.job_id}.*"))
+        return "\n".join(path.read_text() for path in files)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return Attempts(self.run_dir / "launch", self.job_id).read()
+
+    @property
+    def ends(self) -> list[Ended]:
+        return [attempt.ended for attempt in self.attempts if attempt.ended]
+
+    def until_done(self) -> None:
+        assert self.cluster.until_ended(self.job_id) == "COMPLETED", self.words
+
+    def at_step(self, step: int) -> None:
+        self.until(lambda: jobs.steps_logged(self.run_dir) >= step, f"step {step}")
+
+    def pids(self, ranks: int) -> list[int]:
+        found: list[int] = []
+        for rank in range(ranks):
+            self.until(lambda rank=rank: rank_pid(self.run_dir, rank) is not None, f"rank {rank}")
+            pid = rank_pid(self.run_dir, rank)
+            assert pid is not None
+            found.append(pid)
+        return found
+
+
+def tvr(*argv: str) -> str:
+    """What `tvr launch ...` says on stdout."""
+    line = [sys.executable, "-m", "tvr.launchers.cli", "launch", *argv]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def launch(cluster: Cluster, run_dir: Path, *options: str, command: list[str]) -> Launched:
+    common = ["--run-dir", str(run_dir), "--interface", "lo", "--back-off", "0"]
+    return Launched(cluster, run_dir, tvr("slurm", *common, *options, "--", *command).strip())
+
+
+def train(
+    cluster: Cluster, config: Config, run_dir: Path, *options: str, ranks: int = 2
+) -> Launched:
+    settings = run_dir.with_suffix(".json")
+    settings.write_text(to_json(with_ranks(config, ranks)))
+    command = ["tvr", "train", "--config", str(settings), "--run-dir", str(run_dir)]
+    return launch(cluster, run_dir, *options, command=command)
+
+
+@pytest.fixture(scope="module")
+def failing(cluster: Cluster, folder: Path) -> Launched:
+    """A job whose only node says why it cannot work."""
+    script = 'echo "no good: $SLURMD_NODENAME" >&2; exit 3'
+    return launch(cluster, folder / "failing", "--back-off", "1", command=["bash", "-c", script])
+
+
+@pytest.fixture(scope="module")
+def expiring(
+    cluster: Cluster, folder: Path, config: Config, failing: Launched
+) -> Iterator[Launched]:
+    """A job of two minutes, whose ranks stand still from a random step on until its time ends."""
+    options = (*TRAINED_ON_TWO, "--time", "2", "--notice", "45")
+    job = train(cluster, config, folder / "expiring", *options)
+    pids = job.pids(2)
+    job.at_step(jobs.random_step(1, 5, 50))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+    def go_on() -> None:
+        until(lambda: all(_has_notice(pid) for pid in pids), "the notice")
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    # Other tests run meanwhile.
+    waiting = threading.Thread(target=go_on)
+    waiting.start()
+    yield job
+    waiting.join()
+
+
+@pytest.fixture(scope="module")
+def orphaned(cluster: Cluster, folder: Path, config: Config, expiring: Launched) -> Launched:
+    """A job whose node's daemon is gone, while its ranks stand still."""
+    job = train(cluster, config, folder / "orphaned", "--ranks-per-node", "2")
+    pids = job.pids(2)
+    job.at_step(jobs.random_step(2, 5, 50))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    cluster.kill_node_daemon(cluster.job(job.job_id)["NodeList"])
+    return job
+
+
+@pytest.fixture(scope="module")
+def losses(folder: Path, config: Config, orphaned: Launched) -> list[float]:
+    """Of the run that `tvr launch local` trains, while other jobs wait."""
+    code, errors = jobs.run(config, folder / "local", 2)
+    assert code == 0, errors
+    found = jobs.losses(folder / "local")
+    assert len(found) == STEPS
+    return found
+
+
+def test_two_nodes_train_as_one_machine_does(
+    cluster: Cluster, folder: Path, config: Config, losses: list[float]
+) -> None:
+    job = train(cluster, config, folder / "two nodes", *TRAINED_ON_TWO)
+    job.until_done()
+    assert jobs.losses(job.run_dir) == losses
+    assert [len(attempt.nodes) for attempt in job.attempts] == [2]
+    assert [ended.code for ended in job.ends] == [0]
+    status = tvr("status", str(job.run_dir))
+    assert f"{job.job_id}  COMPLETED  0" in status
+    assert f"{STEPS} of {STEPS}" in status
+    assert f"{losses[-1]:.4f}" in status
+    assert f"step {STEPS}/{STEPS}" in tvr("logs", str(job.run_dir))
+    assert "step" not in tvr("logs", str(job.run_dir), "--rank", "1")
+
+
+def test_a_notice_to_the_batch_shell_leads_to_a_checkpoint_and_to_a_restart(
+    cluster: Cluster, folder: Path, config: Config, losses: list[float]
+) -> None:
+    job = train(cluster, config, folder / "preempted", *TRAINED_ON_TWO)
+    job.at_step(jobs.random_step(3, 5, 50))
+    cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)
+    job.until(lambda: job.restarts == 1, "the restart")
+    job.until_done()
+    left = jobs.events(job.run_dir, "preempted")[-1]["step"]
+    assert [event["step"] for event in jobs.events(job.run_dir, "resumed")] == [left]
+    assert jobs.losses(job.run_dir) == losses
+    assert [ended.code for ended in job.ends] == [75, 0]
+    assert job.ends[0].reason == (f"tvr train: step {left} is saved; asked to leave by SIGUSR1")
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
+    cluster: Cluster, folder: Path, config: Config, losses: list[float]
+) -> None:
+    job = train(cluster, config, folder / "killed", *TRAINED_ON_TWO)
+    pids = job.pids(2)
+    job.at_step(jobs.random_step(4, 5, 50))
+    os.kill(pids[1], signal.SIGKILL)
+    job.until_done()
+    assert jobs.losses(job.run_dir) == losses
+    node = job.attempts[0].nodes[1]
+    assert (job.restarts, [ended.code for ended in job.ends]) == (1, [3, 0])
+    assert (job.ends[0].node, job.ends[0].reason) == (node, f"rank 1 on {node}: Killed")
+    assert jobs.events(job.run_dir, "resumed")[0]["step"] == job.ends[0].saved_step
+
+
+def test_a_job_that_always_fails_stops_and_says_why_first(
+    cluster: Cluster, failing: Launched
+) -> None:
+    assert cluster.until_ended(failing.job_id) == "FAILED"
+    assert cluster.job(failing.job_id)["ExitCode"] == "3:0"
+    first, second, third = (attempt.nodes[0] for attempt in failing.attempts)
+    assert first == second != third
+    assert cluster.job(failing.job_id)["ExcNodeList"] == first
+    said = [line for line in failing.words.splitlines() if line.startswith("tvr launch: ")]
+    assert said == [
+        f"tvr launch: no good: {first}; starts again in 1 s",
+        f"tvr launch: no good: {first}; starts again in 2 s without {first}, which failed 2 times",
+        f"tvr launch: no good: {third}; stopped after 3 failures without a new checkpoint"
+        " (--max-failures)",
+    ]
+
+
+def test_the_end_of_its_time_leads_to_a_checkpoint_and_to_a_restart(
+    expiring: Launched, losses: list[float]
+) -> None:
+    expiring.until(lambda: expiring.restarts == 1, "the restart")
+    expiring.until_done()
+    assert [ended.code for ended in expiring.ends] == [75, 0]
+    assert jobs.losses(expiring.run_dir) == losses
+
+
+def test_orphans_behind_a_dead_node_daemon_cannot_write(
+    cluster: Cluster, orphaned: Launched, losses: list[float]
+) -> None:
+    run_dir = orphaned.run_dir
+    (node,) = orphaned.attempts[0].nodes
+    orphans = orphaned.pids(2)
+    orphaned.until(lambda: rank_pid(run_dir, 0, restart=1) is not None, "ranks on another node")
+    orphaned.until(lambda: (run_dir / "attempts" / "000002.json").exists(), "a new attempt")
+    assert all(is_alive(pid) for pid in orphans)
+    for pid in orphans:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: not any(is_alive(pid) for pid in orphans), "the orphans end")
+    orphaned.until_done()
+    assert "attempt 1 at" in orphaned.words
+    assert "is over: another one began" in orphaned.words
+    assert "not queued again from here" in orphaned.words
+    assert jobs.losses(run_dir) == losses
+    assert len(list((run_dir / "attempts").iterdir())) == 2
+    assert (orphaned.restarts, orphaned.ends[0].reason) == (1, f"node {node} failed")
+    cluster.start_node(node)
+    cluster.until_idle(cluster.nodes)
+
+
+def test_eight_nodes_meet(cluster: Cluster, folder: Path, data: Path) -> None:
+    config = tiny_config(
+        data, data={"test": None, "test_exchanged": None}, train={"steps": 3, "zero_stage": 1}
+    )
+    job = train(cluster, config, folder / "eight", "--nodes", "8", ranks=8)
+    job.until_done()
+    assert len(jobs.losses(job.run_dir)) == 3
+    assert list(job.attempts[0].nodes) == cluster.nodes
+
+
+def test_an_array_packs_a_data_set_with_one_task_killed(
+    cluster: Cluster, folder: Path, data: Path
+) -> None:
+    out = folder / "packed"
+    options = "--layout frames --num-frames 3 --short-side 16 --samples-per-shard 10 --no-words"
+    annotations = data / "clips" / "train" / "annotations.jsonl"
+    command = ["tvr", "pack", "--task", "%a/3", "--annotations", str(annotations)]
+    job = launch(
+        cluster,
+        folder / "packing",
+        *("--array", "0-2"),
+        command=[*command, "--out", str(out), *options.split()],
+    )
+    killed: list[int] = []
+
+    def kill() -> bool:
+        pid = _pack_pid(out, 1)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return bool(killed)
+
+    until(kill, "task 1")
+    until(lambda: _is_over(cluster, job.job_id), "the array")
+    tasks = json.loads((out / "manifest.json").read_text())["shards"]
+    assert len(tasks) == 5
+    for shard in sorted(data.glob("train/*.tar")):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+    codes = [
+        [attempt.ended.code for attempt in Attempts(job.run_dir / "launch", path.stem).read()]
+        for path in (job.run_dir / "launch" / "attempts").iterdir()
+    ]
+    assert sorted(codes) == [[0], [0], [3, 0]]
+
+
+def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) -> None:
+    targets, run_dir = folder / "targets", folder / "looked after"
+    group = '[{"targets": ["n1:9100"], "labels": {"run": "x"}}]'
+    script = f"mkdir -p metrics; echo '{group}' > metrics/n1.json; sleep 60"
+    command = ["bash", "-c", f'cd "$1"; {script}', "bash", str(run_dir)]
+    first = launch(cluster, run_dir, "--targets", str(targets), command=command)
+    until(lambda: [*map(_read, targets.glob("*.json"))] == [json.loads(group)], "its targets")
+    refused = subprocess.run(
+        [sys.executable, "-m", "tvr.launchers.cli", "launch", "resume", str(run_dir)],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2
+    assert f"job {first.job_id} of {run_dir} goes on; wait for it" in refused.stderr
+    assert tvr("cancel", str(run_dir)) == f"cancelled: {first.job_id}\n"
+    assert cluster.until_ended(first.job_id) == "CANCELLED"
+    assert list(targets.iterdir()) == []
+    second = tvr("resume", str(run_dir)).strip()
+    assert f"{second}  " in tvr("status", str(run_dir))
+    until(lambda: cluster.job(second)["JobState"] == "RUNNING", "it runs again")
+    after = ("--dependency", f"afterany:{second}")
+    third = launch(cluster, run_dir, *after, command=["bash", "-c", "exit 0"])
+    assert (third.state, cluster.job(third.job_id)["Reason"]) == ("PENDING", "Dependency")
+    cluster.run("scancel", second)
+    third.until_done()
+    assert first.restarts == 0
+
+
+@pytest.mark.parametrize("nodelist", ["n[1-3]", "gpu[08-10,12],login", "r[1-2]n[3-4]x", "a[9-11]"])
+def test_node_lists_are_expanded_as_slurm_does(cluster: Cluster, nodelist: str) -> None:
+    assert cluster.run("scontrol", "show", "hostnames", nodelist).split() == expand_nodes(nodelist)
+
+
+def _has_notice(pid: int) -> bool:
+    """Whether SIGUSR1 waits for a process that stands still."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
+    return bool(pending >> signal.SIGUSR1 - 1 & 1)
+
+
+def _read(path: Path) -> object:
+    return json.loads(path.read_text())
+
+
+def _is_over(cluster: Cluster, job_id: str) -> bool:
+    text = cluster.run("scontrol", "--oneliner", "show", "job", job_id)
+    return text.count("JobState=COMPLETED") == len(text.splitlines())
+
+
+def _pack_pid(out: Path, task: int) -> int | None:
+    for folder in Path("/proc").iterdir():
+        try:
+            line = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if line[1:3] == [b"-m", b"tvr.launchers.task"] and os.fsencode(out) in line:
+            if f"{task}/3".encode() in line:
+                return int(folder.name)
+    return None
