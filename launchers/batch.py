@@ -68,6 +68,10 @@ def run_batch(folder: Path, line: Sequence[str]) -> int:
     attempts.begin(here.restart, list(here.nodes), began_s)
     targets = Targets(Path(job.targets), Path(job.run_dir), began_s) if job.targets else None
     ended = _Ranks(job, here, targets, began_s).run(line)
+    newest = attempts.read()[-1].restart
+    if newest > here.restart:
+        _say(f"job {here.job_id} goes on with restart {newest}, without this one")
+        return ended.code
     attempts.end(here.restart, ended)
     if targets and ended.code in (DONE, PREEMPTED):
         targets.remove()
@@ -122,7 +126,7 @@ def _act(decision: Decision | None, job: Job, here: Allocation) -> int:
     if not decision.again:
         return decision.code
     (state,) = slurm.job_states(here.job_id)
-    # A shell that outlived its node's daemon must leave the job alone, and so must one that ends
+    # A shell that outlived its node's daemon leaves the job alone, and so does one that ends
     # because the job is cancelled.
     if (state.state, state.restarts) != ("RUNNING", here.restart):
         _say(f"job {here.job_id} is {state.state}: not queued again from here")

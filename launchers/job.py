@@ -118,12 +118,11 @@ def to_json(job: Job) -> str:
 def from_json(text: str) -> Job:
     """Raises KeyError or TypeError where it is the record of another version."""
     values: dict[str, Any] = json.loads(text)
-    container = values.pop("container")
-    if container is not None:
-        container = Container(**{**container, "mounts": tuple(container["mounts"])})
-    policy = Policy(**values.pop("policy"))
-    tuples = {name: tuple(values.pop(name)) for name in ("command", "exclude")}
-    return Job(**values, **tuples, container=container, policy=policy)
+    if container := values["container"]:
+        values["container"] = Container(**{**container, "mounts": tuple(container["mounts"])})
+    values["policy"] = Policy(**values["policy"])
+    values |= {name: tuple(values[name]) for name in ("command", "exclude")}
+    return Job(**values)
 
 
 def read_job(run_dir: Path) -> Job:
@@ -148,6 +147,14 @@ def captured(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if CAPTURED.fullmatch(name) and not SECRET.search(name)
     }
+
+
+def environment_of(job: Job) -> dict[str, str]:
+    """The variables of its ranks."""
+    if job.interface is None:
+        return dict(job.environment)
+    interfaces = {name: job.interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
+    return {**job.environment, **interfaces}
 
 
 def run_dir_of(command: Sequence[str]) -> str | None:

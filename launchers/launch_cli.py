@@ -9,13 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tvr.launchers import runs
+from tvr.launchers.again import run_again
+from tvr.launchers.hosts import read_hosts, run_on_hosts
 from tvr.launchers.job import Container, Job, captured, run_dir_of
+from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.local import run_local
 from tvr.launchers.progress import notice_for, read_progress
-from tvr.launchers.restarts import DONE, USAGE, Policy
+from tvr.launchers.restarts import DONE, ONCE, USAGE, Policy
 from tvr.launchers.sbatch import sbatch_script
 
-USAGE_LINE = "tvr launch {local,slurm} ... -- COMMAND | tvr launch {status,logs,cancel,resume} RUN"
+USAGE_LINE = (
+    "tvr launch {local,slurm,deepspeed,kubernetes} [options] -- COMMAND ...\n"
+    "       tvr launch {status,logs,cancel,resume} RUN"
+)
 # With an image of their own ranks have other programs and libraries.
 OF_THE_HOST = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CC", "CXX"}
 
@@ -43,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_subparsers(dest="where", required=True, metavar="WHERE")
 
     def add(name: str, action: Callable[..., int], text: str) -> argparse.ArgumentParser:
-        starts = action in (_local, _slurm)
+        starts = action in (_local, _slurm, _deepspeed, _kubernetes)
         usage = f"tvr launch {name} [options] -- COMMAND ..." if starts else None
         # Abbreviations would mean something else once there are more options.
         child = where.add_parser(name, help=text, description=text, usage=usage, allow_abbrev=False)
@@ -52,7 +58,17 @@ def _parser() -> argparse.ArgumentParser:
 
     local = add("local", _local, "processes on this machine")
     local.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start")
+    _add_policy(local, ONCE)
     _add_cluster_options(add("slurm", _slurm, "a batch job on a SLURM cluster"))
+    hosts = add("deepspeed", _deepspeed, "processes on the hosts of a hostfile, through ssh")
+    text = "lines `HOST slots=RANKS`, as DeepSpeed has them"
+    hosts.add_argument("--hostfile", type=Path, required=True, metavar="FILE", help=text)
+    hosts.add_argument("--master-addr", metavar="HOST", help="default: the first one")
+    text = "where ranks meet (default: 29500)"
+    hosts.add_argument("--master-port", type=int, default=29500, metavar="N", help=text)
+    _add_policy(hosts, ONCE)
+    text = "a PyTorchJob for `kubectl apply -f -`; mounts are CLAIM:PATH"
+    _add_cluster_options(add("kubernetes", _kubernetes, text))
     for name, action, text in (
         ("status", _status, "how a run's job is doing"),
         ("logs", _logs, "what its ranks said"),
@@ -91,20 +107,52 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     add("--container-mounts", "SOURCE:TARGET,... beside run and working folder", default="")
     add("--container-python", "interpreter inside (default: python3)", default="python3")
     add("--targets", "folder for Prometheus's file_sd", metavar="FOLDER")
-    policy = Policy()
-    text = f"failures in a row without a new checkpoint (default: {policy.max_failures})"
-    add("--max-failures", text, default=policy.max_failures, **size)
-    text = f"restarts in all (default: {policy.max_restarts})"
-    add("--max-restarts", text, default=policy.max_restarts, **size)
-    text = f"seconds; doubles with every failure (default: {policy.back_off_s:.0f})"
-    add("--back-off", text, type=float, default=policy.back_off_s, metavar="S")
-    add("--print", "only show the script", action="store_true", dest="show")
+    add("--print", "only show what would be submitted", action="store_true", dest="show")
+    _add_policy(parser, Policy())
+
+
+def _add_policy(parser: argparse.ArgumentParser, policy: Policy) -> None:
+    def add(name: str, text: str, default: float) -> None:
+        text = f"{text} (default: {default:g})"
+        parser.add_argument(name, type=type(default), default=default, metavar="N", help=text)
+
+    add("--max-failures", "failures without a new checkpoint that end it", policy.max_failures)
+    add("--max-restarts", "restarts in all", policy.max_restarts)
+    add("--back-off", "seconds before a restart; twice as long each time", policy.back_off_s)
+
+
+def _policy(options: argparse.Namespace) -> Policy:
+    return Policy(
+        max_failures=options.max_failures,
+        max_restarts=options.max_restarts,
+        back_off_s=options.back_off,
+    )
 
 
 def _local(options: argparse.Namespace, command: list[str]) -> int:
     if options.ranks < 1:
         raise ValueError(f"--ranks {options.ranks} must be at least 1")
-    return run_local(command, ranks=options.ranks)
+    run_dir = run_dir_of(command)
+    return run_local(
+        command,
+        ranks=options.ranks,
+        policy=_policy(options),
+        run_dir=Path(run_dir) if run_dir else None,
+    )
+
+
+def _deepspeed(options: argparse.Namespace, command: list[str]) -> int:
+    try:
+        hosts = read_hosts(options.hostfile.read_text(), where=f"--hostfile {options.hostfile}")
+    except OSError as error:
+        raise ValueError(f"--hostfile {options.hostfile}: {error.strerror}") from None
+    address = options.master_addr or hosts[0].name
+    run_dir = run_dir_of(command)
+    return run_again(
+        lambda: run_on_hosts(command, hosts, address=address, port=options.master_port),
+        _policy(options),
+        Path(run_dir) if run_dir else None,
+    )
 
 
 def _slurm(options: argparse.Namespace, command: list[str]) -> int:
@@ -113,6 +161,13 @@ def _slurm(options: argparse.Namespace, command: list[str]) -> int:
         sys.stdout.write(sbatch_script(job))
     else:
         print(runs.submit(job))
+    return DONE
+
+
+def _kubernetes(options: argparse.Namespace, command: list[str]) -> int:
+    if not options.show:
+        raise ValueError("give --print, and what it prints to `kubectl apply -f -`")
+    sys.stdout.write(pytorch_job(_job(options, command)))
     return DONE
 
 
@@ -155,11 +210,7 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         environment=environment,
         container=container,
         targets=str(Path(options.targets).absolute()) if options.targets else None,
-        policy=Policy(
-            max_failures=options.max_failures,
-            max_restarts=options.max_restarts,
-            back_off_s=options.back_off,
-        ),
+        policy=_policy(options),
     )
 
 

@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tvr.launchers.again import Ending, run_again
 from tvr.launchers.records import RankRecord, has_failed, is_alive, read
+from tvr.launchers.restarts import ONCE, Policy
 
 # Linux: a signal for the process once its parent is gone, so that a killed launcher leaves no rank.
 PR_SET_PDEATHSIG = 1
@@ -26,8 +28,26 @@ GRACE_S = 10.0
 POLL_S = 0.2
 
 
-def run_local(command: Sequence[str], *, ranks: int) -> int:
+# How the agents of the nodes find each other: there is one.
+ALONE = ("--standalone",)
+
+
+def run_local(
+    command: Sequence[str],
+    *,
+    ranks: int,
+    policy: Policy = ONCE,
+    run_dir: Path | None = None,
+) -> int:
     """Runs `command` on `ranks` ranks and returns the job's exit code (see `job_exit_code`).
+
+    Starts it again after a failure as `policy` says; `run_dir` is where `tvr train` writes.
+    """
+    return run_again(lambda: run_once(command, ranks=ranks), policy, run_dir)
+
+
+def run_once(command: Sequence[str], *, ranks: int, agents: Sequence[str] = ALONE) -> Ending:
+    """Runs the ranks of this machine, among those of others that torchrun's `agents` options name.
 
     SIGINT and SIGTERM reach every rank, and the ranks' answer is waited for (30 s, or what
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT says; then torchrun kills them). Of a command other than
@@ -37,31 +57,42 @@ def run_local(command: Sequence[str], *, ranks: int) -> int:
     with tempfile.TemporaryDirectory(prefix="tvr-launch-") as folder:
         records, ended = Path(folder, "ranks"), Path(folder, "ended.json")
         line = torchrun_command(
-            command, ranks=ranks, python=sys.executable, records=records, ended=ended
+            command,
+            ranks=ranks,
+            python=sys.executable,
+            records=records,
+            ended=ended,
+            agents=agents,
         )
         environment = rank_environment(os.environ, ranks=ranks, cores=len(os.sched_getaffinity(0)))
         ranks_seen = _Ranks(records)
-        torchrun_code = _run_passing_signals(line, environment, ranks_seen.look)
+        torchrun_code, told = _run_passing_signals(line, environment, ranks_seen.look)
         if not is_tvr(command):
-            return 0 if torchrun_code == 0 else 3
+            return Ending(code=0 if torchrun_code == 0 else 3, told=told)
         ranks_seen.look()
         codes = [record.code for record in read(records) if record.code is not None]
         code = job_exit_code(codes, torchrun_code=torchrun_code)
         if code == 3 and ranks_seen.first is not None:
             exit_codes = json.loads(ended.read_text()) if ended.exists() else {}
             print(f"tvr launch: {failure_line(ranks_seen.first, exit_codes)}", file=sys.stderr)
-        return code
+        return Ending(code=code, told=told)
 
 
 def torchrun_command(
-    command: Sequence[str], *, ranks: int, python: str, records: Path, ended: Path
+    command: Sequence[str],
+    *,
+    ranks: int,
+    python: str,
+    records: Path,
+    ended: Path,
+    agents: Sequence[str] = ALONE,
 ) -> list[str]:
     """The line that starts the ranks: `tvr ...` by this interpreter, anything else as given."""
     if ranks < 1:
         raise ValueError(f"ranks={ranks} must be at least 1")
     if not command:
         raise ValueError("the command of the ranks is empty; give one such as `tvr train ...`")
-    options = ["--standalone", f"--nproc-per-node={ranks}"]
+    options = [*agents, f"--nproc-per-node={ranks}"]
     if is_tvr(command):
         agent = [python, "-m", "tvr.launchers.agent", str(ended), *options]
         return [*agent, "-m", "tvr.launchers.rank", str(records), *command[1:]]
@@ -138,12 +169,13 @@ class _Ranks:
 
 def _run_passing_signals(
     line: Sequence[str], environment: Mapping[str, str], look: Callable[[], None]
-) -> int:
-    pending: list[int] = []
+) -> tuple[int, bool]:
+    """torchrun's exit code, and whether a signal was passed on to it."""
+    got: list[int] = []
     passed_on = (signal.SIGINT, signal.SIGTERM)
     # A signal between here and the start of torchrun is kept and passed on then.
     before = {
-        number: signal.signal(number, lambda got, _: pending.append(got)) for number in passed_on
+        number: signal.signal(number, lambda told, _: got.append(told)) for number in passed_on
     }
     try:
         # Its own session: a terminal's Ctrl-C then comes once, from us, and not twice.
@@ -153,13 +185,19 @@ def _run_passing_signals(
             start_new_session=True,
             preexec_fn=lambda: die_with_parent(signal.SIGTERM),
         )
+        pending = list(got)
+
+        def pass_on(number: int, frame: object) -> None:
+            got.append(number)
+            process.send_signal(number)
+
         for number in passed_on:
-            signal.signal(number, lambda got, _: process.send_signal(got))
+            signal.signal(number, pass_on)
         for number in pending:
             process.send_signal(number)
         while True:
             try:
-                return process.wait(POLL_S)
+                return process.wait(POLL_S), bool(got)
             except subprocess.TimeoutExpired:
                 look()
     finally:

@@ -31,6 +31,9 @@ class Policy:
             )
 
 
+ONCE = Policy(max_failures=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """How one attempt ended."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from tvr.launchers.job import TASK, Container, Job, seconds
+from tvr.launchers.job import TASK, Container, Job, environment_of, seconds
 
 SCRIPT = "job.sbatch"
 
@@ -22,7 +22,7 @@ def sbatch_script(job: Job) -> str:
         shlex.join([_python(job), "-m", "tvr.launchers.task"]),
         _command(job),
     ]
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in _environment(job).items()]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment_of(job).items()]
     parts = [
         [
             "#!/bin/bash",
@@ -69,13 +69,6 @@ def _options(job: Job) -> Iterator[str]:
     yield "requeue"
     # To the batch shell alone: it passes it to the ranks, and not to their helpers.
     yield f"signal=B:USR1@{notice_s(job)}"
-
-
-def _environment(job: Job) -> dict[str, str]:
-    if job.interface is None:
-        return dict(job.environment)
-    interfaces = {name: job.interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
-    return {**job.environment, **interfaces}
 
 
 def _srun(job: Job) -> list[str]:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from tvr.launchers.local import is_tvr, path_with_scripts
 from tvr.launchers.rank import end_process, run_tvr
+from tvr.launchers.restarts import PREEMPTED
+
+# The first rank to end otherwise than well makes srun kill the others; those that were told to
+# leave all end by themselves within this time.
+TAKE_LEAVE_S = 2.0
 
 
 def place(environment: Mapping[str, str]) -> dict[str, str]:
@@ -32,7 +38,10 @@ def run_task(command: Sequence[str]) -> int:
     os.environ.update(place(os.environ))
     if not is_tvr(command):
         os.execvp(command[0], list(command))
-    return run_tvr(command[1:])
+    code = run_tvr(command[1:])
+    if code == PREEMPTED:
+        time.sleep(TAKE_LEAVE_S)
+    return code
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -118,6 +119,25 @@ class Cluster:
 
         until(idle, f"{', '.join(nodes)} are idle")
 
+    def kill_ranks(self) -> None:
+        """All that jobs left behind, whether or not the daemon of its node still knows of it."""
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and self._is_of_a_job(folder):
+                    os.kill(int(folder.name), signal.SIGKILL)
+            except OSError:
+                continue  # ended meanwhile, or not ours
+
+    def _is_of_a_job(self, process: Path) -> bool:
+        environment = (process / "environ").read_bytes().split(b"\0")
+        if f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment:
+            return any(variable.startswith(b"SLURM_JOB_ID=") for variable in environment)
+        if not (process / "cmdline").read_bytes().startswith(b"slurmstepd"):
+            return False
+        # It has no environment left, but the log of its node's daemon.
+        files = [os.readlink(file) for file in (process / "fd").iterdir()]
+        return any(file.startswith(f"{self.folder}/") for file in files)
+
     def run(self, *line: str, check: bool = True) -> str:
         """What a command of SLURM says, on stdout."""
         ended = subprocess.run(line, env=self.environment, capture_output=True, text=True)
@@ -155,10 +175,10 @@ def cluster_of(num_nodes: int) -> Iterator[Cluster]:
             cluster.start()
             yield cluster
         finally:
-            cluster.run("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}", check=False)
+            cluster.kill_ranks()
 
 
-def rank_pid(run_dir: Path, rank: int, restart: int = 0) -> int | None:
+def rank_pid(run_dir: Path, rank: int) -> int | None:
     """The process of a rank of the run's job."""
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -170,8 +190,7 @@ def rank_pid(run_dir: Path, rank: int, restart: int = 0) -> int | None:
             continue  # ended meanwhile, or not ours
         # The lines of srun and of the batch shell hold that of the ranks.
         if line[1:3] == [b"-m", b"tvr.launchers.task"] and os.fsencode(run_dir) in line:
-            restarts = [b"SLURM_RESTART_COUNT=%d" % restart] if restart else []
-            if {b"SLURM_PROCID=%d" % rank, *restarts} <= set(environment):
+            if b"SLURM_PROCID=%d" % rank in environment:
                 return int(folder.name)
     return None
 
