@@ -108,14 +108,20 @@ def _wait(processes: Mapping[str, subprocess.Popen[bytes]], told: Sequence[int])
         for name, process in processes.items():
             if name not in codes and (code := process.poll()) is not None:
                 codes[name] = code
+                _tell(process)
         if failed_at is None and any(codes.values()):
             failed_at = time.monotonic()
         if told or (failed_at is not None and time.monotonic() - failed_at > GRACE_S):
             for process in processes.values():
-                if process.stdin is not None:
-                    process.stdin.close()
+                _tell(process)
         time.sleep(POLL_S)
     return codes
+
+
+def _tell(process: subprocess.Popen[bytes]) -> None:
+    """To leave, where it still runs."""
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 @contextmanager
