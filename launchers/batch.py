@@ -39,6 +39,8 @@ class Allocation:
     """What SLURM gave this attempt."""
 
     job_id: str
+    name: str
+    """What SLURM's commands call it: the number of an array is that of one of its tasks, too."""
     restart: int
     nodes: tuple[str, ...]
 
@@ -50,8 +52,12 @@ class Allocation:
 
 def allocation(environment: Mapping[str, str]) -> Allocation:
     """From SLURM's variables."""
+    job_id, name = environment["SLURM_JOB_ID"], "{SLURM_JOB_ID}"
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        name = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}"
     return Allocation(
-        job_id=environment["SLURM_JOB_ID"],
+        job_id=job_id,
+        name=name.format_map(environment),
         restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
         nodes=tuple(expand_nodes(environment["SLURM_JOB_NODELIST"])),
     )
@@ -68,10 +74,6 @@ def run_batch(folder: Path, line: Sequence[str]) -> int:
     attempts.begin(here.restart, list(here.nodes), began_s)
     targets = Targets(Path(job.targets), Path(job.run_dir), began_s) if job.targets else None
     ended = _Ranks(job, here, targets, began_s).run(line)
-    newest = attempts.read()[-1].restart
-    if newest > here.restart:
-        _say(f"job {here.job_id} goes on with restart {newest}, without this one")
-        return ended.code
     attempts.end(here.restart, ended)
     if targets and ended.code in (DONE, PREEMPTED):
         targets.remove()
@@ -82,7 +84,8 @@ def ended_as(
     bad: slurm.TaskEnd | None, *, code: int, said: str | None, noticed: bool, saved_step: int
 ) -> Ended:
     """What srun's exit code and words mean; `said` are the failing rank's own."""
-    if code == 0:
+    # Of a node that failed srun speaks, and ends with 0.
+    if code == 0 and bad is None:
         return Ended(code=DONE, reason="done", node=None, saved_step=saved_step)
     if bad is None:
         reason = said or f"srun ended with exit code {code}"
@@ -125,14 +128,14 @@ def _act(decision: Decision | None, job: Job, here: Allocation) -> int:
     _say(decision.text)
     if not decision.again:
         return decision.code
-    (state,) = slurm.job_states(here.job_id)
+    (state,) = slurm.job_states(here.name)
     # A shell that outlived its node's daemon leaves the job alone, and so does one that ends
     # because the job is cancelled.
     if (state.state, state.restarts) != ("RUNNING", here.restart):
-        _say(f"job {here.job_id} is {state.state}: not queued again from here")
+        _say(f"job {here.name} is {state.state}: not queued again from here")
         return decision.code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue
-    slurm.requeue(here.job_id, decision.wait_s, dict.fromkeys((*job.exclude, *decision.exclude)))
+    slurm.requeue(here.name, decision.wait_s, dict.fromkeys((*job.exclude, *decision.exclude)))
     return decision.code
 
 

@@ -20,7 +20,8 @@ from tvr.launchers.sbatch import sbatch_script
 
 USAGE_LINE = (
     "tvr launch {local,slurm,deepspeed,kubernetes} [options] -- COMMAND ...\n"
-    "       tvr launch {status,logs,cancel,resume} RUN"
+    "       tvr launch {status,logs,cancel,resume} RUN\n"
+    "       tvr launch monitor [options]"
 )
 # With an image of their own ranks have other programs and libraries.
 OF_THE_HOST = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CC", "CXX"}
@@ -28,6 +29,10 @@ OF_THE_HOST = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PR
 
 def launch(argv: list[str]) -> int:
     """`tvr launch ...`: returns the exit code."""
+    if argv[:1] == ["monitor"]:
+        from tvr.launchers.monitoring import monitor
+
+        return monitor(argv[1:])
     ours, command = _split(argv)
     parser = _parser()
     options, unknown = parser.parse_known_args(ours)
@@ -80,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "logs":
             child.add_argument("--rank", type=int, help="default: the batch shell, then rank 0")
             child.add_argument("--job", help="number of the job; default: the last one started")
+    # Has a parser of its own.
+    where.add_parser("monitor", help="files for Prometheus and Grafana to watch over runs")
     return parser
 
 

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -41,12 +41,14 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+GresTypes=gpu
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=3
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 JobRequeue=1
+MinJobAge=86400
 FirstJobId={first_job}
 PropagateResourceLimits=NONE
 MailProg=/bin/true
@@ -58,11 +60,14 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 PartitionName=main Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 State=UNKNOWN\n"
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=1000"
+    " Gres=gpu:2 State=UNKNOWN\n"
+)
 
 
 class Cluster:
-    """Nodes n1, n2, ... of eight CPUs each."""
+    """Nodes n1, n2, ... of eight CPUs and two GPUs, as they say."""
 
     def __init__(self, folder: Path, num_nodes: int, daemons: ExitStack) -> None:
         self.folder = folder
@@ -97,6 +102,10 @@ class Cluster:
         ]
         (self.folder / "slurm.conf").write_text(conf + "".join(lines))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        # GPUs for the batch system alone: nothing stands behind them.
+        for number in range(2):
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
         self._daemon(["slurmctld", "-D", "-c"])
         for node in self.nodes:
             self.start_node(node)
@@ -121,12 +130,17 @@ class Cluster:
 
     def kill_ranks(self) -> None:
         """All that jobs left behind, whether or not the daemon of its node still knows of it."""
+        found: list[int] = []
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdigit() and self._is_of_a_job(folder):
-                    os.kill(int(folder.name), signal.SIGKILL)
+                    found.append(int(folder.name))
             except OSError:
                 continue  # ended meanwhile, or not ours
+        # Only now: they would open and close files as others of them end.
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _is_of_a_job(self, process: Path) -> bool:
         environment = (process / "environ").read_bytes().split(b"\0")

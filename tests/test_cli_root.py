@@ -65,7 +65,7 @@ def test_bad_usage_ends_with_2_and_names_the_commands(argv: list[str]) -> None:
     assert "tvr COMMAND" in ended.stderr
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["launch", "--help"], ["launch", "local", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["launch", "--help"], ["launch", "slurm", "--help"]])
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import json, sys\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -104,6 +105,11 @@ class Launched:
         return found
 
 
+def random_step(seed: int) -> int:
+    """Somewhere in the run, the same in every repetition of the test."""
+    return random.Random(seed).randint(5, STEPS // 2)
+
+
 def tvr(*argv: str) -> str:
     """What `tvr launch ...` says on stdout."""
     line = [sys.executable, "-m", "tvr.launchers.cli", "launch", *argv]
@@ -141,7 +147,7 @@ def expiring(
     options = (*TRAINED_ON_TWO, "--time", "2", "--notice", "45")
     job = train(cluster, config, folder / "expiring", *options)
     pids = job.pids(2)
-    job.at_step(jobs.random_step(1, 5, 60))
+    job.at_step(random_step(1))
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
 
@@ -164,7 +170,7 @@ def orphaned(cluster: Cluster, folder: Path, config: Config, expiring: Launched)
     options = ("--ranks-per-node", "2", "--exclude", ",".join(expiring.attempts[0].nodes))
     job = train(cluster, config, folder / "orphaned", *options)
     pids = job.pids(2)
-    job.at_step(jobs.random_step(2, 5, 60))
+    job.at_step(random_step(2))
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     cluster.kill_node_daemon(cluster.job(job.job_id)["NodeList"])
@@ -184,8 +190,11 @@ def losses(folder: Path, config: Config, orphaned: Launched) -> list[float]:
 def test_two_nodes_train_as_one_machine_does(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
-    job = train(cluster, config, folder / "two nodes", *TRAINED_ON_TWO)
+    targets = folder / "prometheus"
+    job = train(cluster, config, folder / "two nodes", *TRAINED_ON_TWO, "--targets", str(targets))
+    job.until(lambda: any(map(_read, targets.glob("*.json"))), "targets for Prometheus")
     job.until_done()
+    assert list(targets.iterdir()) == []
     assert jobs.losses(job.run_dir) == losses
     assert [len(attempt.nodes) for attempt in job.attempts] == [2]
     assert [ended.code for ended in job.ends] == [0]
@@ -201,7 +210,7 @@ def test_a_notice_to_the_batch_shell_leads_to_a_checkpoint_and_to_a_restart(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
     job = train(cluster, config, folder / "preempted", *TRAINED_ON_TWO)
-    job.at_step(jobs.random_step(3, 5, 60))
+    job.at_step(random_step(3))
     cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)
     job.until(lambda: job.restarts == 1, "the restart")
     job.until_done()
@@ -217,7 +226,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     job = train(cluster, config, folder / "killed", *TRAINED_ON_TWO)
     pids = job.pids(2)
-    job.at_step(jobs.random_step(4, 5, 60))
+    job.at_step(random_step(4))
     os.kill(pids[1], signal.SIGKILL)
     job.until_done()
     assert jobs.losses(job.run_dir) == losses
@@ -247,9 +256,11 @@ def test_a_job_that_always_fails_stops_and_says_why_first(
 def test_the_end_of_its_time_leads_to_a_checkpoint_and_to_a_restart(
     expiring: Launched, losses: list[float]
 ) -> None:
-    expiring.until(lambda: expiring.restarts == 1, "the restart")
     expiring.until_done()
-    assert [ended.code for ended in expiring.ends] == [75, 0]
+    # On a busy machine its time may end once more.
+    *before, last = [ended.code for ended in expiring.ends]
+    assert (set(before), last) == ({75}, 0)
+    assert expiring.restarts == len(before)
     assert jobs.losses(expiring.run_dir) == losses
 
 
@@ -264,14 +275,13 @@ def test_orphans_behind_a_dead_node_daemon_cannot_write(
     for pid in orphans:
         os.kill(pid, signal.SIGCONT)
     until(lambda: not any(is_alive(pid) for pid in orphans), "the orphans end")
-    orphaned.until(lambda: "without this one" in orphaned.words, "their batch shell ends")
     orphaned.until_done()
     assert "attempt 1 at" in orphaned.words
     assert "is over: another one began" in orphaned.words
-    assert f"job {orphaned.job_id} goes on with restart 1, without this one" in orphaned.words
+    assert f"job {orphaned.job_id} is PENDING: not queued again from here" in orphaned.words
     assert jobs.losses(run_dir) == losses
     assert len(list((run_dir / "attempts").iterdir())) == 2
-    assert (orphaned.restarts, orphaned.ends[0].reason) == (1, f"node {node} failed")
+    assert (orphaned.restarts, orphaned.ends[0].node) == (1, node)
     cluster.start_node(node)
     cluster.until_idle(cluster.nodes)
 
@@ -280,7 +290,8 @@ def test_eight_nodes_meet(cluster: Cluster, folder: Path, data: Path) -> None:
     config = tiny_config(
         data, data={"test": None, "test_exchanged": None}, train={"steps": 3, "zero_stage": 1}
     )
-    job = train(cluster, config, folder / "eight", "--nodes", "8", ranks=8)
+    options = ("--nodes", "8", "--gpus-per-node", "1", "--cpus-per-rank", "2", "--mem", "100M")
+    job = train(cluster, config, folder / "eight", *options, ranks=8)
     job.until_done()
     assert len(jobs.losses(job.run_dir)) == 3
     assert list(job.attempts[0].nodes) == cluster.nodes
@@ -302,13 +313,14 @@ def test_an_array_packs_a_data_set_with_one_task_killed(
     killed: list[int] = []
 
     def kill() -> bool:
-        pid = _pack_pid(out, 1)
+        # SLURM's number of this task is that of the whole array, too.
+        pid = _pack_pid(out, job.job_id)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
         return bool(killed)
 
-    until(kill, "task 1")
+    until(kill, "a task")
     until(lambda: _is_over(cluster, job.job_id), "the array")
     tasks = json.loads((out / "manifest.json").read_text())["shards"]
     assert len(tasks) == 5
@@ -370,13 +382,14 @@ def _is_over(cluster: Cluster, job_id: str) -> bool:
     return text.count("JobState=COMPLETED") == len(text.splitlines())
 
 
-def _pack_pid(out: Path, task: int) -> int | None:
+def _pack_pid(out: Path, job_id: str) -> int | None:
     for folder in Path("/proc").iterdir():
         try:
             line = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
         if line[1:3] == [b"-m", b"tvr.launchers.task"] and os.fsencode(out) in line:
-            if f"{task}/3".encode() in line:
+            if f"SLURM_JOB_ID={job_id}".encode() in environment:
                 return int(folder.name)
     return None

@@ -19,6 +19,8 @@ from tvr.launchers.restarts import Ended, Policy, decide
 from tvr.launchers.slurm import TaskEnd, first_bad_end
 from tvr.launchers.targets import Targets
 from tvr.launchers.task import place
+from tvr.trainer.attempt import begin_attempt
+from tvr.trainer.errors import Fenced
 
 POLICY = Policy(max_failures=3, max_restarts=5, back_off_s=10)
 DONE = Ended(code=0, reason="done", node=None, saved_step=9)
@@ -120,6 +122,7 @@ def bad(what: str, rank: int | None = 1) -> TaskEnd:
             False,
             (3, "rank 1 on n2: User defined signal 1", "n2"),
         ),
+        (bad("the node failed", None), 0, False, (3, "node n2: the node failed", "n2")),
         (bad("the node failed", None), 1, False, (3, "node n2: the node failed", "n2")),
     ],
 )
@@ -151,6 +154,8 @@ def test_ranks_meet_at_a_port_that_job_and_restart_give() -> None:
     assert (first.nodes, first.restart, again.restart) == (("n1", "n2"), 0, 1)
     assert 20000 <= first.port < 32000
     assert first.port == allocation(slurms).port != again.port
+    array = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "7"}
+    assert (first.name, allocation({**slurms, **array}).name) == ("123456", "123456_7")
 
 
 def test_a_task_is_told_who_it_is() -> None:
@@ -219,3 +224,20 @@ def test_targets_are_joined_in_one_file(tmp_path: Path) -> None:
     targets.remove()
     targets.remove()
     assert list(folder.iterdir()) == []
+
+
+def test_a_restart_that_comes_late_takes_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    first = begin_attempt(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    third = begin_attempt(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(Fenced, match="restart 1 of job 17 is over before it began"):
+        begin_attempt(tmp_path)
+    third.check()
+    with pytest.raises(Fenced, match="attempt 1 at"):
+        first.check()
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # a job of its own, by `tvr launch resume`
+    assert begin_attempt(tmp_path).number == 3

@@ -4,6 +4,7 @@ config.json       the resolved configuration      log.jsonl       one event a li
 evaluation.json   the last evaluation             report.html     `tvr report`
 dashboard.html    `tvr dashboard`
 checkpoints/      one folder a step (checkpoint.py)
+launch/           a job on a cluster: record, script, attempts, output (tvr.launchers.job)
 failures/         a job's first failure (failures.py)
 metrics/          where Prometheus finds its nodes, and their last values (monitor.py)
 stalls/           where the ranks of a job were that got stuck (watchdog.py)
