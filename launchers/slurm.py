@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ OVER = {
 }
 GONE = "GONE"
 """Our word for a job that SLURM has forgotten: it keeps those that ended some minutes."""
+UNREACHABLE = "Unable to contact slurm controller"
+# What becomes of a job must not depend on a controller that is just being restarted.
+WAITS_S = (5, 10, 20, 40, 80, 160)
 TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 NODE_FAILED = re.compile(r"srun: error: (?:Node failure on|Timed out waiting for) (\S+)")
 EXITED = re.compile(r"Exited with exit code (\d+)")
@@ -142,11 +147,17 @@ def _job_state(line: str) -> JobState:
 
 
 def _run(line: list[str], environment: Mapping[str, str] | None = None) -> str:
-    try:
-        ended = subprocess.run(line, env=environment, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ValueError(f"{line[0]} is not here: this needs the commands of SLURM") from None
-    if ended.returncode != 0:
-        said = " ".join((ended.stderr or ended.stdout).split())
-        raise ValueError(f"{line[0]} {line[1]}: {said}")
-    return ended.stdout
+    said = ""
+    for wait_s in (*WAITS_S, None):
+        try:
+            ended = subprocess.run(line, env=environment, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise ValueError(f"{line[0]} is not here: this needs the commands of SLURM") from None
+        if ended.returncode == 0:
+            return ended.stdout
+        said = f"{line[0]} {line[1]}: {' '.join((ended.stderr or ended.stdout).split())}"
+        if wait_s is None or UNREACHABLE not in said:
+            break
+        print(f"tvr launch: {said}; asks again in {wait_s} s", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+    raise ValueError(said)

@@ -361,6 +361,28 @@ def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) 
     assert first.restarts == 0
 
 
+def test_ranks_run_in_an_image(
+    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What runs an image, but for the image: says how it was called, and runs the rest.
+    program = folder / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@"\nuntil [[ $1 == *.sif ]]; do shift; done\nexec "${@:2}"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    image = ["--container", "/images/a b.sif", "--container-runtime", "apptainer"]
+    options = (*image, "--container-python", sys.executable, "--container-mounts", "/data:/d")
+    job = launch(cluster, folder / "in an image", *options, command=["tvr", "--version"])
+    job.until_done()
+    said = tvr("logs", str(job.run_dir), "--rank", "0").splitlines()
+    assert said[0] == "exec"
+    assert f"--bind={job.run_dir}:{job.run_dir}" in said
+    assert {"--bind=/data:/d", f"--pwd={os.getcwd()}", "/images/a b.sif"} <= set(said)
+    assert said[-1].startswith("tvr ")
+
+
 @pytest.mark.parametrize("nodelist", ["n[1-3]", "gpu[08-10,12],login", "r[1-2]n[3-4]", "a[9-11]"])
 def test_node_lists_are_expanded_as_slurm_does(cluster: Cluster, nodelist: str) -> None:
     assert cluster.run("scontrol", "show", "hostnames", nodelist).split() == expand_nodes(nodelist)

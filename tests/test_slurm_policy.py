@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tvr.launchers import slurm
 from tvr.launchers.attempts import Attempt, Attempts
 from tvr.launchers.batch import allocation, ended_as
 from tvr.launchers.progress import notice_for, read_progress, told_failure
@@ -94,6 +95,33 @@ def test_the_first_bad_end_is_read_from_srun(
     found = first_bad_end(words)
     assert (found and (found.node, found.rank)) == end
     assert (found and found.exit_code) == code
+
+
+@pytest.mark.parametrize(("refusals", "waited"), [(0, []), (2, [5, 10]), (99, [5, 10, 20])])
+def test_a_controller_that_is_away_is_asked_again(
+    refusals: int,
+    waited: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count, program = tmp_path / "count", tmp_path / "scontrol"
+    count.write_text("0")
+    program.write_text(
+        f"#!/bin/bash\nn=$(< '{count}'); echo $((n + 1)) > '{count}'\n"
+        f"((n >= {refusals})) && echo 'NodeName=n1 NodeAddr=10.0.0.1 Port=1' && exit 0\n"
+        "echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1\n"
+    )
+    program.chmod(0o755)
+    waits: list[int] = []
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "WAITS_S", (5, 10, 20))
+    monkeypatch.setattr(slurm.time, "sleep", waits.append)
+    if refusals < 99:
+        assert slurm.node_field("n1", "NodeAddr") == "10.0.0.1"
+    else:
+        with pytest.raises(ValueError, match="scontrol --oneliner: error: Unable to contact"):
+            slurm.node_field("n1", "NodeAddr")
+    assert waits == waited
 
 
 def bad(what: str, rank: int | None = 1) -> TaskEnd:
