@@ -125,8 +125,8 @@ def _decide(attempts: Attempts, job: Job) -> Decision | None:
 
 def _act(decision: Decision | None, job: Job, here: Allocation) -> int:
     assert decision is not None, "an attempt has ended"
-    _say(decision.text)
     if not decision.again:
+        _say(decision.text)
         return decision.code
     (state,) = slurm.job_states(here.name)
     # A shell that outlived its node's daemon leaves the job alone, and so does one that ends
@@ -134,6 +134,7 @@ def _act(decision: Decision | None, job: Job, here: Allocation) -> int:
     if (state.state, state.restarts) != ("RUNNING", here.restart):
         _say(f"job {here.name} is {state.state}: not queued again from here")
         return decision.code
+    _say(decision.text)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue
     slurm.requeue(here.name, decision.wait_s, dict.fromkeys((*job.exclude, *decision.exclude)))
     return decision.code

@@ -349,6 +349,8 @@ def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) 
     assert f"job {first.job_id} of {run_dir} goes on; wait for it" in refused.stderr
     assert tvr("cancel", str(run_dir)) == f"cancelled: {first.job_id}\n"
     assert cluster.until_ended(first.job_id) == "CANCELLED"
+    until(lambda: "not queued again from here" in first.words, "the end of its batch shell")
+    assert "starts again" not in first.words
     assert list(targets.iterdir()) == []
     second = tvr("resume", str(run_dir)).strip()
     assert f"{second}  " in tvr("status", str(run_dir))
