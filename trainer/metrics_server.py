@@ -86,7 +86,8 @@ class MetricsServer:
         self._over.set()
         self._thread.join()
         self._write()
+        if well:
+            # First, since the launcher ends ranks that outlive one that was preempted.
+            self._target.unlink(missing_ok=True)
         if self._endpoint is not None:
             self._endpoint.close()
-        if well:
-            self._target.unlink(missing_ok=True)
