@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -181,14 +181,17 @@ def throttled(pids: list[int]) -> Iterator[None]:
     """Processes that get a small part of the time only."""
     over = threading.Event()
 
+    def send(number: int) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # an evaluation's loaders end with it
+                os.kill(pid, number)
+
     def hold_up() -> None:
         while not over.is_set():
             for number, seconds in ((signal.SIGSTOP, 0.9), (signal.SIGCONT, 0.1)):
-                for pid in pids:
-                    os.kill(pid, number)
+                send(number)
                 over.wait(seconds)
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        send(signal.SIGCONT)
 
     thread = threading.Thread(target=hold_up)
     thread.start()
