@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from spawn import started
 from tiny import with_ranks
@@ -85,18 +86,18 @@ def wait_for(job: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
 
 def rank_pid(run_dir: Path, rank: int) -> int | None:
     """The process of a rank of the run's job."""
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
+    found: dict[int, int] = {}
+    for process in psutil.process_iter():
         try:
-            line = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
+            line, environment = process.cmdline(), process.environ()
+            parent = process.ppid()
+        except psutil.Error:
             continue  # ended meanwhile, or not ours
-        if b"tvr.launchers.rank" in line and os.fsencode(run_dir) in line:
-            if f"RANK={rank}".encode() in environment:
-                return int(folder.name)
-    return None
+        if "tvr.launchers.rank" in line and str(run_dir) in line:
+            if environment.get("RANK") == str(rank):
+                found[process.pid] = parent
+    # Its loader processes, which are forked, look alike.
+    return next((pid for pid, parent in found.items() if parent not in found), None)
 
 
 def signal_rank(
