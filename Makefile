@@ -1,6 +1,7 @@
 # make demo | test | check | bench: each makes .venv first if need be. PYTHON=/path/to/python3.11 picks another one.
 PYTHON ?= python3
-TEST_ARGS ?= -q -rs
+# Two at a time, each file's tests one after the other: most wait for something half of the time.
+TEST_ARGS ?= -q -rs -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
