@@ -46,7 +46,7 @@ def _ended(code: int, run_dir: Path | None, began_s: float) -> Ended:
     told = told_failure(run_dir, began_s) if run_dir else None
     return Ended(
         code=code,
-        reason=told or f"it failed with exit code {code}",
+        reason=told.reason if told else f"it failed with exit code {code}",
         node=None,
         saved_step=read_progress(run_dir).saved_step if run_dir else 0,
     )

@@ -81,9 +81,16 @@ def run_batch(folder: Path, line: Sequence[str]) -> int:
 
 
 def ended_as(
-    bad: slurm.TaskEnd | None, *, code: int, said: str | None, noticed: bool, saved_step: int
+    bad: slurm.TaskEnd | None,
+    *,
+    code: int,
+    said: str | None,
+    speaker: str | None,
+    noticed: bool,
+    saved_step: int,
 ) -> Ended:
-    """What srun's exit code and words mean; `said` are the failing rank's own."""
+    """What srun's exit code and words mean; `said` are the failing rank's own, and `speaker` is
+    its node, if it is known."""
     # Of a node that failed srun speaks, and ends with 0.
     if code == 0 and bad is None:
         return Ended(code=DONE, reason="done", node=None, saved_step=saved_step)
@@ -95,7 +102,10 @@ def ended_as(
         job_code = PREEMPTED  # it ran something that does not listen
     who = f"node {bad.node}" if bad.rank is None else f"rank {bad.rank} on {bad.node}"
     reason = said if said and bad.exit_code is not None else f"{who}: {bad.what}"
-    node = bad.node if job_code == FAILED else None
+    node = None
+    if job_code == FAILED:
+        # Ranks that end because another one failed may be gone before it.
+        node = speaker if speaker and bad.exit_code is not None else bad.node
     return Ended(code=job_code, reason=reason, node=node, saved_step=saved_step)
 
 
@@ -209,14 +219,22 @@ class _Ranks:
     def _ended(self, code: int) -> Ended:
         words = "".join(self._words)
         bad = slurm.first_bad_end(words)
-        said = None
+        said = speaker = None
         if bad is None:
             said = _last_line(words)
         elif bad.rank is not None:
             told = told_failure(Path(self._job.run_dir), self._began_s)
-            said = told or self._last_words(bad.rank)
-        saved_step = read_progress(Path(self._job.run_dir)).saved_step
-        return ended_as(bad, code=code, said=said, noticed=self._noticed, saved_step=saved_step)
+            said = told.reason if told else self._last_words(bad.rank)
+            # SLURM gives ranks to nodes in their order, as many to each.
+            speaker = self._here.nodes[told.rank // self._job.ranks_per_node] if told else None
+        return ended_as(
+            bad,
+            code=code,
+            said=said,
+            speaker=speaker,
+            noticed=self._noticed,
+            saved_step=read_progress(Path(self._job.run_dir)).saved_step,
+        )
 
     def _last_words(self, rank: int) -> str | None:
         path = self._job.folder / f"{self._here.job_id}.rank-{rank:05d}.log"

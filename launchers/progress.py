@@ -57,8 +57,16 @@ def notice_for(progress: Progress) -> int:
     return math.ceil(progress.longest_save_s + progress.longest_step_s + SIGNAL_LATE_S)
 
 
-def told_failure(run_dir: Path, since_s: float) -> str | None:
-    """What the first rank to fail said, if that was after `since_s` (Unix time)."""
+@dataclass(frozen=True, slots=True)
+class ToldFailure:
+    """What the first rank to fail said."""
+
+    rank: int
+    reason: str
+
+
+def told_failure(run_dir: Path, since_s: float) -> ToldFailure | None:
+    """None: no rank has failed with words since `since_s` (Unix time)."""
     files = (run_dir / "failures").glob("*.json")
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         if path.stat().st_mtime < since_s:
@@ -67,7 +75,8 @@ def told_failure(run_dir: Path, since_s: float) -> str | None:
             told = json.loads(path.read_text())
         except json.JSONDecodeError:
             continue  # it was killed before it had spoken
-        return f"rank {told['rank']} on {told['host']}: {' '.join(told['error'].split())}"
+        reason = f"rank {told['rank']} on {told['host']}: {' '.join(told['error'].split())}"
+        return ToldFailure(told["rank"], reason)
     return None
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tvr.launchers import slurm
 from tvr.launchers.attempts import Attempt, Attempts
 from tvr.launchers.batch import allocation, ended_as
-from tvr.launchers.progress import notice_for, read_progress, told_failure
+from tvr.launchers.progress import ToldFailure, notice_for, read_progress, told_failure
 from tvr.launchers.restarts import Ended, Policy, decide
 from tvr.launchers.slurm import TaskEnd, first_bad_end
 from tvr.launchers.targets import Targets
@@ -157,9 +157,18 @@ def bad(what: str, rank: int | None = 1) -> TaskEnd:
 def test_how_an_attempt_ended(
     end: TaskEnd | None, code: int, noticed: bool, expected: tuple[int, str, str | None]
 ) -> None:
-    ended = ended_as(end, code=code, said="last line", noticed=noticed, saved_step=7)
+    ended = ended_as(end, code=code, said="last line", speaker=None, noticed=noticed, saved_step=7)
     assert (ended.code, ended.reason, ended.node) == expected
     assert ended.saved_step == 7
+
+
+@pytest.mark.parametrize(
+    ("what", "node"),
+    [("Exited with exit code 3", "n1"), ("Exited with exit code 2", None), ("Killed", "n2")],
+)
+def test_the_node_of_the_rank_that_failed_first_is_blamed(what: str, node: str | None) -> None:
+    ended = ended_as(bad(what), code=3, said="a line", speaker="n1", noticed=False, saved_step=0)
+    assert ended.node == node
 
 
 def test_of_several_ends_of_an_attempt_the_first_counts(tmp_path: Path) -> None:
@@ -232,7 +241,7 @@ def test_what_failed_is_told_by_the_newest_file_of_this_attempt(tmp_path: Path) 
         path = folder / f"{age_s}.json"
         path.write_text(json.dumps(told) if text else "")
         os.utime(path, (1000 - age_s, 1000 - age_s))
-    assert told_failure(tmp_path, 960.0) == "rank 1 on n2: ValueError: no"
+    assert told_failure(tmp_path, 960.0) == ToldFailure(1, "rank 1 on n2: ValueError: no")
     assert told_failure(tmp_path, 985.0) is None
 
 
