@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
 import socket
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -16,12 +21,21 @@ from torch import nn
 
 from tvr.trainer import preflight as preflight_file
 from tvr.trainer import rank_memory as rank_memory_file
+from tvr.trainer import world as world_file
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import CheckpointConfig, Config, to_json
 from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.inputs import tokenizer_of
 from tvr.trainer.model import build_outline
-from tvr.trainer.preflight import check_disk, check_memory, differences, preflight
+from tvr.trainer.place import Place
+from tvr.trainer.preflight import (
+    SETTINGS,
+    Finding,
+    check_disk,
+    check_memory,
+    differences,
+    preflight,
+)
 from tvr.trainer.rank_memory import rank_memory
 from tvr.trainer.run_dir import checkpoints_of
 from tvr.trainer.world import World
@@ -46,8 +60,11 @@ def test_a_place_that_can_be_used_is_left_as_it_was(
     assert list(tmp_path.iterdir()) == []
 
 
-def refusals(rank: int, world_size: int, config: Config, folder: Path) -> list[str]:
-    """Rank 1 has another folder, whose place is a file, and another batch size."""
+Refusal: TypeAlias = tuple[list[str], int | None]
+
+
+def refusals(rank: int, world_size: int, config: Config, folder: Path) -> Refusal:
+    """What is refused, and the rank whose node is at fault; rank 1 has another batch size."""
     world = World(rank=rank, world_size=world_size, device=CPU)
     world.meet(60.0)
     if rank == 1:
@@ -55,8 +72,8 @@ def refusals(rank: int, world_size: int, config: Config, folder: Path) -> list[s
     try:
         preflight(config, folder / str(rank), world)
     except PreflightFailed as failed:
-        return failed.lines
-    return []
+        return failed.lines, failed.rank
+    return [], None
 
 
 def test_all_ranks_hear_of_every_failure_of_every_rank(config: Config, tmp_path: Path) -> None:
@@ -64,9 +81,10 @@ def test_all_ranks_hear_of_every_failure_of_every_rank(config: Config, tmp_path:
         (tmp_path / str(rank)).mkdir()
     for rank in (1, 2):
         (tmp_path / str(rank) / "checkpoints").write_text("no folder")
-    lines, *others = spawn(refusals, 3, config, tmp_path)
-    assert all(other == lines for other in others)
-    settings, *places = lines
+    refusal, *others = spawn(refusals, 3, config, tmp_path)
+    assert all(other == refusal for other in others)
+    (settings, *places), rank_at_fault = refusal
+    assert rank_at_fault is None
     assert settings.startswith(f"rank 1 on {HOST}: the sha256 of its settings is ")
     assert [place.split(" cannot be used for checkpoints")[0] for place in places] == [
         f"rank {rank} on {HOST}: {tmp_path / str(rank) / 'checkpoints'}" for rank in (1, 2)
@@ -86,22 +104,30 @@ def test_a_rank_that_does_not_come_is_missed_soon() -> None:
 
 
 def test_ranks_that_differ_from_most_are_named() -> None:
-    usual = {"python": "3.11", "torch": "2.13"}
-    identities = [usual, usual | {"torch": "2.12"}, usual]
-    assert differences(identities, ["a", "b", "c"]) == [
-        "rank 1 on b: torch is 2.12, elsewhere 2.13"
+    usual = {"torch": "2.13", SETTINGS: "a"}
+    identities = [usual, usual | {"torch": "2.12", SETTINGS: "b"}, usual, usual | {SETTINGS: "c"}]
+    assert differences(identities) == [
+        Finding(1, "torch is 2.12, elsewhere 2.13", of_node=True),
+        Finding(1, f"{SETTINGS} is b, elsewhere a", of_node=True),
+        Finding(3, f"{SETTINGS} is c, elsewhere a", of_node=False),
     ]
 
 
-def test_checkpoints_that_do_not_fit_the_disk_are_refused(config: Config, tmp_path: Path) -> None:
+def test_checkpoints_that_do_not_fit_the_disk_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = tmp_path / "not" / "there"
     tokenizer = tokenizer_of(config)
     model = build_outline(config.model, config.loss, tokenizer, num_frames=3)
     check_disk(config, run_dir, model, ALONE)
     with torch.device("meta"):
         model.register_parameter("vast", nn.Parameter(torch.empty(10**7, 10**6)))
-    with pytest.raises(PreflightFailed, match=r"3 more checkpoints of 1.6e\+05 GB each"):
-        check_disk(config, run_dir, model, ALONE)
+    for total, rank in ((10**15, 0), (10**12, None)):
+        disk = SimpleNamespace(free=10**9, total=total)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, disk=disk: disk)
+        with pytest.raises(PreflightFailed, match=r"3 more checkpoints of 1.6e\+05 GB") as no:
+            check_disk(config, run_dir, model, ALONE)
+        assert no.value.rank == rank
     elsewhere = replace(config, checkpoint=CheckpointConfig(url="memory://disk"))
     check_disk(elsewhere, run_dir, model, ALONE)
 
@@ -120,8 +146,9 @@ def test_states_that_do_not_fit_the_memory_are_refused(
     needs = rank_memory(config, tokenizer, 2)
     assert 0 < needs.states < needs.total
 
-    def with_free(num_bytes: int) -> None:
+    def with_free(num_bytes: int, total: int = 4 * needs.total) -> None:
         monkeypatch.setattr(preflight_file, "free_bytes", lambda: num_bytes)
+        monkeypatch.setattr(preflight_file, "total_bytes", lambda: total)
         check_memory(config, tokenizer, Elsewhere(rank=0, world_size=2, device=CPU))
 
     with_free(2 * needs.total)
@@ -133,6 +160,10 @@ def test_states_that_do_not_fit_the_memory_are_refused(
     assert [line.split(":")[0] for line in no.value.lines] == [
         f"rank {rank} on {HOST}" for rank in range(2)
     ]
+    assert no.value.rank == 0
+    with pytest.raises(PreflightFailed) as no:
+        with_free(2 * needs.states - 1, total=2 * needs.states - 1)
+    assert no.value.rank is None
 
 
 def test_what_is_offloaded_is_not_the_devices(
@@ -148,6 +179,60 @@ def test_what_is_offloaded_is_not_the_devices(
     assert states("optimizer", "cuda") == (weights, weights)
     assert states("parameters", "cuda") == (0, weights)
     assert states("parameters", "cpu") == (whole, weights)
+
+
+def without_room(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def on_a_full_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
+    """The exit code of `tvr train`; the checkpoints' disk is full on rank 1's node."""
+    if rank == 1:
+        Place.writing = without_room
+    return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+
+
+def test_a_rank_whose_node_is_at_fault_says_so_and_the_job_may_begin_elsewhere(
+    config: Config, tmp_path: Path
+) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    settings.write_text(to_json(with_ranks(config, 2)))
+    assert spawn(on_a_full_disk, 2, settings, run_dir) == [3, 3]
+    (word,) = (run_dir / "failures").iterdir()
+    said = json.loads(word.read_text())
+    assert (said["rank"], said["code"]) == (1, 3)
+    assert f"PreflightFailed: rank 1 on {HOST}: " in said["error"]
+    assert said["error"].endswith(
+        "cannot be used for checkpoints: OSError: [Errno 28] No space left on device"
+    )
+
+
+def test_the_folder_of_a_run_is_tried_where_checkpoints_go_elsewhere(
+    config: Config, tmp_path: Path
+) -> None:
+    config = replace(config, checkpoint=CheckpointConfig(url="memory://elsewhere"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(PreflightFailed, match="/file cannot be used for a run: ") as no:
+        preflight(config, tmp_path / "file", ALONE)
+    assert no.value.rank is None
+
+
+def test_a_network_that_does_not_carry_is_no_fault_of_the_settings(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(world_file.dist, "all_reduce", broken)
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(tmp_path / "run")]) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(f"tvr train: error: rank 0 on {HOST} does not meet the other 0 on cpu")
+    assert line.count("\n") == 1
 
 
 def test_a_small_data_set_and_a_refused_place_end_with_code_2(

@@ -1,7 +1,7 @@
 """The command lines of `tvr demo`, `train`, `evaluate`, `report`, `export` and `show-config`.
 
-Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed; 75 preempted, with a
-checkpoint saved.
+Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed, or could not begin where it
+was started; 75 preempted, with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ def _reported(command: str, action: Callable[[], int]) -> int:
         except PreflightFailed as failed:
             for line in failed.lines:
                 say_error(f"tvr {command}", ValueError(line))
-            return EXIT_USAGE
+            return EXIT_USAGE if failed.rank is None else EXIT_FAILED
         except (NonFiniteLoss, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
             say_error(f"tvr {command}", error)
             return EXIT_FAILED

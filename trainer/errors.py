@@ -24,11 +24,19 @@ class Preempted(Exception):
 
 
 class PreflightFailed(ValueError):
-    """Something is wrong with the job's surroundings, on some ranks; raised on all of them."""
+    """A run cannot begin, for a reason on some ranks; raised on all of them.
 
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("; ".join(lines))
+    `rank` is the lowest one whose node or network is at fault, so that the job may begin elsewhere
+    or later; none: its settings are.
+    """
+
+    def __init__(self, lines: list[str], rank: int | None = None) -> None:
+        super().__init__(lines, rank)  # as it is pickled for the other ranks
         self.lines = lines
+        self.rank = rank
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines)
 
 
 class Told(Exception):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from tvr.trainer.errors import Preempted, Told
+from tvr.trainer.errors import Preempted, PreflightFailed, Told
 from tvr.trainer.world import World, lost_connection
 
 FOLDER = "failures"
@@ -108,7 +108,9 @@ def end_line(rank: int, failure: Failure) -> str:
 
 def _told_once(failures: Failures, error: Exception, tell: Tell) -> int:
     lost = lost_connection(error)
-    if not lost and failures.take():
+    # The rank whose node it is speaks, since the launcher blames the node of the one that does.
+    other = isinstance(error, PreflightFailed) and error.rank not in (None, failures.rank)
+    if not lost and not other and failures.take():
         code = tell(error)
         failures.spoken(f"{type(error).__name__}: {error}", code)
         return code

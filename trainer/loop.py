@@ -56,6 +56,7 @@ def train(
 
     Raises:
         ValueError: settings, data or a `run_dir` of another configuration that cannot be used.
+        PreflightFailed: what was looked at before does not let the run begin.
         CheckpointDamaged: the run has checkpoints, and none is whole.
         Preempted: a signal asked the job to leave, and a checkpoint is saved.
         Fenced: a newer attempt at the run has begun.

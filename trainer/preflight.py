@@ -1,6 +1,7 @@
 """What is looked at before a run begins, on all ranks; every failure of every rank is named.
 
-That the ranks can reach each other is seen before, in `join_world`.
+That the ranks can reach each other is seen before, in `join_world`. What settings are to blame for
+would fail in the same way anywhere; what a node is to blame for may go well on another one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from tvr.trainer.model import TextVideoModel
 from tvr.trainer.node_memory import ranks_here
 from tvr.trainer.outline import checkpoint_bytes
 from tvr.trainer.place import Place
-from tvr.trainer.rank_memory import free_bytes, rank_memory
+from tvr.trainer.rank_memory import free_bytes, rank_memory, total_bytes
 from tvr.trainer.run_dir import checkpoints_of
 from tvr.trainer.tokenizer import Tokenizer
 from tvr.trainer.world import World
@@ -31,10 +33,23 @@ from tvr.trainer.world import World
 log = logging.getLogger(__name__)
 
 PACKAGES = ("tvr", "torch", "deepspeed", "transformers")
+SETTINGS = "the sha256 of its settings"
+# What a path or URL meets that is wrong itself.
+WRONG_NAME = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong on one rank."""
+
+    rank: int
+    text: str
+    of_node: bool
+    """Or else of the settings."""
 
 
 def preflight(config: Config, run_dir: Path, world: World) -> None:
-    """Checks that all ranks are of one kind, and that each can use the checkpoints' place.
+    """Checks that all ranks are of one kind, and that each can use the run's places.
 
     Raises:
         PreflightFailed: a line for each failure.
@@ -43,12 +58,15 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     everyone = world.gather_objects(mine)
     if world.is_first:
         _leave_as_it_was(checkpoints_of(config, run_dir))
-    hosts = [host for host, _, _ in everyone]
-    lines = differences([identity for _, identity, _ in everyone], hosts)
-    for rank, (host, _, errors) in enumerate(everyone):
-        lines += [f"rank {rank} on {host}: {error}" for error in errors]
-    if lines:
-        raise PreflightFailed(lines)
+    hosts, identities, errors = zip(*everyone, strict=True)
+    findings = differences(identities)
+    # A name that no rank can use is wrong; one that some can is right.
+    is_wrong = all(any(error.is_name for error in found) for found in errors)
+    for rank, found in enumerate(errors):
+        findings += [
+            Finding(rank, error.text, of_node=not (is_wrong and error.is_name)) for error in found
+        ]
+    _refuse(findings, hosts)
 
 
 def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: World) -> None:
@@ -67,16 +85,16 @@ def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: Worl
         folder = place.path("")
         while not os.path.exists(folder):
             folder = os.path.dirname(folder.rstrip("/")) or "/"
-        free = shutil.disk_usage(folder).free
-        if coming * size > free:
-            raise PreflightFailed(
-                [
-                    f"rank 0 on {socket.gethostname()}: {coming} more checkpoints of"
-                    f" {size / 1e9:.3g} GB each (checkpoint.keep_last={config.checkpoint.keep_last}"
-                    f" and one being written) do not fit {place.url}, where {free / 1e9:.3g} GB are"
-                    " free; make room, or set checkpoint.url or checkpoint.keep_last"
-                ]
+        disk = shutil.disk_usage(folder)
+        if coming * size > disk.free:
+            text = (
+                f"{coming} more checkpoints of {size / 1e9:.3g} GB each (checkpoint.keep_last="
+                f"{config.checkpoint.keep_last} and one being written) do not fit {place.url},"
+                f" where {disk.free / 1e9:.3g} of {disk.total / 1e9:.3g} GB are free; make room,"
+                " or set checkpoint.url or checkpoint.keep_last"
             )
+            finding = Finding(0, text, of_node=coming * size <= disk.total)
+            _refuse([finding], [socket.gethostname()])
 
     world.from_first(check)
 
@@ -92,18 +110,21 @@ def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
     needs = world.from_first(lambda: rank_memory(config, tokenizer, world.world_size))
     # The ranks of a machine share its memory, and have a GPU each.
     sharing = len(ranks_here(world)) if world.device.type == "cpu" else 1
-    free = free_bytes()
-    short = (socket.gethostname(), free) if sharing * needs.states > free else None
+    needed, free, total = sharing * needs.states, free_bytes(), total_bytes()
     where = f"{sharing} ranks of its machine" if sharing > 1 else "it"
-    lines = [
-        f"rank {rank} on {found[0]}: weights, gradients and optimiser of {where} take"
-        f" {sharing * needs.states / 1e9:.3g} GB of memory, and {found[1] / 1e9:.3g} GB are free;"
-        " more ranks with train.zero_stage=3 share them out, train.offload moves them to the host"
-        for rank, found in enumerate(world.gather_objects(short))
-        if found is not None
+    text = (
+        f"weights, gradients and optimiser of {where} take {needed / 1e9:.3g} GB of memory, and"
+        f" {free / 1e9:.3g} of {total / 1e9:.3g} GB are free; more ranks with train.zero_stage=3"
+        " share them out, train.offload moves them to the host"
+    )
+    everyone = world.gather_objects((socket.gethostname(), text, needed > free, needed > total))
+    fits_somewhere = not all(is_larger for *_, is_larger in everyone)
+    findings = [
+        Finding(rank, text, of_node=fits_somewhere)
+        for rank, (_, text, is_short, _) in enumerate(everyone)
+        if is_short
     ]
-    if lines:
-        raise PreflightFailed(lines)
+    _refuse(findings, [host for host, *_ in everyone])
     if world.is_first and sharing * needs.total > free:
         log.warning(
             "a step may need %.3g GB of memory, and %.3g GB are free; see `tvr train --dry-run`",
@@ -112,25 +133,39 @@ def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
         )
 
 
-def differences(identities: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:
-    """A line for each thing in which ranks differ from the most of them."""
-    lines = []
+def differences(identities: Sequence[Mapping[str, str]]) -> list[Finding]:
+    """Each thing in which a rank differs from the most of them; its settings come last."""
+    findings: list[Finding] = []
     for name in identities[0]:
         values = [identity[name] for identity in identities]
         usual = max(values, key=values.count)
-        lines += [
-            f"rank {rank} on {hosts[rank]}: {name} is {value}, elsewhere {usual}"
+        # Another version may also read the same settings otherwise.
+        others = {finding.rank for finding in findings}
+        findings += [
+            Finding(
+                rank, f"{name} is {value}, elsewhere {usual}", name != SETTINGS or rank in others
+            )
             for rank, value in enumerate(values)
             if value != usual
         ]
-    return lines
+    return findings
+
+
+def _refuse(findings: Sequence[Finding], hosts: Sequence[str]) -> None:
+    """Raises PreflightFailed if there are any."""
+    if not findings:
+        return
+    lines = [f"rank {found.rank} on {hosts[found.rank]}: {found.text}" for found in findings]
+    # Where settings are wrong, too, another node helps nobody.
+    elsewhere = all(found.of_node for found in findings)
+    raise PreflightFailed(lines, min(found.rank for found in findings) if elsewhere else None)
 
 
 def _identity(config: Config) -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "the sha256 of its settings": hashlib.sha256(to_json(config).encode()).hexdigest()[:16],
+        SETTINGS: hashlib.sha256(to_json(config).encode()).hexdigest()[:16],
     }
 
 
@@ -141,10 +176,27 @@ def _leave_as_it_was(place: Place) -> None:
             os.rmdir(place.path(""))  # fails where anything is in it
 
 
-def _place_errors(config: Config, run_dir: Path, world: World) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _PlaceError:
+    text: str
+    is_name: bool
+    """Whether the place's name can be what is wrong."""
+
+
+def _place_errors(config: Config, run_dir: Path, world: World) -> Iterator[_PlaceError]:
+    """Tries the places to which all ranks write."""
+    places = {"checkpoints": checkpoints_of(config, run_dir)}
+    if config.checkpoint.url is not None:
+        places["a run"] = Place(str(run_dir))
+    for use, place in places.items():
+        error = _place_error(place, f"preflight-{socket.gethostname()}-{os.getpid()}-{world.rank}")
+        if error is not None:
+            text = f"{place.url} cannot be used for {use}: {error.text}"
+            yield _PlaceError(text, error.is_name)
+
+
+def _place_error(place: Place, folder: str) -> _PlaceError | None:
     """Does with a small file what saving does with large ones."""
-    place = checkpoints_of(config, run_dir)
-    folder = f"preflight-{socket.gethostname()}-{os.getpid()}-{world.rank}"
     content = os.urandom(64)
     try:
         with place.writing(f"{folder}/file") as file:
@@ -154,7 +206,7 @@ def _place_errors(config: Config, run_dir: Path, world: World) -> Iterator[str]:
         found = place.read(f"{folder}/file")
         place.remove(folder)
     except OSError as error:
-        yield f"{place.url} cannot be used for checkpoints: {type(error).__name__}: {error}"
-        return
+        return _PlaceError(f"{type(error).__name__}: {error}", isinstance(error, WRONG_NAME))
     if found != content:
-        yield f"{place.url} cannot be used for checkpoints: a file is not read as it was written"
+        return _PlaceError("a file is not read as it was written", is_name=False)
+    return None

@@ -83,6 +83,13 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
+def total_bytes() -> int:
+    """Memory of this machine's device, whoever has it now."""
+    if device() == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return psutil.virtual_memory().total
+
+
 def _offloaded(train: TrainConfig, model: ModelBytes) -> int:
     if train.offload == "none":
         return 0

@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from tvr.trainer.errors import PreflightFailed
+
 # The slowest rank may still be compiling or reading its first shard.
 TIMEOUT_S = 1800.0
 # By then ranks that have joined have also added up a number, or they never will.
@@ -46,7 +48,7 @@ class World:
         """Adds up the ranks' numbers, on the host and on the device.
 
         Raises:
-            ValueError: it takes longer, or the sum is wrong; names rank, host and device.
+            PreflightFailed: it takes longer, or the sum is wrong; names rank, host and device.
         """
         for device in dict.fromkeys(
             (torch.device("cpu"), self.device)
@@ -60,12 +62,13 @@ class World:
             except RuntimeError as error:
                 found = " ".join(str(error).split())
             if found != sum(range(self.world_size)):
-                raise ValueError(
+                line = (
                     f"rank {self.rank} on {socket.gethostname()} does not meet the other"
                     f" {self.world_size - 1} on {device.type}: their numbers add up to"
                     f" {sum(range(self.world_size))}, and it got {found}. GLOO_SOCKET_IFNAME and"
                     " NCCL_SOCKET_IFNAME name the network interface that reaches all of them"
                 )
+                raise PreflightFailed([line], self.rank)
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """Every rank's small picklable object, in rank order, on every rank."""
@@ -134,6 +137,7 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
 
     Raises:
         ValueError: a variable is no number, or this machine has GPUs but fewer than ranks.
+        PreflightFailed: the ranks do not reach each other.
     """
     rank, world_size, local_rank = (_number(n, d) for n, d in _PLACE)
     if torch.cuda.is_available():
