@@ -226,6 +226,7 @@ def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) ->
     assert writer.save(state(6), lambda copy: stage(6.0)) == []
     (ended,) = writer.save(state(9), lambda copy: stage(9.0))
     assert (ended.step, ended.error) == (6, None)
+    assert (ended.background, ended.no_room) == (True, None)
     (ended,) = writer.finish()
     assert (ended.step, ended.error) == (9, None)
     assert writer.finish() == []
@@ -284,6 +285,9 @@ def test_where_a_copy_does_not_fit_the_step_waits_and_it_is_told_once(
     for step in (3, 6):
         (ended,) = writer.save(state(step), staged)
         assert (ended.step, ended.error) == (step, None)
+        assert not ended.background
+        assert ended.no_room is not None
+        assert "3e-06 GB are free" in ended.no_room
     assert not any(copies)
     (line,) = caplog.messages
     assert "not written in the background" in line

@@ -162,7 +162,11 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(
 
 def test_where_it_would_run_is_said_beside_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert show_config([]) == 0
-    assert "runs on: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "runs on: " in told
+    assert "checkpoints: written in the background, if copies of the state fit" in told
+    assert show_config(["--checkpoint.no-background"]) == 0
+    assert "checkpoints: steps wait for the disk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,24 @@ def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None
     assert key not in seen
 
 
+def test_the_log_tells_how_a_checkpoint_was_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data, data={"test": None, "test_exchanged": None}, train={"steps": 1})
+    off = replace(config, checkpoint=replace(config.checkpoint, background=False))
+
+    def told(name: str, config: Config) -> tuple[bool, str | None]:
+        done = train(config, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        (saved,) = events(tmp_path / name, "saved")
+        return saved["background"], saved.get("no_room")
+
+    assert told("beside", config) == (True, None)
+    assert told("off", off) == (False, None)
+    monkeypatch.setattr("tvr.trainer.saver.no_room", lambda state, world: "the node is small")
+    assert told("full", config) == (False, "the node is small")
+
+
 def test_a_spent_budget_on_one_rank_stops_all(data: Path, tmp_path: Path) -> None:
     folder, (key,) = damaged_data(data, tmp_path / "damaged", rows=[17])
     config = tiny_config(

@@ -119,12 +119,14 @@ def show_config(argv: Sequence[str]) -> int:
         from tvr.trainer.deepspeed_config import optimizer_line
         from tvr.trainer.flops import peak_line
         from tvr.trainer.machine import device, device_line, similarity_line
+        from tvr.trainer.staging import staging_line
 
         print(device_line(), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(similarity_line(resolved), file=sys.stderr)
         print(decoder_line(resolved.data.decoder), file=sys.stderr)
         print(peak_line(resolved), file=sys.stderr)
+        print(staging_line(resolved.checkpoint), file=sys.stderr)
         if memory:
             from tvr.trainer.memory_table import memory_table
 

@@ -231,7 +231,7 @@ class CheckpointConfig:
     background: bool = True
     """Write while training goes on: a step waits for a copy in host memory, whose size is the
     rank's part of weights and optimiser, and not for the disk. Off: it waits for all and needs no
-    copy; so it is, with a warning, where a copy does not fit."""
+    copy; so it is, with a warning and a word in the log, where a copy does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -207,7 +207,10 @@ class _Run:
                 "num_bytes": saved.num_bytes,
                 "held_up_s": round(saved.held_up_s, 4),
                 "seconds": round(saved.seconds, 4),
+                "background": saved.background,
             }
+            if saved.no_room is not None:
+                values["no_room"] = saved.no_room
             if saved.error is None:
                 self.log.write("saved", values)
             else:

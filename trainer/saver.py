@@ -8,7 +8,8 @@ of which all hear at a step boundary once more. A rank that dies at any point le
 before as they were. A save that fails on some rank is dropped by all, told, and the run goes on.
 
 Without `background` the step waits for all three parts, and nothing is copied: the training's own
-tensors are written. So it is, with a warning, where the copies do not fit the machine's memory.
+tensors are written. So it is, with a warning, where the copies do not fit the machine's memory;
+every save tells how it was made.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Saved:
     `background` for all of it."""
     seconds: float
     """From the start to the publication."""
+    background: bool
+    """Whether it was a copy that was written, beside the training."""
+    no_room: str | None = None
+    """Why there was no copy though there should have been one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +106,8 @@ class Saver:
         self._world = world
         self._retention = retention
         self._background = background
-        self._has_room: bool | None = None
+        self._is_sized = False
+        self._no_room: str | None = None
         self._thread = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="checkpoint",
@@ -163,17 +169,19 @@ class Saver:
             num_bytes=sum(record.num_bytes for record in flight.state.files.values()),
             held_up_s=flight.held_up_s,
             seconds=time.perf_counter() - flight.began,
+            background=self._background,
+            no_room=self._no_room,
         )
         return [saved]
 
     def _copies(self, stage: Callable[[bool], Mapping[str, Any]]) -> bool:
-        if self._background and self._has_room is None:
-            short = no_room(stage(False), self._world)
-            self._has_room = short is None
-            if short is not None:
+        if self._background and not self._is_sized:
+            self._is_sized = True
+            self._no_room = no_room(stage(False), self._world)
+            if self._no_room is not None:
                 self._background = False
                 if self._world.is_first:
-                    log.warning("checkpoints are not written in the background: %s", short)
+                    log.warning("checkpoints are not written in the background: %s", self._no_room)
         return self._background
 
     def _publication(self, flight: _InFlight) -> Future[str | None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tvr.trainer.config import CheckpointConfig
 from tvr.trainer.node_memory import ranks_here
 from tvr.trainer.world import World
 
@@ -84,6 +85,17 @@ class Staging:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self._buffers[where] = buffer
         return buffer.copy_(tensor)
+
+
+def staging_line(checkpoint: CheckpointConfig) -> str:
+    """Whether steps wait for checkpoints, as far as that is known before there is a state."""
+    if not checkpoint.background:
+        return "checkpoints: steps wait for the disk, as checkpoint.background is off"
+    free = psutil.virtual_memory().available
+    return (
+        "checkpoints: written in the background, if copies of the state fit host memory"
+        f" ({free / 1e9:.3g} GB are free here; `tvr train --dry-run` tells a copy's size)"
+    )
 
 
 def no_room(state: Any, world: World) -> str | None:
