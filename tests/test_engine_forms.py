@@ -3,6 +3,7 @@ activation checkpointing, takes the very steps of torch's AdamW; compiled, the s
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from tiny import tiny_config, with_ranks
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tvr.trainer.config import Config
-from tvr.trainer.engine import Engine
+from tvr.trainer.config import Config, TrainConfig
+from tvr.trainer.engine import COMPILED_IN, Engine, running_compiled
+from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.inputs import training_batches
 from tvr.trainer.model import model_inputs
 from tvr.trainer.tokenizer import load_tokenizer
@@ -219,3 +221,25 @@ def test_compiled_towers_give_the_same_to_rounding_under_the_same_names(
         assert values == pytest.approx(eager[0], rel=1e-4)
         assert names == eager[2]
         assert saved == eager[3]
+
+
+def run_compiled(rank: int, world_size: int, folder: Path) -> str:
+    """What is said of a small function that torch compiles, or finds compiled in the folder."""
+    os.environ[COMPILED_IN] = str(folder)
+    compiled = torch.compile(lambda x: x.sin() + 1, fullgraph=True)
+    try:
+        with running_compiled(TrainConfig(steps=1, global_batch=1, micro_batch=1, compile=True)):
+            compiled(torch.arange(100.0))
+    except TrainingFailed as error:
+        return str(error)
+    return ""
+
+
+def test_half_a_file_that_torch_compiled_is_named_with_the_folder_to_remove(tmp_path: Path) -> None:
+    assert spawn(run_compiled, 1, tmp_path) == [""]
+    files = list(tmp_path.glob("*/*.main.so"))
+    for file in files:
+        file.write_bytes(b"")
+    (said,) = spawn(run_compiled, 1, tmp_path)
+    assert any(f"{file}: file too short" in said for file in files)
+    assert said.endswith(f"remove {tmp_path}")

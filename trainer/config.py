@@ -198,7 +198,8 @@ class TrainConfig:
     less memory, a second forward of the towers."""
     compile: bool = False
     """Compile the towers' layers with torch.compile (ZeRO 0 to 2): the first step of each shape
-    takes long, later ones less; results agree to rounding."""
+    takes long, later ones less; results agree to rounding. What torch compiled it keeps in a
+    folder, TORCHINDUCTOR_CACHE_DIR, for later starts."""
     seed: NotNegative = 0
     eval_every: NotNegative = 0
     """Steps between evaluations; 0: only at the end."""

@@ -7,8 +7,8 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tvr.kernels.compiled import one_builder
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.deepspeed_config import deepspeed_config, is_fused
+from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model import Features, TextVideoModel, checkpoint_activations
 from tvr.trainer.staging import Staging
 from tvr.trainer.trained import parameter_groups
@@ -31,6 +32,9 @@ from tvr.trainer.universal import (
     write_frozen,
 )
 from tvr.trainer.world import World
+
+# The variable that names the folder in which torch.compile keeps what it made.
+COMPILED_IN = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class Engine:
@@ -72,11 +76,13 @@ class Engine:
 
     def encode(self, *inputs: Tensor) -> Features:
         """The model's forward; ZeRO-3 holds the parameters for its length only."""
-        return self._engine(*inputs)
+        with running_compiled(self._train):
+            return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients; over the micro-steps of a step they are averaged."""
-        self._engine.backward(loss)
+        with running_compiled(self._train):
+            self._engine.backward(loss)
 
     def step(self, learning_rate_factor: float) -> float | None:
         """Ends a micro-step; the last one of a step updates the weights.
@@ -248,6 +254,26 @@ def _change_towers(model: TextVideoModel, train: TrainConfig) -> None:
                     # In place, so that names of parameters stay. All of a layer or an error: what
                     # torch could not compile would run uncompiled, and nobody would know.
                     layer.compile(fullgraph=True)
+
+
+@contextmanager
+def running_compiled(train: TrainConfig) -> Iterator[None]:
+    """Tells what helps where a file in torch's cache of compiled code cannot be used.
+
+    Raises:
+        TrainingFailed: in place of torch's error, which is chained.
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        folder = os.environ.get(COMPILED_IN)  # torch sets it where it is not set
+        if not train.compile or folder is None or folder not in str(error):
+            raise
+        line = next(line for line in str(error).splitlines() if folder in line)
+        raise TrainingFailed(
+            f"train.compile: {line}. A process that is killed while it compiles leaves half a file"
+            f" there, for good: remove {folder}"
+        ) from error
 
 
 def _reject_scalars(model: nn.Module) -> None:
