@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def save(to: Saver, step: int) -> Saved:
 
 def wait_for(writer: Saver) -> None:
     while not writer.is_ready:
-        pass
+        time.sleep(0.001)
 
 
 def names(folder: Path) -> list[str]:
