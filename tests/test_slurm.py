@@ -206,6 +206,23 @@ def test_two_nodes_train_as_one_machine_does(
     assert "step" not in tvr("logs", str(job.run_dir), "--rank", "1")
 
 
+def test_the_demo_on_two_nodes_is_the_demo_on_one_machine(cluster: Cluster, folder: Path) -> None:
+    """Its recipe and clips as they are, but fewer; tests/benchmarks/demo_on_slurm.py has all."""
+    out = folder / "demo"
+    fewer = "--train-clips 384 --test-clips 32 --train.steps 12 --train.eval-every 0".split()
+    line = [sys.executable, "-m", "tvr.launchers.cli", "demo", "--out", str(out), *fewer]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    run_dir = folder / "demo on nodes"
+    command = ["tvr", "train", "--config", str(out / "settings.json"), "--run-dir", str(run_dir)]
+    job = launch(cluster, run_dir, *TRAINED_ON_TWO, "--cpus-per-rank", "1", command=command)
+    job.until_done()
+    losses = jobs.losses(run_dir)
+    assert len(losses) == 12
+    assert losses == jobs.losses(out / "run")
+    assert _read(run_dir / "evaluation.json") == _read(out / "run" / "evaluation.json")
+
+
 def test_a_notice_to_the_batch_shell_leads_to_a_checkpoint_and_to_a_restart(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
