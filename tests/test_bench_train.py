@@ -53,6 +53,7 @@ def test_the_numbers_come_with_what_made_them(measured: dict[str, Any]) -> None:
     assert (sizes["global_batch"], sizes["steps"], sizes["threads"]) == (8, 2, 1)
     assert sizes["parameters"] > 10_000
     assert sizes["model"]["towers"]["width"] == 32
+    assert "tokenizer" not in sizes["model"]
 
 
 def test_saves_of_both_kinds_are_measured(

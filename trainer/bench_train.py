@@ -114,7 +114,9 @@ def _train(arguments: TrainArguments) -> int:
     found = rows(answers, config.train.global_batch)
     sizes = {"global_batch": config.train.global_batch, "steps": arguments.steps}
     sizes |= {"save_every": arguments.save_every, "threads": threads}
-    sizes |= of_any(answers.values()) | {"model": asdict(config.model)}
+    model = asdict(config.model)
+    del model["tokenizer"]  # a folder that no size depends on, and that is gone by now
+    sizes |= of_any(answers.values()) | {"model": model}
     return say(arguments.json, "train", HOW_TRAIN, sizes, found, table(found, sizes))
 
 
