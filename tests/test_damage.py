@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import resource
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
 import pytest
 import torch
 from test_checkpoint import DAMAGE
-from test_metrics import samples
+from test_metrics import fetched, samples
 from tiny import tiny_config, with_ranks
 
 from tvr.trainer.checkpoint import newest_whole
-from tvr.trainer.config import Config, to_json
+from tvr.trainer.config import CheckpointConfig, Config, MetricsConfig, to_json
 from tvr.trainer.loop import train
 from tvr.trainer.place import Place
 from tvr.trainer.world import World
@@ -102,3 +109,100 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
     assert found.newest is not None
     assert found.newest.state.step == FULL_STEPS
     assert jobs.steps_logged(run_dir) == FULL_STEPS
+
+
+@contextmanager
+def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A file system of its own with so much room."""
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    mounted = subprocess.run(line, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Not a byte is left."""
+    with (disk / "ballast").open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Until the block ends."""
+    fill(disk)
+    yield
+    (disk / "ballast").unlink()
+
+
+def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_path: Path) -> None:
+    config = replace(
+        settings(data, 1_000_000), metrics=MetricsConfig(address="127.0.0.1", endpoint="node")
+    )
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        run_dir = disk / "run"
+        place = Place(str(run_dir / "checkpoints"))
+
+        def values() -> dict[str, float]:
+            (file,) = (run_dir / "metrics").glob("*.json")
+            (target,) = json.loads(file.read_text())[0]["targets"]
+            found = samples(fetched(f"http://{target}/metrics"))
+            return {name: value for (name, *labels), value in found.items() if not labels}
+
+        def nothing_is_written() -> bool:
+            # A save that fails leaves room.
+            fill(disk)
+            return values()["tvr_train_step"] > jobs.steps_logged(run_dir) + 20
+
+        def fails_again() -> None:
+            failures = values()["tvr_checkpoint_failures_total"]
+            until(nothing_is_written)
+            until(lambda: values()["tvr_checkpoint_failures_total"] > failures)
+
+        with jobs.running(config, run_dir, 2) as job:
+            assert jobs.wait_for(job, lambda: jobs.steps_logged(run_dir) >= 4)
+            with full(disk):
+                fails_again()
+                before = newest_whole(place, ALONE)
+                logged = jobs.steps_logged(run_dir)
+            saves = values()["tvr_checkpoint_saves_total"]
+            until(lambda: values()["tvr_checkpoint_saves_total"] > saves)
+            until(lambda: jobs.steps_logged(run_dir) > logged)
+            events = jobs.events(run_dir, "step"), jobs.events(run_dir, "save_failed")
+            with full(disk):
+                fails_again()
+                pid = jobs.rank_pid(run_dir, 1)
+                assert pid is not None
+                os.kill(pid, signal.SIGUSR1)
+                _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+        assert job.returncode == 75, errors
+        assert before.newest is not None
+        assert before.damaged == {}
+        steps, failed = events
+        assert [event["step"] for event in steps] == list(range(2, steps[-1]["step"] + 1, 2))
+        assert before.newest.state.step < failed[0]["step"]
+        assert all("[Errno 28] No space left on device" in event["error"] for event in failed)
+        assert "log.jsonl gets no more lines, which wait for room" in errors
+        assert "log.jsonl has all its lines again" in errors
+        assert re.search(r"step \d+ is not saved \(rank \d: .*No space left.*\)", errors)
+        found = newest_whole(place, ALONE)
+        assert found.newest is not None
+        assert found.newest.state.step > before.newest.state.step
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_a_failure(data: Path, tmp_path: Path) -> None:
+    config = replace(settings(data, 4), checkpoint=CheckpointConfig(every=0))
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        run_dir = disk / "run"
+        with jobs.running(config, run_dir, 2) as job:
+            assert jobs.wait_for(job, lambda: jobs.rank_pid(run_dir, 0) is not None)
+            assert jobs.wait_for(job, lambda: (run_dir / "log.jsonl").exists())
+            with full(disk):
+                _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+    assert job.returncode == 3, errors
+    assert "step 4, the last one, is not saved: rank 0: OSError: [Errno 28]" in errors

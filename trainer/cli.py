@@ -302,6 +302,7 @@ def _reported(command: str, action: Callable[[], int]) -> int:
         CheckpointDamaged,
         Fenced,
         NonFiniteLoss,
+        NotSaved,
         Preempted,
         PreflightFailed,
         Told,
@@ -319,7 +320,7 @@ def _reported(command: str, action: Callable[[], int]) -> int:
             for line in failed.lines:
                 say_error(f"tvr {command}", ValueError(line))
             return EXIT_USAGE if failed.rank is None else EXIT_FAILED
-        except (NonFiniteLoss, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
+        except (NonFiniteLoss, NotSaved, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
             say_error(f"tvr {command}", error)
             return EXIT_FAILED
 

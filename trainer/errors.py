@@ -15,6 +15,10 @@ class TrainingFailed(Exception):
     """Something broke after the first step began: not the user's input; its cause is chained."""
 
 
+class NotSaved(Exception):
+    """The last step was trained, and its checkpoint, the result of the run, could not be saved."""
+
+
 class NonFiniteLoss(Exception):
     """The loss is NaN or infinite on some rank; raised on all ranks before the optimiser step."""
 

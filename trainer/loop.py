@@ -16,7 +16,7 @@ from tvr.trainer.checkpoint import note_evaluation
 from tvr.trainer.checkpoint_manifest import SavedState
 from tvr.trainer.config import Config
 from tvr.trainer.engine import Engine
-from tvr.trainer.errors import NonFiniteLoss, Preempted, TrainingFailed
+from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.failures import Tell, telling
 from tvr.trainer.inputs import tokenizer_of, training_batches
@@ -61,6 +61,7 @@ def train(
         Preempted: a signal asked the job to leave, and a checkpoint is saved.
         Fenced: a newer attempt at the run has begun.
         NonFiniteLoss: naming step, rank and keys.
+        NotSaved: the checkpoint of the last step could not be written.
         TooManyBadSamples: the budget `data.max_bad` is spent.
         TrainingFailed: anything else that broke once training had begun.
     """
@@ -142,7 +143,9 @@ class _Run:
                     # Before the first step these mean bad input; here they mean that a run broke.
                     raise TrainingFailed(f"step {step + 1} on rank {self.world.rank}") from error
         with self.watchdog.phase("checkpoint"):
-            self._tell(self.saver.finish())
+            error = self._last_save(train.steps)
+        if error is not None:
+            raise NotSaved(f"step {train.steps}, the last one, is not saved: {error}")
         return evaluation
 
     def _advance(self, step: int, batches: Iterator[Batch], show: Progress) -> Evaluation | None:
@@ -179,10 +182,17 @@ class _Run:
         return any(flags & 2 for flags in everyone)
 
     def _leave(self, done: int) -> None:
-        self._tell(self.saver.finish())
+        error = self._last_save(done)
         name = self.notice.signal.name if self.notice.signal else "another rank"
         self.log.write("preempted", {"step": done, "by": name})
-        raise Preempted(f"step {done} is saved; asked to leave by {name}")
+        ending = "saved" if error is None else f"not saved ({error})"
+        raise Preempted(f"step {done} is {ending}; asked to leave by {name}")
+
+    def _last_save(self, step: int) -> str | None:
+        """Waits for the save of this step; what went wrong with it, if anything."""
+        self._tell(self.saver.finish())
+        last = self.saver.last
+        return last.error if last is not None and last.step == step else None
 
     def _staged(self, copy: bool) -> dict[str, Any]:
         return shard_files(self.engine.stage(copy=copy), self.world.rank, random_state())
@@ -228,9 +238,17 @@ class _Run:
         self.log.write_replaced(step, evaluation.left_out)
         if self.world.is_first:
             self.saver.attempt.check()
+            self._keep(evaluation, step)
+        return evaluation
+
+    def _keep(self, evaluation: Evaluation, step: int) -> None:
+        try:
             write_evaluation(self.run_dir, evaluation, step)
             note_evaluation(self.saver.place, step, evaluation.score)
-        return evaluation
+        except OSError as error:
+            if step == self.config.train.steps:
+                raise
+            self.log.warn(f"of the evaluation of step {step} the log has all that is kept: {error}")
 
     def _evaluation_due(self, step: int) -> bool:
         train = self.config.train

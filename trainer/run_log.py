@@ -30,33 +30,36 @@ class LogWriter:
 
     def __init__(self, run_dir: Path, attempt: Attempt, world: World) -> None:
         self._attempt = attempt
-        self._path = run_dir / LOG if world.is_first else None
-        self._keys = run_dir / "keys" / f"rank-{world.rank:05d}.jsonl"
+        self._log = _Lines(run_dir / LOG) if world.is_first else None
+        self._keys = _Lines(run_dir / "keys" / f"rank-{world.rank:05d}.jsonl")
         self._world = world
         self._started = time.monotonic()
 
     def begin(self, step: int) -> None:
         """Goes on after optimiser step `step`; what an earlier attempt logged beyond is dropped."""
-        for path in (self._path, self._keys, *self._orphaned_keys()):
-            if path is not None and path.exists():
+        files = [self._keys.path, *self._orphaned_keys()]
+        if self._log is not None:
+            files.append(self._log.path)
+        for path in files:
+            if path.exists():
                 _keep_until(path, step)
 
     def _orphaned_keys(self) -> list[Path]:
         """Files of ranks that an earlier attempt had and this one has not: rank 0's business."""
         if not self._world.is_first:
             return []
-        files = self._keys.parent.glob("rank-*.jsonl")
+        files = self._keys.path.parent.glob("rank-*.jsonl")
         return [path for path in files if int(path.stem[5:]) >= self._world.world_size]
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
-        if self._path is not None:
+        if self._log is not None:
             self._attempt.check()
             elapsed = {"time_s": round(time.monotonic() - self._started, 3)}
-            _append(self._path, {"event": event, **elapsed, **values})
+            self._log.append({"event": event, **elapsed, **values})
 
     def warn(self, text: str) -> None:
         """For the person who looks at the job's output."""
-        if self._path is not None:
+        if self._log is not None:
             log.warning(text)
 
     def write_replaced(self, step: int, replaced: Sequence[Replacement]) -> None:
@@ -64,13 +67,42 @@ class LogWriter:
             self.write("replaced", {"step": step, **asdict(entry)})
 
     def write_keys(self, step: int, keys: Sequence[str]) -> None:
-        self._keys.parent.mkdir(exist_ok=True)
-        _append(self._keys, {"step": step, "keys": list(keys)})
+        self._keys.append({"step": step, "keys": list(keys)})
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+class _Lines:
+    """A file that whole lines are appended to; what a full disk has no room for waits in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[bytes] = []
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        waited = bool(self._waiting)
+        self._waiting.append(json.dumps(line).encode() + b"\n")
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            _append(self.path, b"".join(self._waiting))
+        except OSError as error:
+            if not waited:
+                log.warning("%s gets no more lines, which wait for room: %s", self.path, error)
+            return
+        if waited:
+            log.warning("%s has all its lines again", self.path)
+        self._waiting.clear()
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of it or, where OSError is raised, nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        written = 0
+        try:
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _keep_until(path: Path, step: int) -> None:

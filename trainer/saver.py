@@ -114,6 +114,8 @@ class Saver:
             initializer=_give_way if background else None,
         )
         self._in_flight: _InFlight | None = None
+        self.last: Saved | None = None
+        """How the newest save that has ended did so."""
         world.from_first(self._clear)
 
     def save(self, state: SavedState, stage: Callable[[bool], Mapping[str, Any]]) -> list[Saved]:
@@ -163,7 +165,7 @@ class Saver:
             # What is raised here, Fenced, ends the run.
             error = self._world.from_first(flight.published.result)
         self._in_flight = None
-        saved = Saved(
+        self.last = Saved(
             step=flight.state.step,
             error=error,
             num_bytes=sum(record.num_bytes for record in flight.state.files.values()),
@@ -172,7 +174,7 @@ class Saver:
             background=self._background,
             no_room=self._no_room,
         )
-        return [saved]
+        return [self.last]
 
     def _copies(self, stage: Callable[[bool], Mapping[str, Any]]) -> bool:
         if self._background and not self._is_sized:

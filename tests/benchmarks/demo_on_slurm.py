@@ -24,7 +24,7 @@ from slurm_cluster import cluster_of
 from tvr.trainer.bench_report import machine, versions
 from tvr.trainer.config import Config, from_json
 
-# Of a step: when it was, how long it took, and what the machine did meanwhile.
+# What a step's record says of the training, and not of its time.
 LOSSES = ("loss", "similarity_loss", "tpm_cl_loss", "penalty", "gradient_norm")
 
 
@@ -56,7 +56,7 @@ def main() -> int:
             for way in ("text_to_video", "video_to_text")
         },
         "step_s": {"slurm": step_s(theirs), "local": step_s(ours)},
-        "versions": versions() | {"slurm": slurm_version()},
+        "versions": versions() | {"slurm": on_nodes.pop("slurm")},
         "machine": machine(),
     }
     print(json.dumps(line))
@@ -81,10 +81,15 @@ def train(settings: Path, run_dir: Path) -> dict[str, Any]:
         ).stdout.strip()
         print(f"job {job_id}; its output: {run_dir / 'launch'}", file=sys.stderr, flush=True)
         state = cluster.until_ended(job_id, timeout_s=3600)
-        job = cluster.job(job_id)
+        job, slurm = cluster.job(job_id), cluster.run("sinfo", "--version").split()[-1]
     if state != "COMPLETED":
         raise SystemExit(f"job {job_id} is {state}: see {run_dir / 'launch'}")
-    return {"state": state, "nodes": job["NodeList"], "restarts": int(job["Restarts"])}
+    return {
+        "state": state,
+        "nodes": job["NodeList"],
+        "restarts": int(job["Restarts"]),
+        "slurm": slurm,
+    }
 
 
 def steps(run_dir: Path) -> list[dict[str, Any]]:
@@ -111,11 +116,6 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 
 def evaluation(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "evaluation.json").read_text())
-
-
-def slurm_version() -> str:
-    said = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True)
-    return said.stdout.split()[-1]
 
 
 if __name__ == "__main__":
