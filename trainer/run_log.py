@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from tvr.trainer.attempt import Attempt
 from tvr.trainer.world import World
 
 LOG = "log.jsonl"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class _Lines:
             self.path.parent.mkdir(exist_ok=True)
             _append(self.path, b"".join(self._waiting))
         except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
             if not waited:
                 log.warning("%s gets no more lines, which wait for room: %s", self.path, error)
             return
