@@ -57,7 +57,9 @@ def dmae_similarity(
     `ti` and `wti` read the sentence only: `words` may be None. `att_ti` and `att_wti` read both;
     with `sentence` None they are the word part alone, SIM(words), which the method does not have.
 
-    Scores are float32, or float64 if an input is; autocast does not reach them.
+    Scores are float32, or float64 if an input is; autocast does not reach them. They are means of
+    the best cosines, and go beyond 1 by what neighbours and double weights add: within +-1.25, and
+    +-1.625 with double weights in `att_wti`; +-1 without neighbours, +-1.25 with double weights.
 
     Raises:
         ValueError: unknown interaction, a tensor that it needs is missing, shapes that disagree,

@@ -40,7 +40,8 @@ MINING = Dashboard(
                 latest("tvr_train_positive_similarity", name="positives"),
                 latest("tvr_train_hardest_negative_similarity", name="hardest negatives"),
             ),
-            about="Means of the last step. Apart: good. Both near 1: features collapse.",
+            about="Means of the last step; up to 1.25 with neighbour frames. Apart: good. Both near"
+            " that: features collapse.",
         ),
         Panel(
             title="Margin in logits",

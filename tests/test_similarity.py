@@ -217,6 +217,36 @@ def test_word_of_mask_2_counts_twice_and_only_the_ti_family_renormalises() -> No
     assert words_only("att_wti", [1, 1, 1]) == pytest.approx((1.5 / 3 + 0.9) / 2)
 
 
+@pytest.mark.parametrize(
+    ("interaction", "neighbours", "mask", "largest"),
+    [
+        ("att_wti", True, 1, 1.25),
+        ("att_wti", True, 2, 1.625),
+        ("att_wti", False, 1, 1.0),
+        ("att_wti", False, 2, 1.25),
+        ("att_ti", True, 2, 1.25),
+        ("wti", True, 2, 1.25),
+    ],
+)
+def test_a_score_is_no_cosine_and_has_its_own_range(
+    interaction: str, neighbours: bool, mask: int, largest: float
+) -> None:
+    # All words and frames alike, or opposite; all weight on words of that mask but the first.
+    frames = torch.tensor([[[1.0, 0.0]] * 3, [[-1.0, 0.0]] * 3])
+    similarity = dmae_similarity(
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([[[1.0, 0.0]] * 3]),
+        frames,
+        torch.tensor([[1, mask, mask]]),
+        torch.ones(2, 3).long(),
+        interaction=interaction,
+        neighbour_frames=neighbours,
+        word_logits=torch.tensor([[-99.0, 0.0, 0.0]]),
+        frame_logits=torch.zeros(2, 3),
+    )
+    assert similarity.tolist() == [pytest.approx([largest, -largest])]
+
+
 def test_neighbour_frames_need_a_second_valid_similar_frame() -> None:
     sentence = torch.tensor([[1.0, 0.0]])
     frames = torch.tensor([[[0.8, 0.6], [0.6, 0.8]], [[0.8, 0.6], [-0.8, -0.6]]])

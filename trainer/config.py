@@ -107,8 +107,8 @@ class ModelConfig:
     sequence_header_layers: NotNegative = 0
     """Temporal transformer blocks over the frames of a video; 0: frames go on as they are."""
     unit_after_header: bool = True
-    """Frames get unit length again after the header, so that similarities stay within a cosine's
-    range; false: as the authors' implementation."""
+    """Frames get unit length again after the header, so that similarities are made of
+    cosines; false: as the authors' implementation."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
     """What meets the frames: the sentence (ti, wti) or sentence and words (att_*); with learned
     token weights (*wti) or plain means (*ti)."""

@@ -222,13 +222,17 @@ TRAINING_METRICS = (
         name="tvr_train_positive_similarity",
         kind="gauge",
         unit="",
-        meaning="Similarity of texts with their own video, mean of the last step.",
+        meaning="Score of texts with their own video before the temperature, mean of the last"
+        " step: no cosine, but weighted means of the best cosines of sentence and words with frames"
+        " and of frames with these. Within +-1; +-1.25 with model.neighbour_frames, which add what"
+        " the frame most like the best one has; +-1.625 with data.content_words in att_wti, too.",
     ),
     Metric(
         name="tvr_train_hardest_negative_similarity",
         kind="gauge",
         unit="",
-        meaning="Similarity of texts with the nearest other video of their batch, mean.",
+        meaning="The same score of texts with the other video of their batch that has the highest,"
+        " mean of the last step.",
     ),
     Metric(
         name="tvr_evaluation_recall_ratio",
