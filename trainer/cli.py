@@ -10,20 +10,16 @@ import argparse
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import tyro
 from rich.console import Console
 
-from tvr.data_prep.cli import reported, say_error
-from tvr.data_prep.records import TooManyBadSamples
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
+from tvr.trainer.ending import EXIT_DONE, tell_training, training_reported
 from tvr.trainer.recipes import RECIPES, recipe
-
-EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_PREEMPTED = 0, 2, 3, 75
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
@@ -77,12 +73,12 @@ def train(argv: Sequence[str]) -> int:
                 return EXIT_DONE
             from tvr.trainer.loop import train as run
 
-            run(settings, run_dir, resume=resume, tell=_tell_training)
+            run(settings, run_dir, resume=resume, tell=tell_training)
             return EXIT_DONE
 
         return tyro.cli(arguments, prog="tvr train", args=list(argv))
 
-    return _reported("train", action)
+    return training_reported("train", action)
 
 
 def show_config(argv: Sequence[str]) -> int:
@@ -133,7 +129,7 @@ def show_config(argv: Sequence[str]) -> int:
             Console(stderr=True).print(memory_table(resolved, ranks or 1))
         return EXIT_DONE
 
-    return _reported("show-config", action)
+    return training_reported("show-config", action)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -153,7 +149,9 @@ def evaluate(argv: Sequence[str]) -> int:
             print(result.table())
         return EXIT_DONE
 
-    return _reported("evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv)))
+    return training_reported(
+        "evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv))
+    )
 
 
 def report(argv: Sequence[str]) -> int:
@@ -168,7 +166,9 @@ def report(argv: Sequence[str]) -> int:
         print(_write_report(run_dir))
         return EXIT_DONE
 
-    return _reported("report", lambda: tyro.cli(arguments, prog="tvr report", args=list(argv)))
+    return training_reported(
+        "report", lambda: tyro.cli(arguments, prog="tvr report", args=list(argv))
+    )
 
 
 def export(argv: Sequence[str]) -> int:
@@ -188,7 +188,9 @@ def export(argv: Sequence[str]) -> int:
         print(out)
         return EXIT_DONE
 
-    return _reported("export", lambda: tyro.cli(arguments, prog="tvr export", args=list(argv)))
+    return training_reported(
+        "export", lambda: tyro.cli(arguments, prog="tvr export", args=list(argv))
+    )
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -216,7 +218,7 @@ def demo(argv: Sequence[str]) -> int:
         """
         return _run_demo(out, train_clips, test_clips, ranks, settings)
 
-    return _reported("demo", lambda: tyro.cli(arguments, prog="tvr demo", args=list(argv)))
+    return training_reported("demo", lambda: tyro.cli(arguments, prog="tvr demo", args=list(argv)))
 
 
 def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:
@@ -281,47 +283,3 @@ def _base(argv: Sequence[str]) -> Config:
     if named.config is None:
         return base
     return merged(base, read_overrides(named.config), where=f"--config {named.config}")
-
-
-def _tell_training(error: Exception) -> int:
-    """What `tvr train` says of an error, from where it happens; the exit code."""
-
-    def again() -> int:
-        raise error
-
-    try:
-        return _reported("train", again)
-    except Exception:
-        traceback.print_exception(error)
-        return EXIT_FAILED
-
-
-def _reported(command: str, action: Callable[[], int]) -> int:
-    """As `reported`, and a training that failed for a reason it can name becomes exit code 3."""
-    from tvr.trainer.errors import (
-        CheckpointDamaged,
-        Fenced,
-        NonFiniteLoss,
-        NotSaved,
-        Preempted,
-        PreflightFailed,
-        Told,
-    )
-
-    def guarded() -> int:
-        try:
-            return action()
-        except Preempted as notice:
-            print(f"tvr {command}: {notice}", file=sys.stderr)
-            return EXIT_PREEMPTED
-        except Told as told:
-            return told.code
-        except PreflightFailed as failed:
-            for line in failed.lines:
-                say_error(f"tvr {command}", ValueError(line))
-            return EXIT_USAGE if failed.rank is None else EXIT_FAILED
-        except (NonFiniteLoss, NotSaved, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
-            say_error(f"tvr {command}", error)
-            return EXIT_FAILED
-
-    return reported(f"tvr {command}", guarded)

@@ -1,15 +1,52 @@
-"""What a run reads by its settings: its tokeniser, and its batches of training data."""
+"""What a run reads by its settings: its data sets, its tokeniser, its batches of training data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from tvr.data_prep.manifest import check_words, read_manifest
 from tvr.data_prep.records import Batch
 from tvr.data_prep.stream import evaluation_batches, train_batches
 from tvr.trainer.config import Config, shard_cache, views
 from tvr.trainer.model import image_size, tokenizer_folder
 from tvr.trainer.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.world import World
+
+
+def checked_data(config: Config, world: World) -> int:
+    """The number of training samples; every data set is looked at before anything is built.
+
+    Raises:
+        ValueError: a set is missing, too small for the batch or the ranks, or does not go with the
+            others or with `data.content_words`.
+    """
+    data = config.data
+    train = read_manifest(data.train)
+    if train.num_samples < config.train.global_batch:
+        raise ValueError(
+            f"{data.train} holds {train.num_samples} samples, fewer than train.global_batch="
+            f"{config.train.global_batch}: a batch would hold some of them twice"
+        )
+    sets = [(data.train, train)]
+    if data.test is not None:
+        test = read_manifest(data.test)
+        sets.append((data.test, test))
+        if test.num_samples < world.world_size:
+            raise ValueError(
+                f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
+            )
+        if data.test_exchanged is not None:
+            exchanged = read_manifest(data.test_exchanged)
+            sets.append((data.test_exchanged, exchanged))
+            if list(test.samples.key) != list(exchanged.samples.key):
+                raise ValueError(
+                    f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
+                    f"same order as data.test={data.test}"
+                )
+    if data.content_words:
+        for url, manifest in sets:
+            check_words(url, manifest, needed_by="data.content_words")
+    return train.num_samples
 
 
 def tokenizer_of(config: Config) -> Tokenizer:

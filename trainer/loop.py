@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tvr.data_prep.manifest import check_words, read_manifest
 from tvr.data_prep.records import Batch
 from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.checkpoint import note_evaluation
@@ -19,7 +18,7 @@ from tvr.trainer.engine import Engine
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.failures import Tell, telling
-from tvr.trainer.inputs import tokenizer_of, training_batches
+from tvr.trainer.inputs import checked_data, tokenizer_of, training_batches
 from tvr.trainer.model import build_model
 from tvr.trainer.monitor import Monitor, monitored
 from tvr.trainer.preemption import Notice, noticing
@@ -76,7 +75,7 @@ def train(
     ):
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
-        num_samples = _checked_data(config, world)
+        num_samples = checked_data(config, world)
         tokenizer = tokenizer_of(config)
         check_memory(config, tokenizer, world)
         attempt = world.from_first(lambda: begin_attempt(run_dir))
@@ -260,37 +259,6 @@ class _Run:
             return None
         done = self.world.from_first(lambda: evaluated_step(self.run_dir))
         return None if done == step else self._evaluate(step)
-
-
-def _checked_data(config: Config, world: World) -> int:
-    """The number of training samples; every data set is looked at before anything is built."""
-    data = config.data
-    train = read_manifest(data.train)
-    if train.num_samples < config.train.global_batch:
-        raise ValueError(
-            f"{data.train} holds {train.num_samples} samples, fewer than train.global_batch="
-            f"{config.train.global_batch}: a batch would hold some of them twice"
-        )
-    sets = [(data.train, train)]
-    if data.test is not None:
-        test = read_manifest(data.test)
-        sets.append((data.test, test))
-        if test.num_samples < world.world_size:
-            raise ValueError(
-                f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
-            )
-        if data.test_exchanged is not None:
-            exchanged = read_manifest(data.test_exchanged)
-            sets.append((data.test_exchanged, exchanged))
-            if list(test.samples.key) != list(exchanged.samples.key):
-                raise ValueError(
-                    f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
-                    f"same order as data.test={data.test}"
-                )
-    if data.content_words:
-        for url, manifest in sets:
-            check_words(url, manifest, needed_by="data.content_words")
-    return train.num_samples
 
 
 def _due(step: int, every: int, last: int) -> bool:
