@@ -69,7 +69,9 @@ class Table:
     def text(self, ranks: Mapping[int, Numbers]) -> bytes:
         """The values of a node's ranks in the text format."""
         registry = CollectorRegistry()
-        registry.register(_Collected(self, ranks))
+        # Of one moment: steps go on while the text is made.
+        now = {rank: numbers.copy() for rank, numbers in ranks.items()}
+        registry.register(_Collected(self, now))
         return generate_latest(registry)
 
 

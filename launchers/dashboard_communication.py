@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvr.launchers.grafana import Dashboard, Panel, Query
-from tvr.launchers.queries import latest, per_second, since
+from tvr.launchers.queries import latest, per_second, per_step, since
 
 COMMUNICATION = Dashboard(
     uid="tvr-communication",
@@ -12,8 +12,8 @@ COMMUNICATION = Dashboard(
         Panel(
             title="Gap to the slowest rank",
             unit="s",
-            queries=(latest("tvr_train_straggler_gap_seconds"),),
-            about="How much longer the slowest rank loads and encodes than the fastest.",
+            queries=(per_step("tvr_train_straggler_gap_seconds_total"),),
+            about="How much longer a step's slowest rank loads and encodes than its fastest.",
         ),
         Panel(
             title="Gap, share of a step",
@@ -29,8 +29,8 @@ COMMUNICATION = Dashboard(
         Panel(
             title="Loading and encoding, by rank",
             unit="s",
-            queries=(latest("tvr_train_alone_seconds", "rank"),),
-            about="What a rank did in the last step before it needed others.",
+            queries=(per_step("tvr_train_alone_seconds_total", "rank"),),
+            about="What a rank does in a step before it needs others.",
         ),
         Panel(
             title="Step, by rank",

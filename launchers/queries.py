@@ -21,6 +21,15 @@ def per_second(metric: str, *labels: str, name: str = "") -> Query:
     return Query(f"sum by ({_listed(labels)}) ({rate})", _legend(labels, name))
 
 
+def per_step(metric: str, *labels: str) -> Query:
+    """How much a counter grows in a step, whether or not the steps are alike."""
+    steps = f"sum by (run) (rate(tvr_train_steps_total{RUN}[$__rate_interval]))"
+    return Query(
+        f"{per_second(metric, *labels).expr} / on (run) group_left () ({steps} > 0)",
+        _legend(labels),
+    )
+
+
 def so_far(metric: str, name: str) -> Query:
     """How much a counter grew within the time shown, over all starts of the run."""
     return Query(f"sum by (run) (increase({metric}{RUN}[$__range]))", _legend((), name))

@@ -167,7 +167,7 @@ WANTED: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = {
     ("tvr_train_hard_negatives_per_row", ""): ("step", a_step("hard_negatives_per_row")),
     ("tvr_train_temperature", ""): ("step", lambda event: 0.01),
     ("tvr_train_goodput_ratio", ""): ("step", a_step("goodput")),
-    ("tvr_train_straggler_gap_seconds", ""): ("step", a_step("straggler_gap_s")),
+    ("tvr_train_straggler_gap_seconds_total", ""): ("step", a_step("straggler_gap_s")),
     ("tvr_train_positive_similarity", "positive similarity"): (
         "step",
         a_step("positive_similarity"),

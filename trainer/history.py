@@ -26,6 +26,7 @@ _OF_A_STEP: dict[str, Series] = {
     **{key: series for key, series in GAUGES.items() if key not in ("step", "epoch")},
     "step_s": ("tvr_train_step_seconds",),
     "data_wait_s": ("tvr_data_wait_seconds_total",),
+    "straggler_gap_s": ("tvr_train_straggler_gap_seconds_total",),
     "host_memory_bytes": ("tvr_host_memory_bytes",),
 }
 # Of these an event has several by name, which is the metric's label.

@@ -132,17 +132,17 @@ TRAINING_METRICS = (
         per="rank",
     ),
     Metric(
-        name="tvr_train_alone_seconds",
-        kind="gauge",
+        name="tvr_train_alone_seconds_total",
+        kind="counter",
         unit="seconds",
-        meaning="What the rank did in the last step before it needed others: loading, encoding.",
+        meaning="What the rank did in steps before it needed others: loading, encoding.",
         per="rank",
     ),
     Metric(
-        name="tvr_train_straggler_gap_seconds",
-        kind="gauge",
+        name="tvr_train_straggler_gap_seconds_total",
+        kind="counter",
         unit="seconds",
-        meaning="How much longer the slowest rank took for that than the fastest, the step before.",
+        meaning="How much longer each step's slowest rank took for that than its fastest.",
     ),
     Metric(
         name="tvr_train_slowest_rank",

@@ -59,7 +59,6 @@ GAUGES = {
     "encoder_learning_rate": ("tvr_train_learning_rate", "towers"),
     "gradient_norm": ("tvr_train_gradient_norm",),
     "samples_per_s": ("tvr_train_pairs_per_second",),
-    "straggler_gap_s": ("tvr_train_straggler_gap_seconds",),
     "slowest_rank": ("tvr_train_slowest_rank",),
     "quarantined": ("tvr_data_quarantined_samples",),
     "goodput": ("tvr_train_goodput_ratio",),
@@ -194,7 +193,7 @@ class NodeMonitor(Monitor):
         loading = "tvr_data_loading_seconds_total"
         tally.alone_s = tally.loading_s - values.get(loading) + encoding_s
         values.count(loading, tally.loading_s)
-        values.set("tvr_train_alone_seconds", tally.alone_s)
+        values.add("tvr_train_alone_seconds_total", tally.alone_s)
         for source, count in tally.reads.items():
             values.count("tvr_data_reads_total", count, source)
         for collective, num_bytes in self._world.received.items():
@@ -209,6 +208,7 @@ class NodeMonitor(Monitor):
         values.add("tvr_train_pairs_total", pairs)
         values.add("tvr_train_frames_total", pairs * frames)
         values.set("tvr_train_frames_per_second", frames * record["samples_per_s"])
+        values.add("tvr_train_straggler_gap_seconds_total", record["straggler_gap_s"] or 0.0)
         for reason, count in tally.skipped.items():
             values.count("tvr_data_skipped_samples_total", count, reason)
         undecodable = sum(tally.skipped[reason] for reason in UNDECODABLE)

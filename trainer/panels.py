@@ -62,7 +62,7 @@ GROUPS: Mapping[str, Sequence[Form]] = {
     ),
     "Communication and memory": (
         Form("tvr_train_received_bytes_total", stacked=True, per_step=True),
-        Form("tvr_train_straggler_gap_seconds"),
+        Form("tvr_train_straggler_gap_seconds_total", per_step=True),
         Form("tvr_train_slowest_rank", points=True),
         Form("tvr_host_memory_bytes"),
         Form("tvr_device_memory_bytes"),
