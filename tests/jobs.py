@@ -26,8 +26,6 @@ from tvr.trainer.engine import weights_of
 from tvr.trainer.run_log import read_log
 
 TIMEOUT_S = 180.0
-# Between two looks: at what is over after a step of a few ms, and at what stays.
-MOMENT_S, PATIENCE_S = 0.002, 0.03
 
 
 def command(config: Config, run_dir: Path, ranks: int) -> list[str]:
@@ -76,16 +74,13 @@ def run_forked(
         return [process.exitcode for process in processes]
 
 
-def wait_for(
-    job: subprocess.Popen[str], condition: Callable[[], bool], every_s: float = PATIENCE_S
-) -> bool:
-    """Whether the condition was seen before the job's end."""
+def wait_for(job: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
+    """Whether the condition came before the job's end; looked at without pause."""
     deadline = time.monotonic() + TIMEOUT_S
     while job.poll() is None:
         if condition():
             return True
         assert time.monotonic() < deadline, "the job neither ends nor gets there"
-        time.sleep(every_s)
     return False
 
 
@@ -122,7 +117,7 @@ def signal_rank(
 
     # Looked up before, since that takes longer than a step.
     assert wait_for(job, is_there), job.stderr and job.stderr.read()
-    assert wait_for(job, condition, MOMENT_S), job.stderr and job.stderr.read()
+    assert wait_for(job, condition), job.stderr and job.stderr.read()
     os.kill(found[0], number)
 
 

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +63,7 @@ def save(to: Saver, step: int) -> Saved:
 
 def wait_for(writer: Saver) -> None:
     while not writer.is_ready:
-        time.sleep(0.001)
+        pass
 
 
 def names(folder: Path) -> list[str]:

@@ -40,8 +40,21 @@ from tvr.trainer.metrics import METRICS
 SPEED = 60
 RANKS = 2
 NUM_BAD, MAX_BAD = 3, 4
+PAIRS = 16  # of a global batch
 EVERY = 20  # steps between checkpoints
 FILE_BYTES = 65536  # more than the run's other files take, less than its checkpoints'
+# What alerts say of what is done here, from the beginning.
+SAID = {
+    "TvrStalled": r"Run a has not ended a step for 10 minutes",
+    "TvrNonFinite": r"Run b met a loss or gradient that is not finite",
+    "TvrDataStarved": r"Run a waits for data [\d.]+% of the time",
+    "TvrStraggler": r"Run a waits for rank 1, which takes [\d.]+% of a step longer than",
+    "TvrSlow": r"Run a trains [\d.]+ pairs/s, below 80 % of its hour before",
+    "TvrCheckpointOld": r"A failure of run a would now cost \d+ steps",
+    "TvrSavesFail": r"A checkpoint of run a could not be saved",
+    "TvrSkipBudget": r"Bad samples have spent 75% of what run a may replace before it stops",
+    "TvrDown": r"The metrics of run a on \S+ do not answer",
+}
 # Run `a` has the mode that tells it.
 HERE_ABSENT = ABSENT - {"tvr_train_zero_gradient_positives_ratio"}
 
@@ -57,11 +70,12 @@ class Story:
     """Of all jobs, at that time."""
     answers: dict[Asked, list[Series]] = field(default_factory=dict)
     """To the queries of panels and of recording rules, at that time."""
-    fired: dict[str, str] = field(default_factory=dict)
-    """What each alert said, once it was brought about."""
+    fired: set[str] = field(default_factory=set)
+    """Alerts that said what they should, once they were brought about."""
     resolved: set[str] = field(default_factory=set)
     at_the_end: dict[str, str] = field(default_factory=dict)
-    """Alerts of `a` after it had ended as it should, and nobody started it again."""
+    """Alerts of `a` from when its target was gone until none of its samples was young enough for
+    any rule."""
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +101,13 @@ def tell(
     config = settings(with_bad_samples(data, folder / "data"))
 
     def comes(*alerts: str, run: str = "a") -> None:
-        wait_until(lambda: seen.firing(run).keys() >= set(alerts), f"{alerts} of {run}")
-        story.fired |= {name: said for name, said in seen.firing(run).items() if name in alerts}
+        # What an alert says follows its expression. It may have fired before, for another reason.
+        def are_said() -> bool:
+            said = seen.firing(run)
+            return all(re.match(SAID[name], said.get(name, "")) for name in alerts)
+
+        wait_until(are_said, f"{alerts} of {run}")
+        story.fired |= set(alerts)
 
     def goes(*alerts: str, run: str = "a") -> None:
         wait_until(lambda: not seen.firing(run).keys() & set(alerts), f"no {alerts} of {run}")
@@ -117,26 +136,37 @@ def tell(
         goes("TvrNonFinite", run="b")
         os.kill(pids[0], signal.SIGKILL)
         comes("TvrDown")
-        _, errors = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
         assert job.returncode == 3, errors
     with_room = replace(config, data=replace(config.data, max_bad=100))
     with jobs.running(with_room, run_dir, RANKS) as job:
         goes("TvrDown", "TvrSkipBudget")
         wait_until(lambda: bool(seen.ask('tvr_train_step{run="a"}')), "the new start is seen")
         os.kill(rank_pids(run_dir)[0], signal.SIGUSR1)
-        _, errors = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
         assert job.returncode == 75, errors
     # Prometheus lets go of a target 5 s after its file, which is longer than TvrDown waits here.
     wait_until(lambda: not seen.ask('up{run="a"}'), "the target is gone")
     wait_until(lambda: "TvrDown" not in seen.firing("a"), "nobody is missed")
-    story.at_the_end = seen.firing("a")
+
+    def is_forgotten() -> bool:
+        story.at_the_end |= seen.firing("a")
+        return not seen.ask('last_over_time(tvr_train_step{run="a"}[15s])')
+
+    wait_until(is_forgotten, "the run's samples are old")
 
 
 def look(story: Story, seen: Prometheus) -> None:
     """Everything at once, when every job has been seen for the longest window of a panel."""
     both = 'count(count_over_time({__name__=~"tvr_evaluation_step|tvr_pack_clips_total"}[10s]) > 7)'
     wait_until(lambda: [found.value for found in seen.ask(both)] == [2], "both jobs are seen")
-    story.healthy = seen.firing("a")
+
+    def is_healthy() -> bool:
+        story.healthy = seen.firing("a")
+        return story.healthy.keys() == {"TvrSkipBudget"}
+
+    # What else starts at the same time takes cores away from it, for which there are alerts.
+    wait_until(is_healthy, "a run that has no fault but its bad samples")
     story.series = seen.ask('{job="tvr"}')
     recorded = [asked for asked in rule_queries(story.files) if asked.where.startswith("run:")]
     for asked in (*panel_queries(story.files), *recorded):
@@ -147,10 +177,18 @@ def settings(data: Path) -> Config:
     return tiny_config(
         data,
         data={"workers": 1, "max_bad": MAX_BAD},
+        # Most of a step is the rank's own work, so that a moment without a core is no straggler.
+        model={"towers": {"width": 64, "layers": 8}},
         loss={"neg_nce_mode": "reference"},
-        train={"steps": 1_000_000, "eval_every": 100, "log_every": 1000, "stall_factor": 0.0},
+        train={
+            "steps": 1_000_000,
+            "global_batch": PAIRS,
+            "eval_every": 60,
+            "log_every": 1000,
+            "stall_factor": 0.0,
+        },
         checkpoint={"every": EVERY},
-        metrics={"address": "127.0.0.1", "peak_tflops": 1e-3},
+        metrics={"address": "127.0.0.1", "peak_tflops": 1.0},
     )
 
 
@@ -188,7 +226,7 @@ def throttled(pids: list[int]) -> Iterator[None]:
 
     def hold_up() -> None:
         while not over.is_set():
-            for number, seconds in ((signal.SIGSTOP, 0.9), (signal.SIGCONT, 0.1)):
+            for number, seconds in ((signal.SIGSTOP, 1.9), (signal.SIGCONT, 0.1)):
                 send(number)
                 over.wait(seconds)
         send(signal.SIGCONT)
@@ -232,7 +270,7 @@ def ending_by_a_loss(data: Path, run_dir: Path) -> Iterator[Callable[[], None]]:
         with jobs.running(config, run_dir, 1) as job:
             yield come.set
             come.set()
-            _, errors = job.communicate(timeout=60)
+            _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
             assert job.returncode == 3, errors
 
 
@@ -294,8 +332,10 @@ def test_every_metric_that_applies_is_scraped_and_sane(story: Story) -> None:
         }
         return value
 
-    assert value("tvr_train_pairs_total") == 8 * value("tvr_train_steps_total")
-    assert value("tvr_train_step") == value("tvr_train_steps_total") > EVERY
+    # It may be scraped while a step is written.
+    assert abs(value("tvr_train_pairs_total") / PAIRS - value("tvr_train_steps_total")) <= 1
+    assert abs(value("tvr_train_step") - value("tvr_train_steps_total")) <= 1
+    assert value("tvr_train_steps_total") > EVERY
     assert value("tvr_checkpoint_step") % EVERY == 0
     assert value("tvr_train_ranks") == RANKS
     assert value("tvr_data_bad_samples_limit") == MAX_BAD
@@ -315,28 +355,14 @@ def test_every_query_of_panels_and_recording_rules_returns_data(story: Story) ->
 
 
 def test_a_healthy_run_has_no_alert_but_its_bad_samples(story: Story) -> None:
-    # How fast a machine is that does other things as well is not the run's doing.
-    of_time = {"TvrStraggler", "TvrSlow", "TvrDataStarved"}
-    assert story.healthy.keys() - of_time == {"TvrSkipBudget"}
+    assert story.healthy.keys() == {"TvrSkipBudget"}
 
 
 def test_every_alert_fires_for_its_cause_and_ends_with_it(story: Story) -> None:
     alerts = {name_of(rule) for rule in rules(story.files) if "alert" in rule}
-    assert story.fired.keys() == alerts
+    assert story.fired == alerts
     assert story.resolved == alerts
 
 
-def test_alerts_say_what_is_the_matter(story: Story) -> None:
-    said = story.fired
-    assert said["TvrSkipBudget"].startswith("Bad samples have spent 75%")
-    # Which of the ranks also depends on who else wants the cores.
-    assert "Run a waits for rank " in said["TvrStraggler"]
-    assert re.search(r"Run a trains [\d.]+ pairs/s", said["TvrSlow"])
-    assert re.search(r"of run a would now cost \d+ steps", said["TvrCheckpointOld"])
-    assert "Run b met a loss" in said["TvrNonFinite"]
-    assert all("error" not in text and "<no value>" not in text for text in said.values())
-
-
 def test_a_run_that_ends_as_it_should_is_not_missed(story: Story) -> None:
-    # Times are 60 times shorter: on busy cores a step may take what then counts as a stall.
-    assert story.at_the_end.keys() <= {"TvrStalled"}
+    assert story.at_the_end == {}
