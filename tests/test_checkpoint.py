@@ -250,11 +250,25 @@ def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> No
     assert second["a"][0].tolist() == [1.0] * 5
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(
+    ("background", "free", "is_last", "gives_way"),
+    [
+        (True, 10**12, False, True),
+        (True, 10**12, True, False),  # nothing trains any more
+        (True, 0, False, False),  # the step waits
+        (False, 10**12, False, False),
+    ],
+)
 def test_old_checkpoints_go_beside_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    background: bool,
+    free: int,
+    is_last: bool,
+    gives_way: bool,
 ) -> None:
-    """Unlinking a large one takes longer than the copy; the thread that does so gives way."""
+    """Unlinking a large one takes longer than the copy; the thread that does so gives way to
+    steps, where there are any."""
     seen: list[tuple[bool, int]] = []
 
     def removing(*_: Any) -> None:
@@ -263,11 +277,15 @@ def test_old_checkpoints_go_beside_the_training(
         seen.append((in_main, os.getpriority(os.PRIO_PROCESS, ident)))
 
     monkeypatch.setattr("tvr.trainer.saver.prune", removing)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     before = os.getpriority(os.PRIO_PROCESS, 0)
     writer = saver(tmp_path / "checkpoints", tmp_path, background=background)
     writer.save(state(3), lambda copy: stage(3.0))
     writer.finish()
-    assert seen == [(False, max(NICENESS, before) if background else before)]
+    seen.clear()
+    writer.save(state(6), lambda copy: stage(6.0), is_last=is_last)
+    writer.finish()
+    assert seen == [(False, max(NICENESS, before) if gives_way else before)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 

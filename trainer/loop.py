@@ -162,7 +162,8 @@ class _Run:
             leave = self._agree()
             # Saved first: an evaluation that fails must not cost the steps before it.
             if leave or _due(done, self.config.checkpoint.every, train.steps):
-                self._tell(self.saver.save(self._state(done), self._staged))
+                is_last = leave or done == train.steps
+                self._tell(self.saver.save(self._state(done), self._staged, is_last=is_last))
             if leave and done < train.steps:
                 self._leave(done)
         self.step.watch.lap("save")

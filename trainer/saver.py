@@ -108,19 +108,21 @@ class Saver:
         self._background = background
         self._is_sized = False
         self._no_room: str | None = None
-        self._thread = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix="checkpoint",
-            initializer=_give_way if background else None,
-        )
+        self._thread = _writer(gives_way=False)
         self._in_flight: _InFlight | None = None
         self.last: Saved | None = None
         """How the newest save that has ended did so."""
         world.from_first(self._clear)
 
-    def save(self, state: SavedState, stage: Callable[[bool], Mapping[str, Any]]) -> list[Saved]:
+    def save(
+        self,
+        state: SavedState,
+        stage: Callable[[bool], Mapping[str, Any]],
+        *,
+        is_last: bool = False,
+    ) -> list[Saved]:
         """Begins a save: `stage` gives this rank's state by file name, copied where it is told so.
-        `state.files` is filled.
+        `state.files` is filled. After the last one no step follows to which it would give way.
 
         Returns how saves ended that this one had to wait for, itself among them without
         `background`.
@@ -128,7 +130,11 @@ class Saver:
         ended = self.finish()
         began = time.perf_counter()
         self.attempt.check()
-        staged = stage(self._copies(stage))
+        copies = self._copies(stage)
+        staged = stage(copies)
+        # A thread for each save: one that has given way cannot take that back.
+        self._thread.shutdown()
+        self._thread = _writer(gives_way=copies and not is_last)
         aside = self._aside(state.step)
         self._in_flight = _InFlight(
             state=state,
@@ -249,6 +255,14 @@ def shard_files(staged: Mapping[str, Any], rank: int, random: Any) -> dict[str, 
     """One rank's part of a checkpoint by the names that its files have in there."""
     shards = {f"{SHARDS}/{name}": value for name, value in staged.items()}
     return {**shards, random_file(rank): random}
+
+
+def _writer(*, gives_way: bool) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        max_workers=1,
+        thread_name_prefix="checkpoint",
+        initializer=_give_way if gives_way else None,
+    )
 
 
 def _give_way() -> None:
