@@ -85,11 +85,11 @@ def ended_as(
     *,
     code: int,
     said: str | None,
-    speaker: str | None,
+    blamed: str | None,
     noticed: bool,
     saved_step: int,
 ) -> Ended:
-    """What srun's exit code and words mean; `said` are the failing rank's own, and `speaker` is
+    """What srun's exit code and words mean; `said` are the failing rank's own, and `blamed` is
     its node, if it is known."""
     # Of a node that failed srun speaks, and ends with 0.
     if code == 0 and bad is None:
@@ -105,7 +105,7 @@ def ended_as(
     node = None
     if job_code == FAILED:
         # Ranks that end because another one failed may be gone before it.
-        node = speaker if speaker and bad.exit_code is not None else bad.node
+        node = blamed if blamed and bad.exit_code is not None else bad.node
     return Ended(code=job_code, reason=reason, node=node, saved_step=saved_step)
 
 
@@ -219,19 +219,19 @@ class _Ranks:
     def _ended(self, code: int) -> Ended:
         words = "".join(self._words)
         bad = slurm.first_bad_end(words)
-        said = speaker = None
+        said = blamed = None
         if bad is None:
             said = _last_line(words)
         elif bad.rank is not None:
             told = told_failure(Path(self._job.run_dir), self._began_s)
             said = told.reason if told else self._last_words(bad.rank)
             # SLURM gives ranks to nodes in their order, as many to each.
-            speaker = self._here.nodes[told.rank // self._job.ranks_per_node] if told else None
+            blamed = self._here.nodes[told.of // self._job.ranks_per_node] if told else None
         return ended_as(
             bad,
             code=code,
             said=said,
-            speaker=speaker,
+            blamed=blamed,
             noticed=self._noticed,
             saved_step=read_progress(Path(self._job.run_dir)).saved_step,
         )

@@ -61,7 +61,8 @@ def notice_for(progress: Progress) -> int:
 class ToldFailure:
     """What the first rank to fail said."""
 
-    rank: int
+    of: int
+    """The rank whose node may be to blame; it need not be the one that spoke."""
     reason: str
 
 
@@ -76,7 +77,7 @@ def told_failure(run_dir: Path, since_s: float) -> ToldFailure | None:
         except json.JSONDecodeError:
             continue  # it was killed before it had spoken
         reason = f"rank {told['rank']} on {told['host']}: {' '.join(told['error'].split())}"
-        return ToldFailure(told["rank"], reason)
+        return ToldFailure(told["of"], reason)
     return None
 
 

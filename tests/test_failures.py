@@ -90,6 +90,8 @@ def test_a_stopped_rank_is_named_and_ends_with_the_others(config: Config, tmp_pa
     assert "error [rank 0]: no rank has got on for " in errors
     assert "rank 1 on " in errors
     assert "the others wait after step " in errors
+    (word,) = (run_dir / "failures").iterdir()
+    assert json.loads(word.read_text())["of"] == 1
     assert "Traceback" not in errors
     (job,) = (run_dir / "stalls").iterdir()
     assert sorted(path.name for path in job.iterdir()) == ["rank-00000.json", "rank-00000.txt"]
@@ -122,7 +124,7 @@ def test_one_rank_has_the_word_and_the_others_hear_it_once_it_has_spoken(tmp_pat
     mine.spoken("ValueError: no", 2)
     said = other.wait()
     host = socket.gethostname()
-    assert said == Failure(rank=1, host=host, code=2, error="ValueError: no")
+    assert said == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
     assert end_line(0, said) == f"tvr train: rank 0 ends: rank 1 on {host} failed, see there"
 
 

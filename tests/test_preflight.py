@@ -19,6 +19,8 @@ from spawn import spawn
 from tiny import tiny_config, with_ranks
 from torch import nn
 
+from tvr.data_prep.manifest import read_manifest
+from tvr.trainer import inputs as inputs_file
 from tvr.trainer import preflight as preflight_file
 from tvr.trainer import rank_memory as rank_memory_file
 from tvr.trainer import world as world_file
@@ -205,6 +207,24 @@ def test_a_rank_whose_node_is_at_fault_says_so_and_the_job_may_begin_elsewhere(
     assert said["error"].endswith(
         "cannot be used for checkpoints: OSError: [Errno 28] No space left on device"
     )
+
+
+def without_a_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
+    """The exit code of `tvr train`; rank 1's node does not have the data."""
+    if rank == 1:
+        inputs_file.read_manifest = lambda url: read_manifest(f"{url}-elsewhere")
+    return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+
+
+def test_a_node_without_the_data_is_at_fault_itself(config: Config, tmp_path: Path) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    settings.write_text(to_json(with_ranks(config, 2)))
+    assert spawn(without_a_disk, 2, settings, run_dir) == [3, 3]
+    (word,) = (run_dir / "failures").iterdir()
+    said = json.loads(word.read_text())
+    assert said["of"] == 1
+    assert f"PreflightFailed: rank 1 on {HOST}: " in said["error"]
+    assert "train-elsewhere" in said["error"]
 
 
 def test_the_folder_of_a_run_is_tried_where_checkpoints_go_elsewhere(

@@ -157,7 +157,7 @@ def bad(what: str, rank: int | None = 1) -> TaskEnd:
 def test_how_an_attempt_ended(
     end: TaskEnd | None, code: int, noticed: bool, expected: tuple[int, str, str | None]
 ) -> None:
-    ended = ended_as(end, code=code, said="last line", speaker=None, noticed=noticed, saved_step=7)
+    ended = ended_as(end, code=code, said="last line", blamed=None, noticed=noticed, saved_step=7)
     assert (ended.code, ended.reason, ended.node) == expected
     assert ended.saved_step == 7
 
@@ -167,7 +167,7 @@ def test_how_an_attempt_ended(
     [("Exited with exit code 3", "n1"), ("Exited with exit code 2", None), ("Killed", "n2")],
 )
 def test_the_node_of_the_rank_that_failed_first_is_blamed(what: str, node: str | None) -> None:
-    ended = ended_as(bad(what), code=3, said="a line", speaker="n1", noticed=False, saved_step=0)
+    ended = ended_as(bad(what), code=3, said="a line", blamed="n1", noticed=False, saved_step=0)
     assert ended.node == node
 
 
@@ -237,11 +237,11 @@ def test_what_failed_is_told_by_the_newest_file_of_this_attempt(tmp_path: Path) 
     folder = tmp_path / "failures"
     folder.mkdir()
     for age_s, text in ((50, "old"), (20, "ValueError:\n no"), (10, "")):
-        told = {"rank": 1, "host": "n2", "code": 3, "error": text}
+        told = {"rank": 1, "host": "n2", "code": 3, "error": text, "of": 0}
         path = folder / f"{age_s}.json"
         path.write_text(json.dumps(told) if text else "")
         os.utime(path, (1000 - age_s, 1000 - age_s))
-    assert told_failure(tmp_path, 960.0) == ToldFailure(1, "rank 1 on n2: ValueError: no")
+    assert told_failure(tmp_path, 960.0) == ToldFailure(0, "rank 1 on n2: ValueError: no")
     assert told_failure(tmp_path, 985.0) is None
 
 

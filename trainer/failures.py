@@ -40,6 +40,8 @@ class Failure:
     code: int
     """Of the exit, for all ranks alike."""
     error: str
+    of: int
+    """The rank whose node may be to blame: this one, or one that all others waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,10 @@ class Failures:
             return not self.path.exists()
         return True
 
-    def spoken(self, error: str, code: int) -> None:
-        """To be called once the rank that took the word has spoken."""
-        host = socket.gethostname()
-        failure = Failure(rank=self.rank, host=host, code=code, error=error)
+    def spoken(self, error: str, code: int, *, of: int | None = None) -> None:
+        """To be called once the rank that took the word has spoken; default: `of` itself."""
+        host, of = socket.gethostname(), self.rank if of is None else of
+        failure = Failure(rank=self.rank, host=host, code=code, error=error, of=of)
         try:
             self.path.write_text(json.dumps(asdict(failure)) + "\n")
         except OSError:

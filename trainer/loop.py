@@ -18,11 +18,11 @@ from tvr.trainer.engine import Engine
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluate import Evaluation, evaluate
 from tvr.trainer.failures import Tell, telling
-from tvr.trainer.inputs import checked_data, tokenizer_of, training_batches
+from tvr.trainer.inputs import tokenizer_of, training_batches
 from tvr.trainer.model import build_model
 from tvr.trainer.monitor import Monitor, monitored
 from tvr.trainer.preemption import Notice, noticing
-from tvr.trainer.preflight import check_disk, check_memory, preflight
+from tvr.trainer.preflight import check_data, check_disk, check_memory, preflight
 from tvr.trainer.progress import Progress
 from tvr.trainer.random_state import random_state
 from tvr.trainer.resume import Resume, engine_from, resume_point
@@ -75,7 +75,7 @@ def train(
     ):
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
-        num_samples = checked_data(config, world)
+        num_samples = check_data(config, world)
         tokenizer = tokenizer_of(config)
         check_memory(config, tokenizer, world)
         attempt = world.from_first(lambda: begin_attempt(run_dir))

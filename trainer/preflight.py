@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from tvr.data_prep.records import ShardCorrupt
 from tvr.trainer.checkpoint import steps_in
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.errors import PreflightFailed
+from tvr.trainer.inputs import checked_data
 from tvr.trainer.model import TextVideoModel
 from tvr.trainer.node_memory import ranks_here
 from tvr.trainer.outline import checkpoint_bytes
@@ -67,6 +69,27 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
             Finding(rank, error.text, of_node=not (is_wrong and error.is_name)) for error in found
         ]
     _refuse(findings, hosts)
+
+
+def check_data(config: Config, world: World) -> int:
+    """The number of training samples, where every rank finds the data sets to be good.
+
+    Raises:
+        OSError, ShardCorrupt, ValueError: as `checked_data`, on all ranks.
+        PreflightFailed: some ranks cannot use what others can.
+    """
+    found, error = 0, None
+    try:
+        found = checked_data(config, world)
+    except (OSError, ShardCorrupt, ValueError) as caught:
+        error = caught
+    said = None if error is None else str(error)
+    hosts, errors = zip(*world.gather_objects((socket.gethostname(), said)), strict=True)
+    if error is not None and None not in errors:
+        raise error
+    texts = [(rank, text) for rank, text in enumerate(errors) if text is not None]
+    _refuse([Finding(rank, text, of_node=True) for rank, text in texts], hosts)
+    return found
 
 
 def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: World) -> None:

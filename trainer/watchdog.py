@@ -164,7 +164,7 @@ class Watchdog:
             faulthandler.dump_traceback(file=2, all_threads=True)
         if self._failures.take():
             _say(f"tvr train: error [rank {self._rank}]: {message}")
-            self._failures.spoken(message, EXIT_FAILED)
+            self._failures.spoken(message, EXIT_FAILED, of=min(culprits, default=None))
         _exit(EXIT_FAILED)
 
     def _whereabouts(self) -> Whereabouts:
