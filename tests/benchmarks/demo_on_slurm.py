@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jobs
@@ -55,7 +54,6 @@ def main() -> int:
             way: evaluation(theirs)[way]["recall_at_1"]
             for way in ("text_to_video", "video_to_text")
         },
-        "step_s": {"slurm": step_s(theirs), "local": step_s(ours)},
         "versions": versions() | {"slurm": on_nodes.pop("slurm")},
         "machine": machine(),
     }
@@ -98,10 +96,6 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
 
 def values(run_dir: Path, *names: str) -> list[list[float]]:
     return [[step[name] for name in names] for step in steps(run_dir)]
-
-
-def step_s(run_dir: Path) -> float:
-    return median(step["step_s"] for step in steps(run_dir))
 
 
 def weights(run_dir: Path, config: Config) -> dict[str, torch.Tensor]:
