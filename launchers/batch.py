@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tvr.launchers import slurm
-from tvr.launchers.attempts import Attempt, Attempts
+from tvr.launchers.attempts import Attempts
 from tvr.launchers.job import Job, read_job
 from tvr.launchers.nodelist import expand_nodes
 from tvr.launchers.progress import read_progress, told_failure
@@ -74,6 +74,9 @@ def run_batch(folder: Path, line: Sequence[str]) -> int:
     attempts.begin(here.restart, list(here.nodes), began_s)
     targets = Targets(Path(job.targets), Path(job.run_dir), began_s) if job.targets else None
     ended = _Ranks(job, here, targets, began_s).run(line)
+    if ended.code == FAILED and not _is_ours(here):
+        # Ranks that SLURM ends, to give their nodes to another job, have not failed.
+        ended = _taken_away(here.nodes, job)
     attempts.end(here.restart, ended)
     if targets and ended.code in (DONE, PREEMPTED):
         targets.remove()
@@ -113,19 +116,25 @@ def _after_earlier(job: Job, here: Allocation, attempts: Attempts) -> Decision |
     """What follows from the attempts before; none: this is the first."""
     for attempt in attempts.read():
         if attempt.ended is None and attempt.restart < here.restart:
-            attempts.end(attempt.restart, _taken_away(attempt, job))
+            attempts.end(attempt.restart, _taken_away(attempt.nodes, job))
     return _decide(attempts, job) if here.restart else None
 
 
-def _taken_away(attempt: Attempt, job: Job) -> Ended:
+def _taken_away(nodes: Sequence[str], job: Job) -> Ended:
     """How an attempt ended whose batch shell has not said so."""
     saved_step = read_progress(Path(job.run_dir)).saved_step
-    for node in attempt.nodes:
+    for node in nodes:
         if NOT_RESPONDING.search(slurm.node_field(node, "State")):
             reason = f"node {node} failed"
             return Ended(code=FAILED, reason=reason, node=node, saved_step=saved_step)
     reason = "SLURM took it off its nodes"
     return Ended(code=PREEMPTED, reason=reason, node=None, saved_step=saved_step)
+
+
+def _is_ours(here: Allocation) -> bool:
+    """Whether SLURM still has this attempt running."""
+    (state,) = slurm.job_states(here.name)
+    return (state.state, state.restarts) == ("RUNNING", here.restart)
 
 
 def _decide(attempts: Attempts, job: Job) -> Decision | None:

@@ -21,7 +21,8 @@ from tvr.launchers.local import job_exit_code
 
 LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 # Nobody is there to type a password.
-SSH = ("ssh", "-o", "BatchMode=yes")
+# And a host that is gone without a word must not be waited for: the connection ends after a minute.
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 SSH_FAILED = 255
 # Hosts that outlive the first one to fail so long are told to end.
 GRACE_S = 30.0

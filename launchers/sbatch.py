@@ -72,7 +72,8 @@ def _options(job: Job) -> Iterator[str]:
 
 
 def _srun(job: Job) -> list[str]:
-    line = ["srun", "--kill-on-bad-exit=1", "--open-mode=append"]
+    # A site's SBATCH_EXPORT=NONE would keep the meeting place from ranks, its WaitTime end them.
+    line = ["srun", "--export=ALL", "--wait=0", "--kill-on-bad-exit=1", "--open-mode=append"]
     line.append(f"--output={_pattern(job, '%j.rank-%5t.log')}")
     if job.cpus_per_rank is not None:
         # srun takes over everything from sbatch but this.

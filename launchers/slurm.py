@@ -25,11 +25,13 @@ OVER = {
 }
 GONE = "GONE"
 """Our word for a job that SLURM has forgotten: it keeps those that ended some minutes."""
-UNREACHABLE = "Unable to contact slurm controller"
+UNREACHABLE = re.compile(
+    r"Unable to contact slurm controller|Socket timed out on send/recv|Zero Bytes were transmitted"
+)
 # What becomes of a job must not depend on a controller that is just being restarted.
 WAITS_S = (5, 10, 20, 40, 80, 160)
 TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
-NODE_FAILED = re.compile(r"srun: error: (?:Node failure on|Timed out waiting for) (\S+)")
+NODE_FAILED = re.compile(r"srun: error: Node failure on (\S+)")
 EXITED = re.compile(r"Exited with exit code (\d+)")
 
 
@@ -156,7 +158,7 @@ def _run(line: list[str], environment: Mapping[str, str] | None = None) -> str:
         if ended.returncode == 0:
             return ended.stdout
         said = f"{line[0]} {line[1]}: {' '.join((ended.stderr or ended.stdout).split())}"
-        if wait_s is None or UNREACHABLE not in said:
+        if wait_s is None or UNREACHABLE.search(said) is None:
             break
         print(f"tvr launch: {said}; asks again in {wait_s} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)

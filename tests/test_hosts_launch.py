@@ -24,9 +24,9 @@ from tvr.launchers.restarts import Policy
 # Says which host it was to reach, and runs the line as a shell there would: in another folder.
 FAKE_SSH = """\
 #!/bin/bash
-[[ $1 == -o && $2 == BatchMode=yes && $3 != away ]] || exit 255
-echo "$3" >> {asked}
-cd / && exec env -i /bin/sh -c "$4"
+[[ $1 == -o && $2 == BatchMode=yes && $7 != away ]] || exit 255
+echo "$7" >> {asked}
+cd / && exec env -i /bin/sh -c "$8"
 """
 
 # What a rank does: says who it is and waits to be told to end.
@@ -109,8 +109,10 @@ def test_words_survive_the_shell_on_the_other_side(folder: Path) -> None:
     words = host_command(
         hosts, 1, ["tvr", "a b", "it's", "$x"], address="one", port=7, environment={"A": "b c"}
     )
-    assert words[:4] == ["ssh", "-o", "BatchMode=yes", "two"]
-    there = shlex.split(words[4])
+    assert words[:3] == ["ssh", "-o", "BatchMode=yes"]
+    assert any(word.startswith("ServerAliveInterval=") for word in words)
+    there = shlex.split(words[-1])
+    assert words[-2] == "two"
     assert there[:5] == ["cd", os.getcwd(), "&&", "exec", "env"]
     module = there.index("tvr.launchers.node")
     assert there[5] == "A=b c"

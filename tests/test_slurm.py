@@ -270,6 +270,25 @@ def test_a_job_that_always_fails_stops_and_says_why_first(
     ]
 
 
+def test_a_job_that_slurm_takes_off_its_nodes_has_not_failed(
+    cluster: Cluster, folder: Path
+) -> None:
+    # As preemption with PreemptMode=REQUEUE does; the command leaves nothing behind and no word.
+    script = "(( ${SLURM_RESTART_COUNT:-0} >= 3 )) || sleep 100"
+    job = launch(cluster, folder / "taken away", command=["bash", "-c", script])
+    for restart in range(3):
+        job.until(
+            lambda n=restart: (
+                [a.restart for a in job.attempts][-1:] == [n] and job.state == "RUNNING"
+            ),
+            f"attempt {restart}",
+        )
+        cluster.run("scontrol", "requeue", job.job_id)
+    job.until_done()
+    assert [(ended.code, ended.node) for ended in job.ends] == [(75, None)] * 3 + [(0, None)]
+    assert cluster.job(job.job_id)["ExcNodeList"] == "(null)"
+
+
 def test_the_end_of_its_time_leads_to_a_checkpoint_and_to_a_restart(
     expiring: Launched, losses: list[float]
 ) -> None:

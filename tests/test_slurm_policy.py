@@ -87,6 +87,7 @@ def test_no_job_comes_again_for_ever(attempts: list[Ended], failures: int, resta
         ("x\nsrun: error: n2: tasks 2-3,7: Exited with exit code 75\n", ("n2", 2), 75),
         ("srun: error: Node failure on n3\nsrun: error: n1: task 0: Killed", ("n3", None), None),
         ("srun: launch/slurm: _step_signal: Terminating StepId=7.0", None, None),
+        ("srun: error: Timed out waiting for job step to complete", None, None),
     ],
 )
 def test_the_first_bad_end_is_read_from_srun(
@@ -97,9 +98,13 @@ def test_the_first_bad_end_is_read_from_srun(
     assert (found and found.exit_code) == code
 
 
+@pytest.mark.parametrize(
+    "words", ["Unable to contact slurm controller", "Socket timed out on send/recv operation"]
+)
 @pytest.mark.parametrize(("refusals", "waited"), [(0, []), (2, [5, 10]), (99, [5, 10, 20])])
 def test_a_controller_that_is_away_is_asked_again(
     refusals: int,
+    words: str,
     waited: list[int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -109,7 +114,7 @@ def test_a_controller_that_is_away_is_asked_again(
     program.write_text(
         f"#!/bin/bash\nn=$(< '{count}'); echo $((n + 1)) > '{count}'\n"
         f"((n >= {refusals})) && echo 'NodeName=n1 NodeAddr=10.0.0.1 Port=1' && exit 0\n"
-        "echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1\n"
+        f"echo 'error: {words}' >&2; exit 1\n"
     )
     program.chmod(0o755)
     waits: list[int] = []
@@ -119,7 +124,7 @@ def test_a_controller_that_is_away_is_asked_again(
     if refusals < 99:
         assert slurm.node_field("n1", "NodeAddr") == "10.0.0.1"
     else:
-        with pytest.raises(ValueError, match="scontrol --oneliner: error: Unable to contact"):
+        with pytest.raises(ValueError, match=f"scontrol --oneliner: error: {words}"):
             slurm.node_field("n1", "NodeAddr")
     assert waits == waited
 

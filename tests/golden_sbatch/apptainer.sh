@@ -14,7 +14,7 @@ set -euo pipefail
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
 exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
-    srun --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \
+    srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \
     apptainer exec --nv --bind=/disk/runs/a:/disk/runs/a --bind=/disk:/disk --bind=/data:/data --pwd=/disk '/images/tvr 1.sif' \
     /py -m tvr.launchers.task \
     tvr train --recipe msrvtt_b32 --run-dir runs/a
