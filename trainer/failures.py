@@ -73,7 +73,8 @@ class Failures:
     def read(self) -> Failure | None:
         """What the rank that had the word left; none before it has spoken."""
         try:
-            return Failure(**json.loads(self.path.read_text()))
+            told = json.loads(self.path.read_text())
+            return Failure(**{"of": told["rank"], **told})  # older ones do not say of whom
         except (OSError, json.JSONDecodeError):
             return None
 
