@@ -9,6 +9,7 @@ from torch import Tensor
 
 # What torch's own tools pretend with; it has no public name yet.
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.trainer.config import Config
@@ -73,7 +74,8 @@ def _counted(
 ) -> tuple[float, Sequence[Tensor]]:
     """Operations of an encoding and of its backward, and what it gave."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    with FlopCounterMode(display=False) as counter:
+    # Of the ways to attention it knows those of GPUs, and plain products; not a CPU's own.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         found = encode()
         trained = [x.sum() for x in found if x.requires_grad]
         if trained:
