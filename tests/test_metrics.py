@@ -300,12 +300,15 @@ def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield metric.name, tuple(named[name] for name in sorted(named))
 
 
-def test_restarts_and_goodput_are_the_runs(data: Path, tmp_path: Path) -> None:
+def test_restarts_and_goodput_are_the_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(data, metrics={"endpoint": "none"})
     world = World(rank=0, world_size=1, device=torch.device("cpu"))
-    begin_attempt(tmp_path)
-    an_hour_ago = time.time() - 3600
-    os.utime(tmp_path / "attempts" / "000001.json", (an_hour_ago, an_hour_ago))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda an_hour_ago=time.time() - 3600: an_hour_ago)
+        begin_attempt(tmp_path)
+    os.utime(tmp_path / "attempts" / "000001.json")  # as in a copy of the run's folder
     left = tmp_path / "metrics" / "elsewhere.json"
     left.parent.mkdir()
     left.write_text("[]")  # of a host that this start does not have
@@ -346,6 +349,10 @@ def test_operations_are_those_that_torch_counts(data: Path) -> None:
     # A loss has 16 pairs: one text's sentence and words meet the frames of each, 16 numbers wide.
     similarity = 3 * 2 * 16 * rows * config.data.num_frames * 16
     (batch,) = islice(random_batches(config, tokenizer), 1)
+    # Attention as plain products, since torch does not count a CPU's own.
+    model.image_tower.set_attn_implementation("eager")
+    model.text_tower.set_attn_implementation("eager")
+    assert flops_per_pair(model, config, world_size=2) == found
     with FlopCounterMode(display=False) as counter:
         features = model(*model_inputs(batch, torch.device("cpu")))
         torch.stack(

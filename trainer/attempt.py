@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tvr.trainer.errors import Fenced
 
@@ -29,7 +31,11 @@ class Attempt:
 
     def run_began_s(self) -> float:
         """When the run's first attempt began, in Unix time."""
-        return _file(self.run_dir, 1).stat().st_mtime
+        path = _file(self.run_dir, 1)
+        try:
+            return json.loads(path.read_text())["began_s"]
+        except (json.JSONDecodeError, KeyError):
+            return path.stat().st_mtime  # written before it was told; a copied folder loses it
 
     def check(self) -> None:
         """Raises Fenced once a newer attempt has begun."""
@@ -50,7 +56,7 @@ def begin_attempt(run_dir: Path) -> Attempt:
     folder = run_dir / ATTEMPTS
     folder.mkdir(parents=True, exist_ok=True)
     number = max((int(path.stem) for path in folder.glob("*.json")), default=0) + 1
-    who = {"host": socket.gethostname(), "pid": os.getpid(), **_of_slurm()}
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "began_s": time.time(), **_of_slurm()}
     while True:
         _refuse_late(run_dir, number - 1, who)
         try:
@@ -69,7 +75,7 @@ def _of_slurm() -> dict[str, str | int]:
     return {"job": os.environ["SLURM_JOB_ID"], "restart": restart}
 
 
-def _refuse_late(run_dir: Path, newest: int, who: Mapping[str, str | int]) -> None:
+def _refuse_late(run_dir: Path, newest: int, who: Mapping[str, Any]) -> None:
     path = _file(run_dir, newest)
     if "restart" not in who or not path.exists():
         return
