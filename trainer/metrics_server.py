@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 def forget_targets(run_dir: Path) -> None:
     """What an earlier start of the run left, maybe on other hosts."""
     for path in (run_dir / FOLDER).glob("*.json"):
-        path.unlink()
+        # One that another host has removed may be listed for a while, on NFS.
+        path.unlink(missing_ok=True)
 
 
 class MetricsServer:
