@@ -176,19 +176,26 @@ def test_a_tool_that_breaks_ends_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    def unborn(*_: object) -> Fine:
+        raise OSError("Read-only file system")
+
     broken, fine = Broken(), Fine()
+    monkeypatch.setitem(writers.OPEN, "wandb", unborn)
     monkeypatch.setitem(writers.OPEN, "mlflow", lambda *_: broken)
     monkeypatch.setitem(writers.OPEN, "tensorboard", lambda *_: fine)
-    config = tiny_config(data, metrics={"writers": ["mlflow", "tensorboard"]})
-    told = Writers(config, tmp_path, 0, 1)
+    config = tiny_config(data, metrics={"writers": ["wandb", "mlflow", "tensorboard"]})
     with caplog.at_level(logging.WARNING):
+        told = Writers(config, tmp_path, 0, 1)
         for step in (1, 2):
             told.write(step, "train", {"step": step, "loss": 0.5, "none": None, "in": {"a": 1}})
         told.close()
     assert fine.written == [(step, {"train/loss": 0.5, "train/in/a": 1.0}) for step in (1, 2)]
     assert fine.closed
     assert broken.asked == 1
-    assert caplog.messages == ["mlflow gets no more values: OSError: No space left on device"]
+    assert caplog.messages == [
+        "wandb gets no more values: OSError: Read-only file system",
+        "mlflow gets no more values: OSError: No space left on device",
+    ]
 
 
 def test_without_tools_nothing_is_imported(data: Path, tmp_path: Path) -> None:

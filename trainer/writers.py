@@ -47,7 +47,12 @@ class Writers:
         """Raises ValueError where one is not installed."""
         names = config.metrics.writers
         check_installed(names)
-        self._open = {name: OPEN[name](config, run_dir, start_step, attempt) for name in names}
+        self._open: dict[WriterName, Writer] = {}
+        for name in names:
+            try:
+                self._open[name] = OPEN[name](config, run_dir, start_step, attempt)
+            except Exception as error:
+                _tell_gone(name, error)
         self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name="writers", daemon=True)
         self._thread.start()
@@ -75,7 +80,11 @@ class Writers:
                 action(writer)
             except Exception as error:
                 del self._open[name]
-                log.warning("%s gets no more values: %s: %s", name, type(error).__name__, error)
+                _tell_gone(name, error)
+
+
+def _tell_gone(name: WriterName, error: Exception) -> None:
+    log.warning("%s gets no more values: %s: %s", name, type(error).__name__, error)
 
 
 def check_installed(names: Sequence[WriterName]) -> None:
