@@ -201,6 +201,9 @@ def test_a_resumed_run_counts_each_step_once_and_its_time_on() -> None:
     assert log.steps[1]["loss"] == 9.0
     assert [event["elapsed_s"] for event in log.steps] == [60.0, 190.0, 200.0, 210.0]
     assert log.resumed_at == [1]
+    slow = {"event": "resumed", "step": 1, "time_s": 90.0}  # to start took longer than step 1
+    log = read_log("\n".join(map(json.dumps, [step(1), slow, step(2, time_s=100.0)])))
+    assert [event["elapsed_s"] for event in log.steps] == [60.0, 160.0]
 
 
 def test_chooses_hits_near_misses_and_the_worst() -> None:

@@ -6,8 +6,9 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,23 +164,27 @@ def read_log(text: str) -> RunLog:
     return log
 
 
-def _events(text: str, log: RunLog) -> list[tuple[Event, float]]:
+def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A long log holds some ten million names, of which there are a hundred."""
+    return {sys.intern(name): value for name, value in pairs}
+
+
+def _events(text: str, log: RunLog) -> Iterator[tuple[Event, float]]:
     """Events with the seconds trained so far; each restart's clock goes on from the last one's."""
-    events = []
     before_s = last_s = 0.0
     for line in text.splitlines():
         if not line.strip():
             continue
         try:
-            event = json.loads(line)
+            event = json.loads(line, object_pairs_hook=_with_shared_names)
         except json.JSONDecodeError:
             event = None
         if not isinstance(event, dict):
             log.unreadable_lines += 1
             continue
         if "time_s" in event:
-            if before_s + event["time_s"] < last_s:
+            # A start that took longer than all that is left of the one before shows by its event.
+            if event.get("event") == "resumed" or before_s + event["time_s"] < last_s:
                 before_s = last_s
             last_s = before_s + event["time_s"]
-        events.append((event, last_s))
-    return events
+        yield event, last_s
