@@ -123,7 +123,10 @@ def test_titles_and_meanings_are_the_tables(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", logged(1), evaluation(1)))
     found = {panel.id: panel for group in panels([run.history]).values() for panel in group}
     meanings = {metric.name: metric.meaning for metric in TRAINING.metrics}
-    assert all(panel.meaning == meanings[panel.metric] for panel in found.values())
+    assert all(panel.meaning.startswith(meanings[panel.metric]) for panel in found.values())
+    of_rank_0 = {id for id, panel in found.items() if panel.meaning.endswith(" of rank 0 alone.")}
+    assert "tvr_train_step_seconds" in of_rank_0
+    assert not {"tvr_train_loss", "tvr_train_goodput_ratio"} & of_rank_0
     assert found["tvr_train_hard_negatives_per_row"].title == "Hard negatives per row"
     recall = found["tvr_evaluation_recall_ratio-video_to_text"]
     assert recall.title == "Evaluation recall, video to text"
@@ -173,6 +176,8 @@ def test_a_run_is_finished_once_its_last_step_is_saved_and_evaluated(tmp_path: P
     assert state(logged(STEPS), saved(STEPS)) == "running"
     assert state(logged(STEPS), saved(STEPS), data={"test": None}) == "finished"
     assert state(logged(STEPS), evaluation(STEPS), saved(STEPS)) == "finished"
+    lost = saved(STEPS, event="save_failed", error="OSError: [Errno 28] No space left on device")
+    assert state(logged(STEPS), evaluation(STEPS), lost) == "running"  # its failure says more
     left = {"event": "preempted", "step": 2, "by": "SIGTERM"}
     assert state(logged(1), logged(2), saved(2), left) == "preempted"
     resumed = {"event": "resumed", "step": 2, "attempt": 2}

@@ -58,7 +58,8 @@ class Run:
     @property
     def state(self) -> str:
         """finished, failed, preempted or running."""
-        ends = [event["step"] for event in (*self.log.saves, *self.log.evaluations)]
+        saves = [event for event in self.log.saves if "error" not in event]
+        ends = [event["step"] for event in (*saves, *self.log.evaluations)]
         # The last save is told of after the last evaluation, if it is not written while waited for.
         if ends.count(self.steps) >= 1 + (self.config["data"]["test"] is not None):
             return "finished"

@@ -165,7 +165,9 @@ def _panel(
         + (" per step" if form.per_step else "")
         + (f", {_words(value)}" if value else ""),
         metric=form.metric,
-        meaning=" ".join(metric.meaning for metric in metrics),
+        meaning=" ".join(metric.meaning for metric in metrics)
+        # The log is written by that one.
+        + ("" if metrics[0].per == "run" else " Here: of rank 0 alone."),
         unit=metrics[0].unit,
         stacked=form.stacked,
         points=form.points,
