@@ -305,8 +305,9 @@ def test_restarts_and_goodput_are_the_runs(
 ) -> None:
     config = tiny_config(data, metrics={"endpoint": "none"})
     world = World(rank=0, world_size=1, device=torch.device("cpu"))
+    an_hour_ago = time.time() - 3600
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda an_hour_ago=time.time() - 3600: an_hour_ago)
+        patch.setattr(time, "time", lambda: an_hour_ago)
         begin_attempt(tmp_path)
     os.utime(tmp_path / "attempts" / "000001.json")  # as in a copy of the run's folder
     left = tmp_path / "metrics" / "elsewhere.json"
