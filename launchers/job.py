@@ -151,10 +151,14 @@ def captured(environment: Mapping[str, str]) -> dict[str, str]:
 
 def environment_of(job: Job) -> dict[str, str]:
     """The variables of its ranks."""
-    if job.interface is None:
-        return dict(job.environment)
-    interfaces = {name: job.interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
-    return {**job.environment, **interfaces}
+    variables = dict(job.environment)
+    if job.interface is not None:
+        names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        variables |= dict.fromkeys(names, job.interface)
+    if job.gpus_per_node:
+        # A rank that sees fewer must not train on the CPU instead.
+        variables["TVR_GPUS_PER_NODE"] = str(job.gpus_per_node)
+    return variables
 
 
 def run_dir_of(command: Sequence[str]) -> str | None:

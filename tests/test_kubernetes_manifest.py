@@ -58,6 +58,7 @@ def test_a_manifest_holds_what_the_record_holds() -> None:
         "OMP_NUM_THREADS": "6",
         "NCCL_SOCKET_IFNAME": "eth0",
         "GLOO_SOCKET_IFNAME": "eth0",
+        "TVR_GPUS_PER_NODE": "8",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
     }
     assert main["command"][:3] == ["python3", "-m", "tvr.launchers.agent"]

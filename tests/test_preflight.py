@@ -255,6 +255,41 @@ def test_a_network_that_does_not_carry_is_no_fault_of_the_settings(
     assert line.count("\n") == 1
 
 
+def test_a_node_without_the_gpus_of_the_job_is_not_trained_on(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(world_file.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("TVR_GPUS_PER_NODE", "2")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(tmp_path / "run")]) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(
+        f"tvr train: error: rank 0 on {HOST} sees 1 CUDA devices, and the job asked for 2 on each"
+    )
+    assert ("CPU build" in line, "--nv" in line, line.count("\n")) == (True, True, 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator"), [("1", None), ("2", "cpu"), (None, None)], ids=str
+)
+def test_a_node_with_the_gpus_of_the_job_or_meant_for_the_cpu_is(
+    gpus: str | None, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world_file.torch.cuda, "device_count", lambda: 1)
+    for name, value in (("TVR_GPUS_PER_NODE", gpus), ("DS_ACCELERATOR", accelerator)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with world_file.join_world() as world:
+        assert world.world_size == 1
+
+
 def test_a_small_data_set_and_a_refused_place_end_with_code_2(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

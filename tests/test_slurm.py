@@ -326,6 +326,8 @@ def test_eight_nodes_meet(cluster: Cluster, folder: Path, data: Path) -> None:
     config = tiny_config(
         data, data={"test": None, "test_exchanged": None}, train={"steps": 3, "zero_stage": 1}
     )
+    # Nothing stands behind the cluster's GPUs: conftest says DS_ACCELERATOR=cpu, which goes along.
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
     options = ("--nodes", "8", "--gpus-per-node", "1", "--cpus-per-rank", "2", "--mem", "100M")
     job = train(cluster, config, folder / "eight", *options, ranks=8)
     job.until_done()

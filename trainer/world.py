@@ -21,6 +21,9 @@ TIMEOUT_S = 1800.0
 # By then ranks that have joined have also added up a number, or they never will.
 MEET_S = 120.0
 
+# By `tvr launch`, of a job with --gpus-per-node.
+GPUS_PER_NODE = "TVR_GPUS_PER_NODE"
+
 RECEIVED = ("all_gather", "reduce_scatter", "all_reduce", "ring")
 
 T = TypeVar("T")
@@ -137,9 +140,11 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
 
     Raises:
         ValueError: a variable is no number, or this machine has GPUs but fewer than ranks.
-        PreflightFailed: the ranks do not reach each other.
+        PreflightFailed: this rank's node shows fewer GPUs than the job was given, or the ranks do
+            not reach each other.
     """
     rank, world_size, local_rank = (_number(n, d) for n, d in _PLACE)
+    _check_gpus(rank)
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -178,6 +183,22 @@ def lost_connection(error: BaseException) -> bool:
     # What gloo throws comes as a plain RuntimeError that names a file of its source.
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
+
+
+def _check_gpus(rank: int) -> None:
+    """A job that asked for GPUs must not train on the CPU for want of a driver or an option."""
+    expected, seen = _number(GPUS_PER_NODE, 0), torch.cuda.device_count()
+    if seen >= expected or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return
+    raise PreflightFailed(
+        [
+            f"rank {rank} on {socket.gethostname()} sees {seen} CUDA devices, and the job asked for"
+            f" {expected} on each node ({GPUS_PER_NODE}). A CPU build of torch (here:"
+            f" {torch.__version__}) and a container without its GPUs (apptainer's --nv) look like"
+            " this, too; DS_ACCELERATOR=cpu says that the CPU is meant"
+        ],
+        rank,
     )
 
 

@@ -12,6 +12,8 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
+export TVR_GPUS_PER_NODE=4
+
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
 exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \

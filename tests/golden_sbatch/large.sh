@@ -23,6 +23,7 @@ export NCCL_DEBUG=WARN
 export TORCH_EXTENSIONS_DIR=/disk/ext
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
+export TVR_GPUS_PER_NODE=8
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
 exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
