@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tvr.launchers import slurm
 from tvr.launchers.attempts import Attempts
-from tvr.launchers.job import Job, read_job
+from tvr.launchers.job import Job, read_record
 from tvr.launchers.nodelist import expand_nodes
 from tvr.launchers.progress import read_progress, told_failure
 from tvr.launchers.restarts import DONE, FAILED, PREEMPTED, USAGE, Decision, Ended, decide
@@ -63,10 +63,10 @@ def allocation(environment: Mapping[str, str]) -> Allocation:
     )
 
 
-def run_batch(folder: Path, line: Sequence[str]) -> int:
-    """Runs `line`, which is srun's, for the job whose record lies in `folder`; its exit code."""
-    job, here = read_job(folder.parent), allocation(os.environ)
-    attempts = Attempts(folder, here.job_id)
+def run_batch(record: Path, line: Sequence[str]) -> int:
+    """Runs `line`, which is srun's, for the job of the record; its exit code."""
+    job, here = read_record(record), allocation(os.environ)
+    attempts = Attempts(job.folder, here.job_id)
     decision = _after_earlier(job, here, attempts)
     if decision and (not decision.again or set(decision.exclude) & set(here.nodes)):
         return _act(decision, job, here)

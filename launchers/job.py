@@ -14,6 +14,8 @@ from tvr.launchers.restarts import Policy
 
 FOLDER = "launch"
 RECORD = "job.json"
+"""Of the job that was submitted last; what a job itself reads lies in RECORDS."""
+RECORDS = "jobs"
 # What a command has in the place of the number of an array's task.
 TASK = "%a"
 
@@ -48,7 +50,7 @@ class Job:
     command: tuple[str, ...]
     """Of every rank: `tvr ...` or anything else. An array's task has its number at `%a`."""
     run_dir: str
-    """Its folder `launch` holds this record, the script and all output."""
+    """Its folder `launch` holds its jobs' records and scripts, and all output."""
     directory: str
     """Where the command starts."""
     python: str
@@ -103,8 +105,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Of this record, the script and the output."""
+        """Of records, scripts and output."""
         return Path(self.run_dir, FOLDER)
+
+    def record(self, name: str) -> Path:
+        """Where a job reads how it was submitted, each at a name of its own: those that run already
+        keep what they were."""
+        return self.folder / RECORDS / f"{name}.json"
 
     @property
     def num_ranks(self) -> int:
@@ -126,16 +133,26 @@ def from_json(text: str) -> Job:
 
 
 def read_job(run_dir: Path) -> Job:
-    """The job of a run.
+    """The job of a run: of several the last one that was submitted.
 
     Raises:
         ValueError: it has none, or it is of another version of the program.
     """
     path = run_dir / FOLDER / RECORD
     try:
-        return from_json(path.read_text())
+        return read_record(path)
     except FileNotFoundError:
         raise ValueError(f"{run_dir} was not launched on a cluster: there is no {path}") from None
+
+
+def read_record(path: Path) -> Job:
+    """One job's.
+
+    Raises:
+        ValueError: it is of another version of the program.
+    """
+    try:
+        return from_json(path.read_text())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of another version of tvr: {error}") from None
 

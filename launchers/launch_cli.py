@@ -165,7 +165,7 @@ def _deepspeed(options: argparse.Namespace, command: list[str]) -> int:
 def _slurm(options: argparse.Namespace, command: list[str]) -> int:
     job = _job(options, command)
     if options.show:
-        sys.stdout.write(sbatch_script(job))
+        sys.stdout.write(sbatch_script(job, job.record(runs.new_name())))
     else:
         print(runs.submit(job))
     return DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +14,10 @@ from tvr.launchers import slurm
 from tvr.launchers.attempts import Attempts
 from tvr.launchers.job import FOLDER, RECORD, Job, read_job, to_json, write_whole
 from tvr.launchers.progress import Progress, notice_for, read_progress
-from tvr.launchers.sbatch import SCRIPT, sbatch_script
+from tvr.launchers.sbatch import sbatch_script
 from tvr.launchers.targets import Targets
 
+SCRIPT = "job.sbatch"
 SUBMITTED = "submitted.jsonl"
 NOT_YET = "-"
 
@@ -23,19 +25,34 @@ NOT_YET = "-"
 def submit(job: Job) -> str:
     """Writes record and script into the run's folder, submits it, and returns its number.
 
+    Until SLURM has taken it, nothing that other jobs of the run or their user read has changed.
+
     Raises:
         ValueError: another job of the run goes on, and this one does not wait for it; or SLURM
             refuses it.
     """
     if job.dependency is None:
         _refuse_two_at_once(Path(job.run_dir))
-    script = job.folder / SCRIPT
-    write_whole(job.folder / RECORD, to_json(job))
-    write_whole(script, sbatch_script(job))
-    job_id = slurm.submit(script)
+    record = job.record(new_name())
+    script = record.with_suffix(".sbatch")
+    write_whole(record, to_json(job))
+    write_whole(script, sbatch_script(job, record))
+    try:
+        job_id = slurm.submit(script)
+    except ValueError:
+        record.unlink()
+        script.unlink()
+        raise
     with (job.folder / SUBMITTED).open("a") as file:
         file.write(json.dumps({"job_id": job_id, "at_s": time.time()}) + "\n")
+    write_whole(job.folder / RECORD, to_json(job))
+    script.replace(job.folder / SCRIPT)
     return job_id
+
+
+def new_name() -> str:
+    """For a job's record, before it has a number."""
+    return secrets.token_hex(4)
 
 
 def status(run_dir: Path) -> str:

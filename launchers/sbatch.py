@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from tvr.launchers.job import TASK, Container, Job, environment_of, seconds
 
-SCRIPT = "job.sbatch"
 
-
-def sbatch_script(job: Job) -> str:
+def sbatch_script(job: Job, record: Path) -> str:
     """For `sbatch`: its options, the environment, and the line that starts the ranks.
 
+    `record` is where the job will read how it was submitted.
     srun starts every rank itself; `launchers.batch` stays beside it in the batch shell.
     """
     started = [
-        shlex.join([job.python, "-m", "tvr.launchers.batch", str(job.folder)]),
+        shlex.join([job.python, "-m", "tvr.launchers.batch", str(record)]),
         shlex.join(_srun(job)),
         *([shlex.join(_into(job.container, job))] if job.container else []),
         shlex.join([_python(job), "-m", "tvr.launchers.task"]),

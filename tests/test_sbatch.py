@@ -85,7 +85,10 @@ JOBS = {
 
 @pytest.mark.parametrize("name", JOBS)
 def test_scripts_are_the_golden_ones(name: str) -> None:
-    assert sbatch_script(JOBS[name]) == (GOLDEN / f"{name}.sh").read_text()
+    assert (
+        sbatch_script(JOBS[name], JOBS[name].record("RECORD"))
+        == (GOLDEN / f"{name}.sh").read_text()
+    )
 
 
 def test_no_golden_script_is_left_over() -> None:
@@ -108,7 +111,7 @@ def test_shellcheck_finds_nothing() -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_shell_hands_on_environment_and_words_as_they_were(name: str, tmp_path: Path) -> None:
     job = replace(JOBS[name], environment={**JOBS[name].environment, "PATH": str(tmp_path)})
-    script = sbatch_script(replace(job, python="python"))
+    script = sbatch_script(replace(job, python="python"), job.record("1"))
     program = tmp_path / "python"
     program.write_text(
         "#!/usr/bin/python3\nimport json, os, sys\nprint(json.dumps([sys.argv, *[os.environ]],"
@@ -121,7 +124,7 @@ def test_a_shell_hands_on_environment_and_words_as_they_were(name: str, tmp_path
     )
     words, variables = json.loads(ended.stdout)
     task = words.index("tvr.launchers.task")
-    assert words[1:5] == ["-m", "tvr.launchers.batch", str(job.folder), "srun"]
+    assert words[1:5] == ["-m", "tvr.launchers.batch", str(job.record("1")), "srun"]
     assert words[task + 1 :] == [word.replace("%a", "5") for word in job.command]
     assert dict(variables) | job.environment == dict(variables)
     output = next(word for word in words if word.startswith("--output="))

@@ -15,7 +15,7 @@ set -euo pipefail
 export TVR_GPUS_PER_NODE=4
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
-exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
+exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \
     apptainer exec --nv --bind=/disk/runs/a:/disk/runs/a --bind=/disk:/disk --bind=/data:/data --pwd=/disk '/images/tvr 1.sif' \
     /py -m tvr.launchers.task \

@@ -13,7 +13,7 @@
 set -euo pipefail
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
-exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
+exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \
     /venv/bin/python -m tvr.launchers.task \
     tvr pack --task "${SLURM_ARRAY_TASK_ID:?}"/8 --out 'data/it'"'"'s' --annotations a.jsonl

@@ -26,7 +26,7 @@ export GLOO_SOCKET_IFNAME=ib0
 export TVR_GPUS_PER_NODE=8
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
-exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
+exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log --cpus-per-task=12 \
     /venv/bin/python -m tvr.launchers.task \
     tvr train --recipe msrvtt_b32 --run-dir runs/a

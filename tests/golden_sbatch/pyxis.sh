@@ -25,7 +25,7 @@ export GLOO_SOCKET_IFNAME=ib0
 export TVR_GPUS_PER_NODE=8
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
-exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch \
+exec /venv/bin/python -m tvr.launchers.batch /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log --cpus-per-task=12 \
     '--container-image=registry#tvr:1' --container-mounts=/disk/runs/a:/disk/runs/a,/disk:/disk,/data:/data,/models:/m --container-workdir=/disk \
     python3 -m tvr.launchers.task \

@@ -14,7 +14,7 @@ export PATH='/my bin:/bin'
 export TORCH_LOGS='it'"'"'s "$x"'
 
 # Finds where ranks meet, passes the notice on, decides whether the job comes again.
-exec /venv/bin/python -m tvr.launchers.batch '/my disk/it'"'"'s "b" at 100% $HOME/launch' \
+exec /venv/bin/python -m tvr.launchers.batch '/my disk/it'"'"'s "b" at 100% $HOME/launch/jobs/RECORD.json' \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append '--output=/my disk/it'"'"'s "b" at 100%% $HOME/launch/%j.rank-%5t.log' \
     /venv/bin/python -m tvr.launchers.task \
     tvr train --run-dir 'it'"'"'s "b" at 100% $HOME' --loss.margin 0.2
