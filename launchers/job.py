@@ -26,6 +26,8 @@ CAPTURED = re.compile(
     r"|(CUDA|DS|FI|GLOO|HF|NCCL|OMP|PYTORCH|TORCH|TRITON|UCX)_\w+"
 )
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
+DEVICES = "CUDA_VISIBLE_DEVICES"
+NO_DEVICES = ("", "-1")
 
 NAME = re.compile(r"[^\\\n]+")
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
@@ -74,6 +76,8 @@ class Job:
     """Numbers of the tasks of a job array."""
     notice_s: int = 300
     """Seconds before the end of the time at which ranks are told to save and leave."""
+    notice_given: bool = False
+    """Whether that is the user's own word; else it follows from how long saves took."""
     interface: str | None = None
     """Network interface of NCCL and gloo; none: they choose."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +100,17 @@ class Job:
             _check(NAME.fullmatch(value) is not None, what, value, "without backslash and newline")
         if self.time_limit is not None:
             seconds(self.time_limit)
+        if self.container is not None:
+            # Either would end a mount: SOURCE:TARGET,SOURCE:TARGET.
+            for what in ("run_dir", "directory"):
+                value = getattr(self, what)
+                fine = not set(value) & set(":,")
+                _check(fine, what, value, "without colon and comma: a container has it as a mount")
+        if self.array is not None and TASK in self.run_dir:
+            raise ValueError(
+                f"run_dir={self.run_dir!r}: {TASK} is each task's own, and the array's script and"
+                " output need one folder; give the launch a --run-dir of its own, before `--`"
+            )
         numbered = any(TASK in word for word in self.command)
         if self.array is not None and not numbered:
             raise ValueError(
@@ -164,6 +179,13 @@ def captured(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if CAPTURED.fullmatch(name) and not SECRET.search(name)
     }
+
+
+def without_devices(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables but for the GPUs of this machine, which a cluster's are not; that there are to
+    be none goes along."""
+    named = environment.get(DEVICES, "").strip() not in NO_DEVICES
+    return {k: v for k, v in environment.items() if k != DEVICES or not named}
 
 
 def environment_of(job: Job) -> dict[str, str]:

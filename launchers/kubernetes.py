@@ -52,11 +52,12 @@ def pytorch_job(job: Job) -> str:
 
 
 def _replica(job: Job, container: Container, replicas: int) -> dict[str, Any]:
-    claims = dict(map(_claim, container.mounts))
+    claims = [_claim(mount) for mount in container.mounts]
     volumes = [
-        {"name": _label(claim), "persistentVolumeClaim": {"claimName": claim}} for claim in claims
+        {"name": _label(claim), "persistentVolumeClaim": {"claimName": claim}}
+        for claim in dict.fromkeys(claim for claim, _ in claims)
     ]
-    mounts = [{"name": _label(claim), "mountPath": path} for claim, path in claims.items()]
+    mounts = [{"name": _label(claim), "mountPath": path} for claim, path in claims]
     main = {
         "name": MAIN,
         "image": container.image,

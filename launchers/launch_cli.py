@@ -11,7 +11,7 @@ from pathlib import Path
 from tvr.launchers import runs
 from tvr.launchers.again import run_again
 from tvr.launchers.hosts import read_hosts, run_on_hosts
-from tvr.launchers.job import Container, Job, captured, run_dir_of
+from tvr.launchers.job import Container, Job, captured, run_dir_of, without_devices
 from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.local import run_local
 from tvr.launchers.progress import notice_for, read_progress
@@ -183,7 +183,7 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
     if given is None:
         raise ValueError("--run-dir, the folder for script and output, is not given")
     run_dir = Path(given).absolute()
-    environment = captured(os.environ)
+    environment = without_devices(captured(os.environ))
     container = None
     if options.container is not None:
         environment = {k: v for k, v in environment.items() if k not in OF_THE_HOST}
@@ -212,7 +212,8 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         exclude=tuple(filter(None, (options.exclude or "").split(","))),
         dependency=options.dependency,
         array=options.array,
-        notice_s=options.notice or notice_for(read_progress(run_dir)),
+        notice_s=notice_for(read_progress(run_dir)) if options.notice is None else options.notice,
+        notice_given=options.notice is not None,
         interface=options.interface,
         environment=environment,
         container=container,

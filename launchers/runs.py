@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from tvr.launchers.targets import Targets
 SCRIPT = "job.sbatch"
 SUBMITTED = "submitted.jsonl"
 NOT_YET = "-"
+# Conditions that hold only once the jobs they name are over.
+ENDS = {"afterany", "afterok", "afternotok"}
 
 
 def submit(job: Job) -> str:
@@ -28,11 +30,10 @@ def submit(job: Job) -> str:
     Until SLURM has taken it, nothing that other jobs of the run or their user read has changed.
 
     Raises:
-        ValueError: another job of the run goes on, and this one does not wait for it; or SLURM
+        ValueError: other jobs of the run go on, and this one does not wait for their end; or SLURM
             refuses it.
     """
-    if job.dependency is None:
-        _refuse_two_at_once(Path(job.run_dir))
+    _refuse_two_at_once(job)
     record = job.record(new_name())
     script = record.with_suffix(".sbatch")
     write_whole(record, to_json(job))
@@ -44,7 +45,8 @@ def submit(job: Job) -> str:
         script.unlink()
         raise
     with (job.folder / SUBMITTED).open("a") as file:
-        file.write(json.dumps({"job_id": job_id, "at_s": time.time()}) + "\n")
+        line = {"job_id": job_id, "name": job.name, "at_s": time.time()}
+        file.write(json.dumps(line) + "\n")
     write_whole(job.folder / RECORD, to_json(job))
     script.replace(job.folder / SCRIPT)
     return job_id
@@ -58,7 +60,9 @@ def new_name() -> str:
 def status(run_dir: Path) -> str:
     """Jobs, attempts and results as tables."""
     read_job(run_dir)
-    states = [state for job_id in _submitted(run_dir)[-1:] for state in slurm.job_states(job_id)]
+    states = [
+        state for job_id in list(_submitted(run_dir))[-1:] for state in slurm.job_states(job_id)
+    ]
     parts = [
         _table(
             ("job", "state", "restarts", "nodes", "waits for"),
@@ -115,32 +119,57 @@ def resume(run_dir: Path) -> str:
         ValueError: its job goes on, or SLURM refuses it.
     """
     job = read_job(run_dir)
-    _refuse_two_at_once(run_dir)
-    # It waits for nothing any more, and how long a save takes is known by now.
-    return submit(replace(job, dependency=None, notice_s=notice_for(read_progress(run_dir))))
+    again = replace(job, dependency=None)  # it waits for nothing any more
+    if not job.notice_given:
+        # How long a save takes is known by now.
+        again = replace(again, notice_s=notice_for(read_progress(run_dir)))
+    return submit(again)
 
 
-def _refuse_two_at_once(run_dir: Path) -> None:
-    going_on = _going_on(run_dir)
-    if going_on:
+def waits_for(dependency: str, names: Mapping[str, str], name: str) -> bool:
+    """Whether a job called `name` begins only after the end of all of these: numbers and names."""
+    # A comma asks for all conditions, a question mark for any one of them.
+    return all(
+        names.keys() <= _ends_in(part, names, name) for part in dependency.lower().split("?")
+    )
+
+
+def _ends_in(conditions: str, names: Mapping[str, str], name: str) -> set[str]:
+    """The jobs whose end conditions wait for."""
+    ended: set[str] = set()
+    for condition in conditions.split(","):
+        kind, *jobs = condition.split(":")
+        if kind == "singleton":
+            ended |= {job_id for job_id, other in names.items() if other == name}
+        elif kind in ENDS:
+            ended |= set(jobs)
+    return ended
+
+
+def _refuse_two_at_once(job: Job) -> None:
+    """Two jobs would take the run from one another."""
+    going_on = _going_on(Path(job.run_dir))
+    if going_on and not waits_for(job.dependency or "", going_on, job.name):
         raise ValueError(
-            f"job {', '.join(going_on)} of {run_dir} goes on; wait for it, cancel it, or give"
-            f" --dependency afterany:{going_on[-1]}"
+            f"job {', '.join(going_on)} of {job.run_dir} goes on; wait for it, cancel it, or give"
+            f" --dependency afterany:{':'.join(going_on)}"
         )
 
 
-def _going_on(run_dir: Path) -> list[str]:
-    return [
-        job_id
-        for job_id in _submitted(run_dir)
+def _going_on(run_dir: Path) -> dict[str, str]:
+    """Names of the jobs that are not over, by their numbers."""
+    return {
+        job_id: name
+        for job_id, name in _submitted(run_dir).items()
         if any(not state.is_over for state in slurm.job_states(job_id))
-    ]
+    }
 
 
-def _submitted(run_dir: Path) -> list[str]:
+def _submitted(run_dir: Path) -> dict[str, str]:
+    """Names of all jobs by their numbers, as they came."""
     path = run_dir / FOLDER / SUBMITTED
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["job_id"] for line in lines]
+    return {line["job_id"]: line["name"] for line in map(json.loads, lines)}
 
 
 def _reason(state: slurm.JobState) -> str:

@@ -76,6 +76,15 @@ def test_one_node_has_no_workers_and_other_commands_run_as_given() -> None:
     assert command == ["python3", "-m", "torch.distributed.run", "--no-python", "./x", "--y"]
 
 
+def test_a_claim_may_be_mounted_at_several_places() -> None:
+    mounts = ("data:/a", "runs:/runs", "data:/b")
+    pods = manifest(replace(JOB, container=Container(image="i", mounts=mounts)))["spec"]
+    pod = pods["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    places = [(e["name"], e["mountPath"]) for e in pod["containers"][0]["volumeMounts"]]
+    assert places == [("data", "/a"), ("runs", "/runs"), ("data", "/b"), ("shm", "/dev/shm")]
+    assert [volume["name"] for volume in pod["volumes"]] == ["data", "runs", "shm"]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

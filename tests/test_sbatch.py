@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tvr.launchers import runs
 from tvr.launchers.job import Container, Job, captured, from_json, read_job, run_dir_of, seconds
 from tvr.launchers.job import to_json as job_json
 from tvr.launchers.launch_cli import launch
@@ -46,6 +47,7 @@ LARGE = replace(
     },
     targets="/disk/prometheus",
 )
+IMAGE = Container(image="i")
 JOBS = {
     "one_rank": ONE_RANK,
     "large": LARGE,
@@ -162,6 +164,12 @@ def test_a_run_without_a_record_is_named(content: str | None, reason: str, tmp_p
         ({"run_dir": "/a\\b"}, r"run_dir='/a\\\\b' must be without backslash"),
         ({"name": "a\nb"}, r"name='a\\nb' must be without"),
         ({"time_limit": "soon"}, r"time 'soon' must be minutes"),
+        ({"array": "0-3", "run_dir": "/runs/%a"}, r"run_dir='/runs/%a': %a is each task's own"),
+        (
+            {"container": IMAGE, "run_dir": "/a,b"},
+            r"run_dir='/a,b' must be without colon and comma",
+        ),
+        ({"container": IMAGE, "directory": "/a:b"}, r"directory='/a:b' must be without colon"),
         ({"array": "0-3"}, r"array='0-3': every task would do the same; .* must hold %a"),
     ],
 )
@@ -196,6 +204,43 @@ def test_variables_are_captured_but_no_secrets() -> None:
 
 
 @pytest.mark.parametrize(
+    ("devices", "kept"),
+    [("0,1", None), ("GPU-4f", None), ("MIG-1", None), ("", ""), ("-1", "-1"), (None, None)],
+)
+def test_gpus_of_this_machine_are_not_the_jobs(
+    devices: str | None, kept: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    job = submitted(monkeypatch, "--run-dir", str(tmp_path))
+    assert job.environment.get("CUDA_VISIBLE_DEVICES") == kept
+    assert job.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+@pytest.mark.parametrize(
+    ("options", "given"), [((), (300, False)), (("--notice", "90"), (90, True))]
+)
+def test_a_notice_is_known_to_be_the_users(
+    options: tuple[str, ...],
+    given: tuple[int, bool],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    job = submitted(monkeypatch, "--run-dir", str(tmp_path), *options)
+    assert (job.notice_s, job.notice_given) == given
+
+
+def submitted(monkeypatch: pytest.MonkeyPatch, *options: str) -> Job:
+    """What a command line makes of a job."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(runs, "submit", lambda job: jobs.append(job) or "1")
+    assert launch(["slurm", *options, "--", "tvr", "train"]) == 0
+    return jobs[0]
+
+
+@pytest.mark.parametrize(
     ("line", "found"),
     [("tvr train --run-dir a/b -x", "a/b"), ("tvr train --run-dir=a", "a"), ("tvr pack", None)],
 )
@@ -222,6 +267,7 @@ def test_print_shows_the_script_and_writes_nothing(
         ([], ["tvr", "pack"], "--run-dir, the folder for script and output, is not given"),
         (["--nodes", "0"], TRAIN, "nodes=0 must be at least 1"),
         (["--time", "soon"], TRAIN, "time 'soon' must be"),
+        (["--notice", "0"], TRAIN, "notice_s=0 must be at least 1"),
         (["--max-failures", "0"], TRAIN, "max_failures=0 must be at least 1"),
         ([], TRAIN, "sbatch is not here"),
     ],

@@ -3,6 +3,7 @@ stand-ins that note what they are given."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -96,3 +97,55 @@ def test_a_refused_job_leaves_a_run_as_it_was(slurm: Slurm, job: Job) -> None:
     with pytest.raises(ValueError, match="Invalid qos"):
         runs.submit(replace(job, nodes=2, dependency="afterany:1"))
     assert files(job.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("dependency", "waits"),
+    [
+        ("afterany:1:2", True),
+        ("afterok:2,afternotok:1", True),
+        ("AfterAny:2:9:1", True),
+        ("singleton", False),
+        ("singleton,afterany:2", True),
+        ("afterany:1", False),
+        ("afterany:1:2_3", False),
+        ("after:1:2", False),
+        ("after:1+5,afterany:1:2", True),
+        ("afterany:1?afterany:2", False),
+        ("afterok:1:2?afternotok:1:2", True),
+        ("", False),
+    ],
+)
+def test_a_second_job_of_a_run_must_wait_for_all_that_go_on(
+    dependency: str, waits: bool, slurm: Slurm, job: Job
+) -> None:
+    runs.submit(job)
+    runs.submit(replace(job, name="other", dependency="afterany:1"))
+    third = replace(job, dependency=dependency or None)
+    if waits:
+        assert runs.submit(third) == "3"
+        return
+    with pytest.raises(ValueError, match=r"job 1, 2 of .* --dependency afterany:1:2"):
+        runs.submit(third)
+    slurm.ended("1")
+    slurm.ended("2")
+    assert runs.submit(third) == "3"
+
+
+def test_one_at_a_time_is_for_jobs_of_one_name(slurm: Slurm, job: Job) -> None:
+    one_at_a_time = replace(job, dependency="singleton")
+    assert [runs.submit(job), runs.submit(one_at_a_time)] == ["1", "2"]
+    with pytest.raises(ValueError, match="job 1, 2 of"):
+        runs.submit(replace(one_at_a_time, name="other"))
+
+
+@pytest.mark.parametrize(("given", "notice_s"), [(True, 90), (False, 60)])
+def test_resume_keeps_the_users_notice_and_measures_its_own(
+    given: bool, notice_s: int, slurm: Slurm, job: Job
+) -> None:
+    runs.submit(replace(job, notice_s=90, notice_given=given))
+    slurm.ended("1")
+    log = [{"event": "saved", "step": 1, "seconds": 25.5}, {"event": "step", "step_s": 4.0}]
+    (job.folder.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    again = slurm.record(runs.resume(Path(job.run_dir)))
+    assert (again.notice_s, again.notice_given) == (notice_s, given)
