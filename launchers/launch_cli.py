@@ -14,6 +14,7 @@ from tvr.launchers.hosts import read_hosts, run_on_hosts
 from tvr.launchers.job import Container, Job, captured, run_dir_of, without_devices
 from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.local import run_local
+from tvr.launchers.nodelist import expand_nodes
 from tvr.launchers.progress import notice_for, read_progress
 from tvr.launchers.restarts import DONE, ONCE, USAGE, Policy
 from tvr.launchers.sbatch import sbatch_script
@@ -209,7 +210,7 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         account=options.account,
         qos=options.qos,
         time_limit=options.time_limit,
-        exclude=tuple(filter(None, (options.exclude or "").split(","))),
+        exclude=tuple(expand_nodes(options.exclude)) if options.exclude else (),
         dependency=options.dependency,
         array=options.array,
         notice_s=notice_for(read_progress(run_dir)) if options.notice is None else options.notice,

@@ -57,6 +57,7 @@ class Decision:
     text: str
     wait_s: float = 0.0
     exclude: tuple[str, ...] = ()
+    """Nodes that failed too often."""
 
 
 def decide(attempts: Sequence[Ended], policy: Policy) -> Decision:
@@ -81,6 +82,4 @@ def decide(attempts: Sequence[Ended], policy: Policy) -> Decision:
     blamed = Counter(attempt.node for attempt in failed)
     exclude = sorted(node for node, n in blamed.items() if node and n >= NODE_FAILURES)
     text = f"{last.reason}; starts again" + (f" in {wait_s:.0f} s" if wait_s else "")
-    if exclude:
-        text += f" without {', '.join(exclude)}, which failed {NODE_FAILURES} times"
     return Decision(again=True, code=last.code, text=text, wait_s=wait_s, exclude=tuple(exclude))

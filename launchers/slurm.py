@@ -28,6 +28,12 @@ GONE = "GONE"
 UNREACHABLE = re.compile(
     r"Unable to contact slurm controller|Socket timed out on send/recv|Zero Bytes were transmitted"
 )
+# Where no connection came about, nothing was done; otherwise an answer may have been lost.
+NOT_CONNECTED = re.compile(r"Unable to contact slurm controller \(connect failure\)")
+ALREADY_QUEUED = "Job is pending execution"
+DOWN = re.compile(r"DOWN|FAIL|\*")
+# Beside these, nodes that get no more jobs.
+USABLE = re.compile(r"(idle|mixed|allocated|completing|reserved|planned)[~#@%^$!+-]?")
 # What becomes of a job must not depend on a controller that is just being restarted.
 WAITS_S = (5, 10, 20, 40, 80, 160)
 TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
@@ -82,7 +88,8 @@ def submit(script: Path) -> str:
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
-    answer = _run(["sbatch", "--parsable", str(script)], environment)
+    # Asked twice, SLURM would start two jobs.
+    answer = _run(["sbatch", "--parsable", str(script)], environment, ask_again=NOT_CONNECTED)
     return answer.strip().split(";")[0]
 
 
@@ -98,21 +105,45 @@ def job_states(job_id: str) -> list[JobState]:
 
 
 def node_field(node: str, field: str) -> str:
-    """What `scontrol show node` has of a node: NodeAddr, State."""
-    text = _run(["scontrol", "--oneliner", "show", "node", node])
+    """What `scontrol show node` has of a node: NodeAddr, State; times as Unix times."""
+    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    text = _run(["scontrol", "--oneliner", "show", "node", node], environment)
     match = re.search(rf"\b{field}=(\S+)", text)
     if match is None:
         raise ValueError(f"scontrol shows no {field} of node {node}: {text.strip()}")
     return match[1]
 
 
-def requeue(job_id: str, wait_s: float, exclude: Iterable[str]) -> None:
+def has_failed(node: str, since_s: float) -> bool:
+    """Whether a node is down, or was since that Unix time: it or its daemon started anew."""
+    if DOWN.search(node_field(node, "State")):
+        return True
+    started = [node_field(node, field) for field in ("BootTime", "SlurmdStartTime")]
+    return any(time.isdecimal() and int(time) > since_s for time in started)
+
+
+def usable_nodes(partition: str) -> set[str]:
+    """Those that a job may get now or later."""
+    lines = _run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N %T"]).splitlines()
+    found = [line.split() for line in lines if line.strip()]
+    return {node for node, state in found if USABLE.fullmatch(state)}
+
+
+def requeue(job_id: str) -> None:
     """Ends this job, whose batch shell calls it, and queues it again."""
-    _run(["scontrol", "requeue", job_id])
+    try:
+        _run(["scontrol", "requeue", job_id])
+    except ValueError as error:
+        # Asked again after an answer that was lost.
+        if ALREADY_QUEUED not in str(error):
+            raise
+
+
+def change_queued(job_id: str, wait_s: float, exclude: Iterable[str] | None) -> None:
+    """Sets when a job starts at the earliest, and the nodes it does without; none: as before."""
     # A job that runs takes no such changes; queued again, it takes them while it still ends.
     changes = [f"StartTime=now+{wait_s:.0f}"] if wait_s else []
-    excluded = ",".join(exclude)
-    changes += [f"ExcNodeList={excluded}"] if excluded else []
+    changes += [] if exclude is None else [f"ExcNodeList={','.join(exclude)}"]
     if changes:
         _run(["scontrol", "update", f"JobId={job_id}", *changes])
 
@@ -148,7 +179,12 @@ def _job_state(line: str) -> JobState:
     )
 
 
-def _run(line: list[str], environment: Mapping[str, str] | None = None) -> str:
+def _run(
+    line: list[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    ask_again: re.Pattern[str] = UNREACHABLE,
+) -> str:
     said = ""
     for wait_s in (*WAITS_S, None):
         try:
@@ -158,7 +194,7 @@ def _run(line: list[str], environment: Mapping[str, str] | None = None) -> str:
         if ended.returncode == 0:
             return ended.stdout
         said = f"{line[0]} {line[1]}: {' '.join((ended.stderr or ended.stdout).split())}"
-        if wait_s is None or UNREACHABLE.search(said) is None:
+        if wait_s is None or ask_again.search(said) is None:
             break
         print(f"tvr launch: {said}; asks again in {wait_s} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)

@@ -253,10 +253,12 @@ def test_print_shows_the_script_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = "--nodes 2 --gpus-per-node 4 --cpus-per-rank 6 --time 60 --partition gpu --print"
+    line += " --exclude n[1,3],m[08-09]"
     assert launch(["slurm", *line.split(), "--", *TRAIN]) == 0
     script = capsys.readouterr().out
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=4\n" in script
     assert f'#SBATCH --output="{tmp_path}/runs/a/launch/%j.out"\n' in script
+    assert "#SBATCH --exclude=n1,n3,m08,m09\n" in script
     assert shlex.join(TRAIN) in script
     assert os.listdir(tmp_path) == []
 
@@ -268,6 +270,7 @@ def test_print_shows_the_script_and_writes_nothing(
         (["--nodes", "0"], TRAIN, "nodes=0 must be at least 1"),
         (["--time", "soon"], TRAIN, "time 'soon' must be"),
         (["--notice", "0"], TRAIN, "notice_s=0 must be at least 1"),
+        (["--exclude", "n[1"], TRAIN, "node list 'n[1': names such as"),
         (["--max-failures", "0"], TRAIN, "max_failures=0 must be at least 1"),
         ([], TRAIN, "sbatch is not here"),
     ],

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,15 @@ class Launched:
     def at_step(self, step: int) -> None:
         self.until(lambda: jobs.steps_logged(self.run_dir) >= step, f"step {step}")
 
+    def stop_ranks(self) -> list[int]:
+        """Lets both ranks stand still; those of the next attempt if this one ends meanwhile."""
+        while True:
+            pids = self.pids(2)
+            with suppress(ProcessLookupError):
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
+                return pids
+
     def pids(self, ranks: int) -> list[int]:
         found: list[int] = []
         for rank in range(ranks):
@@ -146,10 +156,8 @@ def expiring(
     """A job of two minutes, whose ranks stand still from a random step on until its time ends."""
     options = (*TRAINED_ON_TWO, "--time", "2", "--notice", "45")
     job = train(cluster, config, folder / "expiring", *options)
-    pids = job.pids(2)
     job.at_step(random_step(1))
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    pids = job.stop_ranks()
 
     def go_on() -> None:
         until(lambda: all(_has_notice(pid) for pid in pids), "the notice")
@@ -169,10 +177,8 @@ def orphaned(cluster: Cluster, folder: Path, config: Config, expiring: Launched)
     # The job whose time ends needs its nodes.
     options = ("--ranks-per-node", "2", "--exclude", ",".join(expiring.attempts[0].nodes))
     job = train(cluster, config, folder / "orphaned", *options)
-    pids = job.pids(2)
     job.at_step(random_step(2))
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    job.stop_ranks()
     cluster.kill_node_daemon(cluster.job(job.job_id)["NodeList"])
     return job
 
@@ -273,17 +279,19 @@ def test_a_job_that_always_fails_stops_and_says_why_first(
 def test_a_job_that_slurm_takes_off_its_nodes_has_not_failed(
     cluster: Cluster, folder: Path
 ) -> None:
-    # As preemption with PreemptMode=REQUEUE does; the command leaves nothing behind and no word.
-    script = "(( ${SLURM_RESTART_COUNT:-0} >= 3 )) || sleep 100"
-    job = launch(cluster, folder / "taken away", command=["bash", "-c", script])
+    # As preemption with PreemptMode=REQUEUE does; the command leaves no word of its end.
+    script = 'n=${SLURM_RESTART_COUNT:-0}; touch "$1-$n"; ((n >= 3)) || exec sleep 100'
+    began = folder / "it began"
+    command = ["bash", "-c", script, "bash", str(began)]
+    job = launch(cluster, folder / "taken away", command=command)
     for restart in range(3):
         job.until(
-            lambda n=restart: (
-                [a.restart for a in job.attempts][-1:] == [n] and job.state == "RUNNING"
-            ),
+            lambda n=restart: Path(f"{began}-{n}").exists() and job.state == "RUNNING",
             f"attempt {restart}",
         )
-        cluster.run("scontrol", "requeue", job.job_id)
+        # The second is as with a GraceTime: SIGTERM to ranks, while the job is still said to run.
+        how = ["scancel", "--signal=TERM"] if restart == 1 else ["scontrol", "requeue"]
+        cluster.run(*how, job.job_id)
     job.until_done()
     assert [(ended.code, ended.node) for ended in job.ends] == [(75, None)] * 3 + [(0, None)]
     assert cluster.job(job.job_id)["ExcNodeList"] == "(null)"

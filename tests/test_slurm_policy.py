@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.launchers import slurm
+from tvr.launchers.allocation import allocation
 from tvr.launchers.attempts import Attempt, Attempts
-from tvr.launchers.batch import allocation, ended_as
 from tvr.launchers.progress import ToldFailure, notice_for, read_progress, told_failure
 from tvr.launchers.restarts import Ended, Policy, decide
 from tvr.launchers.slurm import TaskEnd, first_bad_end
+from tvr.launchers.srun import ended_as
 from tvr.launchers.targets import Targets
 from tvr.launchers.task import place
 from tvr.trainer.attempt import begin_attempt
@@ -64,7 +65,6 @@ def test_a_node_that_failed_twice_is_left_out(nodes: str, excluded: tuple[str, .
     attempts = [PREEMPTED if ended.node == "-" else ended for ended in attempts]
     decision = decide(attempts, replace(POLICY, max_failures=9))
     assert decision.exclude == excluded
-    assert all(f"{node}" in decision.text for node in excluded)
 
 
 @given(
@@ -155,6 +155,7 @@ def bad(what: str, rank: int | None = 1) -> TaskEnd:
             False,
             (3, "rank 1 on n2: User defined signal 1", "n2"),
         ),
+        (bad("Terminated"), 143, False, (75, "rank 1 on n2: Terminated", None)),
         (bad("the node failed", None), 0, False, (3, "node n2: the node failed", "n2")),
         (bad("the node failed", None), 1, False, (3, "node n2: the node failed", "n2")),
     ],
@@ -169,7 +170,12 @@ def test_how_an_attempt_ended(
 
 @pytest.mark.parametrize(
     ("what", "node"),
-    [("Exited with exit code 3", "n1"), ("Exited with exit code 2", None), ("Killed", "n2")],
+    [
+        ("Exited with exit code 3", "n1"),
+        ("Exited with exit code 2", None),
+        ("Killed", "n2"),
+        ("Terminated", "n2"),
+    ],
 )
 def test_the_node_of_the_rank_that_failed_first_is_blamed(what: str, node: str | None) -> None:
     ended = ended_as(bad(what), code=3, said="a line", blamed="n1", noticed=False, saved_step=0)
@@ -190,7 +196,11 @@ def test_of_several_ends_of_an_attempt_the_first_counts(tmp_path: Path) -> None:
 
 
 def test_ranks_meet_at_a_port_that_job_and_restart_give() -> None:
-    slurms = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[1-2]"}
+    slurms = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_PARTITION": "main",
+    }
     first = allocation(slurms)
     again = allocation({**slurms, "SLURM_RESTART_COUNT": "1"})
     assert (first.nodes, first.restart, again.restart) == (("n1", "n2"), 0, 1)
