@@ -40,7 +40,11 @@ class Attempts:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         began: dict[int, Mapping[str, Any]] = {}
         ended: dict[int, Ended] = {}
-        for line in map(json.loads, lines):
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue  # torn by a crash
             restart = line.pop("restart")
             if "nodes" in line:
                 began.setdefault(restart, line)
@@ -64,5 +68,7 @@ class Attempts:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Not in the line that a crash has torn.
+        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * torn + json.dumps(line) + "\n")

@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tvr.launchers import slurm
 from tvr.launchers.allocation import Allocation, allocation
 from tvr.launchers.attempts import Attempts
 from tvr.launchers.job import Job, read_record
-from tvr.launchers.progress import read_progress
+from tvr.launchers.progress import read_progress, taken_over
 from tvr.launchers.restarts import (
     DONE,
     FAILED,
@@ -29,7 +30,7 @@ from tvr.launchers.restarts import (
     decide,
 )
 from tvr.launchers.srun import Ranks, say
-from tvr.launchers.targets import Targets
+from tvr.launchers.targets import targets_of
 
 
 def run_batch(record: Path, line: Sequence[str]) -> int:
@@ -55,12 +56,14 @@ def _run_batch(record: Path, line: Sequence[str]) -> int:
     if unwanted:
         attempts.end(here.restart, _preempted(job, f"it was given {', '.join(unwanted)} again"))
         return _act(_decide(attempts, job), job, here)
-    targets = Targets(Path(job.targets), Path(job.run_dir), began_s) if job.targets else None
+    targets = targets_of(job, os.environ.get("SLURM_ARRAY_TASK_ID"), began_s)
     ended = Ranks(job, here, targets, began_s).run(line)
     try:
         if ended.code == FAILED and not _is_ours(here):
             # Ranks that SLURM ends, to give their nodes to another job, have not failed.
             ended = _taken_away(here.nodes, began_s, job)
+        if ended.code == FAILED and taken_over(Path(job.run_dir), here.job_id, began_s):
+            ended = replace(ended, node=None, over=True)
     finally:
         attempts.end(here.restart, ended)
     if targets and ended.code in (DONE, PREEMPTED):

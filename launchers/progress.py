@@ -1,4 +1,5 @@
-"""How far a run is, read from what the trainer writes into its folder: log.jsonl, failures/."""
+"""How far a run is, and whose: read from what the trainer writes into its folder, log.jsonl,
+failures/ and attempts/."""
 
 from __future__ import annotations
 
@@ -79,6 +80,18 @@ def told_failure(run_dir: Path, since_s: float) -> ToldFailure | None:
         reason = f"rank {told['rank']} on {told['host']}: {' '.join(told['error'].split())}"
         return ToldFailure(told["of"], reason)
     return None
+
+
+def taken_over(run_dir: Path, job_id: str, since_s: float) -> bool:
+    """Whether another job of SLURM has begun at the run since `since_s` (Unix time), and after this
+    one: the trainer fences what began before it."""
+    newest = max((run_dir / "attempts").glob("*.json"), default=None)
+    if newest is None or newest.stat().st_mtime < since_s:
+        return False
+    try:
+        return json.loads(newest.read_text()).get("job") != job_id
+    except json.JSONDecodeError:
+        return False  # it is beginning
 
 
 def _events(log: Path) -> Iterator[Mapping[str, Any]]:

@@ -45,6 +45,8 @@ class Ended:
     """Where it began to go wrong, as far as that is known."""
     saved_step: int
     """Of the newest checkpoint there was then; 0: none."""
+    over: bool = False
+    """Whether a start of the run by another job has taken it over meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,9 @@ def decide(attempts: Sequence[Ended], policy: Policy) -> Decision:
     if last.code == USAGE:
         text = f"{last.reason}; not started again: the same line would fail in the same way"
         return Decision(again=False, code=USAGE, text=text)
+    if last.over:
+        text = f"{last.reason}; not started again: another job has taken over the run"
+        return Decision(again=False, code=FAILED, text=text)
     failed = [attempt for attempt in attempts if attempt.code != PREEMPTED]
     in_a_row = sum(attempt.saved_step == last.saved_step for attempt in failed)
     if last.code != PREEMPTED and in_a_row >= policy.max_failures:

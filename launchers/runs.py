@@ -15,7 +15,7 @@ from tvr.launchers.attempts import Attempts
 from tvr.launchers.job import FOLDER, RECORD, Job, read_job, to_json, write_whole
 from tvr.launchers.progress import Progress, notice_for, read_progress
 from tvr.launchers.sbatch import sbatch_script
-from tvr.launchers.targets import Targets
+from tvr.launchers.targets import remove_targets
 
 SCRIPT = "job.sbatch"
 SUBMITTED = "submitted.jsonl"
@@ -107,8 +107,7 @@ def cancel(run_dir: Path) -> str:
         raise ValueError(f"no job of {run_dir} goes on")
     for job_id in going_on:
         slurm.cancel(job_id)
-    if job.targets:
-        Targets(Path(job.targets), run_dir, time.time()).remove()
+    remove_targets(job)
     return ", ".join(going_on)
 
 

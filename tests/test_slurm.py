@@ -297,6 +297,19 @@ def test_a_job_that_slurm_takes_off_its_nodes_has_not_failed(
     assert cluster.job(job.job_id)["ExcNodeList"] == "(null)"
 
 
+def test_a_job_whose_run_another_one_took_is_over_and_blames_no_node(
+    cluster: Cluster, folder: Path
+) -> None:
+    run_dir = folder / "taken over"
+    script = 'mkdir attempts; echo \'{"job": "0", "restart": 0}\' > attempts/000002.json'
+    say = 'echo "attempt 1 is over: another one began" >&2; exit 3'
+    command = ["bash", "-c", f'cd "$1"; {script}; {say}', "bash", str(run_dir)]
+    job = launch(cluster, run_dir, command=command)
+    assert cluster.until_ended(job.job_id) == "FAILED"
+    assert (job.restarts, [(ended.node, ended.over) for ended in job.ends]) == (0, [(None, True)])
+    assert "not started again: another job has taken over the run" in job.words
+
+
 def test_the_end_of_its_time_leads_to_a_checkpoint_and_to_a_restart(
     expiring: Launched, losses: list[float]
 ) -> None:

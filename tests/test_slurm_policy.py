@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from tvr.launchers import slurm
 from tvr.launchers.allocation import allocation
 from tvr.launchers.attempts import Attempt, Attempts
-from tvr.launchers.progress import ToldFailure, notice_for, read_progress, told_failure
+from tvr.launchers.job import Job
+from tvr.launchers.progress import ToldFailure, notice_for, read_progress, taken_over, told_failure
 from tvr.launchers.restarts import Ended, Policy, decide
 from tvr.launchers.slurm import TaskEnd, first_bad_end
 from tvr.launchers.srun import ended_as
-from tvr.launchers.targets import Targets
+from tvr.launchers.targets import remove_targets, targets_of
 from tvr.launchers.task import place
 from tvr.trainer.attempt import begin_attempt
 from tvr.trainer.errors import Fenced
@@ -40,6 +41,7 @@ def at(ended: Ended, step: int, node: str | None = None) -> Ended:
         ([DONE], False, "done"),
         ([PREEMPTED, FAILED, DONE], False, "done"),
         ([replace(FAILED, code=2)], False, "the reason; not started again: the same line"),
+        ([replace(FAILED, over=True)], False, "the reason; not started again: another job has"),
         ([FAILED], True, "the reason; starts again in 10 s"),
         ([FAILED, FAILED], True, "the reason; starts again in 20 s"),
         ([FAILED] * 3, False, "the reason; stopped after 3 failures without a new checkpoint"),
@@ -188,6 +190,8 @@ def test_of_several_ends_of_an_attempt_the_first_counts(tmp_path: Path) -> None:
     attempts.begin(0, ["n1", "n2"], 5.0)
     attempts.end(0, FAILED)
     attempts.begin(1, ["n3"], 6.0)
+    with (tmp_path / "attempts" / "17.jsonl").open("a") as file:
+        file.write('{"restart": 0, "code"')  # torn by a crash
     attempts.end(0, DONE)  # by an orphan
     assert attempts.read() == [
         Attempt(restart=0, nodes=("n1", "n2"), began_s=5.0, ended=FAILED),
@@ -260,10 +264,27 @@ def test_what_failed_is_told_by_the_newest_file_of_this_attempt(tmp_path: Path) 
     assert told_failure(tmp_path, 985.0) is None
 
 
+def job_of(run_dir: Path, folder: Path, *words: str, array: str | None = None) -> Job:
+    return Job(
+        command=("tvr", "train", *words),
+        run_dir=str(run_dir),
+        directory=str(run_dir.parent),
+        python="python3",
+        name="run",
+        array=array,
+        targets=str(folder),
+    )
+
+
 def test_targets_are_joined_in_one_file(tmp_path: Path) -> None:
-    run_dir, folder = tmp_path / "a run", tmp_path / "sd"
-    targets = Targets(folder, run_dir, time.time() - 60)
-    assert Targets(folder, tmp_path / "elsewhere" / "a run", 0.0).path != targets.path
+    run_dir, folder = tmp_path / "a [run]", tmp_path / "sd"
+    job = job_of(run_dir, folder)
+    targets = targets_of(job, None, time.time() - 60)
+    elsewhere = targets_of(job_of(tmp_path / "elsewhere" / "a [run]", folder), None, 0.0)
+    assert targets is not None
+    assert elsewhere is not None
+    assert elsewhere.path != targets.path
+    elsewhere.refresh()
     targets.refresh()
     assert json.loads(targets.path.read_text()) == []
     (run_dir / "metrics").mkdir(parents=True)
@@ -275,6 +296,26 @@ def test_targets_are_joined_in_one_file(tmp_path: Path) -> None:
     assert json.loads(targets.path.read_text()) == groups["n1"] + groups["n2"]
     targets.remove()
     targets.remove()
+    assert list(folder.iterdir()) == [elsewhere.path]
+
+
+def test_each_task_of_an_array_has_targets_of_its_own(tmp_path: Path) -> None:
+    run_dir, folder = tmp_path / "array", tmp_path / "sd"
+    job = job_of(run_dir, folder, "--run-dir", "runs/%a", array="0-1")
+    for task in ("0", "1"):
+        metrics = tmp_path / "runs" / task / "metrics"
+        metrics.mkdir(parents=True)
+        (metrics / "n1.json").write_text(json.dumps([{"targets": [f"n1:{task}"]}]))
+    first, second = (targets_of(job, task, 0.0) for task in ("0", "1"))
+    assert first is not None
+    assert second is not None
+    first.refresh()
+    second.refresh()
+    assert json.loads(second.path.read_text()) == [{"targets": ["n1:1"]}]
+    first.remove()
+    assert list(folder.iterdir()) == [second.path]
+    first.path.touch()
+    remove_targets(job)
     assert list(folder.iterdir()) == []
 
 
@@ -293,3 +334,17 @@ def test_a_restart_that_comes_late_takes_no_number(
         first.check()
     monkeypatch.setenv("SLURM_JOB_ID", "18")  # a job of its own, by `tvr launch resume`
     assert begin_attempt(tmp_path).number == 3
+
+
+def test_a_run_is_another_jobs_once_that_has_begun_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not taken_over(tmp_path, "17", 0.0)
+    for job_id, began_s in (("17", 100), ("18", 200)):
+        monkeypatch.setenv("SLURM_JOB_ID", job_id)
+        attempt = begin_attempt(tmp_path)
+        os.utime(tmp_path / "attempts" / f"{attempt.number:06d}.json", (began_s, began_s))
+        assert not taken_over(tmp_path, job_id, 0.0)
+    assert taken_over(tmp_path, "17", 100.0)
+    # One that is tried again later, and does not get as far as that, has failed by itself.
+    assert not taken_over(tmp_path, "17", 300.0)
