@@ -107,7 +107,7 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     add("--array", "numbers of tasks such as 0-7; %%a in the command is a task's own", **batch)
     add("--name", "of the job (default: the run's folder)", **batch)
     add("--run-dir", "of the run (default: the --run-dir that the command has)", **batch)
-    notice = "seconds before the time is up at which ranks save (default: from measured saves)"
+    notice = "seconds before the time is up at which ranks save (default: as measured)"
     add("--notice", notice, **size)
     add("--interface", "network interface of NCCL and gloo", **batch)
     add("--container", "image in which ranks run", metavar="IMAGE")

@@ -23,13 +23,14 @@ class Progress:
     """Of the newest checkpoint; 0: none."""
     longest_save_s: float
     longest_step_s: float
+    longest_evaluation_s: float
     step: Mapping[str, Any]
     evaluation: Mapping[str, Any]
 
 
 def read_progress(run_dir: Path) -> Progress:
     """Of a run that may still be going on, or may not have begun."""
-    saved_step, save_s, step_s = 0, 0.0, 0.0
+    saved_step, save_s, step_s, evaluation_s = 0, 0.0, 0.0, 0.0
     step: Mapping[str, Any] = {}
     evaluation: Mapping[str, Any] = {}
     for event in _events(run_dir / "log.jsonl"):
@@ -42,10 +43,12 @@ def read_progress(run_dir: Path) -> Progress:
                 step_s = max(step_s, event.get("step_s", 0.0))
             case "evaluation":
                 evaluation = event
+                evaluation_s = max(evaluation_s, event.get("seconds", 0.0))
     return Progress(
         saved_step=saved_step,
         longest_save_s=save_s,
         longest_step_s=step_s,
+        longest_evaluation_s=evaluation_s,
         step=step,
         evaluation=evaluation,
     )
@@ -55,7 +58,9 @@ def notice_for(progress: Progress) -> int:
     """Seconds before the end of its time at which the run must hear of it."""
     if not progress.longest_save_s:
         return UNMEASURED_NOTICE_S
-    return math.ceil(progress.longest_save_s + progress.longest_step_s + SIGNAL_LATE_S)
+    # It may come as an evaluation begins, and is heard after the step that follows.
+    busy_s = progress.longest_evaluation_s + progress.longest_step_s
+    return math.ceil(busy_s + progress.longest_save_s + SIGNAL_LATE_S)
 
 
 @dataclass(frozen=True, slots=True)

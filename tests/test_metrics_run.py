@@ -168,6 +168,7 @@ def test_the_last_values_stay_with_the_run(run: Run) -> None:
     assert last["tvr_train_received_bytes_total", "all_gather"] > steps * frames_of_others
     assert last["tvr_train_received_bytes_total", "reduce_scatter"] >= steps * frames_of_others
     (*_, evaluation) = jobs.events(run.run_dir, "evaluation")
+    assert evaluation["seconds"] > 0
     for direction in ("text_to_video", "video_to_text"):
         for k in ("1", "5", "10"):
             recall = last["tvr_evaluation_recall_ratio", direction, k, "test"]

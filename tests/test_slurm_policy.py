@@ -241,14 +241,15 @@ def test_progress_is_read_from_a_log_that_may_be_torn(tmp_path: Path) -> None:
         {"event": "step", "step": 1, "loss": 2.0, "step_s": 4.0},
         {"event": "saved", "step": 1, "seconds": 25.5},
         {"event": "step", "step": 2, "loss": 1.0, "step_s": 1.0},
-        {"event": "evaluation", "step": 2},
+        {"event": "evaluation", "step": 2, "seconds": 100.5},
+        {"event": "evaluation", "step": 2},  # of an older version
     ]
     lines = [json.dumps(event) for event in events]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '["no event"]', lines[0][:20]]))
     progress = read_progress(tmp_path)
     assert (progress.saved_step, progress.longest_save_s, progress.longest_step_s) == (1, 25.5, 4.0)
-    assert (progress.step, progress.evaluation) == (events[2], events[3])
-    assert notice_for(progress) == 60
+    assert (progress.step, progress.evaluation) == (events[2], events[4])
+    assert notice_for(progress) == 160
 
 
 def test_what_failed_is_told_by_the_newest_file_of_this_attempt(tmp_path: Path) -> None:

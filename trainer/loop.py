@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,13 +229,15 @@ class _Run:
                 self.log.warn(f"checkpoint of step {saved.step} not saved: {saved.error}")
 
     def _evaluate(self, step: int) -> Evaluation:
+        began_s = time.monotonic()
         with self.watchdog.phase("evaluation"):
             self.engine.training(False)
             evaluation = evaluate(self.engine.encode, self.config, self.tokenizer, self.world)
             self.engine.training(True)
         self.step.watch.lap("evaluation")
         self.monitor.evaluated(step, evaluation)
-        self.log.write("evaluation", {"step": step, **evaluation.summary()})
+        seconds = round(time.monotonic() - began_s, 4)
+        self.log.write("evaluation", {"step": step, "seconds": seconds, **evaluation.summary()})
         self.log.write_replaced(step, evaluation.left_out)
         if self.world.is_first:
             self.saver.attempt.check()
