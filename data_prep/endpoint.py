@@ -105,6 +105,15 @@ class _Server(ThreadingHTTPServer):
         """Nothing: who asked went away."""
 
 
+def name_of_job(folder: str | Path) -> str:
+    """What its metrics are called, as the label `run`: PARENT/NAME of the folder, or URL, that it
+    writes. The names alone meet: every demo writes a folder `run`."""
+    where = str(folder)
+    if "://" not in where:
+        where = Path(where).resolve().as_posix()
+    return "/".join(where.split("://")[-1].rstrip("/").split("/")[-2:])
+
+
 def write_target(path: Path, target: str, labels: Mapping[str, str]) -> None:
     """A file for Prometheus's file_sd."""
     groups = [{"targets": [target], "labels": dict(labels)}]

@@ -25,7 +25,7 @@ from tiny import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.data_prep.cli import pack
-from tvr.data_prep.endpoint import Endpoint
+from tvr.data_prep.endpoint import Endpoint, name_of_job
 from tvr.data_prep.metric import Metric, Table, Values
 from tvr.data_prep.pack import PackProgress
 from tvr.data_prep.pack_metrics import PACK_METRICS, served_progress
@@ -169,6 +169,25 @@ def test_a_taken_port_is_named() -> None:
             Endpoint(lambda: b"", "127.0.0.1", port)
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/runs/demo/run", "demo/run"),
+        ("/runs/demo/run/", "demo/run"),
+        ("run", "here/run"),
+        (".", "{above}/here"),
+        ("s3://bucket/sets/train/", "sets/train"),
+        ("s3://bucket", "bucket"),
+    ],
+)
+def test_folders_of_one_name_are_told_apart(
+    folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert name_of_job(folder) == name.format(above=tmp_path.name)
+
+
 RECORD = {
     "step": 3,
     "epoch": 0.5,
@@ -249,7 +268,7 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     host = socket.gethostname()
     # One for the node, with a series for each rank.
     assert first["node"].files == [f"{host}.json"]
-    assert first["node"].targets[0]["labels"] == {"run": "node", "host": host}
+    assert first["node"].targets[0]["labels"] == {"run": f"{tmp_path.name}/node", "host": host}
     (during,) = first["node"].during
     assert second["node"].during == [during]
     assert during["tvr_train_step_seconds", "0"] == 1.0

@@ -45,15 +45,15 @@ EVERY = 20  # steps between checkpoints
 FILE_BYTES = 65536  # more than the run's other files take, less than its checkpoints'
 # What alerts say of what is done here, from the beginning.
 SAID = {
-    "TvrStalled": r"Run a has not ended a step for 10 minutes",
-    "TvrNonFinite": r"Run b met a loss or gradient that is not finite",
-    "TvrDataStarved": r"Run a waits for data [\d.]+% of the time",
-    "TvrStraggler": r"Run a waits for rank 1, which takes [\d.]+% of a step longer than",
-    "TvrSlow": r"Run a trains [\d.]+ pairs/s, below 80 % of its hour before",
-    "TvrCheckpointOld": r"A failure of run a would now cost \d+ steps",
-    "TvrSavesFail": r"A checkpoint of run a could not be saved",
-    "TvrSkipBudget": r"Bad samples have spent 75% of what run a may replace before it stops",
-    "TvrDown": r"The metrics of run a on \S+ do not answer",
+    "TvrStalled": r"Run runs/a has not ended a step for 10 minutes",
+    "TvrNonFinite": r"Run runs/b met a loss or gradient that is not finite",
+    "TvrDataStarved": r"Run runs/a waits for data [\d.]+% of the time",
+    "TvrStraggler": r"Run runs/a waits for rank 1, which takes [\d.]+% of a step longer than",
+    "TvrSlow": r"Run runs/a trains [\d.]+ pairs/s, below 80 % of its hour before",
+    "TvrCheckpointOld": r"A failure of run runs/a would now cost \d+ steps",
+    "TvrSavesFail": r"A checkpoint of run runs/a could not be saved",
+    "TvrSkipBudget": r"Bad samples have spent 75% of what run runs/a may replace before it stops",
+    "TvrDown": r"The metrics of run runs/a on \S+ do not answer",
 }
 # Run `a` has the mode that tells it.
 HERE_ABSENT = ABSENT - {"tvr_train_zero_gradient_positives_ratio"}
@@ -80,7 +80,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    folder = tmp_path_factory.mktemp("monitored")
+    folder = tmp_path_factory.mktemp("monitored") / "runs"
     for name in ("a", "b", "pack"):
         (folder / name / "metrics").mkdir(parents=True)
     story = Story(folder / "files")
@@ -100,7 +100,7 @@ def tell(
     run_dir = folder / "a"
     config = settings(with_bad_samples(data, folder / "data"))
 
-    def comes(*alerts: str, run: str = "a") -> None:
+    def comes(*alerts: str, run: str = "runs/a") -> None:
         # What an alert says follows its expression. It may have fired before, for another reason.
         def are_said() -> bool:
             said = seen.firing(run)
@@ -109,7 +109,7 @@ def tell(
         wait_until(are_said, f"{alerts} of {run}")
         story.fired |= set(alerts)
 
-    def goes(*alerts: str, run: str = "a") -> None:
+    def goes(*alerts: str, run: str = "runs/a") -> None:
         wait_until(lambda: not seen.firing(run).keys() & set(alerts), f"no {alerts} of {run}")
         story.resolved |= set(alerts)
 
@@ -118,9 +118,9 @@ def tell(
         jobs.running(config, run_dir, RANKS) as job,
     ):
         comes("TvrSkipBudget")
-        wait_until(lambda: any(up.value for up in seen.ask('up{run="b"}')), "b is seen")
+        wait_until(lambda: any(up.value for up in seen.ask('up{run="runs/b"}')), "b is seen")
         let_its_data_come()
-        comes("TvrNonFinite", run="b")
+        comes("TvrNonFinite", run="runs/b")
         look(story, seen)
         pack_the_rest()
         pids = rank_pids(run_dir)
@@ -133,7 +133,7 @@ def tell(
         comes("TvrStalled")
         os.kill(pids[1], signal.SIGCONT)
         goes("TvrStalled", "TvrSlow", "TvrDataStarved")
-        goes("TvrNonFinite", run="b")
+        goes("TvrNonFinite", run="runs/b")
         os.kill(pids[0], signal.SIGKILL)
         comes("TvrDown")
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
@@ -141,17 +141,17 @@ def tell(
     with_room = replace(config, data=replace(config.data, max_bad=100))
     with jobs.running(with_room, run_dir, RANKS) as job:
         goes("TvrDown", "TvrSkipBudget")
-        wait_until(lambda: bool(seen.ask('tvr_train_step{run="a"}')), "the new start is seen")
+        wait_until(lambda: bool(seen.ask('tvr_train_step{run="runs/a"}')), "the new start is seen")
         os.kill(rank_pids(run_dir)[0], signal.SIGUSR1)
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
         assert job.returncode == 75, errors
     # Prometheus lets go of a target 5 s after its file, which is longer than TvrDown waits here.
-    wait_until(lambda: not seen.ask('up{run="a"}'), "the target is gone")
-    wait_until(lambda: "TvrDown" not in seen.firing("a"), "nobody is missed")
+    wait_until(lambda: not seen.ask('up{run="runs/a"}'), "the target is gone")
+    wait_until(lambda: "TvrDown" not in seen.firing("runs/a"), "nobody is missed")
 
     def is_forgotten() -> bool:
-        story.at_the_end |= seen.firing("a")
-        return not seen.ask('last_over_time(tvr_train_step{run="a"}[15s])')
+        story.at_the_end |= seen.firing("runs/a")
+        return not seen.ask('last_over_time(tvr_train_step{run="runs/a"}[15s])')
 
     wait_until(is_forgotten, "the run's samples are old")
 
@@ -162,7 +162,7 @@ def look(story: Story, seen: Prometheus) -> None:
     wait_until(lambda: [found.value for found in seen.ask(both)] == [2], "both jobs are seen")
 
     def is_healthy() -> bool:
-        story.healthy = seen.firing("a")
+        story.healthy = seen.firing("runs/a")
         return story.healthy.keys() == {"TvrSkipBudget"}
 
     # What else starts at the same time takes cores away from it, for which there are alerts.
@@ -310,7 +310,7 @@ def hold_back(store: HttpStore, wait: Callable[[], object]) -> None:
 def test_every_metric_that_applies_is_scraped_and_sane(story: Story) -> None:
     names = {found.labels["__name__"] for found in story.series}
     assert {metric.name for metric in METRICS} - names == HERE_ABSENT
-    of_a = [found for found in story.series if found.labels["run"] == "a"]
+    of_a = [found for found in story.series if found.labels["run"] == "runs/a"]
     for found in story.series:
         name, value = found.labels["__name__"], found.value
         if not name.startswith("tvr_"):

@@ -18,6 +18,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from tvr.data_prep.endpoint import name_of_job
 from tvr.data_prep.page import page_template
 from tvr.trainer.failures import FOLDER as FAILURES
 from tvr.trainer.failures import Failures
@@ -81,7 +82,7 @@ def read_run(folder: Path) -> Run:
     changed_at = (path if path.exists() else folder / CONFIG).stat().st_mtime
     log = read_log(path.read_text() if path.exists() else "")
     return Run(
-        name="/".join(folder.resolve().parts[-2:]),
+        name=name_of_job(folder),
         config=config,
         log=log,
         history=history(log, config),

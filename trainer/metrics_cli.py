@@ -16,8 +16,9 @@ ABOUT = """\
 
 What `tvr train` and `tvr pack --metrics-port` export, as `tvr metrics --markdown` prints it. Series
 per run are told by rank 0 alone, series per node are sums over its ranks, and series per rank have
-the label `rank`. Labels take the values listed here and no others. A gauge that does not apply, or
-is not known, is absent; counters begin at 0 with each start of a run.
+the label `rank`. Labels take the values listed here and no others; Prometheus adds `run`, the last
+two parts of the folder's path (`demo/run`), and `host`. A gauge that does not apply, or is not
+known, is absent; counters begin at 0 with each start of a run.
 
 """
 COLUMNS = ("name", "type", "unit", "labels", "per", "meaning")

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from tvr.data_prep.endpoint import Endpoint, write_replacing, write_target
+from tvr.data_prep.endpoint import Endpoint, name_of_job, write_replacing, write_target
 from tvr.data_prep.metric import Numbers
 from tvr.trainer.attempt import Attempt
 from tvr.trainer.config import MetricsConfig
@@ -58,7 +58,7 @@ class MetricsServer:
         if metrics.endpoint != "none":
             port = metrics.port + local_rank if metrics.port else 0
             self._endpoint = endpoint = Endpoint(self._text, metrics.address, port)
-            labels = {"run": run_dir.resolve().name, "host": host}
+            labels = {"run": name_of_job(run_dir), "host": host}
             write_target(self._target, endpoint.target, labels)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="last-values", daemon=True)
