@@ -60,6 +60,7 @@ def test_curves_are_what_the_log_says(tmp_path: Path) -> None:
         saved(2),
         logged(3),
         {**replaced, "step": 3},
+        {**replaced, "event": "left_out", "step": 3},
         logged(4, loss=float("inf")),
     ]
     found = read_run(write_run(tmp_path / "run", *events)).history

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,10 @@ def full_run(tmp_path: Path) -> Path:
         step(3),
         step(4),
         evaluation(4),
+        *(
+            replaced | {"event": "left_out", "key": "bad-4", "reason": "odd", "step": n}
+            for n in (2, 4)
+        ),
     ]
     write_run(tmp_path, events, [query(1, "a hit"), query(3, "a near miss"), query(37, "a miss")])
     return tmp_path
@@ -110,6 +115,7 @@ def test_shows_results_curves_queries_and_settings(full_run: Path) -> None:
         assert wanted in page.text, wanted
     for wanted in ("unreadable", "bad-1", "no_frames", '"margin": 0.2', "resumed at step", "torch"):
         assert wanted in page.text, wanted
+    assert re.search(r"Clips that evaluations left out.*odd\s*1\s*bad-4", page.text, re.DOTALL)
     assert len(page.named("svg")) == 4
 
 
@@ -164,7 +170,7 @@ def test_says_so_before_the_first_evaluation_and_step(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path).read_text()).text
     assert "no evaluation yet" in text
     assert "No step was logged yet" in text
-    assert "None: every sample was read" in text
+    assert "None: training read every sample" in text
     write_run(tmp_path, [step(1, tpm_cl_loss=None)], [])
     text = Page(write_report(tmp_path).read_text()).text
     assert "no evaluation yet" in text

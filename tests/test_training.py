@@ -197,13 +197,15 @@ def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None
     folder, (key,) = damaged_data(data, tmp_path / "damaged", rows=[17])
     config = tiny_config(
         data,
-        data={"train": str(folder), "test": None},
-        train={"steps": 6, "log_keys": True},  # one epoch
+        data={"train": str(folder), "test": str(folder), "test_exchanged": None},
+        train={"steps": 6, "log_keys": True, "eval_every": 3},  # one epoch
     )
     done = train(config, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     (replaced,) = events(tmp_path / "run", "replaced")
     assert (replaced["key"], replaced["reason"]) == (key, "checksum")
+    left_out = [(met["step"], met["key"]) for met in events(tmp_path / "run", "left_out")]
+    assert left_out == [(3, key), (6, key)]
     seen = [name for step in keys_by_step(tmp_path / "run") for name in step]
     assert len(seen) == 48
     assert key not in seen

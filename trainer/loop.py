@@ -238,7 +238,7 @@ class _Run:
         self.monitor.evaluated(step, evaluation)
         seconds = round(time.monotonic() - began_s, 4)
         self.log.write("evaluation", {"step": step, "seconds": seconds, **evaluation.summary()})
-        self.log.write_replaced(step, evaluation.left_out)
+        self.log.write_bad("left_out", step, evaluation.left_out)
         if self.world.is_first:
             self.saver.attempt.check()
             self._keep(evaluation, step)

@@ -50,6 +50,8 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         queries=[_shown_query(query, thumbnails) for query in queries],
         num_queries=len(result.get("queries", [])) if result else 0,
         replaced=_by_reason(log.replaced),
+        # Each evaluation meets the same ones again.
+        left_out=_by_reason({(bad["reason"], bad["key"]): bad for bad in log.left_out}.values()),
         resumed_at=log.resumed_at,
         unreadable_lines=log.unreadable_lines,
         config=json.dumps(config, indent=2),
@@ -206,9 +208,9 @@ def _strip(key: str, thumbnails: Thumbnails | None) -> str | None:
     return picture_strip(frames) if frames else None
 
 
-def _by_reason(replaced: Sequence[Event]) -> list[dict[str, Any]]:
+def _by_reason(bad: Iterable[Event]) -> list[dict[str, Any]]:
     reasons: dict[str, list[str]] = {}
-    for event in replaced:
+    for event in bad:
         reasons.setdefault(event["reason"], []).append(event["key"])
     rows = [
         {"reason": reason, "count": len(keys), "keys": list(dict.fromkeys(keys))[:SHOWN_KEYS]}

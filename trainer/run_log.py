@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tvr.data_prep.records import Replacement
 from tvr.trainer.attempt import Attempt
@@ -65,9 +65,12 @@ class LogWriter:
         if self._log is not None:
             log.warning(text)
 
-    def write_replaced(self, step: int, replaced: Sequence[Replacement]) -> None:
-        for entry in replaced:
-            self.write("replaced", {"step": step, **asdict(entry)})
+    def write_bad(
+        self, event: Literal["replaced", "left_out"], step: int, bad: Sequence[Replacement]
+    ) -> None:
+        """Samples that training replaced, or that an evaluation left out."""
+        for entry in bad:
+            self.write(event, {"step": step, **asdict(entry)})
 
     def write_keys(self, step: int, keys: Sequence[str]) -> None:
         self._keys.append({"step": step, "keys": list(keys)})
@@ -130,6 +133,9 @@ class RunLog:
     steps: list[Event] = field(default_factory=list)
     evaluations: list[Event] = field(default_factory=list)
     replaced: list[Event] = field(default_factory=list)
+    """Bad samples of training, each time they were met."""
+    left_out: list[Event] = field(default_factory=list)
+    """Those of evaluations."""
     saves: list[Event] = field(default_factory=list)
     """Published or, with `error`, failed."""
     preempted: list[Event] = field(default_factory=list)
@@ -153,6 +159,8 @@ def read_log(text: str) -> RunLog:
                 evaluations[event["step"]] = {**event, "elapsed_s": elapsed_s}
             case "replaced":
                 log.replaced.append(event)
+            case "left_out":
+                log.left_out.append(event)
             case "saved" | "save_failed":
                 log.saves.append({**event, "elapsed_s": elapsed_s})
             case "preempted":

@@ -171,7 +171,7 @@ class OptimiserStep:
         self.tally.everyones_s = tuple(alone_s.tolist())
         if skipped.any():
             bad = [entry for entries in world.gather_objects(replaced) for entry in entries]
-            self.log.write_replaced(step, bad)
+            self.log.write_bad("replaced", step, bad)
             self.tally.skipped.update(entry.reason for entry in bad)
             self._set_apart(bad)
         return mine.for_backward, values.sum(0)
