@@ -5,6 +5,7 @@ The text is made once a second at most, however often it is asked for, by the th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -23,6 +24,10 @@ LINGER_S = 8.0
 EVERYWHERE = ("", "0.0.0.0", "::")
 
 
+class PortTaken(ValueError):
+    """Another process serves there now, which need not be so elsewhere or later."""
+
+
 class Endpoint:
     """Serves `text()` over HTTP, any path, until it is closed."""
 
@@ -30,7 +35,8 @@ class Endpoint:
         """Port 0: any that is free.
 
         Raises:
-            ValueError: the port is taken, or the address is not this machine's.
+            PortTaken: another process has it.
+            ValueError: the address is not this machine's, or there is no such port.
         """
         self._text = text
         self._lock = threading.Lock()
@@ -55,7 +61,8 @@ class Endpoint:
         try:
             self._server = _Server((address, port), Handler)
         except (OSError, OverflowError) as error:
-            raise ValueError(
+            is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            raise (PortTaken if is_taken else ValueError)(
                 f"metrics cannot be served at {address or '*'}:{port} of {socket.gethostname()}"
                 f" ({error}); give another address or port, or port 0 for any that is free"
             ) from None

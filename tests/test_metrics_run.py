@@ -10,14 +10,17 @@ import signal
 import socket
 import threading
 import time
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import jobs
 import pytest
+from spawn import spawn
 from test_metrics import Samples, fetched, samples
-from tiny import tiny_config
+from tiny import tiny_config, with_ranks
 
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
@@ -230,17 +233,48 @@ def test_every_metric_that_applies_is_scraped(run: Run) -> None:
             assert value <= 1 or not name.endswith("_ratio")
 
 
-def test_a_taken_port_ends_a_run_before_it_begins(
+def told_by(rank: int, world_size: int, settings: Path, run_dir: Path) -> tuple[int, str]:
+    """The exit code of `tvr train` and what it says."""
+    with redirect_stderr(StringIO()) as said:
+        code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+    return code, said.getvalue()
+
+
+def taken_after_a_free_one() -> socket.socket:
+    """Has a port, of which the one below is free."""
+    while True:
+        taken = socket.create_server(("127.0.0.1", 0))
+        try:
+            socket.create_server(("127.0.0.1", taken.getsockname()[1] - 1)).close()
+        except OSError:
+            taken.close()
+        else:
+            return taken
+
+
+def test_a_taken_port_is_its_nodes_fault_and_the_job_may_begin_again(
+    data: Path, tmp_path: Path
+) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    with taken_after_a_free_one() as other:
+        port = other.getsockname()[1] - 1
+        metrics = {"address": "127.0.0.1", "port": port, "endpoint": "rank"}
+        settings.write_text(to_json(with_ranks(tiny_config(data, metrics=metrics), 2)))
+        (first, _), (second, said) = spawn(told_by, 2, settings, run_dir)
+    assert (first, second) == (3, 3)
+    told = f"rank 1 on {socket.gethostname()}: metrics cannot be served at 127.0.0.1:{port + 1} of"
+    assert said.startswith(f"tvr train: error [rank 1]: {told}"), said
+    assert said.endswith("or port 0 for any that is free\n")
+    assert said.count("\n") == 1
+    (word,) = (run_dir / "failures").iterdir()
+    assert json.loads(word.read_text())["of"] == 1
+    assert not list((run_dir / "checkpoints").glob("step-*"))
+
+
+def test_an_address_that_no_node_has_is_the_settings_fault(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        config = tiny_config(data, metrics={"address": "127.0.0.1", "port": port})
-        settings.write_text(to_json(config))
-        assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 2
-    said = capsys.readouterr().err
-    assert f"metrics cannot be served at 127.0.0.1:{port}" in said
-    assert not (run_dir / "checkpoints").exists() or not any((run_dir / "checkpoints").iterdir())
+    settings.write_text(to_json(tiny_config(data, metrics={"address": "192.0.2.1"})))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 2
+    assert "metrics cannot be served at 192.0.2.1:0 of" in capsys.readouterr().err

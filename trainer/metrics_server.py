@@ -46,7 +46,7 @@ class MetricsServer:
         lines: Mapping[int, Numbers],
         local_rank: int,
     ) -> None:
-        """Raises ValueError where it cannot serve."""
+        """Raises PortTaken, or ValueError where it can never serve."""
         self.has_news = False
         self._lines, self._attempt = lines, attempt
         folder = run_dir / FOLDER

@@ -8,6 +8,7 @@ share (node_memory.py), the first of which serves them (metrics_server.py).
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from tvr.data_prep.endpoint import PortTaken
 from tvr.data_prep.metric import Values
 from tvr.data_prep.records import UNDECODABLE
 from tvr.trainer.attempt import Attempt
@@ -29,6 +31,7 @@ from tvr.trainer.metrics import CUTS, DIRECTIONS, TRAINING
 from tvr.trainer.metrics_server import MetricsServer, forget_targets
 from tvr.trainer.model import TextVideoModel
 from tvr.trainer.node_memory import ranks_here, shared_lines
+from tvr.trainer.preflight import Finding, refuse
 from tvr.trainer.saver import Saved
 from tvr.trainer.stopwatch import Laps, Stopwatch
 from tvr.trainer.tally import Tally
@@ -77,7 +80,11 @@ class Monitor:
         """The model as it was built."""
 
     def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
-        """Training begins, after what is `saved`. All ranks call it."""
+        """Training begins, after what is `saved`. All ranks call it.
+
+        Raises:
+            PreflightFailed: some rank cannot serve its metrics.
+        """
 
     def step(self, record: Mapping[str, Any], tally: Tally) -> dict[str, Any]:
         """A step was taken; returns what its record should also say."""
@@ -141,12 +148,19 @@ class NodeMonitor(Monitor):
         self._run_began_s = attempt.run_began_s()
         self._settings(values, attempt, saved)
         shown = {rank: lines[rank]} if metrics.endpoint == "rank" else lines
+        finding = None
         if rank == min(shown):
-            self._server = MetricsServer(metrics, self._run_dir, attempt, shown, ranks.index(rank))
+            local_rank = ranks.index(rank)
+            try:
+                self._server = MetricsServer(metrics, self._run_dir, attempt, shown, local_rank)
+            except ValueError as error:
+                finding = Finding(rank, str(error), of_node=isinstance(error, PortTaken))
         if self._world.is_first:
             start_step = saved.step if saved else 0
             self._writers = Writers(self._config, self._run_dir, start_step, attempt.number)
-        self._world.barrier()  # no rank trains before the others' endpoints are known to work
+        # No rank trains before the others' endpoints are known to work.
+        everyone = self._world.gather_objects((socket.gethostname(), finding))
+        refuse([found for _, found in everyone if found], [host for host, _ in everyone])
         self._laps.restart()
 
     def _settings(self, values: Values, attempt: Attempt, saved: SavedState | None) -> None:

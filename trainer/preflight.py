@@ -68,7 +68,7 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
         findings += [
             Finding(rank, error.text, of_node=not (is_wrong and error.is_name)) for error in found
         ]
-    _refuse(findings, hosts)
+    refuse(findings, hosts)
 
 
 def check_data(config: Config, world: World) -> int:
@@ -88,7 +88,7 @@ def check_data(config: Config, world: World) -> int:
     if error is not None and None not in errors:
         raise error
     texts = [(rank, text) for rank, text in enumerate(errors) if text is not None]
-    _refuse([Finding(rank, text, of_node=True) for rank, text in texts], hosts)
+    refuse([Finding(rank, text, of_node=True) for rank, text in texts], hosts)
     return found
 
 
@@ -117,7 +117,7 @@ def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: Worl
                 " or set checkpoint.url or checkpoint.keep_last"
             )
             finding = Finding(0, text, of_node=coming * size <= disk.total)
-            _refuse([finding], [socket.gethostname()])
+            refuse([finding], [socket.gethostname()])
 
     world.from_first(check)
 
@@ -147,7 +147,7 @@ def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
         for rank, (_, text, is_short, _) in enumerate(everyone)
         if is_short
     ]
-    _refuse(findings, [host for host, *_ in everyone])
+    refuse(findings, [host for host, *_ in everyone])
     if world.is_first and sharing * needs.total > free:
         log.warning(
             "a step may need %.3g GB of memory, and %.3g GB are free; see `tvr train --dry-run`",
@@ -174,7 +174,7 @@ def differences(identities: Sequence[Mapping[str, str]]) -> list[Finding]:
     return findings
 
 
-def _refuse(findings: Sequence[Finding], hosts: Sequence[str]) -> None:
+def refuse(findings: Sequence[Finding], hosts: Sequence[str]) -> None:
     """Raises PreflightFailed if there are any."""
     if not findings:
         return
