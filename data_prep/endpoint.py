@@ -41,6 +41,7 @@ class Endpoint:
         self._text = text
         self._lock = threading.Lock()
         self._made_at, self._made = -FRESH_S, b""
+        self._end_by = 0.0
         self._asked, self._closing, self._told_last = (threading.Event() for _ in range(3))
         endpoint = self
 
@@ -82,14 +83,20 @@ class Endpoint:
                 self._made_at, self._made = now, self._text()
             return self._made
 
-    def close(self, linger_s: float = LINGER_S) -> None:
-        """Ends it; if somebody ever asked, once the last values are fetched too, or after
-        `linger_s`."""
+    def say_last(self) -> None:
+        """From now on what is told are the last values."""
+        with self._lock:
+            self._made_at = -FRESH_S
+            self._end_by = time.monotonic() + LINGER_S
+            self._closing.set()
+
+    def close(self) -> None:
+        """Ends it; if somebody ever asked, once the last values are fetched too, or LINGER_S after
+        the first word that they are the last."""
+        if not self._closing.is_set():
+            self.say_last()
         if self._asked.is_set():
-            with self._lock:
-                self._made_at = -FRESH_S
-                self._closing.set()
-            self._told_last.wait(linger_s)
+            self._told_last.wait(max(0.0, self._end_by - time.monotonic()))
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

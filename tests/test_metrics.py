@@ -42,6 +42,7 @@ from tvr.trainer.node_memory import IN_MEMORY
 from tvr.trainer.synthetic import random_batches
 from tvr.trainer.tally import Tally
 from tvr.trainer.world import World
+from tvr.trainer.writers import Writers
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = {"", "seconds", "bytes", "ratio", "pairs", "steps", "clips"}
@@ -144,7 +145,7 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
     endpoint = Endpoint(text, "127.0.0.1", 0)
     url = f"http://{endpoint.target}/metrics"
     assert [fetched(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
-    closing = threading.Thread(target=endpoint.close, args=(60.0,))
+    closing = threading.Thread(target=endpoint.close)
     closing.start()
     assert endpoint._closing.wait(10)
     assert fetched(url) == "second"
@@ -157,7 +158,7 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
 def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = Endpoint(lambda: b"", "127.0.0.1", 0)
     monkeypatch.setattr(endpoint._told_last, "wait", lambda _: pytest.fail("it waits"))
-    endpoint.close(linger_s=60.0)
+    endpoint.close()
 
 
 def test_a_taken_port_is_named() -> None:
@@ -255,6 +256,25 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
         after = sorted(path.name for path in written.iterdir())
         seen[endpoint] = Seen(files, targets, during, last, after)
     return seen
+
+
+def test_a_node_is_no_target_while_a_slow_tool_closes(data: Path, tmp_path: Path) -> None:
+    world = World(rank=0, world_size=1, device=torch.device("cpu"))
+    monitor = NodeMonitor(tiny_config(data, metrics={"address": "127.0.0.1"}), tmp_path, world)
+    monitor.begin(begin_attempt(tmp_path), None)
+    (target,) = (tmp_path / "metrics").glob("*.json")
+    seen = []
+
+    class Slow(Writers):
+        def close(self) -> None:
+            seen.append((target.exists(), fetched(f"http://{address}")))
+
+    (address,) = json.loads(target.read_text())[0]["targets"]
+    monitor._writers = Slow(monitor._config, tmp_path, 0, 1)
+    monitor.end(well=True)
+    ((is_target, last),) = seen
+    assert not is_target
+    assert samples(last)["tvr_train_finished",] == 1
 
 
 def url(target: dict[str, Any]) -> str:

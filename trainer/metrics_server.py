@@ -83,12 +83,17 @@ class MetricsServer:
         except OSError as error:
             log.warning("the last values of the metrics are not written: %s", error)
 
-    def close(self, *, well: bool) -> None:
+    def leave(self, *, well: bool) -> None:
+        """The values are the last ones. Nobody is missed who ends `well`."""
+        self.has_news = True
+        if well:
+            self._target.unlink(missing_ok=True)
+        if self._endpoint is not None:
+            self._endpoint.say_last()
+
+    def close(self) -> None:
         self._over.set()
         self._thread.join()
         self._write()
-        if well:
-            # First, since the launcher ends ranks that outlive one that was preempted.
-            self._target.unlink(missing_ok=True)
         if self._endpoint is not None:
             self._endpoint.close()

@@ -295,10 +295,14 @@ class NodeMonitor(Monitor):
             self._parts(self._values)
             if self._world.is_first:
                 self._values.set("tvr_train_finished", int(well))
+        # First, since a tool may take its time, and the launcher ends ranks that outlive one that
+        # was preempted: a target that is left behind is one that is missed.
+        if self._server is not None:
+            self._server.leave(well=well)
         if self._writers is not None:
             self._writers.close()
         if self._server is not None:
-            self._server.close(well=well)
+            self._server.close()
 
     def _changed(self) -> None:
         if self._server is not None:
