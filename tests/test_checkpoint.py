@@ -352,6 +352,36 @@ def test_a_new_attempt_clears_what_a_dead_one_was_writing(tmp_path: Path) -> Non
     assert names(folder) == ["latest", "step-00000003"]
 
 
+def test_hidden_files_that_no_run_made_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".ssh").mkdir(parents=True)
+    (folder / ".step-00000003.trash-7").mkdir()
+    (folder / ".bashrc").write_text("mine")
+    saver(folder, tmp_path)
+    assert names(folder) == [".bashrc", ".ssh"]
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = str(tmp_path / "checkpoints") if kind == "local" else f"memory://{tmp_path.name}"
+    writer = saver(place, tmp_path, retention=Retention(last=1))
+    save(writer, 3)
+    remove = writer.place.remove
+
+    def busy(name: str) -> None:
+        remove(name)  # of its files some, or all
+        if name == "step-00000003":
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(writer.place, "remove", busy)
+    assert save(writer, 6).error is None
+    found = newest_whole(writer.place, ALONE).newest
+    assert found is not None
+    assert found.name == "step-00000006"
+
+
 def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     orphan = saver(folder, tmp_path, background=True)

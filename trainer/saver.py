@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,9 @@ from tvr.trainer.world import World
 # Of the thread that writes beside the training: where all cores are taken it gets a tenth of one,
 # and steps do not wait for it. At 0 it lengthened steps by more than a synchronous save takes.
 NICENESS = 10
+
+# The folders that saving and removing make on a local disk; whatever else is hidden is not ours.
+ASIDE = re.compile(r"\.+(damaged-)?step-\d{8,}(\.attempt-\d+\.partial)?(\.trash-\d+)*")
 
 log = logging.getLogger(__name__)
 
@@ -226,10 +230,14 @@ class Saver:
             if aside != name:
                 self.place.remove(name)
                 self.place.rename(aside, name)
+        except OSError as error:
+            return f"rank 0: {type(error).__name__}: {error}"
+        try:
             self.place.write_whole(LATEST, f"{name}\n".encode())
             prune(self.place, self._retention)
         except OSError as error:
-            return f"rank 0: {type(error).__name__}: {error}"
+            # The checkpoint is there; what need not stay is tried again after the next one.
+            log.warning("%s is saved, and what it replaces stays: %s", name, error)
         return None
 
     def _drop(self, aside: str) -> None:
@@ -242,7 +250,7 @@ class Saver:
     def _clear(self) -> None:
         """Removes what earlier attempts were writing: it can never become a checkpoint again."""
         for name in self.place.names():
-            if name.startswith(".") or (
+            if ASIDE.fullmatch(name) or (
                 STEP_PATTERN.fullmatch(name) and not self._is_published(name)
             ):
                 self.place.remove(name)
