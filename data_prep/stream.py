@@ -13,6 +13,9 @@ group; and connections are opened anew (reader.py).
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -189,7 +192,22 @@ def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataL
         # Without one of its own the loader would draw its workers' seeds from the global generator.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_stay_for_the_last_step if workers else None,
     )
+
+
+def _stay_for_the_last_step(worker: int) -> None:
+    """A loader process leaves by SIGTERM of its rank alone: batch systems send it to all processes
+    of a job, whose ranks finish a step and save. Without this torch's handler ends the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    rank = os.getppid()
+
+    def leave() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=leave, name="leave", daemon=True).start()
 
 
 def _within_budget(batches: Iterable[Batch], budget: Budget, min_rows: int) -> Iterator[Batch]:
