@@ -131,7 +131,9 @@ def steps_logged(run_dir: Path) -> int:
 def is_writing(run_dir: Path) -> bool:
     """Whether a checkpoint lies half written."""
     try:
-        return any(name.startswith(".step-") for name in os.listdir(run_dir / "checkpoints"))
+        names = os.listdir(run_dir / "checkpoints")
+        # Old ones that are being removed also begin with a point.
+        return any(name.startswith(".step-") and name.endswith(".partial") for name in names)
     except FileNotFoundError:
         return False
 

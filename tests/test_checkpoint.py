@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from tvr.trainer.checkpoint import (
     set_aside,
 )
 from tvr.trainer.checkpoint_manifest import SavedState
-from tvr.trainer.errors import CheckpointDamaged, Fenced
+from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
 from tvr.trainer.place import Place
 from tvr.trainer.random_state import random_state, restore_random_state
 from tvr.trainer.resume import local_files
@@ -154,6 +155,47 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     save(writer, 6)
     assert newest_whole(Place(str(folder)), ALONE).newest == newest(Place(str(folder)))
     assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
+
+
+def test_a_file_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+    more = folder / "step-00000006" / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    more.write_bytes(b"what loads the others would load it, too")
+    found = newest_whole(Place(str(folder)), ALONE)
+    assert found.newest is not None
+    assert found.newest.state.step == 3
+    assert found.damaged == {"step-00000006": (f"{more}: the manifest does not list it",)}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/model.pt"])
+def test_what_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+
+    def stale(of: Callable[..., Any]) -> Callable[..., Any]:
+        def call(place: Place, file: str) -> Any:
+            if file == f"step-00000006/{name}":
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return of(place, file)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for method in ("read", "reading"):
+            patch.setattr(Place, method, stale(getattr(Place, method)))
+        with pytest.raises(PreflightFailed, match=r"06 cannot be read now: .*Stale") as refused:
+            newest_whole(Place(str(folder)), ALONE)
+    assert refused.value.rank == 0  # to be tried again
+    found = newest_whole(Place(str(folder)), ALONE).newest
+    assert found is not None
+    assert found.state.step == 6
 
 
 def test_where_none_is_whole_all_are_named_and_nothing_begins_anew(tmp_path: Path) -> None:

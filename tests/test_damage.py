@@ -180,7 +180,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
                 assert pid is not None
                 os.kill(pid, signal.SIGUSR1)
                 _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
-        assert job.returncode == 75, errors
+        assert job.returncode == 3, errors
         assert before.newest is not None
         assert before.damaged == {}
         steps, failed = events
@@ -189,7 +189,9 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
         assert all("[Errno 28] No space left on device" in event["error"] for event in failed)
         assert "log.jsonl gets no more lines, which wait for room" in errors
         assert "log.jsonl has all its lines again" in errors
-        assert re.search(r"step \d+ is not saved \(rank \d: .*No space left.*\)", errors)
+        assert re.search(
+            r"step \d+ is not saved: rank \d: .*No space left.*; asked to leave by", errors
+        )
         found = newest_whole(place, ALONE)
         assert found.newest is not None
         assert found.newest.state.step > before.newest.state.step

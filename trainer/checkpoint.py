@@ -14,11 +14,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tvr.trainer.checkpoint_manifest import SavedState, damage, read_manifest
-from tvr.trainer.errors import CheckpointDamaged
+from tvr.trainer.checkpoint_manifest import (
+    GONE,
+    SavedState,
+    damage,
+    read_manifest,
+    unlisted,
+)
+from tvr.trainer.errors import CheckpointDamaged, PreflightFailed
 from tvr.trainer.place import Place
 from tvr.trainer.world import World
 
@@ -80,6 +86,7 @@ def newest_whole(place: Place, world: World) -> Found:
 
     Raises:
         CheckpointDamaged: there are checkpoints, and not one of them is whole.
+        PreflightFailed: whether one is whole cannot be known, since its place cannot be read now.
     """
     damaged: dict[str, tuple[str, ...]] = {}
     for step in reversed(world.from_first(lambda: steps_in(place))):
@@ -87,8 +94,9 @@ def newest_whole(place: Place, world: World) -> Found:
         state, lines = world.from_first(lambda name=name: _state(place, name))
         if state is not None:
             mine = sorted(state.files)[world.rank :: world.world_size]
-            found = world.gather_objects(damage(place, name, state, mine))
-            lines = [line for part in found for line in part]
+            found = world.gather_objects(_seen(place, name, state, mine))
+            _refuse_unreadable(place, name, [error for _, error in found])
+            lines += [line for part, _ in found for line in part]
             if not lines:
                 return Found(newest=Checkpoint(name=name, state=state), damaged=damaged)
         damaged[name] = tuple(lines)
@@ -144,7 +152,31 @@ def _best(place: Place) -> tuple[int | None, float | None]:
 
 
 def _state(place: Place, name: str) -> tuple[SavedState | None, list[str]]:
+    """What the manifest says, or what is wrong with it; and with what it does not list."""
     try:
-        return read_manifest(place, name), []
-    except (ValueError, OSError) as error:
+        state = read_manifest(place, name)
+        return state, unlisted(place, name, state, SHARDS)
+    except (ValueError, *GONE) as error:
         return None, [str(error)]
+    except OSError as error:
+        _refuse_unreadable(place, name, [f"{type(error).__name__}: {error}"])
+        raise
+
+
+def _seen(
+    place: Place, name: str, state: SavedState, files: Iterable[str]
+) -> tuple[list[str], str | None]:
+    """What is wrong with files, or why that cannot be known."""
+    try:
+        return damage(place, name, state, files), None
+    except OSError as error:
+        return [], f"{type(error).__name__}: {error}"
+
+
+def _refuse_unreadable(place: Place, name: str, errors: Sequence[str | None]) -> None:
+    """A checkpoint that cannot be read at the moment is not given up for an older one."""
+    found = [(rank, error) for rank, error in enumerate(errors) if error is not None]
+    if found:
+        where = place.path(name)
+        lines = [f"rank {rank}: {where} cannot be read now: {error}" for rank, error in found]
+        raise PreflightFailed(lines, found[0][0])

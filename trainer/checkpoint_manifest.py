@@ -19,6 +19,8 @@ from tvr.trainer.place import Place
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 READ_BYTES = 1 << 22
+# What reading meets where a file is not there; any other error of a disk or store may pass.
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +70,31 @@ def read_manifest(place: Place, folder: str) -> SavedState:
     if version != FORMAT_VERSION:
         raise ValueError(f"{where}: format_version={version}, this release reads {FORMAT_VERSION}")
     try:
-        return pydantic.TypeAdapter(SavedState).validate_python(fields)
+        state = pydantic.TypeAdapter(SavedState).validate_python(fields)
     except pydantic.ValidationError as error:
         raise ValueError(
             f"{where}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
         ) from None
+    outside = [name for name in state.files if name.startswith("/") or ".." in name.split("/")]
+    if outside:
+        raise ValueError(f"{where}: damaged: names files that are no part of it: {outside}")
+    return state
+
+
+def unlisted(place: Place, folder: str, state: SavedState, part: str) -> list[str]:
+    """A line for each file in a part of a checkpoint that its manifest does not cover: what loads
+    that part might take it for its own."""
+    listed = {name.split("/")[1] for name in state.files if name.startswith(f"{part}/")}
+    return [
+        f"{place.path(f'{folder}/{part}/{name}')}: the manifest does not list it"
+        for name in place.names(f"{folder}/{part}")
+        if name not in listed
+    ]
 
 
 def damage(place: Place, folder: str, state: SavedState, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files of a checkpoint, a line each."""
+    """What is wrong with these files of a checkpoint, a line each. Raises OSError where that cannot
+    be known at the moment."""
     return [line for name in names if (line := _damage(place, folder, name, state.files[name]))]
 
 
@@ -88,7 +106,7 @@ def _damage(place: Place, folder: str, name: str, record: FileRecord) -> str | N
             while content := file.read(READ_BYTES):
                 digest.update(content)
                 num_bytes += len(content)
-    except OSError as error:
+    except GONE as error:
         return f"{where}: {type(error).__name__}: {error}"
     if num_bytes != record.num_bytes:
         return f"{where}: {num_bytes} bytes, written were {record.num_bytes}"

@@ -16,7 +16,7 @@ class TrainingFailed(Exception):
 
 
 class NotSaved(Exception):
-    """The last step was trained, and its checkpoint, the result of the run, could not be saved."""
+    """A run or its job ends with a step whose checkpoint could not be saved."""
 
 
 class NonFiniteLoss(Exception):

@@ -61,7 +61,7 @@ def train(
         Preempted: a signal asked the job to leave, and a checkpoint is saved.
         Fenced: a newer attempt at the run has begun.
         NonFiniteLoss: naming step, rank and keys.
-        NotSaved: the checkpoint of the last step could not be written.
+        NotSaved: the checkpoint of the step with which it ends could not be written.
         TooManyBadSamples: the budget `data.max_bad` is spent.
         TrainingFailed: anything else that broke once training had begun.
     """
@@ -185,9 +185,10 @@ class _Run:
     def _leave(self, done: int) -> None:
         error = self._last_save(done)
         name = self.notice.signal.name if self.notice.signal else "another rank"
+        if error is not None:
+            raise NotSaved(f"step {done} is not saved: {error}; asked to leave by {name}")
         self.log.write("preempted", {"step": done, "by": name})
-        ending = "saved" if error is None else f"not saved ({error})"
-        raise Preempted(f"step {done} is {ending}; asked to leave by {name}")
+        raise Preempted(f"step {done} is saved; asked to leave by {name}")
 
     def _last_save(self, step: int) -> str | None:
         """Waits for the save of this step; what went wrong with it, if anything."""
@@ -247,7 +248,9 @@ class _Run:
     def _keep(self, evaluation: Evaluation, step: int) -> None:
         try:
             write_evaluation(self.run_dir, evaluation, step)
-            note_evaluation(self.saver.place, step, evaluation.score)
+            # The best of the steps that are saved: of others no checkpoint can be kept.
+            if _due(step, self.config.checkpoint.every, self.config.train.steps):
+                note_evaluation(self.saver.place, step, evaluation.score)
         except OSError as error:
             if step == self.config.train.steps:
                 raise
