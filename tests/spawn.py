@@ -21,25 +21,34 @@ PRELOADED = ["deepspeed", "tvr.trainer.cli", "tvr.trainer.loop"]
 
 
 def spawn(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    anew: bool = False,
 ) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` on every rank of a gloo group; returns their values.
 
     `fn` is a module-level function of a test module; arguments and values are picklable. Raises
-    RuntimeError with the traceback of a rank that failed, TimeoutError when one is not done.
+    RuntimeError with the traceback of a rank that failed, TimeoutError when one is not done. Ranks
+    that start `anew` have the environment of this moment, and not of the first call's.
     """
-    with started(fn, world_size, *args, timeout_s=timeout_s) as (ranks, folder):
+    with started(fn, world_size, *args, timeout_s=timeout_s, anew=anew) as (ranks, folder):
         _wait(ranks, folder, timeout_s)
         return [pickle.loads((folder / f"value-{rank}").read_bytes()) for rank in range(world_size)]
 
 
 @contextmanager
 def started(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    anew: bool = False,
 ) -> Iterator[tuple[list[BaseProcess], Path]]:
     """The ranks' processes while they run `fn`, and the folder for what they leave; none of them
     outlives the block."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn" if anew else "forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="tvr-ranks-") as folder:
         job = pickle.dumps((fn, args))

@@ -80,7 +80,8 @@ def test_the_estimate_is_met_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -
     job = replace(JOB, texts=96, videos=96, lengths="ragged")
     # In the order of their peaks, since a process knows only the highest so far.
     ways: list[tuple[Any, Any]] = [("ring", "stream"), ("gather", "keep")]
-    for rank in spawn(peaks_of_rank, 3, job, ways):
+    # What the C library reads when a process starts.
+    for rank in spawn(peaks_of_rank, 3, job, ways, anew=True):
         for way, peak in zip(ways, rank, strict=True):
             sizes = by_way(replace(sizes_of(job), videos=3 * 96), *way)
             assert peak > FLOOR
