@@ -21,7 +21,7 @@ import torch
 from slurm_cluster import cluster_of
 
 from tvr.trainer.bench_report import machine, versions
-from tvr.trainer.config import Config, from_json
+from tvr.trainer.config import from_json
 
 # What a step's record says of the training, and not of its time.
 LOSSES = ("loss", "similarity_loss", "tpm_cl_loss", "penalty", "gradient_norm")
@@ -35,25 +35,23 @@ def main() -> int:
     ours, theirs = options.demo / "run", options.out.resolve()
     config = from_json((ours / "config.json").read_text(), where="the demo's config.json")
     on_nodes = train(options.demo / "settings.json", theirs)
+    trained, results = jobs.final_weights(theirs, config), evaluation(theirs)
     same = {
         "losses": values(ours, *LOSSES) == values(theirs, *LOSSES),
-        "weights": equal(weights(ours, config), weights(theirs, config)),
-        "evaluation": evaluation(ours) == evaluation(theirs),
+        "weights": equal(jobs.final_weights(ours, config), trained),
+        "evaluation": evaluation(ours) == results,
     }
     line = {
         "benchmark": "the demo by tvr launch slurm on 2 nodes x 1 rank, and by tvr launch local",
         "sizes": {
             "steps": len(values(theirs, "loss")),
             "global_batch": config.train.global_batch,
-            "parameters": sum(tensor.numel() for tensor in weights(theirs, config).values()),
+            "parameters": sum(tensor.numel() for tensor in trained.values()),
         },
         "job": on_nodes,
         "equal_bit_for_bit": same,
         "last_loss": values(theirs, "loss")[-1][0],
-        "r_at_1": {
-            way: evaluation(theirs)[way]["recall_at_1"]
-            for way in ("text_to_video", "video_to_text")
-        },
+        "r_at_1": {way: results[way]["recall_at_1"] for way in ("text_to_video", "video_to_text")},
         "versions": versions() | {"slurm": on_nodes.pop("slurm")},
         "machine": machine(),
     }
@@ -96,10 +94,6 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
 
 def values(run_dir: Path, *names: str) -> list[list[float]]:
     return [[step[name] for name in names] for step in steps(run_dir)]
-
-
-def weights(run_dir: Path, config: Config) -> dict[str, torch.Tensor]:
-    return jobs.final_weights(run_dir, config)
 
 
 def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
