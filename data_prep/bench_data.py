@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from webdataset.compat import WebDataset, WebLoader
 
-from tvr.data_prep.beton_write import write_beton
-from tvr.data_prep.frame_choice import segment_centres
-from tvr.data_prep.manifest import Layout, read_manifest
-from tvr.data_prep.pack import pack_shards
+from tvr.data_prep.dataset.manifest import Layout, read_manifest
+from tvr.data_prep.ffcv.writer import write_beton
+from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.records import Caption, Clip
-from tvr.data_prep.stream import train_batches
+from tvr.data_prep.video.frame_sampling import segment_centres
 
 SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "video")
 PLAIN = {"frames": "plain jpeg", "beton": "plain jpeg", "video": "plain mp4"}

@@ -16,13 +16,13 @@ import tyro
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from tvr.data_prep.annotations import read_annotations
-from tvr.data_prep.datasets import Dataset, read_benchmark
-from tvr.data_prep.manifest import BAD_NAME, Layout, Manifest, join
-from tvr.data_prep.pack import pack_shards
-from tvr.data_prep.pack_metrics import served_progress
-from tvr.data_prep.pack_pool import available_processes
-from tvr.data_prep.pack_progress import shown_progress
+from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
+from tvr.data_prep.annotations.read import read_annotations
+from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join
+from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.packing.pack_metrics import served_progress
+from tvr.data_prep.packing.progress import shown_progress
+from tvr.data_prep.packing.worker_pool import available_processes
 from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -84,7 +84,7 @@ class PackArguments:
 def pack(argv: Sequence[str]) -> int:
     """`tvr pack`: returns the exit code."""
     if _asks_for_beton(argv):
-        from tvr.data_prep.beton_cli import pack_beton
+        from tvr.data_prep.ffcv.cli import pack_beton
 
         return pack_beton(argv)
     return reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))

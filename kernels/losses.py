@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tvr.kernels.reference import raised
-from tvr.kernels.row_loss import LossRule, RowLoss
-from tvr.kernels.rows import ALONE, Collectives, Place
+from tvr.kernels.row_loss.online_softmax import ALONE, Collectives, Place
+from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
 
 # Rows are taken so many scores at a time (4 MiB in float32): what the formulas need beside the
 # block itself stays in a CPU's cache. On a GPU, where starting an operation costs more, 16 times.

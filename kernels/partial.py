@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tvr.kernels.pieces import chunk_size, in_pieces
+from tvr.kernels.checkpointed_chunks import chunk_size, in_pieces
 from tvr.kernels.reference import full_precision, masked_softmax, raised, unit
 from tvr.kernels.token_weights import AttentionTokenWeights, LinearTokenWeights
 

@@ -9,10 +9,10 @@ import math
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvr.kernels.packed import Kernels, hindrance
+from tvr.kernels.backends.cpu import Kernels, hindrance
+from tvr.kernels.backends.protocol import Engine, mean_similarity
+from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, Tiles, chunk_size
 from tvr.kernels.reference import FrameSet, TokenSet, full_precision, prepare
-from tvr.kernels.set_similarity import Engine, mean_similarity
-from tvr.kernels.tiles import VIDEOS_PER_TEXT, Tiles, chunk_size
 
 # A tile of the compiled kernels (some 130 MiB with all that its backward needs): large enough that
 # laying out its videos costs little beside scoring them.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tvr.kernels.pieces import chunk_size, in_pieces
+from tvr.kernels.checkpointed_chunks import chunk_size, in_pieces
 from tvr.kernels.reference import masked_softmax, raised
 
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tvr.launchers.local import path_with_scripts
+from tvr.launchers.torchrun.launch import path_with_scripts
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -26,19 +26,19 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("tvr.trainer.cli:demo", "render clips, train a small model on them, report"),
     "pack": Command("tvr.data_prep.cli:pack", "write videos and captions into shards"),
-    "verify": Command("tvr.data_prep.check_cli:verify", "check a data set against its manifest"),
-    "stats": Command("tvr.data_prep.check_cli:stats", "write a page about a data set"),
+    "verify": Command("tvr.data_prep.check.cli:verify", "check a data set against its manifest"),
+    "stats": Command("tvr.data_prep.check.cli:stats", "write a page about a data set"),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(
-        "tvr.trainer.dashboard_cli:dashboard", "write a page that shows runs while they go on"
+        "tvr.trainer.pages.cli:dashboard", "write a page that shows runs while they go on"
     ),
     "export": Command("tvr.trainer.cli:export", "write a run's model as a Hugging Face folder"),
-    "metrics": Command("tvr.trainer.metrics_cli:metrics", "what a run tells Prometheus"),
+    "metrics": Command("tvr.trainer.monitoring.cli:metrics", "what a run tells Prometheus"),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
     "bench": Command(
-        "tvr.trainer.bench:bench", "the kernels' time and memory; clips/s of the data"
+        "tvr.trainer.bench.bench:bench", "the kernels' time and memory; clips/s of the data"
     ),
     "launch": Command(
         "tvr.launchers.launch_cli:launch", "start a job here or on a cluster; watch over it"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tvr.launchers.restarts import Policy
+from tvr.launchers.restart_policy import Policy
 
 FOLDER = "launch"
 RECORD = "job.json"

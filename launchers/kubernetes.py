@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from tvr.launchers.job import Container, Job, environment_of, seconds
-from tvr.launchers.local import is_tvr
+from tvr.launchers.torchrun.launch import is_tvr
 
 IMAGE_FILES = "/tmp/tvr"
 MEMORY_DISK = {"name": "shm", "emptyDir": {"medium": "Memory"}}
@@ -79,8 +79,13 @@ def _replica(job: Job, container: Container, replicas: int) -> dict[str, Any]:
 def _command(job: Job, container: Container) -> list[str]:
     if not is_tvr(job.command):
         return [container.python, "-m", "torch.distributed.run", "--no-python", *job.command]
-    agent = [container.python, "-m", "tvr.launchers.agent", f"{IMAGE_FILES}-ended.json"]
-    return [*agent, "-m", "tvr.launchers.rank", f"{IMAGE_FILES}-ranks", *job.command[1:]]
+    agent = [
+        container.python,
+        "-m",
+        "tvr.launchers.torchrun.quiet_main",
+        f"{IMAGE_FILES}-ended.json",
+    ]
+    return [*agent, "-m", "tvr.launchers.rank_main", f"{IMAGE_FILES}-ranks", *job.command[1:]]
 
 
 def _environment(job: Job) -> dict[str, str]:

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tvr.launchers import runs
-from tvr.launchers.again import run_again
-from tvr.launchers.hosts import read_hosts, run_on_hosts
 from tvr.launchers.job import Container, Job, captured, run_dir_of, without_devices
 from tvr.launchers.kubernetes import pytorch_job
-from tvr.launchers.local import run_local
-from tvr.launchers.nodelist import expand_nodes
-from tvr.launchers.progress import notice_for, read_progress
-from tvr.launchers.restarts import DONE, ONCE, USAGE, Policy
-from tvr.launchers.sbatch import sbatch_script
+from tvr.launchers.restart_loop import run_again
+from tvr.launchers.restart_policy import DONE, ONCE, USAGE, Policy
+from tvr.launchers.run_status import notice_for, read_progress
+from tvr.launchers.slurm import submit as runs
+from tvr.launchers.slurm.nodelist import expand_nodes
+from tvr.launchers.slurm.script import sbatch_script
+from tvr.launchers.ssh.launch import read_hosts, run_on_hosts
+from tvr.launchers.torchrun.launch import run_local
 
 USAGE_LINE = (
     "tvr launch {local,slurm,deepspeed,kubernetes} [options] -- COMMAND ...\n"
@@ -31,7 +31,7 @@ OF_THE_HOST = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PR
 def launch(argv: list[str]) -> int:
     """`tvr launch ...`: returns the exit code."""
     if argv[:1] == ["monitor"]:
-        from tvr.launchers.monitoring import monitor
+        from tvr.launchers.monitoring.write import monitor
 
         return monitor(argv[1:])
     ours, command = _split(argv)

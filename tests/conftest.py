@@ -16,8 +16,8 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 import numpy as np
 import pytest
 import torch
+from builders.tiny import make_tiny_data
 from hypothesis import settings
-from tiny import make_tiny_data
 
 settings.register_profile("tvr", derandomize=True, deadline=None, database=None)
 settings.load_profile("tvr")

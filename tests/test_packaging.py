@@ -18,7 +18,7 @@ SAMPLES = (
     "tvr.data_prep.records",
     "tvr.kernels.similarity",
     "tvr.launchers.cli",
-    "tvr.trainer.run_log",
+    "tvr.trainer.monitoring.run_log",
 )
 
 
@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wanted = [*package_files(), "tvr/pyproject.toml", "tvr/README.md", "tvr/LICENSE"]
     for name in wanted:
         copy = source / name.removeprefix("tvr/")
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / name.removeprefix("tvr/")).read_bytes())
     line = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
     ended = subprocess.run(
@@ -61,7 +61,10 @@ def test_wheel_holds_the_folders_and_nothing_else(wheel: Path) -> None:
 def test_package_files_include_types_and_the_template() -> None:
     # Guards the comparison above against an empty listing.
     assert {f"tvr/{folder}/py.typed" for folder in FOLDERS} <= package_files()
-    assert {"tvr/trainer/report.html.jinja", "tvr/data_prep/page.css.jinja"} <= package_files()
+    assert {
+        "tvr/trainer/pages/report.html.jinja",
+        "tvr/data_prep/page.css.jinja",
+    } <= package_files()
 
 
 def test_imports_come_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tvr.launchers.cli import COMMANDS
 from tvr.trainer.config import merged
-from tvr.trainer.recipes import recipe
+from tvr.trainer.recipes.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -18,8 +18,8 @@ import tyro
 from rich.console import Console
 
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
-from tvr.trainer.ending import EXIT_DONE, tell_training, training_reported
-from tvr.trainer.recipes import RECIPES, recipe
+from tvr.trainer.exit_codes import EXIT_DONE, tell_training, training_reported
+from tvr.trainer.recipes.recipes import RECIPES, recipe
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
@@ -111,11 +111,11 @@ def show_config(argv: Sequence[str]) -> int:
         if ranks is not None and ranks < 1:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
-        from tvr.data_prep.decoders import decoder_line
-        from tvr.trainer.deepspeed_config import optimizer_line
-        from tvr.trainer.flops import peak_line
-        from tvr.trainer.machine import device, device_line, similarity_line
-        from tvr.trainer.staging import staging_line
+        from tvr.data_prep.video.decoders import decoder_line
+        from tvr.trainer.engine.deepspeed_config import optimizer_line
+        from tvr.trainer.engine.staging import staging_line
+        from tvr.trainer.memory.environment import device, device_line, similarity_line
+        from tvr.trainer.monitoring.flops import peak_line
 
         print(device_line(), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
@@ -124,7 +124,7 @@ def show_config(argv: Sequence[str]) -> int:
         print(peak_line(resolved), file=sys.stderr)
         print(staging_line(resolved.checkpoint), file=sys.stderr)
         if memory:
-            from tvr.trainer.memory_table import memory_table
+            from tvr.trainer.memory.memory_table import memory_table
 
             Console(stderr=True).print(memory_table(resolved, ranks or 1))
         return EXIT_DONE
@@ -142,7 +142,7 @@ def evaluate(argv: Sequence[str]) -> int:
             run_dir: Folder of an existing run.
             data: Data set to evaluate on instead of the run's; its results are printed, not kept.
         """
-        from tvr.trainer.restore import evaluate_run
+        from tvr.trainer.evaluation.saved_run import evaluate_run
 
         result = evaluate_run(run_dir, data)
         if os.environ.get("RANK", "0") == "0":
@@ -182,7 +182,7 @@ def export(argv: Sequence[str]) -> int:
             out: Folder to make: towers, tokeniser and processor as transformers reads them, and
                 the heads beside them.
         """
-        from tvr.trainer.export import export_run
+        from tvr.trainer.evaluation.export import export_run
 
         export_run(run_dir, out)
         print(out)
@@ -223,7 +223,7 @@ def demo(argv: Sequence[str]) -> int:
 
 def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:
     from tvr.trainer.demo import DemoPaths, prepare_demo, train_on_ranks
-    from tvr.trainer.run_dir import is_finished
+    from tvr.trainer.monitoring.run_dir import is_finished
 
     base = recipe("demo")
 
@@ -259,7 +259,7 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
         code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
         if code != EXIT_DONE:
             return code
-    from tvr.trainer.restore import stored_table
+    from tvr.trainer.evaluation.saved_run import stored_table
 
     say("done\n\n" + stored_table(run_dir))
     print(f"\nreport: {_write_report(run_dir)}")
@@ -267,8 +267,8 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
 
 
 def _write_report(run_dir: Path) -> Path:
-    from tvr.trainer.report import write_report
-    from tvr.trainer.restore import thumbnails_of
+    from tvr.trainer.evaluation.saved_run import thumbnails_of
+    from tvr.trainer.pages.report import write_report
 
     return write_report(run_dir, thumbnails=thumbnails_of(run_dir))
 

@@ -17,9 +17,9 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tvr.data_prep.decoders import Decoder
-from tvr.data_prep.shard_cache import CacheFolder
-from tvr.data_prep.views import FrameSampling, Views
+from tvr.data_prep.reading.augment import FrameSampling, Views
+from tvr.data_prep.reading.node_cache import CacheFolder
+from tvr.data_prep.video.decoders import Decoder
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 

@@ -17,14 +17,14 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from tvr.data_prep.annotations import read_annotations
-from tvr.data_prep.manifest import MANIFEST_NAME
-from tvr.data_prep.pack import pack_shards
-from tvr.data_prep.pack_progress import shown_progress
-from tvr.data_prep.shapes import ANNOTATIONS, Scene, demo_scenes, write_clips
+from tvr.data_prep.annotations.read import read_annotations
+from tvr.data_prep.dataset.manifest import MANIFEST_NAME
+from tvr.data_prep.demo_clips import ANNOTATIONS, Scene, demo_scenes, write_clips
+from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.packing.progress import shown_progress
 from tvr.trainer.config import Config, to_json
-from tvr.trainer.run_dir import write_whole
-from tvr.trainer.tokenizer import train_tokenizer
+from tvr.trainer.model.tokenizer import train_tokenizer
+from tvr.trainer.monitoring.run_dir import write_whole
 
 SCENES_SEED = 2023
 VOCABULARY = 768

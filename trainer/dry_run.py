@@ -18,21 +18,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tvr.data_prep.manifest import Manifest, check_words, read_manifest
+from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
-from tvr.trainer.deepspeed_config import deepspeed_config
+from tvr.trainer.data import tokenizer_of
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.deepspeed_config import deepspeed_config
+from tvr.trainer.engine.schedule import learning_rate_factor
 from tvr.trainer.errors import PreflightFailed
-from tvr.trainer.inputs import tokenizer_of
-from tvr.trainer.machine import device_line
-from tvr.trainer.model import TextVideoModel, build_outline
-from tvr.trainer.outline import checkpoint_bytes
-from tvr.trainer.preflight import check_disk, preflight
-from tvr.trainer.rank_memory import free_bytes, rank_memory
-from tvr.trainer.schedule import learning_rate_factor
-from tvr.trainer.synthetic import share_of_one, take_synthetic_step
-from tvr.trainer.tokenizer import Tokenizer
-from tvr.trainer.trained import parameter_groups
-from tvr.trainer.world import World
+from tvr.trainer.memory.environment import device_line
+from tvr.trainer.memory.model_memory import checkpoint_bytes
+from tvr.trainer.memory.rank_memory import free_bytes, rank_memory
+from tvr.trainer.model.model import TextVideoModel, build_outline
+from tvr.trainer.model.parameter_groups import parameter_groups
+from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.resilience.preflight import check_disk, preflight
+from tvr.trainer.synthetic_step import share_of_one, take_synthetic_step
 
 Row = Sequence[str]
 SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)

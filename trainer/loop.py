@@ -11,35 +11,35 @@ from typing import Any
 import torch
 
 from tvr.data_prep.records import Batch
-from tvr.trainer.attempt import begin_attempt
-from tvr.trainer.checkpoint import note_evaluation
-from tvr.trainer.checkpoint_manifest import SavedState
+from tvr.trainer.checkpoint.catalogue import note_evaluation
+from tvr.trainer.checkpoint.fencing import begin_attempt
+from tvr.trainer.checkpoint.manifest import SavedState
+from tvr.trainer.checkpoint.restore import Resume, engine_from, resume_point
+from tvr.trainer.checkpoint.saver import Saved, Saver, shard_files
 from tvr.trainer.config import Config
-from tvr.trainer.engine import Engine
+from tvr.trainer.data import tokenizer_of, training_batches
+from tvr.trainer.distributed.world import World, join_world
+from tvr.trainer.engine.engine import Engine
+from tvr.trainer.engine.random_state import random_state
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
-from tvr.trainer.evaluate import Evaluation, evaluate
-from tvr.trainer.failures import Tell, telling
-from tvr.trainer.inputs import tokenizer_of, training_batches
-from tvr.trainer.model import build_model
-from tvr.trainer.monitor import Monitor, monitored
-from tvr.trainer.preemption import Notice, noticing
-from tvr.trainer.preflight import check_data, check_disk, check_memory, preflight
-from tvr.trainer.progress import Progress
-from tvr.trainer.random_state import random_state
-from tvr.trainer.resume import Resume, engine_from, resume_point
-from tvr.trainer.run_dir import (
+from tvr.trainer.evaluation.evaluate import Evaluation, evaluate
+from tvr.trainer.model.model import build_model
+from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.monitoring.monitor import Monitor, monitored
+from tvr.trainer.monitoring.progress import Progress
+from tvr.trainer.monitoring.run_dir import (
     checkpoints_of,
     claim,
     evaluated_step,
     retention,
     write_evaluation,
 )
-from tvr.trainer.run_log import LogWriter
-from tvr.trainer.saver import Saved, Saver, shard_files
-from tvr.trainer.step import OptimiserStep
-from tvr.trainer.tokenizer import Tokenizer
-from tvr.trainer.watchdog import Watchdog, watching
-from tvr.trainer.world import World, join_world
+from tvr.trainer.monitoring.run_log import LogWriter
+from tvr.trainer.resilience.failures import Tell, telling
+from tvr.trainer.resilience.preemption import Notice, noticing
+from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight
+from tvr.trainer.resilience.watchdog import Watchdog, watching
+from tvr.trainer.train_step import OptimiserStep
 
 # Beyond train.timeout_s, after which the watchdog ends a job within seconds.
 TIMEOUT_MARGIN_S = 60.0

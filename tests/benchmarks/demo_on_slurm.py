@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jobs
 import torch
-from slurm_cluster import cluster_of
+from builders import jobs
+from builders.slurm_cluster import cluster_of
 
-from tvr.trainer.bench_report import machine, versions
+from tvr.trainer.bench.bench_report import machine, versions
 from tvr.trainer.config import from_json
 
 # What a step's record says of the training, and not of its time.

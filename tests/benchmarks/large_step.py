@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        from tvr.launchers.rank import end_process
+        from tvr.launchers.rank_main import end_process
 
         work(options, Path(options.worker))
         end_process(0)
@@ -65,7 +65,7 @@ def main() -> None:
 
 def launch(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """The step in one mode, by fresh processes."""
-    from tvr.trainer.tokenizer import train_tokenizer
+    from tvr.trainer.model.tokenizer import train_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(
@@ -90,15 +90,15 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     """One rank's part; rank 0 writes what the step logged, and everyone's memory."""
     import torch
 
-    from tvr.trainer.attempt import begin_attempt
+    from tvr.trainer.bench.measured import process_bytes
+    from tvr.trainer.checkpoint.fencing import begin_attempt
     from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
-    from tvr.trainer.engine import Engine
-    from tvr.trainer.measured import process_bytes
-    from tvr.trainer.model import build_model
-    from tvr.trainer.run_log import LogWriter
-    from tvr.trainer.step import OptimiserStep
-    from tvr.trainer.tokenizer import load_tokenizer
-    from tvr.trainer.world import join_world
+    from tvr.trainer.distributed.world import join_world
+    from tvr.trainer.engine.engine import Engine
+    from tvr.trainer.model.model import build_model
+    from tvr.trainer.model.tokenizer import load_tokenizer
+    from tvr.trainer.monitoring.run_log import LogWriter
+    from tvr.trainer.train_step import OptimiserStep
 
     with join_world() as world:
         settings = MODES[options.modes[0]]

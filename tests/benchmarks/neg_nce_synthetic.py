@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tvr.kernels.losses import LossTerms, row_info_nce, row_neg_nce
 from tvr.kernels.reference import unit
-from tvr.kernels.rows import ALONE
+from tvr.kernels.row_loss.online_softmax import ALONE
 
 LOSSES = ("info_nce", "neg_nce reference", "neg_nce log")
 SCALE, WEIGHT = 100.0, 0.5

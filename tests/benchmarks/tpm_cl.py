@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from tvr.kernels.layers import TokenWeightLayer
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
+from tvr.kernels.weight_layers import TokenWeightLayer
 
 # The published code's blocks.
 BLOCK_TEXTS, BLOCK_VIDEOS = 8, 16

@@ -1,0 +1,209 @@
+"""Published benchmarks: annotation files as they were given out -> the clips of one split.
+
+The file names and layouts are those that CLIP4Clip and its successors read. A split is a list of
+video ids and a file of captions. A clip's video_id is the published id, and its key that id as
+`clip_keys.key_of` spells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from fsspec.core import url_to_fs
+
+from tvr.data_prep.annotations.benchmark_files import (
+    activitynet_captions,
+    didemo_captions,
+    jsfusion_captions,
+    msrvtt_captions,
+    msvd_captions,
+    read_ids,
+)
+from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule
+from tvr.data_prep.annotations.video_lookup import VideoFiles
+from tvr.data_prep.dataset.manifest import join
+from tvr.data_prep.records import Clip
+
+Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet"]
+MAX_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Where the videos and the captions of a split are."""
+
+    published: int
+    """Videos, as papers on retrieval count them."""
+    lists: tuple[str, ...]
+    """File of video ids; the first that is there serves."""
+    captions: str
+    """File of captions, possibly of other splits too."""
+    read: Callable[[str], dict[str, list[str]]]
+    """URL of that file -> the captions of every video in it."""
+    file_prefix: str = ""
+    """What ids begin with and some collections of files leave out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The clips of a split in the order of its list, and all that is not as published."""
+
+    name: str
+    published: int
+    clips: tuple[Clip, ...]
+    """Also those without a file, which packing refuses as missing_file, and counts."""
+    without_file: tuple[str, ...]
+    """Ids of clips whose file is not there."""
+    without_captions: tuple[str, ...]
+    """Listed ids that are no clips, since nobody described them."""
+    not_listed: tuple[str, ...]
+    """Captioned ids that the list does not name."""
+
+    def summary(self) -> list[str]:
+        """The size of the split against the published one, and a line for each difference."""
+        size, published = len(self.clips), self.published
+        told = "as published" if size == published else f"published {published:,}"
+        difference = "" if size == published else f" ({size - published:+,})"
+        lines = [f"{self.name}: {size:,} videos, {told}{difference}"]
+        for what, ids in (
+            ("without a video file", self.without_file),
+            ("listed without captions, left out", self.without_captions),
+            ("captioned but not in this list, left out", self.not_listed),
+        ):
+            if ids:
+                more = f" and {len(ids) - MAX_NAMED:,} more" if len(ids) > MAX_NAMED else ""
+                lines.append(f"{what}: {len(ids):,} ({', '.join(ids[:MAX_NAMED])}{more})")
+        return lines
+
+
+def read_benchmark(
+    dataset: Dataset, split: str | None, *, annotations: str, videos: str
+) -> Selection:
+    """Reads a split from the folders (paths or fsspec URLs) of its annotations and its videos.
+
+    Raises:
+        FileNotFoundError: no such folder, or an annotation file is not in it.
+        ValueError: an unknown name, a malformed file, or two ids with one key.
+    """
+    source = _split(dataset, split)
+    list_url = _first_there(annotations, source.lists)
+    captions_url = _first_there(annotations, (source.captions,))
+    origins, captions = read_ids(list_url), source.read(captions_url)
+    files = VideoFiles(videos)
+    clips: dict[str, Clip] = {}
+    without_file = []
+    for video_id, origin in origins.items():
+        if video_id not in captions:
+            continue
+        key = key_of(video_id)
+        if not KEY_PATTERN.fullmatch(key):
+            raise ValueError(f"{origin}: video {video_id!r}: {key_rule(key)}")
+        if key in clips:
+            raise ValueError(
+                f"{origin}: video {video_id!r} and {clips[key].video_id!r} of {clips[key].origin}"
+                f" have the same key {key!r}"
+            )
+        file = files.find(video_id) or files.find(video_id.removeprefix(source.file_prefix))
+        if file is None:
+            without_file.append(video_id)
+        clips[key] = Clip(
+            key=key,
+            video=file or files.expected(video_id),
+            captions=tuple(captions[video_id]),
+            video_id=video_id,
+            origin=origin,
+        )
+    return Selection(
+        name=f"{dataset} {split}",
+        published=source.published,
+        clips=tuple(clips.values()),
+        without_file=tuple(without_file),
+        without_captions=tuple(name for name in origins if name not in captions),
+        not_listed=tuple(name for name in captions if name not in origins),
+    )
+
+
+def _split(dataset: Dataset, split: str | None) -> Split:
+    if dataset not in BENCHMARKS:
+        raise ValueError(f"dataset={dataset!r} must be one of {', '.join(BENCHMARKS)}")
+    if split not in BENCHMARKS[dataset]:
+        raise ValueError(
+            f"split={split!r} of dataset {dataset} must be one of {', '.join(BENCHMARKS[dataset])};"
+            " set it with --split"
+        )
+    return BENCHMARKS[dataset][split]
+
+
+def _first_there(folder: str, names: tuple[str, ...]) -> str:
+    fs, root = url_to_fs(folder)
+    for name in names:
+        if fs.exists(join(root, name)):
+            return join(folder, name)
+    raise FileNotFoundError(f"annotations={folder!r}: no file {' or '.join(names)} in that folder")
+
+
+def _msrvtt(published: int, *lists: str) -> Split:
+    return Split(
+        published=published, lists=lists, captions="MSRVTT_data.json", read=msrvtt_captions
+    )
+
+
+def _msvd(published: int, split: str) -> Split:
+    return Split(
+        published=published,
+        lists=(f"{split}_list.txt",),
+        captions="raw-captions.pkl",
+        read=msvd_captions,
+    )
+
+
+def _didemo(published: int, split: str) -> Split:
+    return Split(
+        published=published,
+        lists=(f"{split}_list.txt",),
+        captions=f"{split}_data.json",
+        read=didemo_captions,
+    )
+
+
+def _activitynet(published: int, ids: str, captions: str) -> Split:
+    return Split(
+        published=published,
+        lists=(ids, captions),
+        captions=captions,
+        read=activitynet_captions,
+        file_prefix="v_",
+    )
+
+
+BENCHMARKS: dict[Dataset, dict[str, Split]] = {
+    "msrvtt": {
+        "train-9k": _msrvtt(9_000, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt"),
+        "train-7k": _msrvtt(7_010, "MSRVTT_train.7k.csv"),
+        "test-1ka": Split(
+            published=1_000,
+            lists=("MSRVTT_JSFUSION_test.csv",),
+            captions="MSRVTT_JSFUSION_test.csv",
+            read=jsfusion_captions,
+        ),
+        # Miech's split. Its training list holds 453 videos of test-1ka: it stands in for no other.
+        "train-1kb": _msrvtt(6_656, "train_list_miech.txt"),
+        "test-1kb": _msrvtt(1_000, "test_list_miech.txt"),
+    },
+    "msvd": {
+        "train": _msvd(1_200, "train"),
+        "val": _msvd(100, "val"),
+        "test": _msvd(670, "test"),
+    },
+    "didemo": {
+        "train": _didemo(8_395, "train"),
+        "val": _didemo(1_065, "val"),
+        "test": _didemo(1_004, "test"),
+    },
+    "activitynet": {
+        "train": _activitynet(10_009, "train_ids.json", "train.json"),
+        "val": _activitynet(4_917, "val_ids.json", "val_1.json"),
+    },
+}

@@ -1,0 +1,90 @@
+"""Annotation files -> clips: JSONL with one video or one caption a line, CSV or Parquet with one
+caption a row."""
+
+from __future__ import annotations
+
+from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format
+from tvr.data_prep.annotations.video_lookup import VideoFiles
+from tvr.data_prep.records import Clip
+
+
+def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
+    """Reads clips in file order from a .jsonl, .csv (also .gz) or .parquet file at a path or fsspec
+    URL.
+
+    JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id",
+    "start", "end"}.
+    Or {"clip_name": ..., "caption": ...}: the video is searched by that name among the videos, and
+    the lines of one name are merged in file order.
+    CSV: columns video, caption, optional key, video_id, start, end; rows of one clip are merged in
+    file order.
+    Parquet: the same, and a column captions of lists instead of or beside caption.
+    "start" and "end" cut the clip out of its video, in seconds. Relative video paths resolve
+    against `videos`, or else the annotation file's folder. Without "key" the video's file name is
+    used, of a cut with its milliseconds as NAME_START_END, without "video_id" the key. Empty
+    captions are kept here; packing counts them.
+
+    Raises:
+        FileNotFoundError: no such annotation file, or folder of videos to search.
+        ImportError: a .parquet file without pyarrow.
+        ValueError: malformed file, named as file:line; an annotation without clips; a duplicate
+            key.
+    """
+    base = videos if videos is not None else _parent(url)
+    drafts: dict[str, Draft] = {}
+    merge = file_format(url) != "jsonl"
+    for row in annotation_rows(url):
+        first = drafts.get(row.key)
+        if first is None:
+            drafts[row.key] = row
+        elif (merge or row.by_name) and first.source == row.source:
+            _merge(first, row)
+        else:
+            raise ValueError(
+                f"{row.origin}: duplicate key {row.key!r}, first at {first.origin}; give each clip"
+                ' its own "key" (without one it comes from the video\'s file name)'
+            )
+    if not drafts:
+        raise ValueError(
+            f"{url}: empty annotation, no clip in it; expected one JSON object or CSV row a clip"
+        )
+    files = VideoFiles(base) if any(draft.by_name for draft in drafts.values()) else None
+    return [_clip(draft, base, files) for draft in drafts.values()]
+
+
+def _clip(draft: Draft, base: str, files: VideoFiles | None) -> Clip:
+    if draft.by_name:
+        assert files is not None
+        video = files.find(draft.video) or files.expected(draft.video)
+    else:
+        video = _resolve(draft.video, base)
+    return Clip(
+        key=draft.key,
+        video=video,
+        captions=tuple(draft.captions),
+        video_id=draft.video_id,
+        origin=draft.origin,
+        start_s=draft.start_s,
+        end_s=draft.end_s,
+    )
+
+
+def _merge(first: Draft, row: Draft) -> None:
+    if first.video_id != row.video_id:
+        raise ValueError(
+            f"{row.origin}: video_id={row.video_id!r} differs from {first.video_id!r} of the same"
+            f" video at {first.origin}"
+        )
+    first.captions.extend(row.captions)
+
+
+def _resolve(video: str, base: str) -> str:
+    if "://" in video or video.startswith("/") or not base:
+        return video
+    return f"{base.rstrip('/')}/{video}"
+
+
+def _parent(url: str) -> str:
+    """The folder of a file at a path or URL; "" for the current one."""
+    folder, slash, _ = url.rpartition("/")
+    return folder + "/" if slash else ""

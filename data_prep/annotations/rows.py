@@ -1,0 +1,179 @@
+"""Rows of annotation files, one by one, as the formats have them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule, span_suffix
+from tvr.data_prep.annotations.parquet import parquet_rows
+
+ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
+CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
+# The lines of the DMAE authors' code. It needs neither sen_id nor retrieval_key nor label to tell
+# captions and videos apart, and neither does this.
+NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
+FORMATS = ("jsonl", "csv", "parquet")
+
+
+@dataclass(slots=True, kw_only=True)
+class Draft:
+    """What one row says of a clip."""
+
+    key: str
+    video: str
+    video_id: str
+    origin: str
+    by_name: bool = False
+    """`video` is a name to search for."""
+    captions: list[str] = field(default_factory=list)
+    start_s: float = 0.0
+    end_s: float | None = None
+
+    @property
+    def source(self) -> tuple[object, ...]:
+        """What a clip shows."""
+        return self.video, self.by_name, self.start_s, self.end_s
+
+
+def annotation_rows(url: str) -> Iterator[Draft]:
+    """The rows of a file in its order. Raises as `read_annotations`."""
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+    return readers[file_format(url)](url)
+
+
+def file_format(url: str) -> str:
+    """One of FORMATS, by the file's name. Raises ValueError."""
+    name = url.removesuffix(".gz")
+    for extension in FORMATS:
+        if name.endswith("." + extension) and not (extension == "parquet" and name != url):
+            return extension
+    raise ValueError(
+        f"annotations={url!r}: unknown format; the name must end in .jsonl or .csv (or .gz of it),"
+        " or in .parquet"
+    )
+
+
+def text_lines(url: str) -> Iterator[str]:
+    """Text lines, without the byte-order mark that spreadsheets write."""
+    try:
+        with fsspec.open(url, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"annotation file {url} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: not UTF-8 text: {error}") from error
+
+
+def _jsonl_rows(url: str) -> Iterator[Draft]:
+    for number, line in enumerate(text_lines(url), start=1):
+        if not line.strip():
+            continue
+        origin = f"{url}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{origin}: not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
+        yield (_named_draft if "clip_name" in value else _draft)(value, origin)
+
+
+def _named_draft(row: dict[str, Any], origin: str) -> Draft:
+    """A line of the authors' JSONL: one caption of a video that is named without its file."""
+    _check_fields(row, NAMED_ALLOWED, origin)
+    name, caption = row["clip_name"], row.get("caption")
+    if not isinstance(name, str) or not name or not isinstance(caption, str):
+        raise ValueError(f"{origin}: clip_name={name!r} and caption={caption!r} must be text")
+    key = key_of(name)
+    if not KEY_PATTERN.fullmatch(key):
+        raise ValueError(f"{origin}: {key_rule(key)}")
+    return Draft(key=key, video=name, video_id=key, origin=origin, captions=[caption], by_name=True)
+
+
+def _parquet_rows(url: str) -> Iterator[Draft]:
+    for number, row in enumerate(parquet_rows(url), start=1):
+        # A row without caption is an empty caption, as in CSV.
+        yield _draft(row if "captions" in row else {"caption": "", **row}, f"{url}: row {number}")
+
+
+def _csv_rows(url: str) -> Iterator[Draft]:
+    reader = csv.DictReader(text_lines(url), strict=True)
+    try:
+        columns = reader.fieldnames or ()
+        unknown = sorted(set(columns) - set(CSV_ALLOWED))
+        if columns and (unknown or not {"video", "caption"} <= set(columns)):
+            raise ValueError(
+                f"{url}:1: columns {', '.join(columns)}; expected video, caption and optionally"
+                " key, video_id, start, end"
+            )
+        for row in reader:
+            origin = f"{url}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{origin}: expected {len(columns)} fields ({', '.join(columns)})")
+            yield _draft(
+                {name: value for name, value in row.items() if value or name == "caption"}, origin
+            )
+    except csv.Error as error:
+        # line_num is the last line of the last whole row.
+        raise ValueError(f"{url}:{reader.line_num + 1}: not CSV: {error}") from error
+
+
+def _draft(row: dict[str, Any], origin: str) -> Draft:
+    _check_fields(row, ALLOWED, origin)
+    if ("captions" in row) == ("caption" in row):
+        raise ValueError(f'{origin}: give either "captions" (a list) or "caption" (one text)')
+    captions = row["captions"] if "captions" in row else [row["caption"]]
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{origin}: captions={captions!r} must be text")
+    for name in ("video", "key", "video_id"):
+        value = row.get(name, "-" if name != "video" else "")
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"{origin}: {name}={value!r} must be a text with at least one character"
+            )
+    start_s, end_s = _span(row, origin)
+    key = row.get("key") or key_of(row["video"]) + span_suffix(start_s, end_s)
+    if not KEY_PATTERN.fullmatch(key):
+        raise ValueError(f"{origin}: {key_rule(key)}")
+    return Draft(
+        key=key,
+        video=row["video"],
+        video_id=row.get("video_id", key),
+        origin=origin,
+        captions=captions,
+        start_s=start_s,
+        end_s=end_s,
+    )
+
+
+def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
+    """The cut of a row in seconds; CSV has it as text."""
+    seconds: dict[str, float] = {}
+    for name in ("start", "end"):
+        value = row.get(name)
+        if value is not None:
+            try:
+                seconds[name] = float(value) if not isinstance(value, bool) else math.nan
+            except (TypeError, ValueError):
+                seconds[name] = math.nan
+            if not math.isfinite(seconds[name]):
+                raise ValueError(f"{origin}: {name}={value!r} must be a number of seconds")
+    start_s, end_s = seconds.get("start", 0.0), seconds.get("end")
+    if not 0 <= start_s < (math.inf if end_s is None else end_s):
+        raise ValueError(f"{origin}: start={start_s} and end={end_s} must be 0 <= start < end")
+    return start_s, end_s
+
+
+def _check_fields(row: dict[str, Any], allowed: tuple[str, ...], origin: str) -> None:
+    unknown = sorted(set(row) - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"{origin}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}"
+        )

@@ -1,0 +1,195 @@
+"""The command lines of `tvr verify` and `tvr stats`.
+
+Exit codes: 0 done; 2 bad usage or no data set to read; 3 verify found problems.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from tvr.data_prep.check import sequential_reads as scan
+from tvr.data_prep.check.sequential_reads import JOBS
+from tvr.data_prep.check.stats import read_facts, statistics_of
+from tvr.data_prep.check.verify import Report, leaks, verify_dataset
+from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.dataset.captions import LONG_WORDS, CaptionStatistics
+from tvr.data_prep.dataset.manifest import read_manifest
+
+Against = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class VerifyArguments:
+    """Checks a packed data set against its manifest, every byte and every sample, and that it has
+    no sample in common with others; exit code 3 for problems."""
+
+    url: Annotated[str, tyro.conf.Positional]
+    """Folder or fsspec URL of the data set."""
+    against: Against = ()
+    """A data set that must have no sample in common with it, such as the training set of a test
+    set: by key, video_id or content. May be given several times."""
+    compare_captions: bool = True
+    """Read the samples of those as well, to count captions in common (which are no problem)."""
+    decode: int = 32
+    """Samples to decode as well, spread evenly; 0 = none."""
+    jobs: int = JOBS
+    """Shards to read at a time."""
+    max_shown: int = 50
+    """Problems to list."""
+    json: str | None = None
+    """File for the whole report; - = standard output, instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class StatsArguments:
+    """Writes one HTML page about a packed data set: samples to look at, histograms, totals."""
+
+    url: Annotated[str, tyro.conf.Positional]
+    """Folder or fsspec URL of the data set."""
+    out: str = "stats.html"
+    """File to write."""
+    against: Against = ()
+    """A data set that must have no sample in common with it. May be given several times."""
+    samples: int | None = None
+    """Samples to read, spread evenly; default: all."""
+    pictures: int = 12
+    """Samples to show, spread evenly; 0 = none."""
+    jobs: int = JOBS
+    """Shards to read at a time."""
+
+
+def verify(argv: Sequence[str]) -> int:
+    """`tvr verify`: returns the exit code."""
+    return reported(
+        "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
+    )
+
+
+def stats(argv: Sequence[str]) -> int:
+    """`tvr stats`: returns the exit code."""
+    return reported(
+        "tvr stats", lambda: _stats(tyro.cli(StatsArguments, prog="tvr stats", args=argv))
+    )
+
+
+def _verify(arguments: VerifyArguments) -> int:
+    with _bar() as progress:
+        report = verify_dataset(
+            arguments.url,
+            decode=arguments.decode,
+            against=arguments.against,
+            compare_captions=arguments.compare_captions,
+            jobs=arguments.jobs,
+            progress=progress,
+        )
+    text = json.dumps(asdict(report), indent=1)
+    if arguments.json == "-":
+        print(text)
+    else:
+        if arguments.json is not None:
+            _write_whole(Path(arguments.json), text + "\n")
+        _tell(report, arguments.max_shown)
+    return 3 if report.problems else 0
+
+
+def _tell(report: Report, max_shown: int) -> None:
+    print(
+        f"{report.url}: {report.num_samples} samples in {report.num_shards} shards,"
+        f" {report.num_bytes / 1e6:.1f} MB hashed, {report.num_decoded} samples decoded:"
+        f" {len(report.problems) or 'no'} problems"
+    )
+    print("\n".join(_caption_lines(report.captions)))
+    for common in report.common_captions:
+        unread = f" ({common.num_unread} of its samples not read)" if common.num_unread else ""
+        print(f"captions also in {common.url}: {common.num_captions:,}{unread}")
+    if not report.problems:
+        return
+    table = Table("where", "problem")
+    for problem in report.problems[:max_shown]:
+        table.add_row(Text(problem.where), Text(problem.what))
+    Console().print(table)
+    if len(report.problems) > max_shown:
+        print(f"and {len(report.problems) - max_shown} more")
+
+
+def _caption_lines(captions: CaptionStatistics) -> Iterator[str]:
+    words = captions.words
+    if words is None:
+        return
+    yield (
+        f"captions: {captions.num_captions:,}, of {words.least:.0f} to {words.most:.0f} words,"
+        f" median {words.median:g}, 95 % up to {words.p95:g};"
+        f" {100 * captions.num_long / captions.num_captions:.1f} % of more than {LONG_WORDS}"
+    )
+    yield (
+        f"captions empty: {captions.num_empty:,}, repeated within a video:"
+        f" {captions.num_repeated:,}, of several videos: {captions.num_shared:,}"
+    )
+
+
+def _stats(arguments: StatsArguments) -> int:
+    # Takes a second, which verify need not.
+    from tvr.data_prep.check.stats_page import shown_samples, stats_page
+
+    if arguments.pictures < 0:
+        raise ValueError(f"pictures={arguments.pictures} must be 0 or more")
+    manifest = read_manifest(arguments.url)
+    found = {
+        other: list(leaks(manifest, other, read_manifest(other))) for other in arguments.against
+    }
+    with _bar() as progress:
+        tally = read_facts(
+            arguments.url,
+            manifest,
+            samples=arguments.samples,
+            jobs=arguments.jobs,
+            progress=progress,
+        )
+    statistics = statistics_of(manifest, tally)
+    shown = shown_samples(arguments.url, manifest, arguments.pictures)
+    _write_whole(Path(arguments.out), stats_page(arguments.url, statistics, shown, found))
+    print(
+        f"{arguments.url}: {statistics.num_read:,} of {statistics.num_samples:,} samples read,"
+        f" {statistics.num_captions:,} captions of {statistics.num_videos:,} videos;"
+        f" see {arguments.out}"
+    )
+    if unread := sum(statistics.unread.values()):
+        print(f"{unread:,} samples could not be read: `tvr verify` names them")
+    for other, problems in found.items():
+        print(f"in common with {other}: {len(problems):,} pairs of samples")
+    return 0
+
+
+@contextmanager
+def _bar() -> Iterator[scan.Progress]:
+    """A bar of bytes on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,194 @@
+"""What a data set holds, in numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from tvr.data_prep.check.distribution import Distribution, distribution
+from tvr.data_prep.check.sequential_reads import (
+    CHUNK_BYTES,
+    JOBS,
+    Meter,
+    Progress,
+    ShardBytes,
+    in_threads,
+    read_members,
+)
+from tvr.data_prep.dataset.captions import CaptionStatistics, CaptionTally
+from tvr.data_prep.dataset.manifest import Layout, Manifest
+from tvr.data_prep.dataset.sample_codec import parse_meta
+from tvr.data_prep.records import BadSample
+from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.video.frame_sampling import segment_centres
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What one sample says of itself and of its source."""
+
+    video_id: str
+    captions: tuple[str, ...]
+    duration_s: float
+    frame_rate_hz: float
+    width: int
+    """Pixels of the source, before any rotation."""
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Totals and sizes are of the whole data set, the rest is of the samples that were read."""
+
+    layout: Layout
+    num_frames: int
+    """Stored per sample; 0 in the video layout."""
+    num_samples: int
+    num_videos: int
+    """Distinct video ids."""
+    num_captions: int
+    num_bytes: int
+    refused: dict[str, int]
+    """Clips left out when packing, by reason."""
+    num_empty_captions: int
+    """Dropped when packing."""
+    captions_per_video: Distribution | None
+    sample_bytes: Distribution | None
+    samples_per_shard: Distribution | None
+    num_read: int
+    unread: dict[str, int]
+    """Samples that should have been read and could not be, by reason."""
+    captions: CaptionStatistics
+    duration_s: Distribution | None
+    frame_rate_hz: Distribution | None
+    short_side: Distribution | None
+    """Pixels of the source."""
+    aspect: Distribution | None
+    """Width / height of the source."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Facts of many samples, in bounded memory: 24 bytes a sample and 20 a caption."""
+
+    captions: CaptionTally = field(default_factory=CaptionTally)
+    duration_s: array[float] = field(default_factory=lambda: array("d"))
+    frame_rate_hz: array[float] = field(default_factory=lambda: array("d"))
+    width: array[int] = field(default_factory=lambda: array("I"))
+    height: array[int] = field(default_factory=lambda: array("I"))
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def add(self, facts: Facts) -> None:
+        """Counts one sample."""
+        self.captions.add(facts.video_id, facts.captions)
+        self.duration_s.append(facts.duration_s)
+        self.frame_rate_hz.append(facts.frame_rate_hz)
+        self.width.append(facts.width)
+        self.height.append(facts.height)
+
+    def merge(self, other: Tally) -> None:
+        """Counts what another tally did."""
+        self.captions.merge(other.captions)
+        self.duration_s.extend(other.duration_s)
+        self.frame_rate_hz.extend(other.frame_rate_hz)
+        self.width.extend(other.width)
+        self.height.extend(other.height)
+        self.unread.update(other.unread)
+
+
+def read_facts(
+    url: str,
+    manifest: Manifest,
+    *,
+    samples: int | None = None,
+    jobs: int = JOBS,
+    progress: Progress | None = None,
+) -> Tally:
+    """Reads every sample, or `samples` of them, spread evenly; `jobs` shards at a time."""
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples={samples} must be 1 or more")
+    total = manifest.num_samples
+    rows = np.array(segment_centres(total, total if samples is None else samples))
+    if len(rows) == total:
+        num_bytes, ahead = sum(shard.shard_bytes for shard in manifest.files), CHUNK_BYTES
+    else:  # nothing that is wanted lies beside a sample
+        num_bytes, ahead = int(manifest.samples.length[rows].sum()), 0
+    meter = Meter(num_bytes, progress)
+    read = partial(_read_shard, Store(url), manifest, rows, meter, ahead)
+    tally = Tally()
+    for found in in_threads(jobs, read, range(len(manifest.files)), meter):
+        tally.merge(found)
+    return tally
+
+
+def statistics_of(manifest: Manifest, tally: Tally) -> Statistics:
+    """Of a data set, some or all samples of which were counted."""
+    samples = manifest.samples
+    video_ids, videos = np.unique(samples.video_id, return_inverse=True)
+    width, height = (np.array(side, dtype=np.float64) for side in (tally.width, tally.height))
+    return Statistics(
+        layout=manifest.layout,
+        num_frames=manifest.num_frames,
+        num_samples=manifest.num_samples,
+        num_videos=len(video_ids),
+        num_captions=manifest.num_captions,
+        num_bytes=sum(shard.shard_bytes for shard in manifest.files),
+        refused=manifest.bad,
+        num_empty_captions=manifest.num_empty_captions,
+        captions_per_video=distribution(np.bincount(videos, samples.num_captions), whole=True),
+        sample_bytes=distribution(samples.length),
+        samples_per_shard=distribution(np.array(manifest.shard_sizes), whole=True),
+        num_read=len(width),
+        unread=dict(sorted(tally.unread.items())),
+        captions=tally.captions.statistics(),
+        duration_s=distribution(np.array(tally.duration_s)),
+        frame_rate_hz=distribution(np.array(tally.frame_rate_hz)),
+        short_side=distribution(np.minimum(width, height), whole=True),
+        aspect=distribution(width / height),
+    )
+
+
+def _read_shard(
+    store: Store, manifest: Manifest, rows: np.ndarray, meter: Meter, ahead: int, number: int
+) -> Tally:
+    tally = Tally()
+    file = ShardBytes(store, manifest.files[number], meter, ahead=ahead)
+    wanted = np.intersect1d(rows, manifest.rows_in(number)).tolist()
+    for done, row in enumerate(wanted):
+        try:
+            tally.add(_facts(str(manifest.samples.key[row]), read_members(file, manifest, row)))
+        except BadSample as error:
+            tally.unread[error.reason] += 1
+        except OSError as error:
+            # Was tried again already; so would be every other sample of this shard.
+            missing = isinstance(error, FileNotFoundError)
+            tally.unread["missing_shard" if missing else "read_error"] += len(wanted) - done
+            break
+    return tally
+
+
+def _facts(key: str, members: dict[str, bytes]) -> Facts:
+    meta = parse_meta(key, members)
+    try:
+        fields = json.loads(members["json"])
+        width, height = fields["source_size"]
+        facts = Facts(
+            video_id=meta.video_id,
+            captions=meta.texts,
+            duration_s=float(fields["duration_s"]),
+            frame_rate_hz=float(fields["fps"]),
+            width=int(width),
+            height=int(height),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample(key, "unreadable", f"json: {error!r}") from error
+    sizes = (facts.width, facts.height, facts.duration_s, facts.frame_rate_hz)
+    if min(sizes[:2]) < 1 or not all(map(math.isfinite, sizes)):
+        raise BadSample(key, "unreadable", f"json: width, height, duration_s, fps = {sizes}")
+    return facts

@@ -1,0 +1,49 @@
+"""Samples that show the same: within a data set, and in a training and a test set."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvr.data_prep.dataset.manifest import Samples
+
+COLUMNS = ("key", "video_id", "content")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """A sample of one data set that is in another as well."""
+
+    row: int
+    other_row: int
+    by: tuple[str, ...]
+    """The columns in which the two are equal, of COLUMNS."""
+
+
+def shared_samples(samples: Samples, others: Samples) -> list[Shared]:
+    """Every pair of samples of the two data sets with equal key, video_id or content."""
+    by: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+    for name in COLUMNS:
+        ours, theirs = getattr(samples, name), getattr(others, name)
+        rows: defaultdict[object, list[int]] = defaultdict(list)
+        for other_row in np.flatnonzero(np.isin(theirs, ours)).tolist():
+            rows[theirs[other_row]].append(other_row)
+        for row in np.flatnonzero(np.isin(ours, theirs)).tolist():
+            for other_row in rows[ours[row]]:
+                by[row, other_row].append(name)
+    return [
+        Shared(row=row, other_row=other_row, by=tuple(names))
+        for (row, other_row), names in sorted(by.items())
+    ]
+
+
+def repeated_content(samples: Samples) -> Iterator[tuple[int, int]]:
+    """(row, first row of equal content) where their video_ids differ: training would push apart
+    what is the same."""
+    _, first_rows, groups = np.unique(samples.content, return_index=True, return_inverse=True)
+    firsts = first_rows[groups]
+    for row in np.flatnonzero(samples.video_id != samples.video_id[firsts]).tolist():
+        yield row, int(firsts[row])

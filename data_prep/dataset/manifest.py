@@ -1,0 +1,250 @@
+"""A data set's index: `manifest.json` (totals, shards) and `samples.npz` (one column per sample
+property).
+
+`manifest.json` is written last and names the sha256 of `samples.npz`: where it exists, the data set
+is complete. A data set that replaces another one has its generation in the names of its files, so
+that both can lie in one folder until `manifest.json` changes over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from fsspec.core import url_to_fs
+
+from tvr.data_prep.records import NO_WORDS, ShardCorrupt
+from tvr.data_prep.storage.storage import Store, write_whole
+
+# Raise it with every change of what is stored, and say so in the change log as a shard-format
+# break.
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+BAD_NAME = "bad.jsonl"
+
+Layout = Literal["video", "frames"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One file of samples: a tar archive, or the beton of a whole data set."""
+
+    name: str
+    num_samples: int
+    shard_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """One row per sample in shard order; columns keep a million samples in tens of megabytes."""
+
+    key: np.ndarray  # str
+    video_id: np.ndarray  # str
+    shard: np.ndarray  # int32, row of the shard
+    offset: np.ndarray  # int64, first byte in the shard, a multiple of 512
+    length: np.ndarray  # int64, bytes of its tar members, a multiple of 512
+    crc32: np.ndarray  # uint32 of that range
+    num_captions: np.ndarray  # int32
+    content: np.ndarray  # uint64 hash of the source's bytes and of the cut range
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Manifest:
+    """What a data set holds."""
+
+    layout: Layout
+    num_frames: int
+    """Frames stored per sample (a shorter video stores fewer); 0 in the video layout, where all are
+    stored."""
+    short_side: int | None
+    """Pixels; None = as the source."""
+    num_captions: int
+    num_empty_captions: int
+    """Empty captions dropped from clips that kept others."""
+    bad: dict[str, int]
+    """Clips left out when packing, by reason; listed in bad.jsonl."""
+    shards: tuple[Shard, ...]
+    samples: Samples
+    tagger: str | None = None
+    """What found the captions' words, with its version; None = packed without words."""
+    fingerprint: str = ""
+    """Of the clips and settings it was packed from; see plan."""
+    generation: int = 0
+    """How many data sets lay in the folder before it."""
+    beton: Shard | None = None
+    """The one file that holds the samples instead of the shards it was made from; those still give
+    the order."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard: what the sample order is a function of."""
+        return tuple(shard.num_samples for shard in self.shards)
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """The files that hold the samples, in the order of their rows."""
+        return self.shards if self.beton is None else (self.beton,)
+
+    def rows_in(self, file: int) -> list[int]:
+        """The samples that lie in a file."""
+        if self.beton is not None:
+            return list(range(self.num_samples))
+        return np.flatnonzero(self.samples.shard == file).tolist()
+
+    def file_of(self, shard: int) -> Shard:
+        """The file that the byte ranges of a shard's samples are of."""
+        return self.shards[shard] if self.beton is None else self.beton
+
+
+def shard_name(number: int, generation: int) -> str:
+    """The file of a planned shard."""
+    return f"shard-{number:06d}.tar" if not generation else f"shard-{generation}-{number:06d}.tar"
+
+
+def samples_name(generation: int) -> str:
+    """The file of the columns."""
+    return "samples.npz" if not generation else f"samples-{generation}.npz"
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The rows of one shard after another; `shard` counts them."""
+    columns = {name: [getattr(part, name) for part in parts] for name in Samples.__slots__}
+    columns["shard"] = [
+        np.full(len(part), number, dtype=np.int32) for number, part in enumerate(parts)
+    ]
+    return Samples(**{name: np.concatenate(column) for name, column in columns.items()})
+
+
+def join(url: str, name: str) -> str:
+    """The URL of a file inside the data set at `url`."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def read_manifest(url: str) -> Manifest:
+    """Reads and checks the index of the data set at a folder path or fsspec URL.
+
+    Raises:
+        FileNotFoundError: there is no complete data set.
+        OSError: the store does not deliver it.
+        ValueError: written in another format version, or it holds no samples.
+        ShardCorrupt: the index is damaged.
+    """
+    fields = read_fields(url)
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{join(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
+            f" {FORMAT_VERSION}; pack the data set again"
+        )
+    try:
+        shards = tuple(Shard(**shard) for shard in fields["shards"])
+        samples = _read_samples(url, fields["samples"]["name"], fields["samples"]["sha256"])
+        manifest = Manifest(
+            layout=fields["layout"],
+            num_frames=fields["num_frames"],
+            short_side=fields["short_side"],
+            num_captions=fields["num_captions"],
+            num_empty_captions=fields["num_empty_captions"],
+            tagger=fields["tagger"],
+            bad=fields["bad"],
+            shards=shards,
+            samples=samples,
+            fingerprint=fields["fingerprint"],
+            generation=fields["generation"],
+            beton=Shard(**fields["beton"]) if fields.get("beton") else None,
+        )
+    except (KeyError, TypeError) as error:
+        raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: damaged or edited: {error!r}") from error
+    _check_agreement(manifest, url)
+    return manifest
+
+
+def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
+    """Refuses, with a ValueError, a data set whose captions were packed without words."""
+    if manifest.tagger is None:
+        raise ValueError(f"{needed_by} needs the words of captions, and {url} was {NO_WORDS}")
+
+
+def write_manifest(url: str, manifest: Manifest) -> None:
+    """Writes the columns, then `manifest.json`, each whole or not at all."""
+    buffer = io.BytesIO()
+    columns = {name: getattr(manifest.samples, name) for name in Samples.__slots__}
+    np.savez_compressed(buffer, allow_pickle=False, **columns)
+    samples = samples_name(manifest.generation)
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": manifest.fingerprint,
+        "generation": manifest.generation,
+        "layout": manifest.layout,
+        "num_frames": manifest.num_frames,
+        "short_side": manifest.short_side,
+        "num_samples": manifest.num_samples,
+        "num_captions": manifest.num_captions,
+        "num_empty_captions": manifest.num_empty_captions,
+        "tagger": manifest.tagger,
+        "bad": manifest.bad,
+        "samples": {"name": samples, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
+        "shards": [asdict(shard) for shard in manifest.shards],
+        "beton": asdict(manifest.beton) if manifest.beton else None,
+    }
+    fs, root = url_to_fs(url)
+    write_whole(fs, join(root, samples), buffer.getvalue())
+    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+    write_whole(fs, join(root, MANIFEST_NAME), text.encode())
+
+
+def read_fields(url: str) -> dict:
+    """`manifest.json` of whatever version, unchecked. Raises as `read_manifest`."""
+    location = join(url, MANIFEST_NAME)
+    try:
+        content = Store(url).read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{location} does not exist: no data set there, or packing did not finish; make one"
+            " with `tvr pack`"
+        ) from error
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise ShardCorrupt(f"{location}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ShardCorrupt(f"{location}: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def _read_samples(url: str, name: str, sha256: str) -> Samples:
+    location = join(url, name)
+    try:
+        content = Store(url).read(name)
+    except FileNotFoundError as error:
+        raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ShardCorrupt(f"{location}: sha256 differs from the one in {MANIFEST_NAME}")
+    with np.load(io.BytesIO(content), allow_pickle=False) as columns:
+        return Samples(**{name: columns[name] for name in Samples.__slots__})
+
+
+def _check_agreement(manifest: Manifest, url: str) -> None:
+    if manifest.layout not in get_args(Layout):
+        raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: layout={manifest.layout!r}")
+    if manifest.num_samples == 0:
+        raise ValueError(f"{url}: the data set holds no samples")
+    counts = np.bincount(manifest.samples.shard, minlength=len(manifest.shards))
+    in_order = bool(np.all(np.diff(manifest.samples.shard) >= 0))
+    if tuple(counts.tolist()) != manifest.shard_sizes or not in_order:
+        raise ShardCorrupt(
+            f"{url}: {MANIFEST_NAME} and the columns disagree on the samples per shard"
+        )

@@ -1,0 +1,147 @@
+"""A sample's stored bytes -> its JSON and its frames."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from tvr.data_prep.dataset.manifest import Manifest
+from tvr.data_prep.ffcv.jpeg_stack import split_stack
+from tvr.data_prep.records import BadSample, Caption, Word, WordKind
+from tvr.data_prep.video.decode import sample_frames
+from tvr.data_prep.video.decoders import SampleFrames
+from tvr.data_prep.video.frame_sampling import segment_frames
+from tvr.data_prep.video.images import decode_jpeg
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleMeta:
+    """A sample less its pictures."""
+
+    captions: tuple[Caption, ...]
+    video_id: str
+    frame_times_s: tuple[float, ...]
+    """Of the stored JPEG frames; empty in the video layout."""
+    jpegs: tuple[str, ...]
+    """Names of the JPEG members in order."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The captions without their words."""
+        return tuple(caption.text for caption in self.captions)
+
+
+def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes]:
+    """Splits the byte range of a sample of a data set into its members, as `parse_members`."""
+    samples = manifest.samples
+    key, length, crc32 = str(samples.key[row]), int(samples.length[row]), int(samples.crc32[row])
+    split = split_tar if manifest.beton is None else split_stack
+    return parse_members(content, key, length, crc32, split)
+
+
+def split_tar(content: bytes, key: str) -> dict[str, bytes]:
+    """A sample's range of a shard -> its members by extension. Raises BadSample."""
+    # webdataset annotates its file argument as a TarFile, which it is not. group_by_keys copies the
+    # shard's URL into each group; there is none for a range in memory.
+    files = (
+        {**file, "__url__": ""}
+        for file in tar_file_iterator(cast(tarfile.TarFile, io.BytesIO(content)))
+    )
+    groups = list(group_by_keys(files))
+    if [group["__key__"] for group in groups] != [key]:
+        raise BadSample(
+            key, "missing_member", f"the range holds {[group['__key__'] for group in groups]}"
+        )
+    return {name: value for name, value in groups[0].items() if not name.startswith("__")}
+
+
+def parse_members(
+    content: bytes,
+    key: str,
+    length: int,
+    crc32: int,
+    split: Callable[[bytes, str], dict[str, bytes]] = split_tar,
+) -> dict[str, bytes]:
+    """Splits a sample's byte range into members by extension; refuses bytes that are not the packed
+    ones."""
+    if len(content) != length:
+        raise BadSample(
+            key, "checksum", f"{len(content)} of {length} bytes are there: the file is truncated"
+        )
+    if zlib.crc32(content) != crc32:
+        raise BadSample(
+            key, "checksum", f"crc32 {zlib.crc32(content):08x} is not the packed {crc32:08x}"
+        )
+    return split(content, key)
+
+
+def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
+    """Reads the JSON member and checks that the frames it promises are there. Raises BadSample."""
+    if "json" not in members:
+        raise BadSample(key, "missing_member", "json")
+    try:
+        fields = json.loads(members["json"])
+        meta = SampleMeta(
+            captions=_captions(fields["captions"], fields.get("words")),
+            video_id=fields["video_id"],
+            frame_times_s=tuple(fields["frame_times_s"]),
+            jpegs=tuple(sorted(name for name in members if name.endswith(".jpg"))),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample(key, "unreadable", f"json: {error!r}") from error
+    if not meta.captions:
+        raise BadSample(key, "no_caption", "json holds no caption")
+    if "mp4" not in members and (not meta.jpegs or len(meta.jpegs) != len(meta.frame_times_s)):
+        found = f"{len(meta.jpegs)} of {len(meta.frame_times_s)} JPEG frames and no mp4"
+        raise BadSample(key, "missing_member", found)
+    return meta
+
+
+def _captions(texts: list[str], words: list[list[list[int]]] | None) -> tuple[Caption, ...]:
+    if words is None:
+        return tuple(Caption(text=text) for text in texts)
+    return tuple(
+        Caption(text=text, words=tuple(Word(start, end, WordKind(kind)) for start, end, kind in of))
+        for text, of in zip(texts, words, strict=True)
+    )
+
+
+def decode_members(
+    key: str,
+    members: dict[str, bytes],
+    meta: SampleMeta,
+    num_frames: int,
+    *,
+    offsets: Sequence[float] | None = None,
+    sample: SampleFrames = sample_frames,
+    place: np.ndarray | None = None,
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames; JPEGs that fit into
+    `place` (num_frames, H, W, 3) lie there, with zeros behind them. Raises BadSample."""
+    if "mp4" in members:
+        return sample(members["mp4"], num_frames, offsets=offsets, key=key)
+    chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
+    times_s = tuple(meta.frame_times_s[i] for i in chosen)
+    pictures = [
+        decode_jpeg(
+            members[meta.jpegs[i]],
+            key=key,
+            member=meta.jpegs[i],
+            place=None if place is None else place[at],
+        )
+        for at, i in enumerate(chosen)
+    ]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise BadSample(key, "unreadable", "its JPEG frames differ in size")
+    if place is None or pictures[0].shape != place.shape[1:]:
+        return np.stack(pictures), times_s
+    place[len(pictures) :] = 0
+    return place[: len(pictures)], times_s

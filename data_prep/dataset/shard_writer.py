@@ -1,0 +1,119 @@
+"""Writes samples into a tar shard through webdataset's writer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from webdataset.writer import TarWriter
+
+from tvr.data_prep.dataset.manifest import Samples, Shard
+
+# Two empty blocks end a tar archive.
+END_OF_TAR = bytes(1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TarSample:
+    """One sample as its shard stores it."""
+
+    key: str
+    video_id: str
+    stored: bytes
+    """Of `tar_bytes`."""
+    num_captions: int
+    num_empty_captions: int = 0
+    """Dropped when packing."""
+    content: int
+    """Of `content_hash`."""
+
+
+class ShardWriter:
+    """Fills one tar file at a path of an fsspec file system; without samples there is no file."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs = fs
+        self._path = path
+        self._file: Any = None
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        self._rows: list[tuple[str, str, int, int, int, int, int]] = []
+
+    def append(self, sample: TarSample) -> None:
+        """Writes one sample."""
+        if self._file is None:
+            self._file = self._fs.open(self._path, "wb")
+        row = (
+            *(sample.key, sample.video_id, self._num_bytes, len(sample.stored)),
+            *(zlib.crc32(sample.stored), sample.num_captions, sample.content),
+        )
+        self._write(sample.stored)
+        self._rows.append(row)
+
+    def finish(self, name: str) -> tuple[Shard, Samples]:
+        """Completes the file; its description under the name it will have, and its rows."""
+        if self._file is not None:
+            self._write(END_OF_TAR)
+            if isinstance(self._fs, LocalFileSystem):
+                self._file.flush()
+                os.fsync(self._file.fileno())  # a name must not outlive its content in a crash
+            self.close()
+        shard = Shard(
+            name=name,
+            num_samples=len(self._rows),
+            shard_bytes=self._num_bytes,
+            sha256=self._digest.hexdigest(),
+        )
+        return shard, self._columns()
+
+    def close(self) -> None:
+        """Closes the file, complete or not."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _columns(self) -> Samples:
+        columns = zip(*self._rows, strict=True) if self._rows else ((),) * 7
+        key, video_id, offset, length, crc32, num_captions, content = columns
+        return Samples(
+            key=np.array(key, dtype=np.str_),
+            video_id=np.array(video_id, dtype=np.str_),
+            shard=np.zeros(len(self._rows), dtype=np.int32),
+            offset=np.array(offset, dtype=np.int64),
+            length=np.array(length, dtype=np.int64),
+            crc32=np.array(crc32, dtype=np.uint32),
+            num_captions=np.array(num_captions, dtype=np.int32),
+            content=np.array(content, dtype=np.uint64),
+        )
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._num_bytes += len(content)
+
+
+def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
+    """The tar members of one sample, sorted, without date and owner, without the archive's end."""
+    buffer = io.BytesIO()
+    with TarWriter(buffer, user="tvr", group="tvr", mode=0o444, encoder=False, mtime=0) as writer:
+        writer.write({"__key__": key, **members})
+        length = writer.tarstream.offset
+    return buffer.getvalue()[:length]
+
+
+def content_hash(source: bytes, span: tuple[float, float | None] | None) -> int:
+    """64 bits that tell what a clip shows: blake2b over the source file's bytes, and over the cut
+    range in seconds where there is one."""
+    digest = hashlib.blake2b(source, digest_size=8)
+    if span is not None:
+        start_s, end_s = span
+        digest.update(struct.pack("<2d", start_s, math.inf if end_s is None else end_s))
+    return int.from_bytes(digest.digest(), "little")

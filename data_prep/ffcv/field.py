@@ -1,0 +1,174 @@
+"""FFCV's side of a beton: the field that holds a sample's JPEG frames, and its decoder.
+
+FFCV's own JPEG decoder asks libjpeg-turbo for the fast, inexact transform and looks at no error.
+This one asks the same library for the exact transform, which gives the pixels of simplejpeg and
+Pillow, and tells what it could not decode. Importing it needs FFCV.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from ffcv.fields.base import ARG_TYPE, Field
+from ffcv.fields.bytes import BytesDecoder
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.state import State
+from numba import njit, prange
+
+from tvr.data_prep.ffcv.jpeg_stack import stack_bytes
+
+# All pointers are void: numba passes addresses as integers.
+_void_p, _int, _ulong = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
+_turbojpeg = ctypes.CDLL("libturbojpeg.so.0")
+_init = _turbojpeg.tjInitDecompress
+_init.restype, _init.argtypes = _void_p, []
+_decompress = _turbojpeg.tjDecompress2
+_decompress.restype = _int
+_decompress.argtypes = [_void_p, _void_p, _ulong, _void_p, _int, _int, _int, _int, _int]
+_destroy = _turbojpeg.tjDestroy
+_destroy.restype, _destroy.argtypes = _int, [_void_p]
+_crc32 = ctypes.CDLL("libz.so.1").crc32
+_crc32.restype, _crc32.argtypes = _ulong, [_ulong, _void_p, ctypes.c_uint]
+
+_RGB, _EXACT = 0, 0  # TJPF_RGB; no flag: the slow integer transform, smooth upsampling
+
+
+class JpegStackField(Field):
+    """The JPEG frames of a sample, all of one size, byte for byte as packed."""
+
+    @property
+    def metadata_type(self) -> np.dtype:
+        return np.dtype(
+            [
+                ("ptr", "<u8"),
+                ("size", "<u8"),
+                ("frames", "<u4"),
+                ("height", "<u4"),
+                ("width", "<u4"),
+            ]
+        )
+
+    @staticmethod
+    def from_binary(binary: Any) -> JpegStackField:
+        return JpegStackField()
+
+    def to_binary(self) -> Any:
+        return np.zeros(1, dtype=ARG_TYPE)[0]
+
+    def encode(self, destination: Any, field: Any, malloc: Any) -> None:  # type: ignore[override]
+        """`field`: (JPEGs, height, width); 0 x 0 marks a stack that the decoder leaves alone."""
+        jpegs, height, width = field
+        content = stack_bytes(jpegs)
+        ptr, buffer = malloc(len(content))
+        buffer[:] = np.frombuffer(content, dtype=np.uint8)
+        for name, value in (
+            ("ptr", ptr),
+            ("size", len(content)),
+            ("frames", len(jpegs)),
+            ("height", height),
+            ("width", width),
+        ):
+            destination[name] = value
+
+    def get_decoder_class(self) -> type[Operation]:
+        return JpegStackDecoder
+
+
+class JpegStackDecoder(Operation):
+    """Gives (frames (n, bytes) uint8, crc32 (n,), decoded (n,) bool) of n samples.
+
+    A row of `frames` holds a sample's (F, H, W, 3) and zeros behind them. Each batch is memory of
+    its own: FFCV's buffers are written again while a batch is still in use.
+    """
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
+        sizes = [self.metadata[name].astype(np.int64) for name in ("frames", "height", "width")]
+        self._row_bytes = int(3 * np.prod(sizes, axis=0).max())
+        return replace(previous_state, jit_mode=True, shape=(self._row_bytes,)), None
+
+    def generate_code(self) -> Callable:
+        row_bytes = self._row_bytes
+
+        def decode(rows: Any, _: None, metadata: Any, state: Any) -> Any:
+            return _decode_rows(rows, metadata, state[0], row_bytes)
+
+        return decode
+
+
+class TextDecoder(BytesDecoder):
+    """Gives the bytes (n, bytes) uint8 of n samples; as above in memory of its own."""
+
+    def declare_state_and_memory(self, previous_state: State) -> Any:
+        self._row_bytes = int(self.metadata["size"].max())
+        return replace(previous_state, jit_mode=True, shape=(self._row_bytes,)), None
+
+    def generate_code(self) -> Callable:
+        row_bytes = self._row_bytes
+
+        def decode(rows: Any, _: None, metadata: Any, state: Any) -> Any:
+            return _copy_rows(rows, metadata, state[0], row_bytes)
+
+        return decode
+
+
+@njit(nogil=True, parallel=True)
+def _decode_rows(rows, metadata, file, row_bytes):  # type: ignore[no-untyped-def]
+    frames = np.empty((len(rows), row_bytes), dtype=np.uint8)
+    crc32 = np.zeros(len(rows), dtype=np.uint32)
+    decoded = np.zeros(len(rows), dtype=np.bool_)
+    for i in prange(len(rows)):
+        row = metadata[rows[i]]
+        start, size = np.int64(row["ptr"]), np.int64(row["size"])
+        if 0 <= start and 0 <= size and start + size <= file.size:
+            crc32[i] = _crc32(0, file.ctypes.data + start, size)
+            count, height, width = np.int64(row["frames"]), row["height"], row["width"]
+            decoded[i] = _decode_stack(
+                file, start, size, count, np.int64(height), np.int64(width), frames[i]
+            )
+    return frames, crc32, decoded
+
+
+@njit(nogil=True)
+def _copy_rows(rows, metadata, file, row_bytes):  # type: ignore[no-untyped-def]
+    texts = np.empty((len(rows), row_bytes), dtype=np.uint8)
+    for i in range(len(rows)):
+        start, size = np.int64(metadata[rows[i]]["ptr"]), np.int64(metadata[rows[i]]["size"])
+        if 0 <= start and 0 <= size <= row_bytes and start + size <= file.size:
+            texts[i, :size] = file[start : start + size]
+    return texts
+
+
+# Inlined: as a function of its own numba 0.68 compiles it for one beton, and for a second one of
+# other sizes in the same process fails with a KeyError among its own signatures.
+@njit(nogil=True, inline="always")
+def _decode_stack(file, start, size, count, height, width, out):  # type: ignore[no-untyped-def]
+    frame_bytes = 3 * height * width
+    at = start + 4 * (count + 1)
+    if not 0 < count * frame_bytes <= out.size or at > start + size:
+        return False
+    out[count * frame_bytes :] = 0
+    decoder = _init()
+    result = 0
+    for index in range(count):
+        length = _uint32(file, start + 4 * (index + 1))
+        if at + length > start + size:
+            result = -1
+        if result == 0:
+            source, target = file.ctypes.data + at, out.ctypes.data + index * frame_bytes
+            result = _decompress(decoder, source, length, target, width, 0, height, _RGB, _EXACT)
+        at += length
+    _destroy(decoder)
+    return result == 0
+
+
+@njit(nogil=True, inline="always")
+def _uint32(file, at):  # type: ignore[no-untyped-def]
+    value = np.int64(0)
+    for place in range(4):
+        value += np.int64(file[at + place]) << (8 * place)
+    return value

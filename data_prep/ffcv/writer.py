@@ -1,0 +1,172 @@
+"""A data set of shards in the frames layout -> a beton, FFCV's one-file form.
+
+The beton's folder has the index of the data set that it was made from, so that its samples come in
+the same order; byte ranges and checksums are those in the `.beton` file. Whoever knows a range
+reads the sample without FFCV (jpeg_stack.py).
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from tvr.data_prep.dataset.manifest import (
+    BAD_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    read_fields,
+    samples_name,
+    write_manifest,
+)
+from tvr.data_prep.dataset.sample_codec import parse_meta
+from tvr.data_prep.ffcv.jpeg_stack import stack_bytes
+from tvr.data_prep.ffcv.optional_import import import_ffcv
+from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.storage.storage import Store
+
+PARTIAL = "writing.beton.partial"
+# FFCV's pages: a power of two, none smaller than 2 MiB; a sample lies in one page.
+PAGE_BYTES = 1 << 23
+MAX_PAGE_BYTES = 1 << 31
+
+Progress = Callable[[int, int], None]
+"""Is told the samples written so far and the samples to write."""
+
+
+def write_beton(
+    source: str, url: str, *, overwrite: bool = False, progress: Progress | None = None
+) -> Manifest:
+    """Writes the samples of the data set at `source` to a local folder; every byte of a sample is
+    checked on the way and kept.
+
+    The file has a temporary name until it is complete, `manifest.json` comes last.
+
+    Raises:
+        BadSample: the source has one; a beton without it would come in another order.
+        FileExistsError: a complete data set is there that is no beton, or `overwrite` is false.
+        ImportError: FFCV is not installed.
+        ValueError: a source that is no data set of shards in the frames layout, a remote `url`, or
+            a sample too large for a page of FFCV.
+    """
+    import_ffcv(f"writing a beton to {url}")
+    store = Store(url)
+    if not store.is_local:
+        raise ValueError(f"{url}: a beton is mapped into memory, so it must be a local folder")
+    folder = Path(store.path(""))
+    generation = _next_generation(url, folder, overwrite)
+    reader = SampleReader(source, num_frames=1, image_size=1)
+    if reader.manifest.layout != "frames" or reader.manifest.beton:
+        kind = "a beton" if reader.manifest.beton else f"layout {reader.manifest.layout}"
+        raise ValueError(f"{source} is {kind}; a beton is made of shards in the layout frames")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / PARTIAL
+    try:
+        ranges = _write_file(partial, reader, progress or (lambda done, total: None))
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # Named by its content: the file of a beton being replaced stays until the index names ours.
+        beton = Shard(
+            name=f"{digest[:16]}.beton",
+            num_samples=len(reader),
+            shard_bytes=partial.stat().st_size,
+            sha256=digest,
+        )
+        manifest = replace(
+            reader.manifest,
+            generation=generation,
+            beton=beton,
+            samples=replace(reader.manifest.samples, **ranges),
+        )
+        os.replace(partial, folder / beton.name)
+        (folder / BAD_NAME).write_bytes(Store(source).read(BAD_NAME))
+        write_manifest(url, manifest)
+    finally:
+        partial.unlink(missing_ok=True)
+    for path in (*folder.glob("*.beton"), *folder.glob("samples*.npz")):
+        if path.name not in (beton.name, samples_name(generation)):
+            path.unlink()  # of the beton that was replaced
+    return manifest
+
+
+def _next_generation(url: str, folder: Path, overwrite: bool) -> int:
+    if not (folder / MANIFEST_NAME).exists():
+        return 0
+    fields = read_fields(url)
+    if not overwrite or not fields.get("beton"):
+        way = " or allow it with --overwrite" if fields.get("beton") else ""
+        kind = "beton" if fields.get("beton") else "data set of shards"
+        raise FileExistsError(f"{url} holds a complete {kind}; write elsewhere{way}")
+    return int(fields.get("generation", 0)) + 1
+
+
+def _write_file(path: Path, reader: SampleReader, progress: Progress) -> dict[str, np.ndarray]:
+    """Writes the `.beton` file; returns the columns that say where its samples lie."""
+    from ffcv.fields import BytesField
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.writer import DatasetWriter, handle_sample
+
+    from tvr.data_prep.ffcv.field import JpegStackField
+
+    fields = {"frames": JpegStackField(), "text": BytesField()}
+    page_bytes = _page_bytes(reader)
+    # Not its `from_indexed_dataset`: that waits for ever when a process of its own fails.
+    writer: Any = DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=1)
+    writer.num_samples = len(reader)
+    writer.prepare()
+    allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
+    metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
+    crc32 = np.zeros(len(reader), dtype=np.uint32)
+    try:
+        with allocator:
+            for row, (sample, checksum) in enumerate(_samples(reader)):
+                handle_sample(sample, row, metadata.dtype.names, metadata, allocator, fields)
+                crc32[row] = checksum
+                progress(row + 1, len(reader))
+        writer.finalize(allocator.allocations)
+    finally:
+        del metadata  # else the shared memory cannot be closed
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+    places = np.array(allocator.allocations, dtype=np.int64).reshape(len(reader), 2, 3)
+    return {"offset": places[:, 0, 1], "length": places[:, :, 2].sum(axis=1), "crc32": crc32}
+
+
+def _page_bytes(reader: SampleReader) -> int:
+    # A sample's members in a shard, with their headers, are more than its two fields here.
+    largest = int(reader.manifest.samples.length.max())
+    page_bytes = max(PAGE_BYTES, 1 << (largest - 1).bit_length())
+    if page_bytes > MAX_PAGE_BYTES:
+        key = reader.key(int(reader.manifest.samples.length.argmax()))
+        raise ValueError(f"sample {key}: {largest} bytes; FFCV holds at most {MAX_PAGE_BYTES}")
+    return page_bytes
+
+
+def _samples(reader: SampleReader) -> Iterator[tuple[Any, int]]:
+    """For each sample the values of its fields, and their crc32."""
+    for row in range(len(reader)):
+        key, members = reader.key(row), reader.members(row)
+        jpegs = [members[name] for name in parse_meta(key, members).jpegs]
+        text = members["json"]
+        height, width = _common_size(jpegs)
+        crc32 = zlib.crc32(text, zlib.crc32(stack_bytes(jpegs)))
+        yield ((jpegs, height, width), np.frombuffer(text, dtype=np.uint8)), crc32
+
+
+def _common_size(jpegs: list[bytes]) -> tuple[int, int]:
+    """(height, width) of all frames; (0, 0) where there is none, which training then finds bad."""
+    try:
+        sizes = {tuple(map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])) for jpeg in jpegs}
+    except ValueError:
+        return 0, 0
+    height, width = sizes.pop() if len(sizes) == 1 else (0, 0)
+    return height, width

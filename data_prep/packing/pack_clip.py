@@ -1,0 +1,123 @@
+"""One clip -> the bytes that its shard stores, or the reason why it is left out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tvr.data_prep.dataset.shard_writer import TarSample, content_hash, tar_bytes
+from tvr.data_prep.packing.plan import PackSettings
+from tvr.data_prep.packing.words import WordTagger, clean_captions
+from tvr.data_prep.records import BadSample, Caption, Clip
+from tvr.data_prep.storage.storage import PERMANENT, Store
+from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, sample_frames
+from tvr.data_prep.video.images import encode_jpeg, resize_short_side
+from tvr.data_prep.video.reencode import reencode_video
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A clip that is left out; one line of bad.jsonl."""
+
+    key: str
+    reason: str
+    """One of REASONS."""
+    detail: str
+
+
+def pack_clip(
+    clip: Clip, settings: PackSettings, tagger: WordTagger | None = None
+) -> TarSample | Refused:
+    """Reads, checks and converts one clip; the same clip gives the same bytes."""
+    captions = _captions(clip, tagger)
+    try:
+        if not captions:
+            found = f"{len(clip.captions)} captions, none with a character"
+            raise BadSample(clip.key, "no_caption", found)
+        source = _read_source(clip)
+        members = _members(clip, source, captions, settings)
+    except BadSample as error:
+        return refused(clip, error.reason, error.detail)
+    return TarSample(
+        key=clip.key,
+        video_id=clip.video_id,
+        stored=tar_bytes(clip.key, members),
+        num_captions=len(captions),
+        num_empty_captions=len(clip.captions) - len(captions),
+        content=content_hash(source, clip.span),
+    )
+
+
+def _captions(clip: Clip, tagger: WordTagger | None) -> tuple[Caption, ...]:
+    texts = clean_captions(clip.captions)
+    if tagger is not None:
+        return tagger.tag(texts)
+    return tuple(Caption(text=text) for text in texts)
+
+
+def refused(clip: Clip, reason: str, detail: str) -> Refused:
+    """A clip that is left out, with where it came from."""
+    source = f"{clip.video} of {clip.origin}" if clip.origin else clip.video
+    return Refused(key=clip.key, reason=reason, detail=f"{detail} [{source}]")
+
+
+def _members(
+    clip: Clip, source: bytes, captions: tuple[Caption, ...], settings: PackSettings
+) -> dict[str, bytes]:
+    info = describe_video(source, key=clip.key)
+    times_s: tuple[float, ...] = ()
+    if settings.layout == "frames":
+        frames, times_s = sample_frames(source, settings.num_frames, span=clip.span, key=clip.key)
+        if settings.short_side is not None:
+            frames = resize_short_side(frames, settings.short_side)
+        digits = max(2, len(str(settings.num_frames - 1)))
+        members = {
+            f"{index:0{digits}d}.jpg": encode_jpeg(frame, settings.jpeg_quality)
+            for index, frame in enumerate(frames)
+        }
+    elif settings.reencode:
+        video = reencode_video(
+            source,
+            short_side=settings.short_side,
+            keyframe_interval=settings.keyframe_interval,
+            span=clip.span,
+            key=clip.key,
+        )
+        members = {"mp4": video}
+    else:
+        if "mp4" not in info.container.split(","):
+            raise BadSample(
+                clip.key, "not_mp4", f"container {info.container}; --reencode turns it into MP4"
+            )
+        check_frames(source, key=clip.key)
+        members = {"mp4": source}
+    meta = _meta(clip, captions, info, times_s)
+    text = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return {"json": text.encode(), **members}
+
+
+def _meta(
+    clip: Clip, captions: tuple[Caption, ...], info: VideoInfo, times_s: tuple[float, ...]
+) -> dict[str, Any]:
+    """The sample's JSON member."""
+    return {
+        "captions": [caption.text for caption in captions],
+        # Of each caption [start, end, kind], see Word; null = packed without words.
+        "words": [caption.words for caption in captions] if captions[0].words is not None else None,
+        "video_id": clip.video_id,
+        "frame_times_s": times_s,  # of the stored frames; empty where the video itself is stored
+        "span_s": clip.span,  # that was cut out of the source; null: all of it is here
+        "source_size": [info.width, info.height],
+        "fps": round(info.frame_rate_hz, 6),
+        "duration_s": info.duration_s,  # of the source
+    }
+
+
+def _read_source(clip: Clip) -> bytes:
+    try:
+        return Store(clip.video).read_root()
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, PERMANENT)
+        reason = "missing_file" if gone else "read_error"
+        raise BadSample(clip.key, reason, f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,98 @@
+"""What a packing job tells Prometheus while it runs: `tvr pack --metrics-port`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from tvr.data_prep.exporter.metrics_http import Endpoint
+from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
+from tvr.data_prep.packing.pack import PackProgress
+from tvr.data_prep.packing.progress import OnProgress
+from tvr.data_prep.records import REASONS
+
+PACK_METRICS = (
+    Metric(
+        name="tvr_pack_clips_total",
+        kind="counter",
+        unit="",
+        meaning="Clips packed or refused by this process.",
+    ),
+    Metric(
+        name="tvr_pack_done_clips",
+        kind="gauge",
+        unit="clips",
+        meaning="Clips of this task that are done, those of earlier starts included.",
+    ),
+    Metric(
+        name="tvr_pack_planned_clips",
+        kind="gauge",
+        unit="clips",
+        meaning="Clips of this task.",
+    ),
+    Metric(
+        name="tvr_pack_bytes_total",
+        kind="counter",
+        unit="bytes",
+        meaning="Bytes of the samples packed by this process.",
+    ),
+    Metric(
+        name="tvr_pack_refused_clips_total",
+        kind="counter",
+        unit="",
+        meaning="Clips refused by this process.",
+        labels={"reason": REASONS},
+    ),
+    Metric(
+        name="tvr_pack_last_clip_timestamp_seconds",
+        kind="gauge",
+        unit="seconds",
+        meaning="When the last clip was done, in Unix time.",
+    ),
+)
+PACKING = Table(PACK_METRICS)
+
+
+@contextmanager
+def served_progress(show: OnProgress, port: int | None) -> Iterator[OnProgress]:
+    """`show`, and while the block runs the same numbers at a port of this machine; none: only
+    `show`.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    if port is None:
+        yield show
+        return
+    numbers = np.empty(len(PACKING.places))
+    endpoint = Endpoint(lambda: PACKING.text({0: numbers}), "0.0.0.0", port)
+    print(f"metrics: http://{endpoint.target}/metrics", flush=True)
+    try:
+        yield _Told(Values(PACKING, numbers), show)
+    finally:
+        endpoint.close()
+
+
+class _Told:
+    def __init__(self, values: Values, show: OnProgress) -> None:
+        self._values = values
+        self._show = show
+        self._before: PackProgress | None = None
+
+    def __call__(self, progress: PackProgress) -> None:
+        self._show(progress)
+        values, before = self._values, self._before or progress
+        values.set("tvr_pack_done_clips", progress.num_done)
+        values.set("tvr_pack_planned_clips", progress.num_clips)
+        values.add("tvr_pack_clips_total", progress.num_done - before.num_done)
+        values.add("tvr_pack_bytes_total", progress.num_bytes - before.num_bytes)
+        for reason, count in progress.refused.items():
+            values.add(
+                "tvr_pack_refused_clips_total", count - before.refused.get(reason, 0), reason
+            )
+        if self._before is not None:
+            values.set("tvr_pack_last_clip_timestamp_seconds", time.time())
+        self._before = progress

@@ -1,0 +1,59 @@
+"""Which library decodes the videos of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Literal, Protocol
+
+import av
+import numpy as np
+
+from tvr.data_prep.video import decode
+from tvr.data_prep.video.frame_index import Source
+from tvr.data_prep.video.frame_sampling import Span
+
+Decoder = Literal["pyav", "torchcodec"]
+
+
+class SampleFrames(Protocol):
+    """`decode.sample_frames`, or what equals it."""
+
+    def __call__(
+        self,
+        source: Source,
+        num_frames: int,
+        *,
+        span: Span | None = None,
+        offsets: Sequence[float] | None = None,
+        key: str = "video",
+    ) -> tuple[np.ndarray, tuple[float, ...]]: ...
+
+
+def decoder_line(decoder: Decoder) -> str:
+    """What decodes, or why it cannot."""
+    try:
+        frame_sampler(decoder)
+    except ValueError as error:
+        return f"videos: not to be decoded: {error}"
+    if decoder == "pyav":
+        return f"videos: decoded by PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"
+    from torchcodec import ffmpeg_major_version  # pyright: ignore[reportPrivateImportUsage]
+
+    return f"videos: decoded by torchcodec {version('torchcodec')}, FFmpeg {ffmpeg_major_version}"
+
+
+def frame_sampler(decoder: Decoder) -> SampleFrames:
+    """Raises ValueError where torchcodec is asked for and does not load."""
+    if decoder == "pyav":
+        return decode.sample_frames
+    if decoder != "torchcodec":
+        raise ValueError(f"decoder={decoder!r} must be pyav or torchcodec")
+    try:
+        from tvr.data_prep.video.decode_torchcodec import sample_frames
+    except (ImportError, RuntimeError) as error:  # the latter where FFmpeg is missing
+        raise ValueError(
+            "decoder=torchcodec (data.decoder) needs pip install 'tvr[torchcodec]' and the shared"
+            f" libraries of FFmpeg 4 to 8 (apt-get install ffmpeg): {str(error).splitlines()[0]}"
+        ) from error
+    return sample_frames

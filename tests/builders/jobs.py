@@ -1,0 +1,175 @@
+"""Jobs of `tvr launch local` that tests signal and kill while they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from builders.spawn import started
+from builders.tiny import with_ranks
+
+from tvr.launchers.rank_main import end_process
+from tvr.trainer.cli import train as tvr_train
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.engine.engine import weights_of
+from tvr.trainer.monitoring.run_log import read_log
+
+TIMEOUT_S = 180.0
+
+
+def command(config: Config, run_dir: Path, ranks: int) -> list[str]:
+    """`tvr launch local --ranks N -- tvr train`, the pairs of a loss shared out among the ranks."""
+    settings = run_dir.with_name(f"{run_dir.name}-{ranks}-{config.train.zero_stage}.json")
+    settings.write_text(to_json(with_ranks(config, ranks)))
+    train = ["tvr", "train", "--config", str(settings), "--run-dir", str(run_dir)]
+    launch = [sys.executable, "-m", "tvr.launchers.cli", "launch", "local", "--ranks", str(ranks)]
+    return [*launch, "--", *train]
+
+
+@contextmanager
+def running(config: Config, run_dir: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
+    """The job, which is killed if the test leaves it running."""
+    job = subprocess.Popen(command(config, run_dir, ranks), stderr=subprocess.PIPE, text=True)
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            job.kill()
+        job.wait()
+
+
+def run(config: Config, run_dir: Path, ranks: int) -> tuple[int, str]:
+    """Exit code and error output of a job that is left alone."""
+    with running(config, run_dir, ranks) as job:
+        _, errors = job.communicate(timeout=TIMEOUT_S)
+        return job.returncode, errors
+
+
+def train_rank(rank: int, world_size: int, settings: Path, run_dir: Path) -> None:
+    """`tvr train` on a rank of `spawn.started`, whose process has its exit code."""
+    end_process(tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]))
+
+
+def run_forked(
+    settings: Path, run_dir: Path, ranks: int, disturb: Callable[[list[int]], None] | None = None
+) -> list[int | None]:
+    """The exit codes of a run without a launcher, which starts at once; `disturb` gets the
+    processes of its ranks."""
+    with started(train_rank, ranks, settings, run_dir, timeout_s=TIMEOUT_S) as (processes, _):
+        if disturb is not None:
+            disturb([process.pid for process in processes if process.pid is not None])
+        for process in processes:
+            process.join(TIMEOUT_S)
+        return [process.exitcode for process in processes]
+
+
+def wait_for(job: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
+    """Whether the condition came before the job's end; looked at without pause."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while job.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < deadline, "the job neither ends nor gets there"
+    return False
+
+
+def rank_pid(run_dir: Path, rank: int) -> int | None:
+    """The process of a rank of the run's job."""
+    found: dict[int, int] = {}
+    for process in psutil.process_iter():
+        try:
+            line, environment = process.cmdline(), process.environ()
+            parent = process.ppid()
+        except psutil.Error:
+            continue  # ended meanwhile, or not ours
+        if "tvr.launchers.rank_main" in line and str(run_dir) in line:
+            if environment.get("RANK") == str(rank):
+                found[process.pid] = parent
+    # Its loader processes, which are forked, look alike.
+    return next((pid for pid, parent in found.items() if parent not in found), None)
+
+
+def signal_rank(
+    job: subprocess.Popen[str],
+    run_dir: Path,
+    rank: int,
+    number: int,
+    condition: Callable[[], bool],
+) -> None:
+    """Sends a rank the signal in the moment in which the condition holds."""
+    found: list[int] = []
+
+    def is_there() -> bool:
+        pid = rank_pid(run_dir, rank)
+        found.extend([] if pid is None else [pid])
+        return bool(found)
+
+    # Looked up before, since that takes longer than a step.
+    assert wait_for(job, is_there), job.stderr and job.stderr.read()
+    assert wait_for(job, condition), job.stderr and job.stderr.read()
+    os.kill(found[0], number)
+
+
+def steps_logged(run_dir: Path) -> int:
+    """The newest step in the log."""
+    path = run_dir / "log.jsonl"
+    log = read_log(path.read_text()) if path.exists() else None
+    return log.steps[-1]["step"] if log and log.steps else 0
+
+
+def is_writing(run_dir: Path) -> bool:
+    """Whether a checkpoint lies half written."""
+    try:
+        names = os.listdir(run_dir / "checkpoints")
+        # Old ones that are being removed also begin with a point.
+        return any(name.startswith(".step-") and name.endswith(".partial") for name in names)
+    except FileNotFoundError:
+        return False
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [step["loss"] for step in read_log((run_dir / "log.jsonl").read_text()).steps]
+
+
+def final_weights(run_dir: Path, config: Config) -> dict[str, torch.Tensor]:
+    shards = run_dir / "checkpoints" / f"step-{config.train.steps:08d}" / "shards"
+    return weights_of(shards, config.train.zero_stage)
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "log.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def global_batches(run_dir: Path) -> dict[int, list[str]]:
+    """The keys of each step, all ranks' side by side."""
+    batches: dict[int, list[str]] = {}
+    for file in sorted((run_dir / "keys").iterdir()):
+        for line in map(json.loads, file.read_text().splitlines()):
+            batches.setdefault(line["step"], []).extend(line["keys"])
+    return dict(sorted(batches.items()))
+
+
+def as_after_step(step: int, whole: Path, run_dir: Path) -> None:
+    """Copies a run as it would stand, had it been killed after it saved a step."""
+    shutil.copytree(whole, run_dir)
+    checkpoints = run_dir / "checkpoints"
+    for folder in checkpoints.glob("step-*"):
+        if folder.name > f"step-{step:08d}":
+            shutil.rmtree(folder)
+    (checkpoints / "latest").write_text(f"step-{step:08d}\n")
+
+
+def with_stage(config: Config, zero_stage: int) -> Config:
+    return replace(config, train=replace(config.train, zero_stage=zero_stage))

@@ -1,0 +1,133 @@
+"""A small model without towers, a batch for it, and the loss of that batch by its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tvr.kernels import losses, reference
+from tvr.kernels.partial import LinearTokenWeights, tpm_cl
+from tvr.kernels.weight_layers import TokenWeightLayer
+from tvr.trainer.config import LossConfig, ModelConfig
+from tvr.trainer.model.model import Features
+
+WORDS, FRAMES, WIDTH = 4, 3, 8
+LENGTHS = (4, 2, 3, 4, 1, 3, 4, 2, 4, 3, 2, 4, 1, 4)
+PAIRS = len(LENGTHS)
+# Three videos have two captions each, of which no split over ranks below keeps all together.
+VIDEO_IDS = torch.tensor([7, 8, 1, 9, 2, 2**62, 3, 7, 4, 5, 9, 6, 10, 8])
+
+Gradients = dict[str, Tensor]
+
+
+class PlainModel(nn.Module):
+    """Linear maps, dropout, token weights and TPM-CL; every parameter gets a gradient."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.words = nn.Linear(WIDTH, WIDTH)
+        self.sentence = nn.Linear(WIDTH, WIDTH)
+        self.frames = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.word_weight, self.frame_weight = TokenWeightLayer(WIDTH), TokenWeightLayer(WIDTH)
+        self.word_predictor = LinearTokenWeights(FRAMES, WORDS, WIDTH)
+        self.frame_predictor = LinearTokenWeights(1, FRAMES, WIDTH)
+
+    def forward(self, batch: tuple[Tensor, ...]) -> Features:
+        """Of B pairs: words (B, T, D), word_mask (B, T), frames (B, F, D), frame_mask (B, F)."""
+        words, word_mask, frames, frame_mask = batch
+        words = reference.unit(self.words(self.dropout(words)))
+        sentence = reference.unit(self.sentence(self.dropout(words).mean(1)))
+        frames = reference.unit(self.frames(self.dropout(frames)))
+        hinge = tpm_cl(
+            sentence,
+            words,
+            frames,
+            frame_mask,
+            word_weights=self.word_predictor(frames, words),
+            frame_weights=self.frame_predictor(sentence[:, None], frames),
+            frame_weight_layer=self.frame_weight,
+            straight_through=True,
+        ).hinge
+        return Features(
+            sentence=sentence,
+            words=words,
+            word_mask=word_mask,
+            frames=frames,
+            frame_mask=frame_mask,
+            word_logits=self.word_weight(words),
+            frame_logits=self.frame_weight(frames),
+            margin_hinge=hinge,
+        )
+
+
+def plain_model(dtype: torch.dtype, dropout: float = 0.0) -> PlainModel:
+    """The same weights whatever the dtype."""
+    torch.manual_seed(5)
+    return PlainModel(dropout).to(dtype)
+
+
+def plain_batch(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """All PAIRS pairs; a video's frames resemble its caption, so that some pairs win."""
+    generator = torch.Generator().manual_seed(9)
+    lengths = torch.tensor(LENGTHS)[:, None]
+    theme = torch.randn(PAIRS, 1, WIDTH, generator=generator)
+    words = theme + torch.randn(PAIRS, WORDS, WIDTH, generator=generator)
+    frames = theme + torch.randn(PAIRS, FRAMES, WIDTH, generator=generator)
+    word_mask = (torch.arange(WORDS) < lengths).long()
+    frame_mask = (torch.arange(FRAMES) < lengths - 1).long()
+    frame_mask[:, 0] = 1
+    return words.to(dtype), word_mask, frames.to(dtype), frame_mask
+
+
+def split(batch: tuple[Tensor, ...], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """The batch as consecutive smaller ones."""
+    return list(zip(*(x.split(list(sizes)) for x in batch), strict=True))
+
+
+def gradients_of(model: nn.Module) -> Gradients:
+    found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    assert len(found) == len(list(model.parameters()))
+    return found
+
+
+def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
+    """Loss and gradients of one process: naive similarity, square loss, mean hinge."""
+    model, config = plain_model(dtype), ModelConfig()
+    features = model(plain_batch(dtype))
+    square = reference.dmae_similarity(
+        features.sentence,
+        features.words,
+        features.frames,
+        features.word_mask,
+        features.frame_mask,
+        interaction=config.interaction,
+        neighbour_frames=config.neighbour_frames,
+        word_logits=features.word_logits,
+        frame_logits=features.frame_logits,
+    )
+    scale = 1 / loss.temperature
+    if loss.similarity == "info_nce":
+        value = losses.info_nce(square, scale=scale)
+    else:
+        value = losses.neg_nce(square, mode=loss.neg_nce_mode, video_ids=VIDEO_IDS, scale=scale)
+    value = value + loss.tpm_cl_weight * features.margin_hinge.mean()
+    value.backward()
+    return value.item(), gradients_of(model)
+
+
+def assert_close(ours: Gradients, theirs: Gradients, *, relative: float) -> None:
+    """Every gradient within `relative` of its own largest entry.
+
+    The bias of a token-weight layer shifts all logits of a softmax alike: its true gradient is 0,
+    and what is computed is rounding of terms as large as the model's largest.
+    """
+    assert ours.keys() == theirs.keys()
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name, expected in theirs.items():
+        of_softmax_shift = name.endswith("_weight.layers.0.bias")
+        bound = relative * (largest if of_softmax_shift else float(expected.abs().max()))
+        difference = float((ours[name] - expected).abs().max())
+        assert difference <= bound, (name, difference, bound)

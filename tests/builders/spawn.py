@@ -1,0 +1,135 @@
+"""Runs a test function on several ranks: processes joined by gloo on this machine, no ports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+# Imported once, by the process that all ranks are forked from: that takes longer than most tests.
+PRELOADED = ["deepspeed", "tvr.trainer.cli", "tvr.trainer.loop"]
+
+
+def spawn(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    anew: bool = False,
+) -> list[Any]:
+    """Calls `fn(rank, world_size, *args)` on every rank of a gloo group; returns their values.
+
+    `fn` is a module-level function of a test module; arguments and values are picklable. Raises
+    RuntimeError with the traceback of a rank that failed, TimeoutError when one is not done. Ranks
+    that start `anew` have the environment of this moment, and not of the first call's.
+    """
+    with started(fn, world_size, *args, timeout_s=timeout_s, anew=anew) as (ranks, folder):
+        _wait(ranks, folder, timeout_s)
+        return [pickle.loads((folder / f"value-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+@contextmanager
+def started(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    anew: bool = False,
+) -> Iterator[tuple[list[BaseProcess], Path]]:
+    """The ranks' processes while they run `fn`, and the folder for what they leave; none of them
+    outlives the block."""
+    context = multiprocessing.get_context("spawn" if anew else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory(prefix="tvr-ranks-") as folder:
+        job = pickle.dumps((fn, args))
+        ranks: list[BaseProcess] = [
+            context.Process(
+                target=_run_rank, args=(rank, world_size, folder, job, timeout_s), daemon=False
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            yield ranks, Path(folder)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                if process.pid is not None:
+                    process.join()
+
+
+def _wait(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(process.exitcode is None for process in ranks):
+        if any(process.exitcode for process in ranks):
+            break
+        if time.monotonic() > deadline:
+            late = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
+            raise TimeoutError(f"ranks {late} not done after {timeout_s} s")
+        time.sleep(0.02)
+    # A rank that merely lost its peer fails too; a short wait lets the first cause be written.
+    for process in ranks:
+        process.join(timeout=1.0 if any(other.exitcode for other in ranks) else None)
+    if not any(process.exitcode for process in ranks):
+        return
+    causes = []
+    for rank, process in enumerate(ranks):
+        report = folder / f"error-{rank}"
+        if report.exists():
+            causes.append((report.stat().st_mtime_ns, f"rank {rank}:\n{report.read_text()}"))
+        elif process.exitcode:
+            causes.append((0, f"rank {rank} ended with exit code {process.exitcode}"))
+    raise RuntimeError("\n".join(text for _, text in sorted(causes)))
+
+
+def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: float) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        # DeepSpeed wants an address even when the group exists already; nothing listens there.
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
+        # gloo asks the resolver for the host's name otherwise, which not every machine can answer.
+        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    )
+    import torch
+    import torch.distributed as dist
+
+    from tvr.launchers.rank_main import end_process
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        fn, args = pickle.loads(job)
+        value = fn(rank, world_size, *args)
+        (Path(folder) / f"value-{rank}").write_bytes(pickle.dumps(value))
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves first would break the others' last collective
+            dist.destroy_process_group()
+        end_process(0)
+    except BaseException:
+        (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
+        sys.exit(1)

@@ -1,0 +1,32 @@
+#!/bin/bash
+# Nodes: 2, ranks on each: 8. By `tvr launch slurm`.
+#SBATCH --job-name="a"
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=900G
+#SBATCH --partition=gpu
+#SBATCH --account=video
+#SBATCH --qos=high
+#SBATCH --time=1-00:00:00
+#SBATCH --chdir="/disk"
+#SBATCH --output="/disk/runs/a/launch/%j.out"
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@150
+set -euo pipefail
+
+export OMP_NUM_THREADS=12
+export NCCL_DEBUG=WARN
+export TORCH_EXTENSIONS_DIR=/disk/ext
+export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
+export TVR_GPUS_PER_NODE=8
+
+# Finds where ranks meet, passes the notice on, decides whether the job comes again.
+exec /venv/bin/python -m tvr.launchers.slurm.batch_main /disk/runs/a/launch/jobs/RECORD.json \
+    srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log --cpus-per-task=12 \
+    '--container-image=registry#tvr:1' --container-mounts=/disk/runs/a:/disk/runs/a,/disk:/disk,/data:/data,/models:/m --container-workdir=/disk \
+    python3 -m tvr.launchers.slurm.task_main \
+    tvr train --recipe msrvtt_b32 --run-dir runs/a

@@ -1,0 +1,240 @@
+"""Every decoder gives exactly the frames asked for: each shows its own number, and none may be
+wrong."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from builders.counter_files import TICKS_PER_S, Make, make_video, number_of
+
+from tvr.data_prep.records import BadSample
+from tvr.data_prep.video import frame_index as timeline
+from tvr.data_prep.video.decode import sample_frames
+from tvr.data_prep.video.decoders import Decoder, SampleFrames, frame_sampler
+from tvr.data_prep.video.frame_sampling import Span
+from tvr.data_prep.video.reencode import reencode_video
+
+try:
+    frame_sampler("torchcodec")
+    no_torchcodec = ""
+except ValueError as error:
+    no_torchcodec = str(error)
+torchcodec = pytest.param(
+    "torchcodec", marks=pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
+)
+decoders = pytest.mark.parametrize("decoder", ["pyav", torchcodec])
+
+
+def x264(**options: object) -> dict[str, str]:
+    return {"preset": "veryfast"} | {name: str(value) for name, value in options.items()}
+
+
+def x264_params(params: str) -> dict[str, str]:
+    return x264(**{"x264-params": params})
+
+
+UNEVEN = np.cumsum([0, *np.random.default_rng(1).integers(5, 400, 39)]).tolist()
+NOT_MOVED = {"avoid_negative_ts": "disabled"}
+INDEXED = {
+    "long gop": Make(options=x264(g=250, bf=3)),
+    "gop 8": Make(options=x264(g=8, bf=2)),
+    "no b-frames": Make(options=x264(g=8, bf=0)),
+    "b-pyramid": Make(frames=100, options=x264_params("keyint=30:bframes=8:b-adapt=0:ref=5")),
+    "open gop": Make(options=x264_params("open-gop=1:keyint=8:min-keyint=4:bframes=3:b-adapt=0")),
+    "hevc open gop": Make(
+        codec="libx265",
+        options={
+            "preset": "ultrafast",
+            "x265-params": "log-level=none:keyint=10:bframes=3:open-gop=1:pools=none",
+        },
+    ),
+    "variable rate": Make(ticks=UNEVEN, options=x264(g=8)),
+    "variable rate mkv": Make(ticks=UNEVEN, container="matroska"),
+    "turned 90": Make(turned=90),
+    "turned 180": Make(turned=180),
+    "turned 270": Make(turned=270),
+    "odd size": Make(width=77, height=51, pixels="yuv444p"),
+    "odd size vp9": Make(
+        width=77,
+        height=51,
+        codec="libvpx-vp9",
+        container="webm",
+        options={"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "g": "12"},
+    ),
+    "10 bit": Make(pixels="yuv420p10le"),
+    "full range": Make(pixels="yuvj420p"),
+    "interlaced": Make(options=x264_params("interlaced=1:tff=1:keyint=12")),
+    "30 s": Make(frames=750),
+    "30 s gop 16": Make(frames=750, options=x264(g=16)),
+    "one frame": Make(frames=1),
+    "three frames": Make(frames=3),
+    "edit list": Make(options=x264(g=8), shift=-240, muxer=NOT_MOVED),
+    "edit list long gop": Make(options=x264(g=250), shift=-240, muxer=NOT_MOVED),
+    "late start": Make(options=x264(g=8), shift=5000),
+    "fragments": Make(options=x264(g=8), muxer={"movflags": "frag_keyframe+empty_moov"}),
+    "matroska": Make(options=x264(g=8), container="matroska"),
+}
+OTHERS = {
+    "intra refresh": Make(options=x264_params("intra-refresh=1:keyint=10:bframes=0")),
+    "transport stream": Make(options=x264(g=8), container="mpegts", shift=5000),
+    "flash": Make(options=x264(g=8), container="flv"),
+    "avi": Make(codec="mpeg4", container="avi", options={"bf": "2", "g": "12"}),
+    "avi without time stamps": Make(options=x264(g=8, bf=2), container="avi"),
+    "bare h264": Make(options=x264(g=8), container="h264"),
+}
+MAKES = INDEXED | OTHERS
+video = functools.cache(lambda name: make_video(MAKES[name]))
+
+
+def expected(
+    make: Make, num_frames: int, span: Span | None, offsets: Sequence[float] | None
+) -> tuple[list[int], list[float]]:
+    """Numbers and times by the definition, in exact arithmetic."""
+    start, end = span or (0, None)
+    ticks = make.times
+    shown = [
+        index
+        for index in range(make.first, len(ticks))
+        if round(start * TICKS_PER_S) <= ticks[index] - ticks[make.first]
+        and (end is None or ticks[index] - ticks[make.first] < round(end * TICKS_PER_S))
+    ]
+    if len(shown) > num_frames:
+        shares = [Fraction(offset) for offset in offsets or [0.5] * num_frames]
+        places = [(i + share) * len(shown) / num_frames for i, share in enumerate(shares)]
+        chosen = [shown[int(place)] for place in places]
+    else:
+        chosen = shown
+    return chosen, [(ticks[index] - ticks[shown[0]]) / TICKS_PER_S for index in chosen]
+
+
+def check(sample: SampleFrames, name: str, span: Span | None, num_frames: int, seed: int) -> int:
+    """Samples at the middles and at random; the number of frames looked at."""
+    seen = 0
+    for offsets in (None, np.random.default_rng(seed).random(num_frames).tolist()):
+        frames, times_s = sample(video(name), num_frames, span=span, offsets=offsets)
+        numbers, seconds = expected(MAKES[name], num_frames, span, offsets)
+        assert [number_of(frame, MAKES[name]) for frame in frames] == numbers
+        assert times_s == pytest.approx(seconds, abs=2e-6)
+        seen += len(frames)
+    return seen
+
+
+def spans(make: Make) -> list[Span | None]:
+    duration_s = (make.times[-1] - make.times[make.first]) / TICKS_PER_S
+    if duration_s < 1:
+        return [None, (0.0, duration_s + 0.001)]
+    third = round(duration_s / 3, 3)
+    return [None, (third, 2 * third), (2 * third, None), (round(duration_s - 0.1, 3), None)]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "name"),
+    [pytest.param("pyav", name) for name in MAKES]
+    + [pytest.param("torchcodec", name, marks=torchcodec.marks) for name in INDEXED],
+)
+def test_no_frame_is_wrong(decoder: Decoder, name: str) -> None:
+    sample, seen = frame_sampler(decoder), 0
+    for place, span in enumerate(spans(MAKES[name])):
+        for num_frames in (1, 7, 12):
+            seen += check(sample, name, span, num_frames, place)
+    assert seen > 3
+
+
+@pytest.mark.parametrize("name", ["gop 8", "variable rate", "edit list", "late start", "30 s"])
+@decoders
+def test_all_frames_in_order(decoder: Decoder, name: str) -> None:
+    make = MAKES[name]
+    frames, _ = frame_sampler(decoder)(video(name), 2000)
+    assert [number_of(frame, make) for frame in frames] == list(range(make.first, len(make.times)))
+
+
+@pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
+@pytest.mark.parametrize("name", list(INDEXED))
+def test_both_decoders_give_the_same_pixels(name: str) -> None:
+    ours, ours_s = sample_frames(video(name), 12)
+    theirs, theirs_s = frame_sampler("torchcodec")(video(name), 12)
+    assert ours_s == theirs_s
+    # Of odd 4:2:0 pictures the libraries' versions may round the last colours differently.
+    allowed = 1 if name == "odd size vp9" else 0
+    assert np.abs(ours.astype(int) - theirs).max() <= allowed
+
+
+@pytest.mark.parametrize("name", list(MAKES))
+def test_a_cut_holds_the_frames_of_its_span(name: str) -> None:
+    make, span = MAKES[name], spans(MAKES[name])[1]
+    cut = reencode_video(video(name), short_side=None, keyframe_interval=8, span=span)
+    numbers, times_s = expected(make, 2000, span, None)
+    frames, again_s = sample_frames(cut, 2000)
+    upright = Make(width=frames.shape[2], height=frames.shape[1], turned=0)
+    stored = [np.rot90(frame, make.turned // 90) for frame in frames]
+    even = Make(width=make.width // 2 * 2, height=make.height // 2 * 2)
+    assert [number_of(frame, even) for frame in stored] == numbers
+    assert again_s == pytest.approx(times_s, abs=0.001)
+    assert (upright.width % 2, upright.height % 2) == (0, 0)
+
+
+def test_frames_that_are_not_wanted_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    fits = timeline._fits
+    monkeypatch.setattr(timeline, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
+    name = "30 s gop 16"
+    check(sample_frames, name, (20.0, 25.0), 6, 0)
+    assert len(set(decoded)) < 130
+    assert min(decoded) >= 496  # the keyframe before 20 s
+    assert max(decoded) < 625
+
+
+@decoders
+def test_frames_that_the_index_promises_and_nobody_decodes(decoder: Decoder) -> None:
+    """Without its first keyframe the video starts 5 frames late: refused, or counted as it is, but
+    never a wrong frame."""
+    make, buffer = MAKES["gop 8"], io.BytesIO()
+    with (
+        av.open(io.BytesIO(video("gop 8")), "r") as source,
+        av.open(buffer, "w", format="mp4") as output,
+    ):
+        copy = output.add_stream_from_template(source.streams.video[0])
+        for packet in list(source.demux(source.streams.video[0]))[3:]:
+            if packet.size:
+                packet.stream = copy
+                output.mux(packet)
+    if decoder == "torchcodec":
+        with pytest.raises(BadSample, match="k: unreadable: torchcodec"):
+            frame_sampler(decoder)(buffer.getvalue(), 40, key="k")
+    else:
+        frames, _ = sample_frames(buffer.getvalue(), 40)
+        assert [number_of(frame, make) for frame in frames] == list(range(8, 40))
+
+
+def test_a_decoder_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tvr.data_prep.video.decode_torchcodec", None)
+    with pytest.raises(ValueError, match=r"needs pip install 'tvr\[torchcodec\]' .* FFmpeg"):
+        frame_sampler("torchcodec")
+    with pytest.raises(ValueError, match="decoder='decord' must be pyav or torchcodec"):
+        frame_sampler("decord")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
+def test_torchcodec_refuses_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+    sample, content = frame_sampler("torchcodec"), video("long gop")
+    for broken in (b"", b"no video" * 50, content[: len(content) // 2]):
+        with pytest.raises(BadSample, match="k: unreadable"):
+            sample(broken, 4, key="k")
+    with pytest.raises(BadSample, match="there are none"):
+        sample(video("bare h264"), 4, key="k")
+    # Its keyframes are none: what a seek to them gives is known by its time.
+    with pytest.raises(BadSample, match="of other times than asked for"):
+        sample(video("intra refresh"), 12, key="k")
+    with pytest.raises(BadSample, match="missing_file"):
+        sample("/nonexistent.mp4", 4, key="k")
+    with pytest.raises(BadSample, match="no_frames"):
+        sample(content, 4, span=(5.0, 6.0), key="k")
+    with pytest.raises(ValueError, match="0 <= start < end"):
+        sample(content, 4, span=(2.0, 1.0))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,150 @@
+"""The sample order: the contract's properties, and golden positions that no release may change."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvr.data_prep.reading.collate import hash_video_id
+from tvr.data_prep.reading.order import SampleOrder, caption_choice, uniforms
+from tvr.data_prep.reading.worker import Runs
+
+shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum)
+seeds = st.integers(0, 2**63 - 1)
+
+
+@given(shard_sizes, seeds, st.integers(1, 5), st.integers(0, 10**9))
+def test_an_epoch_is_a_permutation(
+    sizes: list[int], seed: int, window_shards: int, epoch: int
+) -> None:
+    order = SampleOrder(sizes, seed, window_shards)
+    total = sum(sizes)
+    places = [order.locate(epoch * total + step) for step in range(total)]
+    assert sorted(place.sample for place in places) == list(range(total))
+    assert {place.epoch for place in places} == {epoch}
+    for place in places:
+        assert 0 <= place.index < sizes[place.shard]
+        assert place.sample == sum(sizes[: place.shard]) + place.index
+
+
+@given(shard_sizes, seeds, st.lists(st.integers(0, 200), min_size=1, max_size=20))
+def test_a_position_gives_the_same_sample_in_any_history(
+    sizes: list[int], seed: int, positions: list[int]
+) -> None:
+    walked = SampleOrder(sizes, seed)
+    found = [walked.locate(position) for position in positions]
+    assert found == [SampleOrder(sizes, seed).locate(position) for position in positions]
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 100))
+def test_a_window_is_read_before_the_next(window_shards: int, size: int, epoch: int) -> None:
+    order = SampleOrder([size] * 8, seed=3, window_shards=window_shards)
+    shards = [order.locate(epoch * 8 * size + step).shard for step in range(8 * size)]
+    for start in range(0, 8 * size, window_shards * size):
+        assert len(set(shards[start : start + window_shards * size])) <= window_shards
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 50), st.integers(1, 4)
+)
+def test_ranks_together_consume_consecutive_positions(
+    world_size: int, micro_batch: int, micro_steps: int, start_step: int, steps: int
+) -> None:
+    run = world_size * micro_batch
+    first = start_step * run * micro_steps
+    streams = [
+        iter(Runs(first + rank * micro_batch, run, micro_batch, None)) for rank in range(world_size)
+    ]
+    consumed = [
+        position
+        for _ in range(steps * micro_steps)
+        for stream in streams
+        for position in next(stream)
+    ]
+    assert consumed == list(range(first, first + steps * micro_steps * run))
+
+
+@given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 7))
+def test_evaluation_runs_cover_each_row_once(total: int, world_size: int, micro_batch: int) -> None:
+    rows = [
+        row
+        for rank in range(world_size)
+        for run in Runs(
+            total * rank // world_size,
+            micro_batch,
+            micro_batch,
+            total * (rank + 1) // world_size,
+        )
+        for row in run
+    ]
+    assert rows == list(range(total))
+
+
+def test_epochs_seeds_and_captions_vary() -> None:
+    order = SampleOrder([50, 50], seed=0)
+    first, second = ([order.locate(e * 100 + i).sample for i in range(100)] for e in (0, 1))
+    other_seed = [SampleOrder([50, 50], seed=1).locate(i).sample for i in range(100)]
+    assert first != second
+    assert first != other_seed
+    choices = [caption_choice(0, epoch, 7, 5) for epoch in range(500)]
+    assert all(70 < choices.count(caption) < 130 for caption in range(5))  # 100 each, 3 deviations
+    assert caption_choice(0, 3, 7, 1) == 0
+
+
+def test_substitutes_stay_in_the_epoch_and_spread() -> None:
+    order = SampleOrder([4, 6], seed=5)
+    places = [order.substitute(23, attempt) for attempt in range(1, 60)]
+    assert {place.epoch for place in places} == {2}
+    assert {place.sample for place in places} == set(range(10))
+
+
+def test_golden_positions() -> None:
+    """An order break: changing these numbers changes what every resumed run sees next."""
+    order = SampleOrder([5, 3, 7, 4], seed=1234, window_shards=2)
+    places = [order.locate(position) for position in range(20)]
+    assert [(place.epoch, place.shard, place.index) for place in places] == [
+        *((0, 0, 4), (0, 3, 1), (0, 0, 3), (0, 3, 2), (0, 0, 0), (0, 3, 0), (0, 3, 3)),
+        *((0, 0, 1), (0, 0, 2), (0, 2, 2), (0, 2, 1), (0, 1, 0), (0, 1, 2), (0, 2, 0)),
+        *((0, 2, 5), (0, 2, 3), (0, 2, 4), (0, 1, 1), (0, 2, 6), (1, 2, 4)),
+    ]
+    assert [order.locate(19_000 + step).sample for step in range(6)] == [15, 1, 4, 18, 3, 17]
+    substitutes = [order.substitute(position, n).sample for position in (0, 19, 40) for n in (1, 2)]
+    assert substitutes == [6, 16, 10, 12, 9, 18]
+    choices = [caption_choice(1234, epoch, sample, 20) for epoch in (0, 1) for sample in range(6)]
+    assert choices == [16, 2, 11, 0, 16, 17, 6, 9, 12, 16, 19, 5]
+    assert hash_video_id("video9770") == 6563069979140668436
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seed", "window_shards", "message"),
+    [
+        ([], 0, 1, "hold no samples"),
+        ([0, 0], 0, 1, "hold no samples"),
+        ([3, -1], 0, 1, "hold no samples"),
+        ([3], -1, 1, "seed=-1 must be from 0"),
+        ([3], 2**63, 1, "must be from 0 to"),
+        ([3], 0, 0, "window_shards=0 must be at least 1"),
+    ],
+)
+def test_bad_arguments(sizes: list[int], seed: int, window_shards: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleOrder(sizes, seed, window_shards)
+
+
+def test_golden_uniforms_hold() -> None:
+    assert uniforms("crop", 3, 10**6, 3).tolist() == [
+        0.4586799048841659,
+        0.3506211843683208,
+        0.2236574136032018,
+    ]
+    assert uniforms("crop", 3, 10**6, 1).tolist() == [0.4586799048841659]
+
+
+@given(st.sampled_from(["crop", "frames", "words"]), seeds, st.integers(0, 10**12))
+def test_uniforms_lie_below_one_and_differ_by_purpose(purpose: str, seed: int, at: int) -> None:
+    drawn = uniforms(purpose, seed, at, 64)
+    assert drawn.min() >= 0.0
+    assert drawn.max() < 1.0
+    assert drawn.tolist() != uniforms(purpose + "2", seed, at, 64).tolist()
+    assert drawn.tolist() != uniforms(purpose, seed, at + 1, 64).tolist()

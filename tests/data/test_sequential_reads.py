@@ -1,0 +1,161 @@
+"""Reading whole shards: in order, in bounded pieces, over a store that fails, several at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+from builders.clip_files import packed
+from builders.http_store import HttpStore, served
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvr.data_prep.check.sequential_reads import Meter, ShardBytes, in_threads
+from tvr.data_prep.check.verify import verify_dataset
+from tvr.data_prep.dataset.manifest import Shard, read_manifest
+from tvr.data_prep.storage.storage import Store
+
+CONTENT = bytes(range(200))
+
+
+class CountedStore(Store):
+    """Serves CONTENT, and notes what is asked for."""
+
+    def __init__(self, content: bytes = CONTENT) -> None:
+        super().__init__("/")
+        self.content = content
+        self.asked: list[tuple[int, int]] = []
+
+    def read_range(self, name: str, start: int, end: int, attempts: int | None = None) -> bytes:
+        self.asked.append((start, end))
+        return self.content[start:end]
+
+
+def shard(num_bytes: int = len(CONTENT)) -> Shard:
+    return Shard(name="s.tar", num_samples=1, shard_bytes=num_bytes, sha256="")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60)), min_size=1, max_size=20),
+    st.integers(0, 80),
+    st.integers(0, 200),
+)
+def test_ranges_are_those_of_the_file_and_each_byte_is_fetched_once(
+    steps: list[tuple[int, int]], ahead: int, there: int
+) -> None:
+    store = CountedStore(CONTENT[:there])
+    read: list[int] = []
+    file = ShardBytes(store, shard(), Meter(0, lambda done, _: read.append(done)), ahead=ahead)
+    at = 0
+    for gap, length in steps:
+        at += gap
+        assert file.read(at, length) == CONTENT[:there][at : at + length]
+        at += length
+    longest = max(length for _, length in steps)
+    assert all(end - start <= max(ahead, longest) for start, end in store.asked)
+    for (_, end), (start, _) in zip(store.asked, store.asked[1:], strict=False):
+        assert end <= start
+    # Once the end was met nothing more is asked for.
+    assert sum(end > there for _, end in store.asked) <= 1
+    assert read[-1:] == [sum(len(CONTENT[:there][start:end]) for start, end in store.asked)]
+
+
+def test_a_read_that_ends_with_the_shard_asks_for_one_byte_more() -> None:
+    store = CountedStore(CONTENT + b"?")
+    file = ShardBytes(store, shard(), Meter(0, None), ahead=150)
+    assert file.read(0, 10) == CONTENT[:10]
+    assert file.read(10, 191) == CONTENT[10:] + b"?"
+    assert store.asked == [(0, 150), (150, 201)]
+
+
+def test_threads_keep_the_order_and_their_number() -> None:
+    meeting = threading.Barrier(3, timeout=20)
+
+    def act(number: int) -> int:
+        meeting.wait()
+        return number * number
+
+    meter = Meter(0, None)
+    assert in_threads(3, act, range(6), meter) == [0, 1, 4, 9, 16, 25]
+    with pytest.raises(ValueError, match="jobs=0 must be 1 or more"):
+        in_threads(0, act, range(6), meter)
+
+
+def test_after_an_error_nothing_new_starts() -> None:
+    begun: list[int] = []
+
+    def act(number: int) -> None:
+        begun.append(number)
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        in_threads(1, act, range(1000), Meter(0, None))
+    assert len(begun) < 1000
+
+
+def test_an_error_ends_the_other_threads_in_mid_shard() -> None:
+    meter, both = Meter(0, None), threading.Barrier(2, timeout=20)
+    ended = threading.Event()
+
+    def act(number: int) -> None:
+        both.wait()
+        if number == 0:
+            raise KeyboardInterrupt
+        try:
+            while True:
+                meter.add(1)
+        except CancelledError:
+            ended.set()
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(2, act, range(2), meter)
+    assert ended.is_set()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStore]:
+    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    monkeypatch.setattr("tvr.data_prep.check.check_shard.CHUNK_BYTES", 4096)
+    packed(tmp_path, 12)
+    with served(tmp_path / "data") as store:
+        yield store
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_store_that_fails_every_third_read_verifies(store: HttpStore, jobs: int) -> None:
+    store.fail_every_third_of_a_file()
+    told: list[tuple[int, int]] = []
+    report = verify_dataset(store.url, jobs=jobs, progress=lambda *each: told.append(each))
+    assert (report.problems, report.num_samples) == ((), 12)
+    shard_bytes = sum(shard.shard_bytes for shard in read_manifest(store.url).shards)
+    assert report.num_bytes == shard_bytes
+    assert told == sorted(told)
+    assert told[-1] == (shard_bytes, shard_bytes)
+    failed = sum(store.asked.count(name) // 3 for name in set(store.asked))
+    assert failed >= 5
+
+
+def test_a_truncated_and_a_grown_shard_are_named_over_http(store: HttpStore) -> None:
+    first, second = (store.folder / f"shard-00000{number}.tar" for number in (0, 1))
+    first.write_bytes(first.read_bytes()[:9000])
+    second.write_bytes(second.read_bytes() + bytes(5000))
+    problems = verify_dataset(store.url).problems
+    where = [problem.where for problem in problems]
+    assert where[-4:] == ["shard-000000.tar"] * 2 + ["shard-000001.tar"] * 2
+    assert "9000 bytes, packed were" in problems[-4].what
+    assert problems[-2].what.startswith("more bytes than the")
+    assert "the file is truncated" in problems[0].what
+
+
+def test_a_store_that_stays_down_is_a_problem_of_each_shard(store: HttpStore) -> None:
+    answer = store.answer
+    store.answer = lambda name, byte_range: (  # type: ignore[method-assign]
+        (503, b"") if name.endswith(".tar") else answer(name, byte_range)
+    )
+    problems = verify_dataset(store.url).problems
+    assert [problem.where for problem in problems] == [f"shard-00000{i}.tar" for i in range(3)]
+    assert all("503" in problem.what for problem in problems)

@@ -1,0 +1,268 @@
+"""`tvr stats`: the numbers against a naive count, and a page that shows the right samples."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections import Counter
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.clip_files import packed, read_number
+from builders.html_page import Page, assert_needs_nothing
+from builders.http_store import served
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tvr.data_prep.check import cli as check_cli
+from tvr.data_prep.check.distribution import Distribution
+from tvr.data_prep.check.stats import Facts, Statistics, Tally, read_facts, statistics_of
+from tvr.data_prep.check.stats_page import shown_samples, stats_page
+from tvr.data_prep.dataset.manifest import Manifest, Samples, Shard, read_manifest
+from tvr.data_prep.storage.storage import Store
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return packed(tmp_path_factory.mktemp("frames"), 13)
+
+
+def described(url: str, **settings: Any) -> Statistics:
+    manifest = read_manifest(url)
+    return statistics_of(manifest, read_facts(url, manifest, **settings))
+
+
+facts = st.builds(
+    Facts,
+    video_id=st.sampled_from("uvw"),
+    captions=st.lists(st.sampled_from(["a", "b c", "d e f"]), min_size=1, max_size=3).map(tuple),
+    duration_s=st.floats(0, 100, width=32),
+    frame_rate_hz=st.sampled_from([0.0, 23.976, 25.0]),
+    width=st.integers(1, 50),
+    height=st.integers(1, 50),
+)
+
+
+def manifest_of(samples: list[tuple[Facts, int]]) -> Manifest:
+    """Of samples with their lengths, three a shard, of which one clip was refused."""
+    shard = np.arange(len(samples), dtype=np.int32) // 3
+    length = np.array([length for _, length in samples])
+    zeros = np.zeros(len(samples), dtype=np.int64)
+    return Manifest(
+        layout="video",
+        num_frames=0,
+        short_side=None,
+        num_captions=sum(len(each.captions) for each, _ in samples),
+        num_empty_captions=4,
+        bad={"unreadable": 1},
+        shards=tuple(
+            Shard(
+                name=f"{number}",
+                num_samples=int((shard == number).sum()),
+                shard_bytes=int(length[shard == number].sum()) + 1024,
+                sha256="",
+            )
+            for number in range(int(shard[-1]) + 1)
+        ),
+        samples=Samples(
+            key=np.array([f"c{row}" for row in range(len(samples))]),
+            video_id=np.array([each.video_id for each, _ in samples]),
+            shard=shard,
+            offset=zeros,
+            length=length,
+            crc32=zeros,
+            num_captions=np.array([len(each.captions) for each, _ in samples]),
+            content=zeros,
+        ),
+    )
+
+
+@given(
+    st.lists(st.tuples(facts, st.integers(1, 9).map(lambda n: 512 * n)), min_size=1, max_size=9),
+    st.integers(0, 9),
+)
+def test_statistics_are_those_of_a_naive_count(
+    samples: list[tuple[Facts, int]], border: int
+) -> None:
+    tally, rest = Tally(), Tally()
+    for index, (each, _) in enumerate(samples):
+        (tally if index < border else rest).add(each)
+    rest.unread["checksum"] += 1
+    tally.merge(rest)
+    found = statistics_of(manifest_of(samples), tally)
+    all_facts = [each for each, _ in samples]
+    assert found.num_samples == found.num_read == len(samples)
+    assert found.num_videos == len({each.video_id for each in all_facts})
+    texts = [text for each in all_facts for text in each.captions]
+    assert (found.num_captions, found.captions.num_captions) == (len(texts), len(texts))
+    assert found.num_bytes == sum(length for _, length in samples) + 1024 * -(-len(samples) // 3)
+    per_video = Counter[str]()
+    for each in all_facts:
+        per_video[each.video_id] += len(each.captions)
+    same(found.captions_per_video, list(per_video.values()))
+    same(found.captions.words, [len(text.split()) for text in texts])
+    same(found.duration_s, [each.duration_s for each in all_facts])
+    same(found.frame_rate_hz, [each.frame_rate_hz for each in all_facts])
+    same(found.short_side, [min(each.width, each.height) for each in all_facts])
+    same(found.aspect, [each.width / each.height for each in all_facts])
+    same(found.sample_bytes, [length for _, length in samples])
+    same(found.samples_per_shard, [len(samples[at : at + 3]) for at in range(0, len(samples), 3)])
+    assert (found.refused, found.unread) == ({"unreadable": 1}, {"checksum": 1})
+
+
+def same(found: Distribution | None, values: list[Any]) -> None:
+    assert found is not None
+    assert (found.count, found.least, found.most) == (len(values), min(values), max(values))
+    assert found.mean == pytest.approx(sum(values) / len(values))
+    assert sum(found.counts) + found.num_beyond == len(values)
+
+
+def test_what_is_said_of_packed_clips(url: str) -> None:
+    found = described(url)
+    assert (found.num_samples, found.num_read, found.num_videos) == (13, 13, 13)
+    for values, expected in (
+        (found.duration_s, 0.4),
+        (found.frame_rate_hz, 10),
+        (found.short_side, 32),
+        (found.aspect, 2),
+    ):
+        assert values is not None
+        assert (values.count, values.least, values.most) == (13, expected, expected)
+    assert found.captions.num_captions == found.num_captions == 25
+    assert found.samples_per_shard is not None
+    assert (found.samples_per_shard.count, found.samples_per_shard.least) == (3, 3)
+
+
+def test_a_part_is_spread_evenly_and_read_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+    read_range = Store.read_range
+
+    def noted(self: Store, name: str, start: int, end: int, *more: Any) -> bytes:
+        asked.append((name, start, end))
+        return read_range(self, name, start, end, *more)
+
+    monkeypatch.setattr(Store, "read_range", noted)
+    told: list[tuple[int, int]] = []
+    found = described(url, samples=3, jobs=1, progress=lambda *each: told.append(each))
+    samples = read_manifest(url).samples
+    assert [(name, start, end - start) for name, start, end in asked] == [
+        (f"shard-00000{row // 5}.tar", int(samples.offset[row]), int(samples.length[row]))
+        for row in (2, 6, 10)
+    ]
+    assert (found.num_read, found.num_samples, found.captions.num_captions) == (3, 13, 6)
+    assert told[-1] == (sum(end - start for _, start, end in asked),) * 2
+    assert "of 3 samples, spread evenly over the 13" in text_of(found, url)
+    with pytest.raises(ValueError, match="samples=0 must be 1 or more"):
+        described(url, samples=0)
+
+
+def test_over_a_store_that_fails_every_third_read(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    expected = described(url)
+    with served(Path(url)) as store:
+        store.fail_every_third_of_a_file()
+        assert described(store.url, jobs=3) == expected
+        shown = shown_samples(store.url, read_manifest(store.url), 4)
+    assert shown == shown_samples(url, read_manifest(url), 4)
+
+
+def text_of(statistics: Statistics, url: str) -> str:
+    shown = shown_samples(url, read_manifest(url), 2)
+    return Page(stats_page("name", statistics, shown, {})).text
+
+
+def pictures(source: str) -> list[int]:
+    """The numbers in a strip of three pictures of 64 x 32."""
+    strip = np.asarray(Image.open(BytesIO(base64.b64decode(source.partition(",")[2]))))
+    assert strip.shape == (32, 3 * 64 + 2, 3)
+    return [read_number(strip[:, left : left + 64]) for left in (0, 65, 130)]
+
+
+@pytest.mark.parametrize("layout", ["frames", "video"])
+def test_the_page_shows_first_middle_and_last_frame_of_spread_samples(
+    tmp_path: Path, layout: str
+) -> None:
+    url = packed(tmp_path, 9, layout=layout)
+    out = tmp_path / "page.html"
+    assert check_cli.stats([url, "--out", str(out), "--pictures", "3"]) == 0
+    html = out.read_text()
+    assert_needs_nothing(html)
+    images = Page(html).named("img")
+    # Clip i shows the numbers from 8 i on, in four frames.
+    assert [pictures(str(image["src"])) for image in images] == [
+        [8 * clip, 8 * clip + 2, 8 * clip + 3] for clip in (1, 4, 7)
+    ]
+    assert [image["alt"] for image in images] == [f"frames of sample c0{i}" for i in (1, 4, 7)]
+    for clip in (1, 4, 7):
+        assert f"c0{clip} caption 0 of clip {clip}" in " ".join(Page(html).text.split())
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
+
+
+def test_charts_are_drawn_of_what_varies(url: str) -> None:
+    page = Page(stats_page("name", described(url), [], {}))
+    labels = [svg["aria-label"] for svg in page.named("svg")]
+    assert labels == ["Captions of a video", "Samples in a shard"]
+    assert "Frame rate" in page.text
+
+
+def test_what_was_refused_and_what_cannot_be_read(url: str, tmp_path: Path) -> None:
+    damaged = str(tmp_path / "damaged")
+    shutil.copytree(url, damaged)
+    (tmp_path / "damaged" / "shard-000000.tar").unlink()
+    second = tmp_path / "damaged" / "shard-000001.tar"
+    second.write_bytes(second.read_bytes()[:-3000])
+    manifest = replace(read_manifest(damaged), bad={"no_frames": 7})
+    found = statistics_of(manifest, read_facts(damaged, manifest))
+    assert found.unread == {"checksum": 1, "missing_shard": 5}
+    assert found.num_read == 7
+    shown = shown_samples(damaged, manifest, 13)
+    assert [sample.key for sample in shown if sample.problem] == [
+        *(f"c0{row}" for row in range(5)),
+        "c09",
+    ]
+    page = Page(stats_page("name", found, shown, {}))
+    assert len(page.named("img")) == 7
+    for wanted in ("missing_shard", "checksum", "no_frames", "the file is truncated"):
+        assert wanted in page.text
+    everything = Tally()
+    everything.unread["missing_shard"] = 13
+    text = text_of(statistics_of(manifest, everything), damaged)
+    assert "Duration" not in text
+
+
+def test_everything_from_the_data_is_escaped(url: str) -> None:
+    evil = '<script>alert("x")</script>'
+    (sample,) = shown_samples(url, read_manifest(url), 1)
+    bad = replace(sample, key=evil, captions=(evil,), problem=evil)
+    html = stats_page(evil, described(url), [bad], {evil: []})
+    assert "<script" not in html
+    assert Page(html).text.count("alert") == 6
+
+
+def test_the_command_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.html"
+    copy = str(tmp_path / "copy")
+    shutil.copytree(url, copy)
+    (tmp_path / "copy" / "shard-000002.tar").unlink()
+    assert check_cli.stats([copy, "--out", str(out), "--against", url]) == 0
+    printed = capsys.readouterr()
+    assert f"{copy}: 10 of 13 samples read, 25 captions of 13 videos; see {out}" in printed.out
+    assert "3 samples could not be read" in printed.out
+    assert f"in common with {url}: 13 pairs of samples" in printed.out
+    assert printed.err == ""
+    text = Page(out.read_text()).text
+    assert "Pairs of equal samples: 13" in text
+    assert "same key and video_id and content as c00" in text
+    assert check_cli.stats([url, "--pictures", "-1"]) == 2
+    assert check_cli.stats([url, "--jobs", "0"]) == 2
+    assert check_cli.stats([str(tmp_path / "none")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2][:12] for line in errors[:2]] == ["pictures=-1 ", "jobs=0 must "]
+    assert len(errors) == 3

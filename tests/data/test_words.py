@@ -1,0 +1,172 @@
+"""Words of captions: agreement with hand-made tags, tf-idf by hand, what is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.clip_files import packed, write_clips
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tvr.data_prep.cli import pack
+from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.packing.words import WordTagger, clean_captions
+from tvr.data_prep.reading.loader import read_samples
+from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.records import Caption, Clip, WordKind
+
+SAID_ONCE = {
+    "a man is playing guitar on stage": "(a) *man is *playing *guitar (on) *stage",
+    "a dog runs past a red car": "(a) *dog *runs past (a) *red *car",
+    "a woman's dog isn't running, it runs": "(a) *woman *dog is *running it *runs",
+    "a cat sits on a table": "(a) *cat *sits (on) (a) *table",
+    "the band plays a play": "the *band *plays (a) *play",
+    "a hip-hop dancer spins on his own head": "(a) *hip-hop *dancer *spins (on) his own *head",
+}
+
+
+def clips(*captions_of_each: tuple[str, ...]) -> list[Clip]:
+    return [
+        Clip(key=f"k{index}", video="v.mp4", captions=captions, video_id=f"k{index}")
+        for index, captions in enumerate(captions_of_each)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tagger() -> WordTagger:
+    return WordTagger(clips(*((text,) for text in SAID_ONCE)))
+
+
+def marked(caption: Caption) -> str:
+    """The words of a caption, *content and (droppable)."""
+    forms = {WordKind.PLAIN: "{}", WordKind.CONTENT: "*{}", WordKind.DROPPABLE: "({})"}
+    words = caption.known_words()
+    return " ".join(forms[kind].format(caption.text[start:end]) for start, end, kind in words)
+
+
+def test_agreement_with_hand_made_tags(tagger: WordTagger) -> None:
+    lines = (Path(__file__).parent / "tagged_captions.txt").read_text(encoding="utf-8").splitlines()
+    agreed = []
+    for line in lines:
+        tokens = line.split()
+        text = " ".join(token.removeprefix("*") for token in tokens)
+        starts = [0]
+        for token in tokens[:-1]:
+            starts.append(starts[-1] + len(token.removeprefix("*")) + 1)
+        content = {
+            start for start, token in zip(starts, tokens, strict=True) if token.startswith("*")
+        }
+        (caption,) = tagger.tag([text])
+        words = caption.known_words()
+        assert content <= {word.start for word in words}
+        agreed += [(word.start in content) == (word.kind == WordKind.CONTENT) for word in words]
+    assert (len(lines), len(agreed)) == (80, 568)
+    assert sum(agreed) / len(agreed) > 0.98
+
+
+@pytest.mark.parametrize(("text", "words"), list(SAID_ONCE.items()))
+def test_captions_of_one_data_set(tagger: WordTagger, text: str, words: str) -> None:
+    # Of 6 clips all say "a" (weight 0) and 3 "on": 1/7 ln(7/4) = 0.08 of 7 words. Words of one
+    # clip weigh 1/7 ln(7/2) = 0.18 and stay: "is", "past", "his".
+    (caption,) = tagger.tag([text])
+    assert marked(caption) == words
+
+
+def test_weights_are_over_all_captions_of_a_clip() -> None:
+    same = ("the dog sleeps under the table",) * 7
+    tagger = WordTagger(clips((*same, "there the dog sleeps"), ("the cat",), ("under the car",)))
+    caption, *_, last = tagger.tag([*same, "there the dog sleeps"])
+    # The share of "there" is 1/46 and ln(4/2) makes 0.015; "under" is 7/46 ln(4/3) = 0.044.
+    assert marked(last) == "(there) (the) *dog *sleeps"
+    assert marked(caption) == "(the) *dog *sleeps (under) (the) *table"
+    alone = WordTagger(clips(("there the dog sleeps",), ("the cat",), ("a car",)))
+    (caption,) = alone.tag(["there the dog sleeps"])
+    assert marked(caption) == "there (the) *dog *sleeps"  # 1/4 ln(4/2) = 0.17
+
+
+def test_at_most_five_forms_and_the_lightest_first() -> None:
+    said = ("he is in it with her and by them for us",)
+    tagger = WordTagger(clips(said, said, said, ("by them for us",)))
+    (caption,) = tagger.tag(said)
+    # Of weight 0 are the last four; of the others, equal, the first.
+    assert marked(caption) == "(he) is in it with her and (by) (them) (for) (us)"
+
+
+def test_a_form_with_content_or_a_clitic_anywhere_stays() -> None:
+    said = ("he can open the can and he's glad",)
+    tagger = WordTagger(clips(said, said))
+    (caption,) = tagger.tag(said)
+    assert marked(caption) == "he can *open (the) *can (and) he *glad"
+
+
+def test_captions_are_stored_clean() -> None:
+    said = (" a&nbsp;cat \t&amp;amp;  a dog", "", "&#32;", "caf\u00e9")
+    assert clean_captions(said) == ("a cat & a dog", "caf\u00e9")
+
+
+@given(st.text(max_size=60))
+@example("n't 's _ -- don\u2019t 10-year-olds' \u0130stanbul \ufb01sh \u4f60\u597d " + "z" * 3000)
+def test_any_text_gives_words_in_order(text: str) -> None:
+    texts = clean_captions([text])
+    for caption in _any_tagger().tag(texts):
+        end = 0
+        for word in caption.known_words():
+            assert end <= word.start < word.end <= len(caption.text)
+            assert caption.text[word.start].isalnum()
+            assert caption.text[word.end - 1].isalnum()
+            end = word.end
+    assert _any_tagger().tag(texts) == _any_tagger().tag(texts)
+
+
+_CACHE: dict[str, WordTagger] = {}
+
+
+def _any_tagger() -> WordTagger:
+    # hypothesis calls a test many times and takes no fixture of a narrower scope.
+    return _CACHE.setdefault("any", _CACHE.get("any") or WordTagger(clips(("a man",))))
+
+
+def test_packing_stores_what_the_tagger_finds(tmp_path: Path) -> None:
+    made = write_clips(tmp_path, 4)
+    settings: dict[str, Any] = {"layout": "frames", "num_frames": 1, "samples_per_shard": 2}
+    pack_shards(made, str(tmp_path / "alone"), words=True, **settings)
+    for task in range(2):  # each weighs words over the clips of both
+        several = {"processes": 2, "task": task, "num_tasks": 2}
+        pack_shards(made, str(tmp_path / "several"), words=True, **several, **settings)
+    for shard in ("shard-000000.tar", "shard-000001.tar"):
+        alone, several = ((tmp_path / name / shard).read_bytes() for name in ("alone", "several"))
+        assert alone == several
+    url = str(tmp_path / "several")
+    assert read_manifest(url).tagger == "HanTa 1.2.1"
+    samples = read_samples(url, [clip.key for clip in made], num_frames=1, image_size=8)
+    tagger = WordTagger(made)
+    assert [sample.captions for sample in samples] == [tagger.tag(clip.captions) for clip in made]
+    assert [marked(caption) for caption in samples[3].captions] == ["*caption (0) (of) *clip 3"]
+
+
+def test_pack_finds_words_unless_told_otherwise(tmp_path: Path) -> None:
+    write_clips(tmp_path, 2)
+    lines = [{"video": f"c0{index}.mp4", "caption": "a red car"} for index in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = ["--annotations", str(tmp_path / "a.jsonl"), "--layout", "frames", "--num-frames", "1"]
+    assert pack([*common, "--out", str(tmp_path / "with")]) == 0
+    assert pack([*common, "--out", str(tmp_path / "without"), "--no-words"]) == 0
+    for name, tagger, words in (
+        ("with", "HanTa 1.2.1", [[[0, 1, 2], [2, 5, 1], [6, 9, 1]]]),
+        ("without", None, None),
+    ):
+        url = str(tmp_path / name)
+        assert read_manifest(url).tagger == tagger
+        stored = json.loads(SampleReader(url, num_frames=1, image_size=8).members(0)["json"])
+        assert (stored["captions"], stored["words"]) == (["a red car"], words)
+
+
+def test_without_a_tagger_captions_have_no_words(tmp_path: Path) -> None:
+    (sample,) = read_samples(packed(tmp_path, 1), ["c00"], num_frames=1, image_size=8)
+    assert [caption.words for caption in sample.captions] == [None]
+    with pytest.raises(ValueError, match=r"clip 0': packed without words; .* --words"):
+        sample.captions[0].known_words()

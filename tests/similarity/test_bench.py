@@ -1,0 +1,226 @@
+"""`tvr bench kernels`: every implementation in table and JSON, refusals, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tvr.trainer.bench import bench
+from tvr.trainer.bench.bench_report import Measured, rows, to_json
+from tvr.trainer.bench.measure import (
+    BACKWARD,
+    FORWARD,
+    Job,
+    MeasurementFailed,
+    Refused,
+    peak_bytes,
+    seconds,
+)
+
+TINY = ["--pairs", "6", "--words", "5", "--frames", "3", "--width", "16", "--threads", "1"]
+TINY_JOB = Job(implementation="torch", texts=6, videos=6, words=5, frames=3, width=16)
+
+
+def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
+    try:
+        code: Any = bench.bench(["kernels", *flags])
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All numbers of one tiny case, with the loss and two threads of the command's line tested."""
+    file = tmp_path_factory.mktemp("bench") / "numbers.json"
+    flags = [*TINY, "--loss", "--stream", "--fast", "--repeats", "2", "--json", str(file)]
+    assert bench.bench(["kernels", *flags]) == 0
+    return json.loads(file.read_text())
+
+
+def test_every_implementation_is_measured_in_both_passes(measured_once: dict[str, Any]) -> None:
+    found = {(row["implementation"], row["pass"]): row for row in measured_once["rows"]}
+    names = ("reference", "compiled", "torch", "streamed", "fast", "bound")
+    assert list(found) == [(name, pass_) for pass_ in (FORWARD, BACKWARD) for name in names]
+    for row in found.values():
+        assert row["reason"] is None
+        assert (row["pairs"], row["words"], row["frames"], row["width"]) == (6, 5, 3, 16)
+        assert 0 < row["fastest_s"] <= row["median_s"] <= row["slowest_s"]
+        assert row["peak_bytes"] >= 0
+
+
+def test_the_numbers_come_with_what_made_them(measured_once: dict[str, Any]) -> None:
+    assert set(measured_once["versions"]) == {"python", "torch", "tvr"}
+    assert measured_once["machine"]["cpu"]
+    assert (measured_once["threads"], measured_once["repeats"]) == (1, 2)
+    assert (measured_once["interaction"], measured_once["loss"]) == ("att_wti", True)
+
+
+def test_json_on_stdout_is_one_line_and_the_table_goes_to_stderr(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measured", made_up)
+    code, out, err = run(capsys, *TINY, "--pairs", "6", "7", "--json", "-")
+    assert code == 0
+    assert [row["pairs"] for row in json.loads(out)["rows"]] == [6] * 8 + [7] * 8
+    assert out.count("\n") == 1
+    for said in ("6 pairs, 5 words (ragged)", "7 pairs", "naive", "compiled", "torch tiles"):
+        assert said in err
+
+
+def test_table_is_on_stdout_and_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measured", made_up)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, *TINY, "--dtype", "float32", "bfloat16", "--lengths", "full")
+    assert code == 0
+    assert "5 words (full)" in out
+    assert "bfloat16" in out
+    # Ratios to the naive 2 s, to the products' 0.5 s, and to the naive 4 MB.
+    assert ["torch", "tiles", "1.00", "s", "0.50", "2.00", "1.0", "MB", "0.25"] in [
+        line.split() for line in out.splitlines()
+    ]
+
+
+def test_naive_is_left_out_with_a_reason_where_memory_is_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def peaks(job: Job) -> dict[str, int]:
+        started.append(job.implementation)
+        return {FORWARD: 1, BACKWARD: 1}
+
+    monkeypatch.setattr(bench, "peak_bytes", peaks)
+    monkeypatch.setattr(bench, "seconds", lambda job, repeats: {FORWARD: [1.0], BACKWARD: [1.0]})
+    # 512 x 512 pairs x 32 x 12 scores take gigabytes; the rest is told nothing of the limit.
+    code, out, _ = run(capsys, "--pairs", "512", "--memory-gib", "0.5", "--json", "-")
+    naive, compiled, *_ = json.loads(out)["rows"]
+    assert code == 0
+    assert started == ["compiled", "torch", "bound"]
+    assert naive["reason"].endswith("GiB, but may take 0.5")
+    assert "peak_bytes" not in naive
+    assert compiled["reason"] is None
+    assert "time_to_naive" not in compiled
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--pairs", "0"], "greater than 0"),
+        (["--frames", "-3"], "greater than 0"),
+        (["--pairs"], "at least 1 item"),
+        (["--width", "wide"], "wide"),
+        (["--dtype", "float16"], "float16"),
+        (["--memory-gib", "0"], "greater than 0"),
+        (["--chunk", "0"], "greater than 0"),
+    ],
+)
+def test_bad_sizes_end_with_code_2(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *flags)
+    assert code == 2
+    assert said in err
+
+
+@pytest.mark.parametrize("argv", [[], ["nonesuch"], ["--pairs", "3"]])
+def test_what_to_bench_must_be_named(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.bench(argv)
+    assert ended.value.code == 2
+    assert "kernels" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = run(capsys, *TINY, "--device", "cuda")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "torch finds no CUDA device" in err
+
+
+def test_a_process_says_why_an_implementation_cannot_serve() -> None:
+    job = replace(TINY_JOB, implementation="compiled", frames=256)
+    with pytest.raises(Refused, match="256 words or frames are more than 255"):
+        peak_bytes(job)
+
+
+def test_a_process_that_breaks_off_fails_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: Job) -> dict[str, int]:
+        if job.implementation == "torch":
+            raise MeasurementFailed("the reason")
+        return {FORWARD: 1, BACKWARD: 1}
+
+    monkeypatch.setattr(bench, "peak_bytes", broken)
+    monkeypatch.setattr(bench, "seconds", lambda job, repeats: {FORWARD: [1.0], BACKWARD: [1.0]})
+    code, out, err = run(capsys, *TINY, "--json", "-")
+    reasons = {row["implementation"]: row["reason"] for row in json.loads(out)["rows"]}
+    assert code == 3
+    assert reasons == {"reference": None, "compiled": None, "torch": "the reason", "bound": None}
+    assert "tvr bench kernels: torch: the reason" in err
+
+
+def test_a_crash_in_a_process_is_told_by_its_last_line() -> None:
+    with pytest.raises(MeasurementFailed, match="KeyError: 'nonesuch'"):
+        seconds(replace(TINY_JOB, implementation="nonesuch"), repeats=1)
+
+
+def test_each_heap_is_asked_for_by_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Ended:
+        returncode, stdout, stderr = 0, "{}", ""
+
+    def fake(line: list[str], env: dict[str, str], **_: Any) -> Ended:
+        seen.append({key: value for key, value in env.items() if key.startswith("MALLOC_")})
+        return Ended()
+
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setattr("subprocess.run", fake)
+    peak_bytes(TINY_JOB)
+    seconds(TINY_JOB)
+    gives_back, keeps = seen
+    assert "MALLOC_ARENA_MAX" not in gives_back
+    assert int(gives_back["MALLOC_MMAP_THRESHOLD_"]) < 2**20
+    assert keeps["MALLOC_MMAP_MAX_"] == "0"
+
+
+def test_ratios_stay_within_a_case() -> None:
+    few, many = (
+        made_up(replace(TINY_JOB, implementation=name, texts=pairs), repeats=1, limit=0)
+        for name, pairs in (("reference", 6), ("torch", 7))
+    )
+    assert "time_to_naive" in rows([few])[0]
+    assert all("time_to_naive" not in row for row in rows([few, many]) if row["pairs"] == 7)
+    assert json.loads(to_json([few, many], 1))["rows"] == rows([few, many])
+
+
+def made_up(job: Job, *, repeats: int, limit: int) -> Measured:
+    """In place of `bench.measured`: numbers whose ratios are known."""
+    time = {"reference": 2.0, "compiled": 0.8, "torch": 1.0, "bound": 0.5}[job.implementation]
+    peak = {"reference": 4, "compiled": 2, "torch": 1, "bound": 1}[job.implementation] * 10**6
+    return Measured(
+        job,
+        peaks={FORWARD: peak, BACKWARD: peak},
+        times={FORWARD: [time] * repeats, BACKWARD: [time] * repeats},
+    )
+
+
+def test_the_file_is_written_where_it_was_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "measured", made_up)
+    file = tmp_path / "numbers.json"
+    assert run(capsys, *TINY, "--json", str(file))[0] == 0
+    assert len(json.loads(file.read_text())["rows"]) == 8
+    assert run(capsys, *TINY, "--json", str(tmp_path / "absent" / "x.json"))[0] == 2

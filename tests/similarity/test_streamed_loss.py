@@ -1,0 +1,180 @@
+"""The streamed loss equals the losses of the whole table: value, every gradient, any ranks."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from builders.ranks_in_threads import ThreadCollectives, on_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_similarity import FEATURES, assert_same, example
+from torch import Tensor
+
+from tvr.kernels import reference
+from tvr.kernels.backends import cpu as packed
+from tvr.kernels.checks import INTERACTIONS
+from tvr.kernels.losses import ALONE, LossTerms, row_loss
+from tvr.kernels.row_loss.row_loss import LossRule
+from tvr.kernels.row_loss.streamed_loss import streamed_loss
+
+RULES = {
+    "info_nce": LossRule(None, scale=20.0),
+    "reference": LossRule("reference", scale=20.0),
+    "log": LossRule("log", scale=20.0),
+}
+PAIRS = 7
+CHUNKS = (1, 3, 100, None)
+
+
+def of_whole_table(
+    arguments: dict[str, Tensor], rule: LossRule, ids: Tensor | None = None, **options
+) -> tuple[LossTerms, dict[str, Tensor]]:
+    leaves = {n: x.clone().requires_grad_(n in FEATURES) for n, x in arguments.items()}
+    table = reference.dmae_similarity(**leaves, **options)
+    terms = row_loss(table, rule, row_offset=0, collectives=ALONE, video_ids=ids)
+    terms.loss.backward()
+    return terms, {n: x.grad for n, x in leaves.items() if x.grad is not None}
+
+
+def streamed(
+    arguments: dict[str, Tensor], rule: LossRule, **options
+) -> tuple[LossTerms, dict[str, Tensor]]:
+    leaves = {n: x.clone().requires_grad_(n in FEATURES) for n, x in arguments.items()}
+    terms = streamed_loss(**leaves, rule=rule, **options)
+    terms.loss.backward()
+    return terms, {n: x.grad for n, x in leaves.items() if x.grad is not None}
+
+
+def assert_equal(
+    found: tuple[LossTerms, dict[str, Tensor]], expected: tuple[LossTerms, dict[str, Tensor]]
+) -> None:
+    for name in LossTerms.__dataclass_fields__:
+        got, want = (getattr(terms, name).detach() for terms in (found[0], expected[0]))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+    assert_same(found[1], expected[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep_scores", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_equals_the_reference(
+    interaction: str, neighbours: bool, rule: str, keep_scores: bool
+) -> None:
+    arguments = example(PAIRS, PAIRS)
+    ids = torch.tensor([0, 1, 2, 1, 3, 4, 0])
+    options = {"interaction": interaction, "neighbour_frames": neighbours}
+    expected = of_whole_table(arguments, RULES[rule], ids, **options)
+    options |= {"video_ids": ids, "keep_scores": keep_scores}
+    for chunk in CHUNKS:
+        found = streamed(arguments, RULES[rule], chunk=chunk, **options)
+        assert_equal(found, expected)
+
+
+def test_torch_tiles_serve_where_there_are_no_compiled_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = example(PAIRS, PAIRS)
+    expected = of_whole_table(arguments, RULES["log"])
+    monkeypatch.setattr(packed.compiled, "backend", lambda: ("torch", "for this test"))
+    for chunk in CHUNKS:
+        assert_equal(streamed(arguments, RULES["log"], chunk=chunk), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_pass_gradcheck(rule: str) -> None:
+    arguments = example(3, 3, 3, 3, width=4, seed=5)
+    features = [arguments[name].clone().requires_grad_() for name in FEATURES]
+
+    def loss(*inputs: Tensor) -> Tensor:
+        named = arguments | dict(zip(FEATURES, inputs, strict=True))
+        return streamed_loss(**named, rule=RULES[rule], chunk=2).loss
+
+    assert torch.autograd.gradcheck(loss, features)
+
+
+class Passing:
+    """An `Exchange` among threads: every rank's videos are a piece, this rank's the first."""
+
+    def __init__(self, collectives: ThreadCollectives, counts: list[int]) -> None:
+        self.collectives, self.counts = collectives, counts
+
+    def visit(self, mine: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        everyone = [self.collectives.everyones(x) for x in mine]
+        ranks = range(len(self.counts))
+        for rank in ((self.collectives.rank + i) % len(ranks) for i in ranks):
+            yield sum(self.counts[:rank]), tuple(x[rank] for x in everyone)
+
+    def visit_back(
+        self,
+        mine: tuple[Tensor, ...],
+        gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        found = {column: gradients(column, piece) for column, piece in self.visit(mine)}
+        parts = zip(*(found[column] for column in sorted(found)), strict=True)
+        whole = [torch.stack(self.collectives.everyones(torch.cat(p))).sum(0) for p in parts]
+        rank = self.collectives.rank
+        return tuple(x.split(self.counts)[rank] for x in whole)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(RULES)),
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_does_not_depend_on_the_split_over_ranks(
+    rule: str, counts: list[int], chunk: int, seed: int, keep_scores: bool
+) -> None:
+    arguments = example(sum(counts), sum(counts), seed=seed)
+    expected, whole = of_whole_table(arguments, RULES[rule])
+    shards = {name: x.split(counts) for name, x in arguments.items()}
+
+    def work(collectives: ThreadCollectives, rank: int) -> tuple[LossTerms, dict[str, Tensor]]:
+        return streamed(
+            {name: parts[rank] for name, parts in shards.items()},
+            RULES[rule],
+            row_offset=sum(counts[:rank]),
+            num_pairs=sum(counts),
+            collectives=collectives,
+            exchange=Passing(collectives, counts),
+            keep_scores=keep_scores,
+            chunk=chunk,
+        )
+
+    results = on_ranks(work, len(counts))
+    for name in LossTerms.__dataclass_fields__:
+        total = torch.stack([getattr(terms, name).detach() for terms, _ in results]).sum()
+        torch.testing.assert_close(total, getattr(expected, name).detach(), rtol=1e-10, atol=1e-13)
+    joined = {name: torch.cat([grads[name] for _, grads in results]) for name in whole}
+    assert_same(joined, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_kept_for_a_pair() -> None:
+    def kept(pairs: int) -> int:
+        arguments = example(pairs, pairs, 3, 2, width=4, dtype=torch.float32)
+        leaves = {n: x.requires_grad_(n in FEATURES) for n, x in arguments.items()}
+        seen: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            terms = streamed_loss(**leaves, rule=RULES["log"], chunk=8)
+        assert terms.loss.requires_grad
+        return sum(seen.values())
+
+    small, middle, large = (kept(pairs) for pairs in (64, 128, 256))
+    assert large - middle == 2 * (middle - small)
+
+
+def test_refusals_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="chunk=0"):
+        streamed_loss(**example(3, 3), rule=RULES["log"], chunk=0)
+    with pytest.raises(ValueError, match="row_offset=2"):
+        streamed_loss(**example(3, 3), rule=RULES["log"], row_offset=2, num_pairs=4)
+    with pytest.raises(ValueError, match="mode='plain'"):
+        LossRule("plain")

@@ -1,0 +1,471 @@
+"""Checkpoints: which is found, what is refused, which stay, and how a save may fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvr.trainer.checkpoint.catalogue import (
+    Checkpoint,
+    Retention,
+    best_step,
+    newest,
+    newest_whole,
+    note_evaluation,
+    set_aside,
+)
+from tvr.trainer.checkpoint.fencing import Attempt, begin_attempt
+from tvr.trainer.checkpoint.manifest import SavedState
+from tvr.trainer.checkpoint.place import Place
+from tvr.trainer.checkpoint.restore import local_files
+from tvr.trainer.checkpoint.saver import NICENESS, Saved, Saver, shard_files
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.random_state import random_state, restore_random_state
+from tvr.trainer.engine.staging import Staging
+from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
+
+ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def state(step: int, **changes: Any) -> SavedState:
+    fields = {"step": step, "world_size": 1, "zero_stage": 1, "precision": "fp32", "attempt": 1}
+    return SavedState(**{**fields, "files": {}, **changes})
+
+
+def saver(folder: Path | str, run_dir: Path, **settings: Any) -> Saver:
+    retention = settings.pop("retention", Retention())
+    settings.setdefault("background", False)
+    return Saver(Place(str(folder)), ALONE, begin_attempt(run_dir), retention, **settings)
+
+
+def stage(value: float) -> dict[str, Any]:
+    shards = {"model.pt": {"weight": torch.full((1000,), value)}, "optimiser.pt": {"step": value}}
+    return shard_files(shards, 0, random_state())
+
+
+def save(to: Saver, step: int) -> Saved:
+    (saved,) = to.save(state(step), lambda copy: stage(float(step)))
+    return saved
+
+
+def wait_for(writer: Saver) -> None:
+    while not writer.is_ready:
+        pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_there_is_none_at_first(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert newest_whole(Place(str(folder)), ALONE).newest is None
+        assert newest(Place(str(folder))) is None
+
+
+def test_a_checkpoint_is_a_folder_whose_manifest_covers_every_file(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    ended = save(saver(folder, tmp_path), 3)
+    assert (ended.step, ended.error) == (3, None)
+    assert names(folder) == ["latest", "step-00000003"]
+    assert (folder / "latest").read_text() == "step-00000003\n"
+    written = {str(p.relative_to(folder / "step-00000003")) for p in all_files(folder)}
+    found = newest_whole(Place(str(folder)), ALONE).newest
+    assert found is not None
+    assert set(found.state.files) | {"manifest.json"} == written
+    assert set(found.state.files) == {
+        "random-rank-00000.pt",
+        "shards/model.pt",
+        "shards/optimiser.pt",
+    }
+    assert ended.num_bytes == sum(p.stat().st_size for p in all_files(folder)) - manifest_bytes(
+        folder
+    )
+
+
+def all_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*/**/*") if path.is_file())
+
+
+def manifest_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("step-*/manifest.json"))
+
+
+@pytest.mark.parametrize("url", ["disk", "memory://checkpoints-{}"])
+def test_what_was_saved_is_read_back(tmp_path: Path, url: str) -> None:
+    place = str(tmp_path / "disk") if url == "disk" else url.format(tmp_path.name)
+    writer = saver(place, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+    found = newest_whole(Place(place), ALONE)
+    assert found.newest is not None
+    assert (found.newest.state.step, found.damaged) == (6, {})
+    files = local_files(Place(place), found.newest, tmp_path / "fetched")
+    weight = torch.load(files / "shards" / "model.pt")["weight"]
+    assert torch.equal(weight, torch.full((1000,), 6.0))
+
+
+DAMAGE = {
+    "gone": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+}
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "random-rank-00000.pt", "shards/model.pt", "shards/optimiser.pt"]
+)
+def test_damage_to_any_file_is_named_and_the_one_before_is_used(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+    DAMAGE[kind](folder / "step-00000006" / name)
+    found = newest_whole(Place(str(folder)), ALONE)
+    assert found.newest is not None
+    assert found.newest.state.step == 3
+    (lines,) = found.damaged.values()
+    assert f"step-00000006/{name}" in " ".join(lines)
+    # Set aside it is kept, and no longer counts as one of those that stay.
+    set_aside(Place(str(folder)), found)
+    assert names(folder) == ["damaged-step-00000006", "latest", "step-00000003"]
+    save(writer, 6)
+    assert newest_whole(Place(str(folder)), ALONE).newest == newest(Place(str(folder)))
+    assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
+
+
+def test_a_file_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+    more = folder / "step-00000006" / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    more.write_bytes(b"what loads the others would load it, too")
+    found = newest_whole(Place(str(folder)), ALONE)
+    assert found.newest is not None
+    assert found.newest.state.step == 3
+    assert found.damaged == {"step-00000006": (f"{more}: the manifest does not list it",)}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/model.pt"])
+def test_what_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+
+    def stale(of: Callable[..., Any]) -> Callable[..., Any]:
+        def call(place: Place, file: str) -> Any:
+            if file == f"step-00000006/{name}":
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return of(place, file)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for method in ("read", "reading"):
+            patch.setattr(Place, method, stale(getattr(Place, method)))
+        with pytest.raises(PreflightFailed, match=r"06 cannot be read now: .*Stale") as refused:
+            newest_whole(Place(str(folder)), ALONE)
+    assert refused.value.rank == 0  # to be tried again
+    found = newest_whole(Place(str(folder)), ALONE).newest
+    assert found is not None
+    assert found.state.step == 6
+
+
+def test_where_none_is_whole_all_are_named_and_nothing_begins_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(writer, step)
+        DAMAGE["one bit"](folder / f"step-{step:08d}" / "shards" / "model.pt")
+    with pytest.raises(CheckpointDamaged, match=r"no checkpoint is whole: .*06/.*; .*03/"):
+        newest_whole(Place(str(folder)), ALONE)
+
+
+def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(saver(folder, tmp_path), 3)
+    path = folder / "step-00000003" / "manifest.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "step": 4}))
+    with pytest.raises(CheckpointDamaged, match="its sha256 is not that of its content"):
+        newest_whole(Place(str(folder)), ALONE)
+
+
+@given(
+    st.sets(st.integers(1, 60), min_size=1),
+    st.integers(1, 4),
+    st.integers(0, 10),
+    st.booleans(),
+    st.integers(1, 60),
+)
+def test_retention(steps: set[int], last: int, every: int, keep_best: bool, best: int) -> None:
+    gone = Retention(last=last, every=every, best=keep_best).surplus(steps, best)
+    kept = steps - set(gone)
+    assert set(sorted(steps)[-last:]) <= kept
+    assert not every or {step for step in steps if step % every == 0} <= kept
+    assert not keep_best or best not in gone
+    for step in kept:
+        assert (
+            step in sorted(steps)[-last:]
+            or (every and step % every == 0)
+            or (keep_best and step == best)
+        )
+
+
+def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path, retention=Retention(last=2, every=50, best=True))
+    place = Place(str(folder))
+    for step, score in ((10, 30.0), (20, 44.0), (30, 44.0), (40, 20.0), (50, 1.0), (60, 2.0)):
+        save(writer, step)
+        note_evaluation(place, step, score)
+    assert best_step(place) == 30  # the newer one of two equal ones
+    save(writer, 70)
+    kept = ["step-00000030", "step-00000050", "step-00000060", "step-00000070"]
+    assert names(folder) == ["best.json", "latest", *kept]
+
+
+def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path, background=True)
+    assert writer.save(state(3), lambda copy: stage(3.0)) == []
+    wait_for(writer)
+    assert names(folder) == [".step-00000003.attempt-1.partial"]
+    assert writer.go_on() == []
+    wait_for(writer)
+    (ended,) = writer.go_on()
+    assert ended.error is None
+    assert not writer.is_ready
+    assert names(folder) == ["latest", "step-00000003"]
+    # A save that comes too early waits for the one before.
+    assert writer.save(state(6), lambda copy: stage(6.0)) == []
+    (ended,) = writer.save(state(9), lambda copy: stage(9.0))
+    assert (ended.step, ended.error) == (6, None)
+    assert (ended.background, ended.no_room) == (True, None)
+    (ended,) = writer.finish()
+    assert (ended.step, ended.error) == (9, None)
+    assert writer.finish() == []
+
+
+def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> None:
+    staging = Staging()
+    weight = torch.zeros(5)
+    nested = {"a": [weight, {"b": (weight, 3)}], "step": 1}
+    staging.save(nested, "/somewhere/model.pt")
+    weight += 1
+    nested["step"] = 2
+    first = staging.take()["model.pt"]
+    assert first["a"][0].tolist() == first["a"][1]["b"][0].tolist() == [0.0] * 5
+    assert first["step"] == 1
+    assert staging.take() == {}
+    # The memory is used again: fresh pages would cost more than the copy.
+    staging.save(nested, "/somewhere/model.pt")
+    second = staging.take()["model.pt"]
+    assert second["a"][0].data_ptr() == first["a"][0].data_ptr()
+    assert second["a"][0].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("background", "free", "is_last", "gives_way"),
+    [
+        (True, 10**12, False, True),
+        (True, 10**12, True, False),  # nothing trains any more
+        (True, 0, False, False),  # the step waits
+        (False, 10**12, False, False),
+    ],
+)
+def test_old_checkpoints_go_beside_the_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    background: bool,
+    free: int,
+    is_last: bool,
+    gives_way: bool,
+) -> None:
+    """Unlinking a large one takes longer than the copy; the thread that does so gives way to
+    steps, where there are any."""
+    seen: list[tuple[bool, int]] = []
+
+    def removing(*_: Any) -> None:
+        ident = threading.get_native_id()
+        in_main = threading.current_thread() is threading.main_thread()
+        seen.append((in_main, os.getpriority(os.PRIO_PROCESS, ident)))
+
+    monkeypatch.setattr("tvr.trainer.checkpoint.saver.prune", removing)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    writer = saver(tmp_path / "checkpoints", tmp_path, background=background)
+    writer.save(state(3), lambda copy: stage(3.0))
+    writer.finish()
+    seen.clear()
+    writer.save(state(6), lambda copy: stage(6.0), is_last=is_last)
+    writer.finish()
+    assert seen == [(False, max(NICENESS, before) if gives_way else before)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_where_a_copy_does_not_fit_the_step_waits_and_it_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = SimpleNamespace(available=3000)  # the state takes 4000 bytes and more
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    writer, copies = saver(tmp_path / "checkpoints", tmp_path, background=True), []
+
+    def staged(copy: bool) -> dict[str, Any]:
+        copies.append(copy)
+        return stage(1.0)
+
+    for step in (3, 6):
+        (ended,) = writer.save(state(step), staged)
+        assert (ended.step, ended.error) == (step, None)
+        assert not ended.background
+        assert ended.no_room is not None
+        assert "3e-06 GB are free" in ended.no_room
+    assert not any(copies)
+    (line,) = caplog.messages
+    assert "not written in the background" in line
+    assert "3e-06 GB are free" in line
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let files grow beyond, as a full disk or a quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_without_room_costs_one_checkpoint_and_no_more(
+    tmp_path: Path, background: bool
+) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = saver(folder, tmp_path, background=background)
+    writer.save(state(3), lambda copy: stage(3.0))
+    writer.finish()
+    with files_of_at_most(2000):
+        ended = [*writer.save(state(6), lambda copy: stage(6.0)), *writer.finish()]
+    assert len(ended) == 1
+    assert ended[0].error is not None
+    assert "rank 0: OSError: [Errno 27] File too large" in ended[0].error
+    assert names(folder) == ["latest", "step-00000003"]
+    ended = [*writer.save(state(9), lambda copy: stage(9.0)), *writer.finish()]
+    assert ended[0].error is None
+    assert names(folder) == ["latest", "step-00000003", "step-00000009"]
+
+
+def test_a_new_attempt_clears_what_a_dead_one_was_writing(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(saver(folder, tmp_path), 3)
+    (folder / ".step-00000006.attempt-1.partial" / "shards").mkdir(parents=True)
+    saver(folder, tmp_path)
+    assert names(folder) == ["latest", "step-00000003"]
+
+
+def test_hidden_files_that_no_run_made_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".ssh").mkdir(parents=True)
+    (folder / ".step-00000003.trash-7").mkdir()
+    (folder / ".bashrc").write_text("mine")
+    saver(folder, tmp_path)
+    assert names(folder) == [".bashrc", ".ssh"]
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = str(tmp_path / "checkpoints") if kind == "local" else f"memory://{tmp_path.name}"
+    writer = saver(place, tmp_path, retention=Retention(last=1))
+    save(writer, 3)
+    remove = writer.place.remove
+
+    def busy(name: str) -> None:
+        remove(name)  # of its files some, or all
+        if name == "step-00000003":
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(writer.place, "remove", busy)
+    assert save(writer, 6).error is None
+    found = newest_whole(writer.place, ALONE).newest
+    assert found is not None
+    assert found.name == "step-00000006"
+
+
+def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    orphan = saver(folder, tmp_path, background=True)
+    orphan.save(state(3), lambda copy: stage(3.0))
+    wait_for(orphan)
+    successor = saver(folder, tmp_path)
+    with pytest.raises(Fenced, match=r"attempt 1 at .* is over: another one began"):
+        orphan.finish()
+    with pytest.raises(Fenced):
+        orphan.save(state(6), lambda copy: stage(6.0))
+    assert names(folder) == []
+    save(successor, 3)
+    found = newest(Place(str(folder)))
+    assert isinstance(found, Checkpoint)
+    assert found.state.attempt == 1  # of the state that was given
+    assert names(folder) == ["latest", "step-00000003"]
+
+
+def test_attempts_at_the_same_time_get_different_numbers(tmp_path: Path) -> None:
+    taken: list[Attempt] = []
+    threads = [
+        threading.Thread(target=lambda: taken.append(begin_attempt(tmp_path))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(attempt.number for attempt in taken) == list(range(1, 9))
+    newest_one = max(taken, key=lambda attempt: attempt.number)
+    newest_one.check()
+    for attempt in taken:
+        if attempt is not newest_one:
+            with pytest.raises(Fenced):
+                attempt.check()
+
+
+def test_all_random_states_are_restored() -> None:
+    import random
+
+    import numpy as np
+
+    saved = random_state()
+    drawn = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
+    restore_random_state(saved)
+    assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == drawn

@@ -1,0 +1,210 @@
+"""Runs that meet damaged checkpoints and a disk without room: they say so, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import jobs
+from builders.tiny import tiny_config, with_ranks
+from test_checkpoint import DAMAGE
+from test_metrics import fetched, samples
+
+from tvr.trainer.checkpoint.catalogue import newest_whole
+from tvr.trainer.checkpoint.place import Place
+from tvr.trainer.config import CheckpointConfig, Config, MetricsConfig, to_json
+from tvr.trainer.distributed.world import World
+from tvr.trainer.loop import train
+
+ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
+STEPS = 6
+# Above what the log and the settings take, below a rank's part of a checkpoint.
+NO_ROOM = 30_000
+FULL_STEPS = 80
+
+
+def settings(data: Path, steps: int) -> Config:
+    return tiny_config(
+        data,
+        data={"test": None, "test_exchanged": None},
+        train={"steps": steps, "log_every": 2},
+        checkpoint={"every": 2, "keep_last": STEPS},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train(settings(data, STEPS), run_dir)
+    return run_dir
+
+
+FILES = ["manifest.json", "random-rank-00000.pt", "mp_rank_00_model_states.pt", "optim_states.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "one bit") for name in FILES), (FILES[3], "truncated"), (FILES[2], "gone")],
+)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    data: Path, whole: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    config, run_dir = settings(data, STEPS), tmp_path / "run"
+    jobs.as_after_step(4, whole, run_dir)
+    folder = run_dir / "checkpoints" / "step-00000004"
+    (path,) = folder.rglob(f"*{name}")
+    DAMAGE[kind](path)
+    train(config, run_dir)
+    (told,) = jobs.events(run_dir, "checkpoint_damaged")
+    assert any(str(path) in line for line in told["errors"])
+    assert [event["step"] for event in jobs.events(run_dir, "resumed")] == [2]
+    assert jobs.losses(run_dir) == jobs.losses(whole)
+    ours, theirs = (jobs.final_weights(run, config) for run in (run_dir, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + jobs.TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.01)
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path) -> None:
+    config, run_dir = with_ranks(settings(data, FULL_STEPS), 2), tmp_path / "run"
+    file = tmp_path / "settings.json"
+    file.write_text(to_json(config))
+    place, left = Place(str(run_dir / "checkpoints")), []
+
+    def fill_the_disk(pids: list[int]) -> None:
+        until(lambda: jobs.steps_logged(run_dir) >= 4)
+        before = resource.prlimit(pids[1], resource.RLIMIT_FSIZE)
+        resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (NO_ROOM, before[1]))
+        until(lambda: bool(jobs.events(run_dir, "save_failed")))
+        left.append(newest_whole(place, ALONE).newest)
+        resource.prlimit(pids[1], resource.RLIMIT_FSIZE, before)
+
+    assert jobs.run_forked(file, run_dir, 2, fill_the_disk) == [0, 0]
+    failed = jobs.events(run_dir, "save_failed")
+    assert all(event["error"].startswith("rank 1: OSError: [Errno 27]") for event in failed)
+    assert left[0] is not None
+    assert left[0].state.step < failed[0]["step"]
+    (written,) = (run_dir / "metrics").glob("*.prom")
+    last = samples(written.read_text())
+    assert last["tvr_checkpoint_failures_total",] == len(failed) >= 1
+    assert last["tvr_checkpoint_saves_total",] == len(jobs.events(run_dir, "saved"))
+    found = newest_whole(place, ALONE)
+    assert found.damaged == {}
+    assert found.newest is not None
+    assert found.newest.state.step == FULL_STEPS
+    assert jobs.steps_logged(run_dir) == FULL_STEPS
+
+
+@contextmanager
+def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A file system of its own with so much room."""
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    mounted = subprocess.run(line, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Not a byte is left."""
+    with (disk / "ballast").open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Until the block ends."""
+    fill(disk)
+    yield
+    (disk / "ballast").unlink()
+
+
+def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_path: Path) -> None:
+    config = replace(
+        settings(data, 1_000_000), metrics=MetricsConfig(address="127.0.0.1", endpoint="node")
+    )
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        run_dir = disk / "run"
+        place = Place(str(run_dir / "checkpoints"))
+
+        def values() -> dict[str, float]:
+            (file,) = (run_dir / "metrics").glob("*.json")
+            (target,) = json.loads(file.read_text())[0]["targets"]
+            found = samples(fetched(f"http://{target}/metrics"))
+            return {name: value for (name, *labels), value in found.items() if not labels}
+
+        def nothing_is_written() -> bool:
+            # A save that fails leaves room.
+            fill(disk)
+            return values()["tvr_train_step"] > jobs.steps_logged(run_dir) + 20
+
+        def fails_again() -> None:
+            failures = values()["tvr_checkpoint_failures_total"]
+            until(nothing_is_written)
+            until(lambda: values()["tvr_checkpoint_failures_total"] > failures)
+
+        with jobs.running(config, run_dir, 2) as job:
+            assert jobs.wait_for(job, lambda: jobs.steps_logged(run_dir) >= 4)
+            with full(disk):
+                fails_again()
+                before = newest_whole(place, ALONE)
+                logged = jobs.steps_logged(run_dir)
+            saves = values()["tvr_checkpoint_saves_total"]
+            until(lambda: values()["tvr_checkpoint_saves_total"] > saves)
+            until(lambda: jobs.steps_logged(run_dir) > logged)
+            events = jobs.events(run_dir, "step"), jobs.events(run_dir, "save_failed")
+            with full(disk):
+                fails_again()
+                pid = jobs.rank_pid(run_dir, 1)
+                assert pid is not None
+                os.kill(pid, signal.SIGUSR1)
+                _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+        assert job.returncode == 3, errors
+        assert before.newest is not None
+        assert before.damaged == {}
+        steps, failed = events
+        assert [event["step"] for event in steps] == list(range(2, steps[-1]["step"] + 1, 2))
+        assert before.newest.state.step < failed[0]["step"]
+        assert all("[Errno 28] No space left on device" in event["error"] for event in failed)
+        assert "log.jsonl gets no more lines, which wait for room" in errors
+        assert "log.jsonl has all its lines again" in errors
+        assert re.search(
+            r"step \d+ is not saved: rank \d: .*No space left.*; asked to leave by", errors
+        )
+        found = newest_whole(place, ALONE)
+        assert found.newest is not None
+        assert found.newest.state.step > before.newest.state.step
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_a_failure(data: Path, tmp_path: Path) -> None:
+    config = replace(settings(data, 4), checkpoint=CheckpointConfig(every=0))
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        run_dir = disk / "run"
+        with jobs.running(config, run_dir, 2) as job:
+            assert jobs.wait_for(job, lambda: jobs.rank_pid(run_dir, 0) is not None)
+            assert jobs.wait_for(job, lambda: (run_dir / "log.jsonl").exists())
+            with full(disk):
+                _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+    assert job.returncode == 3, errors
+    assert "step 4, the last one, is not saved: rank 0: OSError: [Errno 28]" in errors

@@ -1,0 +1,139 @@
+"""A rank that fails, dies or hangs ends its job, whose output names the cause once, and first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import jobs
+from builders.tiny import tiny_config
+
+from tvr.trainer.config import Config
+from tvr.trainer.resilience.failures import Failure, Failures, end_line
+
+STALL_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def config(data: Path) -> Config:
+    return tiny_config(
+        data,
+        data={"test": None, "test_exchanged": None},
+        train={"steps": 100_000, "log_every": 5, "log_keys": True, "timeout_s": STALL_S},
+    )
+
+
+def errors_of(
+    config: Config, run_dir: Path, disturb: Callable[[], None] | None, number: int | None = None
+) -> str:
+    """What a job of two ranks says, rank 1 of which is disturbed after a few steps."""
+    with jobs.running(config, run_dir, 2) as job:
+        if number is not None:
+            jobs.signal_rank(job, run_dir, 1, number, lambda: jobs.steps_logged(run_dir) >= 10)
+        if disturb is not None:
+            assert jobs.wait_for(job, lambda: jobs.steps_logged(run_dir) >= 10)
+            disturb()
+        _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+    assert job.returncode == 3, errors
+    return errors
+
+
+def keys_of_rank_1(run_dir: Path) -> Path:
+    return run_dir / "keys" / "rank-00001.jsonl"
+
+
+def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
+    config: Config, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def disturb() -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        file = keys_of_rank_1(run_dir)
+        file.rename(tmp_path / "moved")
+        folder.rename(file)
+
+    errors = errors_of(config, run_dir, disturb)
+    assert errors.count("IsADirectoryError") == 1
+    assert errors.count("TrainingFailed: step ") == 1
+    # The traceback of the cause, and none of a lost connection after it.
+    assert errors.index("IsADirectoryError") < errors.index("tvr train: rank 0 ends: rank 1 on ")
+    assert "gloo" not in errors
+    assert "ChildFailedError" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("tvr launch: rank 1 (")
+    assert last.endswith("failed first, with exit code 3; what it said is above")
+    (word,) = (run_dir / "failures").iterdir()
+    said = json.loads(word.read_text())
+    assert (said["rank"], said["code"]) == (1, 3)
+    assert said["error"].startswith("TrainingFailed: step ")
+
+
+def test_a_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
+    errors = errors_of(config, tmp_path / "run", None, signal.SIGKILL)
+    assert errors.count("killed by SIGKILL") == 1
+    assert errors.count("rank 0 ends: it lost another rank, which left no word") == 1
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("tvr launch: rank 1 (")
+
+
+def test_a_stopped_rank_is_named_and_ends_with_the_others(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    errors = errors_of(config, run_dir, None, signal.SIGSTOP)
+    assert errors.count("gives no sign") == 1
+    assert "error [rank 0]: no rank has got on for " in errors
+    assert "rank 1 on " in errors
+    assert "the others wait after step " in errors
+    (word,) = (run_dir / "failures").iterdir()
+    assert json.loads(word.read_text())["of"] == 1
+    assert "Traceback" not in errors
+    (job,) = (run_dir / "stalls").iterdir()
+    assert sorted(path.name for path in job.iterdir()) == ["rank-00000.json", "rank-00000.txt"]
+    assert " in to_the_end\n" in (job / "rank-00000.txt").read_text()
+    assert jobs.rank_pid(run_dir, 1) is None
+
+
+def test_a_rank_that_hangs_is_named_with_its_line(config: Config, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    def disturb() -> None:
+        # To open it for writing waits for a reader, as a dead file server makes one wait.
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "fifo").rename(keys_of_rank_1(run_dir))
+
+    errors = errors_of(config, run_dir, disturb)
+    assert errors.count("is behind, after step ") == 1
+    assert "rank 1 on " in errors
+    assert "tvr.trainer.monitoring.run_log:" in errors
+    assert (
+        'trainer/monitoring/run_log.py", line' in errors
+    )  # the stacks of the one that is waited for
+    (job,) = (run_dir / "stalls").iterdir()
+    assert len(list(job.glob("rank-*.txt"))) == 2
+
+
+def test_one_rank_has_the_word_and_the_others_hear_it_once_it_has_spoken(tmp_path: Path) -> None:
+    mine, other = (Failures(tmp_path / "failures" / "job.json", rank) for rank in (1, 0))
+    assert other.read() is None
+    assert [mine.take(), other.take(), mine.take()] == [True, False, False]
+    assert other.read() is None
+    mine.spoken("ValueError: no", 2)
+    said = other.wait()
+    host = socket.gethostname()
+    assert said == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
+    assert end_line(0, said) == f"tvr train: rank 0 ends: rank 1 on {host} failed, see there"
+
+
+def test_where_no_word_can_be_written_everyone_speaks(tmp_path: Path) -> None:
+    (tmp_path / "failures").write_text("no folder")
+    for rank in (0, 1):
+        failures = Failures(tmp_path / "failures" / "job.json", rank)
+        assert failures.take()
+        failures.spoken("ValueError: no", 2)
+        assert failures.read() is None

@@ -1,0 +1,105 @@
+"""Frozen layers and LoRA under ZeRO: checkpoints hold every weight, also the ones that do not
+train, and go on at any stage and number of ranks, whatever the new process began with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.carried import CPU, engine_from, losses, model_of, save_state, universal_of
+from builders.spawn import spawn
+from builders.tiny import tiny_config, with_ranks
+
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.engine import Engine, weights_of
+
+KINDS: dict[str, dict[str, Any]] = {"layers": {"freeze": 1}, "lora": {"lora_rank": 2}}
+STAGES = (1, 3)
+RANKS = (1, 2)
+BEFORE, AFTER = 2, 2
+
+
+def settings(data: Path, kind: str, stage: int, world_size: int) -> Any:
+    changes = {
+        "zero_stage": stage,
+        "learning_rate": 3e-3,
+        "encoder_learning_rate": 1e-2,
+        "layer_decay": 0.5,
+        "weight_decay": 0.5,
+    }
+    return with_ranks(tiny_config(data, train=changes, model=KINDS[kind]), world_size)
+
+
+def save_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, list[float]]:
+    """Trains and saves every kind at every stage; the losses of the steps beyond, at ZeRO-1."""
+    world, beyond = World(rank=rank, world_size=world_size, device=CPU), {}
+    for kind in KINDS:
+        for stage in STAGES:
+            config = settings(data, kind, stage, world_size)
+            engine = Engine(model_of(config), config.train, world)
+            losses(engine, config, world, 0, BEFORE)
+            save_state(engine, folder / f"{kind}-{stage}-{world_size}", world)
+            if stage == 1:
+                beyond[kind] = losses(engine, config, world, BEFORE, AFTER)
+    return beyond
+
+
+def load_all(rank: int, world_size: int, data: Path, folder: Path) -> Any:
+    """The losses of the steps beyond, from a model of other random weights."""
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    results = {}
+    for source in sorted(folder.iterdir()):
+        kind, was_stage, was_ranks = source.name.split("-")
+        for stage in STAGES:
+            config = settings(data, kind, stage, world_size)
+            if (int(was_stage), int(was_ranks)) == (stage, world_size):
+                engine = Engine(model_of(config, seed=1), config.train, world)
+                engine.load(source / "shards")
+            else:
+                universal = universal_of(config, source, int(was_stage), world)
+                engine = engine_from(config, universal, world, seed=1)
+            results[source.name, stage] = losses(engine, config, world, BEFORE, AFTER)
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("saved")
+    expected = [spawn(save_all, ranks, data, folder, timeout_s=300.0)[0] for ranks in RANKS]
+    for kind in KINDS:
+        assert expected[0][kind] == pytest.approx(expected[1][kind], rel=1e-4)
+    return folder, expected[0]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_any_stage_and_number_of_ranks_goes_on_at_any_other(
+    data: Path, saved: tuple[Path, Any], ranks: int
+) -> None:
+    folder, expected = saved
+    found = spawn(load_all, ranks, data, folder, timeout_s=300.0)[0]
+    assert len(found) == len(KINDS) * len(STAGES) ** 2 * len(RANKS)
+    for (source, stage), values in found.items():
+        kind = source.split("-")[0]
+        assert values == pytest.approx(expected[kind], rel=1e-4), (source, stage)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_all_weights_and_frozen_ones_as_they_were(
+    data: Path, saved: tuple[Path, Any], kind: str
+) -> None:
+    model = model_of(settings(data, kind, 1, 1))
+    start = model.state_dict()
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("tower." in name for name in trains)
+    for source in saved[0].glob(f"{kind}-*"):
+        weights = weights_of(source / "shards", int(source.name.split("-")[1]))
+        assert weights.keys() == start.keys(), source.name
+        for name, weight in weights.items():
+            moved = not torch.equal(weight, start[name])
+            # The method gives the frame predictor no gradient, and decay leaves norms as they are.
+            if name not in trains:
+                assert not moved, (source.name, name)
+            elif "tower." in name and name.endswith("weight") and "k_proj" not in name:
+                assert moved, (source.name, name)

@@ -1,0 +1,217 @@
+"""2 ranks x B equals 1 rank x 2B: loss and every parameter gradient, at every ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.spawn import spawn
+from builders.tiny import tiny_config, with_ranks
+from torch import Tensor
+
+from tvr.trainer.config import Config
+from tvr.trainer.data import training_batches
+from tvr.trainer.distributed.collectives import collectives_of, gather_rows
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.engine import Engine
+from tvr.trainer.loss.objective import objective
+from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
+from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+
+LOSSES = {
+    "reference": {"similarity": "neg_nce", "neg_nce_mode": "reference"},
+    "log": {"similarity": "neg_nce", "neg_nce_mode": "log"},
+    "info_nce": {"similarity": "info_nce"},
+}
+ENGINE_CASES = [(zero_stage, name) for zero_stage in range(4) for name in ("reference", "log")]
+# Above this size of a parameter ZeRO-3 lets go of it between uses; smaller ones it keeps.
+RELEASED = 100_000
+DOUBLE_CASES = [(loss, interaction) for loss in LOSSES for interaction in ("att_wti", "ti")]
+
+
+def model_of(config: Config) -> tuple[TextVideoModel, Tokenizer]:
+    tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
+    torch.manual_seed(3)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    return model, tokenizer
+
+
+def world_of(rank: int, world_size: int) -> World:
+    return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
+Gradients = dict[str, Tensor]
+
+
+def engine_gradients(
+    rank: int, world_size: int, folder: Path
+) -> dict[tuple[int, str], tuple[float, Gradients]]:
+    """Loss and whole gradients by (ZeRO stage, loss): all in one process, slow to start."""
+    from deepspeed.utils import safe_get_full_grad
+
+    world = world_of(rank, world_size)
+    results = {}
+    for zero_stage, name in ENGINE_CASES:
+        config = tiny_config(
+            folder,
+            loss=LOSSES[name],
+            model={"towers": {"width": 192 if zero_stage == 3 else 32}},
+            train={"zero_stage": zero_stage},
+        )
+        config = with_ranks(config, world_size)
+        model, tokenizer = model_of(config)
+        engine = Engine(model, config.train, world)
+        batch = next(training_batches(config, tokenizer, world))
+        features = engine.encode(*model_inputs(batch, world.device))
+        mine = objective(features, batch.video_ids, config.model, config.loss, world)
+        shares = collectives_of(world).sum(mine.shares)
+        engine.backward(mine.for_backward)
+        results[zero_stage, name] = (
+            float(shares[0]),
+            {
+                key: safe_get_full_grad(parameter).clone()
+                for key, parameter in engine.module.named_parameters()
+            },
+        )
+    return results
+
+
+def assert_equal_gradients(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], *, relative: float
+) -> None:
+    """Each within `relative` of its own largest entry, or of the model's where its true value is 0.
+
+    A key bias of an attention layer adds the same to all scores of a softmax: its gradient is
+    rounding noise around 0, which no two orders of summation share.
+    """
+    assert ours.keys() == theirs.keys()
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    for name, gradient in theirs.items():
+        bound = relative * float(gradient.abs().max())
+        if name.endswith("k_proj.bias"):
+            bound = relative * largest
+        difference = float((ours[name] - gradient).abs().max())
+        assert difference <= max(bound, 1e-7 * largest), (name, difference, bound)
+
+
+@pytest.fixture(scope="module")
+def by_engine(data: Path) -> list[dict[tuple[int, str], tuple[float, Gradients]]]:
+    """Results of the one rank alone, then of each of two ranks."""
+    alone = spawn(engine_gradients, 1, data, timeout_s=300)
+    return alone + spawn(engine_gradients, 2, data, timeout_s=300)
+
+
+@pytest.mark.parametrize(("zero_stage", "name"), ENGINE_CASES)
+def test_two_ranks_equal_one_at_every_zero_stage(
+    by_engine: list[dict[tuple[int, str], tuple[float, Gradients]]], zero_stage: int, name: str
+) -> None:
+    (loss, gradients), *two = (results[zero_stage, name] for results in by_engine)
+    assert (max(g.numel() for g in gradients.values()) > RELEASED) == (zero_stage == 3)
+    # The partial predictor of frames learns nothing, as published; everything else does.
+    silent = {key for key, gradient in gradients.items() if not gradient.any()}
+    assert silent == {key for key in gradients if key.startswith("frame_predictor.")}
+    for ranks_loss, ranks_gradients in two:
+        assert ranks_loss == pytest.approx(loss, rel=1e-5)
+        assert_equal_gradients(ranks_gradients, gradients, relative=1e-5)
+
+
+def double_gradients(
+    rank: int, world_size: int, folder: Path
+) -> dict[tuple[str, str], tuple[float, Gradients]]:
+    """Without DeepSpeed, in float64: gradients summed over ranks and divided by their number."""
+    world = world_of(rank, world_size)
+    results = {}
+    for loss, interaction in DOUBLE_CASES:
+        config = tiny_config(
+            folder,
+            loss=LOSSES[loss],
+            model={"interaction": interaction},
+            train={"global_batch": 6},
+        )
+        config = with_ranks(config, world_size)
+        model, tokenizer = model_of(config)
+        model.double()
+        batch = next(training_batches(config, tokenizer, world))
+        features = model(*model_inputs(batch, world.device))
+        mine = objective(features, batch.video_ids, config.model, config.loss, world)
+        mine.for_backward.backward()
+        gradients = {}
+        for key, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients[key] = collectives_of(world).sum(gradient) / world_size
+        value = float(collectives_of(world).sum(mine.shares)[0])
+        results[loss, interaction] = (value, gradients)
+    return results
+
+
+def test_any_number_of_ranks_is_exact_in_double(data: Path) -> None:
+    alone = double_gradients(0, 1, data)
+    for world_size in (2, 3):
+        for results in spawn(double_gradients, world_size, data):
+            for case in DOUBLE_CASES:
+                assert results[case][0] == pytest.approx(alone[case][0], rel=1e-12)
+                assert_equal_gradients(results[case][1], alone[case][1], relative=1e-9)
+
+
+Gathered = tuple[Tensor, Tensor]
+
+
+def gather_backward(rank: int, world_size: int) -> tuple[dict[str, Gathered], list[Any]]:
+    world, results = world_of(rank, world_size), {}
+    for name, count in (("equal", 2), ("unequal", rank)):
+        counts = world.gather_counts(count)
+        assert counts == ((2, 2, 2) if name == "equal" else (0, 1, 2))
+        mine = torch.full((count, 3), float(rank + 1), dtype=torch.float64, requires_grad=True)
+        everyone = gather_rows(mine, world, counts)
+        weights = torch.arange(everyone.numel(), dtype=torch.float64).view_as(everyone)
+        (everyone * weights * (rank + 1)).sum().backward()
+        assert mine.grad is not None
+        results[name] = everyone.detach(), mine.grad
+    nothing = gather_rows(torch.zeros(0, 4), world, (0, 0, 0))
+    assert nothing.shape == (0, 4)
+    return results, [together(world, refusing) for refusing in ((), (2,), (1, 2))]
+
+
+def together(world: World, refusing: tuple[int, ...]) -> Any:
+    def act() -> int:
+        if world.rank in refusing:
+            raise KeyError(world.rank)
+        return 10 * world.rank
+
+    try:
+        return world.together(act, KeyError)
+    except KeyError as error:
+        return error.args
+
+
+@pytest.fixture(scope="module")
+def gathered() -> list[tuple[dict[str, Gathered], list[Any]]]:
+    return spawn(gather_backward, 3)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("equal", (2, 2, 2)), ("unequal", (0, 1, 2))])
+def test_the_gather_sums_gradients_of_all_ranks_to_the_owner(
+    gathered: list[tuple[dict[str, Gathered], list[Any]]], name: str, counts: tuple[int, ...]
+) -> None:
+    owners = [rank + 1 for rank, count in enumerate(counts) for _ in range(count)]
+    weights = torch.arange(3 * sum(counts), dtype=torch.float64).view(-1, 3) * (1 + 2 + 3)
+    for (results, _), expected in zip(gathered, weights.split(list(counts)), strict=True):
+        everyone, gradient = results[name]
+        assert everyone.tolist() == [[owner] * 3 for owner in owners]
+        assert torch.equal(gradient, expected)
+
+
+def test_a_refusal_on_any_rank_is_the_lowest_ranks_on_all(
+    gathered: list[tuple[dict[str, Gathered], list[Any]]],
+) -> None:
+    for rank, (_, outcomes) in enumerate(gathered):
+        assert outcomes == [10 * rank, (2,), (1,)]
+
+
+def test_every_setting_of_the_tiny_run_is_a_setting(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"loss\.margn"):
+        tiny_config(data, loss={"margn": 1})
+    assert asdict(tiny_config(data))["train"]["global_batch"] == 8

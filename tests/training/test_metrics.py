@@ -1,0 +1,457 @@
+"""The table of metrics, its text and its endpoint; the ranks of a node as one, or each apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from builders.clip_files import numbered_video
+from builders.spawn import spawn
+from builders.tiny import tiny_config
+from prometheus_client.parser import text_string_to_metric_families
+from torch.utils.flop_counter import FlopCounterMode
+
+from tvr.data_prep.cli import pack
+from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job
+from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
+from tvr.data_prep.packing.pack import PackProgress
+from tvr.data_prep.packing.pack_metrics import PACK_METRICS, served_progress
+from tvr.trainer.checkpoint.fencing import begin_attempt
+from tvr.trainer.config import Config
+from tvr.trainer.data import tokenizer_of
+from tvr.trainer.distributed.collectives import gather_rows
+from tvr.trainer.distributed.shared_memory import IN_MEMORY
+from tvr.trainer.distributed.world import World
+from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
+from tvr.trainer.monitoring.cli import markdown_page, metrics, rows
+from tvr.trainer.monitoring.counters import Tally
+from tvr.trainer.monitoring.flops import flops_per_pair, peak_flops, peak_line
+from tvr.trainer.monitoring.metrics import METRICS
+from tvr.trainer.monitoring.monitor import GAUGES, NodeMonitor
+from tvr.trainer.monitoring.writers import Writers
+from tvr.trainer.synthetic_step import random_batches
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = {"", "seconds", "bytes", "ratio", "pairs", "steps", "clips"}
+
+Samples = dict[tuple[str, ...], float]
+
+
+def fetched(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=")
+        return answer.read().decode()
+
+
+def samples(text: str) -> Samples:
+    """By name and label values, in the order of the labels' names."""
+    return {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_names_follow_the_conventions(metric: Metric) -> None:
+    assert re.fullmatch(r"tvr_[a-z]+(_[a-z]+)+", metric.name)
+    assert metric.name.endswith("_total") == (metric.kind == "counter")
+    assert metric.unit in UNITS
+    if metric.unit:
+        assert metric.name.removesuffix("_total").endswith(metric.unit)
+    assert metric.meaning.endswith(".")
+    assert "rank" not in metric.labels
+    for name, values in metric.labels.items():
+        assert re.fullmatch(r"[a-z]+", name)
+        assert len(set(values)) == len(values) > 0
+        assert all(re.fullmatch(r"[a-z0-9_]+", value) for value in values)
+
+
+def test_the_page_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert metrics(["--markdown"]) == 0
+    assert (
+        capsys.readouterr().out == markdown_page() == (ROOT / "trainer" / "METRICS.md").read_text()
+    )
+    assert metrics([]) == 0
+    shown = capsys.readouterr().out
+    assert len(rows()) == len(METRICS)
+    assert all(metric.name[:8] in shown for metric in METRICS)
+
+
+TABLE = Table(
+    [
+        Metric(name="tvr_a_value", kind="gauge", unit="", meaning="A."),
+        Metric(name="tvr_b_total", kind="counter", unit="", meaning="B.", per="node"),
+        Metric(
+            name="tvr_c_total",
+            kind="counter",
+            unit="",
+            meaning="C.",
+            per="rank",
+            labels={"part": ("x", "y")},
+        ),
+        Metric(name="tvr_d_value", kind="gauge", unit="", meaning="D.", per="rank"),
+    ]
+)
+
+
+def test_values_of_a_nodes_ranks_become_one_text() -> None:
+    lines = {rank: np.empty(len(TABLE.places)) for rank in (0, 1)}
+    first, second = (Values(TABLE, line) for line in lines.values())
+    first.set("tvr_a_value", 1.5)
+    second.set("tvr_a_value", 9)  # only rank 0 tells what is the run's
+    for values, more in ((first, 2), (second, 3)):
+        values.add("tvr_b_total", more)
+        values.add("tvr_c_total", 10 * more, "y")
+    second.set("tvr_d_value", 7)
+    found = samples(TABLE.text(lines).decode())
+    assert found == {
+        ("tvr_a_value",): 1.5,
+        ("tvr_b_total",): 5,
+        ("tvr_c_total", "x", "0"): 0,
+        ("tvr_c_total", "y", "0"): 20,
+        ("tvr_c_total", "x", "1"): 0,
+        ("tvr_c_total", "y", "1"): 30,
+        ("tvr_d_value", "1"): 7,
+    }
+    first.set("tvr_a_value", None)
+    assert ("tvr_a_value",) not in samples(TABLE.text(lines).decode())
+    # A node without rank 0 says nothing of the run.
+    assert "tvr_a_value" not in TABLE.text({1: lines[1]}).decode()
+
+
+def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
+    texts = [b"first", b"second"]
+    made: list[bytes] = []
+
+    def text() -> bytes:
+        made.append(texts[len(made)])
+        return made[-1]
+
+    endpoint = Endpoint(text, "127.0.0.1", 0)
+    url = f"http://{endpoint.target}/metrics"
+    assert [fetched(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
+    closing = threading.Thread(target=endpoint.close)
+    closing.start()
+    assert endpoint._closing.wait(10)
+    assert fetched(url) == "second"
+    closing.join(10)
+    assert not closing.is_alive()
+    with pytest.raises(OSError):  # noqa: PT011 (nobody answers)
+        fetched(url)
+
+
+def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint(lambda: b"", "127.0.0.1", 0)
+    monkeypatch.setattr(endpoint._told_last, "wait", lambda _: pytest.fail("it waits"))
+    endpoint.close()
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot be served at 127\.0\.0\.1:{port} .*port 0"):
+            Endpoint(lambda: b"", "127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/runs/demo/run", "demo/run"),
+        ("/runs/demo/run/", "demo/run"),
+        ("run", "here/run"),
+        (".", "{above}/here"),
+        ("s3://bucket/sets/train/", "sets/train"),
+        ("s3://bucket", "bucket"),
+    ],
+)
+def test_folders_of_one_name_are_told_apart(
+    folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert name_of_job(folder) == name.format(above=tmp_path.name)
+
+
+RECORD = {
+    "step": 3,
+    "epoch": 0.5,
+    "loss": 2.0,
+    "similarity_loss": 1.5,
+    "tpm_cl_loss": None,
+    "penalty": 0.25,
+    "hard_negatives_per_row": 1.0,
+    "clamped_share": None,
+    "positive_similarity": 0.5,
+    "hardest_similarity": 0.25,
+    "learning_rate": 0.1,
+    "encoder_learning_rate": 0.01,
+    "gradient_norm": 4.0,
+    "samples_per_s": 20.0,
+    "data_wait_s": 0.5,
+    "trained_s": 1.0,
+    "quarantined": 0,
+    "straggler_gap_s": None,
+    "slowest_rank": None,
+}
+
+
+class Seen(NamedTuple):
+    """By a rank, of a run with one way to serve."""
+
+    files: list[str]
+    targets: list[dict[str, Any]]
+    during: list[Samples]
+    last: Samples | None
+    files_after: list[str]
+
+
+def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, Seen]:
+    world = World(rank=rank, world_size=world_size, device=torch.device("cpu"))
+    seen = {}
+    for endpoint in ("node", "rank", "none"):
+        run_dir = folder / endpoint
+        attempt = world.from_first(lambda run_dir=run_dir: begin_attempt(run_dir))
+        settings = replace(config.metrics, endpoint=endpoint)
+        monitor = NodeMonitor(replace(config, metrics=settings), run_dir, world)
+        monitor.begin(attempt, None)
+        (mine,) = {"node": [3], "rank": [2], "none": [1]}[endpoint]
+        gather_rows(torch.ones(mine, 4), world, (mine, mine))
+        tally = Tally(loading_s=0.5 + rank)
+        tally.skipped.update({"checksum": 2, "unreadable": 1, "no_frames": 3})
+        tally.reads.update({"local": 10 + rank, "store": rank})
+        more = monitor.step({**RECORD, "step_s": 1.0 + rank}, tally)
+        assert tally.alone_s == 0.5 + rank  # nothing was encoded
+        assert set(GAUGES) <= {*RECORD, *more}
+        world.barrier()
+        written = run_dir / "metrics"
+        files = sorted(path.name for path in written.iterdir())
+        targets = [json.loads((written / name).read_text())[0] for name in files]
+        during = [samples(fetched(url(target))) for target in targets]
+        world.barrier()
+        last, server = None, monitor._server
+        closing = threading.Thread(target=monitor.end, kwargs={"well": True})
+        closing.start()
+        if server is not None and server._endpoint is not None:
+            assert server._endpoint._closing.wait(10)
+            last = samples(fetched(f"http://{server._endpoint.target}"))
+        closing.join(30)
+        world.barrier()
+        after = sorted(path.name for path in written.iterdir())
+        seen[endpoint] = Seen(files, targets, during, last, after)
+    return seen
+
+
+def test_a_node_is_no_target_while_a_slow_tool_closes(data: Path, tmp_path: Path) -> None:
+    world = World(rank=0, world_size=1, device=torch.device("cpu"))
+    monitor = NodeMonitor(tiny_config(data, metrics={"address": "127.0.0.1"}), tmp_path, world)
+    monitor.begin(begin_attempt(tmp_path), None)
+    (target,) = (tmp_path / "metrics").glob("*.json")
+    seen = []
+
+    class Slow(Writers):
+        def close(self) -> None:
+            seen.append((target.exists(), fetched(f"http://{address}")))
+
+    (address,) = json.loads(target.read_text())[0]["targets"]
+    monitor._writers = Slow(monitor._config, tmp_path, 0, 1)
+    monitor.end(well=True)
+    ((is_target, last),) = seen
+    assert not is_target
+    assert samples(last)["tvr_train_finished",] == 1
+
+
+def url(target: dict[str, Any]) -> str:
+    (address,) = target["targets"]
+    return f"http://{address}/metrics"
+
+
+def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, metrics={"address": "127.0.0.1"})
+    first, second = spawn(ran, 2, config, tmp_path)
+    host = socket.gethostname()
+    # One for the node, with a series for each rank.
+    assert first["node"].files == [f"{host}.json"]
+    assert first["node"].targets[0]["labels"] == {"run": f"{tmp_path.name}/node", "host": host}
+    (during,) = first["node"].during
+    assert second["node"].during == [during]
+    assert during["tvr_train_step_seconds", "0"] == 1.0
+    assert during["tvr_train_step_seconds", "1"] == 2.0
+    assert during["tvr_train_step",] == 3
+    assert during["tvr_train_finished",] == 0
+    assert during["tvr_train_loss", "total"] == 2.0
+    assert ("tvr_train_loss", "tpm_cl") not in during
+    assert during["tvr_data_skipped_samples_total", "checksum"] == 2
+    assert during["tvr_data_decode_failures_total",] == 4
+    assert during["tvr_data_bad_samples_limit",] == config.data.max_bad
+    assert during["tvr_data_reads_total", "local"] == 21
+    assert during["tvr_data_reads_total", "store"] == 1
+    assert during["tvr_data_loading_seconds_total", "1"] == 1.5
+    # Of 6 rows of 4 numbers, 3 came to each of both ranks.
+    assert during["tvr_train_received_bytes_total", "all_gather"] == 2 * 3 * 4 * 4
+    assert first["node"].last is not None
+    assert first["node"].last["tvr_train_finished",] == 1
+    assert second["node"].last is None
+    assert first["node"].files_after == [f"{host}.prom"]
+    written = (tmp_path / "node" / "metrics" / f"{host}.prom").read_text()
+    assert samples(written) == first["node"].last
+    # One for each; what is the run's comes from rank 0.
+    names = [f"{host}-rank-{rank:05d}" for rank in (0, 1)]
+    assert first["rank"].files == [f"{name}.json" for name in names]
+    zero, one = first["rank"].during
+    assert zero["tvr_train_step_seconds", "0"] == 1.0
+    assert ("tvr_train_step_seconds", "1") not in zero
+    assert one["tvr_train_step_seconds", "1"] == 2.0
+    assert ("tvr_train_step",) in zero
+    assert ("tvr_train_step",) not in one
+    assert second["rank"].last is not None
+    assert first["rank"].files_after == [f"{name}.prom" for name in names]
+    # None, and yet the last values.
+    assert first["none"].files == []
+    assert first["none"].files_after == [f"{host}.prom"]
+    # Every series is of the table.
+    keys = {(name, *labels) for metric in METRICS for name, labels in known(metric)}
+    for found in (during, zero, one, samples(written)):
+        assert found.keys() <= keys
+
+
+def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names and label values of a metric's series on two ranks, in the order of `samples`."""
+    for labels in metric.series:
+        for rank in ("0", "1") if metric.per == "rank" else ("",):
+            named = dict(zip(metric.label_names, (*labels, rank), strict=False))
+            yield metric.name, tuple(named[name] for name in sorted(named))
+
+
+def test_restarts_and_goodput_are_the_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data, metrics={"endpoint": "none"})
+    world = World(rank=0, world_size=1, device=torch.device("cpu"))
+    an_hour_ago = time.time() - 3600
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: an_hour_ago)
+        begin_attempt(tmp_path)
+    os.utime(tmp_path / "attempts" / "000001.json")  # as in a copy of the run's folder
+    left = tmp_path / "metrics" / "elsewhere.json"
+    left.parent.mkdir()
+    left.write_text("[]")  # of a host that this start does not have
+    monitor = NodeMonitor(config, tmp_path, world)
+    monitor.begin(begin_attempt(tmp_path), None)
+    more = monitor.step({**RECORD, "step_s": 1.0, "trained_s": 900.0}, Tally())
+    assert more["goodput"] == pytest.approx(0.25, abs=0.01)
+    monitor.end(well=False)
+    (written,) = left.parent.iterdir()
+    last = samples(written.read_text())
+    assert last["tvr_train_goodput_ratio",] == more["goodput"]
+    assert last["tvr_train_restarts_total",] == 1
+    assert last["tvr_train_finished",] == 0
+
+
+def test_a_straggler_is_named() -> None:
+    tally = Tally()
+    assert tally.straggler() == {"straggler_gap_s": None, "slowest_rank": None}
+    tally.alone_s, tally.everyones_s = 1.0, (0.0, 0.0, 0.0)  # of before the first step
+    assert tally.straggler()["straggler_gap_s"] is None
+    tally.everyones_s = (1.0, 4.5, 0.5)
+    assert tally.straggler() == {"straggler_gap_s": 4.0, "slowest_rank": 1}
+
+
+def test_operations_are_those_that_torch_counts(data: Path) -> None:
+    config = tiny_config(data, metrics={"peak_tflops": 2.0})
+    tokenizer = tokenizer_of(config)
+
+    def built(config: Config) -> TextVideoModel:
+        data = config.data
+        return build_model(config.model, config.loss, tokenizer, num_frames=data.num_frames)
+
+    model, rows = built(config), 1 + config.data.max_words
+    before = torch.get_rng_state()
+    found = flops_per_pair(model, config, world_size=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.grad is None for weight in model.parameters())
+    # A loss has 16 pairs: one text's sentence and words meet the frames of each, 16 numbers wide.
+    similarity = 3 * 2 * 16 * rows * config.data.num_frames * 16
+    (batch,) = islice(random_batches(config, tokenizer), 1)
+    # Attention as plain products, since torch does not count a CPU's own.
+    model.image_tower.set_attn_implementation("eager")
+    model.text_tower.set_attn_implementation("eager")
+    assert flops_per_pair(model, config, world_size=2) == found
+    with FlopCounterMode(display=False) as counter:
+        features = model(*model_inputs(batch, torch.device("cpu")))
+        torch.stack(
+            [x.sum() for x in features if x is not None and x.requires_grad]
+        ).sum().backward()
+    counted = counter.get_total_flops() / 8  # pairs
+    assert 0.95 * counted < found - similarity < counted  # less the small heads
+    # Without a backward a third is left, and a little more: pixels have no gradient in any case.
+    frozen = replace(config, model=replace(config.model, freeze="both"))
+    assert flops_per_pair(built(frozen), frozen, 2) - similarity == pytest.approx(
+        (found - similarity) / 3, rel=0.06
+    )
+    assert peak_flops(config, torch.device("cpu")) == 2e12
+    assert peak_line(config) == "MFU: of 2 TFLOP/s a rank"
+    assert "peak of a CPU is" in peak_line(tiny_config(data))
+
+
+def test_memory_that_the_ranks_share_has_no_name() -> None:
+    assert not list(IN_MEMORY.glob("tvr-metrics-*"))
+
+
+def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    shown: list[PackProgress] = []
+    found: list[Samples] = []
+
+    def scrape(port: str) -> None:
+        while True:
+            try:
+                found.append(samples(fetched(f"http://127.0.0.1:{port}/metrics")))
+            except OSError:
+                return
+            time.sleep(0.05)
+
+    with served_progress(shown.append, 0) as tell:
+        (port,) = re.findall(r"^metrics: http://.*:(\d+)/metrics$", capsys.readouterr().out)
+        tell(PackProgress(num_done=3, num_clips=9, num_bytes=0))
+        scraper = threading.Thread(target=scrape, args=(port,))
+        scraper.start()
+        while not found:
+            time.sleep(0.01)
+        tell(PackProgress(num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1}))
+    scraper.join(10)
+    assert [progress.num_done for progress in shown] == [3, 5]
+    first, last = found[0], found[-1]
+    assert first["tvr_pack_done_clips",] == 3
+    assert first["tvr_pack_clips_total",] == 0
+    assert last["tvr_pack_done_clips",] == 5
+    assert last["tvr_pack_planned_clips",] == 9
+    assert last["tvr_pack_clips_total",] == 2
+    assert last["tvr_pack_bytes_total",] == 70
+    assert last["tvr_pack_refused_clips_total", "no_frames"] == 1
+    assert abs(last["tvr_pack_last_clip_timestamp_seconds",] - time.time()) < 60
+    keys = {(name, *labels) for metric in PACK_METRICS for name, labels in known(metric)}
+    assert last.keys() == keys
+
+
+def test_pack_names_its_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.mp4").write_bytes(numbered_video(5))
+    (tmp_path / "a.csv").write_text("video,caption\na.mp4,one\n")
+    line = ["--annotations", str(tmp_path / "a.csv"), "--out", str(tmp_path / "data")]
+    assert pack([*line, "--layout", "frames", "--num-frames", "3", "--metrics-port", "0"]) == 0
+    assert re.match(r"metrics: http://\S+:\d+/metrics\n", capsys.readouterr().out)

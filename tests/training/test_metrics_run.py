@@ -1,0 +1,280 @@
+"""A run of two ranks that is scraped 50 times a second for at least 10 s of training, beside the
+same run without metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import jobs
+from builders.spawn import spawn
+from builders.tiny import tiny_config, with_ranks
+from test_metrics import Samples, fetched, samples
+
+from tvr.trainer.cli import train as tvr_train
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.monitoring.metrics import TRAINING_METRICS
+from tvr.trainer.monitoring.monitor import GAUGES
+from tvr.trainer.monitoring.stopwatch import ALL_PARTS
+
+SCRAPES, PAUSE_S = 500, 0.02
+# What the tests want to have seen before the run ends.
+SEEN = {("tvr_evaluation_step",), ("tvr_checkpoint_step",)}
+MEMORY = ("tvr_host_memory_bytes", "0"), ("tvr_host_memory_bytes", "1")
+
+
+@dataclass
+class Run:
+    config: Config
+    run_dir: Path
+    scraped: list[Samples]
+    last: Samples
+    """From run_dir, after the end."""
+    steps: dict[int, dict[str, Any]]
+    """The log's."""
+
+    @property
+    def end(self) -> int:
+        """The last step."""
+        return max(self.steps)
+
+
+def scrape(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
+    """At most 50 times a second, from when the endpoint is named until it is gone. Tells the run to
+    leave once it has answered SCRAPES times while it trained."""
+    while not (files := list((run_dir / "metrics").glob("*.json"))):
+        if over.wait(PAUSE_S):
+            return
+    (target,) = json.loads(files[0].read_text())[0]["targets"]
+    pid = jobs.rank_pid(run_dir, 1)
+    assert pid is not None
+    before, told = "", False
+    while not over.is_set():
+        began = time.monotonic()
+        try:
+            text = fetched(f"http://{target}/metrics")
+        except OSError:
+            return
+        # It is made once a second only, and reading it takes longer than asking for it.
+        found.append(found[-1] if text == before else samples(text))
+        before = text
+        if not told and len(found) >= SCRAPES and len(amid(found)) >= SCRAPES:
+            if SEEN <= found[-1].keys():
+                os.kill(pid, signal.SIGUSR1)
+                told = True
+        over.wait(max(0.0, PAUSE_S - (time.monotonic() - began)))
+
+
+def amid(found: list[Samples]) -> list[Samples]:
+    """Those of a run that has begun to train and not ended."""
+    return [
+        each
+        for each in found
+        if each.get(("tvr_train_step",), 0) > 1 and each["tvr_train_finished",] == 0
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run_dir = tmp_path_factory.mktemp("runs") / "scraped"
+    config = tiny_config(
+        data,
+        train={"steps": 1_000_000, "eval_every": 100},
+        checkpoint={"every": 80},
+        metrics={"address": "127.0.0.1", "peak_tflops": 1e-3},
+    )
+    found: list[Samples] = []
+    over = threading.Event()
+    scraper = threading.Thread(target=scrape, args=(run_dir, over, found))
+    scraper.start()
+    try:
+        code, errors = jobs.run(config, run_dir, 2)
+    finally:
+        over.set()
+        scraper.join()
+    assert code == 75, errors
+    (written,) = (run_dir / "metrics").glob("*.prom")
+    steps = {event["step"]: event for event in jobs.events(run_dir, "step")}
+    return Run(config, run_dir, found, samples(written.read_text()), steps)
+
+
+def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
+    in_mid_run = amid(run.scraped)
+    assert len(in_mid_run) >= SCRAPES
+    assert len({found["tvr_train_step",] for found in in_mid_run}) > 1
+    for found in in_mid_run:
+        step = int(found["tvr_train_step",])
+        # It may be read while a step is written.
+        near = [run.steps[at] for at in (step - 1, step, step + 1) if at in run.steps]
+        for name, place in GAUGES.items():
+            assert found.get(place) in [record[name] for record in near], name
+        assert abs(found["tvr_train_steps_total",] - step) <= 1
+        assert all(1e7 < found[place] < 1e11 for place in MEMORY)
+    falls = [
+        key
+        for before, after in zip(run.scraped, run.scraped[1:], strict=False)
+        for key in before.keys() & after.keys()
+        if key[0].endswith("_total") and after[key] < before[key]
+    ]
+    assert falls == []
+
+
+def test_the_last_values_stay_with_the_run(run: Run) -> None:
+    steps = run.end
+    last, end, log = run.last, run.steps[steps], run.steps.values()
+    for name, place in GAUGES.items():
+        assert last.get(place) == end[name]
+    assert last["tvr_train_finished",] == 1
+    assert last["tvr_train_steps_total",] == steps == len(log)
+    assert last["tvr_train_pairs_total",] == 8 * steps
+    assert last["tvr_train_frames_total",] == 3 * 8 * steps
+    assert last["tvr_train_ranks",] == 2
+    assert last["tvr_train_restarts_total",] == 0
+    waited = sum(record["data_wait_s"] for record in log)
+    assert last["tvr_data_wait_seconds_total", "0"] == pytest.approx(waited)
+    trained = sum(record["step_s"] for record in log)
+    assert 0 < last["tvr_train_goodput_ratio",] < 1
+    for rank in ("0", "1"):
+        parts = {
+            part: last["tvr_train_part_seconds_total", part.replace(" ", "_"), rank]
+            for part in ALL_PARTS
+        }
+        assert all(parts.values())
+        within = sum(parts[part] for part in ALL_PARTS[:7])  # data wait to optimiser
+        assert within == pytest.approx(trained, rel=0.1)
+        encoding = last["tvr_train_part_seconds_total", "encode", rank]
+        loading = last["tvr_data_loading_seconds_total", rank]
+        assert last["tvr_train_alone_seconds_total", rank] == pytest.approx(loading + encoding)
+        assert 0 < last["tvr_data_loading_seconds_total", rank] <= parts["data wait"]
+    # As the run's own settings have it, and as its own shapes do.
+    assert last["tvr_train_mfu_ratio",] == last["tvr_train_model_flops_per_second",] / 2 / 1e9
+    flops = last["tvr_train_model_flops_per_second",] * end["step_s"]
+    assert flops == pytest.approx(run.steps[2]["model_flops_per_s"] * run.steps[2]["step_s"])
+    assert -1 < last["tvr_train_hardest_negative_similarity",] < 1
+    assert -1 < last["tvr_train_positive_similarity",] < 1
+    gaps = sum(record["straggler_gap_s"] or 0.0 for record in log)
+    assert last["tvr_train_straggler_gap_seconds_total",] == pytest.approx(gaps)
+    assert last["tvr_train_slowest_rank",] in (0, 1)
+    assert last["tvr_data_reads_total", "local"] == 8 * steps
+    frames_of_others = 8 * 3 * 16 * 4  # 4 of each of 2 ranks, of 3 frames of 16 float32 numbers
+    assert last["tvr_train_received_bytes_total", "all_gather"] > steps * frames_of_others
+    assert last["tvr_train_received_bytes_total", "reduce_scatter"] >= steps * frames_of_others
+    (*_, evaluation) = jobs.events(run.run_dir, "evaluation")
+    assert evaluation["seconds"] > 0
+    for direction in ("text_to_video", "video_to_text"):
+        for k in ("1", "5", "10"):
+            recall = last["tvr_evaluation_recall_ratio", direction, k, "test"]
+            assert recall == evaluation[direction][f"recall_at_{k}"] / 100
+    saves = jobs.events(run.run_dir, "saved")
+    assert last["tvr_checkpoint_saves_total",] == len(saves) > 1
+    assert last["tvr_checkpoint_failures_total",] == 0
+    assert last["tvr_checkpoint_step",] == steps
+    assert last["tvr_checkpoint_bytes",] == saves[-1]["num_bytes"]
+    assert abs(time.time() - last["tvr_checkpoint_timestamp_seconds",]) < 600
+    assert list((run.run_dir / "metrics").glob("*.json")) == []
+
+
+def test_without_metrics_the_losses_are_the_same(run: Run) -> None:
+    config = replace(run.config, metrics=replace(run.config.metrics, enabled=False))
+    run_dir = run.run_dir.with_name("without")
+
+    def has_come_as_far() -> bool:
+        time.sleep(0.2)
+        return jobs.steps_logged(run_dir) >= run.end
+
+    with jobs.running(config, run_dir, 2) as job:
+        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, has_come_as_far)
+        _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+        assert job.returncode == 75, errors
+    assert not (run_dir / "metrics").exists()
+    assert jobs.losses(run_dir)[: run.end] == [record["loss"] for record in run.steps.values()]
+
+
+def test_a_run_that_breaks_leaves_its_target_and_says_why(data: Path, tmp_path: Path) -> None:
+    at_once = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    config = tiny_config(data, train={"steps": 5, **at_once}, data={"test": None})
+    run_dir = tmp_path / "run"
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 3
+    (written,) = (run_dir / "metrics").glob("*.prom")
+    last = samples(written.read_text())
+    assert last["tvr_train_nonfinite_total",] == 1
+    assert last["tvr_train_finished",] == 0
+    assert last["tvr_train_step",] == 1
+    assert len(list((run_dir / "metrics").glob("*.json"))) == 1
+
+
+# What these settings and this machine do not have.
+ABSENT = {
+    "tvr_train_zero_gradient_positives_ratio",  # of NegNCE's reference mode
+    "tvr_device_memory_bytes",
+}
+
+
+def test_every_metric_that_applies_is_scraped(run: Run) -> None:
+    seen = {name for found in run.scraped for name, *_ in found}
+    assert seen == {metric.name for metric in TRAINING_METRICS} - ABSENT
+    for found in run.scraped:
+        for (name, *_), value in found.items():
+            assert math.isfinite(value)
+            assert value >= 0 or name.endswith(("_similarity", "_loss"))
+            assert value <= 1 or not name.endswith("_ratio")
+
+
+def told_by(rank: int, world_size: int, settings: Path, run_dir: Path) -> tuple[int, str]:
+    """The exit code of `tvr train` and what it says."""
+    with redirect_stderr(StringIO()) as said:
+        code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+    return code, said.getvalue()
+
+
+def taken_after_a_free_one() -> socket.socket:
+    """Has a port, of which the one below is free."""
+    while True:
+        taken = socket.create_server(("127.0.0.1", 0))
+        try:
+            socket.create_server(("127.0.0.1", taken.getsockname()[1] - 1)).close()
+        except OSError:
+            taken.close()
+        else:
+            return taken
+
+
+def test_a_taken_port_is_its_nodes_fault_and_the_job_may_begin_again(
+    data: Path, tmp_path: Path
+) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    with taken_after_a_free_one() as other:
+        port = other.getsockname()[1] - 1
+        metrics = {"address": "127.0.0.1", "port": port, "endpoint": "rank"}
+        settings.write_text(to_json(with_ranks(tiny_config(data, metrics=metrics), 2)))
+        (first, _), (second, said) = spawn(told_by, 2, settings, run_dir)
+    assert (first, second) == (3, 3)
+    told = f"rank 1 on {socket.gethostname()}: metrics cannot be served at 127.0.0.1:{port + 1} of"
+    assert said.startswith(f"tvr train: error [rank 1]: {told}"), said
+    assert said.endswith("or port 0 for any that is free\n")
+    assert said.count("\n") == 1
+    (word,) = (run_dir / "failures").iterdir()
+    assert json.loads(word.read_text())["of"] == 1
+    assert not list((run_dir / "checkpoints").glob("step-*"))
+
+
+def test_an_address_that_no_node_has_is_the_settings_fault(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    settings.write_text(to_json(tiny_config(data, metrics={"address": "192.0.2.1"})))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 2
+    assert "metrics cannot be served at 192.0.2.1:0 of" in capsys.readouterr().err

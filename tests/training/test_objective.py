@@ -1,0 +1,244 @@
+"""The loss of one process: reference similarity, square losses and mean hinge of its features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from tvr.kernels import losses, reference
+from tvr.trainer.config import LossConfig, ModelConfig
+from tvr.trainer.distributed.world import World
+from tvr.trainer.loss.objective import SHARES, objective
+from tvr.trainer.model.model import Features
+
+ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
+PAIRS, WORDS, FRAMES, WIDTH = 6, 5, 4, 8
+VIDEO_IDS = torch.tensor([7, 8, 7, 9, 8, 2**62])  # two videos with two captions each
+
+
+def features() -> Features:
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    lengths = torch.tensor([5, 3, 4, 2, 5, 3])
+    return Features(
+        sentence=reference.unit(random(PAIRS, WIDTH)).requires_grad_(),
+        words=reference.unit(random(PAIRS, WORDS, WIDTH)).requires_grad_(),
+        word_mask=(torch.arange(WORDS) < lengths[:, None]).long(),
+        frames=reference.unit(random(PAIRS, FRAMES, WIDTH)).requires_grad_(),
+        frame_mask=(torch.arange(FRAMES) < (lengths - 1)[:, None]).long(),
+        word_logits=random(PAIRS, WORDS).requires_grad_(),
+        frame_logits=random(PAIRS, FRAMES).requires_grad_(),
+        margin_hinge=random(PAIRS).abs().requires_grad_(),
+    )
+
+
+def values(
+    loss: LossConfig,
+    model: ModelConfig | None = None,
+    mine: Features | None = None,
+    scores: Literal["keep", "stream"] = "keep",
+) -> dict[str, float]:
+    result = objective(
+        mine or features(), VIDEO_IDS, model or ModelConfig(), loss, ALONE, scores=scores
+    )
+    return dict(zip(SHARES, result.shares.tolist(), strict=True))
+
+
+def similarity(mine: Features, model: ModelConfig) -> Tensor:
+    return reference.dmae_similarity(
+        mine.sentence,
+        mine.words,
+        mine.frames,
+        mine.word_mask,
+        mine.frame_mask,
+        interaction=model.interaction,
+        neighbour_frames=model.neighbour_frames,
+        word_logits=mine.word_logits,
+        frame_logits=mine.frame_logits,
+    )
+
+
+def expected_loss(square: Tensor, loss: LossConfig) -> Tensor:
+    scale = 1 / loss.temperature
+    if loss.similarity == "info_nce":
+        return losses.info_nce(
+            square, video_ids=VIDEO_IDS, mask_same_video=loss.mask_same_video is True, scale=scale
+        )
+    return losses.neg_nce(
+        square,
+        mode=loss.neg_nce_mode,
+        video_ids=VIDEO_IDS,
+        mask_same_video=loss.mask_same_video,
+        scale=scale,
+        weight=loss.neg_nce_weight,
+    )
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"similarity": "info_nce"},
+    {"similarity": "info_nce", "mask_same_video": True, "temperature": 0.05},
+    {"neg_nce_mode": "reference"},
+    {"neg_nce_mode": "reference", "mask_same_video": True, "neg_nce_weight": 2.0},
+    {"neg_nce_mode": "log"},
+    {"neg_nce_mode": "log", "mask_same_video": False, "temperature": 0.1},
+    {"neg_nce_mode": "log", "neg_nce_weight": 0.0, "tpm_cl_weight": 0.25},
+]
+MODELS: list[dict[str, Any]] = [
+    {},
+    {"interaction": "att_ti", "neighbour_frames": False},
+    {"interaction": "wti"},
+    {"interaction": "ti"},
+]
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"exchange": "ring"},
+    {"scores": "stream"},
+    {"exchange": "ring", "scores": "stream"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()) or "default")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_one_process_computes_the_definition(
+    settings: dict[str, Any], model: dict[str, Any], way: dict[str, Any]
+) -> None:
+    loss, of_model = LossConfig(**settings), ModelConfig(**model)
+    mine, other = features(), features()
+    result = objective(mine, VIDEO_IDS, of_model, loss, ALONE, **way)
+    square = similarity(other, of_model)
+    assert other.margin_hinge is not None
+    margin = other.margin_hinge.mean()
+    expected = expected_loss(square, loss) + loss.tpm_cl_weight * margin
+
+    got = dict(zip(SHARES, result.shares.tolist(), strict=True))
+    assert result.for_backward.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert got["loss"] == result.for_backward.item()
+    assert got["similarity_loss"] == pytest.approx(expected_loss(square, loss).item(), rel=1e-12)
+    assert got["tpm_cl_loss"] == pytest.approx(margin.item(), rel=1e-12)
+    assert not result.shares.requires_grad
+
+    result.for_backward.backward()
+    expected.backward()
+    for name in ("sentence", "words", "frames", "word_logits", "frame_logits", "margin_hinge"):
+        ours, theirs = getattr(mine, name).grad, getattr(other, name).grad
+        if theirs is None:
+            assert ours is None, name
+        else:
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "by_default"),
+    [
+        ({"similarity": "info_nce"}, False),
+        ({"neg_nce_mode": "reference"}, False),
+        ({"neg_nce_mode": "log"}, True),
+    ],
+)
+def test_the_same_video_mask_is_on_off_or_by_default(
+    settings: dict[str, Any], by_default: bool
+) -> None:
+    on, off, default = (
+        values(LossConfig(**settings, mask_same_video=mask))["similarity_loss"]
+        for mask in (True, False, None)
+    )
+    assert on < off  # fewer negatives in every denominator
+    assert default == (on if by_default else off)
+
+
+def test_the_temperature_divides_the_similarity() -> None:
+    mine, model = features(), ModelConfig()
+    logits = similarity(mine, model)
+    for temperature in (0.01, 0.5):
+        loss = LossConfig(similarity="info_nce", temperature=temperature)
+        rows = (logits / temperature).log_softmax(dim=1).diagonal().mean()
+        columns = (logits / temperature).log_softmax(dim=0).diagonal().mean()
+        expected = -(rows + columns).item() / 2
+        assert values(loss)["similarity_loss"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_tpm_cl_counts_with_its_weight_or_not_at_all() -> None:
+    for weight in (0.0, 0.5, 3.0):
+        got = values(LossConfig(tpm_cl_weight=weight))
+        assert got["tpm_cl_loss"] > 0
+        assert got["loss"] == pytest.approx(
+            got["similarity_loss"] + weight * got["tpm_cl_loss"], rel=1e-12
+        )
+    off = values(LossConfig(tpm_cl=0), mine=features()._replace(margin_hinge=None))
+    assert off["tpm_cl_loss"] == 0.0
+    assert off["loss"] == off["similarity_loss"] == values(LossConfig())["similarity_loss"]
+
+
+def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
+    loss = LossConfig(neg_nce_mode="reference", mask_same_video=False)
+    got = values(loss)
+    square = similarity(features(), ModelConfig()).detach()
+    own = square.diagonal()
+    hard = (square > own[:, None]) | (square > own)
+    assert got["hard_negatives_per_row"] == pytest.approx(int(hard.sum()) / PAIRS)
+    assert 0 < got["hard_negatives_per_row"] < PAIRS - 1
+    shares = [(square / loss.temperature).softmax(dim=dim).diagonal() for dim in (0, 1)]
+    clamped = sum(int((share < 1e-6).sum()) for share in shares) / (2 * PAIRS)
+    assert got["clamped_share"] == pytest.approx(clamped)
+    assert 0 < clamped < 1
+    without = values(replace(loss, neg_nce_weight=0.0))
+    assert got["penalty"] == pytest.approx(got["similarity_loss"] - without["similarity_loss"])
+    assert got["penalty"] > without["penalty"] == 0.0
+    masked = values(LossConfig(neg_nce_mode="reference", mask_same_video=True))
+    assert masked["hard_negatives_per_row"] < got["hard_negatives_per_row"]
+    assert values(LossConfig(similarity="info_nce"))["clamped_share"] == 0.0
+
+
+@pytest.mark.parametrize("scores", ["keep", "stream"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_statistics_tell_how_near_positives_and_negatives_are(
+    scores: Literal["keep", "stream"], masked: bool
+) -> None:
+    got = values(LossConfig(mask_same_video=masked), scores=scores)
+    square = similarity(features(), ModelConfig()).detach()
+    assert got["positive_similarity"] == pytest.approx(float(square.diagonal().mean()))
+    same = VIDEO_IDS[:, None] == VIDEO_IDS if masked else torch.eye(PAIRS, dtype=torch.bool)
+    hardest = square.masked_fill(same, -torch.inf).amax(1)
+    assert got["hardest_similarity"] == pytest.approx(float(hardest.mean()))
+
+
+def test_pairs_that_all_win_leave_no_hard_negative() -> None:
+    vectors = torch.eye(PAIRS, WIDTH)
+    mine = Features(
+        sentence=vectors,
+        words=vectors[:, None],
+        word_mask=torch.ones(PAIRS, 1, dtype=torch.long),
+        frames=vectors[:, None],
+        frame_mask=torch.ones(PAIRS, 1, dtype=torch.long),
+        word_logits=torch.zeros(PAIRS, 1),
+        frame_logits=torch.zeros(PAIRS, 1),
+        margin_hinge=None,
+    )
+    for mode in ("reference", "log"):
+        got = values(LossConfig(neg_nce_mode=mode), mine=mine)
+        assert got["hard_negatives_per_row"] == got["clamped_share"] == 0.0
+        assert got["loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("scores", ["keep", "stream"])
+def test_a_fast_similarity_rounds_the_loss_and_only_where_asked_for(scores: Any) -> None:
+    loss = LossConfig(temperature=0.1)
+
+    def share(fast: bool) -> float:
+        found = objective(
+            features(), VIDEO_IDS, ModelConfig(), loss, ALONE, scores=scores, fast=fast
+        )
+        return float(found.shares[0])
+
+    assert share(fast=False) == pytest.approx(values(loss)["loss"], rel=1e-12)
+    assert 1e-6 < abs(share(fast=True) / share(fast=False) - 1) < 1e-2

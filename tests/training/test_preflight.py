@@ -1,0 +1,310 @@
+"""What is looked at before a run begins: each failure is named with its rank and host."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from builders.spawn import spawn
+from builders.tiny import tiny_config, with_ranks
+from torch import nn
+
+from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.trainer import data as inputs_file
+from tvr.trainer.checkpoint.place import Place
+from tvr.trainer.cli import train as tvr_train
+from tvr.trainer.config import CheckpointConfig, Config, to_json
+from tvr.trainer.data import tokenizer_of
+from tvr.trainer.distributed import world as world_file
+from tvr.trainer.distributed.world import World
+from tvr.trainer.errors import PreflightFailed
+from tvr.trainer.memory import rank_memory as rank_memory_file
+from tvr.trainer.memory.rank_memory import rank_memory
+from tvr.trainer.model.model import build_outline
+from tvr.trainer.monitoring.run_dir import checkpoints_of
+from tvr.trainer.resilience import preflight as preflight_file
+from tvr.trainer.resilience.preflight import (
+    SETTINGS,
+    Finding,
+    check_disk,
+    check_memory,
+    differences,
+    preflight,
+)
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, world_size=1, device=CPU)
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def config(data: Path) -> Config:
+    return tiny_config(data, data={"test": None, "test_exchanged": None}, train={"steps": 1})
+
+
+@pytest.mark.parametrize("url", [None, "memory://preflight"])
+def test_a_place_that_can_be_used_is_left_as_it_was(
+    config: Config, tmp_path: Path, url: str | None
+) -> None:
+    config = replace(config, checkpoint=CheckpointConfig(url=url))
+    preflight(config, tmp_path, ALONE)
+    assert checkpoints_of(config, tmp_path).names() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+Refusal: TypeAlias = tuple[list[str], int | None]
+
+
+def refusals(rank: int, world_size: int, config: Config, folder: Path) -> Refusal:
+    """What is refused, and the rank whose node is at fault; rank 1 has another batch size."""
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    world.meet(60.0)
+    if rank == 1:
+        config = replace(config, train=replace(config.train, global_batch=16))
+    try:
+        preflight(config, folder / str(rank), world)
+    except PreflightFailed as failed:
+        return failed.lines, failed.rank
+    return [], None
+
+
+def test_all_ranks_hear_of_every_failure_of_every_rank(config: Config, tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+    for rank in (1, 2):
+        (tmp_path / str(rank) / "checkpoints").write_text("no folder")
+    refusal, *others = spawn(refusals, 3, config, tmp_path)
+    assert all(other == refusal for other in others)
+    (settings, *places), rank_at_fault = refusal
+    assert rank_at_fault is None
+    assert settings.startswith(f"rank 1 on {HOST}: the sha256 of its settings is ")
+    assert [place.split(" cannot be used for checkpoints")[0] for place in places] == [
+        f"rank {rank} on {HOST}: {tmp_path / str(rank) / 'checkpoints'}" for rank in (1, 2)
+    ]
+
+
+def meets_nobody(rank: int, world_size: int) -> None:
+    """Rank 1 does not come."""
+    if rank == 1:
+        time.sleep(60)
+    World(rank=rank, world_size=world_size, device=CPU).meet(0.5)
+
+
+def test_a_rank_that_does_not_come_is_missed_soon() -> None:
+    with pytest.raises(RuntimeError, match=f"rank 0 on {HOST} does not meet the other 1 on cpu"):
+        spawn(meets_nobody, 2)
+
+
+def test_ranks_that_differ_from_most_are_named() -> None:
+    usual = {"torch": "2.13", SETTINGS: "a"}
+    identities = [usual, usual | {"torch": "2.12", SETTINGS: "b"}, usual, usual | {SETTINGS: "c"}]
+    assert differences(identities) == [
+        Finding(1, "torch is 2.12, elsewhere 2.13", of_node=True),
+        Finding(1, f"{SETTINGS} is b, elsewhere a", of_node=True),
+        Finding(3, f"{SETTINGS} is c, elsewhere a", of_node=False),
+    ]
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "not" / "there"
+    tokenizer = tokenizer_of(config)
+    model = build_outline(config.model, config.loss, tokenizer, num_frames=3)
+    check_disk(config, run_dir, model, ALONE)
+    with torch.device("meta"):
+        model.register_parameter("vast", nn.Parameter(torch.empty(10**7, 10**6)))
+    for total, rank in ((10**15, 0), (10**12, None)):
+        disk = SimpleNamespace(free=10**9, total=total)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, disk=disk: disk)
+        with pytest.raises(PreflightFailed, match=r"3 more checkpoints of 1.6e\+05 GB") as no:
+            check_disk(config, run_dir, model, ALONE)
+        assert no.value.rank == rank
+    elsewhere = replace(config, checkpoint=CheckpointConfig(url="memory://disk"))
+    check_disk(elsewhere, run_dir, model, ALONE)
+
+
+class Elsewhere(World):
+    """Rank 0 of two on one machine, whose other rank says what it says itself."""
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        return [mine, mine]
+
+
+def test_states_that_do_not_fit_the_memory_are_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, tokenizer = with_ranks(config, 2), tokenizer_of(config)
+    needs = rank_memory(config, tokenizer, 2)
+    assert 0 < needs.states < needs.total
+
+    def with_free(num_bytes: int, total: int = 4 * needs.total) -> None:
+        monkeypatch.setattr(preflight_file, "free_bytes", lambda: num_bytes)
+        monkeypatch.setattr(preflight_file, "total_bytes", lambda: total)
+        check_memory(config, tokenizer, Elsewhere(rank=0, world_size=2, device=CPU))
+
+    with_free(2 * needs.total)
+    assert not caplog.records
+    with_free(2 * needs.states)
+    assert "a step may need" in caplog.text
+    with pytest.raises(PreflightFailed, match="weights, gradients and optimiser of 2 ranks") as no:
+        with_free(2 * needs.states - 1)
+    assert [line.split(":")[0] for line in no.value.lines] == [
+        f"rank {rank} on {HOST}" for rank in range(2)
+    ]
+    assert no.value.rank == 0
+    with pytest.raises(PreflightFailed) as no:
+        with_free(2 * needs.states - 1, total=2 * needs.states - 1)
+    assert no.value.rank is None
+
+
+def test_what_is_offloaded_is_not_the_devices(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states(offload: str, kind: str) -> tuple[int, int]:
+        monkeypatch.setattr(rank_memory_file, "device", lambda: kind)
+        train = replace(with_ranks(config, 2).train, zero_stage=3, offload=offload)
+        needs = rank_memory(replace(config, train=train), tokenizer_of(config), 2)
+        return needs.states, needs.model.weights
+
+    whole, weights = states("none", "cuda")
+    assert states("optimizer", "cuda") == (weights, weights)
+    assert states("parameters", "cuda") == (0, weights)
+    assert states("parameters", "cpu") == (whole, weights)
+
+
+def without_room(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def on_a_full_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
+    """The exit code of `tvr train`; the checkpoints' disk is full on rank 1's node."""
+    if rank == 1:
+        Place.writing = without_room
+    return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+
+
+def test_a_rank_whose_node_is_at_fault_says_so_and_the_job_may_begin_elsewhere(
+    config: Config, tmp_path: Path
+) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    settings.write_text(to_json(with_ranks(config, 2)))
+    assert spawn(on_a_full_disk, 2, settings, run_dir) == [3, 3]
+    (word,) = (run_dir / "failures").iterdir()
+    said = json.loads(word.read_text())
+    assert (said["rank"], said["code"]) == (1, 3)
+    assert f"PreflightFailed: rank 1 on {HOST}: " in said["error"]
+    assert said["error"].endswith(
+        "cannot be used for checkpoints: OSError: [Errno 28] No space left on device"
+    )
+
+
+def without_a_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
+    """The exit code of `tvr train`; rank 1's node does not have the data."""
+    if rank == 1:
+        inputs_file.read_manifest = lambda url: read_manifest(f"{url}-elsewhere")
+    return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+
+
+def test_a_node_without_the_data_is_at_fault_itself(config: Config, tmp_path: Path) -> None:
+    settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
+    settings.write_text(to_json(with_ranks(config, 2)))
+    assert spawn(without_a_disk, 2, settings, run_dir) == [3, 3]
+    (word,) = (run_dir / "failures").iterdir()
+    said = json.loads(word.read_text())
+    assert said["of"] == 1
+    assert f"PreflightFailed: rank 1 on {HOST}: " in said["error"]
+    assert "train-elsewhere" in said["error"]
+
+
+def test_the_folder_of_a_run_is_tried_where_checkpoints_go_elsewhere(
+    config: Config, tmp_path: Path
+) -> None:
+    config = replace(config, checkpoint=CheckpointConfig(url="memory://elsewhere"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(PreflightFailed, match="/file cannot be used for a run: ") as no:
+        preflight(config, tmp_path / "file", ALONE)
+    assert no.value.rank is None
+
+
+def test_a_network_that_does_not_carry_is_no_fault_of_the_settings(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(world_file.dist, "all_reduce", broken)
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(tmp_path / "run")]) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(f"tvr train: error: rank 0 on {HOST} does not meet the other 0 on cpu")
+    assert line.count("\n") == 1
+
+
+def test_a_node_without_the_gpus_of_the_job_is_not_trained_on(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(world_file.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("TVR_GPUS_PER_NODE", "2")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    settings = tmp_path / "settings.json"
+    settings.write_text(to_json(config))
+    assert tvr_train(["--config", str(settings), "--run-dir", str(tmp_path / "run")]) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(
+        f"tvr train: error: rank 0 on {HOST} sees 1 CUDA devices, and the job asked for 2 on each"
+    )
+    assert ("CPU build" in line, "--nv" in line, line.count("\n")) == (True, True, 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator"), [("1", None), ("2", "cpu"), (None, None)], ids=str
+)
+def test_a_node_with_the_gpus_of_the_job_or_meant_for_the_cpu_is(
+    gpus: str | None, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world_file.torch.cuda, "device_count", lambda: 1)
+    for name, value in (("TVR_GPUS_PER_NODE", gpus), ("DS_ACCELERATOR", accelerator)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with world_file.join_world() as world:
+        assert world.world_size == 1
+
+
+def test_a_small_data_set_and_a_refused_place_end_with_code_2(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(run_dir: Path, **train: Any) -> str:
+        settings = tmp_path / "settings.json"
+        settings.write_text(to_json(replace(config, train=replace(config.train, **train))))
+        code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
+        assert code == 2
+        return capsys.readouterr().err
+
+    assert "holds 48 samples, fewer than train.global_batch=64" in refused(
+        tmp_path / "run", global_batch=64, micro_batch=64
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").write_text("no folder")
+    line = refused(tmp_path / "other")
+    assert line.startswith(f"tvr train: error: rank 0 on {HOST}: ")
+    assert line.count("\n") == 1

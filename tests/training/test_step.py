@@ -1,0 +1,156 @@
+"""A cached, streamed step is the whole batch's step at every ZeRO stage, and in a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.plain_model import Gradients
+from builders.spawn import spawn
+from builders.tiny import tiny_config
+from test_global_batch import assert_equal_gradients
+
+from tvr.trainer.checkpoint.fencing import begin_attempt
+from tvr.trainer.cli import train as tvr_train
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.data import training_batches
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.engine import Engine
+from tvr.trainer.model.model import build_model
+from tvr.trainer.model.tokenizer import load_tokenizer
+from tvr.trainer.monitoring.run_log import LogWriter
+from tvr.trainer.train_step import OptimiserStep
+
+CPU = torch.device("cpu")
+# Of the 12 pairs of a step: pairs per rank and forward on two ranks, and how the loss is computed.
+WHOLE = {"micro_batch": 6}
+CACHED = {"micro_batch": 2, "gradient_cache": True}
+STREAMED = CACHED | {"exchange": "ring", "scores": "stream"}
+ACCUMULATED = {"micro_batch": 2}
+VARIANTS = {"whole": WHOLE, "cached": CACHED, "streamed": STREAMED, "accumulated": ACCUMULATED}
+ZERO_STAGES = (0, 1, 2, 3)
+Taken = tuple[list[dict[str, Any]], Gradients]
+
+
+class RecordingEngine(Engine):
+    """Keeps the whole gradient of every parameter as it stands before the weights first move."""
+
+    gradients: Gradients | None = None
+
+    def step(self, learning_rate_factor: float) -> float | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.gradients is None and self._engine.is_gradient_accumulation_boundary():
+            self.gradients = {
+                name: safe_get_full_grad(parameter).clone()
+                for name, parameter in self.module.named_parameters()
+            }
+        return super().step(learning_rate_factor)
+
+
+def take_steps(
+    rank: int, world_size: int, data: Path, run_dir: Path
+) -> dict[tuple[int, str], Taken]:
+    """Two steps' log and the first one's gradients, by ZeRO stage and variant."""
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    results = {}
+    for stage in ZERO_STAGES:
+        for name, settings in VARIANTS.items():
+            config = tiny_config(
+                data,
+                # Large enough for ZeRO-3 to let go of parameters between their uses.
+                model={"towers": {"width": 192 if stage == 3 else 32}},
+                train={"zero_stage": stage, "global_batch": 12, "steps": 2, **settings},
+            )
+            tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
+            torch.manual_seed(3)
+            frames = config.data.num_frames
+            model = build_model(config.model, config.loss, tokenizer, num_frames=frames)
+            engine = RecordingEngine(model, config.train, world)
+            attempt = world.from_first(lambda: begin_attempt(run_dir))
+            log = LogWriter(run_dir, attempt, world)
+            step = OptimiserStep(config, engine, log, world, 48)
+            batches = training_batches(config, tokenizer, world)
+            records = [step.take(number, batches) for number in (1, 2)]
+            assert engine.gradients is not None
+            results[stage, name] = (records, engine.gradients)
+    return results
+
+
+@pytest.fixture(scope="module")
+def taken(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[tuple[int, str], Taken]]:
+    return spawn(take_steps, 2, data, tmp_path_factory.mktemp("run"), timeout_s=600)
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+@pytest.mark.parametrize("name", ["cached", "streamed"])
+def test_a_cached_step_is_the_whole_step_at_every_zero_stage(
+    taken: list[dict[tuple[int, str], Taken]], stage: int, name: str
+) -> None:
+    for results in taken:
+        (whole, theirs), (records, ours) = results[stage, "whole"], results[stage, name]
+        assert_same_records(records, whole, relative=1e-5)
+        assert_equal_gradients(ours, theirs, relative=1e-5)
+
+
+def assert_same_records(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], *, relative: float
+) -> None:
+    """All values but the times, in seconds."""
+    assert len(ours) == len(theirs) > 0
+    for record, expected in zip(ours, theirs, strict=True):
+        assert record.keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, float) and not name.endswith("_s") and name != "goodput":
+                assert record[name] == pytest.approx(value, rel=relative), name
+            elif value is None:
+                assert record[name] is None, name
+        assert 0 < record["data_wait_s"] < record["step_s"]
+
+
+def test_accumulation_is_not_the_whole_step(taken: list[dict[tuple[int, str], Taken]]) -> None:
+    # It meets a third of the negatives: the comparison above tells the two apart.
+    for stage in ZERO_STAGES:
+        (whole, *_), (parts, *_) = (taken[0][stage, name][0] for name in ("whole", "accumulated"))
+        assert parts["loss"] < 0.95 * whole["loss"]
+
+
+def run(config: Config, run_dir: Path, *flags: str) -> list[dict[str, Any]]:
+    """The step events of `tvr train` in this process."""
+    settings = run_dir.with_suffix(".json")
+    settings.write_text(to_json(config))
+    with redirect_stderr(io.StringIO()) as stderr:
+        code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir), *flags])
+    assert code == 0, stderr.getvalue()
+    events = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return [event for event in events if event["event"] == "step"]
+
+
+def keys(run_dir: Path) -> list[list[str]]:
+    lines = (run_dir / "keys" / "rank-00000.jsonl").read_text().splitlines()
+    return [json.loads(line)["keys"] for line in lines]
+
+
+def test_a_run_with_everything_on_is_the_default_run(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, train={"log_keys": True})
+    default = run(config, tmp_path / "default")
+    flags = ["--train.exchange", "ring", "--train.scores", "stream", "--train.gradient-cache"]
+    ours = run(config, tmp_path / "streamed", *flags, "--train.micro-batch", "2")
+    assert_same_records(ours, default, relative=1e-4)
+    # The same samples, two at a time.
+    assert [len(found) for found in keys(tmp_path / "streamed")] == [2] * 16
+    assert list(chain(*keys(tmp_path / "streamed"))) == list(chain(*keys(tmp_path / "default")))
+    evaluations = [
+        json.loads((tmp_path / name / "evaluation.json").read_text())
+        for name in ("default", "streamed")
+    ]
+    assert [x["captions"] for x in evaluations] == [10, 10]

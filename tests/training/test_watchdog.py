@@ -1,0 +1,65 @@
+"""How long a rank may take to get on, and which rank the others wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tvr.trainer.config import TrainConfig
+from tvr.trainer.resilience.watchdog import Phase, Whereabouts, blame, limit_s
+
+HOSTS = ["a", "a", "b"]
+
+
+def where(rank: int, **changes: Any) -> Whereabouts:
+    fields = {"step": 12, "phase": "training", "in_collective": True, "line": "step:9 take"}
+    return Whereabouts(rank=rank, host=HOSTS[rank], **{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("phase", "times", "limit"),
+    [
+        ("start", [], 1800.0),
+        ("training", [1.0, 1.0], 900.0),  # the first steps compile and read
+        ("training", [50.0, 1.0, 1.0], 60.0),
+        ("training", [50.0, 9.0, 10.0], 200.0),
+        ("training", [100.0] * 9, 900.0),
+        ("evaluation", [1.0] * 9, 900.0),
+        ("checkpoint", [1.0] * 9, 900.0),
+    ],
+)
+def test_the_limit_follows_the_steps_within_bounds(
+    phase: Phase, times: list[float], limit: float
+) -> None:
+    train = TrainConfig(steps=1, global_batch=1, micro_batch=1, timeout_s=900.0)
+    assert limit_s(train, phase, times) == limit
+
+
+def test_a_rank_without_a_sign_is_waited_for() -> None:
+    culprits, text = blame({0: where(0), 1: where(1, step=11)}, HOSTS)
+    assert culprits == [2]
+    assert text.startswith("rank 2 on b gives no sign (stopped, or gone); the others wait after")
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        {"step": 11, "line": "stream:3 read"},
+        {"phase": "evaluation", "line": "stream:3 read"},
+        {"in_collective": False, "line": "stream:3 read"},
+    ],
+)
+def test_a_rank_behind_the_others_is_waited_for(behind: dict[str, Any]) -> None:
+    known = {0: where(0), 1: where(1, **behind), 2: where(2)}
+    culprits, text = blame(known, HOSTS)
+    assert culprits == [1]
+    assert text == (
+        f"rank 1 on a is behind, {known[1].text()}; the others wait after step 12 in training"
+        " (step:9 take)"
+    )
+
+
+def test_ranks_that_are_all_as_far_blame_none() -> None:
+    known = {rank: where(rank) for rank in range(3)}
+    assert blame(known, HOSTS) == ([], "all ranks are after step 12 in training (step:9 take)")

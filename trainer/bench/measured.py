@@ -1,0 +1,241 @@
+"""What a measured process runs; `measure` starts it: python -m tvr.trainer.bench.measured TASK."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tvr.kernels import reference, similarity
+from tvr.kernels.losses import row_neg_nce
+from tvr.kernels.row_loss.online_softmax import ALONE
+from tvr.kernels.row_loss.row_loss import LossRule
+from tvr.kernels.row_loss.streamed_loss import streamed_loss
+from tvr.trainer.bench.measure import BACKWARD, Job
+
+SHORTEST_CAPTION = 4
+# The bound's table of scores is in one piece up to 512 MiB: at that size cutting it costs nothing.
+BOUND_SCORES = 2**27
+
+
+class Inputs(NamedTuple):
+    """Features of random direction, and what stands beside them; see `reference` for shapes."""
+
+    sentence: Tensor
+    words: Tensor
+    frames: Tensor
+    word_mask: Tensor
+    frame_mask: Tensor
+    word_logits: Tensor
+    frame_logits: Tensor
+    video_ids: Tensor
+    gradient: Tensor | None
+    """(A, C) what the backward starts from; none behind a loss."""
+
+
+def main(argv: list[str]) -> None:
+    task = json.loads(argv[0])
+    job = Job(**task["job"])
+    torch.set_num_threads(job.threads)
+    passes = tuple(task["passes"])
+    try:
+        if task["what"] == "peak_bytes":
+            answer = peak_bytes(job, passes)
+        else:
+            answer = seconds(job, passes, task["repeats"])
+    except (ValueError, torch.OutOfMemoryError) as error:
+        answer = {"refused": str(error).splitlines()[0]}
+    print(json.dumps(answer))
+
+
+def peak_bytes(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
+    """Peak of each pass above what stays afterwards; a later pass must need at least as much.
+
+    Afterwards, not before: what a library takes on first use and keeps (MKL some MB of buffers for
+    large products) was then there at the peak, too, and is no memory of the pass.
+    """
+    for name in passes:
+        run(job.tiny, make_inputs(job.tiny), backward=name == BACKWARD)
+    inputs = make_inputs(job)
+    peaks = {}
+    for name in passes:
+        if job.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        run(job, inputs, backward=name == BACKWARD)
+        peaks[name] = cpu_growth() if job.device == "cpu" else _cuda_growth()
+    return peaks
+
+
+def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run; the first run of a pass fills heap and caches, and is not counted."""
+    inputs = make_inputs(job)
+    clock = _cpu_seconds if job.device == "cpu" else _cuda_seconds
+    times = {}
+    for name in passes:
+        action = partial(run, job, inputs, backward=name == BACKWARD)
+        times[name] = [clock(action) for _ in range(repeats + 1)][1:]
+    return times
+
+
+def make_inputs(job: Job) -> Inputs:
+    """The same numbers for every implementation."""
+    torch.manual_seed(0)
+    place = {"dtype": getattr(torch, job.dtype), "device": job.device}
+
+    def unit(*shape: int) -> Tensor:
+        # In place: a temporary as large as the features would stand in the peak.
+        x = torch.empty(*shape, job.width, **place).normal_()
+        x /= torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.requires_grad_()
+
+    lengths = torch.full((job.texts, 1), job.words)
+    if job.lengths == "ragged":
+        lengths = torch.randint(min(SHORTEST_CAPTION, job.words), job.words + 1, (job.texts, 1))
+    return Inputs(
+        sentence=unit(job.texts),
+        words=unit(job.texts, job.words),
+        frames=unit(job.videos, job.frames),
+        word_mask=(torch.arange(job.words) < lengths).long().to(job.device),
+        frame_mask=torch.ones(job.videos, job.frames, dtype=torch.long, device=job.device),
+        word_logits=torch.randn(job.texts, job.words, **place).requires_grad_(),
+        frame_logits=torch.randn(job.videos, job.frames, **place).requires_grad_(),
+        video_ids=torch.arange(job.videos, device=job.device),
+        gradient=None if job.loss else torch.randn(job.texts, job.videos, device=job.device),
+    )
+
+
+def run(job: Job, inputs: Inputs, *, backward: bool) -> None:
+    """One pass; afterwards nothing of it is left."""
+    with torch.set_grad_enabled(backward):
+        IMPLEMENTATIONS[job.implementation](job, inputs, backward)
+    for tensor in inputs:
+        if tensor is not None:
+            tensor.grad = None
+
+
+def _similarity(function: Callable[..., Tensor], job: Job, inputs: Inputs, backward: bool) -> None:
+    scores = function(
+        *inputs[:5],
+        interaction=job.interaction,
+        neighbour_frames=job.neighbour_frames,
+        word_logits=inputs.word_logits,
+        frame_logits=inputs.frame_logits,
+    )
+    if job.loss:
+        # Nothing else holds the scores: the loss decides how long they live.
+        scores = row_neg_nce(
+            scores, row_offset=0, collectives=ALONE, mode="log", video_ids=inputs.video_ids
+        ).loss
+    if backward:
+        scores.backward(inputs.gradient)
+
+
+def _reference(job: Job, inputs: Inputs, backward: bool) -> None:
+    _similarity(reference.dmae_similarity, job, inputs, backward)
+
+
+def _compiled(job: Job, inputs: Inputs, backward: bool) -> None:
+    _similarity(partial(similarity.dmae_similarity, backend="compiled"), job, inputs, backward)
+
+
+def _torch(job: Job, inputs: Inputs, backward: bool) -> None:
+    tiles = partial(similarity.dmae_similarity, backend="torch", chunk=job.chunk)
+    _similarity(tiles, job, inputs, backward)
+
+
+def _fast(job: Job, inputs: Inputs, backward: bool) -> None:
+    """The backend that serves, with products in bfloat16."""
+    _similarity(partial(similarity.dmae_similarity, fast=True), job, inputs, backward)
+
+
+def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
+    """Similarity and loss in one; with `keep_scores` the scores are not computed again for it."""
+    loss = streamed_loss(
+        *inputs[:5],
+        interaction=job.interaction,
+        neighbour_frames=job.neighbour_frames,
+        word_logits=inputs.word_logits,
+        frame_logits=inputs.frame_logits,
+        rule=LossRule("log"),
+        num_pairs=job.videos,
+        video_ids=inputs.video_ids,
+        keep_scores=job.keep_scores,
+        chunk=job.chunk,
+    ).loss
+    if backward:
+        loss.backward()
+
+
+def _bound(job: Job, inputs: Inputs, backward: bool) -> None:
+    """S = X V^T over all padded slots and, for the backward, S V and S^T X: nothing else."""
+    tokens = inputs.words if job.interaction.startswith("att_") else inputs.sentence
+    texts = tokens.detach().float().view(-1, job.width)
+    videos = inputs.frames.detach().float().view(-1, job.width)
+    step = max(1, BOUND_SCORES // len(videos))
+    of_videos = torch.zeros_like(videos)
+    for rows in texts.split(step):
+        scores = rows @ videos.T
+        if backward:
+            _ = scores @ videos
+            of_videos.addmm_(scores.T, rows)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
+    "reference": _reference,
+    "compiled": _compiled,
+    "torch": _torch,
+    "streamed": _streamed,
+    "fast": _fast,
+    "bound": _bound,
+}
+
+
+def cpu_growth() -> int:
+    """Bytes of the peak of this process so far above what it holds now."""
+    peak = process_bytes("VmHWM")
+    # Pages that glibc keeps in the midst of its heap would count as staying.
+    ctypes.CDLL(None).malloc_trim(0)
+    return peak - process_bytes("VmRSS")
+
+
+def _cuda_growth() -> int:
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+
+def process_bytes(field: str) -> int:
+    """Bytes of VmRSS (in memory now) or VmHWM (its peak) of this process.
+
+    Not getrusage's maximum: a process starts with that of the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+
+
+def _cpu_seconds(action: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _cuda_seconds(action: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

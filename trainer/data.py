@@ -1,0 +1,113 @@
+"""What a run reads by its settings: its data sets, its tokeniser, its batches of training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from tvr.data_prep.dataset.manifest import check_words, read_manifest
+from tvr.data_prep.reading.loader import evaluation_batches, train_batches
+from tvr.data_prep.records import Batch
+from tvr.trainer.config import Config, shard_cache, views
+from tvr.trainer.distributed.world import World
+from tvr.trainer.model.model import image_size, tokenizer_folder
+from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+
+
+def checked_data(config: Config, world: World) -> int:
+    """The number of training samples; every data set is looked at before anything is built.
+
+    Raises:
+        ValueError: a set is missing, too small for the batch or the ranks, or does not go with the
+            others or with `data.content_words`.
+    """
+    data = config.data
+    train = read_manifest(data.train)
+    if train.num_samples < config.train.global_batch:
+        raise ValueError(
+            f"{data.train} holds {train.num_samples} samples, fewer than train.global_batch="
+            f"{config.train.global_batch}: a batch would hold some of them twice"
+        )
+    sets = [(data.train, train)]
+    if data.test is not None:
+        test = read_manifest(data.test)
+        sets.append((data.test, test))
+        if test.num_samples < world.world_size:
+            raise ValueError(
+                f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
+            )
+        if data.test_exchanged is not None:
+            exchanged = read_manifest(data.test_exchanged)
+            sets.append((data.test_exchanged, exchanged))
+            if list(test.samples.key) != list(exchanged.samples.key):
+                raise ValueError(
+                    f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
+                    f"same order as data.test={data.test}"
+                )
+    if data.content_words:
+        for url, manifest in sets:
+            check_words(url, manifest, needed_by="data.content_words")
+    return train.num_samples
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The tokeniser of the model's folder. Raises as `load_tokenizer` and `tokenizer_folder`."""
+    return load_tokenizer(
+        tokenizer_folder(config.model),
+        config.data.max_words,
+        content_words=config.data.content_words,
+    )
+
+
+def training_batches(
+    config: Config,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    start_step: int = 0,
+    known_bad: Mapping[str, str] | None = None,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from the one of step `start_step` on; `known_bad` were met before,
+    on any rank. Raises as `train_batches`."""
+    data, train = config.data, config.train
+    return train_batches(
+        data.train,
+        seed=train.seed,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        start_step=start_step,
+        workers=data.workers,
+        num_frames=data.num_frames,
+        image_size=image_size(config.model),
+        tokenize=tokenizer,
+        max_bad=data.max_bad,
+        max_bad_in_a_row=data.max_bad_in_a_row,
+        known_bad=known_bad,
+        views=views(data),
+        decoder=data.decoder,
+        word_drop=data.word_drop,
+        cache_bytes=data.cache_mib << 20,
+        shard_cache=shard_cache(data),
+    )
+
+
+def batches_in_order(
+    config: Config, tokenizer: Tokenizer, world: World, url: str
+) -> Iterator[Batch]:
+    """This rank's share of a whole data set, in order. Raises as `evaluation_batches`."""
+    data = config.data
+    return evaluation_batches(
+        url,
+        micro_batch=config.train.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=data.workers,
+        num_frames=data.num_frames,
+        image_size=image_size(config.model),
+        tokenize=tokenizer,
+        max_bad=data.max_bad,
+        max_bad_in_a_row=data.max_bad_in_a_row,
+        decoder=data.decoder,
+        shard_cache=shard_cache(data),
+    )

@@ -1,0 +1,154 @@
+"""`tvr export`: a run's model as a Hugging Face folder, and the way back.
+
+    config.json, model.safetensors       both towers, as CLIPModel or SiglipModel reads them
+    tokenizer*, processor_config.json    as AutoTokenizer and AutoProcessor read them
+    heads.safetensors                    all else: header, weight layers, predictors
+    tvr.json                             the run's settings
+    README.md                            model card
+
+LoRA is merged into the towers. The folder serves as `model.pretrained`, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from tvr.trainer.config import Config, from_json, to_json
+from tvr.trainer.evaluation.evaluate import results_table
+from tvr.trainer.evaluation.saved_run import load_run
+from tvr.trainer.model.model import TextVideoModel, build_model
+from tvr.trainer.model.parameter_groups import merge_adapters
+from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.monitoring.run_dir import EVALUATION, read_config
+
+HEADS, SETTINGS, CARD = "heads.safetensors", "tvr.json", "README.md"
+TOWER_PREFIXES = ("text_tower.", "image_tower.")
+
+
+def export_run(run_dir: Path, out: Path) -> None:
+    """Writes the newest whole checkpoint of a run to a folder, which is seen whole or not at all.
+
+    Raises:
+        ValueError: `out` exists, or there is no run or no checkpoint.
+    """
+    if out.exists():
+        raise ValueError(f"--out {out} exists already; give another folder, or remove it")
+    config = read_config(run_dir)
+    model, tokenizer, step = load_run(run_dir, config)
+    if config.model.lora_rank:
+        for tower in (model.text_tower, model.image_tower):
+            merge_adapters(tower)
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write_towers(model, config, aside)
+    _write_processor(model, tokenizer, aside)
+    save_file(_heads(model), aside / HEADS)
+    (aside / SETTINGS).write_text(to_json(config))
+    (aside / CARD).write_text(_card(model, config, step, _results(run_dir, step), out.name))
+    aside.rename(out)
+
+
+def load_exported(folder: Path | str) -> TextVideoModel:
+    """The model of an exported folder, in evaluation mode, in fp32 on the CPU.
+
+    Its tokeniser is `load_tokenizer(folder, max_words)`.
+
+    Raises:
+        ValueError: the folder is none of `tvr export`, or its parts do not belong together.
+    """
+    folder = Path(folder)
+    path = folder / SETTINGS
+    if not path.exists():
+        raise ValueError(f"{folder} was not written by tvr export: it has no {SETTINGS}")
+    config = from_json(path.read_text(), where=str(path))
+    settings = replace(config.model, pretrained=str(folder), tokenizer=None, freeze=0, lora_rank=0)
+    tokenizer = load_tokenizer(folder, config.data.max_words)
+    model = build_model(settings, config.loss, tokenizer, num_frames=config.data.num_frames)
+    heads = load_file(folder / HEADS)
+    if heads.keys() != _heads(model).keys():
+        differing = sorted(heads.keys() ^ _heads(model).keys())
+        raise ValueError(f"{folder / HEADS} does not fit {path}: {differing[0]}")
+    model.load_state_dict(heads, strict=False)
+    return model.eval()
+
+
+def _heads(model: TextVideoModel) -> dict[str, Tensor]:
+    return {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith(TOWER_PREFIXES)
+    }
+
+
+def _write_towers(model: TextVideoModel, config: Config, folder: Path) -> None:
+    family, text, image = model.family, model.text_tower, model.image_tower
+    settings = {"text_config": text.config.to_dict(), "vision_config": image.config.to_dict()}
+    scale = torch.tensor(-math.log(config.loss.temperature))
+    weights = family.joined(text.state_dict(), image.state_dict(), scale)
+    with torch.device("meta"):
+        whole = family.whole(family.whole.config_class(**settings, **family.joint_settings(text)))
+    whole.load_state_dict(weights, assign=True)
+    whole.save_pretrained(folder)
+
+
+def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, folder: Path) -> None:
+    side = model.image_tower.config.image_size
+    # For either family: as training sees frames, scaled by the short side and cropped.
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(model.family.pixel_mean),
+        image_std=list(model.family.pixel_std),
+    )
+    model.family.processor(images, tokenizer.backend).save_pretrained(folder)
+
+
+def _results(run_dir: Path, step: int) -> str | None:
+    """The last evaluation, if it is of the very weights that are written."""
+    path = run_dir / EVALUATION
+    if not path.exists():
+        return None
+    summary: Mapping[str, Any] = json.loads(path.read_text())
+    if summary["step"] != step:
+        return None
+    return results_table({**summary, "data": _name(summary["data"])})
+
+
+def _card(model: TextVideoModel, config: Config, step: int, results: str | None, name: str) -> str:
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("model_card.md.jinja")
+    return template.render(
+        name=name,
+        step=step,
+        results=results,
+        config=config,
+        settings=to_json(config),
+        train=_name(config.data.train),
+        start=None if config.model.pretrained is None else _name(config.model.pretrained),
+        whole=model.family.whole.__name__,
+        # Called as here: with its mask, or as one that was trained without any.
+        text_inputs='input_ids=texts["input_ids"]' if model.family.fills_all_slots else "**texts",
+    )
+
+
+def _name(url: str) -> str:
+    """Of a data set or a model: its last part, without the places of this machine."""
+    return url.rstrip("/").rsplit("/", 1)[-1]

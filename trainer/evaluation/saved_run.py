@@ -1,0 +1,100 @@
+"""A finished or stopped run, looked at again: its model, its results, its clips as pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.records import ShardCorrupt
+from tvr.data_prep.video.frame_sampling import segment_centres
+from tvr.trainer.checkpoint.catalogue import SHARDS, newest_whole
+from tvr.trainer.checkpoint.restore import local_files
+from tvr.trainer.config import Config
+from tvr.trainer.data import tokenizer_of
+from tvr.trainer.distributed.world import World, join_world
+from tvr.trainer.engine.engine import weights_of
+from tvr.trainer.evaluation.evaluate import Evaluation, evaluate, results_table
+from tvr.trainer.model.model import TextVideoModel, build_model, image_size
+from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.monitoring.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
+
+THUMBNAIL_FRAMES = 3
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
+    """Evaluates the newest checkpoint in this process, on `data` or on the run's test set.
+
+    On the run's own test set evaluation.json is replaced by the result.
+
+    Raises:
+        ValueError: no run, no checkpoint, or no test set.
+    """
+    config = read_config(run_dir)
+    if data is not None:
+        config = replace(config, data=replace(config.data, test=data, test_exchanged=None))
+    model, tokenizer, step = load_run(run_dir, config)
+    with join_world() as world:
+        model.to(world.device).eval()
+        result = evaluate(model, config, tokenizer, world)
+        if data is None and world.is_first:
+            write_evaluation(run_dir, result, step)
+    return result
+
+
+def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, int]:
+    """The model of the newest checkpoint whole, in fp32 on the CPU, with tokeniser and step."""
+    place = checkpoints_of(config, run_dir)
+    alone = World(rank=0, world_size=1, device=torch.device("cpu"))
+    found = newest_whole(place, alone)
+    for name, lines in found.damaged.items():
+        log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
+    if found.newest is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet")
+    tokenizer = tokenizer_of(config)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    saved = found.newest.state
+    with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:
+        files = local_files(place, found.newest, Path(folder))
+        model.load_state_dict(weights_of(files / SHARDS, saved.zero_stage))
+    return model, tokenizer, saved.step
+
+
+def stored_table(run_dir: Path) -> str:
+    """The table of evaluation.json."""
+    return results_table(json.loads((run_dir / EVALUATION).read_text()))
+
+
+def thumbnails_of(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
+    """A function from a test clip's key to a few of its frames; none without a test set."""
+    config = read_config(run_dir)
+    url = config.data.test
+    if url is None:
+        return None
+    try:
+        reader = SampleReader(
+            url,
+            num_frames=config.data.num_frames,
+            image_size=image_size(config.model),
+            decoder=config.data.decoder,
+        )
+    except (OSError, ValueError, ShardCorrupt) as error:
+        log.warning("no thumbnails: %s", error)
+        return None
+    rows = {reader.key(row): row for row in range(len(reader))}
+
+    def thumbnails(key: str) -> list[Image.Image]:
+        frames = reader.read(rows[key]).frames
+        picked = segment_centres(len(frames), min(THUMBNAIL_FRAMES, len(frames)))
+        return [Image.fromarray(frames[index]) for index in picked]
+
+    return thumbnails

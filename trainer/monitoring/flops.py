@@ -1,0 +1,83 @@
+"""Floating-point operations of a pair in a step, and how many a second the device could do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# What torch's own tools pretend with; it has no public name yet.
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tvr.trainer.config import Config
+from tvr.trainer.memory.environment import device
+from tvr.trainer.model.model import TextVideoModel, image_size
+
+# Dense products a second by the vendor's data sheets; the first name that a device's holds counts.
+PEAKS = {
+    "B200": {"bf16": 2250e12, "fp32": 75e12},
+    "H200": {"bf16": 989e12, "fp32": 67e12},
+    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
+}
+
+
+def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> float:
+    """Of the two towers for a caption and its frames, and of the pair's share in the similarities
+    of its loss; forward and backward. What is computed again, to save memory, is not counted.
+
+    `model` as built, on the CPU. The text tower runs once; the image tower only seems to.
+    """
+    data, train = config.data, config.train
+    ids = torch.ones(1, data.max_words, dtype=torch.int64)
+    side = image_size(config.model)
+    encode_text, encode_frames = model.family.encode_text, model.family.encode_frames
+    with torch.random.fork_rng(devices=[]):
+        text, (sentence, _) = _counted(model, lambda: encode_text(model.text_tower, ids, ids))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            pixels = torch.zeros(1, 3, side, side)
+            frame, _ = _counted(model, lambda: [encode_frames(model.image_tower, pixels)])
+    others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
+    rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
+    similarity = 3 * 2 * others * rows * data.num_frames * sentence.shape[-1]
+    return text + data.num_frames * frame + similarity
+
+
+def peak_flops(config: Config, on: torch.device) -> float | None:
+    """Operations a second that a rank's device could do at most; none where that is not known."""
+    if config.metrics.peak_tflops is not None:
+        return config.metrics.peak_tflops * 1e12
+    if on.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(on)
+    known = (peaks for part, peaks in PEAKS.items() if part in name)
+    return next((peaks[config.train.precision] for peaks in known), None)
+
+
+def peak_line(config: Config) -> str:
+    """What MFU is reckoned by, or why there is none."""
+    on = torch.device(device())
+    peak = peak_flops(config, on)
+    if peak is None:
+        name = "a CPU" if on.type == "cpu" else torch.cuda.get_device_name(on)
+        return f"MFU: unknown, since the peak of {name} is; metrics.peak_tflops can tell it"
+    return f"MFU: of {peak / 1e12:.4g} TFLOP/s a rank"
+
+
+def _counted(
+    model: TextVideoModel, encode: Callable[[], Sequence[Tensor]]
+) -> tuple[float, Sequence[Tensor]]:
+    """Operations of an encoding and of its backward, and what it gave."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # Of the ways to attention it knows those of GPUs, and plain products; not a CPU's own.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        found = encode()
+        trained = [x.sum() for x in found if x.requires_grad]
+        if trained:
+            torch.autograd.grad(trained, weights, allow_unused=True)
+    return float(counter.get_total_flops()), found

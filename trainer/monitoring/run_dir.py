@@ -1,0 +1,178 @@
+"""A run's folder: whose it is, and the files in it that are written whole or not at all.
+
+config.json       the resolved configuration      log.jsonl       one event a line (run_log.py)
+evaluation.json   the last evaluation             report.html     `tvr report`
+dashboard.html    `tvr dashboard`
+checkpoints/      one folder a step (checkpoint.py)
+launch/           a job on a cluster: record, script, attempts, output (tvr.launchers.job)
+failures/         a job's first failure (failures.py)
+metrics/          where Prometheus finds its nodes, and their last values (monitor.py)
+stalls/           where the ranks of a job were that got stuck (watchdog.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest
+from tvr.trainer.checkpoint.place import Place
+from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
+from tvr.trainer.distributed.world import World
+from tvr.trainer.evaluation.evaluate import Evaluation
+
+CONFIG = "config.json"
+EVALUATION = "evaluation.json"
+CHECKPOINTS = "checkpoints"
+
+# What may differ when a run goes on, since no result depends on it.
+FREE = frozenset(
+    {
+        "data.workers",
+        "data.cache_mib",
+        "data.shard_cache",
+        "data.shard_cache_gib",
+        "data.max_bad",
+        "data.max_bad_in_a_row",
+        "train.eval_every",
+        "train.log_every",
+        "train.log_keys",
+        "train.stall_factor",
+        "train.timeout_s",
+        "checkpoint.every",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.keep_best",
+        "checkpoint.background",
+        "metrics.enabled",
+        "metrics.endpoint",
+        "metrics.address",
+        "metrics.port",
+        "metrics.peak_tflops",
+        "metrics.writers",
+    }
+)
+
+# What may differ too: the results agree to rounding, no longer bit for bit.
+ROUNDING = frozenset(
+    {
+        "train.zero_stage",
+        "train.precision",
+        "train.offload",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.micro_batch",
+        "train.exchange",
+        "train.scores",
+    }
+)
+
+
+def claim(run_dir: Path, config: Config, world: World) -> None:
+    """Makes `run_dir` the folder of this configuration, or checks that it is. All ranks call it.
+
+    Raises:
+        ValueError: it holds a run of another configuration, the differing settings named.
+    """
+    world.from_first(lambda: _claim(run_dir, config, world.world_size))
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration of an existing run.
+
+    Raises:
+        ValueError: there is none, or it is of another version of the program.
+    """
+    path = run_dir / CONFIG
+    if not path.exists():
+        raise ValueError(f"{run_dir} is no run: it has no {CONFIG}")
+    return from_json(path.read_text(), where=str(path))
+
+
+def checkpoints_of(config: Config, run_dir: Path) -> Place:
+    """Where a run's checkpoints lie."""
+    return Place(config.checkpoint.url or str(run_dir / CHECKPOINTS))
+
+
+def retention(checkpoint: CheckpointConfig) -> Retention:
+    """Which of them stay."""
+    return Retention(
+        last=checkpoint.keep_last, every=checkpoint.keep_every, best=checkpoint.keep_best
+    )
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
+    """Replaces evaluation.json: the summary that the log has, and every query's best videos."""
+    content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
+    write_whole(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
+
+
+def is_finished(run_dir: Path, config: Config) -> bool:
+    """Whether this very run was trained, saved and evaluated to its last step."""
+    found = newest(checkpoints_of(config, run_dir))
+    steps = config.train.steps
+    if found is None or found.state.step != steps or evaluated_step(run_dir) != steps:
+        return False
+    return read_config(run_dir) == config
+
+
+def evaluated_step(run_dir: Path) -> int | None:
+    """The step of the last evaluation; none: there was none."""
+    path = run_dir / EVALUATION
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is seen complete or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its full name, such as train.steps."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _claim(run_dir: Path, config: Config, world_size: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / CONFIG
+    before = read_config(run_dir) if path.exists() else config
+    saved = newest(checkpoints_of(before, run_dir))
+    # Without a checkpoint nothing was trained by the settings that are there: they may change.
+    if saved is not None:
+        differing = [
+            f"{name} was {was!r}, is {now!r}"
+            for (name, was), (_, now) in zip(
+                leaves(asdict(before)), leaves(asdict(config)), strict=True
+            )
+            if was != now and name not in FREE | ROUNDING
+        ]
+        differing += _other_negatives(before, saved, config, world_size)
+        if differing:
+            raise ValueError(
+                f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
+                "Give the settings it was started with, or another folder"
+            )
+    write_whole(path, to_json(config))
+
+
+def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size: int) -> list[str]:
+    """The batch that a loss is over is part of the result, on whatever number of ranks."""
+    was, is_now = before.train, now.train
+    pairs = (was.micro_batch * saved.state.world_size, is_now.micro_batch * world_size)
+    if is_now.gradient_cache or pairs[0] == pairs[1]:
+        return []
+    return [
+        f"train.micro_batch x ranks, the pairs of one loss, was {was.micro_batch} x"
+        f" {saved.state.world_size} = {pairs[0]}, is {is_now.micro_batch} x {world_size} ="
+        f" {pairs[1]}"
+    ]

@@ -1,0 +1,198 @@
+"""log.jsonl: what a run did, one JSON object a line; written by rank 0, read by the pages."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tvr.data_prep.records import Replacement
+from tvr.trainer.checkpoint.fencing import Attempt
+from tvr.trainer.distributed.world import World
+
+LOG = "log.jsonl"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+log = logging.getLogger(__name__)
+
+Event = Mapping[str, Any]
+
+
+class LogWriter:
+    """Appends events to run_dir/log.jsonl on rank 0, and every rank's keys to its own file.
+
+    A process of an attempt that is over writes nothing more: Fenced is raised.
+    """
+
+    def __init__(self, run_dir: Path, attempt: Attempt, world: World) -> None:
+        self._attempt = attempt
+        self._log = _Lines(run_dir / LOG) if world.is_first else None
+        self._keys = _Lines(run_dir / "keys" / f"rank-{world.rank:05d}.jsonl")
+        self._world = world
+        self._started = time.monotonic()
+
+    def begin(self, step: int) -> None:
+        """Goes on after optimiser step `step`; what an earlier attempt logged beyond is dropped."""
+        files = [self._keys.path, *self._orphaned_keys()]
+        if self._log is not None:
+            files.append(self._log.path)
+        for path in files:
+            if path.exists():
+                _keep_until(path, step)
+
+    def _orphaned_keys(self) -> list[Path]:
+        """Files of ranks that an earlier attempt had and this one has not: rank 0's business."""
+        if not self._world.is_first:
+            return []
+        files = self._keys.path.parent.glob("rank-*.jsonl")
+        return [path for path in files if int(path.stem[5:]) >= self._world.world_size]
+
+    def write(self, event: str, values: Mapping[str, Any]) -> None:
+        if self._log is not None:
+            self._attempt.check()
+            elapsed = {"time_s": round(time.monotonic() - self._started, 3)}
+            self._log.append({"event": event, **elapsed, **values})
+
+    def warn(self, text: str) -> None:
+        """For the person who looks at the job's output."""
+        if self._log is not None:
+            log.warning(text)
+
+    def write_bad(
+        self, event: Literal["replaced", "left_out"], step: int, bad: Sequence[Replacement]
+    ) -> None:
+        """Samples that training replaced, or that an evaluation left out."""
+        for entry in bad:
+            self.write(event, {"step": step, **asdict(entry)})
+
+    def write_keys(self, step: int, keys: Sequence[str]) -> None:
+        self._keys.append({"step": step, "keys": list(keys)})
+
+
+class _Lines:
+    """A file that whole lines are appended to; what a full disk has no room for waits in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[bytes] = []
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        waited = bool(self._waiting)
+        self._waiting.append(json.dumps(line).encode() + b"\n")
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            _append(self.path, b"".join(self._waiting))
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            if not waited:
+                log.warning("%s gets no more lines, which wait for room: %s", self.path, error)
+            return
+        if waited:
+            log.warning("%s has all its lines again", self.path)
+        self._waiting.clear()
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of it or, where OSError is raised, nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        written = 0
+        try:
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, AttributeError):
+            continue  # torn by the crash that ended the earlier attempt
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+@dataclass
+class RunLog:
+    """What log.jsonl tells: steps and evaluations in order of step, everything else as it came."""
+
+    steps: list[Event] = field(default_factory=list)
+    evaluations: list[Event] = field(default_factory=list)
+    replaced: list[Event] = field(default_factory=list)
+    """Bad samples of training, each time they were met."""
+    left_out: list[Event] = field(default_factory=list)
+    """Those of evaluations."""
+    saves: list[Event] = field(default_factory=list)
+    """Published or, with `error`, failed."""
+    preempted: list[Event] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    unreadable_lines: int = 0
+
+
+def read_log(text: str) -> RunLog:
+    """Sorts the events of log.jsonl. A resumed run logs some steps again: the last word counts.
+
+    A line that is no JSON object (torn by a crash) is counted; an event of another kind is ignored.
+    """
+    log = RunLog()
+    steps: dict[int, Event] = {}
+    evaluations: dict[int, Event] = {}
+    for event, elapsed_s in _events(text, log):
+        match event.get("event"):
+            case "step":
+                steps[event["step"]] = {**event, "elapsed_s": elapsed_s}
+            case "evaluation":
+                evaluations[event["step"]] = {**event, "elapsed_s": elapsed_s}
+            case "replaced":
+                log.replaced.append(event)
+            case "left_out":
+                log.left_out.append(event)
+            case "saved" | "save_failed":
+                log.saves.append({**event, "elapsed_s": elapsed_s})
+            case "preempted":
+                log.preempted.append(event)
+            case "resumed":
+                log.resumed_at.append(event["step"])
+    log.steps = [steps[step] for step in sorted(steps)]
+    log.evaluations = [evaluations[step] for step in sorted(evaluations)]
+    return log
+
+
+def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A long log holds some ten million names, of which there are a hundred."""
+    return {sys.intern(name): value for name, value in pairs}
+
+
+def _events(text: str, log: RunLog) -> Iterator[tuple[Event, float]]:
+    """Events with the seconds trained so far; each restart's clock goes on from the last one's."""
+    before_s = last_s = 0.0
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line, object_pairs_hook=_with_shared_names)
+        except json.JSONDecodeError:
+            event = None
+        if not isinstance(event, dict):
+            log.unreadable_lines += 1
+            continue
+        if "time_s" in event:
+            # A start that took longer than all that is left of the one before shows by its event.
+            if event.get("event") == "resumed" or before_s + event["time_s"] < last_s:
+                before_s = last_s
+            last_s = before_s + event["time_s"]
+        yield event, last_s
