@@ -6,29 +6,22 @@ Exit codes: 0 done; 2 bad usage, bad input or too many bad clips.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import tyro
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
 from tvr.data_prep.annotations.read import read_annotations
+from tvr.data_prep.cli_errors import STRICT, reported
 from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.pack_metrics import served_progress
 from tvr.data_prep.packing.progress import shown_progress
 from tvr.data_prep.packing.worker_pool import available_processes
-from tvr.data_prep.records import BadSample, Clip, ShardCorrupt, TooManyBadSamples
-
-STRICT = ConfigDict(extra="forbid", strict=True)
-# What a user's input can cause; anything else is a bug and keeps its traceback. ImportError: a URL
-# whose file system needs an extra package, which fsspec names.
-USER_ERRORS = (ValueError, OSError, BadSample, TooManyBadSamples, ShardCorrupt, ImportError)
+from tvr.data_prep.records import Clip, TooManyBadSamples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -95,22 +88,6 @@ def _asks_for_beton(argv: Sequence[str]) -> bool:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--format")
     return parser.parse_known_args(argv)[0].format == "beton"
-
-
-def reported(command: str, action: Callable[[], int]) -> int:
-    """Runs a command; what its user caused becomes one line on stderr and exit code 2."""
-    try:
-        return action()
-    except USER_ERRORS as error:
-        say_error(command, error)
-        return 2
-
-
-def say_error(command: str, error: Exception) -> None:
-    """One line on stderr; ranks of a job say which they are."""
-    rank = os.environ.get("RANK")
-    where = "" if rank is None else f" [rank {rank}]"
-    print(f"{command}: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _pack(arguments: PackArguments) -> int:

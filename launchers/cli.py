@@ -10,11 +10,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 from tvr.launchers.torchrun.launch import path_with_scripts
-
-EXIT_DONE = 0
-EXIT_USAGE = 2
-EXIT_FAILED = 3
 
 
 class Command(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -228,14 +227,6 @@ def seconds(time_limit: str) -> int:
         return 60 * minutes + rest
     hours, minutes, rest = numbers
     return (60 * hours + minutes) * 60 + rest
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is seen complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def _check(fine: bool, what: str, value: object, allowed: str) -> None:

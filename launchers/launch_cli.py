@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_USAGE
 from tvr.launchers.job import Container, Job, captured, run_dir_of, without_devices
 from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.restart_loop import run_again
-from tvr.launchers.restart_policy import DONE, ONCE, USAGE, Policy
+from tvr.launchers.restart_policy import ONCE, Policy
 from tvr.launchers.run_status import notice_for, read_progress
 from tvr.launchers.slurm import submit as runs
 from tvr.launchers.slurm.nodelist import expand_nodes
@@ -47,7 +48,7 @@ def launch(argv: list[str]) -> int:
         return options.action(options, command)
     except ValueError as error:
         print(f"tvr launch {options.where}: error: {error}", file=sys.stderr)
-        return USAGE
+        return EXIT_USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,14 +170,14 @@ def _slurm(options: argparse.Namespace, command: list[str]) -> int:
         sys.stdout.write(sbatch_script(job, job.record(runs.new_name())))
     else:
         print(runs.submit(job))
-    return DONE
+    return EXIT_DONE
 
 
 def _kubernetes(options: argparse.Namespace, command: list[str]) -> int:
     if not options.show:
         raise ValueError("give --print, and what it prints to `kubectl apply -f -`")
     sys.stdout.write(pytorch_job(_job(options, command)))
-    return DONE
+    return EXIT_DONE
 
 
 def _job(options: argparse.Namespace, command: list[str]) -> Job:
@@ -225,23 +226,23 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
 
 def _status(options: argparse.Namespace, command: list[str]) -> int:
     print(runs.status(options.run_dir.absolute()))
-    return DONE
+    return EXIT_DONE
 
 
 def _logs(options: argparse.Namespace, command: list[str]) -> int:
     for text in runs.logs(options.run_dir.absolute(), options.job, options.rank):
         sys.stdout.write(text)
-    return DONE
+    return EXIT_DONE
 
 
 def _cancel(options: argparse.Namespace, command: list[str]) -> int:
     print(f"cancelled: {runs.cancel(options.run_dir.absolute())}")
-    return DONE
+    return EXIT_DONE
 
 
 def _resume(options: argparse.Namespace, command: list[str]) -> int:
     print(runs.resume(options.run_dir.absolute()))
-    return DONE
+    return EXIT_DONE
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

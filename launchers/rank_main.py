@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tvr.launchers.cli import EXIT_FAILED, main
-from tvr.launchers.restart_policy import PREEMPTED
+from tvr.launchers.cli import main
+from tvr.launchers.exit_codes import EXIT_FAILED, EXIT_PREEMPTED
 from tvr.launchers.torchrun.launch import die_with_parent
 from tvr.launchers.torchrun.rank_exits import note
 
@@ -44,7 +44,7 @@ def run_tvr(argv: Sequence[str]) -> int:
 def leave_when_told() -> None:
     """Lets a notice end the process, with the code that says that it may be started again."""
     for number in NOTICES:
-        signal.signal(number, lambda got, frame: sys.exit(PREEMPTED))
+        signal.signal(number, lambda got, frame: sys.exit(EXIT_PREEMPTED))
 
 
 def end_process(code: int) -> NoReturn:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tvr.launchers.restart_policy import DONE, PREEMPTED, Ended, Policy, decide
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_PREEMPTED
+from tvr.launchers.restart_policy import Ended, Policy, decide
 from tvr.launchers.run_status import read_progress, told_failure
 
 
@@ -31,7 +32,7 @@ def run_again(start: Callable[[], Ending], policy: Policy, run_dir: Path | None)
         began_s = time.time()
         ending = start()
         # Whoever told it to leave its place starts it again elsewhere.
-        if ending.told or ending.code in (DONE, PREEMPTED):
+        if ending.told or ending.code in (EXIT_DONE, EXIT_PREEMPTED):
             return ending.code
         ends.append(_ended(ending.code, run_dir, began_s))
         decision = decide(ends, policy)

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-DONE, USAGE, FAILED, PREEMPTED = 0, 2, 3, 75
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
+
 LONGEST_WAIT_S = 600.0
 # So often a node may be where it began to go wrong.
 NODE_FAILURES = 2
@@ -65,24 +66,24 @@ class Decision:
 def decide(attempts: Sequence[Ended], policy: Policy) -> Decision:
     """From all attempts of a job, the last one last: at least one."""
     last, restarts = attempts[-1], len(attempts) - 1
-    if last.code == DONE:
-        return Decision(again=False, code=DONE, text="done")
-    if last.code == USAGE:
+    if last.code == EXIT_DONE:
+        return Decision(again=False, code=EXIT_DONE, text="done")
+    if last.code == EXIT_USAGE:
         text = f"{last.reason}; not started again: the same line would fail in the same way"
-        return Decision(again=False, code=USAGE, text=text)
+        return Decision(again=False, code=EXIT_USAGE, text=text)
     if last.over:
         text = f"{last.reason}; not started again: another job has taken over the run"
-        return Decision(again=False, code=FAILED, text=text)
-    failed = [attempt for attempt in attempts if attempt.code != PREEMPTED]
+        return Decision(again=False, code=EXIT_FAILED, text=text)
+    failed = [attempt for attempt in attempts if attempt.code != EXIT_PREEMPTED]
     in_a_row = sum(attempt.saved_step == last.saved_step for attempt in failed)
-    if last.code != PREEMPTED and in_a_row >= policy.max_failures:
+    if last.code != EXIT_PREEMPTED and in_a_row >= policy.max_failures:
         text = f"{last.reason}; stopped after {in_a_row} failures without a new checkpoint"
-        return Decision(again=False, code=FAILED, text=f"{text} (--max-failures)")
+        return Decision(again=False, code=EXIT_FAILED, text=f"{text} (--max-failures)")
     if restarts >= policy.max_restarts:
         text = f"{last.reason}; stopped after {restarts} restarts (--max-restarts)"
         return Decision(again=False, code=last.code, text=text)
     wait_s = 0.0
-    if last.code != PREEMPTED:
+    if last.code != EXIT_PREEMPTED:
         wait_s = min(LONGEST_WAIT_S, policy.back_off_s * 2 ** (in_a_row - 1))
     blamed = Counter(attempt.node for attempt in failed)
     exclude = sorted(node for node, n in blamed.items() if node and n >= NODE_FAILURES)

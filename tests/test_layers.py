@@ -47,10 +47,14 @@ def kernels_may(name: str) -> bool:
     return is_standard(name) or is_within(name, "torch", "jaxtyping", "tvr.kernels")
 
 
+# Standard library only: the contract between the command line and its launchers, and one helper.
+SHARED = ("tvr.launchers.exit_codes", "tvr.launchers.atomic_write")
+
+
 def data_prep_may(name: str) -> bool:
     if is_within(name, "torch.distributed", "deepspeed", "transformers"):
         return False
-    return not is_within(name, "tvr") or is_within(name, "tvr.data_prep")
+    return not is_within(name, "tvr") or is_within(name, "tvr.data_prep", *SHARED)
 
 
 def launchers_may(name: str) -> bool:
@@ -58,7 +62,7 @@ def launchers_may(name: str) -> bool:
 
 
 def trainer_may(name: str) -> bool:
-    return not is_within(name, "tvr.launchers")
+    return not is_within(name, "tvr.launchers") or is_within(name, *SHARED)
 
 
 ALLOWED: dict[str, Callable[[str], bool]] = {

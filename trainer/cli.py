@@ -17,8 +17,9 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 from rich.console import Console
 
+from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
-from tvr.trainer.exit_codes import EXIT_DONE, tell_training, training_reported
+from tvr.trainer.exit_reporting import tell_training, training_reported
 from tvr.trainer.recipes.recipes import RECIPES, recipe
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.

@@ -22,9 +22,9 @@ from tvr.data_prep.dataset.manifest import MANIFEST_NAME
 from tvr.data_prep.demo_clips import ANNOTATIONS, Scene, demo_scenes, write_clips
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.progress import shown_progress
+from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.model.tokenizer import train_tokenizer
-from tvr.trainer.monitoring.run_dir import write_whole
 
 SCENES_SEED = 2023
 VOCABULARY = 768
@@ -54,7 +54,7 @@ class DemoPaths:
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / "demo.json"
         if not path.exists():
-            write_whole(path, json.dumps(sizes) + "\n")
+            write_atomically(path, json.dumps(sizes) + "\n")
         before = json.loads(path.read_text())
         differing = [
             f"{name} was {before.get(name)}, is {sizes[name]}"
@@ -88,7 +88,7 @@ class DemoPaths:
         model = replace(settings.model, tokenizer=str(self.tokenizer))
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / "settings.json"
-        write_whole(path, to_json(replace(settings, data=data, train=train, model=model)))
+        write_atomically(path, to_json(replace(settings, data=data, train=train, model=model)))
         return path
 
 

@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 bad usage or no data set to read; 3 verify found problems.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,9 +29,10 @@ from tvr.data_prep.check import sequential_reads as scan
 from tvr.data_prep.check.sequential_reads import JOBS
 from tvr.data_prep.check.stats import read_facts, statistics_of
 from tvr.data_prep.check.verify import Report, leaks, verify_dataset
-from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, reported
 from tvr.data_prep.dataset.captions import LONG_WORDS, CaptionStatistics
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.launchers.atomic_write import write_atomically
 
 Against = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -106,7 +106,7 @@ def _verify(arguments: VerifyArguments) -> int:
         print(text)
     else:
         if arguments.json is not None:
-            _write_whole(Path(arguments.json), text + "\n")
+            write_atomically(Path(arguments.json), text + "\n")
         _tell(report, arguments.max_shown)
     return 3 if report.problems else 0
 
@@ -166,7 +166,7 @@ def _stats(arguments: StatsArguments) -> int:
         )
     statistics = statistics_of(manifest, tally)
     shown = shown_samples(arguments.url, manifest, arguments.pictures)
-    _write_whole(Path(arguments.out), stats_page(arguments.url, statistics, shown, found))
+    write_atomically(Path(arguments.out), stats_page(arguments.url, statistics, shown, found))
     print(
         f"{arguments.url}: {statistics.num_read:,} of {statistics.num_samples:,} samples read,"
         f" {statistics.num_captions:,} captions of {statistics.num_videos:,} videos;"
@@ -187,9 +187,3 @@ def _bar() -> Iterator[scan.Progress]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("")
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

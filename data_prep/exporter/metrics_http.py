@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import socket
 import threading
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from socketserver import TCPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST
+
+from tvr.launchers.atomic_write import write_atomically
 
 FRESH_S = 1.0
 # So long a process that was ever asked waits at its end for the last values to be fetched.
@@ -131,11 +132,4 @@ def name_of_job(folder: str | Path) -> str:
 def write_target(path: Path, target: str, labels: Mapping[str, str]) -> None:
     """A file for Prometheus's file_sd."""
     groups = [{"targets": [target], "labels": dict(labels)}]
-    write_replacing(path, (json.dumps(groups) + "\n").encode())
-
-
-def write_replacing(path: Path, content: bytes) -> None:
-    """Writes a file that is seen complete or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    write_atomically(path, (json.dumps(groups) + "\n").encode())

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, reported
 from tvr.data_prep.ffcv.writer import write_beton
 
 

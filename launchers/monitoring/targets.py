@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tvr.launchers.job import TASK, Job, run_dir_of, write_whole
+from tvr.launchers.atomic_write import write_atomically
+from tvr.launchers.job import TASK, Job, run_dir_of
 
 METRICS = "metrics"
 
@@ -33,7 +34,7 @@ class Targets:
         """Writes what is known now, where that has changed."""
         groups = self._groups()
         if groups != self._known:
-            write_whole(self.path, json.dumps(groups, indent=1) + "\n")
+            write_atomically(self.path, json.dumps(groups, indent=1) + "\n")
             self._known = groups
 
     def remove(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_USAGE
 from tvr.launchers.monitoring.dashboard_communication import COMMUNICATION
 from tvr.launchers.monitoring.dashboard_data import DATA
 from tvr.launchers.monitoring.dashboard_fleet import FLEET
@@ -23,7 +24,6 @@ from tvr.launchers.monitoring.dashboard_mining import MINING
 from tvr.launchers.monitoring.dashboard_run import RUN_OVERVIEW
 from tvr.launchers.monitoring.grafana import dashboard_json
 
-EXIT_DONE, EXIT_USAGE = 0, 2
 DASHBOARDS = (RUN_OVERVIEW, DATA, COMMUNICATION, MINING, FLEET)
 HERE = Path(__file__).parent
 RULES = ("recording.yml", "alerts.yml")

@@ -15,17 +15,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from tvr.launchers.job import Job, read_record
 from tvr.launchers.monitoring.targets import targets_of
-from tvr.launchers.restart_policy import (
-    DONE,
-    FAILED,
-    NODE_FAILURES,
-    PREEMPTED,
-    Decision,
-    Ended,
-    decide,
-)
+from tvr.launchers.restart_policy import NODE_FAILURES, Decision, Ended, decide
 from tvr.launchers.run_status import read_progress, taken_over
 from tvr.launchers.slurm import commands as slurm
 from tvr.launchers.slurm.allocation import Allocation, allocation
@@ -40,7 +33,7 @@ def run_batch(record: Path, line: Sequence[str]) -> int:
     except ValueError as error:
         # SLURM refuses what is asked of it, or its controller stays away.
         say(str(error))
-        return FAILED
+        return EXIT_FAILED
 
 
 def _run_batch(record: Path, line: Sequence[str]) -> int:
@@ -59,14 +52,14 @@ def _run_batch(record: Path, line: Sequence[str]) -> int:
     targets = targets_of(job, os.environ.get("SLURM_ARRAY_TASK_ID"), began_s)
     ended = Ranks(job, here, targets, began_s).run(line)
     try:
-        if ended.code == FAILED and not _is_ours(here):
+        if ended.code == EXIT_FAILED and not _is_ours(here):
             # Ranks that SLURM ends, to give their nodes to another job, have not failed.
             ended = _taken_away(here.nodes, began_s, job)
-        if ended.code == FAILED and taken_over(Path(job.run_dir), here.job_id, began_s):
+        if ended.code == EXIT_FAILED and taken_over(Path(job.run_dir), here.job_id, began_s):
             ended = replace(ended, node=None, over=True)
     finally:
         attempts.end(here.restart, ended)
-    if targets and ended.code in (DONE, PREEMPTED):
+    if targets and ended.code in (EXIT_DONE, EXIT_PREEMPTED):
         targets.remove()
     return _act(_decide(attempts, job), job, here)
 
@@ -85,13 +78,13 @@ def _taken_away(nodes: Sequence[str], began_s: float, job: Job) -> Ended:
         if slurm.has_failed(node, began_s):
             saved_step = read_progress(Path(job.run_dir)).saved_step
             reason = f"node {node} failed"
-            return Ended(code=FAILED, reason=reason, node=node, saved_step=saved_step)
+            return Ended(code=EXIT_FAILED, reason=reason, node=node, saved_step=saved_step)
     return _preempted(job, "SLURM took it off its nodes")
 
 
 def _preempted(job: Job, reason: str) -> Ended:
     saved_step = read_progress(Path(job.run_dir)).saved_step
-    return Ended(code=PREEMPTED, reason=reason, node=None, saved_step=saved_step)
+    return Ended(code=EXIT_PREEMPTED, reason=reason, node=None, saved_step=saved_step)
 
 
 def _is_ours(here: Allocation) -> bool:

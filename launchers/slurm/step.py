@@ -11,9 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.launchers.job import Job
 from tvr.launchers.monitoring.targets import Targets
-from tvr.launchers.restart_policy import DONE, FAILED, PREEMPTED, USAGE, Ended
+from tvr.launchers.restart_policy import Ended
 from tvr.launchers.run_status import read_progress, told_failure
 from tvr.launchers.slurm import commands as slurm
 from tvr.launchers.slurm.allocation import Allocation
@@ -36,20 +37,20 @@ def ended_as(
     its node, if it is known."""
     # Of a node that failed srun speaks, and ends with 0.
     if code == 0 and bad is None:
-        return Ended(code=DONE, reason="done", node=None, saved_step=saved_step)
+        return Ended(code=EXIT_DONE, reason="done", node=None, saved_step=saved_step)
     if bad is None:
         reason = said or f"srun ended with exit code {code}"
-        return Ended(code=FAILED, reason=reason, node=None, saved_step=saved_step)
-    job_code = bad.exit_code if bad.exit_code in (USAGE, PREEMPTED) else FAILED
+        return Ended(code=EXIT_FAILED, reason=reason, node=None, saved_step=saved_step)
+    job_code = bad.exit_code if bad.exit_code in (EXIT_USAGE, EXIT_PREEMPTED) else EXIT_FAILED
     if noticed and bad.what.startswith("User defined signal"):
-        job_code = PREEMPTED  # it ran something that does not listen
+        job_code = EXIT_PREEMPTED  # it ran something that does not listen
     if bad.what.startswith("Terminated") and blamed is None:
         # Nobody but SLURM sends SIGTERM before a rank has failed: its nodes are to be another's.
-        job_code = PREEMPTED
+        job_code = EXIT_PREEMPTED
     who = f"node {bad.node}" if bad.rank is None else f"rank {bad.rank} on {bad.node}"
     reason = said if said and bad.exit_code is not None else f"{who}: {bad.what}"
     node = None
-    if job_code == FAILED:
+    if job_code == EXIT_FAILED:
         # Ranks that end because another one failed may be gone before it.
         node = blamed if blamed and bad.exit_code is not None else bad.node
     return Ended(code=job_code, reason=reason, node=node, saved_step=saved_step)

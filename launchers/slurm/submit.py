@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tvr.launchers.job import FOLDER, RECORD, Job, read_job, to_json, write_whole
+from tvr.launchers.atomic_write import write_atomically
+from tvr.launchers.job import FOLDER, RECORD, Job, read_job, to_json
 from tvr.launchers.monitoring.targets import remove_targets
 from tvr.launchers.run_status import Progress, notice_for, read_progress
 from tvr.launchers.slurm import attempt_log as attempts_of
@@ -36,8 +37,8 @@ def submit(job: Job) -> str:
     _refuse_two_at_once(job)
     record = job.record(new_name())
     script = record.with_suffix(".sbatch")
-    write_whole(record, to_json(job))
-    write_whole(script, sbatch_script(job, record))
+    write_atomically(record, to_json(job))
+    write_atomically(script, sbatch_script(job, record))
     try:
         job_id = slurm.submit(script)
     except ValueError:
@@ -47,7 +48,7 @@ def submit(job: Job) -> str:
     with (job.folder / SUBMITTED).open("a") as file:
         line = {"job_id": job_id, "name": job.name, "at_s": time.time()}
         file.write(json.dumps(line) + "\n")
-    write_whole(job.folder / RECORD, to_json(job))
+    write_atomically(job.folder / RECORD, to_json(job))
     script.replace(job.folder / SCRIPT)
     return job_id
 

@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from tvr.launchers.exit_codes import EXIT_PREEMPTED
 from tvr.launchers.rank_main import end_process, run_tvr
-from tvr.launchers.restart_policy import PREEMPTED
 from tvr.launchers.torchrun.launch import is_tvr, path_with_scripts
 
 # The first rank to end otherwise than well makes srun kill the others; those that were told to
@@ -39,7 +39,7 @@ def run_task(command: Sequence[str]) -> int:
     if not is_tvr(command):
         os.execvp(command[0], list(command))
     code = run_tvr(command[1:])
-    if code == PREEMPTED:
+    if code == EXIT_PREEMPTED:
         time.sleep(TAKE_LEAVE_S)
     return code
 

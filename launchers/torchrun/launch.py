@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.launchers.restart_loop import Ending, run_again
 from tvr.launchers.restart_policy import ONCE, Policy
 from tvr.launchers.torchrun.rank_exits import RankRecord, has_failed, is_alive, read
@@ -134,8 +135,8 @@ def job_exit_code(codes: Sequence[int], *, torchrun_code: int) -> int:
     tells what to do (2: correct the line, 75: start again, from a checkpoint); else 3."""
     failures = [code for code in codes if code != 0]
     if not failures:
-        return 0 if torchrun_code == 0 else 3
-    return failures[0] if failures[0] in (2, 75) else 3
+        return EXIT_DONE if torchrun_code == 0 else EXIT_FAILED
+    return failures[0] if failures[0] in (EXIT_USAGE, EXIT_PREEMPTED) else EXIT_FAILED
 
 
 def die_with_parent(signal_number: int) -> None:

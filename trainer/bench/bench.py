@@ -20,14 +20,14 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
 from tvr.trainer.bench.bench_report import Measured, tables, to_json
 from tvr.trainer.bench.measure import Job, MeasurementFailed, Refused, peak_bytes, seconds
 from tvr.trainer.config import Positive
 from tvr.trainer.memory.memory import estimate
 from tvr.trainer.memory.sizes import Sizes
 
-EXIT_DONE, EXIT_FAILED = 0, 3
 GIB = 2**30
 
 Counts: TypeAlias = Annotated[tuple[Positive, ...], Field(min_length=1)]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tvr.data_prep.bench_data import PLAIN, SOURCES, STEPS, Sizes, Speed, measure
-from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, reported
 from tvr.trainer.bench.bench_report import machine, versions
 from tvr.trainer.config import Positive
 

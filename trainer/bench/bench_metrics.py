@@ -13,7 +13,7 @@ import tyro
 from pydantic.dataclasses import dataclass
 from rich.table import Table
 
-from tvr.data_prep.cli import STRICT
+from tvr.data_prep.cli_errors import STRICT
 from tvr.trainer.bench.bench_train import (
     bench_folder,
     bench_reported,

@@ -18,7 +18,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from rich.console import Console, RenderableType
 
-from tvr.data_prep.cli import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
 from tvr.trainer.bench.bench_report import machine, versions
 from tvr.trainer.bench.bench_train_report import (
     HOW_SAVE,
@@ -41,8 +42,6 @@ from tvr.trainer.config import (
 )
 from tvr.trainer.demo import DemoPaths, prepare_demo
 from tvr.trainer.recipes.recipes import recipe
-
-EXIT_DONE, EXIT_FAILED = 0, 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tvr.data_prep.cli import reported
+from tvr.data_prep.cli_errors import reported
 from tvr.trainer.monitoring.metrics import METRICS
 
 ABOUT = """\

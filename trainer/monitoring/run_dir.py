@@ -13,12 +13,12 @@ stalls/           where the ranks of a job were that got stuck (watchdog.py)
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
@@ -108,7 +108,7 @@ def retention(checkpoint: CheckpointConfig) -> Retention:
 def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
     """Replaces evaluation.json: the summary that the log has, and every query's best videos."""
     content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
-    write_whole(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
+    write_atomically(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
@@ -124,13 +124,6 @@ def evaluated_step(run_dir: Path) -> int | None:
     """The step of the last evaluation; none: there was none."""
     path = run_dir / EVALUATION
     return json.loads(path.read_text())["step"] if path.exists() else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is seen complete or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -162,7 +155,7 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
                 f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
                 "Give the settings it was started with, or another folder"
             )
-    write_whole(path, to_json(config))
+    write_atomically(path, to_json(config))
 
 
 def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size: int) -> list[str]:

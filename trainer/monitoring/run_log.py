@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tvr.data_prep.records import Replacement
+from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.checkpoint.fencing import Attempt
 from tvr.trainer.distributed.world import World
 
@@ -121,9 +122,7 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, AttributeError):
             continue  # torn by the crash that ended the earlier attempt
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    write_atomically(path, "".join(kept))
 
 
 @dataclass

@@ -15,8 +15,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job, write_replacing, write_target
+from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job, write_target
 from tvr.data_prep.exporter.metrics_table import Numbers
+from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.checkpoint.fencing import Attempt
 from tvr.trainer.config import MetricsConfig
 from tvr.trainer.errors import Fenced
@@ -77,7 +78,7 @@ class MetricsServer:
         self.has_news = False
         try:
             self._attempt.check()
-            write_replacing(self._last, self._text())
+            write_atomically(self._last, self._text())
         except Fenced:
             pass  # the run's own thread hears of it where it writes
         except OSError as error:

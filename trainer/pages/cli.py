@@ -8,7 +8,7 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
-from tvr.data_prep.cli import reported
+from tvr.data_prep.cli_errors import reported
 
 Runs: TypeAlias = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")

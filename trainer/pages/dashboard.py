@@ -20,7 +20,8 @@ from plotly.offline import get_plotlyjs
 
 from tvr.data_prep.exporter.metrics_http import name_of_job
 from tvr.data_prep.html_page import page_template
-from tvr.trainer.monitoring.run_dir import CONFIG, leaves, write_whole
+from tvr.launchers.atomic_write import write_atomically
+from tvr.trainer.monitoring.run_dir import CONFIG, leaves
 from tvr.trainer.monitoring.run_log import LOG, RunLog, read_log
 from tvr.trainer.pages.history import Curve, Series, clock, history, thinned
 from tvr.trainer.pages.panels import panels
@@ -103,7 +104,7 @@ def write_dashboard(folders: Sequence[Path], out: Path) -> bool:
         content=_content(runs),
         library=_library(),
     )
-    write_whole(out, page)
+    write_atomically(out, page)
     return all(run.state == "finished" for run in runs)
 
 

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from tvr.data_prep.html_page import page_template, picture_strip
-from tvr.trainer.monitoring.run_dir import CONFIG, EVALUATION, write_whole
+from tvr.launchers.atomic_write import write_atomically
+from tvr.trainer.monitoring.run_dir import CONFIG, EVALUATION
 from tvr.trainer.monitoring.run_log import LOG, Event, RunLog, read_log
 from tvr.trainer.pages.plots import Series, line_chart
 
@@ -58,7 +59,7 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         versions=_versions(),
     )
     path = folder / "report.html"
-    write_whole(path, page)
+    write_atomically(path, page)
     return path
 
 

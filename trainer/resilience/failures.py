@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from tvr.launchers.exit_codes import EXIT_FAILED
 from tvr.trainer.distributed.world import World, lost_connection
 from tvr.trainer.errors import Preempted, PreflightFailed, Told
 
@@ -25,7 +26,6 @@ FOLDER = "failures"
 # A rank that lost another one waits so long for the reason: a shared disk shows files late.
 GRACE_S = 3.0
 POLL_S = 0.05
-EXIT_FAILED = 3
 
 Tell: TypeAlias = Callable[[Exception], int]
 """Says on stderr what went wrong, and returns the exit code."""

@@ -24,9 +24,11 @@ from statistics import median
 from types import FrameType
 from typing import Literal
 
+from tvr.launchers.atomic_write import write_atomically
+from tvr.launchers.exit_codes import EXIT_FAILED
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.resilience.failures import EXIT_FAILED, Failures, end_line
+from tvr.trainer.resilience.failures import Failures, end_line
 
 FOLDER = "stalls"
 POLL_S = 1.0
@@ -188,9 +190,7 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._file("txt", self._rank).open("w") as file:
                 faulthandler.dump_traceback(file=file, all_threads=True)
-            aside = self._file("partial", self._rank)
-            aside.write_text(json.dumps(asdict(mine)) + "\n")
-            os.replace(aside, self._file("json", self._rank))
+            write_atomically(self._file("json", self._rank), json.dumps(asdict(mine)) + "\n")
         except OSError as error:
             _say(f"tvr train: rank {self._rank} stalls, and {self._folder} takes no file: {error}")
             faulthandler.dump_traceback(file=2, all_threads=True)

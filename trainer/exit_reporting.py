@@ -7,8 +7,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from tvr.data_prep.cli import reported, say_error
+from tvr.data_prep.cli_errors import reported, say_error
 from tvr.data_prep.records import TooManyBadSamples
+from tvr.launchers.exit_codes import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.trainer.errors import (
     CheckpointDamaged,
     Fenced,
@@ -18,8 +19,6 @@ from tvr.trainer.errors import (
     PreflightFailed,
     Told,
 )
-
-EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_PREEMPTED = 0, 2, 3, 75
 
 
 def training_reported(command: str, action: Callable[[], int]) -> int:
