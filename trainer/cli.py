@@ -224,7 +224,7 @@ def demo(argv: Sequence[str]) -> int:
 
 def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:
     from tvr.trainer.demo import DemoPaths, prepare_demo, train_on_ranks
-    from tvr.trainer.monitoring.run_dir import is_finished
+    from tvr.trainer.run_dir import is_finished
 
     base = recipe("demo")
 

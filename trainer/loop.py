@@ -12,7 +12,6 @@ import torch
 
 from tvr.data_prep.records import Batch
 from tvr.trainer.checkpoint.catalogue import note_evaluation
-from tvr.trainer.checkpoint.fencing import begin_attempt
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.restore import Resume, engine_from, resume_point
 from tvr.trainer.checkpoint.saver import Saved, Saver, shard_files
@@ -23,22 +22,23 @@ from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import random_state
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluation.evaluate import Evaluation, evaluate
+from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.monitor import Monitor, monitored
 from tvr.trainer.monitoring.progress import Progress
-from tvr.trainer.monitoring.run_dir import (
+from tvr.trainer.monitoring.run_log import LogWriter
+from tvr.trainer.resilience.failures import Tell, telling
+from tvr.trainer.resilience.preemption import Notice, noticing
+from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight
+from tvr.trainer.resilience.watchdog import Watchdog, watching
+from tvr.trainer.run_dir import (
     checkpoints_of,
     claim,
     evaluated_step,
     retention,
     write_evaluation,
 )
-from tvr.trainer.monitoring.run_log import LogWriter
-from tvr.trainer.resilience.failures import Tell, telling
-from tvr.trainer.resilience.preemption import Notice, noticing
-from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight
-from tvr.trainer.resilience.watchdog import Watchdog, watching
 from tvr.trainer.train_step import OptimiserStep
 
 # Beyond train.timeout_s, after which the watchdog ends a job within seconds.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from tvr.data_prep.records import Batch
-from tvr.trainer.checkpoint.fencing import begin_attempt
 from tvr.trainer.config import Config
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.engine.engine import Engine
+from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+from tvr.data_prep.check.captions import CaptionTally
 from tvr.data_prep.check.sequential_reads import CHUNK_BYTES, Meter, ShardBytes, read_members
-from tvr.data_prep.dataset.captions import CaptionTally
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import decode_members, parse_meta, parse_range
 from tvr.data_prep.records import BadSample, Caption

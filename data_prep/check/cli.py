@@ -26,11 +26,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tvr.data_prep.check import sequential_reads as scan
+from tvr.data_prep.check.captions import LONG_WORDS, CaptionStatistics
 from tvr.data_prep.check.sequential_reads import JOBS
 from tvr.data_prep.check.stats import read_facts, statistics_of
 from tvr.data_prep.check.verify import Report, leaks, verify_dataset
 from tvr.data_prep.cli_errors import STRICT, reported
-from tvr.data_prep.dataset.captions import LONG_WORDS, CaptionStatistics
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.launchers.atomic_write import write_atomically
 

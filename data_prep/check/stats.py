@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from tvr.data_prep.check.captions import CaptionStatistics, CaptionTally
 from tvr.data_prep.check.distribution import Distribution, distribution
 from tvr.data_prep.check.sequential_reads import (
     CHUNK_BYTES,
@@ -21,7 +22,6 @@ from tvr.data_prep.check.sequential_reads import (
     in_threads,
     read_members,
 )
-from tvr.data_prep.dataset.captions import CaptionStatistics, CaptionTally
 from tvr.data_prep.dataset.manifest import Layout, Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.records import BadSample

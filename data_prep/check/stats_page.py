@@ -9,12 +9,12 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
+from tvr.data_prep.check.captions import LONG_WORDS
 from tvr.data_prep.check.check_shard import Problem
 from tvr.data_prep.check.distribution import Distribution, readable
 from tvr.data_prep.check.histograms import histogram_svg
 from tvr.data_prep.check.sequential_reads import Meter, ShardBytes, read_members
 from tvr.data_prep.check.stats import Statistics
-from tvr.data_prep.dataset.captions import LONG_WORDS
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.html_page import page_template, picture_strip

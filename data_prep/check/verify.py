@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from tvr.data_prep.check.captions import CaptionStatistics
 from tvr.data_prep.check.check_shard import Problem, Scan, check_shard, place, read_captions
 from tvr.data_prep.check.sequential_reads import JOBS, Meter, Progress, in_threads
-from tvr.data_prep.dataset.captions import CaptionStatistics
 from tvr.data_prep.dataset.leakage import repeated_content, shared_samples
 from tvr.data_prep.dataset.manifest import BAD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from tvr.data_prep.storage.storage import Store

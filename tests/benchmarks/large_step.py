@@ -91,10 +91,10 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     import torch
 
     from tvr.trainer.bench.measured import process_bytes
-    from tvr.trainer.checkpoint.fencing import begin_attempt
     from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
     from tvr.trainer.distributed.world import join_world
     from tvr.trainer.engine.engine import Engine
+    from tvr.trainer.fencing import begin_attempt
     from tvr.trainer.model.model import build_model
     from tvr.trainer.model.tokenizer import load_tokenizer
     from tvr.trainer.monitoring.run_log import LogWriter

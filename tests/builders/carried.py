@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from tvr.trainer.checkpoint.universal import load_frozen
 from tvr.trainer.config import Config
 from tvr.trainer.data import tokenizer_of, training_batches
 from tvr.trainer.distributed.collectives import gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine, reader_of, write_universal
+from tvr.trainer.engine.universal import load_frozen
 from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
 

@@ -28,8 +28,8 @@ from tvr.launchers.slurm.attempt_log import Attempt, Attempts
 from tvr.launchers.slurm.commands import TaskEnd, first_bad_end
 from tvr.launchers.slurm.step import ended_as
 from tvr.launchers.slurm.task_main import place
-from tvr.trainer.checkpoint.fencing import begin_attempt
 from tvr.trainer.errors import Fenced
+from tvr.trainer.fencing import begin_attempt
 
 POLICY = Policy(max_failures=3, max_restarts=5, back_off_s=10)
 DONE = Ended(code=0, reason="done", node=None, saved_step=9)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tvr.data_prep.check.captions import LONG_WORDS, CaptionTally
 from tvr.data_prep.check.distribution import MOST_BINS, distribution
-from tvr.data_prep.dataset.captions import LONG_WORDS, CaptionTally
 
 captions = st.sampled_from(
     ["", " ", "a", "b c", "a  b", "A b", "x " * LONG_WORDS, "x " * (LONG_WORDS + 1)]

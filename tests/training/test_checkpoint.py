@@ -28,7 +28,6 @@ from tvr.trainer.checkpoint.catalogue import (
     note_evaluation,
     set_aside,
 )
-from tvr.trainer.checkpoint.fencing import Attempt, begin_attempt
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.checkpoint.restore import local_files
@@ -37,6 +36,7 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.random_state import random_state, restore_random_state
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
+from tvr.trainer.fencing import Attempt, begin_attempt
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 

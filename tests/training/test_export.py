@@ -26,7 +26,7 @@ from tvr.trainer.loss.gradient_cache import joined
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import TextVideoModel, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.monitoring.run_dir import read_config
+from tvr.trainer.run_dir import read_config
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, world_size=1, device=CPU)

@@ -29,12 +29,12 @@ from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job
 from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
 from tvr.data_prep.packing.pack import PackProgress
 from tvr.data_prep.packing.pack_metrics import PACK_METRICS, served_progress
-from tvr.trainer.checkpoint.fencing import begin_attempt
 from tvr.trainer.config import Config
 from tvr.trainer.data import tokenizer_of
 from tvr.trainer.distributed.collectives import gather_rows
 from tvr.trainer.distributed.shared_memory import IN_MEMORY
 from tvr.trainer.distributed.world import World
+from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
 from tvr.trainer.monitoring.cli import markdown_page, metrics, rows
 from tvr.trainer.monitoring.counters import Tally

@@ -31,7 +31,6 @@ from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.memory import rank_memory as rank_memory_file
 from tvr.trainer.memory.rank_memory import rank_memory
 from tvr.trainer.model.model import build_outline
-from tvr.trainer.monitoring.run_dir import checkpoints_of
 from tvr.trainer.resilience import preflight as preflight_file
 from tvr.trainer.resilience.preflight import (
     SETTINGS,
@@ -41,6 +40,7 @@ from tvr.trainer.resilience.preflight import (
     differences,
     preflight,
 )
+from tvr.trainer.run_dir import checkpoints_of
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, world_size=1, device=CPU)

@@ -17,12 +17,12 @@ from builders.spawn import spawn
 from builders.tiny import tiny_config
 from test_global_batch import assert_equal_gradients
 
-from tvr.trainer.checkpoint.fencing import begin_attempt
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.data import training_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine
+from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model
 from tvr.trainer.model.tokenizer import load_tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter

@@ -15,7 +15,6 @@ import torch
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.trainer.bench.scraper import Scraper
 from tvr.trainer.checkpoint.catalogue import Retention
-from tvr.trainer.checkpoint.fencing import begin_attempt
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.checkpoint.saver import Saved, Saver, shard_files
@@ -24,6 +23,7 @@ from tvr.trainer.data import tokenizer_of, training_batches
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import random_state
+from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model
 from tvr.trainer.monitoring.monitor import NodeMonitor
 from tvr.trainer.monitoring.run_log import LogWriter

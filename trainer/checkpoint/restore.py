@@ -16,11 +16,11 @@ import torch
 from tvr.trainer.checkpoint.catalogue import SHARDS, Checkpoint, newest_whole, set_aside
 from tvr.trainer.checkpoint.manifest import SavedState, damage
 from tvr.trainer.checkpoint.place import Place
-from tvr.trainer.checkpoint.universal import load_frozen
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine, reader_of, write_universal
 from tvr.trainer.engine.random_state import random_file, restore_random_state
+from tvr.trainer.engine.universal import load_frozen
 from tvr.trainer.errors import CheckpointDamaged
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.run_log import LogWriter

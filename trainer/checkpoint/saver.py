@@ -36,12 +36,12 @@ from tvr.trainer.checkpoint.catalogue import (
     name_of,
     prune,
 )
-from tvr.trainer.checkpoint.fencing import Attempt
 from tvr.trainer.checkpoint.manifest import MANIFEST, FileRecord, SavedState, write_manifest
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.random_state import random_file
 from tvr.trainer.engine.staging import no_room
+from tvr.trainer.fencing import Attempt
 
 # Of the thread that writes beside the training: where all cores are taken it gets a tenth of one,
 # and steps do not wait for it. At 0 it lengthened steps by more than a synchronous save takes.

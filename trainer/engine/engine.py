@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.kernels.backends.cpu_build import one_builder
-from tvr.trainer.checkpoint.universal import (
+from tvr.trainer.config import TrainConfig
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
+from tvr.trainer.engine.staging import Staging
+from tvr.trainer.engine.universal import (
     MODEL_STATES,
     Reader,
     from_stage_0,
@@ -25,10 +29,6 @@ from tvr.trainer.checkpoint.universal import (
     unify,
     write_frozen,
 )
-from tvr.trainer.config import TrainConfig
-from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
-from tvr.trainer.engine.staging import Staging
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model.model import Features, TextVideoModel, checkpoint_activations
 from tvr.trainer.model.parameter_groups import parameter_groups

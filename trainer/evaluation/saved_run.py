@@ -24,7 +24,7 @@ from tvr.trainer.engine.engine import weights_of
 from tvr.trainer.evaluation.evaluate import Evaluation, evaluate, results_table
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.monitoring.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
+from tvr.trainer.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
 
 THUMBNAIL_FRAMES = 3
 

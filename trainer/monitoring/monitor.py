@@ -21,7 +21,6 @@ import torch
 from tvr.data_prep.exporter.metrics_http import PortTaken
 from tvr.data_prep.exporter.metrics_table import Values
 from tvr.data_prep.records import UNDECODABLE
-from tvr.trainer.checkpoint.fencing import Attempt
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.saver import Saved
 from tvr.trainer.config import Config
@@ -29,6 +28,7 @@ from tvr.trainer.distributed.shared_memory import ranks_here, shared_lines
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import Preempted
 from tvr.trainer.evaluation.evaluate import Evaluation
+from tvr.trainer.fencing import Attempt
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.counters import Tally
 from tvr.trainer.monitoring.flops import flops_per_pair, peak_flops

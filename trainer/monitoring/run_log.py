@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from tvr.data_prep.records import Replacement
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.checkpoint.fencing import Attempt
 from tvr.trainer.distributed.world import World
+from tvr.trainer.fencing import Attempt
 
 LOG = "log.jsonl"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -18,9 +18,9 @@ from pathlib import Path
 from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job, write_target
 from tvr.data_prep.exporter.metrics_table import Numbers
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.checkpoint.fencing import Attempt
 from tvr.trainer.config import MetricsConfig
 from tvr.trainer.errors import Fenced
+from tvr.trainer.fencing import Attempt
 from tvr.trainer.monitoring.metrics import TRAINING
 
 FOLDER = "metrics"

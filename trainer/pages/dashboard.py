@@ -21,12 +21,12 @@ from plotly.offline import get_plotlyjs
 from tvr.data_prep.exporter.metrics_http import name_of_job
 from tvr.data_prep.html_page import page_template
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.monitoring.run_dir import CONFIG, leaves
 from tvr.trainer.monitoring.run_log import LOG, RunLog, read_log
 from tvr.trainer.pages.history import Curve, Series, clock, history, thinned
 from tvr.trainer.pages.panels import panels
 from tvr.trainer.resilience.failures import FOLDER as FAILURES
 from tvr.trainer.resilience.failures import Failures
+from tvr.trainer.run_dir import CONFIG, leaves
 
 # A watcher takes at most a tenth of a core, however long the log has become.
 WATCH_EVERY_S = 5.0
