@@ -21,7 +21,13 @@ LAYERS = {
 
 
 def save_clip(
-    folder: Path, tokenizer: Tokenizer, *, width: int, image_size: int, dropout: float = 0.0
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    width: int,
+    image_size: int,
+    patch_size: int = 8,
+    dropout: float = 0.0,
 ) -> CLIPModel:
     """With the tokeniser beside the weights; `dropout` is that of attention."""
     words = {
@@ -34,7 +40,7 @@ def save_clip(
     common = LAYERS | {"projection_dim": width, "attention_dropout": dropout}
     config = CLIPConfig(
         text_config=common | words,
-        vision_config=common | {"image_size": image_size, "patch_size": 8},
+        vision_config=common | {"image_size": image_size, "patch_size": patch_size},
         projection_dim=width,
     )
     torch.manual_seed(5)
