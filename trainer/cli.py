@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
-from tvr.trainer.exit_reporting import tell_training, training_reported
+from tvr.trainer.exit_reporting import report_training_error, run_training_command
 from tvr.trainer.recipes.recipes import RECIPES, recipe
 
 # The sections' flags stand at the top: --train.steps, not --settings.train.steps.
@@ -74,12 +74,12 @@ def train(argv: Sequence[str]) -> int:
                 return EXIT_DONE
             from tvr.trainer.loop import train as run
 
-            run(settings, run_dir, resume=resume, tell=tell_training)
+            run(settings, run_dir, resume=resume, report=report_training_error)
             return EXIT_DONE
 
         return tyro.cli(arguments, prog="tvr train", args=list(argv))
 
-    return training_reported("train", action)
+    return run_training_command("train", action)
 
 
 def show_config(argv: Sequence[str]) -> int:
@@ -130,7 +130,7 @@ def show_config(argv: Sequence[str]) -> int:
             Console(stderr=True).print(memory_table(resolved, ranks or 1))
         return EXIT_DONE
 
-    return training_reported("show-config", action)
+    return run_training_command("show-config", action)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -150,7 +150,7 @@ def evaluate(argv: Sequence[str]) -> int:
             print(result.table())
         return EXIT_DONE
 
-    return training_reported(
+    return run_training_command(
         "evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv))
     )
 
@@ -167,7 +167,7 @@ def report(argv: Sequence[str]) -> int:
         print(_write_report(run_dir))
         return EXIT_DONE
 
-    return training_reported(
+    return run_training_command(
         "report", lambda: tyro.cli(arguments, prog="tvr report", args=list(argv))
     )
 
@@ -189,7 +189,7 @@ def export(argv: Sequence[str]) -> int:
         print(out)
         return EXIT_DONE
 
-    return training_reported(
+    return run_training_command(
         "export", lambda: tyro.cli(arguments, prog="tvr export", args=list(argv))
     )
 
@@ -219,7 +219,9 @@ def demo(argv: Sequence[str]) -> int:
         """
         return _run_demo(out, train_clips, test_clips, ranks, settings)
 
-    return training_reported("demo", lambda: tyro.cli(arguments, prog="tvr demo", args=list(argv)))
+    return run_training_command(
+        "demo", lambda: tyro.cli(arguments, prog="tvr demo", args=list(argv))
+    )
 
 
 def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings: Config) -> int:

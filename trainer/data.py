@@ -13,7 +13,7 @@ from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 
 
-def checked_data(config: Config, world: World) -> int:
+def validate_data_sets(config: Config, world: World) -> int:
     """The number of training samples; every data set is looked at before anything is built.
 
     Raises:
@@ -49,7 +49,7 @@ def checked_data(config: Config, world: World) -> int:
     return train.num_samples
 
 
-def tokenizer_of(config: Config) -> Tokenizer:
+def build_tokenizer(config: Config) -> Tokenizer:
     """The tokeniser of the model's folder. Raises as `load_tokenizer` and `tokenizer_folder`."""
     return load_tokenizer(
         tokenizer_folder(config.model),
@@ -92,7 +92,7 @@ def training_batches(
     )
 
 
-def batches_in_order(
+def ordered_batches(
     config: Config, tokenizer: Tokenizer, world: World, url: str
 ) -> Iterator[Batch]:
     """This rank's share of a whole data set, in order. Raises as `evaluation_batches`."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
-from tvr.trainer.data import tokenizer_of
+from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import deepspeed_config
 from tvr.trainer.engine.schedule import learning_rate_factor
@@ -28,11 +28,11 @@ from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.memory.environment import device_line
 from tvr.trainer.memory.model_memory import checkpoint_bytes
 from tvr.trainer.memory.rank_memory import free_bytes, rank_memory
-from tvr.trainer.model.model import TextVideoModel, build_outline
+from tvr.trainer.model.model import TextVideoModel, build_meta_model
 from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.resilience.preflight import check_disk, preflight
-from tvr.trainer.synthetic_step import share_of_one, take_synthetic_step
+from tvr.trainer.synthetic_step import run_synthetic_step, single_rank_config
 
 Row = Sequence[str]
 SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)
@@ -53,8 +53,10 @@ def dry_run(
     deepspeed_config(config.train, ranks)  # refuses what does not fit together
     sets = dict(_data_sets(config))
     samples = _training_samples(config, sets["train"], samples)
-    tokenizer = tokenizer_of(config)
-    model = build_outline(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    tokenizer = build_tokenizer(config)
+    model = build_meta_model(
+        config.model, config.loss, tokenizer, num_frames=config.data.num_frames
+    )
     needs = rank_memory(config, tokenizer, ranks)
     for title, header, rows in (
         ("data", ("samples", "captions", "shards"), _data_rows(config, sets)),
@@ -180,7 +182,7 @@ def _refusals(config: Config, run_dir: Path, model: TextVideoModel) -> Iterator[
 
 def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:
     """One rank's share of a step, taken here, or why it is not."""
-    alone = share_of_one(config, ranks)
+    alone = single_rank_config(config, ranks)
     needed, free = rank_memory(alone, tokenizer, 1).total, free_bytes()
     if needed > free:
         return (
@@ -188,7 +190,7 @@ def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:
             f"{free / 1e6:,.0f} MB are free ({device_line()}). Smaller: --train.micro-batch, "
             "--train.global-batch"
         )
-    values = take_synthetic_step(alone, tokenizer)
+    values = run_synthetic_step(alone, tokenizer)
     told = ("loss", "similarity_loss", "tpm_cl_loss", "gradient_norm", "step_s")
     rows = [(name, f"{values[name]:.4g}") for name in told if values[name] is not None]
     title = f"a step of {alone.train.global_batch:,} random pairs, one rank alone"

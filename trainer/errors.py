@@ -43,7 +43,7 @@ class PreflightFailed(ValueError):
         return "; ".join(self.lines)
 
 
-class Told(Exception):
+class AlreadyReported(Exception):
     """A failure that a rank of the job has told on stderr: nothing is left but to end."""
 
     def __init__(self, code: int) -> None:

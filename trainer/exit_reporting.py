@@ -11,17 +11,17 @@ from tvr.data_prep.cli_errors import reported, say_error
 from tvr.data_prep.records import TooManyBadSamples
 from tvr.launchers.exit_codes import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.trainer.errors import (
+    AlreadyReported,
     CheckpointDamaged,
     Fenced,
     NonFiniteLoss,
     NotSaved,
     Preempted,
     PreflightFailed,
-    Told,
 )
 
 
-def training_reported(command: str, action: Callable[[], int]) -> int:
+def run_training_command(command: str, action: Callable[[], int]) -> int:
     """As `reported`, and a training that failed for a reason it can name becomes exit code 3."""
 
     def guarded() -> int:
@@ -30,7 +30,7 @@ def training_reported(command: str, action: Callable[[], int]) -> int:
         except Preempted as notice:
             print(f"tvr {command}: {notice}", file=sys.stderr)
             return EXIT_PREEMPTED
-        except Told as told:
+        except AlreadyReported as told:
             return told.code
         except PreflightFailed as failed:
             for line in failed.lines:
@@ -43,14 +43,14 @@ def training_reported(command: str, action: Callable[[], int]) -> int:
     return reported(f"tvr {command}", guarded)
 
 
-def tell_training(error: Exception) -> int:
+def report_training_error(error: Exception) -> int:
     """What `tvr train` says of an error, from where it happens; the exit code."""
 
     def again() -> int:
         raise error
 
     try:
-        return training_reported("train", again)
+        return run_training_command("train", again)
     except Exception:
         traceback.print_exception(error)
         return EXIT_FAILED

@@ -1,30 +1,28 @@
-"""The training loop: step after step, and what is due between them: evaluate, save, log."""
+"""The training loop: optimiser steps and, between them, evaluation, checkpoints and the log.
+
+`train` is the door of the package. `build_run.build_run` builds everything that the steps need.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tvr.data_prep.records import Batch
+from tvr.trainer.build_run import TrainingRun, build_run
 from tvr.trainer.checkpoint.catalogue import note_evaluation
-from tvr.trainer.checkpoint.manifest import SavedState
-from tvr.trainer.checkpoint.restore import Resume, engine_from, resume_point
-from tvr.trainer.checkpoint.saver import Saved, Saver, shard_files
+from tvr.trainer.checkpoint.restore import Resume, resume_point
+from tvr.trainer.checkpoint.saver import Saved, Saver
 from tvr.trainer.config import Config
-from tvr.trainer.data import tokenizer_of, training_batches
-from tvr.trainer.distributed.world import World, join_world
-from tvr.trainer.engine.engine import Engine
-from tvr.trainer.engine.random_state import random_state
+from tvr.trainer.data import build_tokenizer
+from tvr.trainer.distributed.world import join_world
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluation.evaluate import Evaluation, evaluate
 from tvr.trainer.fencing import begin_attempt
-from tvr.trainer.model.model import build_model
-from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import Monitor, monitored
 from tvr.trainer.monitoring.progress import Progress
 from tvr.trainer.monitoring.run_log import LogWriter
@@ -39,47 +37,55 @@ from tvr.trainer.run_dir import (
     retention,
     write_evaluation,
 )
-from tvr.trainer.train_step import OptimiserStep
 
-# Beyond train.timeout_s, after which the watchdog ends a job within seconds.
+# Collectives time out this much after train.timeout_s, when the watchdog ends a job by itself.
 TIMEOUT_MARGIN_S = 60.0
 
 
 def train(
-    config: Config, run_dir: Path, *, resume: Resume = "auto", tell: Tell | None = None
+    config: Config, run_dir: Path, *, resume: Resume = "auto", report: Tell | None = None
 ) -> Evaluation | None:
-    """Trains to `train.steps`, continuing from the newest whole checkpoint of the run.
+    """Trains to `train.steps`, resuming from the newest whole checkpoint of the run.
 
-    Every rank of the job calls it. Returns the last evaluation (none without a test set).
-    `resume` "never" refuses a run that has checkpoints. With `tell`, a failure is told on stderr by
-    the first rank that fails, and Told is raised on all in its place.
+    Every rank of the job calls it.
+
+    Args:
+        config: Settings of the run; `run_dir` must be new or hold a run of the same settings.
+        run_dir: Folder of the run: configuration, log, checkpoints and results.
+        resume: "auto" resumes; "never" refuses a run that has checkpoints.
+        report: Writes an error to stderr and returns the exit code. The first rank that fails
+            calls it, and `AlreadyReported` then replaces the error on every rank. Without it,
+            errors are raised as they are.
+
+    Returns:
+        The last evaluation; none without a test set.
 
     Raises:
-        ValueError: settings, data or a `run_dir` of another configuration that cannot be used.
-        PreflightFailed: what was looked at before does not let the run begin.
-        CheckpointDamaged: the run has checkpoints, and none is whole.
-        Preempted: a signal asked the job to leave, and a checkpoint is saved.
+        ValueError: settings or data cannot be used, or `run_dir` holds another run.
+        PreflightFailed: a check before the first step failed on some rank.
+        CheckpointDamaged: the run has checkpoints, and none of them is whole.
+        Preempted: a signal asked the job to stop, and its checkpoint is saved.
         Fenced: a newer attempt at the run has begun.
-        NonFiniteLoss: naming step, rank and keys.
-        NotSaved: the checkpoint of the step with which it ends could not be written.
-        TooManyBadSamples: the budget `data.max_bad` is spent.
-        TrainingFailed: anything else that broke once training had begun.
+        NonFiniteLoss: the loss or its gradient is not finite; names step, ranks and sample keys.
+        NotSaved: the checkpoint of the final step could not be written.
+        TooManyBadSamples: more bad samples than `data.max_bad` were found.
+        TrainingFailed: any other failure after the first step began.
     """
     with (
-        # The watchdog comes first, where it can: it names the rank that is waited for.
+        # First, so that the watchdog, not a collective's time-out, reports a rank that hangs.
         join_world(config.train.timeout_s + TIMEOUT_MARGIN_S) as world,
         noticing() as notice,
-        # Outside of what tells a failure, which must not wait for the last scrape.
+        # Entered before failure reporting, so that a failure is reported before the final scrape.
         monitored(config, run_dir, world) as monitor,
-        telling(run_dir, world, tell) as failures,
+        telling(run_dir, world, report) as failures,
         watching(config.train, run_dir, world, failures) as watchdog,
     ):
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
         num_samples = check_data(config, world)
-        tokenizer = tokenizer_of(config)
+        tokenizer = build_tokenizer(config)
         check_memory(config, tokenizer, world)
-        attempt = world.from_first(lambda: begin_attempt(run_dir))
+        attempt = world.run_on_first(lambda: begin_attempt(run_dir))
         saver = Saver(
             checkpoints_of(config, run_dir),
             world,
@@ -88,130 +94,123 @@ def train(
             background=config.checkpoint.background,
         )
         log = LogWriter(run_dir, attempt, world)
-        found = resume_point(saver.place, log, world, resume)
-        torch.manual_seed(config.train.seed)
-        model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-        check_disk(config, run_dir, model, world)
-        monitor.look_at(model)
-        engine = engine_from(found, saver.place, model, config.train, run_dir, world)
-        step = OptimiserStep(config, engine, log, world, num_samples, watch=monitor.watch)
-        run = _Run(
-            config, run_dir, log, engine, tokenizer, world, step, saver, notice, watchdog, monitor
+        checkpoint = resume_point(saver.place, log, world, resume)
+
+        def inspect_model(model: TextVideoModel) -> None:
+            check_disk(config, run_dir, model, world)
+            monitor.look_at(model)
+
+        run = build_run(
+            config,
+            run_dir,
+            world,
+            attempt=attempt,
+            log=log,
+            tokenizer=tokenizer,
+            num_samples=num_samples,
+            checkpoint=checkpoint,
+            inspect_model=inspect_model,
+            watch=monitor.watch,
         )
-        return run.to_the_end(found.state if found else None)
+        return _Loop(run, run_dir, saver, notice, watchdog, monitor).run_steps()
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    config: Config
+class _Loop:
+    run: TrainingRun
     run_dir: Path
-    log: LogWriter
-    engine: Engine
-    tokenizer: Tokenizer
-    world: World
-    step: OptimiserStep
     saver: Saver
     notice: Notice
     watchdog: Watchdog
     monitor: Monitor
 
-    def to_the_end(self, saved: SavedState | None) -> Evaluation | None:
-        train = self.config.train
-        start_step = saved.step if saved else 0
-        self.log.begin(start_step)
-        if saved is not None:
-            self.step.go_on(saved)
-        self.monitor.begin(self.saver.attempt, saved)
-        if 0 < start_step < train.steps:
-            self.log.write("resumed", {"step": start_step, "attempt": self.saver.attempt.number})
-        evaluation = self._missed_evaluation(start_step)
-        batches = training_batches(
-            self.config,
-            self.tokenizer,
-            self.world,
-            start_step=start_step,
-            known_bad=dict(self.step.quarantine),
-        )
-        with Progress(train.steps, start_step, enabled=self.world.is_first) as progress:
-            for step in range(start_step, train.steps):
-                try:
-                    evaluation = self._advance(step, batches, progress) or evaluation
-                except NonFiniteLoss:
-                    self.monitor.nonfinite()
-                    raise
-                except (ValueError, OSError) as error:
-                    # Before the first step these mean bad input; here they mean that a run broke.
-                    raise TrainingFailed(f"step {step + 1} on rank {self.world.rank}") from error
+    def run_steps(self) -> Evaluation | None:
+        """Runs the steps that are left, and returns the last evaluation."""
+        done, last = self.run.start_step, self.run.config.train.steps
+        self._begin(done)
+        evaluation = self._evaluate_missed(done)
+        batches = self.run.batches()
+        with Progress(last, done, enabled=self.run.world.is_first) as progress:
+            for step in range(done + 1, last + 1):
+                with self._as_training_failure(step):
+                    self._train_step(step, batches, progress)
+                    self._save_or_leave(step)
+                    evaluation = self._evaluate_if_due(step, progress) or evaluation
         with self.watchdog.phase("checkpoint"):
-            error = self._last_save(train.steps)
+            error = self._finish_saves(last)
         if error is not None:
-            raise NotSaved(f"step {train.steps}, the last one, is not saved: {error}")
+            raise NotSaved(f"step {last}, the last one, is not saved: {error}")
         return evaluation
 
-    def _advance(self, step: int, batches: Iterator[Batch], show: Progress) -> Evaluation | None:
-        """One step, and what is due after it."""
-        train, evaluation = self.config.train, None
-        done = step + 1
-        record = self.step.take(done, batches)
-        self.watchdog.finished(done, record["step_s"])
-        record |= self.monitor.step(record, self.step.tally)
-        if done % train.log_every == 0 or done == train.steps:
-            self.log.write("step", record)
+    def _begin(self, start_step: int) -> None:
+        self.run.log.begin(start_step)
+        self.monitor.begin(self.run.attempt, self.run.resumed_from)
+        if 0 < start_step < self.run.config.train.steps:
+            values = {"step": start_step, "attempt": self.run.attempt.number}
+            self.run.log.write("resumed", values)
+
+    @contextmanager
+    def _as_training_failure(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteLoss:
+            self.monitor.nonfinite()
+            raise
+        except (ValueError, OSError) as error:
+            # Before the first step these errors mean bad input; here they mean a broken run.
+            raise TrainingFailed(f"step {step} on rank {self.run.world.rank}") from error
+
+    def _train_step(self, step: int, batches: Iterator[Batch], progress: Progress) -> None:
+        train = self.run.config.train
+        record = self.run.step.take(step, batches)
+        self.watchdog.finished(step, record["step_s"])
+        record |= self.monitor.step(record, self.run.step.tally)
+        if step % train.log_every == 0 or step == train.steps:
+            self.run.log.write("step", record)
             self.monitor.logged(record)
-        show.step(done, record)
+        progress.step(step, record)
+
+    def _save_or_leave(self, step: int) -> None:
+        """Saves a checkpoint if one is due, and ends a job that was asked to stop."""
+        last = self.run.config.train.steps
         with self.watchdog.phase("checkpoint"):
-            leave = self._agree()
-            # Saved first: an evaluation that fails must not cost the steps before it.
-            if leave or _due(done, self.config.checkpoint.every, train.steps):
-                is_last = leave or done == train.steps
-                self._tell(self.saver.save(self._state(done), self._staged, is_last=is_last))
-            if leave and done < train.steps:
-                self._leave(done)
-        self.step.watch.lap("save")
-        if self._evaluation_due(done):
-            evaluation = self._evaluate(done)
-            show.text(evaluation.table())
-        return evaluation
+            leave = self._sync_flags()
+            # Saves come before evaluations, whose failure must not cost the steps before it.
+            if leave or _is_due(step, self.run.config.checkpoint.every, last):
+                state, is_last = self.run.saved_state(step), leave or step == last
+                self._record(self.saver.save(state, self.run.state_dict, is_last=is_last))
+            if leave and step < last:
+                self._leave(step)
+        self.run.step.watch.lap("save")
 
-    def _agree(self) -> bool:
-        """What no rank may decide alone: a save goes on once its part is done on all ranks, and
-        all leave once one was told to."""
+    def _sync_flags(self) -> bool:
+        """Agrees with all ranks at a step boundary: returns True if any was asked to stop.
+
+        A save advances to its next phase once every rank has finished the present one.
+        """
         mine = int(self.saver.is_ready) + 2 * int(self.notice.given)
-        everyone = self.world.gather_counts(mine)
-        if all(flags & 1 for flags in everyone):
-            self._tell(self.saver.go_on())
-        return any(flags & 2 for flags in everyone)
+        flags_by_rank = self.run.world.all_gather_counts(mine)
+        if all(flags & 1 for flags in flags_by_rank):
+            self._record(self.saver.go_on())
+        return any(flags & 2 for flags in flags_by_rank)
 
-    def _leave(self, done: int) -> None:
-        error = self._last_save(done)
+    def _leave(self, step: int) -> None:
+        error = self._finish_saves(step)
         name = self.notice.signal.name if self.notice.signal else "another rank"
         if error is not None:
-            raise NotSaved(f"step {done} is not saved: {error}; asked to leave by {name}")
-        self.log.write("preempted", {"step": done, "by": name})
-        raise Preempted(f"step {done} is saved; asked to leave by {name}")
+            raise NotSaved(f"step {step} is not saved: {error}; asked to leave by {name}")
+        self.run.log.write("preempted", {"step": step, "by": name})
+        raise Preempted(f"step {step} is saved; asked to leave by {name}")
 
-    def _last_save(self, step: int) -> str | None:
-        """Waits for the save of this step; what went wrong with it, if anything."""
-        self._tell(self.saver.finish())
+    def _finish_saves(self, step: int) -> str | None:
+        """Waits for saves in flight; returns the error of the save of `step`, if it failed."""
+        self._record(self.saver.finish())
         last = self.saver.last
         return last.error if last is not None and last.step == step else None
 
-    def _staged(self, copy: bool) -> dict[str, Any]:
-        return shard_files(self.engine.stage(copy=copy), self.world.rank, random_state())
-
-    def _state(self, step: int) -> SavedState:
-        return SavedState(
-            step=step,
-            world_size=self.world.world_size,
-            zero_stage=self.config.train.zero_stage,
-            precision=self.config.train.precision,
-            attempt=self.saver.attempt.number,
-            quarantine=dict(self.step.quarantine),
-            metrics=dict(self.step.counters),
-            files={},
-        )
-
-    def _tell(self, saves: Sequence[Saved]) -> None:
+    def _record(self, saves: Sequence[Saved]) -> None:
+        """Logs saves that have ended."""
+        log = self.run.log
         for saved in saves:
             self.monitor.saved(saved)
             values = {
@@ -224,49 +223,60 @@ class _Run:
             if saved.no_room is not None:
                 values["no_room"] = saved.no_room
             if saved.error is None:
-                self.log.write("saved", values)
+                log.write("saved", values)
             else:
-                self.log.write("save_failed", {**values, "error": saved.error})
-                self.log.warn(f"checkpoint of step {saved.step} not saved: {saved.error}")
+                log.write("save_failed", {**values, "error": saved.error})
+                log.warn(f"checkpoint of step {saved.step} not saved: {saved.error}")
 
-    def _evaluate(self, step: int) -> Evaluation:
-        began_s = time.monotonic()
-        with self.watchdog.phase("evaluation"):
-            self.engine.training(False)
-            evaluation = evaluate(self.engine.encode, self.config, self.tokenizer, self.world)
-            self.engine.training(True)
-        self.step.watch.lap("evaluation")
-        self.monitor.evaluated(step, evaluation)
-        seconds = round(time.monotonic() - began_s, 4)
-        self.log.write("evaluation", {"step": step, "seconds": seconds, **evaluation.summary()})
-        self.log.write_bad("left_out", step, evaluation.left_out)
-        if self.world.is_first:
-            self.saver.attempt.check()
-            self._keep(evaluation, step)
+    def _evaluate_if_due(self, step: int, progress: Progress) -> Evaluation | None:
+        if not self._is_evaluation_due(step):
+            return None
+        evaluation = self._evaluate(step)
+        progress.text(evaluation.table())
         return evaluation
 
-    def _keep(self, evaluation: Evaluation, step: int) -> None:
+    def _evaluate_missed(self, step: int) -> Evaluation | None:
+        """Evaluates a resumed step that an earlier attempt saved but did not evaluate."""
+        if step == 0 or not self._is_evaluation_due(step):
+            return None
+        evaluated = self.run.world.run_on_first(lambda: evaluated_step(self.run_dir))
+        return None if evaluated == step else self._evaluate(step)
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        train = self.run.config.train
+        return self.run.config.data.test is not None and _is_due(
+            step, train.eval_every, train.steps
+        )
+
+    def _evaluate(self, step: int) -> Evaluation:
+        run, began_s = self.run, time.monotonic()
+        with self.watchdog.phase("evaluation"):
+            run.engine.set_training(False)
+            evaluation = evaluate(run.engine.encode, run.config, run.tokenizer, run.world)
+            run.engine.set_training(True)
+        run.step.watch.lap("evaluation")
+        self.monitor.evaluated(step, evaluation)
+        seconds = round(time.monotonic() - began_s, 4)
+        run.log.write("evaluation", {"step": step, "seconds": seconds, **evaluation.summary()})
+        run.log.write_bad("left_out", step, evaluation.left_out)
+        if run.world.is_first:
+            run.attempt.check()
+            self._store(evaluation, step)
+        return evaluation
+
+    def _store(self, evaluation: Evaluation, step: int) -> None:
+        """Writes evaluation.json and the score by which the best checkpoint is chosen."""
+        config = self.run.config
         try:
             write_evaluation(self.run_dir, evaluation, step)
-            # The best of the steps that are saved: of others no checkpoint can be kept.
-            if _due(step, self.config.checkpoint.every, self.config.train.steps):
+            # Only a saved step can be kept as the best checkpoint.
+            if _is_due(step, config.checkpoint.every, config.train.steps):
                 note_evaluation(self.saver.place, step, evaluation.score)
         except OSError as error:
-            if step == self.config.train.steps:
+            if step == config.train.steps:
                 raise
-            self.log.warn(f"of the evaluation of step {step} the log has all that is kept: {error}")
-
-    def _evaluation_due(self, step: int) -> bool:
-        train = self.config.train
-        return self.config.data.test is not None and _due(step, train.eval_every, train.steps)
-
-    def _missed_evaluation(self, step: int) -> Evaluation | None:
-        """Evaluates where an earlier attempt ended between saving a step and evaluating it."""
-        if step == 0 or not self._evaluation_due(step):
-            return None
-        done = self.world.from_first(lambda: evaluated_step(self.run_dir))
-        return None if done == step else self._evaluate(step)
+            self.run.log.warn(f"the evaluation of step {step} is only in the log: {error}")
 
 
-def _due(step: int, every: int, last: int) -> bool:
+def _is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)

@@ -78,7 +78,7 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
     Raises:
         ValueError: it holds a run of another configuration, the differing settings named.
     """
-    world.from_first(lambda: _claim(run_dir, config, world.world_size))
+    world.run_on_first(lambda: _claim(run_dir, config, world.world_size))
 
 
 def read_config(run_dir: Path) -> Config:

@@ -21,14 +21,14 @@ from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.train_step import OptimiserStep
 
 
-def share_of_one(config: Config, ranks: int) -> Config:
+def single_rank_config(config: Config, ranks: int) -> Config:
     """What one rank of `ranks` does of each step, as a configuration for a rank alone."""
     return replace(
         config, train=replace(config.train, global_batch=config.train.global_batch // ranks)
     )
 
 
-def take_synthetic_step(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The first step on this process alone; what training would log of it.
 
     Raises:

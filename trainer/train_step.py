@@ -15,7 +15,7 @@ from tvr.data_prep.budget import Budget
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.config import Config, LossConfig, accumulation_steps
-from tvr.trainer.distributed.collectives import gather_rows
+from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.schedule import learning_rate_factor
@@ -103,7 +103,7 @@ class OptimiserStep:
             self.tally.loading_s += time.perf_counter() - before
             return batch
 
-        batch = self.world.together(load, TooManyBadSamples)
+        batch = self.world.run_on_all(load, TooManyBadSamples)
         self.tally.reads.update(batch.reads)
         return batch
 
@@ -163,14 +163,14 @@ class OptimiserStep:
         # long each worked in the step before.
         more = mine.shares.new_tensor([len(replaced), self.tally.alone_s or 0.0])
         line = torch.cat([mine.shares, more])
-        everyone = gather_rows(line[None], world, (1,) * world.world_size).cpu()
+        everyone = all_gather_rows(line[None], world, (1,) * world.world_size).cpu()
         keys = [key for batch in micro_batches for key in batch.keys]
         _stop_unless_finite(everyone, step, keys, world)
         self.watch.lap("loss")
         values, skipped, alone_s = everyone[:, :-2], everyone[:, -2], everyone[:, -1]
         self.tally.everyones_s = tuple(alone_s.tolist())
         if skipped.any():
-            bad = [entry for entries in world.gather_objects(replaced) for entry in entries]
+            bad = [entry for entries in world.all_gather_objects(replaced) for entry in entries]
             self.log.write_bad("replaced", step, bad)
             self.tally.skipped.update(entry.reason for entry in bad)
             self._set_apart(bad)
@@ -202,7 +202,7 @@ def _stop_unless_finite(shares: Tensor, step: int, keys: Sequence[str], world: W
     broken = (~shares.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if not broken:
         return
-    named = world.gather_objects(keys)[broken[0]]
+    named = world.all_gather_objects(keys)[broken[0]]
     raise NonFiniteLoss(
         f"step {step}: the loss is not finite on rank {', '.join(map(str, broken))} of "
         f"{world.world_size}; no weight was changed by this step. Keys of rank {broken[0]}'s "

@@ -122,15 +122,15 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         torch.manual_seed(0)
         model = build_model(config.model, config.loss, tokenizer, num_frames=FRAMES)
         engine = Engine(model, config.train, world)
-        attempt = world.from_first(lambda: begin_attempt(folder))
+        attempt = world.run_on_first(lambda: begin_attempt(folder))
         log = LogWriter(folder, attempt, world)
         step = OptimiserStep(config, engine, log, world, options.pairs)
         first = world.rank * of_rank
         size = config.train.micro_batch
         batches = (batch_of(at, size, tokenizer) for at in range(first, first + of_rank, size))
-        idle = world.gather_objects(process_bytes("VmRSS"))
+        idle = world.all_gather_objects(process_bytes("VmRSS"))
         record = step.take(1, batches)
-        peaks = world.gather_objects(process_bytes("VmHWM"))
+        peaks = world.all_gather_objects(process_bytes("VmHWM"))
         if world.is_first:
             record |= {"peak_bytes": sum(peaks), "before_bytes": sum(idle)}
             (folder / "answer").write_text(json.dumps(record))

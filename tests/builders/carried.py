@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from tvr.trainer.config import Config
-from tvr.trainer.data import tokenizer_of, training_batches
-from tvr.trainer.distributed.collectives import gather_rows
+from tvr.trainer.data import build_tokenizer, training_batches
+from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import Engine, reader_of, write_universal
-from tvr.trainer.engine.universal import load_frozen
+from tvr.trainer.engine.engine import Engine, universal_target, write_universal
+from tvr.trainer.engine.universal import load_frozen_weights
 from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
 
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 def model_of(config: Config, seed: int = 0) -> TextVideoModel:
     torch.manual_seed(seed)
     return build_model(
-        config.model, config.loss, tokenizer_of(config), num_frames=config.data.num_frames
+        config.model, config.loss, build_tokenizer(config), num_frames=config.data.num_frames
     )
 
 
 def losses(engine: Any, config: Config, world: World, first: int, count: int) -> list[float]:
     """Losses of steps first + 1 to first + count, each followed by its update."""
-    batches = training_batches(config, tokenizer_of(config), world, start_step=first)
+    batches = training_batches(config, build_tokenizer(config), world, start_step=first)
     values = []
     for _ in range(count):
         batch = next(batches)
@@ -36,7 +36,7 @@ def losses(engine: Any, config: Config, world: World, first: int, count: int) ->
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
         engine.backward(mine.for_backward)
         engine.step(1.0)
-        everyone = gather_rows(mine.shares[None], world, (1,) * world.world_size)
+        everyone = all_gather_rows(mine.shares[None], world, (1,) * world.world_size)
         values.append(float(everyone[:, 0].sum()))
     return values
 
@@ -45,7 +45,7 @@ def save_state(engine: Engine, folder: Path, world: World) -> None:
     """Writes every rank's part of the state to folder/shards."""
     shards = folder / "shards"
     shards.mkdir(parents=True, exist_ok=True)
-    for name, value in engine.stage(copy=False).items():
+    for name, value in engine.state_dict(copy=False).items():
         torch.save(value, shards / name)
     world.barrier()
 
@@ -56,17 +56,17 @@ def universal_of(config: Config, source: Path, was_stage: int, world: World) -> 
 
     def convert() -> None:
         if not universal.exists():
-            reader = reader_of(model_of(config), config.train, world.world_size)
+            reader = universal_target(model_of(config), config.train, world.world_size)
             write_universal(source / "shards", universal, was_stage, reader)
 
-    world.from_first(convert)
+    world.run_on_first(convert)
     return universal
 
 
 def engine_from(config: Config, universal: Path, world: World, seed: int = 0) -> Engine:
     """Goes on from a universal form, in a model that began with other random weights."""
     model = model_of(config, seed)
-    load_frozen(model, universal)
+    load_frozen_weights(model, universal)
     engine = Engine(model, config.train, world, universal=True)
-    engine.load(universal)
+    engine.load_checkpoint(universal)
     return engine

@@ -22,7 +22,7 @@ from builders.tiny import with_ranks
 from tvr.launchers.rank_main import end_process
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
-from tvr.trainer.engine.engine import weights_of
+from tvr.trainer.engine.engine import consolidated_weights
 from tvr.trainer.monitoring.run_log import read_log
 
 TIMEOUT_S = 180.0
@@ -144,7 +144,7 @@ def losses(run_dir: Path) -> list[float]:
 
 def final_weights(run_dir: Path, config: Config) -> dict[str, torch.Tensor]:
     shards = run_dir / "checkpoints" / f"step-{config.train.steps:08d}" / "shards"
-    return weights_of(shards, config.train.zero_stage)
+    return consolidated_weights(shards, config.train.zero_stage)
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.checkpoint.restore import local_files
 from tvr.trainer.checkpoint.saver import NICENESS, Saved, Saver, shard_files
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.random_state import random_state, restore_random_state
+from tvr.trainer.engine.random_state import get_random_state, set_random_state
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
 from tvr.trainer.fencing import Attempt, begin_attempt
@@ -54,7 +54,7 @@ def saver(folder: Path | str, run_dir: Path, **settings: Any) -> Saver:
 
 def stage(value: float) -> dict[str, Any]:
     shards = {"model.pt": {"weight": torch.full((1000,), value)}, "optimiser.pt": {"step": value}}
-    return shard_files(shards, 0, random_state())
+    return shard_files(shards, 0, get_random_state())
 
 
 def save(to: Saver, step: int) -> Saved:
@@ -465,7 +465,7 @@ def test_all_random_states_are_restored() -> None:
 
     import numpy as np
 
-    saved = random_state()
+    saved = get_random_state()
     drawn = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
-    restore_random_state(saved)
+    set_random_state(saved)
     assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == drawn

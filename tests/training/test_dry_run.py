@@ -24,9 +24,14 @@ from tvr.trainer.memory.model_memory import (
     checkpoint_bytes,
     model_bytes,
 )
-from tvr.trainer.model.model import build_model, build_outline, checkpoint_activations, model_inputs
+from tvr.trainer.model.model import (
+    build_meta_model,
+    build_model,
+    checkpoint_activations,
+    model_inputs,
+)
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.synthetic_step import random_batches, share_of_one, take_synthetic_step
+from tvr.trainer.synthetic_step import random_batches, run_synthetic_step, single_rank_config
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +184,7 @@ def test_the_step_is_one_of_training_and_the_same_each_time(
     data: Path, tokenizer: Tokenizer
 ) -> None:
     config = tiny_config(data, train={"global_batch": 8, "micro_batch": 4})
-    first, second = (take_synthetic_step(config, tokenizer) for _ in range(2))
+    first, second = (run_synthetic_step(config, tokenizer) for _ in range(2))
     assert first["loss"] == second["loss"]
     assert first["gradient_norm"] == second["gradient_norm"] > 0
     assert first["tpm_cl_loss"] > 0
@@ -195,7 +200,7 @@ def test_random_batches_fill_all_slots_and_repeat_no_video(
     assert first.token_ids.shape == first.word_mask.shape == (8, MAX_WORDS)
     assert set(first.word_mask.unique().tolist()) == {1, 2}
     assert not set(first.video_ids.tolist()) & set(second.video_ids.tolist())
-    assert share_of_one(config, 4).train.global_batch == 2
+    assert single_rank_config(config, 4).train.global_batch == 2
 
 
 @pytest.mark.parametrize(("frames", "again"), [(3, False), (12, False), (12, True)])
@@ -250,10 +255,10 @@ def test_a_checkpoint_has_the_size_foretold(
         engine.backward(features.sentence.float().sum() + features.frames.float().sum())
         engine.step(1.0)
         saved = 0
-        for value in engine.stage().values():
+        for value in engine.state_dict().values():
             torch.save(value, buffer := io.BytesIO())
             saved += buffer.tell()
-    outline = build_outline(config.model, config.loss, tokenizer, **parts)
+    outline = build_meta_model(config.model, config.loss, tokenizer, **parts)
     assert checkpoint_bytes(outline, config.train) == pytest.approx(saved, rel=0.05)
 
 
@@ -261,7 +266,7 @@ def test_states_are_shared_out_as_the_zero_stage_says(data: Path, tokenizer: Tok
     def of(stage: int, ranks: int, precision: str = "fp32") -> tuple[float, float, float]:
         config = tiny_config(data, train={"zero_stage": stage, "precision": precision})
         needs = model_bytes(config, tokenizer, ranks)
-        outline = build_outline(config.model, config.loss, tokenizer, num_frames=3)
+        outline = build_meta_model(config.model, config.loss, tokenizer, num_frames=3)
         numbers = sum(parameter.numel() for parameter in outline.parameters())
         states = (needs.weights, needs.gradients, needs.optimiser)
         weights, gradients, optimiser = (size / numbers for size in states)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.data import training_batches
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import COMPILED_IN, Engine, running_compiled
+from tvr.trainer.engine.engine import COMPILE_CACHE_VARIABLE, Engine, explain_compile_cache_errors
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model.model import model_inputs
 from tvr.trainer.model.parameter_groups import parameter_groups
@@ -102,8 +102,8 @@ def take_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, 
         results[key(stage, form)] = take(engine, config, world)
         if form in (OPTIMIZER, PARAMETERS, {}):
             save_state(engine, folder / key(stage, form), world)
-            kept = tensors(engine.stage())
-            live = tensors(engine.stage(copy=False))
+            kept = tensors(engine.state_dict())
+            live = tensors(engine.state_dict(copy=False))
             then = [tensor.clone() for tensor in live]
             results[f"beyond {key(stage, form)}"] = take(engine, config, world, STEPS, MORE)
             results[f"copy {key(stage, form)}"] = [equal(kept, then), equal(live, then)]
@@ -117,7 +117,7 @@ def moved(data: Path, folder: Path, world: World) -> dict[str, Taken]:
     for stage, was, form in MOVES:
         config = settings(data, stage, world.world_size, **form)
         engine = Engine(model_of(config), config.train, world)
-        engine.load(folder / key(stage, was) / "shards")
+        engine.load_checkpoint(folder / key(stage, was) / "shards")
         results[f"{key(stage, was)} -> {form}"] = take(engine, config, world, STEPS, MORE)
     return results
 
@@ -146,14 +146,14 @@ def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[
         config = settings(data, stage, world_size, **form)
         engine = Engine(model_of(config), config.train, world)
         tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
-        engine.training(False)
+        engine.set_training(False)
         with torch.no_grad():
             batch = next(training_batches(config, tokenizer, world))
             features = engine.encode(*model_inputs(batch, CPU))
-        engine.training(True)
+        engine.set_training(True)
         values, _ = take(engine, config, world)
         names = [name for name, _ in engine.module.named_parameters()]
-        saved = engine.stage()["mp_rank_00_model_states.pt"]["module"]
+        saved = engine.state_dict()["mp_rank_00_model_states.pt"]["module"]
         results[key(stage, form)] = (values, features.words, names, list(saved))
     return results
 
@@ -225,10 +225,12 @@ def test_compiled_towers_give_the_same_to_rounding_under_the_same_names(
 
 def run_compiled(rank: int, world_size: int, folder: Path) -> str:
     """What is said of a small function that torch compiles, or finds compiled in the folder."""
-    os.environ[COMPILED_IN] = str(folder)
+    os.environ[COMPILE_CACHE_VARIABLE] = str(folder)
     compiled = torch.compile(lambda x: x.sin() + 1, fullgraph=True)
     try:
-        with running_compiled(TrainConfig(steps=1, global_batch=1, micro_batch=1, compile=True)):
+        with explain_compile_cache_errors(
+            TrainConfig(steps=1, global_batch=1, micro_batch=1, compile=True)
+        ):
             compiled(torch.arange(100.0))
     except TrainingFailed as error:
         return str(error)

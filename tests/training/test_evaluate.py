@@ -20,7 +20,7 @@ from tvr.data_prep.records import Batch, TooManyBadSamples
 from tvr.kernels import reference
 from tvr.kernels.ranking import retrieval_metrics
 from tvr.trainer.config import Config
-from tvr.trainer.data import batches_in_order
+from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.evaluate import Evaluation, evaluate, results_table
 from tvr.trainer.loop import train
@@ -73,7 +73,7 @@ def evaluated(config: Config, world: World = ALONE) -> Evaluation:
 
 def whole_set(url: str, config: Config, tokenizer: Tokenizer) -> Batch:
     large = replace(config.train, micro_batch=1000, global_batch=1000)
-    (batch,) = batches_in_order(replace(config, train=large), tokenizer, ALONE, url)
+    (batch,) = ordered_batches(replace(config, train=large), tokenizer, ALONE, url)
     return batch
 
 

@@ -17,8 +17,8 @@ from builders.spawn import spawn
 from torch import Tensor
 
 from tvr.trainer.config import LossConfig, ModelConfig
-from tvr.trainer.distributed.collectives import collectives_of
-from tvr.trainer.distributed.exchange import Gathered, Ring
+from tvr.trainer.distributed.collectives import loss_collectives
+from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.gradient_cache import FeatureCache
 from tvr.trainer.loss.objective import objective
@@ -34,7 +34,7 @@ LOSSES = {
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PATHS = list(product(("gather", "ring"), ("keep", "stream"), (False, True)))
 CASES = [(*path, loss, dtype) for path in PATHS for loss in LOSSES for dtype in TOLERANCE]
-WAYS = {"gather": Gathered, "ring": Ring}
+WAYS = {"gather": AllGatherExchange, "ring": RingExchange}
 # Of rows that travel, per rank: unequal, equal, and one rank without any.
 TRAVELS = {
     "unequal": lambda rank: (5, 3, 4, 2)[rank],
@@ -73,7 +73,7 @@ def loss_and_gradients(
     gradients = plain.gradients_of(model)
     # One collective for all of it: starting one costs more than the numbers do.
     mine = [found.shares[0] * world.world_size, *(x.flatten() for x in gradients.values())]
-    mean = collectives_of(world).sum(torch.hstack(mine)) / world.world_size
+    mean = loss_collectives(world).sum(torch.hstack(mine)) / world.world_size
     loss_value, *parts = mean.split([1, *(x.numel() for x in gradients.values())])
     named = zip(gradients.items(), parts, strict=True)
     return float(loss_value), {name: part.view_as(x) for (name, x), part in named}
@@ -87,7 +87,7 @@ def rows_of(rank: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def travel(name: str, world: World, count: int) -> dict[str, Any]:
     """What a rank sees of everyone's rows, and the gradients that come home to its own."""
-    exchange = WAYS[name](world, world.gather_counts(count))
+    exchange = WAYS[name](world, world.all_gather_counts(count))
     mine = rows_of(world.rank, count)
     seen, places = [], set()
     for first, piece in exchange.visit(mine):
@@ -188,7 +188,7 @@ def break_off(rank: int, world_size: int, folder: Path) -> str:
         world_size=world_size,
         timeout=TIME_OUT,
     )
-    exchange = Ring(world_of(rank, world_size), (2,) * world_size)
+    exchange = RingExchange(world_of(rank, world_size), (2,) * world_size)
     raised = ""
     try:
         for _ in exchange.visit((torch.zeros(2, 3),)):

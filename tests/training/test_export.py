@@ -18,7 +18,7 @@ from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.demo_clips import ANNOTATIONS
 from tvr.launchers.cli import main
 from tvr.trainer.config import Config
-from tvr.trainer.data import batches_in_order
+from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.export import load_exported
 from tvr.trainer.evaluation.saved_run import load_run
@@ -58,7 +58,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def features(model: TextVideoModel, config: Config, tokenizer: Tokenizer) -> Any:
     assert config.data.test is not None
-    batches = batches_in_order(config, tokenizer, ALONE, config.data.test)
+    batches = ordered_batches(config, tokenizer, ALONE, config.data.test)
     with torch.no_grad():
         return joined([model(*model_inputs(batch, CPU)) for batch in batches])
 

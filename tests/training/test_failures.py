@@ -95,7 +95,7 @@ def test_a_stopped_rank_is_named_and_ends_with_the_others(config: Config, tmp_pa
     assert "Traceback" not in errors
     (job,) = (run_dir / "stalls").iterdir()
     assert sorted(path.name for path in job.iterdir()) == ["rank-00000.json", "rank-00000.txt"]
-    assert " in to_the_end\n" in (job / "rank-00000.txt").read_text()
+    assert " in run_steps\n" in (job / "rank-00000.txt").read_text()
     assert jobs.rank_pid(run_dir, 1) is None
 
 

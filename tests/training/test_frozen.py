@@ -13,7 +13,7 @@ from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import Engine, weights_of
+from tvr.trainer.engine.engine import Engine, consolidated_weights
 
 KINDS: dict[str, dict[str, Any]] = {"layers": {"freeze": 1}, "lora": {"lora_rank": 2}}
 STAGES = (1, 3)
@@ -56,7 +56,7 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path) -> Any:
             config = settings(data, kind, stage, world_size)
             if (int(was_stage), int(was_ranks)) == (stage, world_size):
                 engine = Engine(model_of(config, seed=1), config.train, world)
-                engine.load(source / "shards")
+                engine.load_checkpoint(source / "shards")
             else:
                 universal = universal_of(config, source, int(was_stage), world)
                 engine = engine_from(config, universal, world, seed=1)
@@ -94,7 +94,7 @@ def test_a_checkpoint_holds_all_weights_and_frozen_ones_as_they_were(
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("tower." in name for name in trains)
     for source in saved[0].glob(f"{kind}-*"):
-        weights = weights_of(source / "shards", int(source.name.split("-")[1]))
+        weights = consolidated_weights(source / "shards", int(source.name.split("-")[1]))
         assert weights.keys() == start.keys(), source.name
         for name, weight in weights.items():
             moved = not torch.equal(weight, start[name])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tvr.trainer.config import Config
 from tvr.trainer.data import training_batches
-from tvr.trainer.distributed.collectives import collectives_of, gather_rows
+from tvr.trainer.distributed.collectives import all_gather_rows, loss_collectives
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.loss.objective import objective
@@ -67,7 +67,7 @@ def engine_gradients(
         batch = next(training_batches(config, tokenizer, world))
         features = engine.encode(*model_inputs(batch, world.device))
         mine = objective(features, batch.video_ids, config.model, config.loss, world)
-        shares = collectives_of(world).sum(mine.shares)
+        shares = loss_collectives(world).sum(mine.shares)
         engine.backward(mine.for_backward)
         results[zero_stage, name] = (
             float(shares[0]),
@@ -141,8 +141,8 @@ def double_gradients(
         gradients = {}
         for key, parameter in model.named_parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients[key] = collectives_of(world).sum(gradient) / world_size
-        value = float(collectives_of(world).sum(mine.shares)[0])
+            gradients[key] = loss_collectives(world).sum(gradient) / world_size
+        value = float(loss_collectives(world).sum(mine.shares)[0])
         results[loss, interaction] = (value, gradients)
     return results
 
@@ -162,15 +162,15 @@ Gathered = tuple[Tensor, Tensor]
 def gather_backward(rank: int, world_size: int) -> tuple[dict[str, Gathered], list[Any]]:
     world, results = world_of(rank, world_size), {}
     for name, count in (("equal", 2), ("unequal", rank)):
-        counts = world.gather_counts(count)
+        counts = world.all_gather_counts(count)
         assert counts == ((2, 2, 2) if name == "equal" else (0, 1, 2))
         mine = torch.full((count, 3), float(rank + 1), dtype=torch.float64, requires_grad=True)
-        everyone = gather_rows(mine, world, counts)
+        everyone = all_gather_rows(mine, world, counts)
         weights = torch.arange(everyone.numel(), dtype=torch.float64).view_as(everyone)
         (everyone * weights * (rank + 1)).sum().backward()
         assert mine.grad is not None
         results[name] = everyone.detach(), mine.grad
-    nothing = gather_rows(torch.zeros(0, 4), world, (0, 0, 0))
+    nothing = all_gather_rows(torch.zeros(0, 4), world, (0, 0, 0))
     assert nothing.shape == (0, 4)
     return results, [together(world, refusing) for refusing in ((), (2,), (1, 2))]
 
@@ -182,7 +182,7 @@ def together(world: World, refusing: tuple[int, ...]) -> Any:
         return 10 * world.rank
 
     try:
-        return world.together(act, KeyError)
+        return world.run_on_all(act, KeyError)
     except KeyError as error:
         return error.args
 

@@ -106,7 +106,7 @@ def test_dropout_draws_by_the_random_state_that_is_saved(
         jobs.as_after_step(2, whole, run_dir)
     loop.train(with_ranks(config, 1), same)
     assert jobs.losses(same) == jobs.losses(whole)
-    monkeypatch.setattr(resume, "restore_random_state", lambda state: None)
+    monkeypatch.setattr(resume, "set_random_state", lambda state: None)
     loop.train(with_ranks(config, 1), other)
     assert jobs.losses(other)[:2] == jobs.losses(whole)[:2]
     for ours, theirs in zip(jobs.losses(other)[2:], jobs.losses(whole)[2:], strict=True):

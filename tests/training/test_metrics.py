@@ -30,8 +30,8 @@ from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
 from tvr.data_prep.packing.pack import PackProgress
 from tvr.data_prep.packing.pack_metrics import PACK_METRICS, served_progress
 from tvr.trainer.config import Config
-from tvr.trainer.data import tokenizer_of
-from tvr.trainer.distributed.collectives import gather_rows
+from tvr.trainer.data import build_tokenizer
+from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.shared_memory import IN_MEMORY
 from tvr.trainer.distributed.world import World
 from tvr.trainer.fencing import begin_attempt
@@ -227,12 +227,12 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
     seen = {}
     for endpoint in ("node", "rank", "none"):
         run_dir = folder / endpoint
-        attempt = world.from_first(lambda run_dir=run_dir: begin_attempt(run_dir))
+        attempt = world.run_on_first(lambda run_dir=run_dir: begin_attempt(run_dir))
         settings = replace(config.metrics, endpoint=endpoint)
         monitor = NodeMonitor(replace(config, metrics=settings), run_dir, world)
         monitor.begin(attempt, None)
         (mine,) = {"node": [3], "rank": [2], "none": [1]}[endpoint]
-        gather_rows(torch.ones(mine, 4), world, (mine, mine))
+        all_gather_rows(torch.ones(mine, 4), world, (mine, mine))
         tally = Tally(loading_s=0.5 + rank)
         tally.skipped.update({"checksum": 2, "unreadable": 1, "no_frames": 3})
         tally.reads.update({"local": 10 + rank, "store": rank})
@@ -375,7 +375,7 @@ def test_a_straggler_is_named() -> None:
 
 def test_operations_are_those_that_torch_counts(data: Path) -> None:
     config = tiny_config(data, metrics={"peak_tflops": 2.0})
-    tokenizer = tokenizer_of(config)
+    tokenizer = build_tokenizer(config)
 
     def built(config: Config) -> TextVideoModel:
         data = config.data

@@ -24,13 +24,13 @@ from tvr.trainer import data as inputs_file
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import CheckpointConfig, Config, to_json
-from tvr.trainer.data import tokenizer_of
+from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed import world as world_file
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.memory import rank_memory as rank_memory_file
 from tvr.trainer.memory.rank_memory import rank_memory
-from tvr.trainer.model.model import build_outline
+from tvr.trainer.model.model import build_meta_model
 from tvr.trainer.resilience import preflight as preflight_file
 from tvr.trainer.resilience.preflight import (
     SETTINGS,
@@ -68,7 +68,7 @@ Refusal: TypeAlias = tuple[list[str], int | None]
 def refusals(rank: int, world_size: int, config: Config, folder: Path) -> Refusal:
     """What is refused, and the rank whose node is at fault; rank 1 has another batch size."""
     world = World(rank=rank, world_size=world_size, device=CPU)
-    world.meet(60.0)
+    world.check_connection(60.0)
     if rank == 1:
         config = replace(config, train=replace(config.train, global_batch=16))
     try:
@@ -97,7 +97,7 @@ def meets_nobody(rank: int, world_size: int) -> None:
     """Rank 1 does not come."""
     if rank == 1:
         time.sleep(60)
-    World(rank=rank, world_size=world_size, device=CPU).meet(0.5)
+    World(rank=rank, world_size=world_size, device=CPU).check_connection(0.5)
 
 
 def test_a_rank_that_does_not_come_is_missed_soon() -> None:
@@ -119,8 +119,8 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "not" / "there"
-    tokenizer = tokenizer_of(config)
-    model = build_outline(config.model, config.loss, tokenizer, num_frames=3)
+    tokenizer = build_tokenizer(config)
+    model = build_meta_model(config.model, config.loss, tokenizer, num_frames=3)
     check_disk(config, run_dir, model, ALONE)
     with torch.device("meta"):
         model.register_parameter("vast", nn.Parameter(torch.empty(10**7, 10**6)))
@@ -137,14 +137,14 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused(
 class Elsewhere(World):
     """Rank 0 of two on one machine, whose other rank says what it says itself."""
 
-    def gather_objects(self, mine: Any) -> list[Any]:
+    def all_gather_objects(self, mine: Any) -> list[Any]:
         return [mine, mine]
 
 
 def test_states_that_do_not_fit_the_memory_are_refused(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, tokenizer = with_ranks(config, 2), tokenizer_of(config)
+    config, tokenizer = with_ranks(config, 2), build_tokenizer(config)
     needs = rank_memory(config, tokenizer, 2)
     assert 0 < needs.states < needs.total
 
@@ -174,7 +174,7 @@ def test_what_is_offloaded_is_not_the_devices(
     def states(offload: str, kind: str) -> tuple[int, int]:
         monkeypatch.setattr(rank_memory_file, "device", lambda: kind)
         train = replace(with_ranks(config, 2).train, zero_stage=3, offload=offload)
-        needs = rank_memory(replace(config, train=train), tokenizer_of(config), 2)
+        needs = rank_memory(replace(config, train=train), build_tokenizer(config), 2)
         return needs.states, needs.model.weights
 
     whole, weights = states("none", "cuda")

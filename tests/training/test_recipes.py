@@ -15,7 +15,7 @@ from tvr.trainer.cli import show_config
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import accumulation_steps, from_json
 from tvr.trainer.memory.rank_memory import rank_memory
-from tvr.trainer.model.model import build_outline
+from tvr.trainer.model.model import build_meta_model
 from tvr.trainer.model.tokenizer import load_tokenizer
 from tvr.trainer.recipes.benchmarks import PASSES
 from tvr.trainer.recipes.recipes import RECIPES, recipe
@@ -107,7 +107,7 @@ def test_outlines_have_the_parameters_of_the_published_towers(
     config = recipe("msrvtt_b32")
     model = replace(config.model, pretrained=clips[name])
     tokenizer = load_tokenizer(clips[name], config.data.max_words)
-    outline = build_outline(model, config.loss, tokenizer, num_frames=12)
+    outline = build_meta_model(model, config.loss, tokenizer, num_frames=12)
     towers = (outline.text_tower, outline.image_tower)
     assert sum(p.numel() for tower in towers for p in tower.parameters()) == SHAPES[name][-1]
     assert all(parameter.is_meta for parameter in outline.parameters())

@@ -74,7 +74,7 @@ def take_steps(
             frames = config.data.num_frames
             model = build_model(config.model, config.loss, tokenizer, num_frames=frames)
             engine = RecordingEngine(model, config.train, world)
-            attempt = world.from_first(lambda: begin_attempt(run_dir))
+            attempt = world.run_on_first(lambda: begin_attempt(run_dir))
             log = LogWriter(run_dir, attempt, world)
             step = OptimiserStep(config, engine, log, world, 48)
             batches = training_batches(config, tokenizer, world)

@@ -20,7 +20,7 @@ from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfi
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.parameter_groups import depth, merge_adapters, parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from tvr.trainer.model.towers import CLIP, Towers, check_captions, pretrained_width
+from tvr.trainer.model.towers import CLIP, Towers, check_tokenizer, pretrained_width
 
 MAX_WORDS = 16
 CAPTIONS = [
@@ -334,4 +334,4 @@ def test_lora_without_peft_names_the_extra(
 def test_check_captions_is_about_the_family_it_is_given(tokenizer: Tokenizer) -> None:
     model = built(tokenizer)
     towers = Towers(family=CLIP, text=model.text_tower, image=model.image_tower)
-    check_captions(towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1))  # CLIP may have fewer
+    check_tokenizer(towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1))  # CLIP may have fewer

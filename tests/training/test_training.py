@@ -18,7 +18,7 @@ from builders.tiny import damaged_data, tiny_config, with_ranks
 
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
-from tvr.trainer.engine.engine import weights_of
+from tvr.trainer.engine.engine import consolidated_weights
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def keys_by_step(run_dir: Path) -> list[list[str]]:
 
 
 def weights(run_dir: Path, step: int, zero_stage: int = 1) -> dict[str, torch.Tensor]:
-    return weights_of(run_dir / "checkpoints" / f"step-{step:08d}" / "shards", zero_stage)
+    return consolidated_weights(run_dir / "checkpoints" / f"step-{step:08d}" / "shards", zero_stage)
 
 
 def test_workers_and_ranks_do_not_change_the_samples(data: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_log_tells_how_a_checkpoint_was_made(
     assert told("beside", config) == (True, None)
     assert told("off", off) == (False, None)
     monkeypatch.setattr(
-        "tvr.trainer.checkpoint.saver.no_room", lambda state, world: "the node is small"
+        "tvr.trainer.checkpoint.saver.staging_shortage", lambda state, world: "the node is small"
     )
     assert told("full", config) == (False, "the node is small")
 

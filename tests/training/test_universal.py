@@ -13,7 +13,7 @@ from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import Engine, weights_of
+from tvr.trainer.engine.engine import Engine, consolidated_weights
 
 STAGES = (0, 1, 2, 3)
 RANKS = (1, 2)
@@ -89,9 +89,9 @@ def test_float32_goes_on_in_bfloat16(data: Path, saved: tuple[Path, list[float]]
 
 def test_weights_are_the_same_from_every_stage(saved: tuple[Path, list[float]]) -> None:
     folder, _ = saved
-    plain = weights_of(folder / "0-1" / "shards", 0)
+    plain = consolidated_weights(folder / "0-1" / "shards", 0)
     for source in folder.iterdir():
-        joined = weights_of(source / "shards", int(source.name[0]))
+        joined = consolidated_weights(source / "shards", int(source.name[0]))
         for name, weight in plain.items():
             # Where a true gradient is 0 (biases before a softmax), Adam makes steps of rounding.
             assert torch.allclose(joined[name], weight, rtol=1e-3, atol=1e-3), (source.name, name)

@@ -19,10 +19,10 @@ from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.checkpoint.saver import Saved, Saver, shard_files
 from tvr.trainer.config import Config, from_json
-from tvr.trainer.data import tokenizer_of, training_batches
+from tvr.trainer.data import build_tokenizer, training_batches
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.engine.engine import Engine
-from tvr.trainer.engine.random_state import random_state
+from tvr.trainer.engine.random_state import get_random_state
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model
 from tvr.trainer.monitoring.monitor import NodeMonitor
@@ -64,8 +64,8 @@ class _Timed:
         self._config, self._folder, self._world = config, folder, world
         data = config.data
         num_samples = read_manifest(data.train).num_samples
-        tokenizer = tokenizer_of(config)
-        self._attempt = world.from_first(lambda: begin_attempt(folder))
+        tokenizer = build_tokenizer(config)
+        self._attempt = world.run_on_first(lambda: begin_attempt(folder))
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss, tokenizer, num_frames=data.num_frames)
         self._num_parameters = sum(p.numel() for p in model.parameters())
@@ -165,7 +165,7 @@ class _Timed:
         return self._step.take(self._done, self._batches)["step_s"]
 
     def _all(self, ready: bool) -> bool:
-        return all(self._world.gather_counts(int(ready)))
+        return all(self._world.all_gather_counts(int(ready)))
 
     def _saver(self, name: str, *, background: bool) -> Saver:
         return Saver(
@@ -177,7 +177,7 @@ class _Timed:
         )
 
     def _staged(self, copy: bool) -> dict[str, Any]:
-        return shard_files(self._engine.stage(copy=copy), self._world.rank, random_state())
+        return shard_files(self._engine.state_dict(copy=copy), self._world.rank, get_random_state())
 
     def _state(self) -> SavedState:
         return SavedState(
@@ -193,7 +193,7 @@ class _Timed:
 
     def _answer(self, mine: Any) -> dict[str, Any]:
         return {
-            "by_rank": self._world.gather_objects(mine),
+            "by_rank": self._world.all_gather_objects(mine),
             "parameters": self._num_parameters,
             "threads": torch.get_num_threads(),
             "device": self._world.device.type,

@@ -89,12 +89,12 @@ def newest_whole(place: Place, world: World) -> Found:
         PreflightFailed: whether one is whole cannot be known, since its place cannot be read now.
     """
     damaged: dict[str, tuple[str, ...]] = {}
-    for step in reversed(world.from_first(lambda: steps_in(place))):
+    for step in reversed(world.run_on_first(lambda: steps_in(place))):
         name = name_of(step)
-        state, lines = world.from_first(lambda name=name: _state(place, name))
+        state, lines = world.run_on_first(lambda name=name: _state(place, name))
         if state is not None:
             mine = sorted(state.files)[world.rank :: world.world_size]
-            found = world.gather_objects(_seen(place, name, state, mine))
+            found = world.all_gather_objects(_seen(place, name, state, mine))
             _refuse_unreadable(place, name, [error for _, error in found])
             lines += [line for part, _ in found for line in part]
             if not lines:

@@ -18,9 +18,9 @@ from tvr.trainer.checkpoint.manifest import SavedState, damage
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import Engine, reader_of, write_universal
-from tvr.trainer.engine.random_state import random_file, restore_random_state
-from tvr.trainer.engine.universal import load_frozen
+from tvr.trainer.engine.engine import Engine, universal_target, write_universal
+from tvr.trainer.engine.random_state import random_state_file, set_random_state
+from tvr.trainer.engine.universal import load_frozen_weights
 from tvr.trainer.errors import CheckpointDamaged
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.run_log import LogWriter
@@ -51,7 +51,7 @@ def resume_point(place: Place, log: LogWriter, world: World, resume: Resume) -> 
     for name, lines in found.damaged.items():
         log.write("checkpoint_damaged", {"name": name, "errors": lines})
         log.warn(f"{name} is damaged and not used: {'; '.join(lines)}")
-    world.from_first(lambda: set_aside(place, found))
+    world.run_on_first(lambda: set_aside(place, found))
     if found.newest is not None and resume == "never":
         raise ValueError(
             f"{place.url} holds {found.newest.name} and --resume is never: continue with --resume"
@@ -76,11 +76,11 @@ def engine_from(
         return engine
     with _prepared(place, checkpoint, model, train, run_dir, world) as files:
         if files.universal:
-            load_frozen(model, files.folder)
+            load_frozen_weights(model, files.folder)
         engine = Engine(model, train, world, universal=files.universal)
-        engine.load(files.folder)
+        engine.load_checkpoint(files.folder)
         if files.random is not None:
-            restore_random_state(torch.load(files.random, weights_only=True))
+            set_random_state(torch.load(files.random, weights_only=True))
         else:
             # The old ranks' streams belong to nobody now: each new rank begins one of its own.
             torch.manual_seed(_seed(train.seed, checkpoint.state.step, world.rank))
@@ -105,16 +105,16 @@ def _prepared(
         shutil.rmtree(scratch, ignore_errors=True)
         source = local_files(place, checkpoint, scratch / "fetched")
         if not same:
-            reader = reader_of(model, train, world.world_size)
+            reader = universal_target(model, train, world.world_size)
             write_universal(source / SHARDS, scratch / "universal", state.zero_stage, reader)
         return source
 
-    source = world.from_first(prepare)
+    source = world.run_on_first(prepare)
     try:
         yield _Prepared(
             folder=source / SHARDS if same else scratch / "universal",
             universal=not same,
-            random=source / random_file(world.rank) if same else None,
+            random=source / random_state_file(world.rank) if same else None,
         )
         world.barrier()
     finally:

@@ -39,8 +39,8 @@ from tvr.trainer.checkpoint.catalogue import (
 from tvr.trainer.checkpoint.manifest import MANIFEST, FileRecord, SavedState, write_manifest
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.random_state import random_file
-from tvr.trainer.engine.staging import no_room
+from tvr.trainer.engine.random_state import random_state_file
+from tvr.trainer.engine.staging import staging_shortage
 from tvr.trainer.fencing import Attempt
 
 # Of the thread that writes beside the training: where all cores are taken it gets a tenth of one,
@@ -116,7 +116,7 @@ class Saver:
         self._in_flight: _InFlight | None = None
         self.last: Saved | None = None
         """How the newest save that has ended did so."""
-        world.from_first(self._clear)
+        world.run_on_first(self._clear)
 
     def save(
         self,
@@ -173,7 +173,7 @@ class Saver:
                 flight.published = self._publication(flight)
                 return []
             # What is raised here, Fenced, ends the run.
-            error = self._world.from_first(flight.published.result)
+            error = self._world.run_on_first(flight.published.result)
         self._in_flight = None
         self.last = Saved(
             step=flight.state.step,
@@ -189,7 +189,7 @@ class Saver:
     def _copies(self, stage: Callable[[bool], Mapping[str, Any]]) -> bool:
         if self._background and not self._is_sized:
             self._is_sized = True
-            self._no_room = no_room(stage(False), self._world)
+            self._no_room = staging_shortage(stage(False), self._world)
             if self._no_room is not None:
                 self._background = False
                 if self._world.is_first:
@@ -198,7 +198,7 @@ class Saver:
 
     def _publication(self, flight: _InFlight) -> Future[str | None]:
         """Of what all ranks have written, or its end where one of them has not."""
-        everyone = self._world.gather_objects(_outcome(flight.written))
+        everyone = self._world.all_gather_objects(_outcome(flight.written))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
         files = {name: record for records, _ in everyone for name, record in records.items()}
         flight.state = replace(flight.state, files=dict(sorted(files.items())))
@@ -262,7 +262,7 @@ class Saver:
 def shard_files(staged: Mapping[str, Any], rank: int, random: Any) -> dict[str, Any]:
     """One rank's part of a checkpoint by the names that its files have in there."""
     shards = {f"{SHARDS}/{name}": value for name, value in staged.items()}
-    return {**shards, random_file(rank): random}
+    return {**shards, random_state_file(rank): random}
 
 
 def _writer(*, gives_way: bool) -> ThreadPoolExecutor:

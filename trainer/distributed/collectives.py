@@ -21,22 +21,22 @@ from tvr.kernels.row_loss.online_softmax import ALONE, Collectives
 from tvr.trainer.distributed.world import World
 
 
-def gather_rows(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
+def all_gather_rows(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
     """All ranks' rows (B, ...) in rank order, (G, ...); floating tensors keep their gradient.
 
-    `counts` are the ranks' numbers of rows (`World.gather_counts`); a rank may have none.
+    `counts` are the ranks' numbers of rows (`World.all_gather_counts`); a rank may have none.
     """
     return mine if world.world_size == 1 else _GatherRows.apply(mine, world, tuple(counts))
 
 
-def all_gather_rows(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
-    """As `gather_rows`, without gradient: one collective, of padded rows where counts differ."""
+def all_gather_rows_no_grad(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
+    """`all_gather_rows` without gradient: one collective; rows are padded where counts differ."""
     most = max(counts)
     if most == 0:
         return mine
     everyone = mine.new_empty(len(counts) * most, *mine.shape[1:])
     dist.all_gather_single(everyone, _padded(mine, most))
-    world.received["all_gather"] += everyone.nbytes * (len(counts) - 1) // len(counts)
+    world.received_bytes["all_gather"] += everyone.nbytes * (len(counts) - 1) // len(counts)
     if min(counts) == most:
         return everyone
     padded = everyone.split(most)
@@ -52,11 +52,11 @@ def reduce_scatter_rows(everyones: Tensor, world: World, counts: Sequence[int]) 
         everyones = torch.cat([_padded(rows, most) for rows in everyones.split(list(counts))])
     mine = everyones.new_empty(most, *everyones.shape[1:])
     dist.reduce_scatter_single(mine, everyones.contiguous())
-    world.received["reduce_scatter"] += mine.nbytes * (len(counts) - 1)
+    world.received_bytes["reduce_scatter"] += mine.nbytes * (len(counts) - 1)
     return mine[: counts[world.rank]]
 
 
-def collectives_of(world: World) -> Collectives:
+def loss_collectives(world: World) -> Collectives:
     """The reductions over ranks that the losses ask for."""
     return ALONE if world.world_size == 1 else _OverRanks(world)
 
@@ -76,7 +76,7 @@ class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, mine: Tensor, world: World, counts: tuple[int, ...]) -> Tensor:
         ctx.world, ctx.counts = world, counts
-        return all_gather_rows(mine, world, counts)
+        return all_gather_rows_no_grad(mine, world, counts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -100,7 +100,9 @@ def _reduced(x: Tensor, by: Any, world: World) -> Tensor:
     result = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(result, op=by)
     # A ring passes everything but one rank's part twice.
-    world.received["all_reduce"] += 2 * result.nbytes * (world.world_size - 1) // world.world_size
+    world.received_bytes["all_reduce"] += (
+        2 * result.nbytes * (world.world_size - 1) // world.world_size
+    )
     return result
 
 

@@ -12,14 +12,14 @@ from itertools import accumulate
 import torch.distributed as dist
 from torch import Tensor
 
-from tvr.trainer.distributed.collectives import all_gather_rows, reduce_scatter_rows
+from tvr.trainer.distributed.collectives import all_gather_rows_no_grad, reduce_scatter_rows
 from tvr.trainer.distributed.world import World
 
 Tensors = tuple[Tensor, ...]
 Gradients = Callable[[int, Tensors], Tensors]
 
 
-class Gathered:
+class AllGatherExchange:
     """All ranks' rows in one piece, while it is visited and not between the visits.
 
     Alive at once, beside the rank's own rows: the G rows, in `visit_back` also their gradients;
@@ -41,10 +41,10 @@ class Gathered:
     def _everyones(self, mine: Tensors) -> Tensors:
         if self._world.world_size == 1:
             return _plain(mine)
-        return tuple(all_gather_rows(x, self._world, self._counts) for x in _plain(mine))
+        return tuple(all_gather_rows_no_grad(x, self._world, self._counts) for x in _plain(mine))
 
 
-class Ring:
+class RingExchange:
     """One rank's rows at a time, the own ones first; each then goes on to the next rank.
 
     A transfer runs while the consumer works on the piece before: only what it takes longer than
@@ -126,7 +126,7 @@ class _Lane:
         else:
             self._buffers.reverse()
         self._arriving = tuple(x[: self._counts[owner]] for x in self._buffers[0])
-        self._world.received["ring"] += sum(x.nbytes for x in self._arriving)
+        self._world.received_bytes["ring"] += sum(x.nbytes for x in self._arriving)
         # All in one batch: NCCL would run a send and a receive of the same two ranks one after the
         # other, and where every rank sends first, none would ever receive.
         self._works = dist.batch_isend_irecv(

@@ -16,13 +16,13 @@ IN_MEMORY = Path("/dev/shm")
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def ranks_here(world: World) -> list[int]:
+def ranks_on_node(world: World) -> list[int]:
     """The ranks on this rank's machine, in order. All ranks call it."""
-    nodes = world.gather_objects(_node())
+    nodes = world.all_gather_objects(_node())
     return [rank for rank, node in enumerate(nodes) if node == nodes[world.rank]]
 
 
-def shared_lines(world: World, ranks: list[int], length: int) -> Mapping[int, np.ndarray]:
+def shared_rows(world: World, ranks: list[int], length: int) -> Mapping[int, np.ndarray]:
     """A line of `length` numbers for each of `ranks`, which are those here. All ranks call it.
 
     The memory is there as long as one of them lives, under no name: none leaves it behind.
@@ -33,7 +33,7 @@ def shared_lines(world: World, ranks: list[int], length: int) -> Mapping[int, np
         descriptor, mine = tempfile.mkstemp(prefix="tvr-metrics-", dir=place)
         os.truncate(descriptor, max(1, len(ranks) * length) * 8)
         os.close(descriptor)
-    path = world.gather_objects(mine)[ranks[0]]
+    path = world.all_gather_objects(mine)[ranks[0]]
     lines = np.memmap(path, dtype=np.float64, mode="r+", shape=shape)
     world.barrier()
     if mine is not None:

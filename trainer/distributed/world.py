@@ -19,7 +19,7 @@ from tvr.trainer.errors import PreflightFailed
 # The slowest rank may still be compiling or reading its first shard.
 TIMEOUT_S = 1800.0
 # By then ranks that have joined have also added up a number, or they never will.
-MEET_S = 120.0
+CONNECT_TIMEOUT_S = 120.0
 
 # By `tvr launch`, of a job with --gpus-per-node.
 GPUS_PER_NODE = "TVR_GPUS_PER_NODE"
@@ -36,7 +36,7 @@ class World:
     rank: int
     world_size: int
     device: torch.device
-    received: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    received_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     """Bytes that came by collectives of features, gradients and statistics, by RECEIVED."""
 
     @property
@@ -47,7 +47,7 @@ class World:
         if self.world_size > 1:
             dist.barrier()
 
-    def meet(self, timeout_s: float) -> None:
+    def check_connection(self, timeout_s: float) -> None:
         """Adds up the ranks' numbers, on the host and on the device.
 
         Raises:
@@ -73,7 +73,7 @@ class World:
                 )
                 raise PreflightFailed([line], self.rank)
 
-    def gather_objects(self, mine: Any) -> list[Any]:
+    def all_gather_objects(self, mine: Any) -> list[Any]:
         """Every rank's small picklable object, in rank order, on every rank."""
         if self.world_size == 1:
             return [mine]
@@ -81,7 +81,7 @@ class World:
         dist.all_gather_object(everyone, mine)
         return everyone
 
-    def gather_counts(self, count: int) -> tuple[int, ...]:
+    def all_gather_counts(self, count: int) -> tuple[int, ...]:
         """Every rank's small whole number, in rank order, on every rank."""
         if self.world_size == 1:
             return (count,)
@@ -90,7 +90,7 @@ class World:
         dist.all_gather_single(counts, torch.tensor([count], dtype=torch.int64))
         return tuple(counts.tolist())
 
-    def together(self, action: Callable[[], T], refusal: type[Exception]) -> T:
+    def run_on_all(self, action: Callable[[], T], refusal: type[Exception]) -> T:
         """`action`'s result on this rank; a `refusal` on any rank is raised on every rank.
 
         Where several refuse, the lowest rank's is raised.
@@ -100,12 +100,12 @@ class World:
             value = action()
         except refusal as error:
             value, refused = None, error
-        rank = self.first_failing(refused is None)
+        rank = self.first_failing_rank(refused is None)
         if rank is not None:
-            raise self.gather_objects(refused)[rank]
+            raise self.all_gather_objects(refused)[rank]
         return cast(T, value)
 
-    def from_first(self, action: Callable[[], T]) -> T:
+    def run_on_first(self, action: Callable[[], T]) -> T:
         """Rank 0's result of `action` on every rank; its exception is raised on every rank too."""
         outcome: tuple[T | None, Exception | None] = (None, None)
         if self.is_first:
@@ -113,12 +113,12 @@ class World:
                 outcome = (action(), None)
             except Exception as error:
                 outcome = (None, error)
-        value, error = self.gather_objects(outcome)[0]
+        value, error = self.all_gather_objects(outcome)[0]
         if error is not None:
             raise error
         return value
 
-    def first_failing(self, fine: torch.Tensor | bool) -> int | None:
+    def first_failing_rank(self, fine: torch.Tensor | bool) -> int | None:
         """The lowest rank whose `fine` is false, the same answer on every rank; none: all fine."""
         flag = torch.as_tensor(fine, device=self.device).reshape(1).to(torch.int32)
         flags = [torch.empty_like(flag) for _ in range(self.world_size)]
@@ -169,7 +169,7 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
-    world.meet(min(MEET_S, timeout_s))
+    world.check_connection(min(CONNECT_TIMEOUT_S, timeout_s))
     yield world
     # Not after an error: the process ends, and taking leave of ranks that hang would hang too.
     world.barrier()  # a rank that leaves first would break the others' last collective
@@ -178,7 +178,7 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def lost_connection(error: BaseException) -> bool:
+def is_connection_error(error: BaseException) -> bool:
     """Whether a collective failed since another rank is gone or does not come."""
     # What gloo throws comes as a plain RuntimeError that names a file of its source.
     return isinstance(error, dist.DistError) or (

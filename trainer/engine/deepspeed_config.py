@@ -19,7 +19,7 @@ def deepspeed_config(
         ValueError: settings that DeepSpeed cannot serve together, or serves with other results;
             or batch sizes that do not fit together.
     """
-    refuse_what_does_not_work(train)
+    check_supported(train)
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
@@ -42,7 +42,7 @@ def deepspeed_config(
     }
 
 
-def refuse_what_does_not_work(train: TrainConfig) -> None:
+def check_supported(train: TrainConfig) -> None:
     """Settings that no number of ranks makes right.
 
     Raises:

@@ -23,18 +23,18 @@ from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.engine.universal import (
     MODEL_STATES,
-    Reader,
-    from_stage_0,
+    UniversalTarget,
+    convert_stage_0,
+    normalise,
     read_parameters,
-    unify,
-    write_frozen,
+    write_frozen_weights,
 )
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model.model import Features, TextVideoModel, checkpoint_activations
 from tvr.trainer.model.parameter_groups import parameter_groups
 
 # The variable that names the folder in which torch.compile keeps what it made.
-COMPILED_IN = "TORCHINDUCTOR_CACHE_DIR"
+COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class Engine:
@@ -76,12 +76,12 @@ class Engine:
 
     def encode(self, *inputs: Tensor) -> Features:
         """The model's forward; ZeRO-3 holds the parameters for its length only."""
-        with running_compiled(self._train):
+        with explain_compile_cache_errors(self._train):
             return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients; over the micro-steps of a step they are averaged."""
-        with running_compiled(self._train):
+        with explain_compile_cache_errors(self._train):
             self._engine.backward(loss)
 
     def step(self, learning_rate_factor: float) -> float | None:
@@ -96,7 +96,7 @@ class Engine:
         norm = self._engine.get_global_grad_norm() if at_boundary else None
         return None if norm is None else float(norm)
 
-    def training(self, on: bool) -> None:
+    def set_training(self, on: bool) -> None:
         """Dropout and TPM-CL on or off."""
         self._engine.train(on)
 
@@ -105,7 +105,7 @@ class Engine:
         """The model itself; under ZeRO-3 its parameters are partitioned."""
         return self._engine.module
 
-    def stage(self, *, copy: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """This rank's part of weights and optimiser by file name, copied to host memory; without
         `copy`, as it lies there. No file is touched.
 
@@ -116,7 +116,7 @@ class Engine:
         self._engine.save_checkpoint("nowhere", tag="staged", save_latest=False)
         return self._staging.take()
 
-    def load(self, folder: Path) -> None:
+    def load_checkpoint(self, folder: Path) -> None:
         """Restores weights and optimiser from a folder of what `stage` gave on as many ranks at
         the same stage, or of the universal form."""
         if self._universal and self._train.zero_stage == 0:
@@ -148,13 +148,13 @@ class Engine:
         return step.to(parameter.device if self._fused else "cpu", copy=True)
 
 
-def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Reader) -> None:
+def write_universal(shards: Path, folder: Path, zero_stage: int, reader: UniversalTarget) -> None:
     """Writes the universal form of a checkpoint's shards, saved at `zero_stage`, to `folder`."""
     folder.mkdir(parents=True)
     if reader.frozen:
-        write_frozen(folder, weights_of(shards, zero_stage), reader)
+        write_frozen_weights(folder, consolidated_weights(shards, zero_stage), reader)
     if zero_stage == 0:
-        from_stage_0(shards, folder, reader)
+        convert_stage_0(shards, folder, reader)
         return
     _import_deepspeed(None)
     from deepspeed.checkpoint import ds_to_universal
@@ -171,15 +171,15 @@ def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Reader)
     )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(options)
-    unify(folder, reader)
+    normalise(folder, reader)
 
 
-def reader_of(model: TextVideoModel, train: TrainConfig, world_size: int) -> Reader:
+def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int) -> UniversalTarget:
     """What will load a universal checkpoint, before the model is partitioned."""
     groups = parameter_groups(model, train)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     names = _names_in_order(model, groups)
-    return Reader(
+    return UniversalTarget(
         world_size=world_size,
         num_groups=len(groups),
         shapes={name: shapes[name] for name in names},
@@ -187,7 +187,7 @@ def reader_of(model: TextVideoModel, train: TrainConfig, world_size: int) -> Rea
     )
 
 
-def weights_of(shards: Path, zero_stage: int) -> dict[str, Tensor]:
+def consolidated_weights(shards: Path, zero_stage: int) -> dict[str, Tensor]:
     """The whole fp32 state dict of a sharded checkpoint, on this process alone."""
     if zero_stage == 0:
         state = torch.load(shards / MODEL_STATES, weights_only=False)
@@ -257,7 +257,7 @@ def _change_towers(model: TextVideoModel, train: TrainConfig) -> None:
 
 
 @contextmanager
-def running_compiled(train: TrainConfig) -> Iterator[None]:
+def explain_compile_cache_errors(train: TrainConfig) -> Iterator[None]:
     """Tells what helps where a file in torch's cache of compiled code cannot be used.
 
     Raises:
@@ -266,7 +266,7 @@ def running_compiled(train: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
-        folder = os.environ.get(COMPILED_IN)  # torch sets it where it is not set
+        folder = os.environ.get(COMPILE_CACHE_VARIABLE)  # torch sets it where it is not set
         if not train.compile or folder is None or folder not in str(error):
             raise
         line = next(line for line in str(error).splitlines() if folder in line)

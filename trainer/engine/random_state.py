@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 
-def random_file(rank: int) -> str:
+def random_state_file(rank: int) -> str:
     """The file of a rank's random states within a checkpoint."""
     return f"random-rank-{rank:05d}.pt"
 
 
-def random_state() -> dict[str, Any]:
+def get_random_state() -> dict[str, Any]:
     """Plain containers and tensors, which torch.load reads without unpickling anything else."""
     legacy = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     kind, words, place, has_gauss, gauss = legacy
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """The counterpart of `random_state`."""
     random.setstate(state["python"])
     kind, words, *rest = state["numpy"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tvr.trainer.config import CheckpointConfig
-from tvr.trainer.distributed.shared_memory import ranks_here
+from tvr.trainer.distributed.shared_memory import ranks_on_node
 from tvr.trainer.distributed.world import World
 
 
@@ -98,7 +98,7 @@ def staging_line(checkpoint: CheckpointConfig) -> str:
     )
 
 
-def no_room(state: Any, world: World) -> str | None:
+def staging_shortage(state: Any, world: World) -> str | None:
     """Why copies of the ranks' states do not fit the memory of some machine; none where they do.
 
     A step is taken to need again what steps needed so far at their worst. The answer is the same
@@ -107,8 +107,8 @@ def no_room(state: Any, world: World) -> str | None:
     size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     coming = max(0, peak - psutil.Process().memory_info().rss)
-    here = ranks_here(world)
-    everyone = world.gather_objects((size, coming))
+    here = ranks_on_node(world)
+    everyone = world.all_gather_objects((size, coming))
     copies, steps = (sum(everyone[rank][n] for rank in here) for n in (0, 1))
     free = psutil.virtual_memory().available
     short = None
@@ -117,4 +117,4 @@ def no_room(state: Any, world: World) -> str | None:
             f"on {socket.gethostname()} {free / 1e9:.3g} GB are free, copies of its ranks' states"
             f" take {copies / 1e9:.3g} GB, and a step up to {steps / 1e9:.3g} GB more"
         )
-    return next((line for line in world.gather_objects(short) if line), None)
+    return next((line for line in world.all_gather_objects(short) if line), None)

@@ -27,7 +27,7 @@ FROZEN = "frozen.pt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class UniversalTarget:
     """Who will load the state."""
 
     world_size: int
@@ -39,7 +39,7 @@ class Reader:
     """Names of the other parameters."""
 
 
-def unify(folder: Path, reader: Reader) -> None:
+def normalise(folder: Path, reader: UniversalTarget) -> None:
     """Brings what DeepSpeed's converter wrote to `folder` into the one form, in place."""
     zero = folder / "zero"
     common = _read(zero / "optimizer_state.pt")
@@ -52,7 +52,7 @@ def unify(folder: Path, reader: Reader) -> None:
     _write_counters(folder, counters, reader.world_size)
 
 
-def from_stage_0(shards: Path, folder: Path, reader: Reader) -> None:
+def convert_stage_0(shards: Path, folder: Path, reader: UniversalTarget) -> None:
     """Writes the one form of a checkpoint without ZeRO."""
     saved = _read(shards / MODEL_STATES)
     moments = saved["optimizer"]["state"]
@@ -65,12 +65,14 @@ def from_stage_0(shards: Path, folder: Path, reader: Reader) -> None:
     _write_counters(folder, saved, reader.world_size)
 
 
-def write_frozen(folder: Path, weights: Mapping[str, Tensor], reader: Reader) -> None:
-    """Writes what no optimiser holds, for `load_frozen`."""
+def write_frozen_weights(
+    folder: Path, weights: Mapping[str, Tensor], reader: UniversalTarget
+) -> None:
+    """Writes what no optimiser holds, for `load_frozen_weights`."""
     torch.save({name: weights[name].clone() for name in reader.frozen}, folder / FROZEN)
 
 
-def load_frozen(model: nn.Module, folder: Path) -> None:
+def load_frozen_weights(model: nn.Module, folder: Path) -> None:
     """Gives a model that is not partitioned yet the frozen weights of the universal form."""
     if (folder / FROZEN).exists():
         model.load_state_dict(_read(folder / FROZEN), strict=False)

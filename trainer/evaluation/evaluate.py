@@ -12,8 +12,8 @@ from torch import Tensor
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.kernels.ranking import RetrievalMetrics, ranks, retrieval_metrics
 from tvr.trainer.config import Config
-from tvr.trainer.data import batches_in_order
-from tvr.trainer.distributed.collectives import gather_rows
+from tvr.trainer.data import ordered_batches
+from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.gradient_cache import joined
 from tvr.trainer.loss.objective import gathered_videos, similarity_rows
@@ -110,7 +110,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
     mine = _encode_set(encode, config.data.test, config, tokenizer, world)
     similarity = _all_pairs(mine, config, world)
     binding_accuracy, missing = _binding_accuracy(encode, mine, config, tokenizer, world)
-    everyone = world.gather_objects((mine.keys, mine.captions, [*mine.left_out, *missing]))
+    everyone = world.all_gather_objects((mine.keys, mine.captions, [*mine.left_out, *missing]))
     keys = [key for part, _, _ in everyone for key in part]
     captions = [caption for _, part, _ in everyone for caption in part]
     before = sum(len(part) for part, _, _ in everyone[: world.rank])
@@ -129,7 +129,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
 def _encode_set(
     encode: Encode, url: str, config: Config, tokenizer: Tokenizer, world: World
 ) -> _Encoded:
-    batches = batches_in_order(config, tokenizer, world, url)
+    batches = ordered_batches(config, tokenizer, world, url)
     parts: list[Features] = []
     keys: list[str] = []
     captions: list[str] = []
@@ -162,21 +162,21 @@ def _in_step(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple
 
 def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, tuple[int, ...]]:
     """This rank's next batch, none after its last, and which ranks are at their end."""
-    batch = world.together(lambda: next(batches, None), TooManyBadSamples)
-    return batch, world.gather_counts(batch is None)
+    batch = world.run_on_all(lambda: next(batches, None), TooManyBadSamples)
+    return batch, world.all_gather_counts(batch is None)
 
 
 def _all_pairs(mine: _Encoded, config: Config, world: World) -> Tensor:
     """Similarity (A, C) of all captions with all videos: each rank computes its captions' rows."""
     own = mine.features
-    videos = gathered_videos(own, world, world.gather_counts(len(own.frames)))
+    videos = gathered_videos(own, world, world.all_gather_counts(len(own.frames)))
     with torch.no_grad():
         rows = similarity_rows(own, videos, config.model)
     return _everyones(rows, world).cpu()
 
 
 def _everyones(mine: Tensor, world: World) -> Tensor:
-    return gather_rows(mine, world, world.gather_counts(len(mine)))
+    return all_gather_rows(mine, world, world.all_gather_counts(len(mine)))
 
 
 def _binding_accuracy(

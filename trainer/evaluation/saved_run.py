@@ -18,9 +18,9 @@ from tvr.data_prep.video.frame_sampling import segment_centres
 from tvr.trainer.checkpoint.catalogue import SHARDS, newest_whole
 from tvr.trainer.checkpoint.restore import local_files
 from tvr.trainer.config import Config
-from tvr.trainer.data import tokenizer_of
+from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
-from tvr.trainer.engine.engine import weights_of
+from tvr.trainer.engine.engine import consolidated_weights
 from tvr.trainer.evaluation.evaluate import Evaluation, evaluate, results_table
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
@@ -60,12 +60,12 @@ def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, 
         log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
     if found.newest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
-    tokenizer = tokenizer_of(config)
+    tokenizer = build_tokenizer(config)
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
     saved = found.newest.state
     with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:
         files = local_files(place, found.newest, Path(folder))
-        model.load_state_dict(weights_of(files / SHARDS, saved.zero_stage))
+        model.load_state_dict(consolidated_weights(files / SHARDS, saved.zero_stage))
     return model, tokenizer, saved.step
 
 

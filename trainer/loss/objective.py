@@ -14,8 +14,8 @@ from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 from tvr.kernels.similarity import dmae_similarity
 from tvr.trainer.config import LossConfig, ModelConfig
-from tvr.trainer.distributed.collectives import collectives_of, gather_rows
-from tvr.trainer.distributed.exchange import Gathered, Ring
+from tvr.trainer.distributed.collectives import all_gather_rows, loss_collectives
+from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import Features
 from tvr.trainer.monitoring.stopwatch import Stopwatch
@@ -67,8 +67,8 @@ def objective(
     similarity for the `watch` too.
     """
     watch = watch or Stopwatch()
-    counts = world.gather_counts(len(video_ids))
-    everyones_ids = gather_rows(video_ids, world, counts)
+    counts = world.all_gather_counts(len(video_ids))
+    everyones_ids = all_gather_rows(video_ids, world, counts)
     if exchange == "gather" and scores == "keep":
         videos = gathered_videos(mine, world, counts)
         watch.lap("gather")
@@ -78,7 +78,7 @@ def objective(
             block,
             loss_rule(loss),
             row_offset=sum(counts[: world.rank]),
-            collectives=collectives_of(world),
+            collectives=loss_collectives(world),
             video_ids=everyones_ids,
         )
     else:
@@ -95,8 +95,8 @@ def objective(
             rule=loss_rule(loss),
             row_offset=sum(counts[: world.rank]),
             num_pairs=sum(counts),
-            collectives=collectives_of(world),
-            exchange=(Ring if exchange == "ring" else Gathered)(world, counts),
+            collectives=loss_collectives(world),
+            exchange=(RingExchange if exchange == "ring" else AllGatherExchange)(world, counts),
             video_ids=everyones_ids,
             keep_scores=scores == "keep",
             fast=fast,
@@ -134,9 +134,9 @@ def gathered_videos(mine: Features, world: World, counts: Sequence[int]) -> Feat
     """`mine` with the frames, frame masks and frame logits of all ranks, in rank order."""
     logits = mine.frame_logits
     return mine._replace(
-        frames=gather_rows(mine.frames, world, counts),
-        frame_mask=gather_rows(mine.frame_mask, world, counts),
-        frame_logits=None if logits is None else gather_rows(logits, world, counts),
+        frames=all_gather_rows(mine.frames, world, counts),
+        frame_mask=all_gather_rows(mine.frame_mask, world, counts),
+        frame_logits=None if logits is None else all_gather_rows(logits, world, counts),
     )
 
 

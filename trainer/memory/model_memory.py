@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.model.model import (
     TextVideoModel,
-    build_outline,
+    build_meta_model,
     checkpoint_activations,
     image_size,
 )
@@ -48,7 +48,9 @@ class ModelBytes:
 def model_bytes(config: Config, tokenizer: Tokenizer, ranks: int) -> ModelBytes:
     """What the configured model takes on one rank of `ranks`."""
     train = config.train
-    model = build_outline(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    model = build_meta_model(
+        config.model, config.loss, tokenizer, num_frames=config.data.num_frames
+    )
     whole = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     number, stage = _bytes_per_number(train), train.zero_stage
@@ -69,7 +71,7 @@ def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
     values.
     """
     loss = replace(config.loss, tpm_cl=0)
-    model = build_outline(config.model, loss, tokenizer, num_frames=config.data.num_frames)
+    model = build_meta_model(config.model, loss, tokenizer, num_frames=config.data.num_frames)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
     if config.train.precision == "bf16":

@@ -16,10 +16,10 @@ from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import (
     Towers,
-    check_captions,
-    fresh_towers,
+    check_tokenizer,
     pretrained_image_size,
     pretrained_towers,
+    random_towers,
 )
 
 
@@ -168,10 +168,10 @@ def _built(
     model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, num_frames: int, *, weights: bool
 ) -> TextVideoModel:
     if model.pretrained is None:
-        towers = fresh_towers(model.towers, tokenizer)
+        towers = random_towers(model.towers, tokenizer)
     else:
         towers = pretrained_towers(model.pretrained, weights=weights)
-    check_captions(towers, tokenizer)
+    check_tokenizer(towers, tokenizer)
     built = TextVideoModel(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
     )
@@ -188,7 +188,7 @@ def _built(
     return built.train()  # pretrained towers come in evaluation mode, without dropout
 
 
-def build_outline(
+def build_meta_model(
     model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, *, num_frames: int
 ) -> TextVideoModel:
     """The model that `build_model` gives, on the meta device: shapes without numbers.

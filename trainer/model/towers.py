@@ -205,7 +205,7 @@ def pretrained_towers(folder: str, *, weights: bool = True) -> Towers:
     return Towers(family=family, text=load(family.text, folder), image=load(family.image, folder))
 
 
-def fresh_towers(shape: TowersConfig, tokenizer: Tokenizer) -> Towers:
+def random_towers(shape: TowersConfig, tokenizer: Tokenizer) -> Towers:
     """A CLIP's towers from scratch, for the tokeniser; weights follow torch's global seed."""
     common: dict[str, Any] = {
         "hidden_size": shape.width,
@@ -231,7 +231,7 @@ def fresh_towers(shape: TowersConfig, tokenizer: Tokenizer) -> Towers:
     )
 
 
-def check_captions(towers: Towers, tokenizer: Tokenizer) -> None:
+def check_tokenizer(towers: Towers, tokenizer: Tokenizer) -> None:
     """Holds the tokeniser against the text tower.
 
     Raises:

@@ -24,7 +24,7 @@ from tvr.data_prep.records import UNDECODABLE
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.saver import Saved
 from tvr.trainer.config import Config
-from tvr.trainer.distributed.shared_memory import ranks_here, shared_lines
+from tvr.trainer.distributed.shared_memory import ranks_on_node, shared_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import Preempted
 from tvr.trainer.evaluation.evaluate import Evaluation
@@ -140,9 +140,9 @@ class NodeMonitor(Monitor):
             self._flops = pairs * flops_per_pair(model, self._config, self._world.world_size)
 
     def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
-        self._world.from_first(lambda: forget_targets(self._run_dir))
-        ranks = ranks_here(self._world)
-        lines = shared_lines(self._world, ranks, len(TRAINING.places))
+        self._world.run_on_first(lambda: forget_targets(self._run_dir))
+        ranks = ranks_on_node(self._world)
+        lines = shared_rows(self._world, ranks, len(TRAINING.places))
         rank, metrics = self._world.rank, self._config.metrics
         self._values = values = Values(TRAINING, lines[rank])
         self._run_began_s = attempt.run_began_s()
@@ -159,7 +159,7 @@ class NodeMonitor(Monitor):
             start_step = saved.step if saved else 0
             self._writers = Writers(self._config, self._run_dir, start_step, attempt.number)
         # No rank trains before the others' endpoints are known to work.
-        everyone = self._world.gather_objects((socket.gethostname(), finding))
+        everyone = self._world.all_gather_objects((socket.gethostname(), finding))
         refuse([found for _, found in everyone if found], [host for host, _ in everyone])
         self._laps.restart()
 
@@ -194,7 +194,7 @@ class NodeMonitor(Monitor):
             "model_flops_per_s": flops_per_s,
             "mfu": None if self._peak_flops is None else flops_per_s / self._peak_flops,
             "parts_s": parts,
-            "received_bytes": dict(self._world.received),
+            "received_bytes": dict(self._world.received_bytes),
             "reads": dict(tally.reads),
             **self._memory(values),
         }
@@ -210,7 +210,7 @@ class NodeMonitor(Monitor):
         values.add("tvr_train_alone_seconds_total", tally.alone_s)
         for source, count in tally.reads.items():
             values.count("tvr_data_reads_total", count, source)
-        for collective, num_bytes in self._world.received.items():
+        for collective, num_bytes in self._world.received_bytes.items():
             values.count("tvr_train_received_bytes_total", num_bytes, collective)
 
     def _of_the_run(self, values: Values, record: Mapping[str, Any], tally: Tally) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tvr.launchers.exit_codes import EXIT_FAILED
-from tvr.trainer.distributed.world import World, lost_connection
-from tvr.trainer.errors import Preempted, PreflightFailed, Told
+from tvr.trainer.distributed.world import World, is_connection_error
+from tvr.trainer.errors import AlreadyReported, Preempted, PreflightFailed
 
 FOLDER = "failures"
 # A rank that lost another one waits so long for the reason: a shared disk shows files late.
@@ -88,11 +88,11 @@ class Failures:
 
 @contextmanager
 def telling(run_dir: Path, world: World, tell: Tell | None) -> Iterator[Failures]:
-    """Tells what ends the block on any rank once in the job, and raises Told on all ranks.
+    """Tells what ends the block on any rank once in the job; raises AlreadyReported on all ranks.
 
     Without `tell`, and on a rank that stands alone, errors pass as they are.
     """
-    job = world.from_first(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    job = world.run_on_first(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     failures = Failures(run_dir / FOLDER / f"{job}.json", world.rank)
     try:
         yield failures
@@ -101,7 +101,7 @@ def telling(run_dir: Path, world: World, tell: Tell | None) -> Iterator[Failures
     except Exception as error:
         if tell is None or world.world_size == 1:
             raise
-        raise Told(_told_once(failures, error, tell)) from None
+        raise AlreadyReported(_told_once(failures, error, tell)) from None
 
 
 def end_line(rank: int, failure: Failure) -> str:
@@ -110,7 +110,7 @@ def end_line(rank: int, failure: Failure) -> str:
 
 
 def _told_once(failures: Failures, error: Exception, tell: Tell) -> int:
-    lost = lost_connection(error)
+    lost = is_connection_error(error)
     # The rank whose node it is speaks, since the launcher blames the node of the one that does.
     other = isinstance(error, PreflightFailed) and error.rank not in (None, failures.rank)
     if not lost and not other and failures.take():

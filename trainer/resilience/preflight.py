@@ -22,8 +22,8 @@ from tvr.data_prep.records import ShardCorrupt
 from tvr.trainer.checkpoint.catalogue import steps_in
 from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.config import Config, to_json
-from tvr.trainer.data import checked_data
-from tvr.trainer.distributed.shared_memory import ranks_here
+from tvr.trainer.data import validate_data_sets
+from tvr.trainer.distributed.shared_memory import ranks_on_node
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.memory.model_memory import checkpoint_bytes
@@ -57,7 +57,7 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
         PreflightFailed: a line for each failure.
     """
     mine = (socket.gethostname(), _identity(config), list(_place_errors(config, run_dir, world)))
-    everyone = world.gather_objects(mine)
+    everyone = world.all_gather_objects(mine)
     if world.is_first:
         _leave_as_it_was(checkpoints_of(config, run_dir))
     hosts, identities, errors = zip(*everyone, strict=True)
@@ -75,16 +75,16 @@ def check_data(config: Config, world: World) -> int:
     """The number of training samples, where every rank finds the data sets to be good.
 
     Raises:
-        OSError, ShardCorrupt, ValueError: as `checked_data`, on all ranks.
+        OSError, ShardCorrupt, ValueError: as `validate_data_sets`, on all ranks.
         PreflightFailed: some ranks cannot use what others can.
     """
     found, error = 0, None
     try:
-        found = checked_data(config, world)
+        found = validate_data_sets(config, world)
     except (OSError, ShardCorrupt, ValueError) as caught:
         error = caught
     said = None if error is None else str(error)
-    hosts, errors = zip(*world.gather_objects((socket.gethostname(), said)), strict=True)
+    hosts, errors = zip(*world.all_gather_objects((socket.gethostname(), said)), strict=True)
     if error is not None and None not in errors:
         raise error
     texts = [(rank, text) for rank, text in enumerate(errors) if text is not None]
@@ -119,7 +119,7 @@ def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: Worl
             finding = Finding(0, text, of_node=coming * size <= disk.total)
             refuse([finding], [socket.gethostname()])
 
-    world.from_first(check)
+    world.run_on_first(check)
 
 
 def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
@@ -130,9 +130,9 @@ def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
     Raises:
         PreflightFailed: naming what they take and what is free.
     """
-    needs = world.from_first(lambda: rank_memory(config, tokenizer, world.world_size))
+    needs = world.run_on_first(lambda: rank_memory(config, tokenizer, world.world_size))
     # The ranks of a machine share its memory, and have a GPU each.
-    sharing = len(ranks_here(world)) if world.device.type == "cpu" else 1
+    sharing = len(ranks_on_node(world)) if world.device.type == "cpu" else 1
     needed, free, total = sharing * needs.states, free_bytes(), total_bytes()
     where = f"{sharing} ranks of its machine" if sharing > 1 else "it"
     text = (
@@ -140,7 +140,7 @@ def check_memory(config: Config, tokenizer: Tokenizer, world: World) -> None:
         f" {free / 1e9:.3g} of {total / 1e9:.3g} GB are free; more ranks with train.zero_stage=3"
         " share them out, train.offload moves them to the host"
     )
-    everyone = world.gather_objects((socket.gethostname(), text, needed > free, needed > total))
+    everyone = world.all_gather_objects((socket.gethostname(), text, needed > free, needed > total))
     fits_somewhere = not all(is_larger for *_, is_larger in everyone)
     findings = [
         Finding(rank, text, of_node=fits_somewhere)

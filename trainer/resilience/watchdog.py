@@ -108,7 +108,7 @@ class Watchdog:
         self._folder = run_dir / FOLDER / failures.path.stem
         self._failures = failures
         self._rank = world.rank
-        self._hosts = world.gather_objects(socket.gethostname())
+        self._hosts = world.all_gather_objects(socket.gethostname())
         self._main = threading.get_ident()
         self._step_times: deque[float] = deque(maxlen=MEDIAN_OF)
         self._at: tuple[int, int, Phase] = (0, 0, "start")  # replaced whole: another thread reads

@@ -1,0 +1,132 @@
+"""Everything that the steps of a run need, built alike for training and for the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvr.data_prep.records import Batch
+from tvr.trainer.checkpoint.catalogue import Checkpoint
+from tvr.trainer.checkpoint.manifest import SavedState
+from tvr.trainer.checkpoint.restore import engine_from
+from tvr.trainer.checkpoint.saver import shard_files
+from tvr.trainer.config import Config
+from tvr.trainer.data import training_batches
+from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.engine import Engine
+from tvr.trainer.engine.random_state import get_random_state
+from tvr.trainer.fencing import Attempt
+from tvr.trainer.model.model import TextVideoModel, build_model
+from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.monitoring.run_log import LogWriter
+from tvr.trainer.monitoring.stopwatch import Stopwatch
+from tvr.trainer.run_dir import checkpoints_of
+from tvr.trainer.train_step import OptimiserStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun:
+    """A run that is ready for its next step: data, model, engine and the optimiser step."""
+
+    config: Config
+    world: World
+    attempt: Attempt
+    log: LogWriter
+    tokenizer: Tokenizer
+    engine: Engine
+    step: OptimiserStep
+    resumed_from: SavedState | None
+    """The checkpoint that was loaded; none at the start of a run."""
+
+    @property
+    def start_step(self) -> int:
+        """Optimiser steps that are already done."""
+        return self.resumed_from.step if self.resumed_from else 0
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the steps that are left.
+
+        Raises:
+            ValueError, OSError, TooManyBadSamples: as `training_batches`.
+        """
+        return training_batches(
+            self.config,
+            self.tokenizer,
+            self.world,
+            start_step=self.start_step,
+            known_bad=dict(self.step.quarantine),
+        )
+
+    def state_dict(self, copy: bool) -> dict[str, Any]:
+        """This rank's files of a checkpoint by name: weights, optimiser and random states.
+
+        Args:
+            copy: Copies the tensors to host memory; otherwise they change with the next step.
+        """
+        shards = self.engine.state_dict(copy=copy)
+        return shard_files(shards, self.world.rank, get_random_state())
+
+    def saved_state(self, step: int) -> SavedState:
+        """The record of a checkpoint after `step`; the saver fills in its files."""
+        return SavedState(
+            step=step,
+            world_size=self.world.world_size,
+            zero_stage=self.config.train.zero_stage,
+            precision=self.config.train.precision,
+            attempt=self.attempt.number,
+            quarantine=dict(self.step.quarantine),
+            metrics=dict(self.step.counters),
+            files={},
+        )
+
+
+def build_run(
+    config: Config,
+    run_dir: Path,
+    world: World,
+    *,
+    attempt: Attempt,
+    log: LogWriter,
+    tokenizer: Tokenizer,
+    num_samples: int,
+    checkpoint: Checkpoint | None = None,
+    inspect_model: Callable[[TextVideoModel], None] | None = None,
+    watch: Stopwatch | None = None,
+) -> TrainingRun:
+    """Builds the model, puts it under ZeRO, and loads a checkpoint into it. All ranks call it.
+
+    Args:
+        run_dir: Folder of the run. A checkpoint of another layout is converted in it.
+        num_samples: Samples of the training set, which make an epoch.
+        checkpoint: Checkpoint of this run to resume from; none starts at step 0.
+        inspect_model: Called with the whole model, before ZeRO partitions it.
+        watch: Measures the parts of each step.
+
+    Raises:
+        ValueError: settings, or a model folder, that cannot be used.
+        CheckpointDamaged: a fetched checkpoint differs from what was written.
+    """
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    if inspect_model is not None:
+        inspect_model(model)
+    storage = checkpoints_of(config, run_dir)
+    engine = engine_from(checkpoint, storage, model, config.train, run_dir, world)
+    step = OptimiserStep(config, engine, log, world, num_samples, watch=watch or Stopwatch())
+    resumed_from = checkpoint.state if checkpoint else None
+    if resumed_from is not None:
+        step.go_on(resumed_from)
+    return TrainingRun(
+        config=config,
+        world=world,
+        attempt=attempt,
+        log=log,
+        tokenizer=tokenizer,
+        engine=engine,
+        step=step,
+        resumed_from=resumed_from,
+    )
