@@ -80,7 +80,7 @@ class Scene:
         return (self.first, self.second)
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
+def scene_captions(scene: Scene) -> tuple[str, ...]:
     """Three wordings of one scene; each holds all its attributes."""
     first, second = _phrase(scene.first), _phrase(scene.second)
     a, b = _verb(scene.first), _verb(scene.second)
@@ -193,7 +193,7 @@ def write_clips(
         yield from pool.map(partial(_write_one, folder, seed), jobs, chunksize=8)
     lines = []
     for index, key, scene in jobs:
-        wordings = captions(scene)
+        wordings = scene_captions(scene)
         said = wordings if all_wordings else (wordings[index % len(wordings)],)
         lines.append(json.dumps({"key": key, "video": f"{key}.mp4", "captions": said}) + "\n")
     aside = folder / f".{ANNOTATIONS}.partial"

@@ -41,7 +41,7 @@ def page_template(folder: Path, name: str) -> Template:
     return environment.get_template(name)
 
 
-def drawing(name: str) -> AbstractContextManager[None]:
+def chart_settings(name: str) -> AbstractContextManager[None]:
     """The settings under which a figure becomes `figure_svg(figure, name)`."""
     # Text stays text (it takes the page's font), and the same numbers give the same file.
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10})

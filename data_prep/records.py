@@ -3,6 +3,7 @@ act on."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -152,6 +153,11 @@ class Batch:
     replaced: tuple[Replacement, ...] = field(default=())
     reads: Mapping[str, int] = field(default_factory=dict)
     """Samples that were read for it, by SOURCES."""
+
+
+def hash_video_id(video_id: str) -> int:
+    """Hashes a video id to 63 bits, the same in every process and release."""
+    return int.from_bytes(hashlib.blake2b(video_id.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class BadSample(Exception):

@@ -17,7 +17,7 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tvr.data_prep.reading.augment import FrameSampling, Views
+from tvr.data_prep.reading.augment import Augmentation, FrameSampling
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.video.decoders import Decoder
 
@@ -289,9 +289,9 @@ def shard_cache(data: DataConfig) -> CacheFolder | None:
     return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
 
 
-def views(data: DataConfig) -> Views:
+def augmentation(data: DataConfig) -> Augmentation:
     """What training draws anew each time a sample is seen."""
-    return Views(frame_sampling=data.frame_sampling, crop_scale=data.crop_scale)
+    return Augmentation(frame_sampling=data.frame_sampling, crop_scale=data.crop_scale)
 
 
 def to_json(config: Config) -> str:

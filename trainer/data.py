@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from tvr.data_prep.dataset.manifest import check_words, read_manifest
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.records import Batch
-from tvr.trainer.config import Config, shard_cache, views
+from tvr.trainer.config import Config, augmentation, shard_cache
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
@@ -84,7 +84,7 @@ def training_batches(
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
         known_bad=known_bad,
-        views=views(data),
+        augmentation=augmentation(data),
         decoder=data.decoder,
         word_drop=data.word_drop,
         cache_bytes=data.cache_mib << 20,

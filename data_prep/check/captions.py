@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvr.data_prep.check.distribution import Distribution, distribution
-from tvr.data_prep.reading.collate import hash_video_id
+from tvr.data_prep.records import hash_video_id
 
 LONG_WORDS = 32
 
@@ -33,7 +33,7 @@ class CaptionStatistics:
     """Words in a caption, parted by white space; None without captions."""
 
 
-class CaptionTally:
+class CaptionAccumulator:
     """Counts captions one video or tally at a time, in 20 bytes a caption."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class CaptionTally:
         self._captions.extend(_hash(caption) for caption in captions)
         self._videos.extend([hash_video_id(video_id)] * len(captions))
 
-    def merge(self, other: CaptionTally) -> None:
+    def merge(self, other: CaptionAccumulator) -> None:
         """Counts what another tally did."""
         self._num_words.extend(other._num_words)
         self._captions.extend(other._captions)
@@ -71,7 +71,7 @@ class CaptionTally:
             words=distribution(num_words, whole=True),
         )
 
-    def num_also_in(self, other: CaptionTally) -> int:
+    def num_also_in(self, other: CaptionAccumulator) -> int:
         """Distinct captions that the other tally counted, too."""
         return len(np.intersect1d(np.array(self._captions), np.array(other._captions)))
 

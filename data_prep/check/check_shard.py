@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from tvr.data_prep.check.captions import CaptionTally
-from tvr.data_prep.check.sequential_reads import CHUNK_BYTES, Meter, ShardBytes, read_members
+from tvr.data_prep.check.captions import CaptionAccumulator
+from tvr.data_prep.check.sequential_reads import (
+    CHUNK_BYTES,
+    ReadMeter,
+    SequentialShard,
+    read_members,
+)
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import decode_members, parse_meta, parse_range
 from tvr.data_prep.records import BadSample, Caption
@@ -23,16 +28,16 @@ class Problem:
 
 
 @dataclass(slots=True)
-class Scan:
+class ShardFindings:
     """What was read of one shard or of several."""
 
     num_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
-    captions: CaptionTally = field(default_factory=CaptionTally)
+    captions: CaptionAccumulator = field(default_factory=CaptionAccumulator)
     num_unread: int = 0
     """Samples whose captions could not be read."""
 
-    def merge(self, other: Scan) -> None:
+    def merge(self, other: ShardFindings) -> None:
         """Adds what another one found."""
         self.num_bytes += other.num_bytes
         self.problems += other.problems
@@ -47,13 +52,13 @@ def place(manifest: Manifest, row: int) -> str:
 
 
 def check_shard(
-    store: Store, manifest: Manifest, decode_rows: set[int], meter: Meter, number: int
-) -> Scan:
+    store: Store, manifest: Manifest, decode_rows: set[int], meter: ReadMeter, number: int
+) -> ShardFindings:
     """Reads a file of samples once, from its first byte to its last; decodes the frames of
     `decode_rows`."""
     shard, samples = manifest.files[number], manifest.samples
-    scan, digest = Scan(), hashlib.sha256()
-    file = ShardBytes(store, shard, meter, ahead=CHUNK_BYTES)
+    scan, digest = ShardFindings(), hashlib.sha256()
+    file = SequentialShard(store, shard, meter, ahead=CHUNK_BYTES)
     end = 0  # of the samples so far, which lie end to end in a shard
     try:
         for row in manifest.rows_in(number):
@@ -90,10 +95,10 @@ def check_shard(
     return scan
 
 
-def read_captions(store: Store, manifest: Manifest, meter: Meter, number: int) -> Scan:
+def read_captions(store: Store, manifest: Manifest, meter: ReadMeter, number: int) -> ShardFindings:
     """The captions of a shard's samples; what cannot be read is counted only."""
-    samples, scan = manifest.samples, Scan()
-    file = ShardBytes(store, manifest.files[number], meter, ahead=CHUNK_BYTES)
+    samples, scan = manifest.samples, ShardFindings()
+    file = SequentialShard(store, manifest.files[number], meter, ahead=CHUNK_BYTES)
     rows = manifest.rows_in(number)
     for done, row in enumerate(rows):
         try:
@@ -108,7 +113,9 @@ def read_captions(store: Store, manifest: Manifest, meter: Meter, number: int) -
     return scan
 
 
-def _check_sample(scan: Scan, manifest: Manifest, row: int, content: bytes, decode: bool) -> None:
+def _check_sample(
+    scan: ShardFindings, manifest: Manifest, row: int, content: bytes, decode: bool
+) -> None:
     samples, where = manifest.samples, place(manifest, row)
     key = str(samples.key[row])
     try:

@@ -28,8 +28,8 @@ from rich.text import Text
 from tvr.data_prep.check import sequential_reads as scan
 from tvr.data_prep.check.captions import LONG_WORDS, CaptionStatistics
 from tvr.data_prep.check.sequential_reads import JOBS
-from tvr.data_prep.check.stats import read_facts, statistics_of
-from tvr.data_prep.check.verify import Report, leaks, verify_dataset
+from tvr.data_prep.check.stats import dataset_statistics, read_facts
+from tvr.data_prep.check.verify import VerifyReport, leak_problems, verify_dataset
 from tvr.data_prep.cli_errors import STRICT, reported
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.launchers.atomic_write import write_atomically
@@ -111,7 +111,7 @@ def _verify(arguments: VerifyArguments) -> int:
     return 3 if report.problems else 0
 
 
-def _tell(report: Report, max_shown: int) -> None:
+def _tell(report: VerifyReport, max_shown: int) -> None:
     print(
         f"{report.url}: {report.num_samples} samples in {report.num_shards} shards,"
         f" {report.num_bytes / 1e6:.1f} MB hashed, {report.num_decoded} samples decoded:"
@@ -154,7 +154,8 @@ def _stats(arguments: StatsArguments) -> int:
         raise ValueError(f"pictures={arguments.pictures} must be 0 or more")
     manifest = read_manifest(arguments.url)
     found = {
-        other: list(leaks(manifest, other, read_manifest(other))) for other in arguments.against
+        other: list(leak_problems(manifest, other, read_manifest(other)))
+        for other in arguments.against
     }
     with _bar() as progress:
         tally = read_facts(
@@ -164,7 +165,7 @@ def _stats(arguments: StatsArguments) -> int:
             jobs=arguments.jobs,
             progress=progress,
         )
-    statistics = statistics_of(manifest, tally)
+    statistics = dataset_statistics(manifest, tally)
     shown = shown_samples(arguments.url, manifest, arguments.pictures)
     write_atomically(Path(arguments.out), stats_page(arguments.url, statistics, shown, found))
     print(

@@ -6,12 +6,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tvr.data_prep.check.distribution import Distribution, readable
-from tvr.data_prep.html_page import GRID, INK, SERIES, drawing, figure_svg
+from tvr.data_prep.html_page import GRID, INK, SERIES, chart_settings, figure_svg
 
 
 def histogram_svg(values: Distribution, *, name: str, x_label: str, of_what: str) -> str:
     """An `<svg>`: how many `of_what` have each value, with the median as a line."""
-    with drawing(name):
+    with chart_settings(name):
         return figure_svg(_figure(values, x_label, of_what), name)
 
 

@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 """Is told the bytes read so far and the bytes to read, from any thread, one call at a time."""
 
 
-class Meter:
+class ReadMeter:
     """Adds up what the threads of a scan read, until one of them fails."""
 
     def __init__(self, num_bytes: int, progress: Progress | None) -> None:
@@ -44,10 +44,10 @@ class Meter:
                 self._progress(self._read, self._num_bytes)
 
 
-class ShardBytes:
+class SequentialShard:
     """A shard read by rising offsets; what lies before the last one is forgotten."""
 
-    def __init__(self, store: Store, shard: Shard, meter: Meter, *, ahead: int) -> None:
+    def __init__(self, store: Store, shard: Shard, meter: ReadMeter, *, ahead: int) -> None:
         """`ahead` bytes from an offset are asked for at once, for the reads that follow."""
         self._store = store
         self._name = shard.name
@@ -77,14 +77,14 @@ class ShardBytes:
         self._held += content
 
 
-def read_members(file: ShardBytes, manifest: Manifest, row: int) -> dict[str, bytes]:
+def read_members(file: SequentialShard, manifest: Manifest, row: int) -> dict[str, bytes]:
     """Checked members of a sample by extension. Raises BadSample, and as `Store.read_range`."""
     offset, length = int(manifest.samples.offset[row]), int(manifest.samples.length[row])
     return parse_range(manifest, row, file.read(offset, length))
 
 
-def in_threads(
-    jobs: int, action: Callable[[int], Result], numbers: Sequence[int], meter: Meter
+def map_shards(
+    jobs: int, action: Callable[[int], Result], numbers: Sequence[int], meter: ReadMeter
 ) -> list[Result]:
     """The results of `action`, which reads by `meter`, for each number, in order, `jobs` at a time.
 

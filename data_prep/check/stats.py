@@ -11,15 +11,15 @@ from functools import partial
 
 import numpy as np
 
-from tvr.data_prep.check.captions import CaptionStatistics, CaptionTally
+from tvr.data_prep.check.captions import CaptionAccumulator, CaptionStatistics
 from tvr.data_prep.check.distribution import Distribution, distribution
 from tvr.data_prep.check.sequential_reads import (
     CHUNK_BYTES,
     JOBS,
-    Meter,
     Progress,
-    ShardBytes,
-    in_threads,
+    ReadMeter,
+    SequentialShard,
+    map_shards,
     read_members,
 )
 from tvr.data_prep.dataset.manifest import Layout, Manifest
@@ -30,7 +30,7 @@ from tvr.data_prep.video.frame_sampling import segment_centres
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class SampleFacts:
     """What one sample says of itself and of its source."""
 
     video_id: str
@@ -43,7 +43,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
+class DatasetStatistics:
     """Totals and sizes are of the whole data set, the rest is of the samples that were read."""
 
     layout: Layout
@@ -74,17 +74,17 @@ class Statistics:
 
 
 @dataclass(slots=True)
-class Tally:
-    """Facts of many samples, in bounded memory: 24 bytes a sample and 20 a caption."""
+class FactsAccumulator:
+    """SampleFacts of many samples, in bounded memory: 24 bytes a sample and 20 a caption."""
 
-    captions: CaptionTally = field(default_factory=CaptionTally)
+    captions: CaptionAccumulator = field(default_factory=CaptionAccumulator)
     duration_s: array[float] = field(default_factory=lambda: array("d"))
     frame_rate_hz: array[float] = field(default_factory=lambda: array("d"))
     width: array[int] = field(default_factory=lambda: array("I"))
     height: array[int] = field(default_factory=lambda: array("I"))
     unread: Counter[str] = field(default_factory=Counter)
 
-    def add(self, facts: Facts) -> None:
+    def add(self, facts: SampleFacts) -> None:
         """Counts one sample."""
         self.captions.add(facts.video_id, facts.captions)
         self.duration_s.append(facts.duration_s)
@@ -92,7 +92,7 @@ class Tally:
         self.width.append(facts.width)
         self.height.append(facts.height)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: FactsAccumulator) -> None:
         """Counts what another tally did."""
         self.captions.merge(other.captions)
         self.duration_s.extend(other.duration_s)
@@ -109,7 +109,7 @@ def read_facts(
     samples: int | None = None,
     jobs: int = JOBS,
     progress: Progress | None = None,
-) -> Tally:
+) -> FactsAccumulator:
     """Reads every sample, or `samples` of them, spread evenly; `jobs` shards at a time."""
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples} must be 1 or more")
@@ -119,20 +119,20 @@ def read_facts(
         num_bytes, ahead = sum(shard.shard_bytes for shard in manifest.files), CHUNK_BYTES
     else:  # nothing that is wanted lies beside a sample
         num_bytes, ahead = int(manifest.samples.length[rows].sum()), 0
-    meter = Meter(num_bytes, progress)
+    meter = ReadMeter(num_bytes, progress)
     read = partial(_read_shard, Store(url), manifest, rows, meter, ahead)
-    tally = Tally()
-    for found in in_threads(jobs, read, range(len(manifest.files)), meter):
+    tally = FactsAccumulator()
+    for found in map_shards(jobs, read, range(len(manifest.files)), meter):
         tally.merge(found)
     return tally
 
 
-def statistics_of(manifest: Manifest, tally: Tally) -> Statistics:
+def dataset_statistics(manifest: Manifest, tally: FactsAccumulator) -> DatasetStatistics:
     """Of a data set, some or all samples of which were counted."""
     samples = manifest.samples
     video_ids, videos = np.unique(samples.video_id, return_inverse=True)
     width, height = (np.array(side, dtype=np.float64) for side in (tally.width, tally.height))
-    return Statistics(
+    return DatasetStatistics(
         layout=manifest.layout,
         num_frames=manifest.num_frames,
         num_samples=manifest.num_samples,
@@ -155,10 +155,10 @@ def statistics_of(manifest: Manifest, tally: Tally) -> Statistics:
 
 
 def _read_shard(
-    store: Store, manifest: Manifest, rows: np.ndarray, meter: Meter, ahead: int, number: int
-) -> Tally:
-    tally = Tally()
-    file = ShardBytes(store, manifest.files[number], meter, ahead=ahead)
+    store: Store, manifest: Manifest, rows: np.ndarray, meter: ReadMeter, ahead: int, number: int
+) -> FactsAccumulator:
+    tally = FactsAccumulator()
+    file = SequentialShard(store, manifest.files[number], meter, ahead=ahead)
     wanted = np.intersect1d(rows, manifest.rows_in(number)).tolist()
     for done, row in enumerate(wanted):
         try:
@@ -173,12 +173,12 @@ def _read_shard(
     return tally
 
 
-def _facts(key: str, members: dict[str, bytes]) -> Facts:
+def _facts(key: str, members: dict[str, bytes]) -> SampleFacts:
     meta = parse_meta(key, members)
     try:
         fields = json.loads(members["json"])
         width, height = fields["source_size"]
-        facts = Facts(
+        facts = SampleFacts(
             video_id=meta.video_id,
             captions=meta.texts,
             duration_s=float(fields["duration_s"]),

@@ -13,8 +13,8 @@ from tvr.data_prep.check.captions import LONG_WORDS
 from tvr.data_prep.check.check_shard import Problem
 from tvr.data_prep.check.distribution import Distribution, readable
 from tvr.data_prep.check.histograms import histogram_svg
-from tvr.data_prep.check.sequential_reads import Meter, ShardBytes, read_members
-from tvr.data_prep.check.stats import Statistics
+from tvr.data_prep.check.sequential_reads import ReadMeter, SequentialShard, read_members
+from tvr.data_prep.check.stats import DatasetStatistics
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.html_page import page_template, picture_strip
@@ -49,7 +49,9 @@ def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]
         captions: tuple[str, ...] = ()
         pictures = problem = ""
         try:
-            members = read_members(ShardBytes(store, shard, Meter(0, None), ahead=0), manifest, row)
+            members = read_members(
+                SequentialShard(store, shard, ReadMeter(0, None), ahead=0), manifest, row
+            )
             captions = parse_meta(key, members).texts
             pictures = picture_strip(_pictures(key, members), PICTURE_HEIGHT)
         except (BadSample, OSError) as error:
@@ -60,7 +62,7 @@ def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]
 
 def stats_page(
     name: str,
-    statistics: Statistics,
+    statistics: DatasetStatistics,
     shown: Sequence[ShownSample],
     leaks: Mapping[str, Sequence[Problem]],
 ) -> str:
@@ -88,7 +90,7 @@ def _pictures(key: str, members: dict[str, bytes]) -> list[Image.Image]:
     return [Image.fromarray(decode_jpeg(members[n], key=key, member=n)) for n in chosen]
 
 
-def _measured(statistics: Statistics) -> Iterator[tuple[str, str, str, Distribution]]:
+def _measured(statistics: DatasetStatistics) -> Iterator[tuple[str, str, str, Distribution]]:
     """Title, unit, what is counted, values."""
     each = (
         ("Caption length", "words", "captions", statistics.captions.words),
@@ -105,7 +107,7 @@ def _measured(statistics: Statistics) -> Iterator[tuple[str, str, str, Distribut
             yield title, unit, of_what, values
 
 
-def _charts(statistics: Statistics) -> Iterator[tuple[str, Markup]]:
+def _charts(statistics: DatasetStatistics) -> Iterator[tuple[str, Markup]]:
     for title, unit, of_what, values in _measured(statistics):
         if values.most == values.least:
             continue  # the table says it all

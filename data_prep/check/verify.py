@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from tvr.data_prep.check.captions import CaptionStatistics
-from tvr.data_prep.check.check_shard import Problem, Scan, check_shard, place, read_captions
-from tvr.data_prep.check.sequential_reads import JOBS, Meter, Progress, in_threads
+from tvr.data_prep.check.check_shard import (
+    Problem,
+    ShardFindings,
+    check_shard,
+    place,
+    read_captions,
+)
+from tvr.data_prep.check.sequential_reads import JOBS, Progress, ReadMeter, map_shards
 from tvr.data_prep.dataset.leakage import repeated_content, shared_samples
 from tvr.data_prep.dataset.manifest import BAD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from tvr.data_prep.storage.storage import Store
@@ -29,7 +35,7 @@ class CommonCaptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class VerifyReport:
     """What was checked and what was found; no problems means the data set is the one that was
     packed, and has no sample in common with those it was held against."""
 
@@ -52,7 +58,7 @@ def verify_dataset(
     compare_captions: bool = True,
     jobs: int = JOBS,
     progress: Progress | None = None,
-) -> Report:
+) -> VerifyReport:
     """Reads every byte once: shard presence, size and sha256; each sample's range, members and
     JSON; duplicates; refused clips as listed; captions.
 
@@ -68,20 +74,20 @@ def verify_dataset(
     manifest = read_manifest(url)
     others = {other: read_manifest(other) for other in against}
     read = [manifest, *(others.values() if compare_captions else ())]
-    meter = Meter(sum(s.shard_bytes for each in read for s in each.files), progress)
+    meter = ReadMeter(sum(s.shard_bytes for each in read for s in each.files), progress)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
     scan = _scan(manifest, partial(check_shard, Store(url), manifest, rows, meter), jobs, meter)
     problems = [*_duplicates(manifest), *_totals(url, manifest), *scan.problems]
     common = []
     for other, theirs in others.items():
-        problems += leaks(manifest, other, theirs)
+        problems += leak_problems(manifest, other, theirs)
         if compare_captions:
             found = _scan(theirs, partial(read_captions, Store(other), theirs, meter), jobs, meter)
             num_captions = scan.captions.num_also_in(found.captions)
             common.append(
                 CommonCaptions(url=other, num_captions=num_captions, num_unread=found.num_unread)
             )
-    return Report(
+    return VerifyReport(
         url=url,
         num_shards=len(manifest.files),
         num_samples=manifest.num_samples,
@@ -93,7 +99,7 @@ def verify_dataset(
     )
 
 
-def leaks(manifest: Manifest, other: str, theirs: Manifest) -> Iterator[Problem]:
+def leak_problems(manifest: Manifest, other: str, theirs: Manifest) -> Iterator[Problem]:
     """A problem for each pair of a sample and one of the data set at `other` that are the same."""
     for shared in shared_samples(manifest.samples, theirs.samples):
         same = " and ".join(shared.by)
@@ -101,9 +107,11 @@ def leaks(manifest: Manifest, other: str, theirs: Manifest) -> Iterator[Problem]
         yield Problem(where=place(manifest, shared.row), what=what)
 
 
-def _scan(manifest: Manifest, read: Callable[[int], Scan], jobs: int, meter: Meter) -> Scan:
-    whole = Scan()
-    for scan in in_threads(jobs, read, range(len(manifest.files)), meter):
+def _scan(
+    manifest: Manifest, read: Callable[[int], ShardFindings], jobs: int, meter: ReadMeter
+) -> ShardFindings:
+    whole = ShardFindings()
+    for scan in map_shards(jobs, read, range(len(manifest.files)), meter):
         whole.merge(scan)
     return whole
 

@@ -13,8 +13,8 @@ from typing import cast
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from tvr.data_prep.dataset.jpeg_stack import split_stack
 from tvr.data_prep.dataset.manifest import Manifest
-from tvr.data_prep.ffcv.jpeg_stack import split_stack
 from tvr.data_prep.records import BadSample, Caption, Word, WordKind
 from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.decoders import SampleFrames

@@ -20,7 +20,7 @@ from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from numba import njit, prange
 
-from tvr.data_prep.ffcv.jpeg_stack import stack_bytes
+from tvr.data_prep.dataset.jpeg_stack import stack_bytes
 
 # All pointers are void: numba passes addresses as integers.
 _void_p, _int, _ulong = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong

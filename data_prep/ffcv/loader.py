@@ -26,10 +26,10 @@ from ffcv.traversal_order.base import TraversalOrder
 
 from tvr.data_prep.ffcv.field import JpegStackDecoder, JpegStackField, TextDecoder
 from tvr.data_prep.ffcv.optional_import import max_threads
-from tvr.data_prep.reading.batch_buffers import Room
+from tvr.data_prep.reading.batch_buffers import BatchSlot
 from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.reading.worker import Join, Runs, TrainingRows
+from tvr.data_prep.reading.worker import BatchCollator, PositionBatches, TrainingDataset
 from tvr.data_prep.records import Batch, ShardCorrupt
 from tvr.data_prep.storage.storage import Store
 
@@ -42,9 +42,9 @@ POLL_S = 1.0
 def beton_batches(
     reader: SampleReader,
     order: SampleOrder,
-    rows: TrainingRows,
-    runs: Runs,
-    join: Join,
+    rows: TrainingDataset,
+    runs: PositionBatches,
+    join: BatchCollator,
     threads: int,
 ) -> Iterator[Batch]:
     """A batch for each run of stream positions, read and decoded by `threads` threads of FFCV (one
@@ -72,7 +72,7 @@ def beton_batches(
 class _Epochs(TraversalOrder):
     """The rows of one run of stream positions after another, as epochs of `length` runs."""
 
-    def __init__(self, order: SampleOrder, runs: Runs, length: int) -> None:
+    def __init__(self, order: SampleOrder, runs: PositionBatches, length: int) -> None:
         self._order = order
         self._runs = iter(runs)
         self._length = length
@@ -95,7 +95,11 @@ class _Epochs(TraversalOrder):
 
 
 def _batches(
-    loader: Loader, epochs: _Epochs, reader: SampleReader, rows: TrainingRows, join: Join
+    loader: Loader,
+    epochs: _Epochs,
+    reader: SampleReader,
+    rows: TrainingDataset,
+    join: BatchCollator,
 ) -> Iterator[Batch]:
     while True:
         for index, result in enumerate(_decoded(loader)):
@@ -106,11 +110,11 @@ def _batches(
             yield batch
 
 
-def _room(reader: SampleReader, frames: np.ndarray) -> Room | None:
+def _room(reader: SampleReader, frames: np.ndarray) -> BatchSlot | None:
     """The frames of a batch as they lie, where every sample is stored in the size wanted."""
     shape = (reader.num_frames, reader.image_size, reader.image_size, 3)
     whole = frames.shape[1] == math.prod(shape)
-    return Room(torch.from_numpy(frames).view(-1, *shape)) if whole else None
+    return BatchSlot(torch.from_numpy(frames).view(-1, *shape)) if whole else None
 
 
 def _intact(

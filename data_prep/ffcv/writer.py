@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from tvr.data_prep.dataset.jpeg_stack import stack_bytes
 from tvr.data_prep.dataset.manifest import (
     BAD_NAME,
     MANIFEST_NAME,
@@ -29,7 +30,6 @@ from tvr.data_prep.dataset.manifest import (
     write_manifest,
 )
 from tvr.data_prep.dataset.sample_codec import parse_meta
-from tvr.data_prep.ffcv.jpeg_stack import stack_bytes
 from tvr.data_prep.ffcv.optional_import import import_ffcv
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.storage.storage import Store

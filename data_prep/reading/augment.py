@@ -43,7 +43,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Views:
+class Augmentation:
     """How views are drawn."""
 
     frame_sampling: FrameSampling = "centre"
@@ -73,7 +73,7 @@ class Views:
         return None if offsets is None and crop is None else View(offsets=offsets, crop=crop)
 
 
-MIDDLES = Views()
+NO_AUGMENTATION = Augmentation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

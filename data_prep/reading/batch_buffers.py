@@ -22,11 +22,11 @@ from tvr.data_prep.records import Batch
 
 # Of each worker: those of the batches it may make ahead (torch's prefetch_factor is 2), that which
 # it is making, and one that the parent still reads. With none left a batch gets memory of its own.
-PER_WORKER = 4
+SLOTS_PER_WORKER = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class BatchSlot:
     """Where the frames of one batch may lie."""
 
     frames: Tensor
@@ -36,44 +36,44 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Lent:
+class BatchInSlot:
     """A batch on its way to the parent, without its frames, which lie in a room."""
 
     batch: Batch
     number: int
 
 
-class Rooms:
-    """Rooms of `shape` (B, F, S, S, 3) for the workers of one loader; made before they start."""
+class BatchSlots:
+    """Slots of `shape` (B, F, S, S, 3) for the workers of one loader; made before they start."""
 
     def __init__(self, workers: int, shape: tuple[int, ...]) -> None:
         self._shape = shape
         self._num_bytes = math.prod(shape)
         # Pages of rooms that are never used are never made.
-        self._memory = mmap.mmap(-1, workers * PER_WORKER * max(1, self._num_bytes))
-        self._taken = mmap.mmap(-1, max(1, workers * PER_WORKER))
+        self._memory = mmap.mmap(-1, workers * SLOTS_PER_WORKER * max(1, self._num_bytes))
+        self._taken = mmap.mmap(-1, max(1, workers * SLOTS_PER_WORKER))
 
-    def take(self, count: int) -> Room:
+    def take(self, count: int) -> BatchSlot:
         """A room for a batch of `count` in the worker that asks; of its own where none is free."""
         worker = get_worker_info()
         if worker is not None and count == self._shape[0]:
             # The lowest free one, so that few are ever used. Nobody else takes this worker's.
-            for number in range(worker.id * PER_WORKER, (worker.id + 1) * PER_WORKER):
+            for number in range(worker.id * SLOTS_PER_WORKER, (worker.id + 1) * SLOTS_PER_WORKER):
                 if not self._taken[number]:
                     self._taken[number] = 1
-                    return Room(torch.from_numpy(self._array(number)), number)
-        return own_room((count, *self._shape[1:]))
+                    return BatchSlot(torch.from_numpy(self._array(number)), number)
+        return private_slot((count, *self._shape[1:]))
 
-    def send(self, batch: Batch, room: Room | None) -> Batch | Lent:
+    def send(self, batch: Batch, room: BatchSlot | None) -> Batch | BatchInSlot:
         """What a worker gives its parent."""
         if room is None or room.number is None:
             return batch
         if batch.frames.data_ptr() != room.frames.data_ptr():
             self._give_back(room.number)
             return batch
-        return Lent(replace(batch, frames=batch.frames.new_empty(0)), room.number)
+        return BatchInSlot(replace(batch, frames=batch.frames.new_empty(0)), room.number)
 
-    def receive(self, sent: Batch | Lent) -> Batch:
+    def receive(self, sent: Batch | BatchInSlot) -> Batch:
         """In the parent: the batch. Its room is free again once no tensor shares its memory."""
         if isinstance(sent, Batch):
             return sent
@@ -91,10 +91,10 @@ class Rooms:
         self._taken[number] = 0
 
 
-def own_room(shape: tuple[int, ...]) -> Room:
+def private_slot(shape: tuple[int, ...]) -> BatchSlot:
     """Memory for one batch; in a worker it passes to the parent without a copy."""
     if get_worker_info() is None:
-        return Room(torch.empty(shape, dtype=torch.uint8))
+        return BatchSlot(torch.empty(shape, dtype=torch.uint8))
     # As torch's default_collate; a tensor moved to shared memory afterwards would be copied there.
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return Room(torch.empty(0, dtype=torch.uint8).set_(storage).view(shape))
+    return BatchSlot(torch.empty(0, dtype=torch.uint8).set_(storage).view(shape))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch, Caption, Replacement, Sample
+from tvr.data_prep.records import Batch, Caption, Replacement, Sample, hash_video_id
 
 Tokenize = Callable[[Sequence[Caption]], tuple[Tensor, Tensor]]
 """Captions -> token ids (A, T) and word_mask (A, T), 0 = padding, 1 = token and 2 = token of a
@@ -55,11 +54,6 @@ def collate(
         caption_video=_long(np.array(rows, dtype=np.int64)),
         replaced=tuple(replaced),
     )
-
-
-def hash_video_id(video_id: str) -> int:
-    """A 63-bit number that is the same in every process and release."""
-    return int.from_bytes(hashlib.blake2b(video_id.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _padded(

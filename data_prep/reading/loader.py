@@ -25,13 +25,19 @@ from torch.utils.data import DataLoader, Dataset
 from tvr.data_prep.budget import Budget
 from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.ffcv.optional_import import import_ffcv
-from tvr.data_prep.reading.augment import MIDDLES, Views
-from tvr.data_prep.reading.batch_buffers import Rooms
+from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
+from tvr.data_prep.reading.batch_buffers import BatchSlots
 from tvr.data_prep.reading.collate import Tokenize
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.reading.worker import Drawn, EvaluationRows, Join, Runs, TrainingRows
+from tvr.data_prep.reading.worker import (
+    BatchCollator,
+    DrawnSample,
+    EvaluationDataset,
+    PositionBatches,
+    TrainingDataset,
+)
 from tvr.data_prep.records import Batch, Replacement, Sample
 from tvr.data_prep.video.decoders import Decoder
 
@@ -52,7 +58,7 @@ def train_batches(
     max_bad: int,
     max_bad_in_a_row: int | None = None,
     known_bad: Mapping[str, str] | None = None,
-    views: Views = MIDDLES,
+    augmentation: Augmentation = NO_AUGMENTATION,
     decoder: Decoder = "pyav",
     word_drop: bool = False,
     cache_bytes: int = 0,
@@ -95,13 +101,13 @@ def train_batches(
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
     )
-    _check_views(views, reader, cache_bytes)
+    _check_augmentation(augmentation, reader, cache_bytes)
     if word_drop:
         check_words(url, reader.manifest, needed_by="data.word_drop")
     order = SampleOrder(reader.manifest.shard_sizes, seed)
-    rows = TrainingRows(reader, order, views, word_drop=word_drop)
-    join = Join(reader, tokenize)
-    runs = Runs(start_step * global_batch + rank * micro_batch, run, micro_batch, None)
+    rows = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
+    join = BatchCollator(reader, tokenize)
+    runs = PositionBatches(start_step * global_batch + rank * micro_batch, run, micro_batch, None)
     if reader.manifest.beton is None:
         batches = _received(reader, rows, runs, join, workers)
     else:
@@ -145,8 +151,8 @@ def evaluation_batches(
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
-    runs = Runs(first, micro_batch, micro_batch, end)
-    loader = _loader(EvaluationRows(reader, end), runs, Join(reader, tokenize), workers)
+    runs = PositionBatches(first, micro_batch, micro_batch, end)
+    loader = _loader(EvaluationDataset(reader, end), runs, BatchCollator(reader, tokenize), workers)
     budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
     return _without_empty(_within_budget(loader, budget, 0), budget)
 
@@ -170,19 +176,25 @@ def read_samples(
 
 
 def _received(
-    reader: SampleReader, rows: Dataset[Drawn], runs: Runs, join: Join, workers: int
+    reader: SampleReader,
+    rows: Dataset[DrawnSample],
+    runs: PositionBatches,
+    join: BatchCollator,
+    workers: int,
 ) -> Iterator[Batch]:
     """The loader's batches, whose frames lie in memory that is used again where they can."""
     if not workers or not reader.decodes_into_place:
         yield from _loader(rows, runs, join, workers)
         return
     size = reader.image_size
-    rooms = reader.rooms = Rooms(workers, (runs.length, reader.num_frames, size, size, 3))
+    rooms = reader.rooms = BatchSlots(workers, (runs.length, reader.num_frames, size, size, 3))
     for sent in _loader(rows, runs, join, workers):
         yield rooms.receive(sent)
 
 
-def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataLoader:
+def _loader(
+    rows: Dataset[DrawnSample], runs: PositionBatches, join: BatchCollator, workers: int
+) -> DataLoader:
     return DataLoader(
         rows,
         # An iterable of index lists is all that torch needs, whatever its annotation says.
@@ -192,11 +204,11 @@ def _loader(rows: Dataset[Drawn], runs: Runs, join: Join, workers: int) -> DataL
         # Without one of its own the loader would draw its workers' seeds from the global generator.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_stay_for_the_last_step if workers else None,
+        worker_init_fn=_exit_on_sigterm_of_parent if workers else None,
     )
 
 
-def _stay_for_the_last_step(worker: int) -> None:
+def _exit_on_sigterm_of_parent(worker: int) -> None:
     """A loader process leaves by SIGTERM of its rank alone: batch systems send it to all processes
     of a job, whose ranks finish a step and save. Without this torch's handler ends the process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -251,8 +263,12 @@ def _without_empty(batches: Iterator[Batch], budget: Budget) -> Iterator[Batch]:
         raise budget.exhausted()  # not one good sample, and no batch to report it in
 
 
-def _check_views(views: Views, reader: SampleReader, cache_bytes: int) -> None:
-    if cache_bytes and views.frame_sampling == "random" and reader.manifest.layout == "video":
+def _check_augmentation(augmentation: Augmentation, reader: SampleReader, cache_bytes: int) -> None:
+    if (
+        cache_bytes
+        and augmentation.frame_sampling == "random"
+        and reader.manifest.layout == "video"
+    ):
         raise ValueError(
             f"cache_bytes={cache_bytes} (data.cache_mib) must be 0 for the video layout of"
             f" {reader.url} where frame_sampling=random (data.frame_sampling) decodes other frames"

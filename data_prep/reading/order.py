@@ -23,7 +23,7 @@ WINDOW_SHARDS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class SampleLocation:
     """Where a stream position reads."""
 
     epoch: int
@@ -57,12 +57,12 @@ class SampleOrder:
         self._epochs: dict[int, np.ndarray] = {}
         self._shard_orders: dict[int, np.ndarray] = {}
 
-    def locate(self, position: int) -> Place:
+    def locate(self, position: int) -> SampleLocation:
         """The sample read at a stream position, 0 or more, without end."""
         epoch, step = divmod(position, self.num_samples)
         return self._place(epoch, int(self._permutation(epoch)[step]))
 
-    def substitute(self, position: int, attempt: int) -> Place:
+    def substitute(self, position: int, attempt: int) -> SampleLocation:
         """The sample read instead when the sample at `position` is bad; attempt = 1, 2, ... until
         one is good.
 
@@ -76,7 +76,7 @@ class SampleOrder:
             _hash("substitute", self.seed, position, attempt) % self.num_samples,
         )
 
-    def shards_ahead(self, place: Place) -> tuple[int, ...]:
+    def next_window_shards(self, place: SampleLocation) -> tuple[int, ...]:
         """The shards of the window after the one that a place lies in; after an epoch's last window
         comes the first of the next."""
         shards = self._shard_order(place.epoch)
@@ -93,9 +93,9 @@ class SampleOrder:
             self._shard_orders[epoch] = self._shuffled_shards(self._bits(epoch))
         return self._shard_orders[epoch]
 
-    def _place(self, epoch: int, sample: int) -> Place:
+    def _place(self, epoch: int, sample: int) -> SampleLocation:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return Place(
+        return SampleLocation(
             epoch=epoch, shard=shard, index=sample - int(self._starts[shard]), sample=sample
         )
 

@@ -12,7 +12,7 @@ from tvr.data_prep.reading.node_cache import ShardCache
 log = logging.getLogger(__name__)
 
 
-class ShardsAhead:
+class ShardPrefetcher:
     """One thread for each window, one after another; none before the first call, nor after
     `close`."""
 

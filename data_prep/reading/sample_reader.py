@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 
+from tvr.data_prep.dataset.jpeg_stack import stack_names
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.dataset.sample_codec import SampleMeta, decode_members, parse_meta, parse_range
-from tvr.data_prep.ffcv.jpeg_stack import stack_names
 from tvr.data_prep.reading.augment import View, crop_box, crop_frames
-from tvr.data_prep.reading.batch_buffers import Room, Rooms, own_room
+from tvr.data_prep.reading.batch_buffers import BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.shard_bytes import ShardFiles
+from tvr.data_prep.reading.shard_bytes import ShardReader
 from tvr.data_prep.records import Sample
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import fit_square
 
 # In evaluation, where the next shard is read when this one is done.
-SHARDS_AHEAD = 2
+PREFETCHED_SHARDS = 2
 
 
 class SampleReader:
@@ -62,16 +62,16 @@ class SampleReader:
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = ShardFiles(url, self.manifest, shard_cache)
+        self._files = ShardReader(url, self.manifest, shard_cache)
         self._sample_frames = frame_sampler(decoder)
         if self.manifest.beton is not None:
             cache_bytes = 0  # FFCV decodes every batch anew
-        self._cache = SampleCache(cache_bytes)
+        self._cache = DecodedSampleCache(cache_bytes)
         self._keeps_samples = cache_bytes > 0
         self._held: dict[int, tuple[bytes, np.ndarray]] = {}
-        self.room: Room | None = None
+        self.room: BatchSlot | None = None
         """Where the frames of the batch being read may lie."""
-        self.rooms: Rooms | None = None
+        self.rooms: BatchSlots | None = None
         """Of a loader whose workers read by this reader."""
         self._places: Iterator[np.ndarray] = iter(())
 
@@ -91,7 +91,7 @@ class SampleReader:
         """The shards read after that of a row, where rows are read in order up to `end`."""
         shards = self.manifest.samples.shard
         here, last = int(shards[row]), int(shards[end - 1])
-        return tuple(range(here + 1, min(here + SHARDS_AHEAD, last) + 1))
+        return tuple(range(here + 1, min(here + PREFETCHED_SHARDS, last) + 1))
 
     def take_reads(self) -> dict[str, int]:
         """How many samples were read since the last call, by SOURCES."""
@@ -99,7 +99,7 @@ class SampleReader:
         self._files.reads.clear()
         return reads
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Fetches shards in the background; they are needed soon."""
         if self._files.ahead is not None:
             self._files.ahead.want(shards)
@@ -113,10 +113,10 @@ class SampleReader:
         """Makes room for a batch of the next `count` samples."""
         if self.decodes_into_place:
             shape = (count, self.num_frames, self.image_size, self.image_size, 3)
-            self.room = own_room(shape) if self.rooms is None else self.rooms.take(count)
+            self.room = private_slot(shape) if self.rooms is None else self.rooms.take(count)
             self._places = iter(self.room.frames.numpy())
 
-    def hold(self, decoded: dict[int, tuple[bytes, np.ndarray]], room: Room | None) -> None:
+    def hold(self, decoded: dict[int, tuple[bytes, np.ndarray]], room: BatchSlot | None) -> None:
         """Takes samples that somebody else read, checked and decoded: the JSON and all stored
         frames by row, instead of those held before; `room` is where they lie."""
         self._held, self.room, self._places = decoded, room, iter(())
@@ -205,7 +205,7 @@ class SampleReader:
         return parse_range(self.manifest, row, content)
 
 
-class SampleCache:
+class DecodedSampleCache:
     """Decoded samples, bounded by the bytes of their frames."""
 
     def __init__(self, max_bytes: int) -> None:

@@ -9,14 +9,14 @@ from collections import Counter, OrderedDict
 
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
-from tvr.data_prep.reading.prefetch import ShardsAhead
+from tvr.data_prep.reading.prefetch import ShardPrefetcher
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.storage.storage import Store
 
 MAX_OPEN_SHARDS = 64
 
 
-class ShardFiles:
+class ShardReader:
     """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
     reading."""
 
@@ -24,7 +24,7 @@ class ShardFiles:
         self.reads: Counter[str] = Counter()
         """By SOURCES."""
         self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self.ahead: ShardsAhead | None = None
+        self.ahead: ShardPrefetcher | None = None
         self._store = Store(url)
         self._manifest = manifest
         self._cache: ShardCache | None = None
@@ -32,7 +32,7 @@ class ShardFiles:
             self._cache = ShardCache(folder, self._store, manifest.shards)
             # With less room the next shards would push out those being read.
             if folder.max_bytes >= 2 * self._cache.window_bytes:
-                self.ahead = ShardsAhead(self._cache)
+                self.ahead = ShardPrefetcher(self._cache)
 
     def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
         """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,

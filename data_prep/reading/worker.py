@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import Dataset
 
-from tvr.data_prep.reading.augment import Views
-from tvr.data_prep.reading.batch_buffers import Lent
+from tvr.data_prep.reading.augment import Augmentation
+from tvr.data_prep.reading.batch_buffers import BatchInSlot
 from tvr.data_prep.reading.collate import Tokenize, collate
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
 from tvr.data_prep.reading.sample_reader import SampleReader
@@ -20,7 +20,7 @@ MAX_ATTEMPTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class DrawnSample:
     """What one position gave: a sample with the captions to use, unless all tries were bad."""
 
     position: int
@@ -29,28 +29,33 @@ class Drawn:
     replaced: tuple[Replacement, ...]
 
 
-class TrainingRows(Dataset[Drawn]):
+class TrainingDataset(Dataset[DrawnSample]):
     """Stream position -> sample, as this position's view shows it, and one caption, less some of
     its words with `word_drop`."""
 
     def __init__(
-        self, reader: SampleReader, order: SampleOrder, views: Views, *, word_drop: bool
+        self,
+        reader: SampleReader,
+        order: SampleOrder,
+        augmentation: Augmentation,
+        *,
+        word_drop: bool,
     ) -> None:
         self._reader = reader
         self._order = order
-        self._views = views
+        self._augmentation = augmentation
         self._word_drop = word_drop
 
-    def __getitems__(self, positions: Sequence[int]) -> list[Drawn]:
+    def __getitems__(self, positions: Sequence[int]) -> list[DrawnSample]:
         """The samples of a batch; torch's loader asks for them at once."""
         self._reader.make_room(len(positions))
         return [self[position] for position in positions]
 
-    def __getitem__(self, position: int) -> Drawn:
+    def __getitem__(self, position: int) -> DrawnSample:
         place = self._order.locate(position)
         if self._reader.fetches_ahead:
-            self._reader.fetch_ahead(self._order.shards_ahead(place))
-        view = self._views.draw(self._order.seed, position, self._reader.num_frames)
+            self._reader.prefetch(self._order.next_window_shards(place))
+        view = self._augmentation.draw(self._order.seed, position, self._reader.num_frames)
         replaced: list[Replacement] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
@@ -65,35 +70,35 @@ class TrainingRows(Dataset[Drawn]):
             caption = sample.captions[choice]
             if self._word_drop:
                 caption = drop_words(caption, self._order.seed, position)
-            return Drawn(
+            return DrawnSample(
                 position=position, sample=sample, captions=(caption,), replaced=tuple(replaced)
             )
-        return Drawn(position=position, sample=None, captions=(), replaced=tuple(replaced))
+        return DrawnSample(position=position, sample=None, captions=(), replaced=tuple(replaced))
 
 
-class EvaluationRows(Dataset[Drawn]):
+class EvaluationDataset(Dataset[DrawnSample]):
     """Manifest row, below `end`, -> sample and all its captions."""
 
     def __init__(self, reader: SampleReader, end: int) -> None:
         self._reader = reader
         self._end = end
 
-    def __getitem__(self, position: int) -> Drawn:
+    def __getitem__(self, position: int) -> DrawnSample:
         if self._reader.fetches_ahead:
-            self._reader.fetch_ahead(self._reader.next_shards(position, self._end))
+            self._reader.prefetch(self._reader.next_shards(position, self._end))
         try:
             sample = self._reader.read(position)
         except BadSample as error:
-            return Drawn(
+            return DrawnSample(
                 position=position,
                 sample=None,
                 captions=(),
                 replaced=(_replacement(position, error),),
             )
-        return Drawn(position=position, sample=sample, captions=sample.captions, replaced=())
+        return DrawnSample(position=position, sample=sample, captions=sample.captions, replaced=())
 
 
-class Runs:
+class PositionBatches:
     """Batch sampler: runs of `length` positions starting at first, first + stride, ... below `end`
     (None: no end)."""
 
@@ -111,14 +116,14 @@ class Runs:
             start += self._stride
 
 
-class Join:
-    """The loader's collate function; with rooms, what it gives is for `Rooms.receive`."""
+class BatchCollator:
+    """The loader's collate function; with rooms, what it gives is for `BatchSlots.receive`."""
 
     def __init__(self, reader: SampleReader, tokenize: Tokenize) -> None:
         self._tokenize = tokenize
         self._reader = reader
 
-    def __call__(self, drawn: list[Drawn]) -> Batch | Lent:
+    def __call__(self, drawn: list[DrawnSample]) -> Batch | BatchInSlot:
         good = [(each.sample, each) for each in drawn if each.sample is not None]
         reader = self._reader
         batch = collate(

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.demo_clips import ANNOTATIONS, captions, demo_scenes, write_clips
+from tvr.data_prep.demo_clips import ANNOTATIONS, demo_scenes, scene_captions, write_clips
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig, merged
 from tvr.trainer.model.tokenizer import train_tokenizer
@@ -41,7 +41,7 @@ def make_tiny_data(
             samples_per_shard=10,
             words=words,
         )
-    said = [caption for scene in splits["train"] for caption in captions(scene)]
+    said = [caption for scene in splits["train"] for caption in scene_captions(scene)]
     train_tokenizer(said, folder / "tokenizer", vocab_size=560, max_words=MAX_WORDS)
 
 

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from tvr.data_prep.dataset.manifest import Layout
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.reading.augment import MIDDLES, Box, Crop, View, Views, crop_box, crop_frames
+from tvr.data_prep.reading.augment import (
+    NO_AUGMENTATION,
+    Augmentation,
+    Box,
+    Crop,
+    View,
+    crop_box,
+    crop_frames,
+)
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.order import SampleOrder, uniforms
 from tvr.data_prep.reading.sample_reader import SampleReader
@@ -26,7 +34,7 @@ from tvr.data_prep.video.images import fit_square
 # torch warns of more workers than cores; the views must hold on a machine of one core as well.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-DRAWN = Views(frame_sampling="random", crop_scale=0.5)
+DRAWN = Augmentation(frame_sampling="random", crop_scale=0.5)
 NUM_SAMPLES = 7
 
 
@@ -53,7 +61,7 @@ def train(url: str, **changes: Any) -> Iterator[Batch]:
         "image_size": 16,
         "tokenize": tokenize,
         "max_bad": 0,
-        "views": DRAWN,
+        "augmentation": DRAWN,
     }
     return train_batches(url, **(defaults | changes))
 
@@ -87,13 +95,15 @@ def test_batches_do_not_depend_on_ranks_workers_or_restarts(
     resumed = pixels(list(islice(train(urls[layout], start_step=2, workers=1), 4)))
     assert same(resumed, {position: expected[position] for position in range(16, 32)})
     assert not same(pixels(list(islice(train(urls[layout], seed=8), 8))), expected)
-    assert not same(pixels(list(islice(train(urls[layout], views=MIDDLES), 8))), expected)
+    assert not same(
+        pixels(list(islice(train(urls[layout], augmentation=NO_AUGMENTATION), 8))), expected
+    )
 
 
 @pytest.mark.parametrize("layout", ["frames", "video"])
 def test_frames_are_those_that_were_drawn(urls: dict[str, str], layout: str) -> None:
-    views = Views(frame_sampling="random")
-    batches = list(islice(train(urls[layout], views=views, image_size=32), 8))
+    views = Augmentation(frame_sampling="random")
+    batches = list(islice(train(urls[layout], augmentation=views, image_size=32), 8))
     order, seen = SampleOrder([5, 2], seed=7), set()
     reader = SampleReader(urls[layout], num_frames=8, image_size=32)
     for position, frames in pixels(batches).items():
@@ -119,15 +129,15 @@ def test_times_go_with_the_frames(urls: dict[str, str]) -> None:
     ("layout", "views"),
     [
         ("frames", DRAWN),
-        ("frames", Views(frame_sampling="random")),
-        ("frames", Views(crop_scale=0.9)),
-        ("video", Views(crop_scale=0.9)),
+        ("frames", Augmentation(frame_sampling="random")),
+        ("frames", Augmentation(crop_scale=0.9)),
+        ("video", Augmentation(crop_scale=0.9)),
     ],
 )
 def test_the_cache_keeps_what_no_draw_changes(
-    urls: dict[str, str], layout: str, views: Views, monkeypatch: pytest.MonkeyPatch
+    urls: dict[str, str], layout: str, views: Augmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pixels(list(islice(train(urls[layout], views=views), 8)))
+    expected = pixels(list(islice(train(urls[layout], augmentation=views), 8)))
     decoded: list[int] = []
     decode = SampleReader.decode
     monkeypatch.setattr(
@@ -135,7 +145,7 @@ def test_the_cache_keeps_what_no_draw_changes(
         "decode",
         lambda self, row, *rest: decoded.append(row) or decode(self, row, *rest),
     )
-    batches = list(islice(train(urls[layout], views=views, cache_bytes=1 << 20), 8))
+    batches = list(islice(train(urls[layout], augmentation=views, cache_bytes=1 << 20), 8))
     assert same(pixels(batches), expected)
     assert sorted(decoded) == list(range(NUM_SAMPLES))
 
@@ -185,7 +195,7 @@ def test_a_crop_has_its_area_and_shape(crop: Crop, height: int, width: int) -> N
 
 @given(st.floats(0.01, 1), st.integers(0, 2**62), st.integers(0, 2**62))
 def test_drawn_shares_are_in_range(crop_scale: float, seed: int, position: int) -> None:
-    view = Views(crop_scale=crop_scale).draw(seed, position, 4)
+    view = Augmentation(crop_scale=crop_scale).draw(seed, position, 4)
     if view is not None:
         assert view.offsets is None
         assert view.crop is not None
@@ -194,7 +204,7 @@ def test_drawn_shares_are_in_range(crop_scale: float, seed: int, position: int) 
 
 
 def test_crops_are_spread_over_the_picture() -> None:
-    views = Views(crop_scale=0.5)
+    views = Augmentation(crop_scale=0.5)
     drawn = [views.draw(3, position, 4) for position in range(2000)]
     boxes = [crop_box(view.crop, 90, 160) for view in drawn if view and view.crop]
     assert len(boxes) == 2000
@@ -210,7 +220,7 @@ def test_crops_are_spread_over_the_picture() -> None:
 
 def test_views_are_part_of_the_contract() -> None:
     """Other numbers here break the order of resumed runs."""
-    view = Views(frame_sampling="random", crop_scale=0.9).draw(7, 123, 2)
+    view = Augmentation(frame_sampling="random", crop_scale=0.9).draw(7, 123, 2)
     assert view is not None
     assert view.crop is not None
     assert view.offsets == pytest.approx(GOLDEN_OFFSETS, abs=1e-15)
@@ -250,7 +260,7 @@ def test_pixels_outside_the_box_do_not_matter() -> None:
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Views(**settings)
+        Augmentation(**settings)
 
 
 def test_torchcodec_gives_the_same_batches(urls: dict[str, str]) -> None:

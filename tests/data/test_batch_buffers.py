@@ -13,7 +13,7 @@ import torch
 from builders.clip_files import packed, tokenize
 
 from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.reading.batch_buffers import PER_WORKER
+from tvr.data_prep.reading.batch_buffers import SLOTS_PER_WORKER
 from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.records import Batch
 
@@ -65,7 +65,7 @@ def test_rooms_are_used_again(url: str) -> None:
         places.append(batch.frames.data_ptr())
         del batch
     assert len(places) == 40
-    assert len(set(places)) <= 2 * PER_WORKER
+    assert len(set(places)) <= 2 * SLOTS_PER_WORKER
 
 
 def test_a_stream_that_is_left_alone_frees_nothing_too_early(url: str) -> None:

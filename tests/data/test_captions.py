@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvr.data_prep.check.captions import LONG_WORDS, CaptionTally
+from tvr.data_prep.check.captions import LONG_WORDS, CaptionAccumulator
 from tvr.data_prep.check.distribution import MOST_BINS, distribution
 
 captions = st.sampled_from(
@@ -21,8 +21,8 @@ videos = st.lists(
 )
 
 
-def tally(described: list[tuple[str, list[str]]]) -> CaptionTally:
-    counted = CaptionTally()
+def tally(described: list[tuple[str, list[str]]]) -> CaptionAccumulator:
+    counted = CaptionAccumulator()
     for video_id, texts in described:
         counted.add(video_id, texts)
     return counted

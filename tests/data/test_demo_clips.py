@@ -24,10 +24,10 @@ from tvr.data_prep.demo_clips import (
     SPEEDS,
     Mover,
     Scene,
-    captions,
     demo_scenes,
     draw_scenes,
     render,
+    scene_captions,
     write_clip,
     write_clips,
 )
@@ -92,7 +92,7 @@ def test_an_exchanged_scene_is_another_with_the_same_words(splits: dict[str, lis
         assert other.identity() != one.identity()
         assert other.exchanged() == one
         assert (other.first.colour, other.second.colour) == (one.second.colour, one.first.colour)
-        for said, exchanged in zip(captions(one), captions(other), strict=True):
+        for said, exchanged in zip(scene_captions(one), scene_captions(other), strict=True):
             assert said != exchanged
             assert Counter(said.split()) == Counter(exchanged.split())
 
@@ -105,7 +105,7 @@ def test_captions_say_everything_and_nothing_else(splits: dict[str, list[Scene]]
             for each in (one.first, one.second)
             for value in (each.colour, each.shape, each.size, each.direction, each.speed)
         ]
-        wordings = captions(one)
+        wordings = scene_captions(one)
         assert len(set(wordings)) == 3
         for caption in wordings:
             words = Counter(caption.replace(",", "").split())
@@ -115,11 +115,11 @@ def test_captions_say_everything_and_nothing_else(splits: dict[str, list[Scene]]
 
 
 def test_captions_order_the_objects_as_they_move() -> None:
-    plain, first, after = captions(scene(order="then"))
+    plain, first, after = scene_captions(scene(order="then"))
     for caption in (plain, first):
         assert caption.index("red circle") < caption.index("blue square")
     assert after.startswith("a small blue square moves up quickly after a small red circle")
-    said = {caption for one in (scene(order="then"), scene()) for caption in captions(one)}
+    said = {caption for one in (scene(order="then"), scene()) for caption in scene_captions(one)}
     assert len(said) == 6  # "then" and "while" are never said alike
 
 
@@ -339,7 +339,7 @@ def test_annotations_hold_all_wordings_or_one_in_turn(
         written(folder, scenes, prefix="x", training=training)
         lines = [json.loads(line) for line in (folder / ANNOTATIONS).read_text().splitlines()]
         for index, (line, one) in enumerate(zip(lines, scenes, strict=True)):
-            said = list(captions(one)) if training else [captions(one)[index % 3]]
+            said = list(scene_captions(one)) if training else [scene_captions(one)[index % 3]]
             assert line == {
                 "key": f"x-{index:05d}",
                 "video": f"x-{index:05d}.mp4",

@@ -24,7 +24,7 @@ from tvr.data_prep.cli import pack
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.ffcv.writer import write_beton
 from tvr.data_prep.packing import pack_clip
-from tvr.data_prep.reading.augment import Views
+from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, read_sample, train_batches
 from tvr.data_prep.records import BadSample, Batch, ShardCorrupt, TooManyBadSamples
 
@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 NUM_SAMPLES = 13
-RANDOM_VIEWS = Views(frame_sampling="random", crop_scale=0.5)
+RANDOM_VIEWS = Augmentation(frame_sampling="random", crop_scale=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,10 @@ def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
         ({"workers": 1, "rank": 1, "world_size": 2, "start_step": 3}, 10),
         ({"workers": 99, "start_step": 10**6, "global_batch": 6, "micro_batch": 6}, 3),
         ({"workers": 0, "num_frames": 3, "image_size": 24}, 7),
-        ({"num_frames": 2, "image_size": 24, "views": RANDOM_VIEWS, "cache_bytes": 10**6}, 14),
+        (
+            {"num_frames": 2, "image_size": 24, "augmentation": RANDOM_VIEWS, "cache_bytes": 10**6},
+            14,
+        ),
     ],
 )
 def test_batches_are_those_of_the_shards(

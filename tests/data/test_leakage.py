@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.data_prep.check import cli as check_cli
-from tvr.data_prep.check.verify import Report, verify_dataset
+from tvr.data_prep.check.verify import VerifyReport, verify_dataset
 from tvr.data_prep.dataset.leakage import COLUMNS, repeated_content, shared_samples
 from tvr.data_prep.dataset.manifest import Samples
 from tvr.data_prep.packing.pack import pack_shards
@@ -40,7 +40,7 @@ def train(tmp_path: Path) -> str:
     )
 
 
-def found(report: Report) -> list[str]:
+def found(report: VerifyReport) -> list[str]:
     return [f"{problem.where} / {problem.what}" for problem in report.problems]
 
 

@@ -26,7 +26,7 @@ from tvr.data_prep.reading.loader import (
     train_batches,
 )
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
-from tvr.data_prep.reading.sample_reader import SampleCache, SampleReader
+from tvr.data_prep.reading.sample_reader import DecodedSampleCache, SampleReader
 from tvr.data_prep.records import Batch, TooManyBadSamples
 
 # torch warns of more workers than cores; the order must hold on a machine of one core as well.
@@ -215,7 +215,7 @@ def test_the_cache_changes_nothing_and_keeps_its_bound(frames_url: str) -> None:
     keys = [key for batch in batches for key in batch.keys]
     reads = sum((Counter(batch.reads) for batch in batches), Counter())
     assert reads == {"local": len(set(keys)), "memory": len(keys) - len(set(keys))}
-    cache = SampleCache(2 * one_sample)
+    cache = DecodedSampleCache(2 * one_sample)
     samples = read_samples(frames_url, ["c00", "c01", "c02"], num_frames=4, image_size=16)
     for row in (0, 1):
         cache.put(row, samples[row])

@@ -10,14 +10,14 @@ import subprocess
 import torch
 from torch.utils.data import DataLoader
 
-from tvr.data_prep.reading.loader import _stay_for_the_last_step
+from tvr.data_prep.reading.loader import _exit_on_sigterm_of_parent
 
 
 def numbers(workers: int) -> DataLoader:
     return DataLoader(
         range(200),  # type: ignore[arg-type]
         num_workers=workers,
-        worker_init_fn=_stay_for_the_last_step,
+        worker_init_fn=_exit_on_sigterm_of_parent,
         multiprocessing_context="fork",
     )
 

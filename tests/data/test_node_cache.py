@@ -23,8 +23,8 @@ from tvr.data_prep.dataset.manifest import Manifest, read_manifest
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
 from tvr.data_prep.reading.order import SampleOrder
-from tvr.data_prep.reading.sample_reader import SHARDS_AHEAD, SampleReader
-from tvr.data_prep.reading.worker import EvaluationRows
+from tvr.data_prep.reading.sample_reader import PREFETCHED_SHARDS, SampleReader
+from tvr.data_prep.reading.worker import EvaluationDataset
 from tvr.data_prep.records import Batch
 from tvr.data_prep.storage.storage import Store
 
@@ -273,7 +273,7 @@ def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStore, tmp_pa
     reader = SampleReader(url, num_frames=4, image_size=16, shard_cache=limit)
     shards = reader.manifest.samples.shard.tolist()
     end = shards.index(5)  # of a rank that reads all shards but the last
-    rows = EvaluationRows(reader, end)
+    rows = EvaluationDataset(reader, end)
     asked = []
     for row in range(end):
         assert rows[row].sample is not None
@@ -281,7 +281,7 @@ def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStore, tmp_pa
             if thread.name == "shards-ahead":
                 thread.join()
         asked.append(len(kept(tmp_path / "cache")))
-    assert asked == [min(shards[row] + 1 + SHARDS_AHEAD, 5) for row in range(end)]
+    assert asked == [min(shards[row] + 1 + PREFETCHED_SHARDS, 5) for row in range(end)]
 
 
 def test_fetching_ahead_ends_with_the_reader(
@@ -300,8 +300,8 @@ def test_fetching_ahead_ends_with_the_reader(
     monkeypatch.setattr(ShardCache, "fetch", until_stopped)
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     reader = SampleReader(f"{store.url}/data", num_frames=4, image_size=16, shard_cache=folder)
-    reader.fetch_ahead([3, 1])
-    reader.fetch_ahead([4])
+    reader.prefetch([3, 1])
+    reader.prefetch([4])
     begun.wait()
     del reader
     assert [thread.name for thread in threading.enumerate() if "ahead" in thread.name] == []
@@ -322,4 +322,4 @@ def test_shards_ahead_are_those_that_the_order_reads_next() -> None:
         following = position - position % 10 + min(window_start + 4, 10)
         length = 2 if following % 10 == 8 else 4
         expected = {order.locate(following + step).shard for step in range(length)}
-        assert set(order.shards_ahead(place)) == expected
+        assert set(order.next_window_shards(place)) == expected

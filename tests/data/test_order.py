@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvr.data_prep.reading.collate import hash_video_id
 from tvr.data_prep.reading.order import SampleOrder, caption_choice, uniforms
-from tvr.data_prep.reading.worker import Runs
+from tvr.data_prep.reading.worker import PositionBatches
+from tvr.data_prep.records import hash_video_id
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum)
 seeds = st.integers(0, 2**63 - 1)
@@ -54,7 +54,8 @@ def test_ranks_together_consume_consecutive_positions(
     run = world_size * micro_batch
     first = start_step * run * micro_steps
     streams = [
-        iter(Runs(first + rank * micro_batch, run, micro_batch, None)) for rank in range(world_size)
+        iter(PositionBatches(first + rank * micro_batch, run, micro_batch, None))
+        for rank in range(world_size)
     ]
     consumed = [
         position
@@ -70,7 +71,7 @@ def test_evaluation_runs_cover_each_row_once(total: int, world_size: int, micro_
     rows = [
         row
         for rank in range(world_size)
-        for run in Runs(
+        for run in PositionBatches(
             total * rank // world_size,
             micro_batch,
             micro_batch,

@@ -13,7 +13,7 @@ from builders.http_store import HttpStore, served
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvr.data_prep.check.sequential_reads import Meter, ShardBytes, in_threads
+from tvr.data_prep.check.sequential_reads import ReadMeter, SequentialShard, map_shards
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import Shard, read_manifest
 from tvr.data_prep.storage.storage import Store
@@ -48,7 +48,9 @@ def test_ranges_are_those_of_the_file_and_each_byte_is_fetched_once(
 ) -> None:
     store = CountedStore(CONTENT[:there])
     read: list[int] = []
-    file = ShardBytes(store, shard(), Meter(0, lambda done, _: read.append(done)), ahead=ahead)
+    file = SequentialShard(
+        store, shard(), ReadMeter(0, lambda done, _: read.append(done)), ahead=ahead
+    )
     at = 0
     for gap, length in steps:
         at += gap
@@ -65,7 +67,7 @@ def test_ranges_are_those_of_the_file_and_each_byte_is_fetched_once(
 
 def test_a_read_that_ends_with_the_shard_asks_for_one_byte_more() -> None:
     store = CountedStore(CONTENT + b"?")
-    file = ShardBytes(store, shard(), Meter(0, None), ahead=150)
+    file = SequentialShard(store, shard(), ReadMeter(0, None), ahead=150)
     assert file.read(0, 10) == CONTENT[:10]
     assert file.read(10, 191) == CONTENT[10:] + b"?"
     assert store.asked == [(0, 150), (150, 201)]
@@ -78,10 +80,10 @@ def test_threads_keep_the_order_and_their_number() -> None:
         meeting.wait()
         return number * number
 
-    meter = Meter(0, None)
-    assert in_threads(3, act, range(6), meter) == [0, 1, 4, 9, 16, 25]
+    meter = ReadMeter(0, None)
+    assert map_shards(3, act, range(6), meter) == [0, 1, 4, 9, 16, 25]
     with pytest.raises(ValueError, match="jobs=0 must be 1 or more"):
-        in_threads(0, act, range(6), meter)
+        map_shards(0, act, range(6), meter)
 
 
 def test_after_an_error_nothing_new_starts() -> None:
@@ -92,12 +94,12 @@ def test_after_an_error_nothing_new_starts() -> None:
         raise OSError("the disk")
 
     with pytest.raises(OSError, match="the disk"):
-        in_threads(1, act, range(1000), Meter(0, None))
+        map_shards(1, act, range(1000), ReadMeter(0, None))
     assert len(begun) < 1000
 
 
 def test_an_error_ends_the_other_threads_in_mid_shard() -> None:
-    meter, both = Meter(0, None), threading.Barrier(2, timeout=20)
+    meter, both = ReadMeter(0, None), threading.Barrier(2, timeout=20)
     ended = threading.Event()
 
     def act(number: int) -> None:
@@ -112,7 +114,7 @@ def test_an_error_ends_the_other_threads_in_mid_shard() -> None:
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        in_threads(2, act, range(2), meter)
+        map_shards(2, act, range(2), meter)
     assert ended.is_set()
 
 

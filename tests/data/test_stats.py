@@ -21,7 +21,13 @@ from PIL import Image
 
 from tvr.data_prep.check import cli as check_cli
 from tvr.data_prep.check.distribution import Distribution
-from tvr.data_prep.check.stats import Facts, Statistics, Tally, read_facts, statistics_of
+from tvr.data_prep.check.stats import (
+    DatasetStatistics,
+    FactsAccumulator,
+    SampleFacts,
+    dataset_statistics,
+    read_facts,
+)
 from tvr.data_prep.check.stats_page import shown_samples, stats_page
 from tvr.data_prep.dataset.manifest import Manifest, Samples, Shard, read_manifest
 from tvr.data_prep.storage.storage import Store
@@ -32,13 +38,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return packed(tmp_path_factory.mktemp("frames"), 13)
 
 
-def described(url: str, **settings: Any) -> Statistics:
+def described(url: str, **settings: Any) -> DatasetStatistics:
     manifest = read_manifest(url)
-    return statistics_of(manifest, read_facts(url, manifest, **settings))
+    return dataset_statistics(manifest, read_facts(url, manifest, **settings))
 
 
 facts = st.builds(
-    Facts,
+    SampleFacts,
     video_id=st.sampled_from("uvw"),
     captions=st.lists(st.sampled_from(["a", "b c", "d e f"]), min_size=1, max_size=3).map(tuple),
     duration_s=st.floats(0, 100, width=32),
@@ -48,7 +54,7 @@ facts = st.builds(
 )
 
 
-def manifest_of(samples: list[tuple[Facts, int]]) -> Manifest:
+def manifest_of(samples: list[tuple[SampleFacts, int]]) -> Manifest:
     """Of samples with their lengths, three a shard, of which one clip was refused."""
     shard = np.arange(len(samples), dtype=np.int32) // 3
     length = np.array([length for _, length in samples])
@@ -87,14 +93,14 @@ def manifest_of(samples: list[tuple[Facts, int]]) -> Manifest:
     st.integers(0, 9),
 )
 def test_statistics_are_those_of_a_naive_count(
-    samples: list[tuple[Facts, int]], border: int
+    samples: list[tuple[SampleFacts, int]], border: int
 ) -> None:
-    tally, rest = Tally(), Tally()
+    tally, rest = FactsAccumulator(), FactsAccumulator()
     for index, (each, _) in enumerate(samples):
         (tally if index < border else rest).add(each)
     rest.unread["checksum"] += 1
     tally.merge(rest)
-    found = statistics_of(manifest_of(samples), tally)
+    found = dataset_statistics(manifest_of(samples), tally)
     all_facts = [each for each, _ in samples]
     assert found.num_samples == found.num_read == len(samples)
     assert found.num_videos == len({each.video_id for each in all_facts})
@@ -173,7 +179,7 @@ def test_over_a_store_that_fails_every_third_read(
     assert shown == shown_samples(url, read_manifest(url), 4)
 
 
-def text_of(statistics: Statistics, url: str) -> str:
+def text_of(statistics: DatasetStatistics, url: str) -> str:
     shown = shown_samples(url, read_manifest(url), 2)
     return Page(stats_page("name", statistics, shown, {})).text
 
@@ -219,7 +225,7 @@ def test_what_was_refused_and_what_cannot_be_read(url: str, tmp_path: Path) -> N
     second = tmp_path / "damaged" / "shard-000001.tar"
     second.write_bytes(second.read_bytes()[:-3000])
     manifest = replace(read_manifest(damaged), bad={"no_frames": 7})
-    found = statistics_of(manifest, read_facts(damaged, manifest))
+    found = dataset_statistics(manifest, read_facts(damaged, manifest))
     assert found.unread == {"checksum": 1, "missing_shard": 5}
     assert found.num_read == 7
     shown = shown_samples(damaged, manifest, 13)
@@ -231,9 +237,9 @@ def test_what_was_refused_and_what_cannot_be_read(url: str, tmp_path: Path) -> N
     assert len(page.named("img")) == 7
     for wanted in ("missing_shard", "checksum", "no_frames", "the file is truncated"):
         assert wanted in page.text
-    everything = Tally()
+    everything = FactsAccumulator()
     everything.unread["missing_shard"] = 13
-    text = text_of(statistics_of(manifest, everything), damaged)
+    text = text_of(dataset_statistics(manifest, everything), damaged)
     assert "Duration" not in text
 
 

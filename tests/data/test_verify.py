@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from builders.clip_files import packed
 
-from tvr.data_prep.check.verify import Report, verify_dataset
+from tvr.data_prep.check.verify import VerifyReport, verify_dataset
 from tvr.data_prep.dataset.manifest import read_manifest, write_manifest
 from tvr.data_prep.dataset.sample_codec import parse_members, parse_meta
 from tvr.data_prep.dataset.shard_writer import tar_bytes
 from tvr.data_prep.records import BadSample
 
 
-def found(report: Report) -> list[str]:
+def found(report: VerifyReport) -> list[str]:
     return [f"{problem.where} / {problem.what}" for problem in report.problems]
 
 

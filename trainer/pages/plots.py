@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tvr.data_prep.html_page import GRID, INK, SERIES, drawing, figure_svg
+from tvr.data_prep.html_page import GRID, INK, SERIES, chart_settings, figure_svg
 
 MOST_POINTS = 800
 
@@ -45,7 +45,7 @@ def line_chart(
     `log_if_wide` takes a logarithmic axis where a few large values would flatten all others.
     `minutes` = (steps, minutes), both rising, adds the wall clock as a second axis on top.
     """
-    with drawing(name):
+    with chart_settings(name):
         figure = Figure(figsize=(6.4, 3.5), layout="constrained")
         axes = figure.add_subplot()
         for line in series:
