@@ -7,10 +7,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    # Importing torch takes seconds; commands that only read records start without it.
+    from torch import Tensor
 
 # Every reason a sample can be refused for; bounded, so that it can be a metric label.
 REASONS = (

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tvr.data_prep.exporter.metrics_http import Endpoint
 from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
-from tvr.data_prep.packing.pack import PackProgress
-from tvr.data_prep.packing.progress import OnProgress
 from tvr.data_prep.records import REASONS
+
+if TYPE_CHECKING:
+    # Packing imports webdataset, which imports torch; `tvr metrics` needs the table alone.
+    from tvr.data_prep.packing.pack import PackProgress
+    from tvr.data_prep.packing.progress import OnProgress
 
 PACK_METRICS = (
     Metric(
