@@ -1,4 +1,4 @@
-"""What a run reads by its settings: its data sets, its tokeniser, its batches of training data."""
+"""Data sets, tokeniser and batches of a run, as its settings name them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 
 
 def validate_data_sets(config: Config, world: World) -> int:
-    """The number of training samples; every data set is looked at before anything is built.
+    """Reads the manifest of every data set and checks it against the settings.
+
+    Returns:
+        The number of training samples.
 
     Raises:
-        ValueError: a set is missing, too small for the batch or the ranks, or does not go with the
-            others or with `data.content_words`.
+        ValueError: a data set is too small for the batch or the ranks, the two test sets hold
+            different keys, or a set lacks the words that `data.content_words` needs.
+        OSError, ShardCorrupt: a manifest is missing or damaged.
     """
     data = config.data
     train = read_manifest(data.train)
@@ -50,7 +54,11 @@ def validate_data_sets(config: Config, world: World) -> int:
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """The tokeniser of the model's folder. Raises as `load_tokenizer` and `tokenizer_folder`."""
+    """Loads the tokeniser that `model.tokenizer` or `model.pretrained` names.
+
+    Raises:
+        ValueError: as `load_tokenizer` and `tokenizer_folder`.
+    """
     return load_tokenizer(
         tokenizer_folder(config.model),
         config.data.max_words,
@@ -66,8 +74,15 @@ def training_batches(
     start_step: int = 0,
     known_bad: Mapping[str, str] | None = None,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from the one of step `start_step` on; `known_bad` were met before,
-    on any rank. Raises as `train_batches`."""
+    """Yields this rank's micro-batches for training, without end.
+
+    Args:
+        start_step: Optimiser steps already done; their samples are skipped.
+        known_bad: Keys of bad samples found before, on any rank, with their reasons.
+
+    Raises:
+        ValueError, OSError, TooManyBadSamples: as `train_batches`.
+    """
     data, train = config.data, config.train
     return train_batches(
         data.train,
@@ -95,7 +110,11 @@ def training_batches(
 def ordered_batches(
     config: Config, tokenizer: Tokenizer, world: World, url: str
 ) -> Iterator[Batch]:
-    """This rank's share of a whole data set, in order. Raises as `evaluation_batches`."""
+    """Yields this rank's share of a whole data set, in order.
+
+    Raises:
+        ValueError, OSError, TooManyBadSamples: as `evaluation_batches`.
+    """
     data = config.data
     return evaluation_batches(
         url,

@@ -1,41 +1,41 @@
-"""The errors of training that a caller acts on."""
+"""Errors of training that a caller handles by type."""
 
 from __future__ import annotations
 
 
 class CheckpointDamaged(Exception):
-    """No checkpoint of a run is whole; the message names every file that is not."""
+    """A run has checkpoints, and none of them is whole; the message names every damaged file."""
 
 
 class Fenced(Exception):
-    """A newer attempt has taken over the run: this process must not write to it any more."""
+    """A newer attempt has taken over the run, so this process must not write to it any more."""
 
 
 class TrainingFailed(Exception):
-    """Something broke after the first step began: not the user's input; its cause is chained."""
+    """Training failed after the first step began; the cause is chained."""
 
 
 class NotSaved(Exception):
-    """A run or its job ends with a step whose checkpoint could not be saved."""
+    """A run or its job ended with a step whose checkpoint could not be saved."""
 
 
 class NonFiniteLoss(Exception):
-    """The loss is NaN or infinite on some rank; raised on all ranks before the optimiser step."""
+    """The loss or its gradient is NaN or infinite on some rank; raised on all ranks."""
 
 
 class Preempted(Exception):
-    """The job was told to leave; its state is saved, and the same command goes on from there."""
+    """A signal asked the job to stop; its state is saved, and the same command resumes it."""
 
 
 class PreflightFailed(ValueError):
-    """A run cannot begin, for a reason on some ranks; raised on all of them.
+    """A check before the first step failed on some rank; raised on all ranks.
 
-    `rank` is the lowest one whose node or network is at fault, so that the job may begin elsewhere
-    or later; none: its settings are.
+    `rank` is the lowest rank whose node or network is at fault: the job may start on other nodes,
+    or later. None means that the settings are at fault.
     """
 
     def __init__(self, lines: list[str], rank: int | None = None) -> None:
-        super().__init__(lines, rank)  # as it is pickled for the other ranks
+        super().__init__(lines, rank)  # pickled for the other ranks with these arguments
         self.lines = lines
         self.rank = rank
 
@@ -44,8 +44,8 @@ class PreflightFailed(ValueError):
 
 
 class AlreadyReported(Exception):
-    """A failure that a rank of the job has told on stderr: nothing is left but to end."""
+    """A rank of the job has written the failure to stderr; this process only has to exit."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"told; exit code {code}")
+        super().__init__(f"already reported; exit code {code}")
         self.code = code

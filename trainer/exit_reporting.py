@@ -1,5 +1,7 @@
-"""How a command that trains ends: what is told of an error, and the exit code for whoever starts it
-again or does not."""
+"""How a training command ends: the line on stderr and the exit code.
+
+Launchers decide by the exit code whether they start the command again.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from tvr.trainer.errors import (
 
 
 def run_training_command(command: str, action: Callable[[], int]) -> int:
-    """As `reported`, and a training that failed for a reason it can name becomes exit code 3."""
+    """Runs a command of the trainer, reports its errors on stderr, and returns the exit code.
+
+    Errors that have a known cause become one line. Any other exception is a bug and passes through.
+    """
 
     def guarded() -> int:
         try:
@@ -30,8 +35,8 @@ def run_training_command(command: str, action: Callable[[], int]) -> int:
         except Preempted as notice:
             print(f"tvr {command}: {notice}", file=sys.stderr)
             return EXIT_PREEMPTED
-        except AlreadyReported as told:
-            return told.code
+        except AlreadyReported as failure:
+            return failure.code
         except PreflightFailed as failed:
             for line in failed.lines:
                 say_error(f"tvr {command}", ValueError(line))
@@ -44,13 +49,13 @@ def run_training_command(command: str, action: Callable[[], int]) -> int:
 
 
 def report_training_error(error: Exception) -> int:
-    """What `tvr train` says of an error, from where it happens; the exit code."""
+    """Writes an error of `tvr train` to stderr, a bug with its traceback; returns the exit code."""
 
-    def again() -> int:
+    def reraise() -> int:
         raise error
 
     try:
-        return run_training_command("train", again)
+        return run_training_command("train", reraise)
     except Exception:
         traceback.print_exception(error)
         return EXIT_FAILED

@@ -101,7 +101,7 @@ def meets_nobody(rank: int, world_size: int) -> None:
 
 
 def test_a_rank_that_does_not_come_is_missed_soon() -> None:
-    with pytest.raises(RuntimeError, match=f"rank 0 on {HOST} does not meet the other 1 on cpu"):
+    with pytest.raises(RuntimeError, match=f"rank 0 on {HOST} cannot reach the other 1 on cpu"):
         spawn(meets_nobody, 2)
 
 
@@ -251,7 +251,7 @@ def test_a_network_that_does_not_carry_is_no_fault_of_the_settings(
     settings.write_text(to_json(config))
     assert tvr_train(["--config", str(settings), "--run-dir", str(tmp_path / "run")]) == 3
     line = capsys.readouterr().err
-    assert line.startswith(f"tvr train: error: rank 0 on {HOST} does not meet the other 0 on cpu")
+    assert line.startswith(f"tvr train: error: rank 0 on {HOST} cannot reach the other 0 on cpu")
     assert line.count("\n") == 1
 
 

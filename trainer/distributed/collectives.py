@@ -1,10 +1,10 @@
-"""Collectives that carry gradients, and the one rule about their scale.
+"""Differentiable collectives over ranks, and the rule for the scale of gradients.
 
-The scale rule. The loss of the global batch is the SUM of the ranks' shares (`kernels.losses`).
-Every collective here has its adjoint as backward: a gather's is a reduce-scatter that sums, a
-sum's is a sum. So after `backward`, the ranks' parameter gradients SUM to the gradient of the
-global loss. DeepSpeed AVERAGES gradients over ranks; `objective` therefore multiplies each share
-by the number of ranks, there and nowhere else.
+Gradient scale. The loss of the global batch is the SUM of the ranks' shares (`kernels.losses`).
+The backward of every collective is its adjoint: all-gather's is a reduce-scatter that sums, and
+the sum's is a sum. After `backward`, the parameter gradients of all ranks therefore SUM to the
+gradient of the global loss. DeepSpeed AVERAGES gradients over ranks, so `loss.objective`
+multiplies each rank's share by the number of ranks. No other place scales a gradient.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from tvr.trainer.distributed.world import World
 
 
 def all_gather_rows(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
-    """All ranks' rows (B, ...) in rank order, (G, ...); floating tensors keep their gradient.
+    """Gathers the rows of all ranks, in rank order; differentiable.
 
-    `counts` are the ranks' numbers of rows (`World.all_gather_counts`); a rank may have none.
+    Args:
+        mine: (B, ...) this rank's rows; B may differ between ranks and may be 0.
+        counts: Number of rows of each rank, from `World.all_gather_counts`.
+
+    Returns:
+        (G, ...) the rows of all ranks; their gradient flows back to the rank that owns them.
     """
     return mine if world.world_size == 1 else _GatherRows.apply(mine, world, tuple(counts))
 
@@ -35,7 +40,7 @@ def all_gather_rows_no_grad(mine: Tensor, world: World, counts: Sequence[int]) -
     if most == 0:
         return mine
     everyone = mine.new_empty(len(counts) * most, *mine.shape[1:])
-    dist.all_gather_single(everyone, _padded(mine, most))
+    dist.all_gather_single(everyone, _pad_rows(mine, most))
     world.received_bytes["all_gather"] += everyone.nbytes * (len(counts) - 1) // len(counts)
     if min(counts) == most:
         return everyone
@@ -44,12 +49,15 @@ def all_gather_rows_no_grad(mine: Tensor, world: World, counts: Sequence[int]) -
 
 
 def reduce_scatter_rows(everyones: Tensor, world: World, counts: Sequence[int]) -> Tensor:
-    """The adjoint: this rank's rows of the sum over ranks of `everyones` (G, ...)."""
+    """Sums `everyones` (G, ...) over ranks and returns this rank's rows (B, ...), no gradient.
+
+    It is the adjoint of `all_gather_rows`.
+    """
     most = max(counts)
     if most == 0:
         return everyones
     if min(counts) < most:
-        everyones = torch.cat([_padded(rows, most) for rows in everyones.split(list(counts))])
+        everyones = torch.cat([_pad_rows(rows, most) for rows in everyones.split(list(counts))])
     mine = everyones.new_empty(most, *everyones.shape[1:])
     dist.reduce_scatter_single(mine, everyones.contiguous())
     world.received_bytes["reduce_scatter"] += mine.nbytes * (len(counts) - 1)
@@ -57,7 +65,7 @@ def reduce_scatter_rows(everyones: Tensor, world: World, counts: Sequence[int]) 
 
 
 def loss_collectives(world: World) -> Collectives:
-    """The reductions over ranks that the losses ask for."""
+    """Returns the reductions over ranks that the losses of `kernels` take."""
     return ALONE if world.world_size == 1 else _OverRanks(world)
 
 
@@ -69,7 +77,7 @@ class _OverRanks:
         return _SumOverRanks.apply(x, self._world)
 
     def max(self, x: Tensor) -> Tensor:
-        return _reduced(x, dist.ReduceOp.MAX, self._world)
+        return _all_reduce(x, dist.ReduceOp.MAX, self._world)
 
 
 class _GatherRows(Function):
@@ -88,25 +96,25 @@ class _SumOverRanks(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
         ctx.world = world
-        return _reduced(x, dist.ReduceOp.SUM, world)
+        return _all_reduce(x, dist.ReduceOp.SUM, world)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return _reduced(gradient, dist.ReduceOp.SUM, ctx.world), None
+        return _all_reduce(gradient, dist.ReduceOp.SUM, ctx.world), None
 
 
-def _reduced(x: Tensor, by: Any, world: World) -> Tensor:
+def _all_reduce(x: Tensor, operation: Any, world: World) -> Tensor:
     result = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, op=by)
-    # A ring passes everything but one rank's part twice.
+    dist.all_reduce(result, op=operation)
+    # A ring all-reduce receives everything but one rank's part, twice.
     world.received_bytes["all_reduce"] += (
         2 * result.nbytes * (world.world_size - 1) // world.world_size
     )
     return result
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
+def _pad_rows(rows: Tensor, length: int) -> Tensor:
     if len(rows) == length:
         return rows.contiguous()
     padded = rows.new_zeros(length, *rows.shape[1:])

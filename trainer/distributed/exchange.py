@@ -1,7 +1,8 @@
-"""How everyone's videos pass by a rank: gathered in one piece, or around a ring, one rank's a time.
+"""Exchange of video features between ranks: all-gather, or a ring.
 
-Both are the `Exchange` that `kernels.stream` asks for, and give the same numbers up to the order in
-which ranks' gradients are added. They move plain tensors: autograd is the caller's.
+Both classes implement the `Exchange` protocol of `kernels.row_loss.streamed_loss`. Their results
+differ only by the order in which the gradients of the ranks are added. They move tensors without
+autograd; the caller computes the gradients.
 """
 
 from __future__ import annotations
@@ -16,46 +17,46 @@ from tvr.trainer.distributed.collectives import all_gather_rows_no_grad, reduce_
 from tvr.trainer.distributed.world import World
 
 Tensors = tuple[Tensor, ...]
-Gradients = Callable[[int, Tensors], Tensors]
+PieceBackward = Callable[[int, Tensors], Tensors]
+"""(first column of a piece, its tensors) -> gradients of its floating tensors."""
 
 
 class AllGatherExchange:
-    """All ranks' rows in one piece, while it is visited and not between the visits.
+    """Gathers the rows of all ranks into one piece, which is freed after each visit.
 
-    Alive at once, beside the rank's own rows: the G rows, in `visit_back` also their gradients;
-    where the ranks' counts differ, for a moment twice that, for the padding.
+    Memory beside the rank's own rows: the G rows, and in `visit_back` also their gradients. Where
+    the ranks' counts differ, padding doubles that for a short time.
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
         self._world, self._counts = world, counts
 
     def visit(self, mine: Tensors) -> Iterator[tuple[int, Tensors]]:
-        yield 0, self._everyones(mine)
+        yield 0, self._gather(mine)
 
-    def visit_back(self, mine: Tensors, gradients: Gradients) -> Tensors:
-        sums = gradients(0, self._everyones(mine))
+    def visit_back(self, mine: Tensors, gradients: PieceBackward) -> Tensors:
+        sums = gradients(0, self._gather(mine))
         if self._world.world_size == 1:
             return sums
         return tuple(reduce_scatter_rows(x, self._world, self._counts) for x in sums)
 
-    def _everyones(self, mine: Tensors) -> Tensors:
+    def _gather(self, mine: Tensors) -> Tensors:
         if self._world.world_size == 1:
-            return _plain(mine)
-        return tuple(all_gather_rows_no_grad(x, self._world, self._counts) for x in _plain(mine))
+            return _detached(mine)
+        return tuple(all_gather_rows_no_grad(x, self._world, self._counts) for x in _detached(mine))
 
 
 class RingExchange:
-    """One rank's rows at a time, the own ones first; each then goes on to the next rank.
+    """Passes the rows of one rank at a time around a ring of ranks, this rank's own rows first.
 
-    A transfer runs while the consumer works on the piece before: only what it takes longer than
-    that work is waited for. In `visit_back` a piece's gradients travel one hop behind it, each rank
-    adds its own, and they are home after as many hops as there are ranks.
+    The next piece arrives while the caller works on the present one, so a transfer costs time only
+    where it is longer than that work. In `visit_back` the gradients of a piece travel one hop
+    behind the piece. Each rank adds its own, and after one full turn they reach the owner.
 
-    Alive at once, beside the rank's own rows: two pieces (one at work, one arriving), each as large
-    as the largest rank's rows, for the frames alone max(counts) x F x D x (bytes of a number); in
-    `visit_back` also three times their gradients (leaving, arriving, computed). Neither grows with
-    the number of ranks. A rank that stops half-way leaves the others waiting for the process
-    group's time-out, which raises there.
+    Memory beside the rank's own rows: two pieces, one in use and one arriving, each as large as the
+    largest rank's rows; for the frames that is max(counts) x F x D numbers. `visit_back` adds three
+    times the gradients of a piece: leaving, arriving and computed. Neither grows with the number of
+    ranks. If a rank stops half-way, the others raise after the process group's time-out.
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
@@ -63,7 +64,7 @@ class RingExchange:
         self._first = [0, *accumulate(counts)]
 
     def visit(self, mine: Tensors) -> Iterator[tuple[int, Tensors]]:
-        piece = _plain(mine)
+        piece = _detached(mine)
         lane = _Lane(piece, self._world, self._counts, first_tag=0)
         owners = self._owners()
         for owner, following in zip(owners, [*owners[1:], None], strict=True):
@@ -73,36 +74,36 @@ class RingExchange:
             if following is not None:
                 piece = lane.wait()
 
-    def visit_back(self, mine: Tensors, gradients: Gradients) -> Tensors:
+    def visit_back(self, mine: Tensors, gradients: PieceBackward) -> Tensors:
         sums: Tensors = ()
         behind: _Lane | None = None
         for owner, (first, piece) in zip(self._owners(), self.visit(mine), strict=True):
             if behind is not None:
-                behind.start(sums, owner)  # what ranks before this one have added up for the piece
+                behind.start(sums, owner)  # the piece's gradients, summed over the ranks so far
             computed = gradients(first, piece)
             if behind is None:
-                sums = _plain(computed)
+                sums = _detached(computed)
                 behind = _Lane(sums, self._world, self._counts, first_tag=len(mine))
             else:
                 sums = behind.wait()
                 for total, part in zip(sums, computed, strict=True):
                     total.add_(part)
-            del computed  # or it would live until those of the next piece are there
+            del computed  # otherwise it stays allocated until the next piece's gradients exist
         if behind is None or self._world.world_size == 1:
             return sums
         behind.start(sums, self._world.rank)
         return behind.wait()
 
     def _owners(self) -> list[int]:
-        """The ranks whose pieces come by, in order."""
+        """The owners of the pieces that arrive here, in order."""
         size = self._world.world_size
         return [(self._world.rank - hop) % size for hop in range(size)]
 
 
 class _Lane:
-    """Sets of tensors around the ring: one leaves for the next rank while another one arrives.
+    """Moves a tuple of tensors around the ring: one leaves while the next one arrives.
 
-    Two sets of buffers take turns, since a consumer may hold on to a piece until it has the next.
+    Two sets of buffers alternate, because the caller may use a piece until it receives the next.
     """
 
     def __init__(
@@ -112,13 +113,13 @@ class _Lane:
         self._next = (world.rank + 1) % world.world_size
         self._previous = (world.rank - 1) % world.world_size
         self._buffers = list[Tensors]()
-        # Not views: those would keep the first set alive to the end.
+        # New empty tensors: views would keep the first pieces allocated to the end.
         self._like = [x.new_empty(0, *x.shape[1:]) for x in like]
         self._arriving: Tensors = ()
-        self._works: list[dist.Work] = []
+        self._transfers: list[dist.Work] = []
 
     def start(self, leaving: Tensors, owner: int) -> None:
-        """Sends `leaving` on, and receives what belongs to `owner`, of the same kind."""
+        """Sends `leaving` to the next rank, and starts receiving the tensors that `owner` owns."""
         if len(self._buffers) < 2:
             most = max(self._counts)
             fresh = tuple(x.new_empty(most, *x.shape[1:]) for x in self._like)
@@ -127,9 +128,9 @@ class _Lane:
             self._buffers.reverse()
         self._arriving = tuple(x[: self._counts[owner]] for x in self._buffers[0])
         self._world.received_bytes["ring"] += sum(x.nbytes for x in self._arriving)
-        # All in one batch: NCCL would run a send and a receive of the same two ranks one after the
-        # other, and where every rank sends first, none would ever receive.
-        self._works = dist.batch_isend_irecv(
+        # One batch: NCCL runs single sends and receives in order, and if every rank sent first, no
+        # rank would ever receive.
+        self._transfers = dist.batch_isend_irecv(
             [
                 dist.P2POp(direction, x, peer, tag=self._first_tag + number)
                 for direction, tensors, peer in (
@@ -141,12 +142,12 @@ class _Lane:
         )
 
     def wait(self) -> Tensors:
-        """What arrived, once all that was started is done; good until the start after the next."""
-        for work in self._works:
-            work.wait()
-        self._works = []
+        """Waits for the transfer and returns the tensors; valid until the second next `start`."""
+        for transfer in self._transfers:
+            transfer.wait()
+        self._transfers = []
         return self._arriving
 
 
-def _plain(tensors: Tensors) -> Tensors:
+def _detached(tensors: Tensors) -> Tensors:
     return tuple(x.detach().contiguous() for x in tensors)

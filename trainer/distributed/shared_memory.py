@@ -1,4 +1,4 @@
-"""Numbers that the ranks of one machine share: each writes its own line, any of them reads all."""
+"""Numbers in memory that the ranks of one machine share: each rank writes a row, any reads all."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ import numpy as np
 from tvr.trainer.distributed.world import World
 
 IN_MEMORY = Path("/dev/shm")
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def ranks_on_node(world: World) -> list[int]:
     """The ranks on this rank's machine, in order. All ranks call it."""
-    nodes = world.all_gather_objects(_node())
+    nodes = world.all_gather_objects(_node_id())
     return [rank for rank, node in enumerate(nodes) if node == nodes[world.rank]]
 
 
 def shared_rows(world: World, ranks: list[int], length: int) -> Mapping[int, np.ndarray]:
-    """A line of `length` numbers for each of `ranks`, which are those here. All ranks call it.
+    """Allocates a row of `length` float64 numbers for each rank on this machine.
 
-    The memory is there as long as one of them lives, under no name: none leaves it behind.
+    All ranks call it. The memory lives as long as one of the processes: its file has no name after
+    this call, so a killed process leaves nothing behind.
+
+    Args:
+        ranks: Ranks on this machine, from `ranks_on_node`.
     """
-    shape, mine = (len(ranks), length), None
+    shape, path = (len(ranks), length), None
     if world.rank == ranks[0]:
-        place = IN_MEMORY if IN_MEMORY.is_dir() else None
-        descriptor, mine = tempfile.mkstemp(prefix="tvr-metrics-", dir=place)
+        folder = IN_MEMORY if IN_MEMORY.is_dir() else None
+        descriptor, path = tempfile.mkstemp(prefix="tvr-metrics-", dir=folder)
         os.truncate(descriptor, max(1, len(ranks) * length) * 8)
         os.close(descriptor)
-    path = world.all_gather_objects(mine)[ranks[0]]
-    lines = np.memmap(path, dtype=np.float64, mode="r+", shape=shape)
+    shared_path = world.all_gather_objects(path)[ranks[0]]
+    rows = np.memmap(shared_path, dtype=np.float64, mode="r+", shape=shape)
     world.barrier()
-    if mine is not None:
-        os.unlink(mine)
-    return dict(zip(ranks, lines, strict=True))
+    if path is not None:
+        os.unlink(path)
+    return dict(zip(ranks, rows, strict=True))
 
 
-def _node() -> str:
-    # Two machines may have one name, and two containers one kernel.
-    boot = BOOT.read_text().strip() if BOOT.exists() else ""
-    return f"{socket.gethostname()} {boot}"
+def _node_id() -> str:
+    # Two machines may share a host name, and two containers a kernel: both together are unique.
+    boot_id = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    return f"{socket.gethostname()} {boot_id}"

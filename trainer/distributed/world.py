@@ -1,4 +1,7 @@
-"""Who this process is among the ranks of a job, and what all ranks agree on."""
+"""This process among the ranks of its job, and collectives on small Python values.
+
+The door of the package. `join_world` starts the process group; everything else takes the `World`.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ import torch.distributed as dist
 
 from tvr.trainer.errors import PreflightFailed
 
-# The slowest rank may still be compiling or reading its first shard.
+# Long enough for a rank that still compiles or reads its first shard.
 TIMEOUT_S = 1800.0
-# By then ranks that have joined have also added up a number, or they never will.
+# Time-out of the first all-reduce, which proves that the ranks reach each other.
 CONNECT_TIMEOUT_S = 120.0
 
-# By `tvr launch`, of a job with --gpus-per-node.
+# `tvr launch` sets it for a job with --gpus-per-node.
 GPUS_PER_NODE = "TVR_GPUS_PER_NODE"
 
 RECEIVED = ("all_gather", "reduce_scatter", "all_reduce", "ring")
@@ -31,31 +34,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One process's place: `rank` of `world_size`, and its device."""
+    """One process of a job: `rank` of `world_size`, and its device."""
 
     rank: int
     world_size: int
     device: torch.device
     received_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
-    """Bytes that came by collectives of features, gradients and statistics, by RECEIVED."""
+    """Bytes received in collectives of features, gradients and statistics, by RECEIVED."""
 
     @property
     def is_first(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Waits until every rank calls it."""
         if self.world_size > 1:
             dist.barrier()
 
     def check_connection(self, timeout_s: float) -> None:
-        """Adds up the ranks' numbers, on the host and on the device.
+        """All-reduces the rank numbers, on the host and on the device.
 
         Raises:
-            PreflightFailed: it takes longer, or the sum is wrong; names rank, host and device.
+            PreflightFailed: the time is up, or the sum is wrong; names rank, host and device.
         """
-        for device in dict.fromkeys(
-            (torch.device("cpu"), self.device)
-        ):  # in one order on all ranks
+        # A list, not a set: every rank must use the same order.
+        for device in dict.fromkeys((torch.device("cpu"), self.device)):
             number = torch.tensor([self.rank], dtype=torch.int64, device=device)
             try:
                 work = dist.all_reduce(number, async_op=True)
@@ -66,15 +70,16 @@ class World:
                 found = " ".join(str(error).split())
             if found != sum(range(self.world_size)):
                 line = (
-                    f"rank {self.rank} on {socket.gethostname()} does not meet the other"
-                    f" {self.world_size - 1} on {device.type}: their numbers add up to"
-                    f" {sum(range(self.world_size))}, and it got {found}. GLOO_SOCKET_IFNAME and"
-                    " NCCL_SOCKET_IFNAME name the network interface that reaches all of them"
+                    f"rank {self.rank} on {socket.gethostname()} cannot reach the other"
+                    f" {self.world_size - 1} on {device.type}: the sum of all ranks should be"
+                    f" {sum(range(self.world_size))}, and the all-reduce gave {found}. Set"
+                    " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that"
+                    " reaches all nodes"
                 )
                 raise PreflightFailed([line], self.rank)
 
     def all_gather_objects(self, mine: Any) -> list[Any]:
-        """Every rank's small picklable object, in rank order, on every rank."""
+        """Returns every rank's small picklable object, in rank order, on every rank."""
         if self.world_size == 1:
             return [mine]
         everyone: list[Any] = [None] * self.world_size
@@ -82,31 +87,31 @@ class World:
         return everyone
 
     def all_gather_counts(self, count: int) -> tuple[int, ...]:
-        """Every rank's small whole number, in rank order, on every rank."""
+        """Returns every rank's integer, in rank order, on every rank."""
         if self.world_size == 1:
             return (count,)
-        # On the host, so that no queue of a GPU's work has to run dry for it.
+        # On the host, so that the GPU's queue of work need not be drained.
         counts = torch.zeros(self.world_size, dtype=torch.int64)
         dist.all_gather_single(counts, torch.tensor([count], dtype=torch.int64))
         return tuple(counts.tolist())
 
-    def run_on_all(self, action: Callable[[], T], refusal: type[Exception]) -> T:
-        """`action`'s result on this rank; a `refusal` on any rank is raised on every rank.
+    def run_on_all(self, action: Callable[[], T], error_type: type[Exception]) -> T:
+        """Runs `action` on every rank and returns this rank's result.
 
-        Where several refuse, the lowest rank's is raised.
+        An `error_type` on any rank is raised on every rank; with several, the lowest rank's.
         """
-        refused: Exception | None = None
+        raised: Exception | None = None
         try:
             value = action()
-        except refusal as error:
-            value, refused = None, error
-        rank = self.first_failing_rank(refused is None)
+        except error_type as error:
+            value, raised = None, error
+        rank = self.first_failing_rank(raised is None)
         if rank is not None:
-            raise self.all_gather_objects(refused)[rank]
+            raise self.all_gather_objects(raised)[rank]
         return cast(T, value)
 
     def run_on_first(self, action: Callable[[], T]) -> T:
-        """Rank 0's result of `action` on every rank; its exception is raised on every rank too."""
+        """Runs `action` on rank 0 and broadcasts its result, or raises its error on every rank."""
         outcome: tuple[T | None, Exception | None] = (None, None)
         if self.is_first:
             try:
@@ -118,9 +123,9 @@ class World:
             raise error
         return value
 
-    def first_failing_rank(self, fine: torch.Tensor | bool) -> int | None:
-        """The lowest rank whose `fine` is false, the same answer on every rank; none: all fine."""
-        flag = torch.as_tensor(fine, device=self.device).reshape(1).to(torch.int32)
+    def first_failing_rank(self, is_ok: torch.Tensor | bool) -> int | None:
+        """Returns the lowest rank whose `is_ok` is false, or None; the same on every rank."""
+        flag = torch.as_tensor(is_ok, device=self.device).reshape(1).to(torch.int32)
         flags = [torch.empty_like(flag) for _ in range(self.world_size)]
         if self.world_size == 1:
             flags = [flag]
@@ -132,27 +137,29 @@ class World:
 
 @contextmanager
 def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
-    """Joins the ranks that torchrun or srun started, or stands alone; leaves them at the end.
+    """Joins the process group of the ranks that torchrun or srun started, and leaves it at the end.
 
-    A collective that waits for another rank longer than `timeout_s` raises. Reads RANK, WORLD_SIZE,
-    LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK the process is its own world of one, in a
-    group of one, which DeepSpeed needs.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without RANK the process forms
+    a group of one, which DeepSpeed needs.
+
+    Args:
+        timeout_s: A collective that waits longer than this for another rank raises.
 
     Raises:
-        ValueError: a variable is no number, or this machine has GPUs but fewer than ranks.
-        PreflightFailed: this rank's node shows fewer GPUs than the job was given, or the ranks do
-            not reach each other.
+        ValueError: a variable is not a whole number, or this machine has fewer GPUs than ranks.
+        PreflightFailed: this node shows fewer GPUs than the job asked for, or the ranks cannot
+            reach each other.
     """
-    rank, world_size, local_rank = (_number(n, d) for n, d in _PLACE)
+    rank, world_size, local_rank = (_whole_number(name, default) for name, default in _VARIABLES)
     _check_gpus(rank)
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU of its own: this machine shows "
-                f"{torch.cuda.device_count()}; start fewer ranks, or set CUDA_VISIBLE_DEVICES= "
-                "(empty) to train on the CPU"
+                f"local rank {local_rank} has no GPU of its own: this machine has "
+                f"{torch.cuda.device_count()} GPUs; start fewer ranks, or set "
+                "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
             )
-        # Small host-side agreements go by gloo, tensors of the device by NCCL.
+        # gloo carries small host-side values, NCCL the tensors of the device.
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
@@ -165,47 +172,47 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
                 backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
             )
         else:
-            # In memory: a world of one opens no port. (torch has it public and out of __all__.)
+            # In memory, so that a group of one opens no port. (Public in torch, not in __all__.)
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     world.check_connection(min(CONNECT_TIMEOUT_S, timeout_s))
     yield world
-    # Not after an error: the process ends, and taking leave of ranks that hang would hang too.
+    # Skipped after an error: the process ends, and a barrier with ranks that hang would hang too.
     world.barrier()  # a rank that leaves first would break the others' last collective
-    # A lone process keeps its group of one: DeepSpeed holds on to the first group it saw.
+    # A group of one stays: DeepSpeed keeps a reference to the first group that it saw.
     if leave:
         dist.destroy_process_group()
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether a collective failed since another rank is gone or does not come."""
-    # What gloo throws comes as a plain RuntimeError that names a file of its source.
+    """True if a collective failed because another rank is gone or did not join in time."""
+    # gloo raises a plain RuntimeError, which names a file of its source.
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )
 
 
 def _check_gpus(rank: int) -> None:
-    """A job that asked for GPUs must not train on the CPU for want of a driver or an option."""
-    expected, seen = _number(GPUS_PER_NODE, 0), torch.cuda.device_count()
+    """Refuses to train on the CPU when the job asked for GPUs that this process cannot see."""
+    expected, seen = _whole_number(GPUS_PER_NODE, 0), torch.cuda.device_count()
     if seen >= expected or os.environ.get("DS_ACCELERATOR") == "cpu":
         return
     raise PreflightFailed(
         [
             f"rank {rank} on {socket.gethostname()} sees {seen} CUDA devices, and the job asked for"
             f" {expected} on each node ({GPUS_PER_NODE}). A CPU build of torch (here:"
-            f" {torch.__version__}) and a container without its GPUs (apptainer's --nv) look like"
-            " this, too; DS_ACCELERATOR=cpu says that the CPU is meant"
+            f" {torch.__version__}) or a container without its GPUs (apptainer needs --nv) also"
+            " causes this; set DS_ACCELERATOR=cpu to train on the CPU"
         ],
         rank,
     )
 
 
-_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
-def _number(name: str, default: int) -> int:
+def _whole_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     try:
         return int(text)
