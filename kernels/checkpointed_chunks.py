@@ -1,4 +1,4 @@
-"""Work that each matched pair needs by itself, done a few pairs at a time in bounded memory."""
+"""Runs a function of matched pairs chunk by chunk, with activation checkpointing."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,43 +6,47 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Pieces of this many feature entries (16 MiB in float32) keep matrix products large enough to run
-# at full speed, and a few copies of them are all the scratch that is ever alive.
-ENTRIES_PER_PIECE = 2**22
+# 16 MiB in float32: large enough for matrix products at full speed, and only a few copies of one
+# chunk are allocated at a time.
+ENTRIES_PER_CHUNK = 2**22
 
 
-def chunk_size(chunk: int | None, entries_per_pair: int) -> int:
-    """`chunk`, or for None the most pairs with at most `ENTRIES_PER_PIECE` entries; at least 1.
+def pairs_per_chunk(chunk: int | None, entries_per_pair: int) -> int:
+    """Number of pairs per chunk: `chunk`, or as many as fit in `ENTRIES_PER_CHUNK` feature entries.
 
     Raises:
-        ValueError: a chunk below 1.
+        ValueError: `chunk` is below 1.
     """
     if chunk is None:
-        return max(1, ENTRIES_PER_PIECE // max(1, entries_per_pair))
+        return max(1, ENTRIES_PER_CHUNK // max(1, entries_per_pair))
     if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 pair per piece, or None to choose one")
+        raise ValueError(f"chunk={chunk} must be at least 1 pair, or None to choose the number")
     return chunk
 
 
-def in_pieces(
-    function: Callable[..., tuple[Tensor, ...]], pairs: Sequence[Tensor | None], chunk: int
+def run_in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], chunk: int
 ) -> tuple[Tensor, ...]:
-    """`function(*pairs)` by pieces of `chunk` pairs, whose insides are recomputed in the backward.
+    """Computes `function(*inputs)` in chunks of `chunk` pairs and recomputes them in the backward.
 
-    The first dimension of every tensor, given and returned, runs over the pairs, and a result may
-    depend on its own pair only. Between forward and backward nothing but the given tensors and
-    the results stays alive. `function` must draw no random numbers; it may use parameters.
+    Only the inputs and the results stay in memory between forward and backward.
+
+    Args:
+        function: May use parameters, but no random numbers. Each result may depend on its own pair
+            only.
+        inputs: Tensors whose first dimension is the pairs, as in the results; None is passed on.
+        chunk: Pairs per chunk.
     """
-    num_pairs = next(len(x) for x in pairs if x is not None)
+    num_pairs = next(len(x) for x in inputs if x is not None)
     if num_pairs <= chunk:
-        # One piece must be alive in the backward anyway: computing it twice would save nothing.
-        return function(*pairs)
-    # split, not slices: the backward of a slice fills a zero tensor of the whole size for every
-    # piece, that of a split joins the pieces once.
-    num_pieces = -(-num_pairs // chunk)
-    split = [[None] * num_pieces if x is None else x.split(chunk) for x in pairs]
+        # The backward needs one chunk's activations anyway: a checkpoint would save nothing.
+        return function(*inputs)
+    # split, not slices: the backward of each slice fills a zero tensor of the full size, the
+    # backward of split concatenates once.
+    num_chunks = -(-num_pairs // chunk)
+    split = [[None] * num_chunks if x is None else x.split(chunk) for x in inputs]
     results = [
-        checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)
-        for piece in zip(*split, strict=True)
+        checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(*split, strict=True)
     ]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

@@ -1,4 +1,4 @@
-"""What the similarity accepts: each refusal names the argument, its value and what is allowed."""
+"""Checks of the similarity's arguments. A message names the argument, its value and the range."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ def check_presence(
     word_logits: Tensor | None,
     frame_logits: Tensor | None,
 ) -> None:
-    """Raises ValueError for an unknown interaction or a tensor that it needs and lacks."""
+    """Raises ValueError for an unknown interaction, or if a tensor that it needs is None."""
     if interaction not in INTERACTIONS:
         raise ValueError(f"interaction={interaction!r} is unknown; use one of {INTERACTIONS}")
     needed = {
@@ -23,9 +23,7 @@ def check_presence(
     }
     missing = [name for name, is_missing in needed.items() if is_missing]
     if missing:
-        raise ValueError(
-            f"interaction={interaction!r} needs {' and '.join(missing)}, but None was passed"
-        )
+        raise ValueError(f"interaction={interaction!r} needs {' and '.join(missing)}, not None")
 
 
 def check_shapes(
@@ -37,7 +35,7 @@ def check_shapes(
     word_logits: Tensor | None,
     frame_logits: Tensor | None,
 ) -> None:
-    """Raises ValueError where shapes disagree with those of `word_mask` and `frames`."""
+    """Raises ValueError for a shape that disagrees with those of `word_mask` and `frames`."""
     if frames.ndim != 3 or word_mask.ndim != 2:
         raise ValueError(
             f"frames must be (C, F, D) and word_mask (A, T), but their shapes are "
@@ -60,13 +58,13 @@ def check_shapes(
 
 
 def check_mask(name: str, mask: Tensor, *, largest: int, sentence: bool) -> None:
-    """Raises ValueError for a value above `largest` or a row without valid slot, naming it.
+    """Raises ValueError for a value outside 0 to `largest`, or a row without a valid slot.
 
-    With `sentence` the first slot must be valid: it is the sentence's mask.
+    With `sentence`, the first slot must be valid, because it is the sentence's mask.
     """
     filled = mask[:, :1] if sentence else (mask > 0).any(dim=1, keepdim=True)
     in_range = (mask >= 0) & (mask <= largest)
-    # One transfer from the device where all is well; the rest only says what is wrong.
+    # A valid mask costs a single transfer from the device.
     if bool((in_range & (filled > 0)).all()) and mask.shape[1] > 0:
         return
     if not bool(in_range.all()):
@@ -80,4 +78,4 @@ def check_mask(name: str, mask: Tensor, *, largest: int, sentence: bool) -> None
             f"{name}[{row}, 0] is 0, but the first slot is the sentence's mask and must be valid: "
             "pad texts on the right"
         )
-    raise ValueError(f"{name}[{row}] has no valid slot: leave out texts and videos that are empty")
+    raise ValueError(f"{name}[{row}] has no valid slot: leave out empty texts and videos")

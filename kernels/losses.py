@@ -1,9 +1,9 @@
-"""InfoNCE and NegNCE over the similarity of a global batch, whole or one rank's rows of it.
+"""InfoNCE and NegNCE over the similarities of a global batch: the square, or one rank's rows.
 
-Every row form returns this rank's SHARE: the shares of all ranks sum to the value of the square
-form. The gradient of a share with respect to the rank's block is that of the SUM, the rows of the
-square form's gradient, so every rank must weigh its share by the same factor before `backward`.
-The square form is the row form of a single rank.
+A row form returns this rank's SHARE: the shares of all ranks sum to the value of the square form.
+The gradient of a share with respect to the rank's block is the gradient of that SUM, so every rank
+must multiply its share by the same factor before `backward`. The square form is the row form on a
+single rank.
 """
 
 from collections.abc import Iterator
@@ -15,34 +15,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tvr.kernels.reference import raised
-from tvr.kernels.row_loss.online_softmax import ALONE, Collectives, Place
+from tvr.kernels.numerics import at_least_float32
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives, TilePosition
 from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
 
-# Rows are taken so many scores at a time (4 MiB in float32): what the formulas need beside the
-# block itself stays in a CPU's cache. On a GPU, where starting an operation costs more, 16 times.
-SCORES_AT_ONCE = 2**20
+# Rows are processed in chunks of this many scores (4 MiB in float32), so that the temporaries fit
+# the cache of a CPU. On a GPU chunks are 16 times larger, because a kernel launch costs more.
+SCORES_PER_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """One rank's share of a loss: each field's sum over ranks is the global batch's value.
+    """One rank's share of a loss: the sum of a field over ranks is the global batch's value.
 
-    `loss` is the mean of the two directions. Without gradient: `penalty`, the part of `loss` that
-    NegNCE adds for hard negatives; `hard_per_row`, the mean number of hard negatives of a text;
-    `clamped_share`, the share of positives (of both directions) whose probability lies under the
-    reference's clamp, so that they get no gradient; `positive_similarity` and `hardest_similarity`,
-    the means over texts of the similarity with their own video and with the nearest of the others.
+    The first three fields carry a gradient.
     """
 
     loss: Float[Tensor, ""]
+    """Mean of the two directions."""
     text_to_video: Float[Tensor, ""]
     video_to_text: Float[Tensor, ""]
     penalty: Float[Tensor, ""]
-    hard_per_row: Float[Tensor, ""]
+    """Part of `loss` that NegNCE adds for hard negatives."""
+    hard_negatives_per_row: Float[Tensor, ""]
+    """Mean number of hard negatives of a text."""
     clamped_share: Float[Tensor, ""]
+    """Share of the positives, over both directions, without gradient in `reference` mode, because
+    the clamp raises their probability."""
     positive_similarity: Float[Tensor, ""]
+    """Mean over texts of the similarity with their own video."""
     hardest_similarity: Float[Tensor, ""]
+    """Mean over texts of the largest similarity with another video."""
 
 
 def info_nce(
@@ -54,12 +57,16 @@ def info_nce(
 ) -> Float[Tensor, ""]:
     """Mean over both directions of -log softmax(scale x similarity) of the matched pairs.
 
-    With `mask_same_video`, pairs of different captions and equal video id are no negatives.
+    Args:
+        similarity: Unscaled; matched pairs are on the diagonal.
+        video_ids: Needed for `mask_same_video`.
+        mask_same_video: Excludes pairs of a caption with another caption's copy of the same video.
+        scale: 1 / temperature.
     """
     return row_info_nce(
-        _square(similarity),
+        _check_square(similarity),
         row_offset=0,
-        collectives=ALONE,
+        collectives=SINGLE_RANK,
         video_ids=video_ids,
         mask_same_video=mask_same_video,
         scale=scale,
@@ -75,11 +82,11 @@ def neg_nce(
     scale: float = 100.0,
     weight: float = 0.5,
 ) -> Float[Tensor, ""]:
-    """InfoNCE plus `weight` x a penalty on hard negatives (method section 3): `row_neg_nce`."""
+    """InfoNCE plus a penalty on hard negatives (method section 3); see `row_neg_nce`."""
     return row_neg_nce(
-        _square(similarity),
+        _check_square(similarity),
         row_offset=0,
-        collectives=ALONE,
+        collectives=SINGLE_RANK,
         mode=mode,
         video_ids=video_ids,
         mask_same_video=mask_same_video,
@@ -117,19 +124,27 @@ def row_neg_nce(
 ) -> LossTerms:
     """This rank's share of `neg_nce`; row i of the block is row `row_offset` + i of the square.
 
-    With P the softmax of a direction and H the hard negatives (`rows.hard_negatives`),
-    `reference`: mean_i -log P_ii + weight x mean over all of H of -log(1 - P_ij), P clamped to
-        [1e-6, 1 - 1e-6]. As published: a positive under the clamp gets no gradient, and the
-        penalty's share of the loss falls as the batch grows.
-    `log`: mean_i (-log P_ii + weight x mean over H_i of -log(1 - P_ij)), in log space, unclamped,
-        H_i being the hard negatives of text i (of video i in the other direction).
+    With P the softmax of a direction and H the hard negatives (`online_softmax.hard_negatives`):
 
-    `mask_same_video` removes pairs of equal video id from the denominators and from H; None turns
-    it on in `log` mode where `video_ids` are given.
+    `reference` mode: mean_i -log P_ii + weight x mean over all of H of -log(1 - P_ij), with P
+        clamped to [1e-6, 1 - 1e-6]. As published, a positive below the clamp gets no gradient, and
+        the penalty's part of the loss shrinks as the batch grows.
+    `log` mode: mean_i (-log P_ii + weight x mean over H_i of -log(1 - P_ij)), in log space without
+        a clamp. H_i are the hard negatives of text i (of video i in the other direction).
+
+    Args:
+        block: Unscaled similarities of this rank's texts with the videos of all ranks.
+        collectives: Reductions over ranks; `online_softmax.SINGLE_RANK` without other ranks.
+        mode: `reference` or `log`.
+        video_ids: Ids of all G pairs.
+        mask_same_video: True excludes pairs of equal video id from the denominators and from H.
+            None does so in `log` mode if `video_ids` are given.
+        scale: 1 / temperature.
+        weight: Weight of the penalty.
 
     Raises:
-        ValueError: unknown mode, a mask without ids, ids of another length, or rows outside the
-            square.
+        ValueError: unknown mode, same-video masking without ids, ids of another length, or rows
+            outside the square.
     """
     rule = LossRule(mode, scale=scale, weight=weight, mask_same_video=mask_same_video)
     return row_loss(
@@ -145,7 +160,7 @@ def row_loss(
     collectives: Collectives,
     video_ids: Int[Tensor, " G"] | None = None,
 ) -> LossTerms:
-    """`row_info_nce` or `row_neg_nce`, as the rule says.
+    """`row_info_nce` or `row_neg_nce`, selected by the rule.
 
     Beside the block and its gradient, memory is O(B + G) and a fixed scratch.
     """
@@ -156,13 +171,13 @@ def row_loss(
         row_offset=row_offset,
         collectives=collectives,
         video_ids=video_ids,
-        like=raised(block[:0]).detach(),
+        like=at_least_float32(block[:0]).detach(),
     )
-    return terms_of(loss, _BlockLoss.apply(block, loss))
+    return loss_terms(loss, _BlockLoss.apply(block, loss))
 
 
-def terms_of(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:
-    """The terms after both passes; `shares` are the two directions, with their gradient."""
+def loss_terms(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:
+    """Builds the terms after both passes; `shares` are the two directions, with gradient."""
     text_to_video, video_to_text = shares
     return LossTerms(
         (text_to_video + video_to_text) / 2, text_to_video, video_to_text, *loss.statistics()
@@ -170,16 +185,16 @@ def terms_of(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:
 
 
 class _BlockLoss(torch.autograd.Function):
-    """The two directions' shares of a block whose scores are kept."""
+    """Shares of the two directions, from a block of scores that stays in memory."""
 
     @staticmethod
     def forward(ctx: Any, block: Tensor, loss: RowLoss) -> tuple[Tensor, Tensor]:
-        for place, rows in _by_rows(block, loss.row_offset):
-            loss.look(raised(rows), place)
-        loss.looked()
-        for place, rows in _by_rows(block, loss.row_offset):
-            loss.meet(raised(rows), place)
-        loss.met()
+        for position, rows in _row_chunks(block, loss.row_offset):
+            loss.add_softmax_stats(at_least_float32(rows), position)
+        loss.finish_softmax()
+        for position, rows in _row_chunks(block, loss.row_offset):
+            loss.add_hard_negatives(at_least_float32(rows), position)
+        loss.finish_hard_negatives()
         ctx.save_for_backward(block)
         ctx.loss = loss
         return loss.shares()
@@ -191,20 +206,20 @@ class _BlockLoss(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         (block,) = ctx.saved_tensors
         result = torch.empty_like(block)
-        for place, rows in _by_rows(block, ctx.loss.row_offset):
-            gradient = ctx.loss.gradient(raised(rows), place, *factors)
-            result[place.row : place.row + len(rows)] = gradient
+        for position, rows in _row_chunks(block, ctx.loss.row_offset):
+            gradient = ctx.loss.gradient(at_least_float32(rows), position, *factors)
+            result[position.row : position.row + len(rows)] = gradient
         return result, None
 
 
-def _by_rows(block: Tensor, row_offset: int) -> Iterator[tuple[Place, Tensor]]:
-    at_once = SCORES_AT_ONCE if block.device.type == "cpu" else 16 * SCORES_AT_ONCE
-    size = max(1, at_once // max(1, block.shape[1]))
+def _row_chunks(block: Tensor, row_offset: int) -> Iterator[tuple[TilePosition, Tensor]]:
+    scores = SCORES_PER_CHUNK if block.device.type == "cpu" else 16 * SCORES_PER_CHUNK
+    size = max(1, scores // max(1, block.shape[1]))
     for row, rows in zip(range(0, len(block), size), block.split(size), strict=True):
-        yield Place(row, 0, row_offset), rows
+        yield TilePosition(row, 0, row_offset), rows
 
 
-def _square(similarity: Tensor) -> Tensor:
+def _check_square(similarity: Tensor) -> Tensor:
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(
             f"similarity has shape {tuple(similarity.shape)} but must be square with matched "

@@ -1,9 +1,9 @@
-"""TPM-CL: a matched pair must beat its own partial versions, robbed of their weightiest tokens.
+"""TPM-CL: a matched pair must score above its partial versions, which lack the weightiest tokens.
 
-Token weights come from a predictor that sees the other modality; the selector drops the tokens
-that carry the most weight; margins then compare the whole pair with the robbed one. Only matched
-pairs enter the loss, so only those are computed, in pieces: O(B) work where all pairs would be
-O(B^2), and O(1) memory beyond the inputs and their gradients.
+A predictor computes token weights from the other modality. A selector drops the tokens of largest
+weight. Triplet margins then compare the whole pair with the partial one. The loss uses matched
+pairs only, so only these are computed, in chunks: O(B) work where all pairs would need O(B^2), and
+O(1) memory beyond the inputs and their gradients.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,26 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tvr.kernels.checkpointed_chunks import chunk_size, in_pieces
-from tvr.kernels.reference import full_precision, masked_softmax, raised, unit
+from tvr.kernels.checkpointed_chunks import pairs_per_chunk, run_in_chunks
+from tvr.kernels.numerics import at_least_float32, masked_softmax, no_autocast, unit
 from tvr.kernels.token_weights import AttentionTokenWeights, LinearTokenWeights
 
 __all__ = ["AttentionTokenWeights", "LinearTokenWeights", "TpmCl", "select_tokens", "tpm_cl"]
 
-# The margins that each kind sums; kind 1 computes the similarities and adds nothing to the loss.
-MARGINS_OF_KIND = {1: (), 2: (1, 2), 3: (3,), 4: (1, 2, 3)}
+# Margins that each kind sums.
+MARGINS_OF_KIND = {2: (1, 2), 3: (3,), 4: (1, 2, 3)}
 
 
 @dataclass(frozen=True)
 class TpmCl:
-    """Per matched pair: the hinge (the caller averages it over the global batch) and its parts.
+    """Hinge and similarities of each matched pair.
 
-    `whole_words` and `partial_words` stand for the weighted sum of all words and of the kept
-    words; `partial_frames` for the video without its dropped frames.
+    `whole_words` and `partial_words` are the weighted sums of all words and of the kept words.
+    `partial_frames` is the video without its dropped frames.
     """
 
     hinge: Float[Tensor, " B"]
+    """Sum of the margins; the caller averages it over the global batch."""
     sentence_frames: Float[Tensor, " B"]
     sentence_partial_frames: Float[Tensor, " B"]
     whole_words_frames: Float[Tensor, " B"]
@@ -56,39 +57,43 @@ def tpm_cl(
     normalise_partial: bool = False,
     chunk: int | None = None,
 ) -> TpmCl:
-    """Triplet partial margins of B matched pairs (the method, section 4).
+    """Computes the triplet partial margins of B matched pairs (method section 4).
 
-    With s(x, video) = 1/2 (max_f S + agg_f S) the margins are
-        1: s(sentence, partial frames) must lie `margin` below s(sentence, frames),
-        2: the same for the whole words,  3: s(partial words, frames) below s(whole words, frames).
-    `kind` 2 sums margins 1 and 2, 3 takes margin 3, 4 all three, 1 none. agg is the mean over
-    valid frames with `frame_weight_layer` None (ti family), else a softmax of its logits, taken
-    anew for the partial video (wti family); neither neighbour frames nor word masks enter.
+    With s(x, video) = 1/2 (max_f S + agg_f S), the margins require
+        1: s(sentence, partial frames) + margin <= s(sentence, frames),
+        2: s(whole words, partial frames) + margin <= s(whole words, frames),
+        3: s(partial words, frames) + margin <= s(whole words, frames).
+    Neighbour frames and word masks are not used.
 
-    Weights are the outputs of the predictors: `word_weights` for the frames as queries,
-    `frame_weights` for the sentence. As published the frame weights act through the hard choice
-    only and their predictor never learns; `straight_through` gives the choice of frames and words
-    a gradient (`select_tokens`). As published the partial words are no unit vector, so margin 3
-    is partly met by their length alone; `normalise_partial` makes them one.
-
-    Memory: pieces of `chunk` pairs, whose insides are recomputed in the backward; the result is
-    the same for every `chunk`. None takes the largest pieces whose words and frames have at most
-    `pieces.ENTRIES_PER_PIECE` entries. `frame_weight_layer` sees the frames of one piece at a
-    time, and again in the backward: it must weigh each frame by itself and draw nothing at random.
+    Args:
+        word_weights: Outputs of a predictor with the frames as queries.
+        frame_weights: Outputs of a predictor with the sentence as query. As published, they act
+            through the hard selection only, and their predictor gets no gradient.
+        frame_weight_layer: Logits of the weights in agg, a softmax over valid frames, computed
+            again for the partial video (wti family); None takes the mean over valid frames (ti
+            family). The layer gets one chunk at a time, and again in the backward: it must treat
+            each frame alone and use no random numbers.
+        kind: 2 sums margins 1 and 2, 3 takes margin 3, 4 sums all three.
+        threshold: Cumulative weight of the tokens that the selector drops; see `select_tokens`.
+        straight_through: Gives the selection of words and frames a gradient; see `select_tokens`.
+        normalise_partial: Gives the partial words unit length. As published they are shorter, and
+            their length alone satisfies a part of margin 3.
+        chunk: Pairs per chunk, recomputed in the backward. None takes as many as fit in
+            `checkpointed_chunks.ENTRIES_PER_CHUNK`. The result does not depend on it.
 
     Raises:
-        ValueError: unknown kind, a chunk below 1, or a video without any valid frame.
+        ValueError: unknown kind, a chunk below 1, or a video without a valid frame.
     """
     if kind not in MARGINS_OF_KIND:
         raise ValueError(f"kind={kind} of TPM-CL is unknown; use one of {list(MARGINS_OF_KIND)}")
     empty = (frame_mask > 0).sum(dim=1) == 0
     if bool(empty.any()):
-        raise ValueError(f"frame_mask[{int(empty.nonzero()[0, 0])}] has no valid slot in TPM-CL")
-    chunk = chunk_size(chunk, (words.shape[1] + frames.shape[1]) * frames.shape[2])
+        raise ValueError(f"frame_mask[{int(empty.nonzero()[0, 0])}] has no valid slot for TPM-CL")
+    chunk = pairs_per_chunk(chunk, (words.shape[1] + frames.shape[1]) * frames.shape[2])
 
-    def similarities(*piece: Tensor) -> tuple[Tensor, ...]:
+    def similarities(*chunk_inputs: Tensor) -> tuple[Tensor, ...]:
         return _similarities(
-            *piece,
+            *chunk_inputs,
             frame_weight_layer=frame_weight_layer,
             threshold=threshold,
             straight_through=straight_through,
@@ -96,8 +101,8 @@ def tpm_cl(
         )
 
     pairs = (sentence, words, frames, frame_mask, word_weights, frame_weights)
-    with full_precision(frames.device):
-        parts = in_pieces(similarities, pairs, chunk)
+    with no_autocast(frames.device):
+        parts = run_in_chunks(similarities, pairs, chunk)
         hinges = {
             1: F.relu(parts[1] - parts[0] + margin),
             2: F.relu(parts[3] - parts[2] + margin),
@@ -114,12 +119,17 @@ def select_tokens(
     *,
     straight_through: bool = False,
 ) -> tuple[Float[Tensor, "B N D"], Bool[Tensor, "B N"]]:
-    """Zeroes the weightiest tokens while their cumulative weight stays below the threshold.
+    """Zeroes the tokens of largest weight while their cumulative weight is below the threshold.
 
-    In falling order of weight (equal weights: lower index first) the tokens are dropped up to but
-    without the one that reaches the threshold: a first token at or above it drops nothing.
-    Returns the tokens and which were kept. The choice has no gradient; with `straight_through`
-    the kept-or-zero factor gets that of 1 - weight (more weight, less of the token).
+    Tokens are taken in order of falling weight, the lower index first among equal weights. The
+    token that reaches the threshold is kept, so a first token at or above it drops nothing.
+
+    Args:
+        straight_through: Gives the selection the gradient of 1 - weight, instead of none: more
+            weight means less of the token.
+
+    Returns:
+        The tokens, and the mask of those that were kept.
     """
     order = weights.detach().sort(dim=1, descending=True, stable=True)
     keep_in_order = order.values.cumsum(dim=1) >= threshold
@@ -143,10 +153,10 @@ def _similarities(
     straight_through: bool,
     normalise_partial: bool,
 ) -> tuple[Tensor, ...]:
-    """The similarities of B matched pairs, in the order of the fields of `TpmCl`."""
-    # Raised here, so that the copies of half-precision features last no longer than the piece.
-    sentence, words, frames = raised(sentence), raised(words), raised(frames)
-    word_weights, frame_weights = raised(word_weights), raised(frame_weights)
+    """Similarities of B matched pairs, in the order of the fields of `TpmCl`."""
+    # Converted per chunk, so that float32 copies of half-precision features are freed with it.
+    sentence, words, frames = (at_least_float32(x) for x in (sentence, words, frames))
+    word_weights, frame_weights = (at_least_float32(x) for x in (word_weights, frame_weights))
     partial_frames, _ = select_tokens(
         frames, frame_weights, threshold, straight_through=straight_through
     )
@@ -155,8 +165,8 @@ def _similarities(
     part = torch.einsum("bt,btd->bd", word_weights, kept_words)
     part = unit(part) if normalise_partial else part
 
-    video = _video(frames, frame_mask, frame_weight_layer)
-    partial_video = _video(partial_frames, frame_mask, frame_weight_layer)
+    video = _weighted_frames(frames, frame_mask, frame_weight_layer)
+    partial_video = _weighted_frames(partial_frames, frame_mask, frame_weight_layer)
     return (
         _pair_similarity(sentence, *video),
         _pair_similarity(sentence, *partial_video),
@@ -166,10 +176,10 @@ def _similarities(
     )
 
 
-def _video(
+def _weighted_frames(
     frames: Tensor, frame_mask: Tensor, frame_weight_layer: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Frames with masked ones zeroed, and their weights in agg. Dropped frames stay valid."""
+    """Frames with zeros for masked ones, and the weights of agg. Dropped frames stay valid."""
     if frame_weight_layer is None:
         share = frame_mask.to(frames.dtype)
         weights = share / share.sum(dim=1, keepdim=True)

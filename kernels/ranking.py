@@ -1,4 +1,4 @@
-"""Recall and rank figures of a text-by-video similarity matrix, both ways."""
+"""Recall and rank metrics of a text-by-video similarity matrix, in both directions."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """One direction: recalls in percent, ranks from 1 (best).
-
-    `ties` counts the queries whose best positive equals a wrong candidate: their rank hangs on the
-    order of the candidates, lower index first.
-    """
+    """Metrics of one direction: recalls in percent, ranks from 1 (best)."""
 
     recall_at_1: float
     recall_at_5: float
@@ -22,6 +18,8 @@ class RankMetrics:
     mean_rank: float
     queries: int
     ties: int
+    """Queries whose best positive scores the same as a wrong candidate. The lower index ranks
+    first, so their rank depends on the order of the candidates."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,12 @@ class RetrievalMetrics:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank (from 1) of each query's best positive, and whether a wrong candidate equals it.
-
-    `videos` are the V columns that have a text at all; the others are no queries.
-    """
+    """Rank (from 1) of each query's best positive; a tie is a wrong candidate of equal score."""
 
     text_to_video: Int[Tensor, " A"]
     text_ties: Bool[Tensor, " A"]
     videos: Int[Tensor, " V"]
+    """Columns that have a text; the other videos are not queries."""
     video_to_text: Int[Tensor, " V"]
     video_ties: Bool[Tensor, " V"]
 
@@ -47,29 +43,33 @@ class Ranks:
 def retrieval_metrics(
     similarity: Float[Tensor, "A C"], text_video: Int[Tensor, " A"]
 ) -> RetrievalMetrics:
-    """Recall at 1, 5, 10, median and mean rank; `text_video` is the column of each text's video.
+    """Computes recall at 1, 5 and 10, median and mean rank.
 
-    A video with several texts is ranked by the best of them. Equal candidates rank in the order of
-    their index, so the figures do not depend on the sort.
+    A video with several texts is ranked by the best of them. Candidates of equal score rank in the
+    order of their index, so the metrics do not depend on a sort.
+
+    Args:
+        similarity: Rows are texts, columns are videos.
+        text_video: Column of each text's video.
 
     Raises:
         ValueError: no text, a column that does not exist, or a similarity that is not finite.
     """
-    found = ranks(similarity, text_video)
+    result = ranks(similarity, text_video)
     return RetrievalMetrics(
-        text_to_video=_summary(found.text_to_video, found.text_ties),
-        video_to_text=_summary(found.video_to_text, found.video_ties),
+        text_to_video=_summary(result.text_to_video, result.text_ties),
+        video_to_text=_summary(result.video_to_text, result.video_ties),
     )
 
 
 def ranks(similarity: Float[Tensor, "A C"], text_video: Int[Tensor, " A"]) -> Ranks:
-    """The rank of every query both ways, by counting the candidates before it: O(A C), no sort."""
+    """Ranks every query in both directions by counting better candidates: O(A C), no sort."""
     _check(similarity, text_video)
     texts = torch.arange(len(similarity), device=similarity.device)
     positives = similarity[texts, text_video]
     text_ranks, text_ties = _texts_among_videos(similarity, text_video, positives)
 
-    # The best text of each video, and among equals the first.
+    # The best text of each video; of several equal ones the first.
     num_texts, num_videos = similarity.shape
     best = similarity.new_full((num_videos,), -torch.inf)
     best = best.scatter_reduce(0, text_video, positives, "amax")
@@ -104,7 +104,7 @@ def _summary(rank: Int[Tensor, " Q"], ties: Bool[Tensor, " Q"]) -> RankMetrics:
         recall_at_1=_recall(rank, 1),
         recall_at_5=_recall(rank, 5),
         recall_at_10=_recall(rank, 10),
-        # Of an even number of queries the mean of the middle two; torch.median takes the lower.
+        # quantile averages the middle two of an even number of ranks; torch.median takes the lower.
         median_rank=rank.double().quantile(0.5).item(),
         mean_rank=rank.double().mean().item(),
         queries=len(rank),
@@ -120,7 +120,7 @@ def _check(similarity: Tensor, text_video: Tensor) -> None:
     num_texts, num_videos = similarity.shape
     if num_texts == 0 or text_video.shape != (num_texts,):
         raise ValueError(
-            f"similarity {tuple(similarity.shape)} needs at least one text and one column number "
+            f"similarity {tuple(similarity.shape)} needs at least one text and a column number "
             f"for each, but text_video has shape {tuple(text_video.shape)}"
         )
     outside = (text_video < 0) | (text_video >= num_videos)
@@ -134,5 +134,5 @@ def _check(similarity: Tensor, text_video: Tensor) -> None:
         text, video = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"similarity[{text}, {video}] (text, video) is {similarity[text, video].item()}; "
-            f"{int(bad.sum())} entries are not finite, so no ranking exists"
+            f"{int(bad.sum())} entries are not finite and cannot be ranked"
         )

@@ -1,6 +1,7 @@
-"""The method's pair similarity, as plain as its formulas: every faster path must equal this one.
+"""The pair similarity of DMAE, written as plainly as its formulas (ACM MM 2023, arXiv 2309.11082).
 
-The method is DMAE (ACM MM 2023, arXiv 2309.11082). Letters used in every shape of this package:
+This module defines the method. Every faster path is tested against it, forward and all gradients,
+so it imports nothing of this package. Letters in the shapes of all modules here:
 
     A texts (rows of a similarity block)      C videos (its columns)
     B pairs on this rank                      G pairs on all ranks
@@ -9,30 +10,24 @@ The method is DMAE (ACM MM 2023, arXiv 2309.11082). Letters used in every shape 
     N tokens and Q queries of a weight predictor
     D feature width
 
-With x a text token, v a frame and masked slots replaced by zero vectors,
+With x a text token, v a frame, and zero vectors in masked slots:
 
     S[a,t,c,f] = <x[a,t], v[c,f]>              p[a,t,c] = max_f S              q[a,c,f] = max_t S
-    p[a,t,c] += 0.5 r[c,j] S[a,t,c,n[c,j]]     with j the frame of the maximum, n[c,j] the other
-                                               frame most like it and r their similarity
+    p[a,t,c] += 0.5 r[c,j] S[a,t,c,n[c,j]]     for the best frame j, its neighbour frame n (the
+                                               other frame most similar to it) and r = <v_j, v_n>
     SIM(x)[a,c] = 1/2 (sum_t weight[a,t] p[a,t,c] + sum_f weight[c,f] q[a,c,f])
 
-`ti` and `wti` are SIM(sentence); `att_ti` and `att_wti` are (SIM(sentence) + SIM(words)) / 2.
-A maximum belongs to its first argument. A masked slot counts as similarity 0, not -inf: it wins
-where every valid similarity is negative, so one padded slot matters but their number does not.
+`ti` and `wti` are SIM(sentence); `att_ti` and `att_wti` are (SIM(sentence) + SIM(words)) / 2. Where
+several entries share a maximum, the first one gets the gradient. A masked slot has similarity 0,
+not -inf: it wins a maximum over negative similarities. One masked slot can therefore change a
+score, but more of them change nothing.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvr.kernels.checks import check_mask, check_presence, check_shapes
-
-NEIGHBOUR_FACTOR = 0.5
-SHORTEST = 1e-12
+INTERACTIONS = ("ti", "wti", "att_ti", "att_wti")
 
 
 def dmae_similarity(
@@ -47,178 +42,147 @@ def dmae_similarity(
     word_logits: Float[Tensor, "A T"] | None = None,
     frame_logits: Float[Tensor, "C F"] | None = None,
 ) -> Float[Tensor, "A C"]:
-    """Unscaled similarity of every text with every video, in one naive piece (method section 2).
+    """Computes the unscaled similarity of every text with every video, holding all A x T x C x F.
 
-    Features have unit length (`unit`). `word_mask` is 0 for padding, 1 for a token, 2 for a token
-    of double weight; its first slot is the sentence's mask. `frame_mask` is 0 or 1. Logits are the
-    outputs of `layers.TokenWeightLayer`; only the wti family reads them, and `wti` reads no
-    `word_logits`, the sentence being one token of weight 1.
+    The features have unit length (`numerics.unit`). Scores are weighted means of the best cosines
+    and lie within +-1.25; within +-1 without neighbour frames. Words of mask 2 widen the range of
+    `att_wti` to +-1.625, and to +-1.25 without neighbour frames.
 
-    `ti` and `wti` read the sentence only: `words` may be None. `att_ti` and `att_wti` read both;
-    with `sentence` None they are the word part alone, SIM(words), which the method does not have.
+    Args:
+        sentence: Read by all interactions. None with `att_ti` or `att_wti` leaves the word part
+            alone, SIM(words), which the method does not define.
+        words: Read by `att_ti` and `att_wti`.
+        word_mask: 0 for padding, 1 for a word, 2 for a word of double weight. The first slot is
+            also the sentence's mask.
+        frame_mask: 0 for padding, 1 for a frame.
+        word_logits: Outputs of `weight_layers.TokenWeightLayer`; read by `att_wti`. In `wti` the
+            sentence is the only token and has weight 1.
+        frame_logits: Outputs of such a layer for frames; read by `wti` and `att_wti`.
 
-    Scores are float32, or float64 if an input is; autocast does not reach them. They are means of
-    the best cosines, and go beyond 1 by what neighbours and double weights add: within +-1.25, and
-    +-1.625 with double weights in `att_wti`; +-1 without neighbours, +-1.25 with double weights.
+    Returns:
+        Scores in float32, or float64 if an input is, also under autocast.
 
     Raises:
-        ValueError: unknown interaction, a tensor that it needs is missing, shapes that disagree,
-            mask values out of range, or a text or video without any valid slot.
+        ValueError: unknown interaction, a missing tensor, shapes that disagree, mask values out of
+            range, or a text or video without a valid slot.
     """
-    with full_precision(frames.device):
-        texts, videos = prepare(
-            sentence,
-            words,
-            frames,
-            word_mask,
-            frame_mask,
-            interaction=interaction,
-            neighbour_frames=neighbour_frames,
-            word_logits=word_logits,
-            frame_logits=frame_logits,
-        )
-        return block_similarity(texts, videos)
-
-
-def unit(x: Float[Tensor, "*rest D"]) -> Float[Tensor, "*rest D"]:
-    """x / |x| over the last dimension, in float32 at least.
-
-    A vector no longer than 1e-12 has no direction: it becomes 0 and gets gradient 0, not the
-    1e12-fold gradient of a division by the bound.
-    """
-    x = raised(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(length > SHORTEST, x / length.clamp_min(SHORTEST), torch.zeros_like(x))
-
-
-def raised(x: Tensor) -> Tensor:
-    """x in float32 at least: half precisions are raised, float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Keeps autocast out: a bfloat16 step near 0.3 is 0.2 in a logit at scale 100."""
-    with torch.autocast(device.type, enabled=False):
-        yield
-
-
-class TokenSet(NamedTuple):
-    """The sentence (L = 1) or the words (L = T) of A texts; `valid` tells tokens from padding."""
-
-    tokens: Float[Tensor, "A L D"]
-    weights: Float[Tensor, "A L"]
-    valid: Bool[Tensor, "A L"]
-
-    def without_padding(self) -> Float[Tensor, "A L D"]:
-        """The tokens, zero vectors where there is none."""
-        return self.tokens.masked_fill(~self.valid[..., None], 0)
-
-
-class FrameSet(NamedTuple):
-    """The frames of C videos; masked frames are zero vectors.
-
-    `neighbour` is the index of each frame's neighbour and `strength` their correlation, both None
-    without neighbour frames.
-    """
-
-    frames: Float[Tensor, "C F D"]
-    weights: Float[Tensor, "C F"]
-    strength: Float[Tensor, "C F"] | None
-    neighbour: Int[Tensor, "C F"] | None
-
-
-def prepare(
-    sentence: Tensor | None,
-    words: Tensor | None,
-    frames: Tensor,
-    word_mask: Tensor,
-    frame_mask: Tensor,
-    *,
-    interaction: str,
-    neighbour_frames: bool,
-    word_logits: Tensor | None,
-    frame_logits: Tensor | None,
-) -> tuple[tuple[TokenSet, ...], FrameSet]:
-    """Checks the arguments of `dmae_similarity` and computes what is of one text or video alone."""
-    weighted = interaction.endswith("wti")
-    if interaction in ("ti", "wti"):
-        words = word_logits = None
-    if not weighted:
-        word_logits = frame_logits = None
-    check_presence(interaction, sentence, words, word_logits, frame_logits)
-    check_shapes(sentence, words, frames, word_mask, frame_mask, word_logits, frame_logits)
-    check_mask("word_mask", word_mask, largest=2, sentence=sentence is not None)
-    check_mask("frame_mask", frame_mask, largest=1, sentence=False)
-
+    has_words, weighted = interaction.startswith("att_"), interaction.endswith("wti")
+    tensors = {
+        "sentence": sentence,
+        "words": words if has_words else None,
+        "frames": frames,
+        "word_logits": word_logits if has_words and weighted else None,
+        "frame_logits": frame_logits if weighted else None,
+    }
+    _check_arguments(tensors, word_mask, frame_mask, interaction)
     dtype = torch.float32
-    for tensor in (sentence, words, frames, word_logits, frame_logits):
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    texts = []
-    if sentence is not None:
-        mask = word_mask[:, :1]
-        logits = torch.zeros_like(mask, dtype=dtype) if weighted else None
-        texts.append(_token_set(sentence[:, None].to(dtype), mask, logits))
-    if words is not None:
-        texts.append(_token_set(words.to(dtype), word_mask, word_logits))
-    of_video = _token_set(frames.to(dtype), frame_mask, frame_logits)
-    frames = of_video.without_padding()
-    correlation = _neighbours(frames) if neighbour_frames else (None, None)
-    return tuple(texts), FrameSet(frames, of_video.weights, *correlation)
+    for tensor in tensors.values():
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+
+    with torch.autocast(frames.device.type, enabled=False):
+        frames = torch.where(frame_mask[..., None] > 0, frames.to(dtype), 0)
+        frame_weights = _weights(frame_mask, tensors["frame_logits"], dtype)
+        parts = []
+        if sentence is not None:
+            mask = word_mask[:, :1]
+            weights = _weights(mask, torch.zeros_like(mask) if weighted else None, dtype)
+            tokens = torch.where(mask[..., None] > 0, sentence[:, None].to(dtype), 0)
+            parts.append(_set_similarity(tokens, weights, frames, frame_weights, neighbour_frames))
+        if has_words and words is not None:
+            weights = _weights(word_mask, tensors["word_logits"], dtype)
+            tokens = torch.where(word_mask[..., None] > 0, words.to(dtype), 0)
+            parts.append(_set_similarity(tokens, weights, frames, frame_weights, neighbour_frames))
+        return sum(parts[1:], parts[0]) / len(parts)
 
 
-def block_similarity(texts: tuple[TokenSet, ...], videos: FrameSet) -> Float[Tensor, "A C"]:
-    """Mean over the token sets of SIM(token set), for one block of texts and videos."""
-    return torch.stack([_set_similarity(tokens, videos) for tokens in texts]).mean(dim=0)
-
-
-def _set_similarity(texts: TokenSet, videos: FrameSet) -> Float[Tensor, "A C"]:
-    scores = torch.einsum("atd,cfd->atcf", texts.without_padding(), videos.frames)
-    # max, not amax: amax would share the gradient among equal entries instead of the first.
-    best_of_frames, best_frame = scores.max(dim=3)
-    best_of_tokens = scores.max(dim=1).values
-    if videos.strength is not None and videos.neighbour is not None:
-        # p + 0.5 r S[., n] with r and n those of the best frame. Gathers from expanded tables cost
-        # no copy, and their backward adds in a fixed order, unlike one through flat indices.
-        best_frame = best_frame[..., None]
-        strength = videos.strength.expand_as(scores).gather(3, best_frame)
-        neighbour = videos.neighbour.expand_as(scores).gather(3, best_frame)
-        related = strength * scores.gather(3, neighbour)
-        best_of_frames = best_of_frames + NEIGHBOUR_FACTOR * related.squeeze(3)
-    text_part = torch.einsum("at,atc->ac", texts.weights, best_of_frames)
-    video_part = torch.einsum("cf,acf->ac", videos.weights, best_of_tokens)
-    return (text_part + video_part) / 2
-
-
-def masked_softmax(logits: Float[Tensor, "n L"], mask: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
-    """Softmax over the slots whose mask is not 0; 0 in the others."""
-    return logits.masked_fill(mask == 0, -torch.inf).softmax(dim=-1)
-
-
-def _token_set(tokens: Tensor, mask: Tensor, logits: Tensor | None) -> TokenSet:
-    """Weights: the mask over its sum (ti family), or mask x softmax (wti family).
-
-    A token of mask 2 counts twice in both. The first renormalises; the second does not, so its
-    weights sum to between 1 and 2.
-    """
-    share = mask.to(tokens.dtype)
+def _weights(
+    mask: Int[Tensor, "n L"], logits: Tensor | None, dtype: torch.dtype
+) -> Float[Tensor, "n L"]:
+    """Token weights: mask / sum of the mask; with logits, mask x softmax over valid slots."""
+    share = mask.to(dtype)
     if logits is None:
-        weights = share / share.sum(dim=1, keepdim=True)
-    else:
-        weights = share * masked_softmax(logits.to(tokens.dtype), mask)
-    return TokenSet(tokens, weights, mask > 0)
+        return share / share.sum(dim=1, keepdim=True)
+    logits = torch.where(mask > 0, logits.to(dtype), -torch.inf)
+    power = torch.exp(logits - logits.detach().amax(dim=1, keepdim=True))
+    return share * power / power.sum(dim=1, keepdim=True)
+
+
+def _set_similarity(
+    tokens: Float[Tensor, "A L D"],
+    weights: Float[Tensor, "A L"],
+    frames: Float[Tensor, "C F D"],
+    frame_weights: Float[Tensor, "C F"],
+    neighbour_frames: bool,
+) -> Float[Tensor, "A C"]:
+    """SIM of one token set; masked tokens and frames are zero vectors."""
+    scores = torch.einsum("atd,cfd->atcf", tokens, frames)
+    # max, not amax: amax would spread the gradient over equal entries, max gives it to the first.
+    p, best_frame = scores.max(dim=3)
+    q = scores.max(dim=1).values
+    if neighbour_frames:
+        # Gathers from expanded tables copy nothing, and their backward adds in a fixed order.
+        strength, neighbour = _neighbours(frames)
+        best_frame = best_frame[..., None]
+        r = strength.expand_as(scores).gather(3, best_frame)
+        n = neighbour.expand_as(scores).gather(3, best_frame)
+        p = p + 0.5 * (r * scores.gather(3, n)).squeeze(3)
+    text_part = torch.einsum("at,atc->ac", weights, p)
+    video_part = torch.einsum("cf,acf->ac", frame_weights, q)
+    return (text_part + video_part) / 2
 
 
 def _neighbours(
     frames: Float[Tensor, "C F D"],
 ) -> tuple[Float[Tensor, "C F"], Int[Tensor, "C F"]]:
-    """Of each frame the similarity r with the OTHER frame most like it, and that frame's index n.
+    """Similarity r with, and index n of, the OTHER frame most similar to each frame.
 
-    A neighbour in feature space, not in time. The diagonal is set to 0, so a frame whose others
-    are all dissimilar (or padding) has r = 0 and neighbour frames change nothing for it.
+    Neighbours are near in features, not in time. A frame's similarity with itself counts as 0.
     """
-    correlation = torch.einsum("cfd,cgd->cfg", frames, frames)
     itself = torch.eye(frames.shape[1], dtype=torch.bool, device=frames.device)
-    strength, neighbour = correlation.masked_fill(itself, 0).max(dim=2)
-    return strength, neighbour
+    correlation = torch.where(itself, 0, frames @ frames.transpose(1, 2))
+    r, n = correlation.max(dim=2)
+    return r, n
+
+
+def _check_arguments(
+    tensors: dict[str, Tensor | None], word_mask: Tensor, frame_mask: Tensor, interaction: str
+) -> None:
+    if interaction not in INTERACTIONS:
+        raise ValueError(f"interaction={interaction!r} is unknown; use one of {INTERACTIONS}")
+    has_words = interaction.startswith("att_")
+    required = {
+        "sentence": not has_words,
+        "words": has_words,
+        "word_logits": interaction == "att_wti",
+        "frame_logits": interaction.endswith("wti"),
+    }
+    missing = [name for name, needed in required.items() if needed and tensors[name] is None]
+    if missing:
+        raise ValueError(f"interaction={interaction!r} needs {' and '.join(missing)}, not None")
+
+    frames = tensors["frames"]
+    if frames is None or frames.ndim != 3 or word_mask.ndim != 2:
+        raise ValueError("frames must be (C, F, D) and word_mask (A, T)")
+    texts, videos, width = tuple(word_mask.shape), tuple(frames.shape[:2]), frames.shape[2]
+    expected = {
+        "sentence": (*texts[:1], width),
+        "words": (*texts, width),
+        "word_logits": texts,
+        "frame_logits": videos,
+        "frame_mask": videos,
+    }
+    for name, shape in expected.items():
+        tensor = frame_mask if name == "frame_mask" else tensors[name]
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} but must have {shape}")
+
+    for name, mask, largest in (("word_mask", word_mask, 2), ("frame_mask", frame_mask, 1)):
+        for row, values in enumerate(mask.tolist()):
+            wrong = [slot for slot, value in enumerate(values) if not 0 <= value <= largest]
+            if wrong:
+                value = values[wrong[0]]
+                raise ValueError(f"{name}[{row}, {wrong[0]}] is {value}, not 0 to {largest}")
+            if not any(values):
+                raise ValueError(f"{name}[{row}] has no valid slot")
+            if name == "word_mask" and tensors["sentence"] is not None and not values[0]:
+                raise ValueError(f"{name}[{row}, 0] is 0: pad on the right, slot 0 is the sentence")

@@ -1,7 +1,8 @@
-"""The similarity that the rest of the project calls: the reference's, in bounded memory.
+"""The public similarity: equal to `reference.dmae_similarity`, in bounded memory.
 
-Two backends, equal to rounding: `compiled` (float32 and float64 on a CPU) and `torch` (tiles, on
-every device). Both keep per pair the score and a byte or so for each of its L + F maxima.
+Two backends give the same result up to rounding: `compiled` (float32 and float64 on a CPU) and
+`torch` (tiles, on every device). Both keep, per pair, the score and about one byte for each of its
+L + F maxima.
 """
 
 import math
@@ -9,13 +10,14 @@ import math
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvr.kernels.backends.cpu import Kernels, hindrance
-from tvr.kernels.backends.protocol import Engine, mean_similarity
-from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, Tiles, chunk_size
-from tvr.kernels.reference import FrameSet, TokenSet, full_precision, prepare
+from tvr.kernels.backends.cpu import CpuBackend, unsupported_reason
+from tvr.kernels.backends.protocol import SimilarityBackend, mean_similarity
+from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, TorchTiles, texts_per_tile
+from tvr.kernels.numerics import no_autocast
+from tvr.kernels.token_sets import FrameSet, TokenSet, prepare
 
-# A tile of the compiled kernels (some 130 MiB with all that its backward needs): large enough that
-# laying out its videos costs little beside scoring them.
+# Pairs in a tile that the compiled kernels score for `streamed_loss` (about 130 MiB with all that
+# its backward needs): large enough that scoring takes much longer than laying out the videos.
 PAIRS_PER_TILE = 2**20
 
 BACKENDS = ("compiled", "torch")
@@ -36,27 +38,41 @@ def dmae_similarity(
     backend: str | None = None,
     fast: bool = False,
 ) -> Float[Tensor, "A C"]:
-    """Unscaled similarity of every text with every video; `reference.dmae_similarity` defines it.
+    """Computes the unscaled similarity of every text with every video.
 
-    `backend` None takes "compiled" for features on a CPU with at most 255 words and frames where
-    the kernels can be compiled (`compiled.backend` says why not), else "torch", whose tiles are
-    `chunk` texts x 4 `chunk` videos. The result is the same for every `chunk`; None takes the
-    largest whose tiles hold at most `tiles.SCORES_PER_TILE` token-frame scores. A `chunk` is a wish
-    about these tiles: with it, `backend` None is "torch".
+    `reference.dmae_similarity` defines the result. Memory grows as A x C, never as A x T x C x F:
+    for the backward, the index of each of the L + F maxima of a pair is saved. The result is
+    differentiable once.
 
-    Memory grows as A x C, never as A x T x C x F: for the backward (which is not differentiable
-    again) both keep the place of each of the L + F maxima of a pair and token set.
+    Args:
+        sentence: Features of unit length (`numerics.unit`). Read by all interactions; None with
+            `att_ti` or `att_wti` leaves the word part alone.
+        words: Read by `att_ti` and `att_wti`.
+        word_mask: 0 for padding, 1 for a word, 2 for a word of double weight. The first slot is
+            also the sentence's mask.
+        frame_mask: 0 for padding, 1 for a frame.
+        interaction: One of `ti`, `wti`, `att_ti`, `att_wti`.
+        neighbour_frames: Adds the frame most similar to each best frame.
+        word_logits: Outputs of `weight_layers.TokenWeightLayer`; read by `att_wti`.
+        frame_logits: Outputs of such a layer for frames; read by `wti` and `att_wti`.
+        chunk: Texts per tile of the torch backend; a tile has 4 times as many videos. None chooses
+            the largest with at most `torch_tiles.SCORES_PER_TILE` token-frame scores. The result
+            does not depend on it. A number selects the torch backend.
+        backend: `compiled` or `torch`. None selects `compiled` for features on a CPU with at most
+            255 words and frames if the kernels can be built (`cpu_build.available_backend`).
+        fast: Rounds the features to bfloat16 for the token-frame products; a CPU also rounds the
+            products. At temperature 0.01, a logit is then off by 0.01 on a GPU and by 0.2 on a CPU.
+            The gradients follow the maxima found this way, in full precision.
 
-    `fast` rounds the features to bfloat16 where words meet frames; a CPU rounds the products too.
-    At temperature 0.01 a logit is then off by 0.01 on a GPU and by 0.2 on a CPU. Gradients are
-    those of the maxima that were found so, with features and sums as exact as ever.
+    Returns:
+        Scores in float32, or float64 if an input is, also under autocast.
 
     Raises:
-        ValueError: as the reference; for a chunk below 1; for an unknown backend, or "compiled"
-            where it cannot be had.
+        ValueError: as the reference; `chunk` below 1; an unknown backend, or `compiled` where it is
+            not available.
     """
     _check_options(chunk, backend)
-    with full_precision(frames.device):
+    with no_autocast(frames.device):
         texts, videos = prepare(
             sentence,
             words,
@@ -68,8 +84,25 @@ def dmae_similarity(
             word_logits=word_logits,
             frame_logits=frame_logits,
         )
-        engine = _engine(texts, videos, chunk, backend, fast)
-        return mean_similarity(texts, videos, engine)
+        return mean_similarity(texts, videos, _select_backend(texts, videos, chunk, backend, fast))
+
+
+def tile_backend(
+    texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int | None, fast: bool
+) -> tuple[SimilarityBackend, int]:
+    """Selects the backend for a caller that iterates over tiles itself.
+
+    Returns:
+        The backend, and the number of texts per tile (a tile has 4 times as many videos).
+
+    Raises:
+        ValueError: `chunk` is below 1.
+    """
+    _check_options(chunk, None)
+    if unsupported_reason(texts, videos) is None:
+        return CpuBackend(fast), chunk or math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
+    size = chunk or texts_per_tile(texts, videos)
+    return TorchTiles(size, fast), size
 
 
 def _check_options(chunk: int | None, backend: str | None) -> None:
@@ -78,33 +111,21 @@ def _check_options(chunk: int | None, backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}, or None")
     if backend == "compiled" and chunk is not None:
-        raise ValueError(f"chunk={chunk} is for backend='torch': the compiled tiles fit the cache")
+        raise ValueError(
+            f"chunk={chunk} is for backend='torch'; the compiled kernels choose their own tiles"
+        )
 
 
-def _engine(
+def _select_backend(
     texts: tuple[TokenSet, ...],
     videos: FrameSet,
     chunk: int | None,
     backend: str | None,
     fast: bool,
-) -> Engine:
+) -> SimilarityBackend:
     if backend == "torch" or (backend is None and chunk is not None):
-        return Tiles(chunk or chunk_size(texts, videos), fast)
-    reason = hindrance(texts, videos)
+        return TorchTiles(chunk or texts_per_tile(texts, videos), fast)
+    reason = unsupported_reason(texts, videos)
     if reason and backend == "compiled":
-        raise ValueError(f"backend='compiled' cannot serve here: {reason}")
-    return Tiles(chunk_size(texts, videos), fast) if reason else Kernels(fast)
-
-
-def tile_engine(
-    texts: tuple[TokenSet, ...], videos: FrameSet, chunk: int | None, fast: bool
-) -> tuple[Engine, int]:
-    """For a caller that goes through tiles itself: what scores one, and texts per tile.
-
-    (Videos: 4 times as many.) Raises ValueError for a chunk below 1.
-    """
-    _check_options(chunk, None)
-    if hindrance(texts, videos) is None:
-        return Kernels(fast), chunk or math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
-    size = chunk or chunk_size(texts, videos)
-    return Tiles(size, fast), size
+        raise ValueError(f"backend='compiled' is not available: {reason}")
+    return TorchTiles(texts_per_tile(texts, videos), fast) if reason else CpuBackend(fast)

@@ -1,7 +1,7 @@
-"""TPM-CL's predictors: weights over the tokens of one modality that see the other one (section 4).
+"""Token-weight predictors of TPM-CL: weights over one modality, given the other (method section 4).
 
-Rows are matched pairs. Like TPM-CL they are computed in pieces of `chunk` pairs, the same weights
-for every `chunk`; None takes pieces of bounded scratch (`pieces.chunk_size`).
+Each row is a matched pair. Like TPM-CL, the predictors run in chunks of `chunk` pairs and the
+weights do not depend on it; None bounds the scratch (`checkpointed_chunks.pairs_per_chunk`).
 """
 
 import torch
@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tvr.kernels.checkpointed_chunks import chunk_size, in_pieces
-from tvr.kernels.reference import masked_softmax, raised
+from tvr.kernels.checkpointed_chunks import pairs_per_chunk, run_in_chunks
+from tvr.kernels.numerics import at_least_float32, masked_softmax
 
 
 class LinearTokenWeights(nn.Module):
-    """Weights over N tokens (they sum to 1) given Q tokens of the other modality; the kind in use.
+    """Predicts weights over N tokens, which sum to 1, from Q tokens of the other modality.
 
-    The queries are mixed to one for each token, put before it, normalised over tokens and
-    features together, and reduced to a sigmoid (the method, section 4). Q and N are fixed: all
-    slots count, padding too, as published. A `token_mask` takes the weight from padding instead.
+    The model uses this predictor. A linear layer mixes the queries to one per token; each is
+    concatenated with its token, normalised over tokens and features together, and mapped to a
+    sigmoid (method section 4). Q and N are fixed. As published, padded slots get weight too; a
+    `token_mask` gives them weight 0.
     """
 
     def __init__(self, num_queries: int, num_tokens: int, width: int) -> None:
@@ -39,8 +40,8 @@ class LinearTokenWeights(nn.Module):
         num_tokens, num_queries = self.mix.out_features, self.mix.in_features
         _check_slots("queries", queries, num_queries)
         _check_slots("tokens", tokens, num_tokens)
-        chunk = chunk_size(chunk, 2 * num_tokens * tokens.shape[2])
-        return in_pieces(self._weights, (queries, tokens, token_mask), chunk)[0]
+        chunk = pairs_per_chunk(chunk, 2 * num_tokens * tokens.shape[2])
+        return run_in_chunks(self._weights, (queries, tokens, token_mask), chunk)[0]
 
     def _weights(
         self, queries: Tensor, tokens: Tensor, token_mask: Tensor | None
@@ -48,21 +49,26 @@ class LinearTokenWeights(nn.Module):
         dtype = self.mix.weight.dtype
         mixed = self.mix(queries.to(dtype).transpose(1, 2)).transpose(1, 2)
         pairs = self.norm(torch.cat([mixed, tokens.to(dtype)], dim=2))
-        share = raised(self.score(F.gelu(self.hidden(pairs)))).squeeze(2).sigmoid()
+        share = at_least_float32(self.score(F.gelu(self.hidden(pairs)))).squeeze(2).sigmoid()
         if token_mask is not None:
             share = share.masked_fill(token_mask == 0, 0)
         return (share / share.sum(dim=1, keepdim=True),)
 
 
 class AttentionTokenWeights(nn.Module):
-    """Weights over tokens from the attention of Q queries of the other modality.
+    """Predicts weights over the tokens from the attention of Q queries of the other modality.
 
-    Each of 8 heads spreads every query over the tokens by softmax(q . k), not scaled by
-    1 / sqrt(d); `reduce` ("sum", "mean", "max") joins the heads, Linear(Q, 1) the queries, and a
-    softmax over tokens follows. With a `token_mask` padding is left out of both softmaxes.
+    Every head computes softmax(q . k) over the tokens, not scaled by 1 / sqrt(d). `reduce` joins
+    the heads, Linear(Q, 1) joins the queries, and a softmax over the tokens follows. A `token_mask`
+    excludes padding from both softmaxes.
+
+    Args:
+        num_queries: Q.
+        width: D.
+        reduce: `sum`, `mean` or `max` over the heads.
 
     Raises:
-        ValueError: unknown `reduce`, or a width that is no multiple of `heads`.
+        ValueError: unknown `reduce`, or a width that is not a multiple of `heads`.
     """
 
     def __init__(
@@ -70,7 +76,9 @@ class AttentionTokenWeights(nn.Module):
     ) -> None:
         super().__init__()
         if reduce not in ("sum", "mean", "max"):
-            raise ValueError(f"reduce={reduce!r} of the heads is unknown; use 'sum', 'mean', 'max'")
+            raise ValueError(
+                f"reduce={reduce!r} of the heads is unknown; use 'sum', 'mean' or 'max'"
+            )
         if width % heads:
             raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.heads = heads
@@ -86,8 +94,8 @@ class AttentionTokenWeights(nn.Module):
         chunk: int | None = None,
     ) -> Float[Tensor, "B N"]:
         _check_slots("queries", queries, self.join.in_features)
-        chunk = chunk_size(chunk, self.heads * queries.shape[1] * tokens.shape[1])
-        return in_pieces(self._weights, (queries, tokens, token_mask), chunk)[0]
+        chunk = pairs_per_chunk(chunk, self.heads * queries.shape[1] * tokens.shape[1])
+        return run_in_chunks(self._weights, (queries, tokens, token_mask), chunk)[0]
 
     def _weights(
         self, queries: Tensor, tokens: Tensor, token_mask: Tensor | None
@@ -96,20 +104,20 @@ class AttentionTokenWeights(nn.Module):
         scores = torch.einsum("bqhd,bnhd->bhqn", *by_head)
         if token_mask is not None:
             scores = scores.masked_fill((token_mask == 0)[:, None, None], -torch.inf)
-        spread = scores.softmax(dim=3)
+        attention = scores.softmax(dim=3)
         if self.reduce == "max":
-            spread = spread.max(dim=1).values
+            attention = attention.max(dim=1).values
         else:
-            spread = spread.sum(dim=1) if self.reduce == "sum" else spread.mean(dim=1)
-        joined = self.join(spread.transpose(1, 2).to(self.join.weight.dtype)).squeeze(2)
+            attention = attention.sum(dim=1) if self.reduce == "sum" else attention.mean(dim=1)
+        joined = self.join(attention.transpose(1, 2).to(self.join.weight.dtype)).squeeze(2)
         if token_mask is None:
-            return (raised(joined).softmax(dim=1),)
-        return (masked_softmax(raised(joined), token_mask),)
+            return (at_least_float32(joined).softmax(dim=1),)
+        return (masked_softmax(at_least_float32(joined), token_mask),)
 
 
 def _check_slots(name: str, x: Tensor, expected: int) -> None:
     if x.shape[1] != expected:
         raise ValueError(
-            f"{name} has {x.shape[1]} slots but this predictor was built for {expected}: "
+            f"{name} has {x.shape[1]} slots but this predictor was built for {expected}; "
             "the number of words and frames per sample is fixed"
         )

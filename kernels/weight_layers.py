@@ -1,4 +1,4 @@
-"""Learned layers in front of the similarity: token weights and the sequential header."""
+"""Learned layers before the similarity: token weights and the sequence header."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,13 @@ HEAD_WIDTH = 64
 
 
 class TokenWeightLayer(nn.Module):
-    """Logits of the token weights in the wti family: one layer for text tokens, one for frames.
+    """Logits of the token weights in the wti family (method section 2).
 
-    `arch` 1 is Linear(D, 1); 2 and 3 put one and two hidden layers of width D with ReLU before it
-    (the method, section 2).
+    A model has one layer for words and one for frames.
+
+    Args:
+        width: D.
+        arch: 1 is Linear(D, 1); 2 and 3 add one and two hidden layers of width D with ReLU.
 
     Raises:
         ValueError: `arch` is not 1, 2 or 3.
@@ -29,19 +32,21 @@ class TokenWeightLayer(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.Linear(width, 1))
 
     def forward(self, tokens: Float[Tensor, "*rest D"]) -> Float[Tensor, "*rest"]:
-        # Features come in float32 from `reference.unit` even where the layer is kept in bfloat16.
+        # `numerics.unit` returns float32 features, also for a layer in bfloat16.
         return self.layers(tokens.to(next(self.parameters()).dtype)).squeeze(-1)
 
 
 class SequenceHeader(nn.Module):
-    """Lets frames attend to each other: v + Transformer(v + position), not of unit length any more.
+    """Self-attention between the frames of a video: v + Transformer(v + position).
 
-    Pre-norm blocks of max(1, D // 64) heads, a QuickGELU MLP of width 4 D, LayerNorm eps 1e-12
-    (the method, section 2, "Sequential header"). Masked frames are no keys, but they are passed
-    on. Use the same frames in the similarity and in TPM-CL, whose margins compare the two.
+    Pre-norm blocks with max(1, D // 64) heads, a QuickGELU MLP of width 4 D and LayerNorm eps 1e-12
+    (method section 2, "Sequential header"). The outputs do not have unit length. Masked frames are
+    not used as keys, but have outputs. Pass the same outputs to the similarity and to TPM-CL, whose
+    margins compare the two.
 
     Raises:
-        ValueError: D is no multiple of the number of heads, or more frames than positions.
+        ValueError: D is not a multiple of the number of heads, or there are more frames than
+            positions.
     """
 
     def __init__(self, width: int, *, num_layers: int = 4, num_positions: int = 77) -> None:
@@ -57,11 +62,12 @@ class SequenceHeader(nn.Module):
         self._start_near_identity(blocks, width)
 
     def _start_near_identity(self, blocks: list["_Block"], width: int) -> None:
-        """Makes the first output almost parallel to the frames, which then keep what they know.
+        """Initialises small weights, so that the first outputs are almost parallel to the frames.
 
-        Unit vectors have entries of about 1 / sqrt(D). By torch's default the blocks would add
-        several times that, much the same to all frames: near-equal videos, from which training
-        from scratch takes long to part, and pretrained frames lost on the first step.
+        Entries of unit vectors are about 1 / sqrt(D). With torch's defaults the blocks would add
+        several times that, and nearly the same vector to all frames. Videos would then be almost
+        equal: training from scratch separates them slowly, and pretrained features are lost in the
+        first step.
         """
         nn.init.normal_(self.positions, std=0.2 * width**-0.5)
         for block in blocks:

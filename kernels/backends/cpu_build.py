@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: built by torch on first use, cached, loaded once in a process."""
+"""Builds the compiled CPU kernels on first use, caches the library and loads it once a process."""
 
 import fcntl
 import hashlib
@@ -15,52 +15,55 @@ from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).parent
-SOURCES = [_FOLDER / "similarity_forward.cpp", _FOLDER / "similarity_backward.cpp"]
-HEADERS = [_FOLDER / "similarity_vectors.h"]
-# Named, not -march=native: the cache may lie on a disk that machines of several kinds share.
-FLAGS_OF_CPU = {
+_DIR = Path(__file__).parent
+SOURCES = [_DIR / "similarity_forward.cpp", _DIR / "similarity_backward.cpp"]
+HEADERS = [_DIR / "similarity_vectors.h"]
+# Explicit flags instead of -march=native: machines of several kinds may share the cache folder.
+CPU_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
 
-_found: tuple[str, str] | None = None
-_loading = threading.Lock()
+_result: tuple[str, str] | None = None
+_load_lock = threading.Lock()
 
 
-def backend() -> tuple[str, str]:
-    """("compiled", where it lies), or ("torch", why the kernels could not be compiled or loaded).
+def available_backend() -> tuple[str, str]:
+    """Loads the compiled kernels, and builds them first if needed.
 
-    The first call in a process builds what is not in torch's folder of extensions yet (half a
-    minute; other processes wait for it) and logs a failure once; every later call answers at once.
+    A build takes half a minute; other processes wait for it. Later calls in a process return the
+    first result. A failure is logged once.
+
+    Returns:
+        ("compiled", folder of the library), or ("torch", reason why it cannot be built or loaded).
     """
-    global _found
-    with _loading:
-        if _found is None:
+    global _result
+    with _load_lock:
+        if _result is None:
             try:
-                _found = ("compiled", str(_load()))
-            # ImportError: the loader needs setuptools. RuntimeError: torch's for a failed build.
-            # SubprocessError: a compiler that does not even tell its version.
+                _result = ("compiled", str(_load()))
+            # ImportError: setuptools is missing. RuntimeError: the build failed.
+            # SubprocessError: the compiler did not report its version.
             except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-                _found = ("torch", _reason(error))
+                _result = ("torch", _error_line(error))
                 logging.getLogger(__name__).warning(
-                    "the similarity runs without its compiled kernels, several times slower: %s",
-                    _found[1],
+                    "the similarity is several times slower without its compiled kernels: %s",
+                    _result[1],
                 )
-        return _found
+        return _result
 
 
 def _load() -> Path:
-    """Builds and loads the library; the folder that holds it."""
+    """Builds and loads the library; returns its folder."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         raise OSError(f"no C++ compiler: {compiler!r} is not on PATH (the variable CXX names it)")
     from torch.utils import cpp_extension
 
-    # OpenMP for the compiler only: its library is the one that torch has loaded, or two runtimes
-    # would each start a thread for every core.
+    # -fopenmp is for the compiler only. Linking would load a second OpenMP library beside torch's,
+    # and each would start a thread per core.
     flags = ["-O3", "-std=c++20", "-Wno-psabi", "-fopenmp"]
-    flags += FLAGS_OF_CPU.get(torch.backends.cpu.get_cpu_capability(), ())
+    flags += CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     name = f"tvr_similarity_{_digest(flags)}"
     folder = Path(root) / name
@@ -69,7 +72,7 @@ def _load() -> Path:
         torch.ops.load_library(library)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with one_builder(folder), _ninja_on_path():
+    with build_lock(folder), _ninja_on_path():
         cpp_extension.load(
             name,
             [str(source) for source in SOURCES],
@@ -82,26 +85,29 @@ def _load() -> Path:
 
 
 def _digest(flags: list[str]) -> str:
-    """Names the build: another source, torch, compiler or set of flags is another library."""
+    """Cache key of the build: sources, torch version, compiler and flags."""
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     parts = [*sources, torch.__version__, os.environ.get("CXX", ""), *flags]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def one_builder(folder: Path) -> Iterator[None]:
-    """One process at a time builds an extension in its folder: a lock that the system releases when
-    its holder dies, around torch's, which it does not."""
+def build_lock(folder: Path) -> Iterator[None]:
+    """Serialises builds of a torch extension in `folder` over processes.
+
+    The kernel releases this lock when its holder dies. torch's own lock file stays behind and would
+    block every later build.
+    """
     with open(folder / "builders", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Nobody else builds here now, so torch's own lock file is a dead builder's.
+        # No other process is building here, so torch's lock file is left over from a killed build.
         (folder / "lock").unlink(missing_ok=True)
         yield
 
 
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """`ninja` lies beside the interpreter of an environment that may not be activated."""
+    """Appends the environment's scripts folder, which holds `ninja`, to PATH."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts")])
     try:
@@ -110,8 +116,8 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _reason(error: Exception) -> str:
-    """One line: the compiler's first error where there is one, else the message's first line."""
+def _error_line(error: Exception) -> str:
+    """The compiler's first error line, or else the first line of the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error:" in line]
-    return (telling or lines or [type(error).__name__])[0]
+    compiler_errors = [line for line in lines if "error:" in line]
+    return (compiler_errors or lines or [type(error).__name__])[0]

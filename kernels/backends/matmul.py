@@ -1,4 +1,4 @@
-"""Inner products of the rows of two matrices, by the fastest library that keeps precision."""
+"""Inner products of the rows of two matrices, with the fastest library at full precision."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ SCHEMA = (
 )
 
 
-def by_onednn(like: Tensor) -> bool:
-    """Whether oneDNN multiplies matrices of this kind.
+def uses_onednn(like: Tensor) -> bool:
+    """True if matrices of this dtype and device are multiplied by oneDNN instead of torch's BLAS.
 
-    torch's own choice for float32 on a CPU is the BLAS that it was built with. Where that is MKL
-    and the processor not Intel's, MKL leaves half of its vectors unused: at 512 pairs of width 512
-    oneDNN took 0.4 of the time on an AMD EPYC with AVX-512. (The operation is torch.compile's: a
-    torch that has another one of that name is left to its own choice.)
+    Where torch is built with MKL, MKL uses only half of the vector width on processors that are not
+    Intel's: at 512 pairs of width 512, oneDNN took 0.4 of MKL's time on an AMD EPYC with AVX-512.
+    The oneDNN operation is private to torch.compile; if its schema changes, torch's BLAS is used.
     """
     if like.device.type != "cpu" or like.dtype != torch.float32:
         return False
@@ -29,16 +28,16 @@ def by_onednn(like: Tensor) -> bool:
     return operation is not None and str(operation.default._schema) == SCHEMA
 
 
-def products(
+def inner_products(
     x: Float[Tensor, "R D"], y: Float[Tensor, "S D"], *, fast: bool = False
 ) -> Float[Tensor, "R S"]:
-    """x y^T, without a gradient; `fast`: of both rounded to bfloat16."""
+    """Computes x y^T without a gradient; `fast` rounds x and y to bfloat16 first."""
     if not fast:
-        if by_onednn(x):
+        if uses_onednn(x):
             return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
         return x @ y.T
     low = x.bfloat16(), y.bfloat16().T
     if x.device.type == "cuda":
-        # Rounded on the way in only: the sums come out as they were added up.
+        # Only the inputs are rounded: the result keeps the float32 accumulator.
         return torch.mm(*low, out_dtype=torch.float32).to(x.dtype)
     return (low[0] @ low[1]).to(x.dtype)

@@ -1,8 +1,9 @@
-"""The similarity of token sets with videos as one differentiable operation, whoever computes it.
+"""The similarity of token sets with videos as one differentiable operation, for any backend.
 
-A pair of token set and video has only L + F scores that the result depends on: the maxima. An
-engine keeps their places, small whole numbers, and the backward is a sum of few rows. Memory grows
-as A x C and never as A x L x C x F. Engines: `packed.Kernels` (compiled), `tiles.Tiles` (torch).
+The score of a text and a video depends on L + F of their token-frame scores only: the maxima. A
+backend saves the indices of the maxima, one small integer each, and the backward is a weighted
+gather and its transpose (scatter-add). Memory grows as A x C, never as A x L x C x F. Backends:
+`cpu.CpuBackend` (compiled) and `torch_tiles.TorchTiles` (every device).
 """
 
 from __future__ import annotations
@@ -14,73 +15,78 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tvr.kernels.reference import NEIGHBOUR_FACTOR, FrameSet, TokenSet
+from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 
-Kept = tuple[Tensor | None, ...]
+SavedTensors = tuple[Tensor | None, ...]
 
 
-class Videos(NamedTuple):
-    """What an engine needs of C videos; values, no graph."""
+class VideoTensors(NamedTuple):
+    """Inputs of a backend for C videos: plain values, without autograd history."""
 
     frames: Float[Tensor, "C F D"]
     weights: Float[Tensor, "C F"] | None
-    """None: the video part, sum_f weight x max_t S, is left out."""
+    """None skips the video part, sum_f weight x max_t S."""
     boosted: Float[Tensor, "C F D"] | None
     """v + 0.5 r v[n], so that p = <x, boosted[best frame]>; None without neighbour frames."""
     strength: Float[Tensor, "C F"] | None
     neighbour: Int[Tensor, "C F"] | None
 
-    def part(self, columns: slice) -> Videos:
-        """Some of the videos, as views."""
+    def part(self, columns: slice) -> VideoTensors:
+        """Views of some of the videos."""
         first, *rest = self
-        return Videos(first[columns], *(None if x is None else x[columns] for x in rest))
+        return VideoTensors(first[columns], *(None if x is None else x[columns] for x in rest))
 
 
-class Gradients(NamedTuple):
-    """Of the sum of `gradient` x scores, with respect to what the scores were computed from."""
+class InputGradients(NamedTuple):
+    """Gradients of a backend's inputs."""
 
     tokens: Float[Tensor, "A L D"]
     weights: Float[Tensor, "A L"]
     frames: Float[Tensor, "C F D"]
-    """Without boosted frames those of all maxima; with them only those of max_t."""
+    """Of all maxima; with boosted frames, of the maxima over tokens only."""
     frame_weights: Float[Tensor, "C F"] | None
     boosted: Float[Tensor, "C F D"] | None
+    """Of the maxima over frames; None without boosted frames."""
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """Scores a token set with videos, and goes back from the scores' gradient."""
+class SimilarityBackend(Protocol):
+    """Computes SIM of one token set with C videos, and its gradients."""
 
-    def scores(self, text: TokenSet, videos: Videos, *, keep: bool) -> tuple[Tensor, Kept]:
-        """SIM (A, C) of a token set and, if `keep`, what `gradients` needs of it."""
+    def forward(
+        self, text: TokenSet, videos: VideoTensors, *, save: bool
+    ) -> tuple[Tensor, SavedTensors]:
+        """Returns SIM (A, C) and, with `save`, the tensors that `backward` needs."""
         ...
 
-    def gradients(self, gradient: Float[Tensor, "A C"], kept: Kept, videos: Videos) -> Gradients:
-        """By hand: sums of the rows that the maxima met."""
+    def backward(
+        self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
+    ) -> InputGradients:
+        """Analytic backward from the saved argmax indices."""
         ...
 
 
 def mean_similarity(
-    texts: tuple[TokenSet, ...], videos: FrameSet, engine: Engine
+    texts: tuple[TokenSet, ...], videos: FrameSet, backend: SimilarityBackend
 ) -> Float[Tensor, "A C"]:
-    """`reference.block_similarity` by an engine; not differentiable twice."""
+    """Mean over the token sets of SIM(token set). It is differentiable once."""
     boosted = strength = None
     if videos.strength is not None and videos.neighbour is not None:
         strength = videos.strength.detach()
         if torch.is_grad_enabled():
-            # p = <x, v + 0.5 r v[n]> at the best frame: these rows carry the gradients of r.
-            places = videos.neighbour[..., None].expand_as(videos.frames)
-            related = videos.strength[..., None] * videos.frames.gather(1, places)
+            # p = <x, v + 0.5 r v[n]> at the best frame. Autograd differentiates r through these.
+            index = videos.neighbour[..., None].expand_as(videos.frames)
+            related = videos.strength[..., None] * videos.frames.gather(1, index)
             boosted = videos.frames + NEIGHBOUR_FACTOR * related
     result: Tensor | None = None
     for text in texts:
-        # Every frame's best token is the only one there is: one plain matrix product.
-        alone = text.tokens.shape[1] == 1
-        frame_weights = None if alone else videos.weights
+        # With a single token, max_t is the token itself: the video part is a matrix product.
+        single_token = text.tokens.shape[1] == 1
+        frame_weights = None if single_token else videos.weights
         part = _SetSimilarity.apply(
-            engine, *text, videos.frames, frame_weights, boosted, strength, videos.neighbour
+            backend, *text, videos.frames, frame_weights, boosted, strength, videos.neighbour
         )
-        if alone:
+        if single_token:
             mean_frame = torch.einsum("cf,cfd->cd", videos.weights, videos.frames)
             part = torch.addmm(part, text.tokens.squeeze(1), mean_frame.T, alpha=0.5)
         result = part if result is None else result + part
@@ -89,12 +95,12 @@ def mean_similarity(
 
 
 class _SetSimilarity(torch.autograd.Function):
-    """SIM of one token set; `strength` and `neighbour` are values, `boosted` has their gradient."""
+    """SIM of one token set. The gradient of `strength` passes through `boosted`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        engine: Engine,
+        backend: SimilarityBackend,
         tokens: Tensor,
         weights: Tensor,
         valid: Tensor,
@@ -105,10 +111,10 @@ class _SetSimilarity(torch.autograd.Function):
         neighbour: Tensor | None,
     ) -> Tensor:
         text = TokenSet(tokens, weights, valid)
-        videos = Videos(frames, frame_weights, boosted, strength, neighbour)
-        scores, kept = engine.scores(text, videos, keep=any(ctx.needs_input_grad))
-        ctx.engine = engine
-        ctx.save_for_backward(*videos, *kept)
+        videos = VideoTensors(frames, frame_weights, boosted, strength, neighbour)
+        scores, saved = backend.forward(text, videos, save=any(ctx.needs_input_grad))
+        ctx.backend = backend
+        ctx.save_for_backward(*videos, *saved)
         return scores
 
     @staticmethod
@@ -116,9 +122,9 @@ class _SetSimilarity(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
         ctx: Any, *gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
-        size = len(Videos._fields)
-        videos, kept = Videos(*ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
-        found: Gradients = ctx.engine.gradients(*gradient, kept, videos)
-        of_text = (found.tokens, found.weights, None)
-        of_videos = (found.frames, found.frame_weights, found.boosted, None, None)
-        return None, *of_text, *of_videos
+        size = len(VideoTensors._fields)
+        videos, saved = VideoTensors(*ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
+        result: InputGradients = ctx.backend.backward(*gradient, saved, videos)
+        text_gradients = (result.tokens, result.weights, None)
+        video_gradients = (result.frames, result.frame_weights, result.boosted, None, None)
+        return None, *text_gradients, *video_gradients

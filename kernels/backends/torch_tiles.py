@@ -1,9 +1,10 @@
-"""The engine in plain torch, on every device: a block of pairs in tiles of bounded scratch.
+"""Similarity backend in plain torch, for every device: a block of pairs in tiles of bounded size.
 
-A tile is one matrix product and its maxima, whose places it keeps. In the backward the rows that a
-token or frame met are added up by `embedding_bag`, which touches no other: L + F rows for a pair
-where a dense product would take L x F. Texts are taken in order of length and cut to the longest of
-their tile, so that padding costs little. Nothing in the loops waits for the device.
+Forward: one matrix product gives a tile's token-frame scores; their maxima over frames and over
+tokens give SIM, and the indices of the maxima are saved. Backward: a weighted gather and its
+transpose, both as `embedding_bag`, touch L + F feature rows per pair where dense products would
+touch L x F. Texts are sorted by length and cut to the longest of their tile, so that padding costs
+little. Inside the loops the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -18,87 +19,93 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tvr.kernels.backends.matmul import products
-from tvr.kernels.backends.protocol import Gradients, Kept, Videos
-from tvr.kernels.reference import NEIGHBOUR_FACTOR, FrameSet, TokenSet
+from tvr.kernels.backends.matmul import inner_products
+from tvr.kernels.backends.protocol import InputGradients, SavedTensors, VideoTensors
+from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 
-# A tile of this many token-frame scores (16 MiB in float32, well within a large GPU's L2 cache)
-# keeps matrix products large enough to run at full speed, and a few copies of it (scores, indices)
-# are all that is ever alive. From 32 MiB on glibc would map a tile's pages anew every time.
+# 16 MiB of token-frame scores in float32, well within a large GPU's L2 cache: large enough for
+# matrix products at full speed, and only a few tensors of this size (scores, indices) are allocated
+# at a time. From 32 MiB on, glibc would map fresh pages for every tile.
 SCORES_PER_TILE = 2**22
 VIDEOS_PER_TEXT = 4
 
 
-def chunk_size(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
-    """Texts per tile such that chunk x 4 chunk pairs hold at most `SCORES_PER_TILE` scores."""
+def texts_per_tile(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
+    """Largest n such that a tile of n texts x 4 n videos has at most `SCORES_PER_TILE` scores."""
     scores_per_pair = max(tokens.weights.shape[1] for tokens in texts) * videos.weights.shape[1]
     return max(1, math.isqrt(SCORES_PER_TILE // (VIDEOS_PER_TEXT * scores_per_pair)))
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """`set_similarity.Engine` in tiles of `chunk` texts x 4 `chunk` videos.
-
-    `fast`: the products are of features rounded to bfloat16 (see `similarity.dmae_similarity`).
-    """
+class TorchTiles:
+    """`SimilarityBackend` in tiles of `chunk` texts x 4 `chunk` videos."""
 
     chunk: int
     fast: bool = False
+    """Rounds the features of the products to bfloat16; see `similarity.dmae_similarity`."""
 
-    def scores(self, text: TokenSet, videos: Videos, *, keep: bool) -> tuple[Tensor, Kept]:
+    def forward(
+        self, text: TokenSet, videos: VideoTensors, *, save: bool
+    ) -> tuple[Tensor, SavedTensors]:
         result = text.weights.new_empty(len(text.weights), len(videos.frames))
-        kept: list[Tensor | None] = [*text]
+        saved: list[Tensor | None] = [*text]
         for tile in _text_tiles(text.valid, self.chunk):
-            some = tile.of(text)
+            tile_text = tile.select(text)
             for columns in self._columns(videos):
-                scores, *places = _meet(some, videos.part(columns), self.fast)
+                scores, *indices = _score_tile(tile_text, videos.part(columns), self.fast)
                 result[tile.texts, columns] = scores
-                if keep:
-                    kept += places
-        return result, tuple(kept)
+                if save:
+                    saved += indices
+        return result, tuple(saved)
 
-    def gradients(self, gradient: Float[Tensor, "A C"], kept: Kept, videos: Videos) -> Gradients:
-        tokens, weights, valid, *places = kept
+    def backward(
+        self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
+    ) -> InputGradients:
+        tokens, weights, valid, *indices = saved
         assert tokens is not None
         assert weights is not None
         assert valid is not None
         text = TokenSet(tokens, weights, valid)
-        of_tokens, of_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
-        of_videos = _zeros(videos)
-        following = iter(places)
+        d_tokens, d_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
+        d_videos = _zero_gradients(videos)
+        remaining = iter(indices)
         for tile in _text_tiles(valid, self.chunk):
-            some = tile.of(text)
-            own, met = torch.zeros_like(some.tokens), torch.zeros_like(some.tokens)
+            tile_text = tile.select(text)
+            # Gradients of the tokens as p sees them, before their weights, and as q sees them.
+            d_p, d_q = torch.zeros_like(tile_text.tokens), torch.zeros_like(tile_text.tokens)
             for columns in self._columns(videos):
                 factors = gradient[tile.texts, columns] / 2
-                part, to = videos.part(columns), of_videos.part(columns)
-                _of_best_frames(some, part, factors, next(following), own, to)
-                _of_best_tokens(some, part, factors, next(following), met, to)
-            of_weights[tile.texts, : tile.slots] = (own * some.tokens).sum(dim=2)
-            own *= some.weights[..., None]
-            own += met.masked_fill_(~some.valid[..., None], 0)
-            of_tokens[tile.texts, : tile.slots] = own
-        return Gradients(
-            of_tokens, of_weights, of_videos.frames, of_videos.weights, of_videos.boosted
+                tile_videos, d_tile_videos = videos.part(columns), d_videos.part(columns)
+                best_frame, best_token = next(remaining), next(remaining)
+                _frame_max_backward(tile_text, tile_videos, factors, best_frame, d_p, d_tile_videos)
+                _token_max_backward(tile_text, tile_videos, factors, best_token, d_q, d_tile_videos)
+            d_weights[tile.texts, : tile.slots] = (d_p * tile_text.tokens).sum(dim=2)
+            d_p *= tile_text.weights[..., None]
+            d_p += d_q.masked_fill_(~tile_text.valid[..., None], 0)
+            d_tokens[tile.texts, : tile.slots] = d_p
+        return InputGradients(
+            d_tokens, d_weights, d_videos.frames, d_videos.weights, d_videos.boosted
         )
 
-    def _columns(self, videos: Videos) -> Iterator[slice]:
+    def _columns(self, videos: VideoTensors) -> Iterator[slice]:
         size = VIDEOS_PER_TEXT * self.chunk
         for first in range(0, len(videos.frames), size):
             yield slice(first, first + size)
 
 
-def _meet(texts: TokenSet, videos: Videos, fast: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """SIM (n, m) of a tile, and the places (n, L, m) and (n, F, m) of its maxima."""
+def _score_tile(
+    texts: TokenSet, videos: VideoTensors, fast: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """SIM (n, m) of a tile, best frames (n, L, m) and best tokens (n, F, m)."""
     num_texts, slots = texts.weights.shape
     num_videos, num_frames = videos.frames.shape[:2]
-    scores = products(texts.tokens.flatten(0, 1), videos.frames.flatten(0, 1), fast=fast)
+    scores = inner_products(texts.tokens.flatten(0, 1), videos.frames.flatten(0, 1), fast=fast)
     scores = scores.view(num_texts, slots, num_videos, num_frames)
     best, best_frame = scores.max(dim=3)
     if videos.strength is not None and videos.neighbour is not None:
-        place = best_frame[..., None]
-        strength = videos.strength.expand_as(scores).gather(3, place)
-        neighbour = videos.neighbour.expand_as(scores).gather(3, place)
+        index = best_frame[..., None]
+        strength = videos.strength.expand_as(scores).gather(3, index)
+        neighbour = videos.neighbour.expand_as(scores).gather(3, index)
         related = strength * scores.gather(3, neighbour)
         best = torch.add(best, related.squeeze(3), alpha=NEIGHBOUR_FACTOR)
     total = torch.einsum("al,alm->am", texts.weights, best)
@@ -106,117 +113,138 @@ def _meet(texts: TokenSet, videos: Videos, fast: bool) -> tuple[Tensor, Tensor, 
     if videos.weights is not None:
         best, best_token = scores.max(dim=1)
         total += torch.einsum("mf,amf->am", videos.weights, best)
-        best_token = _small(best_token.transpose(1, 2), slots)
-    return total / 2, _small(best_frame, num_frames), best_token
+        best_token = _smallest_integers(best_token.transpose(1, 2), slots)
+    return total / 2, _smallest_integers(best_frame, num_frames), best_token
 
 
-def _of_best_frames(
-    texts: TokenSet, videos: Videos, factors: Tensor, places: Tensor | None, own: Tensor, to: Videos
+def _frame_max_backward(
+    texts: TokenSet,
+    videos: VideoTensors,
+    factors: Float[Tensor, "n m"],
+    best_frame: Int[Tensor, "n L m"] | None,
+    d_tokens: Float[Tensor, "n L D"],
+    d_videos: VideoTensors,
 ) -> None:
-    """What goes back from p: to the tokens (before their weights), and to the frames they met."""
-    assert places is not None
+    """Backward of p, the max over frames: adds to the gradients of the unweighted tokens and of the
+    selected frames."""
+    assert best_frame is not None
     num_videos, num_frames = videos.frames.shape[:2]
-    first_frame = num_frames * torch.arange(num_videos, dtype=torch.int32, device=places.device)
-    boosted, to_frames = (x.frames if x.boosted is None else x.boosted for x in (videos, to))
-    of_tokens, of_frames = _sums(
-        (places + first_frame).flatten(0, 1),
-        factors[:, None].expand(places.shape).flatten(0, 1),
-        chosen=boosted.flatten(0, 1),
-        choosers=(texts.tokens * texts.weights[..., None]).flatten(0, 1),
+    first_frame = num_frames * torch.arange(num_videos, dtype=torch.int32, device=factors.device)
+    frames, d_frames = (x.frames if x.boosted is None else x.boosted for x in (videos, d_videos))
+    gathered, scattered = _gather_and_scatter(
+        (best_frame + first_frame).flatten(0, 1),
+        factors[:, None].expand(best_frame.shape).flatten(0, 1),
+        table=frames.flatten(0, 1),
+        values=(texts.tokens * texts.weights[..., None]).flatten(0, 1),
     )
-    own += of_tokens.view_as(own)
-    to_frames += of_frames.view_as(to_frames)
+    d_tokens += gathered.view_as(d_tokens)
+    d_frames += scattered.view_as(d_frames)
 
 
-def _of_best_tokens(
-    texts: TokenSet, videos: Videos, factors: Tensor, places: Tensor | None, met: Tensor, to: Videos
+def _token_max_backward(
+    texts: TokenSet,
+    videos: VideoTensors,
+    factors: Float[Tensor, "n m"],
+    best_token: Int[Tensor, "n F m"] | None,
+    d_tokens: Float[Tensor, "n L D"],
+    d_videos: VideoTensors,
 ) -> None:
-    """What goes back from q: to the frames, their weights, and the tokens that they met."""
-    if places is None or videos.weights is None or to.weights is None:
+    """Backward of q, the max over tokens: adds to the gradients of the frames, of their weights and
+    of the selected tokens."""
+    if best_token is None or videos.weights is None or d_videos.weights is None:
         return
     num_texts, slots = texts.weights.shape
-    first_token = slots * torch.arange(num_texts, dtype=torch.int32, device=places.device)
-    # (m, F, n): the maxima of a frame side by side.
-    rows = places.permute(2, 1, 0) + first_token
-    of_frames, of_tokens = _sums(
+    first_token = slots * torch.arange(num_texts, dtype=torch.int32, device=factors.device)
+    # (m, F, n): the maxima of a frame are contiguous.
+    rows = best_token.permute(2, 1, 0) + first_token
+    gathered, scattered = _gather_and_scatter(
         rows.flatten(0, 1),
         factors.T[:, None].expand(rows.shape).flatten(0, 1),
-        chosen=texts.tokens.flatten(0, 1),
-        choosers=(videos.frames * videos.weights[..., None]).flatten(0, 1),
+        table=texts.tokens.flatten(0, 1),
+        values=(videos.frames * videos.weights[..., None]).flatten(0, 1),
     )
-    of_frames = of_frames.view_as(videos.frames)
-    to.weights.add_((of_frames * videos.frames).sum(dim=2))
-    to.frames.add_(of_frames * videos.weights[..., None])
-    met += of_tokens.view_as(met)
+    d_frames = gathered.view_as(videos.frames)
+    d_videos.weights.add_((d_frames * videos.frames).sum(dim=2))
+    d_videos.frames.add_(d_frames * videos.weights[..., None])
+    d_tokens += scattered.view_as(d_tokens)
 
 
-def _sums(
+def _gather_and_scatter(
     rows: Int[Tensor, "S E"],
     factors: Float[Tensor, "S E"],
     *,
-    chosen: Float[Tensor, "R D"],
-    choosers: Float[Tensor, "S D"],
+    table: Float[Tensor, "R D"],
+    values: Float[Tensor, "S D"],
 ) -> tuple[Float[Tensor, "S D"], Float[Tensor, "R D"]]:
-    """Slot s chose the rows `rows`[s] of `chosen`: what each slot chose, and who chose each row.
+    """Weighted gather from `table`, and its transpose (scatter-add of `values`).
 
-    sum_e factors[s, e] chosen[rows[s, e]], and the sum of factors[s, e] choosers[s] where
-    rows[s, e] = r; both in a fixed order.
+    Both sums run in a fixed order.
+
+    Args:
+        rows: Row of the table that each of a slot's E maxima selected.
+        factors: Weight of each maximum.
+
+    Returns:
+        sum_e factors[s, e] table[rows[s, e]] for every slot s; and for every row r, the sum of
+        factors[s, e] values[s] over all (s, e) with rows[s, e] = r.
     """
     num_slots, entries = rows.shape
     flat, factors = rows.flatten(), factors.flatten()
     starts = torch.arange(num_slots, dtype=flat.dtype, device=flat.device) * entries
-    own = F.embedding_bag(flat, chosen, starts, mode="sum", per_sample_weights=factors)
-    # 16 bits, where they suffice, are sorted faster.
-    narrow = torch.int16 if len(chosen) < 2**15 else torch.int32
+    gathered = F.embedding_bag(flat, table, starts, mode="sum", per_sample_weights=factors)
+    # 16-bit integers, where they suffice, sort faster.
+    narrow = torch.int16 if len(table) < 2**15 else torch.int32
     ordered, order = flat.to(narrow).sort(stable=True)
-    bounds = torch.arange(len(chosen), dtype=narrow, device=flat.device)
+    bounds = torch.arange(len(table), dtype=narrow, device=flat.device)
     starts = torch.searchsorted(ordered, bounds, out_int32=True)
     slots = torch.div(order.to(torch.int32), entries, rounding_mode="floor")
-    met = F.embedding_bag(slots, choosers, starts, mode="sum", per_sample_weights=factors[order])
-    return own, met
+    scattered = F.embedding_bag(
+        slots, values, starts, mode="sum", per_sample_weights=factors[order]
+    )
+    return gathered, scattered
 
 
-def _zeros(videos: Videos) -> Videos:
-    """For the gradients of frames, weights and boosted frames."""
+def _zero_gradients(videos: VideoTensors) -> VideoTensors:
+    """Zeros for the gradients of frames, weights and boosted frames."""
     weights, boosted = (
         None if x is None else torch.zeros_like(x) for x in (videos.weights, videos.boosted)
     )
-    return Videos(torch.zeros_like(videos.frames), weights, boosted, None, None)
+    return VideoTensors(torch.zeros_like(videos.frames), weights, boosted, None, None)
 
 
-def _small(places: Tensor, slots: int) -> Tensor:
-    """As small a type as holds them, laid out as given."""
-    dtype = torch.uint8 if slots <= 2**8 else torch.int16 if slots <= 2**15 else torch.int32
-    return places.to(dtype, memory_format=torch.contiguous_format)
+def _smallest_integers(indices: Tensor, size: int) -> Tensor:
+    """Indices below `size` in the smallest integer type that holds them, contiguous."""
+    dtype = torch.uint8 if size <= 2**8 else torch.int16 if size <= 2**15 else torch.int32
+    return indices.to(dtype, memory_format=torch.contiguous_format)
 
 
 class _TextTile(NamedTuple):
-    """Which texts, and to how many slots they are cut."""
+    """Texts of a tile, and the number of slots that their tokens are cut to."""
 
     texts: slice | Tensor
     slots: int
 
-    def of(self, text: TokenSet) -> TokenSet:
-        """Their tokens, zero vectors where there is none."""
-        some = TokenSet(*(x[self.texts, : self.slots] for x in text))
-        # A slice: all texts are full, and nothing is copied.
+    def select(self, text: TokenSet) -> TokenSet:
+        """The tile's part of a token set, with zero vectors in padded slots."""
+        part = TokenSet(*(x[self.texts, : self.slots] for x in text))
+        # A slice means that no text has padding; then nothing is copied.
         return (
-            some if isinstance(self.texts, slice) else some._replace(tokens=some.without_padding())
+            part if isinstance(self.texts, slice) else part._replace(tokens=part.without_padding())
         )
 
 
 def _text_tiles(valid: Tensor, size: int) -> list[_TextTile]:
-    """In order of length. The lengths are the only values that the host fetches."""
+    """Tiles of `size` texts, sorted by length. The host reads the lengths from the device once."""
     num_texts, slots = valid.shape
     starts = range(0, num_texts, size)
-    # One slot of padding counts as similarity 0; more of them change nothing.
+    # One padded slot is kept, because it counts as similarity 0; more of them change nothing.
     ends = (valid * torch.arange(1, slots + 1, device=valid.device)).amax(dim=1)
-    kept = (ends + 1).clamp_max(slots)
-    holes = bool((valid.sum(dim=1) < slots).any())
-    if not holes:
+    lengths = (ends + 1).clamp_max(slots)
+    has_padding = bool((valid.sum(dim=1) < slots).any())
+    if not has_padding:
         return [_TextTile(slice(start, start + size), slots) for start in starts]
-    kept, order = kept.sort(stable=True)
-    longest = kept[[min(start + size, num_texts) - 1 for start in starts]].tolist()
+    lengths, order = lengths.sort(stable=True)
+    longest = lengths[[min(start + size, num_texts) - 1 for start in starts]].tolist()
     return [
         _TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)
     ]

@@ -1,9 +1,9 @@
-"""One rank's rows of the global batch, and softmax statistics of lines that are seen in tiles.
+"""Softmax statistics of rows and columns that are computed tile by tile and merged over ranks.
 
-Rows are texts, columns videos, matched pairs lie on the diagonal. A rank that holds B of the G
-pairs has the (B, G) rows of its texts against everyone's videos. The text-to-video softmax runs
-along rows and is local; the video-to-text softmax runs along columns and needs only G-long
-statistics over ranks (maximum, then sum), never a second block.
+Rows are texts, columns are videos, and matched pairs lie on the diagonal of the (G, G) square. Each
+rank holds the (B, G) rows of its own texts. The text-to-video softmax runs along rows and needs no
+other rank. The video-to-text softmax runs along columns: all-reducing G-long statistics (a maximum,
+then a sum) is enough, and no rank computes a second block.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from tvr.kernels.reference import raised
+from tvr.kernels.numerics import at_least_float32
 
 
 @runtime_checkable
 class Collectives(Protocol):
-    """What the row forms need from the other ranks; every rank calls it in the same order."""
+    """Reductions over ranks. Every rank calls the same methods in the same order."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of x over ranks; its backward is the sum over ranks of the gradient."""
+        """Sums x over ranks; the backward sums the gradient over ranks."""
         ...
 
     def max(self, x: Tensor) -> Tensor:
-        """Maximum of x over ranks, without gradient."""
+        """Takes the maximum of x over ranks, without gradient."""
         ...
 
 
-class _Alone:
+class _SingleRank:
     def sum(self, x: Tensor) -> Tensor:
         return x
 
@@ -39,22 +39,26 @@ class _Alone:
         return x
 
 
-ALONE: Collectives = _Alone()
+SINGLE_RANK: Collectives = _SingleRank()
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tile lies: its first row among this rank's texts, its first column among all videos.
-
-    Row i of this rank is row `row_offset` + i of the (G, G) square.
-    """
+class TilePosition:
+    """Position of a tile in the global batch."""
 
     row: int
+    """First row, counted among this rank's texts."""
     column: int
+    """First column, counted among the videos of all ranks."""
     row_offset: int
+    """Row 0 of this rank is row `row_offset` of the (G, G) square."""
 
     def diagonal(self, tile: Shaped[Tensor, "n m"]) -> tuple[Shaped[Tensor, " k"], int]:
-        """The matched pairs in the tile, as a view, and the first one's row in it."""
+        """Selects the matched pairs of the tile.
+
+        Returns:
+            A view of the k matched pairs, empty if there are none; and the tile's row of the first.
+        """
         shift = self.row_offset + self.row - self.column
         num_rows, num_columns = tile.shape
         if not -num_rows < shift < num_columns:
@@ -63,79 +67,86 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Softmax:
-    """Of each line its largest logit and the log-sum-exp of all others.
+class OnlineSoftmax:
+    """Running softmax statistics of n rows or n columns.
 
-    Kept apart because 1 - P of a line's largest entry is exp(rest - total), exact even where P
-    rounds to 1. Both are -inf for a line of which nothing has been seen.
+    The largest logit is kept apart from the others, because 1 - P of that entry is
+    exp(rest - total): exact even where P rounds to 1.
     """
 
     top: Float[Tensor, " n"]
+    """Largest logit; -inf before the first tile."""
     rest: Float[Tensor, " n"]
+    """Log-sum-exp of all other logits; -inf where there are none."""
 
     @property
     def total(self) -> Float[Tensor, " n"]:
-        """Log-sum-exp of the line."""
+        """Log-sum-exp of all logits: the softmax's denominator."""
         return torch.logaddexp(self.top, self.rest)
 
     @classmethod
-    def empty(cls, num_lines: int, like: Tensor) -> Softmax:
-        return cls(*(like.new_full((num_lines,), -torch.inf) for _ in range(2)))
+    def empty(cls, size: int, like: Tensor) -> OnlineSoftmax:
+        """Statistics before the first tile, with dtype and device of `like`."""
+        return cls(*(like.new_full((size,), -torch.inf) for _ in range(2)))
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "n m"], dim: int) -> Softmax:
-        """Statistics of the lines that run along `dim` of a tile."""
-        top, place = logits.max(dim, keepdim=True)
-        others = logits.scatter(dim, place, -torch.inf)
+    def of_tile(cls, logits: Float[Tensor, "n m"], dim: int) -> OnlineSoftmax:
+        """Statistics of one tile alone, along its dimension `dim`."""
+        top, index = logits.max(dim, keepdim=True)
+        others = logits.scatter(dim, index, -torch.inf)
         return cls(top.squeeze(dim), others.logsumexp(dim))
 
-    def add(self, first: int, other: Softmax) -> None:
-        """Takes up what another tile holds of the lines from `first` on."""
-        lines = slice(first, first + len(other.top))
-        top, rest = self.top[lines], self.rest[lines]
-        loser = torch.minimum(top, other.top)
-        self.rest[lines] = torch.logaddexp(torch.logaddexp(rest, other.rest), loser)
-        self.top[lines] = torch.maximum(top, other.top)
+    def add_tile(self, first: int, tile: OnlineSoftmax) -> None:
+        """Merges a tile's statistics into rows (or columns) `first`, `first` + 1, ... in place."""
+        covered = slice(first, first + len(tile.top))
+        top, rest = self.top[covered], self.rest[covered]
+        smaller = torch.minimum(top, tile.top)
+        self.rest[covered] = torch.logaddexp(torch.logaddexp(rest, tile.rest), smaller)
+        self.top[covered] = torch.maximum(top, tile.top)
 
-    def over_ranks(self, collectives: Collectives) -> Softmax:
-        """The same lines, of which each rank has seen a part."""
+    def all_reduce(self, collectives: Collectives) -> OnlineSoftmax:
+        """Merges the statistics of all ranks, each of which has added other entries."""
         top = collectives.max(self.top)
-        mine_is_top = self.top == top
-        rest = torch.where(mine_is_top, self.rest, self.total)
+        holds_top = self.top == top
+        rest = torch.where(holds_top, self.rest, self.total)
         peak = collectives.max(rest)
-        # No rank may have more than the one top entry of a line: then the rest is exp(-inf) = 0.
+        # A row without entries beside its top on any rank has peak -inf; its mass is exp(-inf) = 0.
         shift = peak.masked_fill(peak == -torch.inf, 0)
-        mass, tops = collectives.sum(torch.stack([(rest - shift).exp(), mine_is_top.to(rest)]))
-        # Where ranks tie for the top, all but one of the tied entries belong to the rest.
-        return Softmax(top, torch.logaddexp(mass.log() + shift, top + (tops - 1).log()))
+        mass, tops = collectives.sum(torch.stack([(rest - shift).exp(), holds_top.to(rest)]))
+        # If several ranks hold an equal top, all of these entries but one belong to the rest.
+        return OnlineSoftmax(top, torch.logaddexp(mass.log() + shift, top + (tops - 1).log()))
 
 
 def hard_negatives(
     block: Float[Tensor, "B G"], *, row_offset: int, collectives: Collectives
 ) -> Bool[Tensor, "B G"]:
-    """H: off-diagonal pairs above their row's OR their column's positive; equal is not above."""
-    block = raised(block).detach()
+    """Marks the hard negatives H of NegNCE.
+
+    A pair off the diagonal is hard if its similarity exceeds the positive of its row OR of its
+    column. An equal similarity is not hard.
+    """
+    block = at_least_float32(block).detach()
     positives = block.diagonal(row_offset)
-    everyones = everyones_positives(positives, row_offset, block.shape[1], collectives)
-    return above_positive(block, Place(0, 0, row_offset), positives, everyones)
+    all_positives = gather_positives(positives, row_offset, block.shape[1], collectives)
+    return exceeds_positive(block, TilePosition(0, 0, row_offset), positives, all_positives)
 
 
-def everyones_positives(
-    mine: Float[Tensor, " B"], row_offset: int, num_pairs: int, collectives: Collectives
+def gather_positives(
+    own: Float[Tensor, " B"], row_offset: int, num_pairs: int, collectives: Collectives
 ) -> Float[Tensor, " G"]:
-    """The similarities of all matched pairs, of which this rank knows its own."""
-    everyone = mine.new_zeros(num_pairs)
-    everyone[row_offset : row_offset + len(mine)] = mine
-    return collectives.sum(everyone)
+    """Gathers the similarities of all matched pairs from those of this rank's pairs."""
+    positives = own.new_zeros(num_pairs)
+    positives[row_offset : row_offset + len(own)] = own
+    return collectives.sum(positives)
 
 
-def above_positive(
+def exceeds_positive(
     tile: Float[Tensor, "n m"],
-    place: Place,
-    of_rows: Float[Tensor, " n"],
-    of_columns: Float[Tensor, " m"],
+    position: TilePosition,
+    row_positives: Float[Tensor, " n"],
+    column_positives: Float[Tensor, " m"],
 ) -> Bool[Tensor, "n m"]:
-    """Pairs of a tile that score above the matched pair of their row or of their column."""
-    above = (tile > of_rows[:, None]) | (tile > of_columns)
-    place.diagonal(above)[0].fill_(False)
+    """Marks the pairs of a tile that score above the positive of their row or of their column."""
+    above = (tile > row_positives[:, None]) | (tile > column_positives)
+    position.diagonal(above)[0].fill_(False)
     return above

@@ -1,15 +1,20 @@
-"""The formulas of InfoNCE and NegNCE on tiles of one rank's rows, in three passes.
+"""InfoNCE and NegNCE over one rank's rows of the global batch, computed tile by tile.
 
-    look      softmax statistics and the matched pairs
-    meet      hard negatives, and what NegNCE adds up over them
-    gradient  d loss / d similarity of a tile, in the backward
+Every tile of scores is read three times:
 
-A tile is needed only while it is looked at, so that its scores may be kept or computed again; what
-stays are lines: B for the rows, G for the columns. Both directions are the same formulas with rows
-and columns swapped. With P the softmax along a line, c a line's weight and U = sum P / (1 - P) over
-its hard negatives, d / d logit of -log P_ii + c sum_H -log(1 - P) is
+    add_softmax_stats     softmax statistics and positives
+    add_hard_negatives    the sums that NegNCE needs over its hard negatives
+    gradient              d loss / d similarity, in the backward pass
 
-    P - [matched] - c U P + [hard] c P / (1 - P)
+A tile is needed only while it is read, so the caller may keep the scores or compute them again. The
+state between passes is B numbers per row statistic and G numbers per column statistic. Both
+directions use the same formulas, along rows or along columns.
+
+With P the softmax of a row (or column) i, H_i its hard negatives, c_i the weight of its penalty and
+U_i = sum over H_i of P / (1 - P), the gradient of -log P_ii + c_i sum over H_i of -log(1 - P) with
+respect to a logit is
+
+    P - [matched] - c_i U_i P + [hard] c_i P / (1 - P)
 """
 
 from __future__ import annotations
@@ -22,31 +27,32 @@ from torch import Tensor
 
 from tvr.kernels.row_loss.online_softmax import (
     Collectives,
-    Place,
-    Softmax,
-    above_positive,
-    everyones_positives,
+    OnlineSoftmax,
+    TilePosition,
+    exceeds_positive,
+    gather_positives,
 )
 
-SMALLEST = 1e-6  # the reference's clamp of a probability, and of 1 minus it
-DOMINANT = 0.75  # at most one entry of a softmax exceeds this, whatever the rounding
+MIN_PROBABILITY = 1e-6  # clamp of P and of 1 - P in `reference` mode
+DOMINANT = 0.75  # above one half, so that at most one entry of a softmax is dominant
 
 
 @dataclass(frozen=True)
 class LossRule:
-    """What is minimised over the similarities of the global batch: `losses` describes it.
-
-    `neg_nce_mode` None is InfoNCE; `scale` is 1 / temperature; `weight` is the penalty's;
-    `mask_same_video` None is on in `log` mode where video ids are given.
+    """Settings of the loss over the similarities of the global batch; see `losses`.
 
     Raises:
         ValueError: unknown mode.
     """
 
     neg_nce_mode: str | None
+    """None selects InfoNCE; "reference" and "log" are the modes of NegNCE."""
     scale: float = 100.0
+    """1 / temperature."""
     weight: float = 0.5
+    """Weight of the NegNCE penalty."""
     mask_same_video: bool | None = None
+    """True excludes pairs of equal video id; None does so in `log` mode if ids are given."""
 
     def __post_init__(self) -> None:
         if self.neg_nce_mode not in (None, "reference", "log"):
@@ -54,41 +60,58 @@ class LossRule:
                 f"mode={self.neg_nce_mode!r} of NegNCE is unknown; use 'reference' or 'log'"
             )
 
-    def masks(self, video_ids: Tensor | None) -> bool:
-        """Whether pairs of equal video id are left out."""
+    def excludes_same_video(self, video_ids: Tensor | None) -> bool:
+        """True if pairs of equal video id are excluded."""
         if self.mask_same_video is None:
             return self.neg_nce_mode == "log" and video_ids is not None
         return self.mask_same_video
 
 
-class _Lines:
-    """The lines of one direction; `dim` is the dimension of a tile along which a line runs."""
+class _Direction:
+    """Statistics of one direction: one number per row (dim 1) or per column (dim 0)."""
 
-    def __init__(self, dim: int, num_lines: int, like: Tensor) -> None:
+    def __init__(self, dim: int, size: int, like: Tensor) -> None:
         self.dim = dim
-        self.softmax = Softmax.empty(num_lines, like)
+        self.softmax = OnlineSoftmax.empty(size, like)
         self.total = self.softmax.total
-        # Over the hard negatives of a line: their number, the sum of -log(1 - P), that of
-        # P / (1 - P) without one that dominates the line, and whether there is such a one.
-        self.count, self.penalty, self.slope, self.dominated = like.new_zeros(4, num_lines)
-        self.weight = like.new_zeros(num_lines)
-        self.active = like.new_ones(num_lines)  # 0 where the clamp silences the positive
+        # Sums over the hard negatives of a row: their number, -log(1 - P), P / (1 - P) of those
+        # that are not dominant, and the number of dominant ones (0 or 1).
+        self.num_hard, self.penalty, self.odds, self.num_dominant = like.new_zeros(4, size)
+        self.penalty_weight = like.new_zeros(size)
+        self.unclamped = like.new_ones(size)  # 0 where the clamp removes the positive's gradient
 
-    def over(self, line: Tensor, place: Place, tile: Tensor) -> Tensor:
-        """The entries of the tile's lines, as a view that spreads over the tile."""
-        first, size = (place.row, tile.shape[0]) if self.dim == 1 else (place.column, tile.shape[1])
-        return line[first : first + size].unsqueeze(self.dim)
+    def broadcast(self, statistic: Tensor, position: TilePosition, tile: Tensor) -> Tensor:
+        """View of a statistic's entries for the rows (or columns) of a tile, broadcast over it."""
+        if self.dim == 1:
+            first, size = position.row, tile.shape[0]
+        else:
+            first, size = position.column, tile.shape[1]
+        return statistic[first : first + size].unsqueeze(self.dim)
 
-    def add(self, line: Tensor, place: Place, tile: Tensor) -> None:
-        """line += sums of the tile along its lines."""
-        self.over(line, place, tile).add_(tile.sum(self.dim, keepdim=True))
+    def add_sums(self, statistic: Tensor, position: TilePosition, tile: Tensor) -> None:
+        """Adds the tile's sums along this direction to a statistic."""
+        self.broadcast(statistic, position, tile).add_(tile.sum(self.dim, keepdim=True))
 
 
 class RowLoss:
-    """The loss of one rank's B rows of the global batch's G pairs; see the module for the passes.
+    """Loss of one rank's B rows of the (G, G) similarities, from tiles of scores.
+
+    Call `add_softmax_stats` with every tile, then `finish_softmax`; then `add_hard_negatives` with
+    every tile, then `finish_hard_negatives`. `shares`, `statistics` and `gradient` follow. The two
+    `finish_` calls are collective: every rank must make them.
+
+    Args:
+        rule: Loss and its settings.
+        num_rows: B.
+        num_pairs: G.
+        row_offset: Row 0 of this rank is row `row_offset` of the square.
+        collectives: Reductions over ranks.
+        video_ids: Ids of all G pairs; needed where pairs of one video are excluded.
+        like: Tensor whose dtype and device the statistics take.
 
     Raises:
-        ValueError: rows outside the square, a mask without ids, or ids of another length.
+        ValueError: rows outside the square, same-video masking without ids, or ids of another
+            length.
     """
 
     def __init__(
@@ -105,179 +128,202 @@ class RowLoss:
         _check(num_rows, num_pairs, row_offset, rule, video_ids)
         self.rule, self.collectives = rule, collectives
         self.num_pairs, self.row_offset = num_pairs, row_offset
-        self.video_ids = video_ids if rule.masks(video_ids) else None
-        self.rows, self.columns = _Lines(1, num_rows, like), _Lines(0, num_pairs, like)
-        # Of each direction the lines that belong to this rank's pairs.
-        self.own = (slice(None), slice(row_offset, row_offset + num_rows))
+        self.video_ids = video_ids if rule.excludes_same_video(video_ids) else None
+        self.rows, self.columns = _Direction(1, num_rows, like), _Direction(0, num_pairs, like)
+        # The rows and the columns of this rank's own pairs.
+        self.own_pairs = (slice(None), slice(row_offset, row_offset + num_rows))
         self.positives = like.new_zeros(num_rows)
-        self.hardest = like.new_full((num_rows,), -torch.inf)  # logits of negatives
-        self.everyones = like.new_zeros(num_pairs)
+        self.all_positives = like.new_zeros(num_pairs)
+        self.hardest = like.new_full((num_rows,), -torch.inf)  # largest negative logit of a row
 
     @property
-    def lines(self) -> tuple[_Lines, _Lines]:
+    def directions(self) -> tuple[_Direction, _Direction]:
+        """Text-to-video, then video-to-text."""
         return self.rows, self.columns
 
-    def look(self, scores: Float[Tensor, "n m"], place: Place) -> None:
-        """First pass: every tile once, in any order."""
-        found, first = place.diagonal(scores)
-        self.positives[place.row + first : place.row + first + len(found)] = found
-        logits, _ = self._logits(scores, place)
-        self.rows.softmax.add(place.row, Softmax.of(logits, 1))
-        self.columns.softmax.add(place.column, Softmax.of(logits, 0))
-        place.diagonal(logits)[0].fill_(-torch.inf)
-        hardest = self.rows.over(self.hardest, place, logits).squeeze(1)
+    def add_softmax_stats(self, scores: Float[Tensor, "n m"], position: TilePosition) -> None:
+        """First pass: adds a tile's softmax statistics and positives. Tiles come in any order."""
+        positives, first = position.diagonal(scores)
+        first += position.row
+        self.positives[first : first + len(positives)] = positives
+        logits, _ = self._logits(scores, position)
+        self.rows.softmax.add_tile(position.row, OnlineSoftmax.of_tile(logits, 1))
+        self.columns.softmax.add_tile(position.column, OnlineSoftmax.of_tile(logits, 0))
+        position.diagonal(logits)[0].fill_(-torch.inf)
+        hardest = self.rows.broadcast(self.hardest, position, logits).squeeze(1)
         torch.maximum(hardest, logits.amax(1), out=hardest)
 
-    def looked(self) -> None:
-        """Ends the first pass: the columns are joined over ranks."""
-        self.columns.softmax = self.columns.softmax.over_ranks(self.collectives)
-        self.everyones = everyones_positives(
+    def finish_softmax(self) -> None:
+        """Ends the first pass: merges column statistics over ranks and gathers all positives."""
+        self.columns.softmax = self.columns.softmax.all_reduce(self.collectives)
+        self.all_positives = gather_positives(
             self.positives, self.row_offset, self.num_pairs, self.collectives
         )
-        for lines, positives in zip(self.lines, (self.positives, self.everyones), strict=True):
-            lines.total = lines.softmax.total
+        positives_of = (self.positives, self.all_positives)
+        for direction, positives in zip(self.directions, positives_of, strict=True):
+            direction.total = direction.softmax.total
             if self.rule.neg_nce_mode == "reference":
-                probability = (self.rule.scale * positives - lines.total).exp()
-                lines.active = _in_range(probability).to(positives.dtype)
+                probability = (self.rule.scale * positives - direction.total).exp()
+                direction.unclamped = _within_clamp(probability).to(positives.dtype)
 
-    def meet(self, scores: Float[Tensor, "n m"], place: Place) -> None:
-        """Second pass: every tile once more."""
-        logits, excluded = self._logits(scores, place)
-        hard = self._hard(scores, excluded, place)
-        for lines in self.lines:
-            lines.add(lines.count, place, hard.to(scores.dtype))
+    def add_hard_negatives(self, scores: Float[Tensor, "n m"], position: TilePosition) -> None:
+        """Second pass: adds a tile's sums over hard negatives. Tiles come in any order."""
+        logits, excluded = self._logits(scores, position)
+        hard = self._hard(scores, excluded, position)
+        for direction in self.directions:
+            direction.add_sums(direction.num_hard, position, hard.to(scores.dtype))
             if self.rule.neg_nce_mode is None:
                 continue
-            probability = (logits - lines.over(lines.total, place, scores)).exp_()
-            gentle, dominant = self._by_slope(probability, hard)
-            lines.add(lines.slope, place, _odds(probability, gentle))
+            probability = (logits - direction.broadcast(direction.total, position, scores)).exp_()
+            moderate, dominant = self._split_hard(probability, hard)
+            direction.add_sums(direction.odds, position, _odds(probability, moderate))
             if dominant is None:
-                penalty = -torch.log1p(-probability.clamp(SMALLEST, 1 - SMALLEST))
+                clamped = probability.clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+                penalty = -torch.log1p(-clamped)
                 penalty = penalty.masked_fill_(~hard, 0)
             else:
-                lead = lines.total - lines.softmax.rest
-                penalty = -torch.log1p(-probability.masked_fill(~gentle, 0))
-                penalty = torch.where(dominant, lines.over(lead, place, scores), penalty)
-                lines.add(lines.dominated, place, dominant.to(scores.dtype))
-            lines.add(lines.penalty, place, penalty)
+                lead = direction.total - direction.softmax.rest
+                penalty = -torch.log1p(-probability.masked_fill(~moderate, 0))
+                lead = direction.broadcast(lead, position, scores)
+                penalty = torch.where(dominant, lead, penalty)
+                direction.add_sums(direction.num_dominant, position, dominant.to(scores.dtype))
+            direction.add_sums(direction.penalty, position, penalty)
 
-    def met(self) -> None:
-        """Ends the second pass: the columns' counts and slopes are joined over ranks."""
+    def finish_hard_negatives(self) -> None:
+        """Ends the second pass: sums column statistics over ranks and sets the penalty weights."""
         columns = self.columns
         if self.rule.neg_nce_mode is None:
             return
-        columns.count, columns.slope, columns.dominated = self.collectives.sum(
-            torch.stack([columns.count, columns.slope, columns.dominated])
+        columns.num_hard, columns.odds, columns.num_dominant = self.collectives.sum(
+            torch.stack([columns.num_hard, columns.odds, columns.num_dominant])
         )
-        for lines in self.lines:
-            over = lines.count.clamp_min(1) * self.num_pairs
+        for direction in self.directions:
+            divisor = direction.num_hard.clamp_min(1) * self.num_pairs
             if self.rule.neg_nce_mode == "reference":
-                over = columns.count.sum().clamp_min(1).expand_as(over)
-            lines.weight = self.rule.weight / over
+                # One mean over all hard negatives of the global batch.
+                divisor = columns.num_hard.sum().clamp_min(1).expand_as(divisor)
+            direction.penalty_weight = self.rule.weight / divisor
 
     def gradient(
         self,
         scores: Float[Tensor, "n m"],
-        place: Place,
+        position: TilePosition,
         text_to_video: Tensor,
         video_to_text: Tensor,
     ) -> Float[Tensor, "n m"]:
-        """d (the factors x the two directions, summed over ranks) / d similarity of a tile."""
-        logits, excluded = self._logits(scores, place)
-        hard = self._hard(scores, excluded, place)
+        """Gradient of the loss, summed over ranks, with respect to a tile of similarities.
+
+        `text_to_video` and `video_to_text` are the incoming gradients of the two shares.
+        """
+        logits, excluded = self._logits(scores, position)
+        hard = self._hard(scores, excluded, position)
         result = torch.zeros_like(scores)
-        for lines, factor in zip(self.lines, (text_to_video, video_to_text), strict=True):
-            result += factor * self._of_logits(logits, hard, lines, place)
+        incoming = (text_to_video, video_to_text)
+        for direction, factor in zip(self.directions, incoming, strict=True):
+            result += factor * self._logit_gradient(logits, hard, direction, position)
         return result.mul_(self.rule.scale)
 
     def shares(self) -> tuple[Tensor, Tensor]:
         """This rank's shares of the text-to-video and of the video-to-text loss."""
         values = []
-        for lines, own in zip(self.lines, self.own, strict=True):
-            log_probability = self.rule.scale * self.positives - lines.total[own]
+        for direction, own in zip(self.directions, self.own_pairs, strict=True):
+            log_probability = self.rule.scale * self.positives - direction.total[own]
             if self.rule.neg_nce_mode == "reference":
-                log_probability = log_probability.exp().clamp(SMALLEST, 1 - SMALLEST).log()
-            penalty = (lines.weight * lines.penalty).sum()
+                probability = log_probability.exp()
+                log_probability = probability.clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY).log()
+            penalty = (direction.penalty_weight * direction.penalty).sum()
             values.append(penalty - log_probability.sum() / self.num_pairs)
         return values[0], values[1]
 
     def statistics(self) -> tuple[Tensor, ...]:
-        """This rank's shares of the penalty, of hard negatives per row, of silenced positives, and
-        of the similarity of positives and of each row's hardest negative (0 in a row without)."""
-        penalty, silent = self.positives.new_zeros(2)
-        for lines, own in zip(self.lines, self.own, strict=True):
-            penalty = penalty + (lines.weight * lines.penalty).sum() / 2
-            if self.rule.neg_nce_mode == "reference":
-                log_probability = self.rule.scale * self.positives - lines.total[own]
-                silent = silent + (log_probability.exp() < SMALLEST).sum() / 2
-        hardest = self.hardest.masked_fill(self.hardest == -torch.inf, 0) / self.rule.scale
-        over_rows = (self.rows.count, silent, self.positives, hardest)
-        return penalty, *(x.sum() / self.num_pairs for x in over_rows)
+        """This rank's shares of the statistics of `losses.LossTerms`, from `penalty` on.
 
-    def _logits(self, scores: Tensor, place: Place) -> tuple[Tensor, Bool[Tensor, "n m"] | None]:
-        """Scaled scores, and which pairs are left out (their logit is -inf)."""
+        A row without negatives counts as `hardest_similarity` 0.
+        """
+        penalty, clamped = self.positives.new_zeros(2)
+        for direction, own in zip(self.directions, self.own_pairs, strict=True):
+            penalty = penalty + (direction.penalty_weight * direction.penalty).sum() / 2
+            if self.rule.neg_nce_mode == "reference":
+                log_probability = self.rule.scale * self.positives - direction.total[own]
+                clamped = clamped + (log_probability.exp() < MIN_PROBABILITY).sum() / 2
+        hardest = self.hardest.masked_fill(self.hardest == -torch.inf, 0) / self.rule.scale
+        row_sums = (self.rows.num_hard, clamped, self.positives, hardest)
+        return penalty, *(x.sum() / self.num_pairs for x in row_sums)
+
+    def _logits(
+        self, scores: Tensor, position: TilePosition
+    ) -> tuple[Tensor, Bool[Tensor, "n m"] | None]:
+        """Scaled scores, and the mask of excluded pairs, whose logit is -inf."""
         logits = self.rule.scale * scores
         if self.video_ids is None:
             return logits, None
-        first_row = self.row_offset + place.row
-        of_rows = self.video_ids[first_row : first_row + scores.shape[0]]
-        of_columns = self.video_ids[place.column : place.column + scores.shape[1]]
-        excluded = of_rows[:, None] == of_columns
-        place.diagonal(excluded)[0].fill_(False)
+        first_row = self.row_offset + position.row
+        row_ids = self.video_ids[first_row : first_row + scores.shape[0]]
+        column_ids = self.video_ids[position.column : position.column + scores.shape[1]]
+        excluded = row_ids[:, None] == column_ids
+        position.diagonal(excluded)[0].fill_(False)
         return logits.masked_fill_(excluded, -torch.inf), excluded
 
-    def _hard(self, scores: Tensor, excluded: Tensor | None, place: Place) -> Tensor:
-        of_rows = self.rows.over(self.positives, place, scores).squeeze(1)
-        of_columns = self.columns.over(self.everyones, place, scores).squeeze(0)
-        hard = above_positive(scores, place, of_rows, of_columns)
+    def _hard(self, scores: Tensor, excluded: Tensor | None, position: TilePosition) -> Tensor:
+        row_positives = self.rows.broadcast(self.positives, position, scores).squeeze(1)
+        column_positives = self.columns.broadcast(self.all_positives, position, scores).squeeze(0)
+        hard = exceeds_positive(scores, position, row_positives, column_positives)
         return hard if excluded is None else hard & ~excluded
 
-    def _by_slope(self, probability: Tensor, hard: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hard negatives whose slope is P / (1 - P), and in log mode those that dominate a line.
+    def _split_hard(self, probability: Tensor, hard: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Splits hard negatives by the formula of their gradient.
 
-        Near P = 1 that would be 1 / 0; there 1 - P is the sum of the OTHER entries over the total,
-        which `Softmax.rest` holds. A dominant one is off the diagonal, so the others are not empty.
+        The first mask holds those whose gradient uses P / (1 - P). In `log` mode the second mask
+        holds the dominant ones, where 1 - P rounds to 0: there 1 - P is computed from
+        `OnlineSoftmax.rest`. A dominant entry is off the diagonal, so the rest is never empty.
         """
         if self.rule.neg_nce_mode == "reference":
-            return hard & _in_range(probability), None
+            return hard & _within_clamp(probability), None
         dominant = hard & (probability > DOMINANT)
         return hard & ~dominant, dominant
 
-    def _of_logits(self, logits: Tensor, hard: Tensor, lines: _Lines, place: Place) -> Tensor:
-        """d loss / d logits of one direction."""
-        probability = (logits - lines.over(lines.total, place, logits)).exp_()
-        positive = lines.active / self.num_pairs
-        result = probability * lines.over(positive - lines.weight * lines.slope, place, logits)
-        matched, first = place.diagonal(result)
-        first += place.row + (0 if lines.dim == 1 else self.row_offset)
-        matched -= positive[first : first + len(matched)]
+    def _logit_gradient(
+        self, logits: Tensor, hard: Tensor, direction: _Direction, position: TilePosition
+    ) -> Tensor:
+        """Gradient of one direction's loss with respect to a tile of logits."""
+        probability = (logits - direction.broadcast(direction.total, position, logits)).exp_()
+        positive_weight = direction.unclamped / self.num_pairs
+        factor = positive_weight - direction.penalty_weight * direction.odds
+        result = probability * direction.broadcast(factor, position, logits)
+        matched, first = position.diagonal(result)
+        first += position.row + (0 if direction.dim == 1 else self.row_offset)
+        matched -= positive_weight[first : first + len(matched)]
         if self.rule.neg_nce_mode is None:
             return result
-        gentle, dominant = self._by_slope(probability, hard)
-        result += lines.over(lines.weight, place, logits) * _odds(probability, gentle)
+        moderate, dominant = self._split_hard(probability, hard)
+        penalty_weight = direction.broadcast(direction.penalty_weight, position, logits)
+        result += penalty_weight * _odds(probability, moderate)
         if dominant is not None:
-            result += self._of_dominant(logits, dominant, lines, place)
+            result += self._dominant_gradient(logits, dominant, direction, position)
         return result
 
-    def _of_dominant(self, logits: Tensor, dominant: Tensor, lines: _Lines, place: Place) -> Tensor:
-        """Of c x (total - rest) in the lines that one entry dominates; 0 in the others."""
-        is_dominated = lines.dominated > 0
-        push = lines.weight * (lines.softmax.top - lines.total).exp() * is_dominated
-        # Without a dominant entry: exp(l - inf) = 0, whatever the rest.
-        rest = lines.softmax.rest.masked_fill(~is_dominated, torch.inf)
-        share_of_rest = (logits - lines.over(rest, place, logits)).exp_()
-        push = lines.over(push, place, logits)
+    def _dominant_gradient(
+        self, logits: Tensor, dominant: Tensor, direction: _Direction, position: TilePosition
+    ) -> Tensor:
+        """Gradient of penalty_weight x (total - rest) in rows with a dominant entry; else 0."""
+        has_dominant = direction.num_dominant > 0
+        top_probability = (direction.softmax.top - direction.total).exp()
+        push = direction.penalty_weight * top_probability * has_dominant
+        # Without a dominant entry, rest = inf makes the share exp(l - inf) = 0.
+        rest = direction.softmax.rest.masked_fill(~has_dominant, torch.inf)
+        share_of_rest = (logits - direction.broadcast(rest, position, logits)).exp_()
+        push = direction.broadcast(push, position, logits)
         return torch.where(dominant, push, -push * share_of_rest)
 
 
-def _in_range(probability: Tensor) -> Tensor:
-    return (probability >= SMALLEST) & (probability <= 1 - SMALLEST)
+def _within_clamp(probability: Tensor) -> Tensor:
+    return (probability >= MIN_PROBABILITY) & (probability <= 1 - MIN_PROBABILITY)
 
 
-def _odds(probability: Tensor, where: Tensor) -> Tensor:
-    """P / (1 - P) there, 0 elsewhere."""
-    kept = probability.masked_fill(~where, 0)
-    return kept / (1 - kept)
+def _odds(probability: Tensor, selected: Tensor) -> Tensor:
+    """P / (1 - P) of the selected entries, 0 elsewhere."""
+    probability = probability.masked_fill(~selected, 0)
+    return probability / (1 - probability)
 
 
 def _check(
@@ -285,11 +331,11 @@ def _check(
 ) -> None:
     if not 0 <= row_offset <= num_pairs - num_rows:
         raise ValueError(
-            f"row_offset={row_offset} with {num_rows} rows leaves the {num_pairs} pairs; "
+            f"row_offset={row_offset} with {num_rows} rows exceeds the {num_pairs} pairs; "
             f"allowed are 0 to {num_pairs - num_rows}"
         )
-    if rule.masks(video_ids) and video_ids is None:
-        raise ValueError("mask_same_video=True needs video_ids of all G pairs, but None was passed")
+    if rule.excludes_same_video(video_ids) and video_ids is None:
+        raise ValueError("mask_same_video=True needs video_ids of all G pairs, not None")
     if video_ids is not None and video_ids.shape != (num_pairs,):
         raise ValueError(
             f"video_ids has shape {tuple(video_ids.shape)} but must hold the ids of all "

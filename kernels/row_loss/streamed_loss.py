@@ -1,9 +1,10 @@
-"""The loss of the global batch without a table of its pairs: similarity tiles, seen and forgotten.
+"""Similarity and loss of the global batch in one pass over tiles that are never stored.
 
-The similarity of one rank's texts with everyone's videos is computed in tiles of bounded size,
-once for each pass of `row_loss` and once more in the backward, where a tile's gradient is known as
-soon as the tile is. Nothing as large as B x G lives (with `keep_scores` the scores do, 4 bytes a
-pair, for two passes less). Videos come by in pieces, so that not even all of them need be here.
+The similarity of one rank's texts with the videos of all ranks is computed in tiles of bounded
+size: once for each of the two forward passes of `RowLoss`, and once more in the backward pass,
+where each tile is differentiated as soon as it is computed. No tensor as large as B x G exists.
+With `keep_scores` the scores are stored, 4 bytes a pair, and the forward computes them once instead
+of twice. Videos arrive in blocks, so that this rank never needs to hold those of all ranks.
 """
 
 from __future__ import annotations
@@ -17,55 +18,64 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tvr.kernels.backends.protocol import Engine, mean_similarity
+from tvr.kernels.backends.protocol import SimilarityBackend, mean_similarity
 from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT
-from tvr.kernels.losses import LossTerms, terms_of
-from tvr.kernels.reference import FrameSet, TokenSet, full_precision, prepare
-from tvr.kernels.row_loss.online_softmax import ALONE, Collectives, Place
+from tvr.kernels.losses import LossTerms, loss_terms
+from tvr.kernels.numerics import no_autocast
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives, TilePosition
 from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
-from tvr.kernels.similarity import tile_engine
+from tvr.kernels.similarity import tile_backend
+from tvr.kernels.token_sets import FrameSet, TokenSet, prepare
 
 
 @runtime_checkable
 class Exchange(Protocol):
-    """How the videos of all ranks pass by, in pieces, each of one or more whole ranks.
+    """Delivers the videos of all ranks to this rank, in blocks of one or more whole ranks.
 
-    Every rank calls the same method in the same order and takes it to its end.
+    Every rank calls the same methods in the same order and exhausts each iterator.
     """
 
-    def visit(self, mine: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """(first column in the global batch, tensors) of each piece once.
+    def visit(self, own: tuple[Tensor, ...], /) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yields (first column in the global batch, tensors) of every block, once.
 
-        `mine` are this rank's tensors, (C, ...) each. A piece is valid until the next is asked
-        for, and not to be written to.
+        `own` are this rank's tensors, (C, ...) each. A block is read-only and valid until the next
+        one is requested.
         """
         ...
 
-    def visit_back(
+    def visit_backward(
         self,
-        mine: tuple[Tensor, ...],
-        gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        own: tuple[Tensor, ...],
+        block_gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        /,
     ) -> tuple[Tensor, ...]:
-        """As `visit`; `gradients` returns those of a piece's floating tensors, in their order.
+        """Visits every block again and sums its gradients over ranks.
 
-        Returns the sums over ranks of the gradients of `mine`'s floating tensors.
+        Args:
+            own: This rank's tensors, as for `visit`.
+            block_gradients: Called as `block_gradients(first_column, block)`; returns the gradients
+                of the block's floating-point tensors, in their order.
+
+        Returns:
+            The gradients of the floating-point tensors of `own`, summed over ranks.
         """
         ...
 
 
-class _Whole:
-    def visit(self, mine: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        yield 0, mine
+class _LocalExchange:
+    def visit(self, own: tuple[Tensor, ...], /) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        yield 0, own
 
-    def visit_back(
+    def visit_backward(
         self,
-        mine: tuple[Tensor, ...],
-        gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        own: tuple[Tensor, ...],
+        block_gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        /,
     ) -> tuple[Tensor, ...]:
-        return gradients(0, mine)
+        return block_gradients(0, own)
 
 
-WHOLE: Exchange = _Whole()
+LOCAL_EXCHANGE: Exchange = _LocalExchange()
 
 
 def streamed_loss(
@@ -82,23 +92,36 @@ def streamed_loss(
     rule: LossRule,
     row_offset: int = 0,
     num_pairs: int | None = None,
-    collectives: Collectives = ALONE,
-    exchange: Exchange = WHOLE,
+    collectives: Collectives = SINGLE_RANK,
+    exchange: Exchange = LOCAL_EXCHANGE,
     video_ids: Int[Tensor, " G"] | None = None,
     keep_scores: bool = False,
     chunk: int | None = None,
     fast: bool = False,
 ) -> LossTerms:
-    """`losses.row_loss` of `similarity.dmae_similarity`, tile by tile; features of the own pairs.
+    """Computes `losses.row_loss` of `similarity.dmae_similarity` tile by tile.
 
-    Tiles are `chunk` texts x 4 `chunk` videos, None chooses (`similarity.tile_engine`); the result
-    does not depend on it. The gradient of a share is that of the sum over ranks: every rank must
-    weigh its share by the same factor. `fast`: see `similarity.dmae_similarity`.
+    The gradient of a share is that of the sum over ranks, so every rank must multiply its share by
+    the same factor before `backward`.
+
+    Args:
+        sentence: Features, masks and logits are those of this rank's own pairs; see
+            `similarity.dmae_similarity`.
+        rule: Loss and its settings.
+        row_offset: Row 0 of this rank is row `row_offset` of the global batch.
+        num_pairs: G; None means B.
+        keep_scores: Stores the (B, G) scores instead of computing them for each pass.
+        chunk: Texts per tile; a tile has 4 times as many videos. None chooses. The result does not
+            depend on it.
+        fast: As for `similarity.dmae_similarity`.
+
+    Returns:
+        This rank's share of every term.
 
     Raises:
         ValueError: as `dmae_similarity` and `row_loss`.
     """
-    with full_precision(frames.device):
+    with no_autocast(frames.device):
         texts, videos = prepare(
             sentence,
             words,
@@ -119,70 +142,73 @@ def streamed_loss(
             video_ids=video_ids,
             like=videos.frames.detach()[:0],
         )
-        engine, chunk = tile_engine(texts, videos, chunk, fast)
-        job = _Job(loss, exchange, keep_scores, engine, chunk, len(texts))
-        of_texts = [tensor for tokens in texts for tensor in tokens]
-        of_videos = [tensor for tensor in videos if tensor is not None]
-        return terms_of(loss, _StreamedLoss.apply(job, *of_texts, *of_videos))
+        backend, chunk = tile_backend(texts, videos, chunk, fast)
+        stream = _TileStream(loss, exchange, keep_scores, backend, chunk, len(texts))
+        text_tensors = [tensor for tokens in texts for tensor in tokens]
+        video_tensors = [tensor for tensor in videos if tensor is not None]
+        return loss_terms(loss, _StreamedLoss.apply(stream, *text_tensors, *video_tensors))
 
 
 @dataclass
-class _Job:
+class _TileStream:
+    """Cuts token sets and videos into tiles and scores them."""
+
     loss: RowLoss
     exchange: Exchange
     keep_scores: bool
-    engine: Engine
+    backend: SimilarityBackend
     chunk: int
     num_token_sets: int
 
-    def apart(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[TokenSet, ...], tuple[Tensor, ...]]:
-        """The token sets and this rank's video tensors from what was joined for autograd."""
+    def split(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[TokenSet, ...], tuple[Tensor, ...]]:
+        """Separates the flat inputs of the autograd function: token sets, then video tensors."""
         size = len(TokenSet._fields)
-        cut = size * self.num_token_sets
-        sets = (TokenSet(*tensors[i : i + size]) for i in range(0, cut, size))
-        return tuple(sets), tensors[cut:]
+        end = size * self.num_token_sets
+        sets = (TokenSet(*tensors[i : i + size]) for i in range(0, end, size))
+        return tuple(sets), tensors[end:]
 
     def text_tiles(self, texts: tuple[TokenSet, ...]) -> list[tuple[int, tuple[TokenSet, ...]]]:
-        """(first row, token sets) of each row of tiles, free to get gradients of their own."""
-        found = []
+        """(first row, token sets) of each row of tiles; the tensors are autograd leaves."""
+        tiles = []
         for row in range(0, len(texts[0].weights), self.chunk):
             parts = ((x[row : row + self.chunk] for x in tokens) for tokens in texts)
-            found.append((row, tuple(TokenSet(*map(_leaf, part)) for part in parts)))
-        return found
+            tiles.append((row, tuple(TokenSet(*map(_leaf, part)) for part in parts)))
+        return tiles
 
-    def video_tiles(self, piece: tuple[Tensor, ...]) -> Iterator[tuple[int, FrameSet]]:
+    def video_tiles(self, block: tuple[Tensor, ...]) -> Iterator[tuple[int, FrameSet]]:
+        """(first column in the block, frames) of each tile; the tensors are autograd leaves."""
         size = VIDEOS_PER_TEXT * self.chunk
-        for first in range(0, len(piece[0]), size):
-            yield first, _frame_set(tuple(_leaf(x[first : first + size]) for x in piece))
+        for first in range(0, len(block[0]), size):
+            yield first, _frame_set(tuple(_leaf(x[first : first + size]) for x in block))
 
     def scores(
         self, texts: tuple[TokenSet, ...], videos: tuple[Tensor, ...]
-    ) -> Iterator[tuple[Place, Tensor]]:
-        """Every tile of this rank's rows once, without gradient."""
+    ) -> Iterator[tuple[TilePosition, Tensor]]:
+        """Scores every tile of this rank's rows, without gradient."""
         text_tiles = self.text_tiles(texts)
-        for column, piece in self.exchange.visit(videos):
-            for first, video_tile in self.video_tiles(piece):
+        for column, block in self.exchange.visit(videos):
+            for first, video_tile in self.video_tiles(block):
                 for row, text_tile in text_tiles:
-                    place = Place(row, column + first, self.loss.row_offset)
-                    yield place, mean_similarity(text_tile, video_tile, self.engine)
+                    position = TilePosition(row, column + first, self.loss.row_offset)
+                    yield position, mean_similarity(text_tile, video_tile, self.backend)
 
 
 class _StreamedLoss(torch.autograd.Function):
-    """The two directions' shares; tensors are those of the token sets, then of the videos."""
+    """Shares of the two directions, from the tensors of the token sets and of the videos."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        texts, videos = job.apart(tensors)
-        loss, kept = job.loss, []
-        for place, scores in job.scores(texts, videos):
-            loss.look(scores, place)
-            if job.keep_scores:
-                kept.append((place, scores))
-        loss.looked()
-        for place, scores in kept if job.keep_scores else job.scores(texts, videos):
-            loss.meet(scores, place)
-        loss.met()
-        ctx.job, ctx.kept = job, {place: scores for place, scores in kept}
+    def forward(ctx: Any, stream: _TileStream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        texts, videos = stream.split(tensors)
+        loss, stored = stream.loss, []
+        for position, scores in stream.scores(texts, videos):
+            loss.add_softmax_stats(scores, position)
+            if stream.keep_scores:
+                stored.append((position, scores))
+        loss.finish_softmax()
+        for position, scores in stored if stream.keep_scores else stream.scores(texts, videos):
+            loss.add_hard_negatives(scores, position)
+        loss.finish_hard_negatives()
+        ctx.stream, ctx.stored = stream, dict(stored)
         ctx.save_for_backward(*tensors)
         return loss.shares()
 
@@ -191,29 +217,30 @@ class _StreamedLoss(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
         ctx: Any, *factors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        job: _Job = ctx.job
-        texts, videos = job.apart(ctx.saved_tensors)
-        text_tiles = job.text_tiles(texts)
+        stream: _TileStream = ctx.stream
+        texts, videos = stream.split(ctx.saved_tensors)
+        text_tiles = stream.text_tiles(texts)
 
-        def gradients(column: int, piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            found = []
-            for first, video_tile in job.video_tiles(piece):
+        def block_gradients(column: int, block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            gradients = []
+            for first, video_tile in stream.video_tiles(block):
                 for row, text_tile in text_tiles:
-                    place = Place(row, column + first, job.loss.row_offset)
+                    position = TilePosition(row, column + first, stream.loss.row_offset)
                     with torch.enable_grad():
-                        scores = mean_similarity(text_tile, video_tile, job.engine)
-                    known = ctx.kept.get(place, scores.detach())
-                    torch.autograd.backward(scores, job.loss.gradient(known, place, *factors))
-                found.append(_gradients(tuple(x for x in video_tile if x is not None)))
-            return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+                        scores = mean_similarity(text_tile, video_tile, stream.backend)
+                    values = ctx.stored.get(position, scores.detach())
+                    gradient = stream.loss.gradient(values, position, *factors)
+                    torch.autograd.backward(scores, gradient)
+                gradients.append(_gradients(tuple(x for x in video_tile if x is not None)))
+            return tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
 
-        of_videos = iter(job.exchange.visit_back(videos, gradients))
+        video_gradients = iter(stream.exchange.visit_backward(videos, block_gradients))
         result: list[Tensor | None] = [None]
-        for index in range(job.num_token_sets):
-            of_set = [_gradients(tokens[index]) for _, tokens in text_tiles]
-            of_set = iter([torch.cat(parts) for parts in zip(*of_set, strict=True)])
-            result += [next(of_set) if x.is_floating_point() else None for x in texts[index]]
-        result += [next(of_videos) if x.is_floating_point() else None for x in videos]
+        for index in range(stream.num_token_sets):
+            tile_gradients = [_gradients(tokens[index]) for _, tokens in text_tiles]
+            joined = iter([torch.cat(parts) for parts in zip(*tile_gradients, strict=True)])
+            result += [next(joined) if x.is_floating_point() else None for x in texts[index]]
+        result += [next(video_gradients) if x.is_floating_point() else None for x in videos]
         return tuple(result)
 
 
@@ -221,13 +248,13 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.is_floating_point())
 
 
-def _frame_set(piece: tuple[Tensor, ...]) -> FrameSet:
-    frames, weights, *correlation = piece
-    strength, neighbour = correlation or (None, None)
+def _frame_set(tensors: tuple[Tensor, ...]) -> FrameSet:
+    frames, weights, *neighbours = tensors
+    strength, neighbour = neighbours or (None, None)
     return FrameSet(frames, weights, strength, neighbour)
 
 
 def _gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Those that have come together in the floating tensors of a tile."""
+    """Accumulated gradients of the floating-point tensors of a tile."""
     floating = (x for x in tensors if x.is_floating_point())
     return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in floating)

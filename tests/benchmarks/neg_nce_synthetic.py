@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from tvr.kernels.losses import LossTerms, row_info_nce, row_neg_nce
-from tvr.kernels.reference import unit
-from tvr.kernels.row_loss.online_softmax import ALONE
+from tvr.kernels.numerics import unit
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 
 LOSSES = ("info_nce", "neg_nce reference", "neg_nce log")
 SCALE, WEIGHT = 100.0, 0.5
@@ -83,7 +83,7 @@ def of_one_draw(similarity: Tensor) -> dict[str, dict[str, float]]:
     for loss in LOSSES:
         terms, gradient = with_gradient(similarity, loss, weight=WEIGHT)
         _, of_positives = with_gradient(similarity, loss, weight=0.0)
-        penalty, hard = terms.penalty.item(), terms.hard_per_row.item()
+        penalty, hard = terms.penalty.item(), terms.hard_negatives_per_row.item()
         found[loss] = {
             "hard_share": hard / (num_pairs - 1),
             "hard_per_row": hard,
@@ -98,12 +98,12 @@ def of_one_draw(similarity: Tensor) -> dict[str, dict[str, float]]:
 def with_gradient(similarity: Tensor, loss: str, *, weight: float) -> tuple[LossTerms, Tensor]:
     leaf = similarity.detach().requires_grad_()
     if loss == "info_nce":
-        terms = row_info_nce(leaf, row_offset=0, collectives=ALONE, scale=SCALE)
+        terms = row_info_nce(leaf, row_offset=0, collectives=SINGLE_RANK, scale=SCALE)
     else:
         terms = row_neg_nce(
             leaf,
             row_offset=0,
-            collectives=ALONE,
+            collectives=SINGLE_RANK,
             mode=loss.split()[1],
             scale=SCALE,
             weight=weight,

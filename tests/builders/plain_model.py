@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tvr.kernels import losses, reference
+from tvr.kernels.numerics import unit
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
 from tvr.kernels.weight_layers import TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
@@ -38,9 +39,9 @@ class PlainModel(nn.Module):
     def forward(self, batch: tuple[Tensor, ...]) -> Features:
         """Of B pairs: words (B, T, D), word_mask (B, T), frames (B, F, D), frame_mask (B, F)."""
         words, word_mask, frames, frame_mask = batch
-        words = reference.unit(self.words(self.dropout(words)))
-        sentence = reference.unit(self.sentence(self.dropout(words).mean(1)))
-        frames = reference.unit(self.frames(self.dropout(frames)))
+        words = unit(self.words(self.dropout(words)))
+        sentence = unit(self.sentence(self.dropout(words).mean(1)))
+        frames = unit(self.frames(self.dropout(frames)))
         hinge = tpm_cl(
             sentence,
             words,

@@ -14,8 +14,8 @@ from test_golden_similarity import weight_layer
 from torch import Tensor
 
 from tvr.kernels.losses import info_nce, neg_nce
+from tvr.kernels.numerics import unit
 from tvr.kernels.partial import tpm_cl
-from tvr.kernels.reference import unit
 from tvr.kernels.similarity import dmae_similarity
 
 FILE = "level3.npz"

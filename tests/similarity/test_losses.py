@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvr.kernels.losses import ALONE, LossTerms, info_nce, neg_nce, row_info_nce, row_neg_nce
+from tvr.kernels.losses import SINGLE_RANK, LossTerms, info_nce, neg_nce, row_info_nce, row_neg_nce
 
 KINDS = ("info", "reference", "log")
 EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
@@ -79,7 +79,7 @@ def test_losses_do_not_depend_on_the_split_over_ranks(
     whole = scores(sum(sizes), seed, spread).requires_grad_()
     ids = torch.randint(0, 4, (sum(sizes),), generator=torch.Generator().manual_seed(seed))
     options = {"video_ids": ids, "mask_same_video": masked}
-    expected = rows(kind, whole, 0, ALONE, **options)
+    expected = rows(kind, whole, 0, SINGLE_RANK, **options)
     expected.loss.backward()
     blocks = [block.clone().requires_grad_() for block in whole.detach().split(sizes)]
 
@@ -146,7 +146,7 @@ def test_log_mode_learns_at_extreme_scores(dtype: torch.dtype, ranks: int) -> No
 def test_log_penalty_of_a_certain_wrong_pair_is_its_lead_over_the_rest() -> None:
     # P(wrong) = 1 - e^-200: -log(1 - P) = 200 per direction, though 1 - P rounds to 0.
     similarity = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
-    terms = row_neg_nce(similarity, row_offset=0, collectives=ALONE, mode="log", weight=1.0)
+    terms = row_neg_nce(similarity, row_offset=0, collectives=SINGLE_RANK, mode="log", weight=1.0)
     # Row 0: -log P_00 = 200 and the penalty 200; row 1 has no hard negative and no loss.
     assert terms.text_to_video.item() == pytest.approx((200 + 200) / 2)
     # Columns are ties: each positive has P = 1/2, and so has the pair that is hard by its row.
@@ -157,8 +157,8 @@ def test_log_mode_normalises_hard_negatives_per_row() -> None:
     # One hard negative in row 0 beside many easy rows: its penalty stays 1/G of a row's mean.
     similarity = torch.eye(6, dtype=torch.float64) * 0.5
     similarity[0, 1] = 0.501
-    plain = row_info_nce(similarity, row_offset=0, collectives=ALONE).text_to_video
-    log = row_neg_nce(similarity, row_offset=0, collectives=ALONE, mode="log").text_to_video
+    plain = row_info_nce(similarity, row_offset=0, collectives=SINGLE_RANK).text_to_video
+    log = row_neg_nce(similarity, row_offset=0, collectives=SINGLE_RANK, mode="log").text_to_video
     p = (100 * similarity[0]).softmax(0)[1]
     assert (log - plain).item() == pytest.approx(0.5 * -torch.log(1 - p).item() / 6)
 
@@ -206,8 +206,8 @@ def test_half_precision_is_raised_before_the_scale(kind: str) -> None:
     [
         (lambda: neg_nce(scores(3, 0), mode="plain"), "mode='plain'"),
         (lambda: info_nce(scores(3, 0), mask_same_video=True), "video_ids"),
-        (lambda: rows("info", scores(4, 0)[:2], 3, ALONE), "row_offset=3"),
-        (lambda: rows("info", scores(4, 0)[:2], -1, ALONE), "row_offset=-1"),
+        (lambda: rows("info", scores(4, 0)[:2], 3, SINGLE_RANK), "row_offset=3"),
+        (lambda: rows("info", scores(4, 0)[:2], -1, SINGLE_RANK), "row_offset=-1"),
         (lambda: info_nce.__wrapped__(scores(4, 0)[:2]), "square"),
     ],
 )

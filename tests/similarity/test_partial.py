@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tvr.kernels.numerics import unit
 from tvr.kernels.partial import (
     AttentionTokenWeights,
     LinearTokenWeights,
@@ -13,7 +14,6 @@ from tvr.kernels.partial import (
     select_tokens,
     tpm_cl,
 )
-from tvr.kernels.reference import unit
 from tvr.kernels.weight_layers import TokenWeightLayer
 
 EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tvr.kernels import checkpointed_chunks as pieces
+from tvr.kernels import checkpointed_chunks
 from tvr.kernels.partial import AttentionTokenWeights, LinearTokenWeights, TpmCl, tpm_cl
 
 PAIRS = 7
@@ -142,10 +142,12 @@ def test_pieces_are_recomputed_under_the_autocast_of_the_forward() -> None:
 
 
 def test_chosen_pieces_have_bounded_entries() -> None:
-    chunk = pieces.chunk_size(None, 44 * 512)  # 32 words and 12 frames of width 512
-    assert chunk * 44 * 512 <= pieces.ENTRIES_PER_PIECE < (chunk + 1) * 44 * 512
-    assert pieces.chunk_size(None, 2 * pieces.ENTRIES_PER_PIECE) == 1
-    assert pieces.chunk_size(5, 2 * pieces.ENTRIES_PER_PIECE) == 5
+    chunk = checkpointed_chunks.pairs_per_chunk(
+        None, 44 * 512
+    )  # 32 words and 12 frames of width 512
+    assert chunk * 44 * 512 <= checkpointed_chunks.ENTRIES_PER_CHUNK < (chunk + 1) * 44 * 512
+    assert checkpointed_chunks.pairs_per_chunk(None, 2 * checkpointed_chunks.ENTRIES_PER_CHUNK) == 1
+    assert checkpointed_chunks.pairs_per_chunk(5, 2 * checkpointed_chunks.ENTRIES_PER_CHUNK) == 5
 
 
 def test_one_piece_is_computed_once_and_several_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,7 @@ def test_one_piece_is_computed_once_and_several_again(monkeypatch: pytest.Monkey
     assert calls == [PAIRS, PAIRS]
     calls.clear()
     entries_per_pair = (5 + 4) * 8
-    monkeypatch.setattr(pieces, "ENTRIES_PER_PIECE", 3 * entries_per_pair)
+    monkeypatch.setattr(checkpointed_chunks, "ENTRIES_PER_CHUNK", 3 * entries_per_pair)
     tpm_cl(**arguments).hinge.sum().backward()
     assert sorted(calls) == sorted([3, 3, 1] * 2 * 2)
 

@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tvr.kernels import reference
-from tvr.kernels.backends.torch_tiles import SCORES_PER_TILE, chunk_size
+from tvr.kernels.backends.torch_tiles import SCORES_PER_TILE, texts_per_tile
 from tvr.kernels.checks import INTERACTIONS
-from tvr.kernels.reference import unit
+from tvr.kernels.numerics import unit
 from tvr.kernels.similarity import BACKENDS, dmae_similarity
+from tvr.kernels.token_sets import prepare
 
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True)
 FEATURES = ("sentence", "words", "frames", "word_logits", "frame_logits")
@@ -370,8 +371,8 @@ def test_a_pair_keeps_one_byte_for_each_maximum_and_none_for_padding(
 
 def test_chosen_chunk_fills_but_does_not_exceed_a_tile() -> None:
     arguments = example(texts=2, videos=2, words=32, frames=12)
-    texts, videos = reference.prepare(**arguments, interaction="att_wti", neighbour_frames=True)
-    chunk = chunk_size(texts, videos)
+    texts, videos = prepare(**arguments, interaction="att_wti", neighbour_frames=True)
+    chunk = texts_per_tile(texts, videos)
     assert 4 * chunk**2 * 32 * 12 <= SCORES_PER_TILE < 4 * (chunk + 1) ** 2 * 32 * 12
 
 

@@ -6,10 +6,8 @@ from test_similarity import FEATURES, assert_same, example, with_gradients
 from torch import Tensor
 
 from tvr.kernels import reference
-from tvr.kernels.backends import cpu as packed
-from tvr.kernels.backends import cpu_build as compiled
-from tvr.kernels.backends import matmul as products
-from tvr.kernels.backends.matmul import by_onednn
+from tvr.kernels.backends import cpu, cpu_build, matmul
+from tvr.kernels.backends.matmul import uses_onednn
 from tvr.kernels.checks import INTERACTIONS
 from tvr.kernels.similarity import BACKENDS, dmae_similarity
 
@@ -36,7 +34,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels() -> None:
-    name, reason = compiled.backend()
+    name, reason = cpu_build.available_backend()
     assert name == "compiled", reason
 
 
@@ -152,14 +150,14 @@ def test_another_library_of_products_gives_the_same(
 ) -> None:
     arguments = example(70, 70, 9, 7, width=24, dtype=torch.float32)
     options = {"backend": backend, "neighbour_frames": neighbours}
-    assert by_onednn(arguments["frames"])
+    assert uses_onednn(arguments["frames"])
     expected = with_gradients(dmae_similarity, arguments, **options)
-    assert not by_onednn(arguments["frames"].double())
+    assert not uses_onednn(arguments["frames"].double())
     with monkeypatch.context() as patch:
-        patch.setattr(products, "SCHEMA", "another operation")
-        assert not by_onednn(arguments["frames"])
-    for module in (packed, products):
-        monkeypatch.setattr(module, "by_onednn", lambda like: False)
+        patch.setattr(matmul, "SCHEMA", "another operation")
+        assert not uses_onednn(arguments["frames"])
+    for module in (cpu, matmul):
+        monkeypatch.setattr(module, "uses_onednn", lambda like: False)
     found = with_gradients(dmae_similarity, arguments, **options)
     assert_same(found, expected, rtol=1e-5, atol=1e-5)
 

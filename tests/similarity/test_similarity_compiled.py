@@ -12,14 +12,14 @@ from test_similarity import assert_same, example, with_gradients
 from torch import Tensor
 
 from tvr.kernels import reference
-from tvr.kernels.backends import cpu_build as compiled
+from tvr.kernels.backends import cpu_build
 from tvr.kernels.backends.cpu import MOST_SLOTS
 from tvr.kernels.similarity import dmae_similarity
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels() -> None:
-    name, reason = compiled.backend()
+    name, reason = cpu_build.available_backend()
     assert name == "compiled", reason
 
 
@@ -67,11 +67,11 @@ def test_refused_options_are_named() -> None:
 SCORE = """
 import json, logging, torch
 logging.basicConfig(format="%(message)s")
-from tvr.kernels.backends import cpu_build as compiled
+from tvr.kernels.backends import cpu_build
 from tvr.kernels.similarity import dmae_similarity
 arguments = torch.load({path!r})
 scores = [dmae_similarity(**arguments).tolist() for _ in range(2)]
-print(json.dumps([compiled.backend(), scores]))
+print(json.dumps([cpu_build.available_backend(), scores]))
 """
 
 
@@ -127,7 +127,7 @@ def test_without_a_compiler_torch_serves_and_says_why_once(
 
 def test_processes_that_build_at_once_share_one_quiet_build(tmp_path: Path) -> None:
     # The folder of the build as a killed builder leaves it: torch's own lock would wait forever.
-    built = Path(compiled.backend()[1])
+    built = Path(cpu_build.available_backend()[1])
     stale = tmp_path / "extensions" / built.name
     stale.mkdir(parents=True)
     (stale / "lock").touch()

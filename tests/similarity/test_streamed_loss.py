@@ -11,9 +11,9 @@ from test_similarity import FEATURES, assert_same, example
 from torch import Tensor
 
 from tvr.kernels import reference
-from tvr.kernels.backends import cpu as packed
+from tvr.kernels.backends import cpu_build
 from tvr.kernels.checks import INTERACTIONS
-from tvr.kernels.losses import ALONE, LossTerms, row_loss
+from tvr.kernels.losses import SINGLE_RANK, LossTerms, row_loss
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 
@@ -31,7 +31,7 @@ def of_whole_table(
 ) -> tuple[LossTerms, dict[str, Tensor]]:
     leaves = {n: x.clone().requires_grad_(n in FEATURES) for n, x in arguments.items()}
     table = reference.dmae_similarity(**leaves, **options)
-    terms = row_loss(table, rule, row_offset=0, collectives=ALONE, video_ids=ids)
+    terms = row_loss(table, rule, row_offset=0, collectives=SINGLE_RANK, video_ids=ids)
     terms.loss.backward()
     return terms, {n: x.grad for n, x in leaves.items() if x.grad is not None}
 
@@ -76,7 +76,7 @@ def test_torch_tiles_serve_where_there_are_no_compiled_kernels(
 ) -> None:
     arguments = example(PAIRS, PAIRS)
     expected = of_whole_table(arguments, RULES["log"])
-    monkeypatch.setattr(packed.compiled, "backend", lambda: ("torch", "for this test"))
+    monkeypatch.setattr(cpu_build, "available_backend", lambda: ("torch", "for this test"))
     for chunk in CHUNKS:
         assert_equal(streamed(arguments, RULES["log"], chunk=chunk), expected)
 
@@ -105,7 +105,7 @@ class Passing:
         for rank in ((self.collectives.rank + i) % len(ranks) for i in ranks):
             yield sum(self.counts[:rank]), tuple(x[rank] for x in everyone)
 
-    def visit_back(
+    def visit_backward(
         self,
         mine: tuple[Tensor, ...],
         gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],

@@ -99,7 +99,7 @@ def travel(name: str, world: World, count: int) -> dict[str, Any]:
         columns = first + torch.arange(len(values), dtype=torch.float64)
         return values * (world.rank + 1) + columns[:, None], torch.ones_like(halves)
 
-    home = exchange.visit_back(mine, gradients)
+    home = exchange.visit_backward(mine, gradients)
     return {"seen": seen, "home": home, "buffers": len(places)}
 
 

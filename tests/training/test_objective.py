@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tvr.kernels import losses, reference
+from tvr.kernels.numerics import unit
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.objective import SHARES, objective
@@ -28,10 +29,10 @@ def features() -> Features:
 
     lengths = torch.tensor([5, 3, 4, 2, 5, 3])
     return Features(
-        sentence=reference.unit(random(PAIRS, WIDTH)).requires_grad_(),
-        words=reference.unit(random(PAIRS, WORDS, WIDTH)).requires_grad_(),
+        sentence=unit(random(PAIRS, WIDTH)).requires_grad_(),
+        words=unit(random(PAIRS, WORDS, WIDTH)).requires_grad_(),
         word_mask=(torch.arange(WORDS) < lengths[:, None]).long(),
-        frames=reference.unit(random(PAIRS, FRAMES, WIDTH)).requires_grad_(),
+        frames=unit(random(PAIRS, FRAMES, WIDTH)).requires_grad_(),
         frame_mask=(torch.arange(FRAMES) < (lengths - 1)[:, None]).long(),
         word_logits=random(PAIRS, WORDS).requires_grad_(),
         frame_logits=random(PAIRS, FRAMES).requires_grad_(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tvr.kernels import reference, similarity
 from tvr.kernels.losses import row_neg_nce
-from tvr.kernels.row_loss.online_softmax import ALONE
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 from tvr.trainer.bench.measure import BACKWARD, Job
@@ -132,7 +132,7 @@ def _similarity(function: Callable[..., Tensor], job: Job, inputs: Inputs, backw
     if job.loss:
         # Nothing else holds the scores: the loss decides how long they live.
         scores = row_neg_nce(
-            scores, row_offset=0, collectives=ALONE, mode="log", video_ids=inputs.video_ids
+            scores, row_offset=0, collectives=SINGLE_RANK, mode="log", video_ids=inputs.video_ids
         ).loss
     if backward:
         scores.backward(inputs.gradient)

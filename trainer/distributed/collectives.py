@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from tvr.kernels.row_loss.online_softmax import ALONE, Collectives
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives
 from tvr.trainer.distributed.world import World
 
 
@@ -66,7 +66,7 @@ def reduce_scatter_rows(everyones: Tensor, world: World, counts: Sequence[int]) 
 
 def loss_collectives(world: World) -> Collectives:
     """Returns the reductions over ranks that the losses of `kernels` take."""
-    return ALONE if world.world_size == 1 else _OverRanks(world)
+    return SINGLE_RANK if world.world_size == 1 else _OverRanks(world)
 
 
 class _OverRanks:

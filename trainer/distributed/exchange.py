@@ -24,8 +24,8 @@ PieceBackward = Callable[[int, Tensors], Tensors]
 class AllGatherExchange:
     """Gathers the rows of all ranks into one piece, which is freed after each visit.
 
-    Memory beside the rank's own rows: the G rows, and in `visit_back` also their gradients. Where
-    the ranks' counts differ, padding doubles that for a short time.
+    Memory beside the rank's own rows: the G rows, and in `visit_backward` also their gradients.
+    Where the ranks' counts differ, padding doubles that for a short time.
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
@@ -34,7 +34,7 @@ class AllGatherExchange:
     def visit(self, mine: Tensors) -> Iterator[tuple[int, Tensors]]:
         yield 0, self._gather(mine)
 
-    def visit_back(self, mine: Tensors, gradients: PieceBackward) -> Tensors:
+    def visit_backward(self, mine: Tensors, gradients: PieceBackward) -> Tensors:
         sums = gradients(0, self._gather(mine))
         if self._world.world_size == 1:
             return sums
@@ -50,13 +50,13 @@ class RingExchange:
     """Passes the rows of one rank at a time around a ring of ranks, this rank's own rows first.
 
     The next piece arrives while the caller works on the present one, so a transfer costs time only
-    where it is longer than that work. In `visit_back` the gradients of a piece travel one hop
+    where it is longer than that work. In `visit_backward` the gradients of a piece travel one hop
     behind the piece. Each rank adds its own, and after one full turn they reach the owner.
 
     Memory beside the rank's own rows: two pieces, one in use and one arriving, each as large as the
-    largest rank's rows; for the frames that is max(counts) x F x D numbers. `visit_back` adds three
-    times the gradients of a piece: leaving, arriving and computed. Neither grows with the number of
-    ranks. If a rank stops half-way, the others raise after the process group's time-out.
+    largest rank's rows; for the frames that is max(counts) x F x D numbers. `visit_backward` adds
+    three times the gradients of a piece: leaving, arriving and computed. Neither grows with the
+    number of ranks. If a rank stops half-way, the others raise after the process group's time-out.
     """
 
     def __init__(self, world: World, counts: Sequence[int]) -> None:
@@ -74,7 +74,7 @@ class RingExchange:
             if following is not None:
                 piece = lane.wait()
 
-    def visit_back(self, mine: Tensors, gradients: PieceBackward) -> Tensors:
+    def visit_backward(self, mine: Tensors, gradients: PieceBackward) -> Tensors:
         sums: Tensors = ()
         behind: _Lane | None = None
         for owner, (first, piece) in zip(self._owners(), self.visit(mine), strict=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tvr.kernels.backends.cpu_build import one_builder
+from tvr.kernels.backends.cpu_build import build_lock
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
@@ -235,7 +235,7 @@ def _build_extension(deepspeed: Any) -> None:
     from torch.utils import cpp_extension
 
     folder = cpp_extension._get_build_directory(builder.NAME, verbose=False)
-    with one_builder(Path(folder)):
+    with build_lock(Path(folder)):
         builder.load(verbose=False)
 
 

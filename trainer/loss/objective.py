@@ -111,8 +111,8 @@ def _with_tpm_cl(
     """Adds the hinges (B,) of this rank's pairs, whose mean is over the global batch."""
     margin = terms.loss.new_zeros(()) if hinge is None else hinge.sum() / num_pairs
     share = terms.loss + weight * margin
-    shares = [share, terms.loss, margin, terms.penalty, terms.hard_per_row, terms.clamped_share]
-    shares += [terms.positive_similarity, terms.hardest_similarity]
+    shares = [share, terms.loss, margin, terms.penalty, terms.hard_negatives_per_row]
+    shares += [terms.clamped_share, terms.positive_similarity, terms.hardest_similarity]
     return Objective(
         for_backward=share * world.world_size,  # the scale rule: see gather.py
         shares=torch.stack([x.detach() for x in shares]),

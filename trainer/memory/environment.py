@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tvr.kernels.backends import cpu_build as compiled
-from tvr.kernels.backends.cpu import hindrance
-from tvr.kernels.backends.matmul import by_onednn
-from tvr.kernels.reference import FrameSet, TokenSet
+from tvr.kernels.backends import cpu_build
+from tvr.kernels.backends.cpu import unsupported_reason
+from tvr.kernels.backends.matmul import uses_onednn
+from tvr.kernels.token_sets import FrameSet, TokenSet
 from tvr.trainer.config import Config
 
 
@@ -32,14 +32,14 @@ def similarity_backend(config: Config) -> tuple[str, str]:
     slots = [none.new_empty(0, n) for n in (config.data.max_words, config.data.num_frames)]
     words, frames = (x[..., None] for x in slots)
     texts = TokenSet(words, slots[0], slots[0] > 0)
-    reason = hindrance((texts,), FrameSet(frames, slots[1], None, None))
-    return ("torch", reason) if reason else compiled.backend()
+    reason = unsupported_reason((texts,), FrameSet(frames, slots[1], None, None))
+    return ("torch", reason) if reason else cpu_build.available_backend()
 
 
 def similarity_line(config: Config) -> str:
     """The backend of the similarity, and why not the compiled one."""
     name, place_or_reason = similarity_backend(config)
-    library = "oneDNN" if by_onednn(torch.empty(0, device=device())) else "torch's own library"
+    library = "oneDNN" if uses_onednn(torch.empty(0, device=device())) else "torch's own library"
     if config.train.fast_similarity:
         library = "bfloat16, as train.fast_similarity asks"
     if name == "compiled":

@@ -63,7 +63,7 @@ def configured(config: Config, ranks: int, *, width: int, backend: str, device: 
         interaction=config.model.interaction,
         neighbour_frames=config.model.neighbour_frames,
         backend=backend,
-        # Features are float32 in every precision: `reference.unit` raises them.
+        # Features are float32 in every precision: `numerics.unit` raises them.
         bytes_per_number=4,
         word_share=1 - 1 / (texts * words),
         device=device,

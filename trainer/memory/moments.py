@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from tvr.kernels.losses import SCORES_AT_ONCE
+from tvr.kernels.losses import SCORES_PER_CHUNK
 from tvr.trainer.memory.sizes import Sizes
 
 # A moment's name, and what is alive then: bytes by name, added up where a name comes twice.
@@ -26,7 +26,7 @@ LOSS_SCRATCH = 7 * 4 + 4
 
 
 def end(n: Sizes, videos: int, *, masked_words: bool = False) -> Moments:
-    """From the gradients of what `reference.prepare` made to those of the features."""
+    """From the gradients of what `token_sets.prepare` made to those of the features."""
     words, frames = n.words_of(n.texts), n.frames_of(videos)
     # The correlation of frames is a product of two: their gradients, and the sum with the first.
     of_frames = {FRAMES: frames, OF_FRAMES: 3 * frames} if n.neighbour_frames else {}
@@ -39,5 +39,5 @@ def end(n: Sizes, videos: int, *, masked_words: bool = False) -> Moments:
 
 def scores_at_once(n: Sizes) -> int:
     """Scores that the loss takes at once: whole rows."""
-    at_once = SCORES_AT_ONCE if n.device == "cpu" else 16 * SCORES_AT_ONCE
+    at_once = SCORES_PER_CHUNK if n.device == "cpu" else 16 * SCORES_PER_CHUNK
     return min(n.texts, max(1, at_once // n.videos)) * n.videos

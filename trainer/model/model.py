@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tvr.data_prep.records import Batch
+from tvr.kernels.numerics import unit
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
-from tvr.kernels.reference import unit
 from tvr.kernels.weight_layers import SequenceHeader, TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.model.parameter_groups import add_adapters, freeze

@@ -1,0 +1,117 @@
+"""Inputs of the similarity, prepared once per text and once per video.
+
+Every fast path scores a `TokenSet` (the sentences or the words of A texts) against a `FrameSet`
+(the frames of C videos). `reference.py` computes the same quantities with code of its own, so that
+a mistake here shows in the parity tests.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tvr.kernels.checks import check_mask, check_presence, check_shapes
+from tvr.kernels.numerics import masked_softmax
+
+NEIGHBOUR_FACTOR = 0.5
+
+
+class TokenSet(NamedTuple):
+    """Tokens of A texts: the sentence (L = 1) or the words (L = T)."""
+
+    tokens: Float[Tensor, "A L D"]
+    weights: Float[Tensor, "A L"]
+    valid: Bool[Tensor, "A L"]
+    """False for padding."""
+
+    def without_padding(self) -> Float[Tensor, "A L D"]:
+        """The tokens, with zero vectors in padded slots."""
+        return self.tokens.masked_fill(~self.valid[..., None], 0)
+
+
+class FrameSet(NamedTuple):
+    """Frames of C videos; masked frames are zero vectors."""
+
+    frames: Float[Tensor, "C F D"]
+    weights: Float[Tensor, "C F"]
+    strength: Float[Tensor, "C F"] | None
+    """Similarity of each frame with its neighbour frame; None without neighbour frames."""
+    neighbour: Int[Tensor, "C F"] | None
+    """Index of each frame's neighbour frame; None without neighbour frames."""
+
+
+def prepare(
+    sentence: Tensor | None,
+    words: Tensor | None,
+    frames: Tensor,
+    word_mask: Tensor,
+    frame_mask: Tensor,
+    *,
+    interaction: str,
+    neighbour_frames: bool,
+    word_logits: Tensor | None,
+    frame_logits: Tensor | None,
+) -> tuple[tuple[TokenSet, ...], FrameSet]:
+    """Checks the arguments of `dmae_similarity` and computes weights and neighbour frames.
+
+    Returns:
+        One token set for `ti` and `wti`, sentence and words for the `att_` interactions; and the
+        frames. All are in float32, or float64 if an input is.
+
+    Raises:
+        ValueError: as `similarity.dmae_similarity`.
+    """
+    weighted = interaction.endswith("wti")
+    if interaction in ("ti", "wti"):
+        words = word_logits = None
+    if not weighted:
+        word_logits = frame_logits = None
+    check_presence(interaction, sentence, words, word_logits, frame_logits)
+    check_shapes(sentence, words, frames, word_mask, frame_mask, word_logits, frame_logits)
+    check_mask("word_mask", word_mask, largest=2, sentence=sentence is not None)
+    check_mask("frame_mask", frame_mask, largest=1, sentence=False)
+
+    dtype = torch.float32
+    for tensor in (sentence, words, frames, word_logits, frame_logits):
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    texts = []
+    if sentence is not None:
+        mask = word_mask[:, :1]
+        logits = torch.zeros_like(mask, dtype=dtype) if weighted else None
+        texts.append(_token_set(sentence[:, None].to(dtype), mask, logits))
+    if words is not None:
+        texts.append(_token_set(words.to(dtype), word_mask, word_logits))
+    video = _token_set(frames.to(dtype), frame_mask, frame_logits)
+    frames = video.without_padding()
+    neighbours = _neighbours(frames) if neighbour_frames else (None, None)
+    return tuple(texts), FrameSet(frames, video.weights, *neighbours)
+
+
+def _token_set(tokens: Tensor, mask: Tensor, logits: Tensor | None) -> TokenSet:
+    """Adds the weights: mask / sum of the mask (ti family), or mask x softmax (wti family).
+
+    A word of mask 2 counts twice in both. Only the ti family renormalises, so the weights of the
+    wti family sum to between 1 and 2.
+    """
+    share = mask.to(tokens.dtype)
+    if logits is None:
+        weights = share / share.sum(dim=1, keepdim=True)
+    else:
+        weights = share * masked_softmax(logits.to(tokens.dtype), mask)
+    return TokenSet(tokens, weights, mask > 0)
+
+
+def _neighbours(
+    frames: Float[Tensor, "C F D"],
+) -> tuple[Float[Tensor, "C F"], Int[Tensor, "C F"]]:
+    """Finds each frame's neighbour: the OTHER frame most similar to it, in features, not in time.
+
+    The diagonal counts as 0. A frame whose other frames are all dissimilar, or padding, therefore
+    gets strength 0, and neighbour frames change nothing for it.
+    """
+    correlation = torch.einsum("cfd,cgd->cfg", frames, frames)
+    itself = torch.eye(frames.shape[1], dtype=torch.bool, device=frames.device)
+    strength, neighbour = correlation.masked_fill(itself, 0).max(dim=2)
+    return strength, neighbour
