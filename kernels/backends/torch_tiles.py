@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from tvr.kernels.backends.matmul import inner_products
@@ -121,7 +121,7 @@ def _frame_max_backward(
     texts: TokenSet,
     videos: VideoTensors,
     factors: Float[Tensor, "n m"],
-    best_frame: Int[Tensor, "n L m"] | None,
+    best_frame: Integer[Tensor, "n L m"] | None,
     d_tokens: Float[Tensor, "n L D"],
     d_videos: VideoTensors,
 ) -> None:
@@ -145,7 +145,7 @@ def _token_max_backward(
     texts: TokenSet,
     videos: VideoTensors,
     factors: Float[Tensor, "n m"],
-    best_token: Int[Tensor, "n F m"] | None,
+    best_token: Integer[Tensor, "n F m"] | None,
     d_tokens: Float[Tensor, "n L D"],
     d_videos: VideoTensors,
 ) -> None:
