@@ -10,7 +10,7 @@ from tvr.data_prep.records import TooManyBadSamples
 EXAMPLES = 5
 
 
-class Budget:
+class BadSampleBudget:
     """Counts bad samples by reason and raises TooManyBadSamples at the first one beyond `max_bad`,
     or beyond `max_bad_in_a_row` (None: no limit).
 
@@ -42,7 +42,7 @@ class Budget:
         self._last: list[str] = []
         self._in_a_row = 0
 
-    def spend(self, key: str, reason: str, detail: str) -> None:
+    def record_bad(self, key: str, reason: str, detail: str) -> None:
         """Counts one bad sample. Raises TooManyBadSamples when that is one too many."""
         self._in_a_row += 1
         if key not in self._seen:
@@ -50,15 +50,15 @@ class Budget:
             self.by_reason[reason] += 1
             self._last = [*self._last, f"{key}: {reason}: {detail}"][-EXAMPLES:]
             if self.by_reason.total() > self.max_bad:
-                raise self.exhausted()
+                raise self.exhausted_error()
         if self.max_bad_in_a_row is not None and self._in_a_row > self.max_bad_in_a_row:
-            raise self.exhausted()
+            raise self.exhausted_error()
 
-    def good(self) -> None:
+    def record_good(self) -> None:
         """A sample was read as asked for: what fails next is the first in a row."""
         self._in_a_row = 0
 
-    def exhausted(self) -> TooManyBadSamples:
+    def exhausted_error(self) -> TooManyBadSamples:
         """The error that names the counts by reason and the last examples."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.by_reason.most_common())
         if self.max_bad_in_a_row is not None and self._in_a_row > self.max_bad_in_a_row:

@@ -15,11 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
 from tvr.data_prep.annotations.read import read_annotations
-from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.packing.pack_metrics import served_progress
-from tvr.data_prep.packing.progress import shown_progress
+from tvr.data_prep.packing.pack_metrics import serve_metrics
+from tvr.data_prep.packing.progress import show_progress
 from tvr.data_prep.packing.worker_pool import available_processes
 from tvr.data_prep.records import Clip, TooManyBadSamples
 
@@ -80,7 +80,9 @@ def pack(argv: Sequence[str]) -> int:
         from tvr.data_prep.ffcv.cli import pack_beton
 
         return pack_beton(argv)
-    return reported("tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv)))
+    return run_command(
+        "tvr pack", lambda: _pack(tyro.cli(PackArguments, prog="tvr pack", args=argv))
+    )
 
 
 def _asks_for_beton(argv: Sequence[str]) -> bool:
@@ -97,8 +99,8 @@ def _pack(arguments: PackArguments) -> int:
         processes = available_processes()
     clips = _clips(arguments)
     with (
-        shown_progress("packing") as show,
-        served_progress(show, arguments.metrics_port) as on_progress,
+        show_progress("packing") as show,
+        serve_metrics(show, arguments.metrics_port) as on_progress,
     ):
         manifest = pack_shards(
             clips,

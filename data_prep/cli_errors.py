@@ -17,16 +17,16 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 USER_ERRORS = (ValueError, OSError, BadSample, TooManyBadSamples, ShardCorrupt, ImportError)
 
 
-def reported(command: str, action: Callable[[], int]) -> int:
+def run_command(command: str, action: Callable[[], int]) -> int:
     """Runs a command; what its user caused becomes one line on stderr and exit code 2."""
     try:
         return action()
     except USER_ERRORS as error:
-        say_error(command, error)
+        print_error(command, error)
         return EXIT_USAGE
 
 
-def say_error(command: str, error: Exception) -> None:
+def print_error(command: str, error: Exception) -> None:
     """One line on stderr; ranks of a job say which they are."""
     rank = os.environ.get("RANK")
     where = "" if rank is None else f" [rank {rank}]"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Every reason a sample can be refused for; bounded, so that it can be a metric label.
-REASONS = (
+BAD_SAMPLE_REASONS = (
     "missing_file",  # the source video does not exist or cannot be opened
     "unreadable",  # damaged or unknown video, JPEG or JSON
     "no_frames",  # no video stream, or one without a single picture
@@ -29,10 +29,10 @@ REASONS = (
 )
 
 
-UNDECODABLE = ("unreadable", "no_frames")
+UNDECODABLE_REASONS = ("unreadable", "no_frames")
 
 # Where the bytes of a sample can come from.
-SOURCES = (
+READ_SOURCES = (
     "memory",  # decoded before, and kept (data.cache_mib)
     "local",  # a file on this machine
     "beton",  # FFCV
@@ -68,7 +68,7 @@ class Clip:
         return None if whole else (self.start_s, self.end_s)
 
 
-NO_WORDS = "packed without words; pack the data set again with `tvr pack --words`"
+PACKED_WITHOUT_WORDS = "packed without words; pack the data set again with `tvr pack --words`"
 
 
 class WordKind(IntEnum):
@@ -100,7 +100,7 @@ class Caption:
     def known_words(self) -> tuple[Word, ...]:
         """The words; raises ValueError for a caption packed without them."""
         if self.words is None:
-            raise ValueError(f"caption {self.text!r}: {NO_WORDS}")
+            raise ValueError(f"caption {self.text!r}: {PACKED_WITHOUT_WORDS}")
         return self.words
 
 
@@ -125,7 +125,7 @@ class Replacement:
     key: str
     """Key of the bad sample."""
     reason: str
-    """One of REASONS."""
+    """One of BAD_SAMPLE_REASONS."""
     detail: str
 
 
@@ -155,7 +155,7 @@ class Batch:
     """(A,) the row of the caption's video in this batch."""
     replaced: tuple[Replacement, ...] = field(default=())
     reads: Mapping[str, int] = field(default_factory=dict)
-    """Samples that were read for it, by SOURCES."""
+    """Samples that were read for it, by READ_SOURCES."""
 
 
 def hash_video_id(video_id: str) -> int:
@@ -164,11 +164,11 @@ def hash_video_id(video_id: str) -> int:
 
 
 class BadSample(Exception):
-    """One sample cannot be used; `reason` is one of REASONS."""
+    """One sample cannot be used; `reason` is one of BAD_SAMPLE_REASONS."""
 
     def __init__(self, key: str, reason: str, detail: str) -> None:
-        if reason not in REASONS:
-            raise ValueError(f"reason={reason!r} is not one of {', '.join(REASONS)}")
+        if reason not in BAD_SAMPLE_REASONS:
+            raise ValueError(f"reason={reason!r} is not one of {', '.join(BAD_SAMPLE_REASONS)}")
         super().__init__(key, reason, detail)  # all three in args, so that it survives pickling
         self.key = key
         self.reason = reason

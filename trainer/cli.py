@@ -112,7 +112,7 @@ def show_config(argv: Sequence[str]) -> int:
         if ranks is not None and ranks < 1:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
-        from tvr.data_prep.video.decoders import decoder_line
+        from tvr.data_prep.video.decoders import describe_decoder
         from tvr.trainer.engine.deepspeed_config import optimizer_line
         from tvr.trainer.engine.staging import staging_line
         from tvr.trainer.memory.environment import device, device_line, similarity_line
@@ -121,7 +121,7 @@ def show_config(argv: Sequence[str]) -> int:
         print(device_line(), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(similarity_line(resolved), file=sys.stderr)
-        print(decoder_line(resolved.data.decoder), file=sys.stderr)
+        print(describe_decoder(resolved.data.decoder), file=sys.stderr)
         print(peak_line(resolved), file=sys.stderr)
         print(staging_line(resolved.checkpoint), file=sys.stderr)
         if memory:

@@ -21,7 +21,7 @@ from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.dataset.manifest import MANIFEST_NAME
 from tvr.data_prep.demo_clips import ANNOTATIONS, Scene, demo_scenes, write_clips
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.packing.progress import shown_progress
+from tvr.data_prep.packing.progress import show_progress
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.model.tokenizer import train_tokenizer
@@ -183,7 +183,7 @@ def _pack(
         say(f"data/{split}: complete")
         return
     clips = read_annotations(str(paths.clips / split / ANNOTATIONS))
-    with shown_progress(f"pack {split}") as on_progress:
+    with show_progress(f"pack {split}") as on_progress:
         manifest = pack_shards(
             clips,
             url,

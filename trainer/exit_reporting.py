@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from tvr.data_prep.cli_errors import reported, say_error
+from tvr.data_prep.cli_errors import print_error, run_command
 from tvr.data_prep.records import TooManyBadSamples
 from tvr.launchers.exit_codes import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.trainer.errors import (
@@ -39,13 +39,13 @@ def run_training_command(command: str, action: Callable[[], int]) -> int:
             return failure.code
         except PreflightFailed as failed:
             for line in failed.lines:
-                say_error(f"tvr {command}", ValueError(line))
+                print_error(f"tvr {command}", ValueError(line))
             return EXIT_USAGE if failed.rank is None else EXIT_FAILED
         except (NonFiniteLoss, NotSaved, TooManyBadSamples, CheckpointDamaged, Fenced) as error:
-            say_error(f"tvr {command}", error)
+            print_error(f"tvr {command}", error)
             return EXIT_FAILED
 
-    return reported(f"tvr {command}", guarded)
+    return run_command(f"tvr {command}", guarded)
 
 
 def report_training_error(error: Exception) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvr.data_prep.budget import Budget
+from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.config import Config, LossConfig, accumulation_steps
@@ -179,10 +179,12 @@ class OptimiserStep:
     def _set_apart(self, entries: Sequence[Replacement]) -> None:
         """All ranks' bad samples count for the run's budget, and those of its earlier starts."""
         data = self.config.data
-        budget = Budget(data.max_bad, f"in {data.train} on all ranks", known=self.quarantine)
+        budget = BadSampleBudget(
+            data.max_bad, f"in {data.train} on all ranks", known=self.quarantine
+        )
         for entry in entries:
             self.quarantine[entry.key] = entry.reason
-            budget.spend(entry.key, entry.reason, entry.detail)
+            budget.record_bad(entry.key, entry.reason, entry.detail)
 
 
 def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:

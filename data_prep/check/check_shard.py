@@ -15,7 +15,7 @@ from tvr.data_prep.check.sequential_reads import (
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import decode_members, parse_meta, parse_range
 from tvr.data_prep.records import BadSample, Caption
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,11 @@ class ShardFindings:
 def place(manifest: Manifest, row: int) -> str:
     """Where a sample is, "shard: key"."""
     samples = manifest.samples
-    return f"{manifest.file_of(int(samples.shard[row])).name}: {samples.key[row]}"
+    return f"{manifest.file_of_shard(int(samples.shard[row])).name}: {samples.key[row]}"
 
 
 def check_shard(
-    store: Store, manifest: Manifest, decode_rows: set[int], meter: ReadMeter, number: int
+    store: Storage, manifest: Manifest, decode_rows: set[int], meter: ReadMeter, number: int
 ) -> ShardFindings:
     """Reads a file of samples once, from its first byte to its last; decodes the frames of
     `decode_rows`."""
@@ -61,7 +61,7 @@ def check_shard(
     file = SequentialShard(store, shard, meter, ahead=CHUNK_BYTES)
     end = 0  # of the samples so far, which lie end to end in a shard
     try:
-        for row in manifest.rows_in(number):
+        for row in manifest.rows_of_file(number):
             offset, length = int(samples.offset[row]), int(samples.length[row])
             if manifest.beton is not None and offset > end:  # FFCV's own: header, pages' ends
                 gap = file.read(end, offset - end)
@@ -95,11 +95,13 @@ def check_shard(
     return scan
 
 
-def read_captions(store: Store, manifest: Manifest, meter: ReadMeter, number: int) -> ShardFindings:
+def read_captions(
+    store: Storage, manifest: Manifest, meter: ReadMeter, number: int
+) -> ShardFindings:
     """The captions of a shard's samples; what cannot be read is counted only."""
     samples, scan = manifest.samples, ShardFindings()
     file = SequentialShard(store, manifest.files[number], meter, ahead=CHUNK_BYTES)
-    rows = manifest.rows_in(number)
+    rows = manifest.rows_of_file(number)
     for done, row in enumerate(rows):
         try:
             meta = parse_meta(str(samples.key[row]), read_members(file, manifest, row))

@@ -30,7 +30,7 @@ from tvr.data_prep.check.captions import LONG_WORDS, CaptionStatistics
 from tvr.data_prep.check.sequential_reads import JOBS
 from tvr.data_prep.check.stats import dataset_statistics, read_facts
 from tvr.data_prep.check.verify import VerifyReport, leak_problems, verify_dataset
-from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.launchers.atomic_write import write_atomically
 
@@ -79,14 +79,14 @@ class StatsArguments:
 
 def verify(argv: Sequence[str]) -> int:
     """`tvr verify`: returns the exit code."""
-    return reported(
+    return run_command(
         "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
     )
 
 
 def stats(argv: Sequence[str]) -> int:
     """`tvr stats`: returns the exit code."""
-    return reported(
+    return run_command(
         "tvr stats", lambda: _stats(tyro.cli(StatsArguments, prog="tvr stats", args=argv))
     )
 

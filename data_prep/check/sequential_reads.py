@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tvr.data_prep.dataset.manifest import Manifest, Shard
 from tvr.data_prep.dataset.sample_codec import parse_range
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 # One request of a scan; a shard in turn holds this much, or one sample where that is larger.
 CHUNK_BYTES = 1 << 23
@@ -47,7 +47,7 @@ class ReadMeter:
 class SequentialShard:
     """A shard read by rising offsets; what lies before the last one is forgotten."""
 
-    def __init__(self, store: Store, shard: Shard, meter: ReadMeter, *, ahead: int) -> None:
+    def __init__(self, store: Storage, shard: Shard, meter: ReadMeter, *, ahead: int) -> None:
         """`ahead` bytes from an offset are asked for at once, for the reads that follow."""
         self._store = store
         self._name = shard.name
@@ -60,7 +60,7 @@ class SequentialShard:
         self._ended = False
 
     def read(self, offset: int, length: int) -> bytes:
-        """The range, or what there is of it. Raises as `Store.read_range`."""
+        """The range, or what there is of it. Raises as `Storage.read_range`."""
         skipped = offset - self._start
         if skipped + length > len(self._held) and not self._ended:
             self._held = self._held[skipped:]
@@ -78,7 +78,7 @@ class SequentialShard:
 
 
 def read_members(file: SequentialShard, manifest: Manifest, row: int) -> dict[str, bytes]:
-    """Checked members of a sample by extension. Raises BadSample, and as `Store.read_range`."""
+    """Checked members of a sample by extension. Raises BadSample, and as `Storage.read_range`."""
     offset, length = int(manifest.samples.offset[row]), int(manifest.samples.length[row])
     return parse_range(manifest, row, file.read(offset, length))
 

@@ -25,7 +25,7 @@ from tvr.data_prep.check.sequential_reads import (
 from tvr.data_prep.dataset.manifest import Layout, Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.frame_sampling import segment_centres
 
 
@@ -120,7 +120,7 @@ def read_facts(
     else:  # nothing that is wanted lies beside a sample
         num_bytes, ahead = int(manifest.samples.length[rows].sum()), 0
     meter = ReadMeter(num_bytes, progress)
-    read = partial(_read_shard, Store(url), manifest, rows, meter, ahead)
+    read = partial(_read_shard, Storage(url), manifest, rows, meter, ahead)
     tally = FactsAccumulator()
     for found in map_shards(jobs, read, range(len(manifest.files)), meter):
         tally.merge(found)
@@ -155,11 +155,11 @@ def dataset_statistics(manifest: Manifest, tally: FactsAccumulator) -> DatasetSt
 
 
 def _read_shard(
-    store: Store, manifest: Manifest, rows: np.ndarray, meter: ReadMeter, ahead: int, number: int
+    store: Storage, manifest: Manifest, rows: np.ndarray, meter: ReadMeter, ahead: int, number: int
 ) -> FactsAccumulator:
     tally = FactsAccumulator()
     file = SequentialShard(store, manifest.files[number], meter, ahead=ahead)
-    wanted = np.intersect1d(rows, manifest.rows_in(number)).tolist()
+    wanted = np.intersect1d(rows, manifest.rows_of_file(number)).tolist()
     for done, row in enumerate(wanted):
         try:
             tally.add(_facts(str(manifest.samples.key[row]), read_members(file, manifest, row)))

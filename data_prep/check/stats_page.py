@@ -19,7 +19,7 @@ from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.html_page import page_template, picture_strip
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import decode_jpeg
@@ -42,10 +42,10 @@ class ShownSample:
 
 def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]:
     """`count` samples spread evenly over the data set: the middles of as many equal parts."""
-    store, shown = Store(url), []
+    store, shown = Storage(url), []
     for row in segment_frames(manifest.num_samples, count) if count else ():
         key = str(manifest.samples.key[row])
-        shard = manifest.file_of(int(manifest.samples.shard[row]))
+        shard = manifest.file_of_shard(int(manifest.samples.shard[row]))
         captions: tuple[str, ...] = ()
         pictures = problem = ""
         try:

@@ -19,7 +19,7 @@ from tvr.data_prep.check.check_shard import (
 from tvr.data_prep.check.sequential_reads import JOBS, Progress, ReadMeter, map_shards
 from tvr.data_prep.dataset.leakage import repeated_content, shared_samples
 from tvr.data_prep.dataset.manifest import BAD_NAME, MANIFEST_NAME, Manifest, read_manifest
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.frame_sampling import segment_centres
 
 
@@ -76,13 +76,15 @@ def verify_dataset(
     read = [manifest, *(others.values() if compare_captions else ())]
     meter = ReadMeter(sum(s.shard_bytes for each in read for s in each.files), progress)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
-    scan = _scan(manifest, partial(check_shard, Store(url), manifest, rows, meter), jobs, meter)
+    scan = _scan(manifest, partial(check_shard, Storage(url), manifest, rows, meter), jobs, meter)
     problems = [*_duplicates(manifest), *_totals(url, manifest), *scan.problems]
     common = []
     for other, theirs in others.items():
         problems += leak_problems(manifest, other, theirs)
         if compare_captions:
-            found = _scan(theirs, partial(read_captions, Store(other), theirs, meter), jobs, meter)
+            found = _scan(
+                theirs, partial(read_captions, Storage(other), theirs, meter), jobs, meter
+            )
             num_captions = scan.captions.num_also_in(found.captions)
             common.append(
                 CommonCaptions(url=other, num_captions=num_captions, num_unread=found.num_unread)
@@ -140,7 +142,7 @@ def _totals(url: str, manifest: Manifest) -> Iterator[Problem]:
         what = f"{manifest.num_captions} captions, {num_captions} in its columns"
         yield Problem(where=MANIFEST_NAME, what=what)
     try:
-        lines = Store(url).read(BAD_NAME).decode().splitlines()
+        lines = Storage(url).read(BAD_NAME).decode().splitlines()
         listed = Counter(json.loads(line)["reason"] for line in lines)
     except OSError as error:
         yield Problem(where=BAD_NAME, what=f"{type(error).__name__}: {error}")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tvr.data_prep.dataset.manifest import Samples
+from tvr.data_prep.dataset.manifest import SampleTable
 
 COLUMNS = ("key", "video_id", "content")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
+class SharedSample:
     """A sample of one data set that is in another as well."""
 
     row: int
@@ -23,7 +23,7 @@ class Shared:
     """The columns in which the two are equal, of COLUMNS."""
 
 
-def shared_samples(samples: Samples, others: Samples) -> list[Shared]:
+def shared_samples(samples: SampleTable, others: SampleTable) -> list[SharedSample]:
     """Every pair of samples of the two data sets with equal key, video_id or content."""
     by: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     for name in COLUMNS:
@@ -35,12 +35,12 @@ def shared_samples(samples: Samples, others: Samples) -> list[Shared]:
             for other_row in rows[ours[row]]:
                 by[row, other_row].append(name)
     return [
-        Shared(row=row, other_row=other_row, by=tuple(names))
+        SharedSample(row=row, other_row=other_row, by=tuple(names))
         for (row, other_row), names in sorted(by.items())
     ]
 
 
-def repeated_content(samples: Samples) -> Iterator[tuple[int, int]]:
+def repeated_content(samples: SampleTable) -> Iterator[tuple[int, int]]:
     """(row, first row of equal content) where their video_ids differ: training would push apart
     what is the same."""
     _, first_rows, groups = np.unique(samples.content, return_index=True, return_inverse=True)

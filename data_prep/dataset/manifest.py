@@ -18,8 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 from fsspec.core import url_to_fs
 
-from tvr.data_prep.records import NO_WORDS, ShardCorrupt
-from tvr.data_prep.storage.storage import Store, write_whole
+from tvr.data_prep.records import PACKED_WITHOUT_WORDS, ShardCorrupt
+from tvr.data_prep.storage.storage import Storage, write_file
 
 # Raise it with every change of what is stored, and say so in the change log as a shard-format
 # break.
@@ -41,7 +41,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Samples:
+class SampleTable:
     """One row per sample in shard order; columns keep a million samples in tens of megabytes."""
 
     key: np.ndarray  # str
@@ -73,7 +73,7 @@ class Manifest:
     bad: dict[str, int]
     """Clips left out when packing, by reason; listed in bad.jsonl."""
     shards: tuple[Shard, ...]
-    samples: Samples
+    samples: SampleTable
     tagger: str | None = None
     """What found the captions' words, with its version; None = packed without words."""
     fingerprint: str = ""
@@ -98,13 +98,13 @@ class Manifest:
         """The files that hold the samples, in the order of their rows."""
         return self.shards if self.beton is None else (self.beton,)
 
-    def rows_in(self, file: int) -> list[int]:
+    def rows_of_file(self, file: int) -> list[int]:
         """The samples that lie in a file."""
         if self.beton is not None:
             return list(range(self.num_samples))
         return np.flatnonzero(self.samples.shard == file).tolist()
 
-    def file_of(self, shard: int) -> Shard:
+    def file_of_shard(self, shard: int) -> Shard:
         """The file that the byte ranges of a shard's samples are of."""
         return self.shards[shard] if self.beton is None else self.beton
 
@@ -119,13 +119,13 @@ def samples_name(generation: int) -> str:
     return "samples.npz" if not generation else f"samples-{generation}.npz"
 
 
-def joined(parts: Sequence[Samples]) -> Samples:
+def concat_samples(parts: Sequence[SampleTable]) -> SampleTable:
     """The rows of one shard after another; `shard` counts them."""
-    columns = {name: [getattr(part, name) for part in parts] for name in Samples.__slots__}
+    columns = {name: [getattr(part, name) for part in parts] for name in SampleTable.__slots__}
     columns["shard"] = [
         np.full(len(part), number, dtype=np.int32) for number, part in enumerate(parts)
     ]
-    return Samples(**{name: np.concatenate(column) for name, column in columns.items()})
+    return SampleTable(**{name: np.concatenate(column) for name, column in columns.items()})
 
 
 def join(url: str, name: str) -> str:
@@ -142,7 +142,7 @@ def read_manifest(url: str) -> Manifest:
         ValueError: written in another format version, or it holds no samples.
         ShardCorrupt: the index is damaged.
     """
-    fields = read_fields(url)
+    fields = read_manifest_json(url)
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -175,13 +175,15 @@ def read_manifest(url: str) -> Manifest:
 def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
     """Refuses, with a ValueError, a data set whose captions were packed without words."""
     if manifest.tagger is None:
-        raise ValueError(f"{needed_by} needs the words of captions, and {url} was {NO_WORDS}")
+        raise ValueError(
+            f"{needed_by} needs the words of captions, and {url} was {PACKED_WITHOUT_WORDS}"
+        )
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
     """Writes the columns, then `manifest.json`, each whole or not at all."""
     buffer = io.BytesIO()
-    columns = {name: getattr(manifest.samples, name) for name in Samples.__slots__}
+    columns = {name: getattr(manifest.samples, name) for name in SampleTable.__slots__}
     np.savez_compressed(buffer, allow_pickle=False, **columns)
     samples = samples_name(manifest.generation)
     fields = {
@@ -201,16 +203,16 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         "beton": asdict(manifest.beton) if manifest.beton else None,
     }
     fs, root = url_to_fs(url)
-    write_whole(fs, join(root, samples), buffer.getvalue())
+    write_file(fs, join(root, samples), buffer.getvalue())
     text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
-    write_whole(fs, join(root, MANIFEST_NAME), text.encode())
+    write_file(fs, join(root, MANIFEST_NAME), text.encode())
 
 
-def read_fields(url: str) -> dict:
+def read_manifest_json(url: str) -> dict:
     """`manifest.json` of whatever version, unchecked. Raises as `read_manifest`."""
     location = join(url, MANIFEST_NAME)
     try:
-        content = Store(url).read(MANIFEST_NAME)
+        content = Storage(url).read(MANIFEST_NAME)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{location} does not exist: no data set there, or packing did not finish; make one"
@@ -225,16 +227,16 @@ def read_fields(url: str) -> dict:
     return fields
 
 
-def _read_samples(url: str, name: str, sha256: str) -> Samples:
+def _read_samples(url: str, name: str, sha256: str) -> SampleTable:
     location = join(url, name)
     try:
-        content = Store(url).read(name)
+        content = Storage(url).read(name)
     except FileNotFoundError as error:
         raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ShardCorrupt(f"{location}: sha256 differs from the one in {MANIFEST_NAME}")
     with np.load(io.BytesIO(content), allow_pickle=False) as columns:
-        return Samples(**{name: columns[name] for name in Samples.__slots__})
+        return SampleTable(**{name: columns[name] for name in SampleTable.__slots__})
 
 
 def _check_agreement(manifest: Manifest, url: str) -> None:

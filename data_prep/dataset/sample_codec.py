@@ -17,7 +17,7 @@ from tvr.data_prep.dataset.jpeg_stack import split_stack
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.records import BadSample, Caption, Word, WordKind
 from tvr.data_prep.video.decode import sample_frames
-from tvr.data_prep.video.decoders import SampleFrames
+from tvr.data_prep.video.decoders import FrameSampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import decode_jpeg
 
@@ -121,7 +121,7 @@ def decode_members(
     num_frames: int,
     *,
     offsets: Sequence[float] | None = None,
-    sample: SampleFrames = sample_frames,
+    sample: FrameSampler = sample_frames,
     place: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames; JPEGs that fit into

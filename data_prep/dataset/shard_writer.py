@@ -15,7 +15,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from webdataset.writer import TarWriter
 
-from tvr.data_prep.dataset.manifest import Samples, Shard
+from tvr.data_prep.dataset.manifest import SampleTable, Shard
 
 # Two empty blocks end a tar archive.
 END_OF_TAR = bytes(1024)
@@ -58,7 +58,7 @@ class ShardWriter:
         self._write(sample.stored)
         self._rows.append(row)
 
-    def finish(self, name: str) -> tuple[Shard, Samples]:
+    def finish(self, name: str) -> tuple[Shard, SampleTable]:
         """Completes the file; its description under the name it will have, and its rows."""
         if self._file is not None:
             self._write(END_OF_TAR)
@@ -80,10 +80,10 @@ class ShardWriter:
             self._file.close()
             self._file = None
 
-    def _columns(self) -> Samples:
+    def _columns(self) -> SampleTable:
         columns = zip(*self._rows, strict=True) if self._rows else ((),) * 7
         key, video_id, offset, length, crc32, num_captions, content = columns
-        return Samples(
+        return SampleTable(
             key=np.array(key, dtype=np.str_),
             video_id=np.array(video_id, dtype=np.str_),
             shard=np.zeros(len(self._rows), dtype=np.int32),

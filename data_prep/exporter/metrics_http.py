@@ -25,18 +25,18 @@ LINGER_S = 8.0
 EVERYWHERE = ("", "0.0.0.0", "::")
 
 
-class PortTaken(ValueError):
+class PortInUse(ValueError):
     """Another process serves there now, which need not be so elsewhere or later."""
 
 
-class Endpoint:
+class MetricsEndpoint:
     """Serves `text()` over HTTP, any path, until it is closed."""
 
     def __init__(self, text: Callable[[], bytes], address: str, port: int) -> None:
         """Port 0: any that is free.
 
         Raises:
-            PortTaken: another process has it.
+            PortInUse: another process has it.
             ValueError: the address is not this machine's, or there is no such port.
         """
         self._text = text
@@ -64,7 +64,7 @@ class Endpoint:
             self._server = _Server((address, port), Handler)
         except (OSError, OverflowError) as error:
             is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            raise (PortTaken if is_taken else ValueError)(
+            raise (PortInUse if is_taken else ValueError)(
                 f"metrics cannot be served at {address or '*'}:{port} of {socket.gethostname()}"
                 f" ({error}); give another address or port, or port 0 for any that is free"
             ) from None
@@ -84,7 +84,7 @@ class Endpoint:
                 self._made_at, self._made = now, self._text()
             return self._made
 
-    def say_last(self) -> None:
+    def mark_final(self) -> None:
         """From now on what is told are the last values."""
         with self._lock:
             self._made_at = -FRESH_S
@@ -95,7 +95,7 @@ class Endpoint:
         """Ends it; if somebody ever asked, once the last values are fetched too, or LINGER_S after
         the first word that they are the last."""
         if not self._closing.is_set():
-            self.say_last()
+            self.mark_final()
         if self._asked.is_set():
             self._told_last.wait(max(0.0, self._end_by - time.monotonic()))
         self._server.shutdown()
@@ -120,7 +120,7 @@ class _Server(ThreadingHTTPServer):
         """Nothing: who asked went away."""
 
 
-def name_of_job(folder: str | Path) -> str:
+def job_label(folder: str | Path) -> str:
     """What its metrics are called, as the label `run`: PARENT/NAME of the folder, or URL, that it
     writes. The names alone meet: every demo writes a folder `run`."""
     where = str(folder)
@@ -129,7 +129,7 @@ def name_of_job(folder: str | Path) -> str:
     return "/".join(where.split("://")[-1].rstrip("/").split("/")[-2:])
 
 
-def write_target(path: Path, target: str, labels: Mapping[str, str]) -> None:
+def write_scrape_target(path: Path, target: str, labels: Mapping[str, str]) -> None:
     """A file for Prometheus's file_sd."""
     groups = [{"targets": [target], "labels": dict(labels)}]
     write_atomically(path, (json.dumps(groups) + "\n").encode())

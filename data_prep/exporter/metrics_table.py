@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
-Numbers = np.ndarray
+MetricArray = np.ndarray
 """(series of a table,) float64; NaN where there is no value."""
 
 
@@ -46,27 +46,27 @@ class Metric:
         return list(product(*self.labels.values()))
 
 
-class Table:
+class MetricTable:
     """Metrics, and the place of each of their series in a line of numbers."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.metrics = tuple(metrics)
         names = [(metric.name, *labels) for metric in metrics for labels in metric.series]
-        self.places = {name: place for place, name in enumerate(names)}
-        assert len(self.places) == len(names), "two metrics of one name"
+        self.slots = {name: place for place, name in enumerate(names)}
+        assert len(self.slots) == len(names), "two metrics of one name"
         self._counters = [
-            self.places[metric.name, *labels]
+            self.slots[metric.name, *labels]
             for metric in metrics
             if metric.kind == "counter"
             for labels in metric.series
         ]
 
-    def clear(self, numbers: Numbers) -> None:
+    def clear(self, numbers: MetricArray) -> None:
         """Counters at 0, gauges without value."""
         numbers[:] = np.nan
         numbers[self._counters] = 0
 
-    def text(self, ranks: Mapping[int, Numbers]) -> bytes:
+    def text(self, ranks: Mapping[int, MetricArray]) -> bytes:
         """The values of a node's ranks in the text format."""
         registry = CollectorRegistry()
         # Of one moment: steps go on while the text is made.
@@ -75,35 +75,35 @@ class Table:
         return generate_latest(registry)
 
 
-class Values:
+class MetricValues:
     """One rank's values, for the one who writes them."""
 
-    def __init__(self, table: Table, numbers: Numbers) -> None:
-        self._places = table.places
+    def __init__(self, table: MetricTable, numbers: MetricArray) -> None:
+        self._slots = table.slots
         self._numbers = numbers
         table.clear(numbers)
 
     def set(self, name: str, value: float | None, *labels: str) -> None:
         """None: there is no value."""
-        self._numbers[self._places[name, *labels]] = np.nan if value is None else value
+        self._numbers[self._slots[name, *labels]] = np.nan if value is None else value
 
     def add(self, name: str, value: float, *labels: str) -> None:
-        self._numbers[self._places[name, *labels]] += value
+        self._numbers[self._slots[name, *labels]] += value
 
     def count(self, name: str, total: float, *labels: str) -> None:
         """A counter that is kept elsewhere."""
-        self._numbers[self._places[name, *labels]] = total
+        self._numbers[self._slots[name, *labels]] = total
 
     def get(self, name: str, *labels: str) -> float:
-        return float(self._numbers[self._places[name, *labels]])
+        return float(self._numbers[self._slots[name, *labels]])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Collected:
     """What a registry asks for families."""
 
-    table: Table
-    ranks: Mapping[int, Numbers]
+    table: MetricTable
+    ranks: Mapping[int, MetricArray]
 
     def collect(self) -> Iterator[Family]:
         for metric in self.table.metrics:
@@ -116,7 +116,7 @@ class _Collected:
 
     def _samples(self, metric: Metric) -> Iterator[tuple[tuple[str, ...], float]]:
         for labels in metric.series:
-            place = self.table.places[metric.name, *labels]
+            place = self.table.slots[metric.name, *labels]
             found = {rank: float(numbers[place]) for rank, numbers in self.ranks.items()}
             known = {rank: value for rank, value in found.items() if not np.isnan(value)}
             if metric.per == "rank":

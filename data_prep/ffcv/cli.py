@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.ffcv.writer import write_beton
 
 
@@ -31,7 +31,7 @@ class BetonArguments:
 def pack_beton(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     prog = "tvr pack"
-    return reported(prog, lambda: _pack(tyro.cli(BetonArguments, prog=prog, args=argv)))
+    return run_command(prog, lambda: _pack(tyro.cli(BetonArguments, prog=prog, args=argv)))
 
 
 def _pack(arguments: BetonArguments) -> int:

@@ -31,7 +31,7 @@ from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import BatchCollator, PositionBatches, TrainingDataset
 from tvr.data_prep.records import Batch, ShardCorrupt
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 # The endless stream is given to FFCV in epochs of about so many samples: it wants the order of an
 # epoch as a list, and starts each with an empty queue.
@@ -169,7 +169,7 @@ def _torch_threads_kept() -> Iterator[None]:
 
 
 def _checked_path(reader: SampleReader) -> str:
-    store, beton = Store(reader.url), reader.manifest.beton
+    store, beton = Storage(reader.url), reader.manifest.beton
     assert beton is not None
     if not store.is_local:
         raise ValueError(

@@ -25,14 +25,14 @@ from tvr.data_prep.dataset.manifest import (
     MANIFEST_NAME,
     Manifest,
     Shard,
-    read_fields,
+    read_manifest_json,
     samples_name,
     write_manifest,
 )
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.ffcv.optional_import import import_ffcv
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 PARTIAL = "writing.beton.partial"
 # FFCV's pages: a power of two, none smaller than 2 MiB; a sample lies in one page.
@@ -59,7 +59,7 @@ def write_beton(
             a sample too large for a page of FFCV.
     """
     import_ffcv(f"writing a beton to {url}")
-    store = Store(url)
+    store = Storage(url)
     if not store.is_local:
         raise ValueError(f"{url}: a beton is mapped into memory, so it must be a local folder")
     folder = Path(store.path(""))
@@ -88,7 +88,7 @@ def write_beton(
             samples=replace(reader.manifest.samples, **ranges),
         )
         os.replace(partial, folder / beton.name)
-        (folder / BAD_NAME).write_bytes(Store(source).read(BAD_NAME))
+        (folder / BAD_NAME).write_bytes(Storage(source).read(BAD_NAME))
         write_manifest(url, manifest)
     finally:
         partial.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def write_beton(
 def _next_generation(url: str, folder: Path, overwrite: bool) -> int:
     if not (folder / MANIFEST_NAME).exists():
         return 0
-    fields = read_fields(url)
+    fields = read_manifest_json(url)
     if not overwrite or not fields.get("beton"):
         way = " or allow it with --overwrite" if fields.get("beton") else ""
         kind = "beton" if fields.get("beton") else "data set of shards"

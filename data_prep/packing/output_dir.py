@@ -26,13 +26,13 @@ from tvr.data_prep.dataset.manifest import (
     BAD_NAME,
     Manifest,
     join,
-    read_fields,
+    read_manifest_json,
     samples_name,
     shard_name,
     write_manifest,
 )
 from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample
-from tvr.data_prep.packing.pack_clip import Refused
+from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.packing.plan import Plan, differences
 from tvr.data_prep.packing.shard_record import (
     ShardRecord,
@@ -42,7 +42,7 @@ from tvr.data_prep.packing.shard_record import (
     record_name,
 )
 from tvr.data_prep.records import ShardCorrupt
-from tvr.data_prep.storage.storage import PARTIAL, partial_name, write_whole
+from tvr.data_prep.storage.storage import PARTIAL, partial_name, write_file
 
 WORK = ".packing"
 PLAN_NAME = "plan.json"
@@ -50,7 +50,7 @@ PLAN_NAME = "plan.json"
 OURS = re.compile(rf"shard-(\d+-)?\d{{6,}}\.tar|samples(-\d+)?\.npz|.*{re.escape(PARTIAL)}")
 
 
-class PackingFolder:
+class OutputDir:
     """One packing in the folder at a URL."""
 
     def __init__(self, url: str, plan: Plan) -> None:
@@ -97,7 +97,7 @@ class PackingFolder:
             "generation": self.generation,
             "plan": self._plan.record,
         }
-        write_whole(self._fs, join(self._work, PLAN_NAME), json.dumps(record, indent=1).encode())
+        write_file(self._fs, join(self._work, PLAN_NAME), json.dumps(record, indent=1).encode())
         return False
 
     def records(self) -> dict[int, ShardRecord]:
@@ -123,7 +123,7 @@ class PackingFolder:
                     self._records[number] = record
         return dict(self._records)
 
-    def write_shard(self, number: int, outcomes: Iterable[TarSample | Refused]) -> bool:
+    def write_shard(self, number: int, outcomes: Iterable[TarSample | RefusedClip]) -> bool:
         """Makes a shard and gives it its name; False where the data set was completed meanwhile.
 
         Raises as `claim` where another packing was begun here.
@@ -135,7 +135,7 @@ class PackingFolder:
         num_empty_captions = 0
         try:
             for outcome in outcomes:
-                if isinstance(outcome, Refused):
+                if isinstance(outcome, RefusedClip):
                     bad.append(outcome)
                 else:
                     num_empty_captions += outcome.num_empty_captions
@@ -153,7 +153,7 @@ class PackingFolder:
             shard=shard, samples=samples, num_empty_captions=num_empty_captions, bad=tuple(bad)
         )
         content = record_bytes(record, self._packing)
-        write_whole(self._fs, join(self._work, record_name(number)), content)
+        write_file(self._fs, join(self._work, record_name(number)), content)
         self._records[number] = record
         # Those of packers that were killed, or that will find the record.
         for other in self._names(self._work):
@@ -161,7 +161,7 @@ class PackingFolder:
                 self._remove(join(self._work, other))
         return True
 
-    def publish(self, manifest: Manifest, bad: Sequence[Refused]) -> None:
+    def publish(self, manifest: Manifest, bad: Sequence[RefusedClip]) -> None:
         """Writes the index, `manifest.json` last, then removes all that it does not name.
 
         Raises FileNotFoundError where others did it long ago.
@@ -169,7 +169,7 @@ class PackingFolder:
         if not self.goes_on():
             raise FileNotFoundError(f"{self.url}: {WORK} is gone")
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in bad)
-        write_whole(self._fs, join(self._root, BAD_NAME), lines.encode())
+        write_file(self._fs, join(self._root, BAD_NAME), lines.encode())
         write_manifest(self.url, manifest)
         named = {shard.name for shard in manifest.shards} | {samples_name(manifest.generation)}
         for name in self._names(self._root):
@@ -220,7 +220,7 @@ class PackingFolder:
 
     def _published(self) -> dict[str, Any] | None:
         try:
-            return read_fields(self.url)
+            return read_manifest_json(self.url)
         except FileNotFoundError:
             return None
         except ShardCorrupt:  # there is one, whatever it says

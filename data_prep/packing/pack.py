@@ -9,10 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from tvr.data_prep.budget import Budget
-from tvr.data_prep.dataset.manifest import Layout, Manifest, joined, read_manifest
-from tvr.data_prep.packing.output_dir import PackingFolder
-from tvr.data_prep.packing.pack_clip import Refused
+from tvr.data_prep.budget import BadSampleBudget
+from tvr.data_prep.dataset.manifest import Layout, Manifest, concat_samples, read_manifest
+from tvr.data_prep.packing.output_dir import OutputDir
+from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.packing.plan import PackSettings, Plan, make_plan
 from tvr.data_prep.packing.shard_record import ShardRecord
 from tvr.data_prep.packing.words import WordTagger, tagger_name
@@ -83,10 +83,10 @@ def pack_shards(
         keyframe_interval=keyframe_interval,
         words=words,
     )
-    budget = Budget(max_bad, f"while packing {url}")
+    budget = BadSampleBudget(max_bad, f"while packing {url}")
     plan = make_plan(clips, settings)
     _check(plan, url, processes, task, num_tasks)
-    folder = PackingFolder(url, plan)
+    folder = OutputDir(url, plan)
     if folder.claim(overwrite=overwrite):
         return read_manifest(url)
     run = _Run(plan, folder, budget, on_progress)
@@ -124,8 +124,8 @@ class _Run:
     def __init__(
         self,
         plan: Plan,
-        folder: PackingFolder,
-        budget: Budget,
+        folder: OutputDir,
+        budget: BadSampleBudget,
         on_progress: Callable[[PackProgress], object],
     ) -> None:
         self._plan = plan
@@ -170,12 +170,12 @@ class _Run:
         self._folder.publish(manifest, bad)
         return manifest
 
-    def _manifest(self, records: list[ShardRecord], bad: list[Refused]) -> Manifest:
+    def _manifest(self, records: list[ShardRecord], bad: list[RefusedClip]) -> Manifest:
         refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
         if not records:
             raise ValueError(f"no usable clip to pack to {self._folder.url}; refused: {refused}")
         settings = self._plan.settings
-        samples = joined([record.samples for record in records])
+        samples = concat_samples([record.samples for record in records])
         return Manifest(
             layout=settings.layout,
             num_frames=settings.num_frames if settings.layout == "frames" else 0,
@@ -200,15 +200,15 @@ class _Run:
         for number in sorted(records.keys() - self._counted):
             self._counted.add(number)
             for entry in records[number].bad:
-                self._budget.spend(entry.key, entry.reason, entry.detail)
+                self._budget.record_bad(entry.key, entry.reason, entry.detail)
 
     def _told(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
         """The outcomes, counted."""
         for outcome in outcomes:
             self._num_done += 1
-            if isinstance(outcome, Refused):
+            if isinstance(outcome, RefusedClip):
                 self._refused[outcome.reason] += 1
-                self._budget.spend(outcome.key, outcome.reason, outcome.detail)
+                self._budget.record_bad(outcome.key, outcome.reason, outcome.detail)
             else:
                 self._num_bytes += len(outcome.stored)
             self._tell()

@@ -10,25 +10,25 @@ from tvr.data_prep.dataset.shard_writer import TarSample, content_hash, tar_byte
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger, clean_captions
 from tvr.data_prep.records import BadSample, Caption, Clip
-from tvr.data_prep.storage.storage import PERMANENT, Store
+from tvr.data_prep.storage.storage import PERMANENT, Storage
 from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, sample_frames
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class RefusedClip:
     """A clip that is left out; one line of bad.jsonl."""
 
     key: str
     reason: str
-    """One of REASONS."""
+    """One of BAD_SAMPLE_REASONS."""
     detail: str
 
 
 def pack_clip(
     clip: Clip, settings: PackSettings, tagger: WordTagger | None = None
-) -> TarSample | Refused:
+) -> TarSample | RefusedClip:
     """Reads, checks and converts one clip; the same clip gives the same bytes."""
     captions = _captions(clip, tagger)
     try:
@@ -56,10 +56,10 @@ def _captions(clip: Clip, tagger: WordTagger | None) -> tuple[Caption, ...]:
     return tuple(Caption(text=text) for text in texts)
 
 
-def refused(clip: Clip, reason: str, detail: str) -> Refused:
+def refused(clip: Clip, reason: str, detail: str) -> RefusedClip:
     """A clip that is left out, with where it came from."""
     source = f"{clip.video} of {clip.origin}" if clip.origin else clip.video
-    return Refused(key=clip.key, reason=reason, detail=f"{detail} [{source}]")
+    return RefusedClip(key=clip.key, reason=reason, detail=f"{detail} [{source}]")
 
 
 def _members(
@@ -116,7 +116,7 @@ def _meta(
 
 def _read_source(clip: Clip) -> bytes:
     try:
-        return Store(clip.video).read_root()
+        return Storage(clip.video).read_root()
     except OSError as error:
         gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, PERMANENT)
         reason = "missing_file" if gone else "read_error"

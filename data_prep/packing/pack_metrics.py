@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tvr.data_prep.exporter.metrics_http import Endpoint
-from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
-from tvr.data_prep.records import REASONS
+from tvr.data_prep.exporter.metrics_http import MetricsEndpoint
+from tvr.data_prep.exporter.metrics_table import Metric, MetricTable, MetricValues
+from tvr.data_prep.records import BAD_SAMPLE_REASONS
 
 if TYPE_CHECKING:
     # Packing imports webdataset, which imports torch; `tvr metrics` needs the table alone.
@@ -48,7 +48,7 @@ PACK_METRICS = (
         kind="counter",
         unit="",
         meaning="Clips refused by this process.",
-        labels={"reason": REASONS},
+        labels={"reason": BAD_SAMPLE_REASONS},
     ),
     Metric(
         name="tvr_pack_last_clip_timestamp_seconds",
@@ -57,11 +57,11 @@ PACK_METRICS = (
         meaning="When the last clip was done, in Unix time.",
     ),
 )
-PACKING = Table(PACK_METRICS)
+PACKING = MetricTable(PACK_METRICS)
 
 
 @contextmanager
-def served_progress(show: OnProgress, port: int | None) -> Iterator[OnProgress]:
+def serve_metrics(show: OnProgress, port: int | None) -> Iterator[OnProgress]:
     """`show`, and while the block runs the same numbers at a port of this machine; none: only
     `show`.
 
@@ -71,17 +71,17 @@ def served_progress(show: OnProgress, port: int | None) -> Iterator[OnProgress]:
     if port is None:
         yield show
         return
-    numbers = np.empty(len(PACKING.places))
-    endpoint = Endpoint(lambda: PACKING.text({0: numbers}), "0.0.0.0", port)
+    numbers = np.empty(len(PACKING.slots))
+    endpoint = MetricsEndpoint(lambda: PACKING.text({0: numbers}), "0.0.0.0", port)
     print(f"metrics: http://{endpoint.target}/metrics", flush=True)
     try:
-        yield _Told(Values(PACKING, numbers), show)
+        yield _Told(MetricValues(PACKING, numbers), show)
     finally:
         endpoint.close()
 
 
 class _Told:
-    def __init__(self, values: Values, show: OnProgress) -> None:
+    def __init__(self, values: MetricValues, show: OnProgress) -> None:
         self._values = values
         self._show = show
         self._before: PackProgress | None = None

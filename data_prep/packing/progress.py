@@ -21,7 +21,7 @@ OnProgress = Callable[[PackProgress], None]
 
 
 @contextmanager
-def shown_progress(
+def show_progress(
     what: str, *, line_every_s: float = LINE_EVERY_S, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[OnProgress]:
     """A function to call with each progress."""

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tvr.data_prep.dataset.manifest import Samples, Shard
-from tvr.data_prep.packing.pack_clip import Refused
+from tvr.data_prep.dataset.manifest import SampleTable, Shard
+from tvr.data_prep.packing.pack_clip import RefusedClip
 
 DTYPES = {
     "key": np.str_,
@@ -30,10 +30,10 @@ class ShardRecord:
     """A complete shard; without samples, since all its clips are bad, it has no file."""
 
     shard: Shard
-    samples: Samples
+    samples: SampleTable
     """Its rows, as if it were the only shard."""
     num_empty_captions: int
-    bad: tuple[Refused, ...]
+    bad: tuple[RefusedClip, ...]
     """In clip order."""
 
 
@@ -70,9 +70,9 @@ def read_record(content: bytes, packing: str) -> ShardRecord | None:
         }
         return ShardRecord(
             shard=Shard(**fields["shard"]),
-            samples=Samples(**columns),
+            samples=SampleTable(**columns),
             num_empty_captions=fields["num_empty_captions"],
-            bad=tuple(Refused(**entry) for entry in fields["bad"]),
+            bad=tuple(RefusedClip(**entry) for entry in fields["bad"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         log.warning("a shard's record is damaged, the shard is packed again: %r", error)

@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
 from tvr.data_prep.dataset.shard_writer import TarSample
-from tvr.data_prep.packing.pack_clip import Refused, pack_clip, refused
+from tvr.data_prep.packing.pack_clip import RefusedClip, pack_clip, refused
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger
 from tvr.data_prep.records import Clip
@@ -32,7 +32,7 @@ AHEAD = 4
 # memory, or a user's.
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
-Outcome = TarSample | Refused
+Outcome = TarSample | RefusedClip
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tvr.data_prep.budget import Budget
+from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.ffcv.optional_import import import_ffcv
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
@@ -115,7 +115,7 @@ def train_batches(
         from tvr.data_prep.ffcv.loader import beton_batches
 
         batches = beton_batches(reader, order, rows, runs, join, workers)
-    budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row, known=known_bad)
+    budget = BadSampleBudget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row, known=known_bad)
     return _within_budget(batches, budget, micro_batch)
 
 
@@ -153,7 +153,7 @@ def evaluation_batches(
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
     runs = PositionBatches(first, micro_batch, micro_batch, end)
     loader = _loader(EvaluationDataset(reader, end), runs, BatchCollator(reader, tokenize), workers)
-    budget = Budget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
+    budget = BadSampleBudget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
     return _without_empty(_within_budget(loader, budget, 0), budget)
 
 
@@ -222,15 +222,17 @@ def _exit_on_sigterm_of_parent(worker: int) -> None:
     threading.Thread(target=leave, name="leave", daemon=True).start()
 
 
-def _within_budget(batches: Iterable[Batch], budget: Budget, min_rows: int) -> Iterator[Batch]:
+def _within_budget(
+    batches: Iterable[Batch], budget: BadSampleBudget, min_rows: int
+) -> Iterator[Batch]:
     for batch in batches:
         _spend(budget, batch)
         if len(batch.keys) < min_rows:
-            raise budget.exhausted()
+            raise budget.exhausted_error()
         yield batch
 
 
-def _spend(budget: Budget, batch: Batch) -> None:
+def _spend(budget: BadSampleBudget, batch: Batch) -> None:
     """Counts in the order of positions. A substitute ends no row of failures: it comes from
     anywhere in the data set, and says nothing about the place that is being read."""
     bad: dict[int, list[Replacement]] = {}
@@ -238,12 +240,12 @@ def _spend(budget: Budget, batch: Batch) -> None:
         bad.setdefault(entry.position, []).append(entry)
     for position in sorted({*batch.positions.tolist(), *bad}):
         for entry in bad.get(position, ()):
-            budget.spend(entry.key, entry.reason, entry.detail)
+            budget.record_bad(entry.key, entry.reason, entry.detail)
         if position not in bad:
-            budget.good()
+            budget.record_good()
 
 
-def _without_empty(batches: Iterator[Batch], budget: Budget) -> Iterator[Batch]:
+def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:
     """Drops batches of 0 rows; what they report goes to the batch before or, at the start, after
     them."""
     held: Batch | None = None
@@ -260,7 +262,7 @@ def _without_empty(batches: Iterator[Batch], budget: Budget) -> Iterator[Batch]:
     if held is not None:
         yield held
     elif orphans:
-        raise budget.exhausted()  # not one good sample, and no batch to report it in
+        raise budget.exhausted_error()  # not one good sample, and no batch to report it in
 
 
 def _check_augmentation(augmentation: Augmentation, reader: SampleReader, cache_bytes: int) -> None:

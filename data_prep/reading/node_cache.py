@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tvr.data_prep.dataset.manifest import Shard
 from tvr.data_prep.reading.order import WINDOW_SHARDS
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 # One request; a shard that breaks off is asked again from there.
 CHUNK_BYTES = 1 << 25
@@ -41,7 +41,7 @@ class CacheFolder:
 class ShardCache:
     """The shards of one data set in a folder that any number of processes share."""
 
-    def __init__(self, folder: CacheFolder, store: Store, shards: Sequence[Shard]) -> None:
+    def __init__(self, folder: CacheFolder, store: Storage, shards: Sequence[Shard]) -> None:
         """Raises ValueError where the folder cannot hold the shards that are read in turns."""
         largest = sorted(shard.shard_bytes for shard in shards)[-WINDOW_SHARDS:]
         self.window_bytes = sum(largest)
@@ -61,7 +61,7 @@ class ShardCache:
     def read(self, shard: int, offset: int, length: int) -> bytes | None:
         """A range of a shard, which is fetched first if need be; None where it cannot be kept here.
 
-        Raises as `Store.read_range`.
+        Raises as `Storage.read_range`.
         """
         for _ in range(2):
             try:
@@ -97,7 +97,7 @@ class ShardCache:
         """Whether the shard is here now. It is not where its checksum is wrong at the store, where
         there is no room, or where another process fetches it and `wait` is false.
 
-        Raises as `Store.read_range`.
+        Raises as `Storage.read_range`.
         """
         if self.has(shard):
             return True

@@ -94,7 +94,7 @@ class SampleReader:
         return tuple(range(here + 1, min(here + PREFETCHED_SHARDS, last) + 1))
 
     def take_reads(self) -> dict[str, int]:
-        """How many samples were read since the last call, by SOURCES."""
+        """How many samples were read since the last call, by READ_SOURCES."""
         reads = dict(self._files.reads)
         self._files.reads.clear()
         return reads

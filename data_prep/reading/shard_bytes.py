@@ -11,7 +11,7 @@ from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
 from tvr.data_prep.reading.prefetch import ShardPrefetcher
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 MAX_OPEN_SHARDS = 64
 
@@ -22,10 +22,10 @@ class ShardReader:
 
     def __init__(self, url: str, manifest: Manifest, folder: CacheFolder | None) -> None:
         self.reads: Counter[str] = Counter()
-        """By SOURCES."""
+        """By READ_SOURCES."""
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self.ahead: ShardPrefetcher | None = None
-        self._store = Store(url)
+        self._store = Storage(url)
         self._manifest = manifest
         self._cache: ShardCache | None = None
         if folder is not None and not self._store.is_local and manifest.beton is None:
@@ -37,7 +37,7 @@ class ShardReader:
     def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
         """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,
         since the store may have better bytes."""
-        name = self._manifest.file_of(shard).name
+        name = self._manifest.file_of_shard(shard).name
         try:
             if self._store.is_local:
                 self.reads["local"] += 1

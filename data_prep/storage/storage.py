@@ -36,7 +36,7 @@ PARTIAL = ".partial"
 log = logging.getLogger(__name__)
 
 
-class Store:
+class Storage:
     """The files under one URL, a folder or any fsspec file system; serves on after a fork."""
 
     def __init__(self, url: str) -> None:
@@ -127,7 +127,7 @@ def partial_name(path: str) -> str:
     return f"{path}.{uuid.uuid4().hex}{PARTIAL}"
 
 
-def write_whole(fs: Any, path: str, content: bytes) -> None:
+def write_file(fs: Any, path: str, content: bytes) -> None:
     """Writes a file of an fsspec file system beside its place, then renames it."""
     partial = partial_name(path)
     try:

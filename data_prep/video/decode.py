@@ -14,8 +14,8 @@ from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_index import (
+    FrameIndex,
     Source,
-    Timeline,
     decoded_frames,
     decoded_timeline,
     opened,
@@ -60,7 +60,7 @@ def sample_frames(
     """
     check_span(span)
 
-    def sample(timeline: Timeline) -> tuple[np.ndarray, tuple[float, ...]]:
+    def sample(timeline: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose(timeline, num_frames, span, offsets, key)
         scaler = VideoReformatter()  # a new one for each frame takes four times as long
         frames = {
@@ -75,7 +75,7 @@ def sample_frames(
 
 
 def choose(
-    timeline: Timeline,
+    timeline: FrameIndex,
     num_frames: int,
     span: Span | None,
     offsets: Sequence[float] | None,

@@ -13,7 +13,7 @@ from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImp
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decode import choose
-from tvr.data_prep.video.frame_index import Source, Timeline, packet_timeline
+from tvr.data_prep.video.frame_index import FrameIndex, Source, packet_timeline
 from tvr.data_prep.video.frame_sampling import Span, check_span
 
 
@@ -39,7 +39,7 @@ def sample_frames(
     return frames[np.searchsorted(wanted, chosen)], times_s
 
 
-def _decode(source: Source, timeline: Timeline, wanted: list[int], key: str) -> np.ndarray:
+def _decode(source: Source, timeline: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
     if timeline.pts is None:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and there are none")
     try:

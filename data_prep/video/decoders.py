@@ -16,7 +16,7 @@ from tvr.data_prep.video.frame_sampling import Span
 Decoder = Literal["pyav", "torchcodec"]
 
 
-class SampleFrames(Protocol):
+class FrameSampler(Protocol):
     """`decode.sample_frames`, or what equals it."""
 
     def __call__(
@@ -30,7 +30,7 @@ class SampleFrames(Protocol):
     ) -> tuple[np.ndarray, tuple[float, ...]]: ...
 
 
-def decoder_line(decoder: Decoder) -> str:
+def describe_decoder(decoder: Decoder) -> str:
     """What decodes, or why it cannot."""
     try:
         frame_sampler(decoder)
@@ -43,7 +43,7 @@ def decoder_line(decoder: Decoder) -> str:
     return f"videos: decoded by torchcodec {version('torchcodec')}, FFmpeg {ffmpeg_major_version}"
 
 
-def frame_sampler(decoder: Decoder) -> SampleFrames:
+def frame_sampler(decoder: Decoder) -> FrameSampler:
     """Raises ValueError where torchcodec is asked for and does not load."""
     if decoder == "pyav":
         return decode.sample_frames

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
+class FrameIndex:
     """The frames that a video shows, in the order it shows them."""
 
     pts: tuple[int, ...] | None
@@ -64,7 +64,7 @@ class Timeline:
         return found
 
 
-class TimelineDiffers(Exception):
+class FrameIndexMismatch(Exception):
     """The decoder's frames are not those of the timeline."""
 
 
@@ -90,8 +90,8 @@ def opened(source: Source, key: str) -> Iterator[tuple[InputContainer, VideoStre
         raise BadSample(key, reason, f"{error.strerror} ({type(error).__name__})") from error
 
 
-def with_timeline(source: Source, key: str, act: Callable[[Timeline], Result]) -> Result:
-    """Calls `act` with the timeline of the packets and, if that raises TimelineDiffers, with that
+def with_timeline(source: Source, key: str, act: Callable[[FrameIndex], Result]) -> Result:
+    """Calls `act` with the index of the packets and, if that raises FrameIndexMismatch, with that
     of the decoder.
 
     Field-coded pictures may have two packets a frame, and leading ones may be undecodable: what the
@@ -99,15 +99,15 @@ def with_timeline(source: Source, key: str, act: Callable[[Timeline], Result]) -
     """
     try:
         return act(packet_timeline(source, key))
-    except TimelineDiffers:
+    except FrameIndexMismatch:
         pass
     try:
         return act(decoded_timeline(source, key))
-    except TimelineDiffers as error:
+    except FrameIndexMismatch as error:
         raise BadSample(key, "unreadable", f"each decoding gives other frames: {error}") from error
 
 
-def packet_timeline(source: Source, key: str) -> Timeline:
+def packet_timeline(source: Source, key: str) -> FrameIndex:
     """Reads the container's packets without decoding them. Raises BadSample for a file that lacks
     some."""
     shown = []
@@ -137,7 +137,7 @@ def packet_timeline(source: Source, key: str) -> Timeline:
         return _timeline(stream, [pts for pts, _ in shown], keyframes)
 
 
-def decoded_timeline(source: Source, key: str) -> Timeline:
+def decoded_timeline(source: Source, key: str) -> FrameIndex:
     """Decodes all frames. Raises BadSample for a damaged one."""
     with opened(source, key) as (container, stream):
         stamps = [frame.pts for frame in _sound(container.decode(stream), key)]
@@ -147,7 +147,7 @@ def decoded_timeline(source: Source, key: str) -> Timeline:
 
 
 def decoded_frames(
-    source: Source, timeline: Timeline, wanted: Iterable[int], key: str
+    source: Source, timeline: FrameIndex, wanted: Iterable[int], key: str
 ) -> Iterator[tuple[int, VideoFrame]]:
     """The wanted frames, ascending, each with its index.
 
@@ -155,7 +155,7 @@ def decoded_frames(
     held against the timeline: a seek alone gives wrong pictures around B-frames.
 
     Raises:
-        TimelineDiffers: the decoder's frames are other ones.
+        FrameIndexMismatch: the decoder's frames are other ones.
         BadSample: a frame is damaged.
     """
     with opened(source, key) as (container, stream):
@@ -172,23 +172,23 @@ def decoded_frames(
                 if frame.is_corrupt and not sought:
                     raise _damaged(decoded, key)
                 if frame.is_corrupt or not _fits(timeline, decoded, frame):
-                    raise TimelineDiffers(f"frame {decoded} is another one")
+                    raise FrameIndexMismatch(f"frame {decoded} is another one")
             if frame is None or decoded < index:
-                raise TimelineDiffers(f"frame {index} is missing")
+                raise FrameIndexMismatch(f"frame {index} is missing")
             yield index, frame
         if timeline.pts is None:  # their number is all there is to compare
             count = decoded + 1 + sum(1 for _ in _sound(frames, key))
             if count != timeline.num_frames:
-                raise TimelineDiffers(f"{count} frames instead of {timeline.num_frames}")
+                raise FrameIndexMismatch(f"{count} frames instead of {timeline.num_frames}")
 
 
-def _keyframe_before(timeline: Timeline, index: int) -> int:
+def _keyframe_before(timeline: FrameIndex, index: int) -> int:
     place = bisect_right(timeline.keyframes, index)
     return timeline.keyframes[place - 1] if place else 0
 
 
 def _frames_from(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, start: int
+    container: InputContainer, stream: VideoStream, timeline: FrameIndex, start: int
 ) -> Iterator[VideoFrame]:
     assert timeline.pts is not None, "keyframes are told by their time stamps"
     pts = timeline.pts[start]
@@ -199,7 +199,7 @@ def _frames_from(
     )
 
 
-def _fits(timeline: Timeline, index: int, frame: VideoFrame) -> bool:
+def _fits(timeline: FrameIndex, index: int, frame: VideoFrame) -> bool:
     if index >= timeline.num_frames:
         return False
     return timeline.pts is None or frame.pts == timeline.pts[index]
@@ -219,7 +219,7 @@ def _damaged(index: int, key: str) -> BadSample:
 
 def _timeline(
     stream: VideoStream, stamps: Sequence[int | None], keyframes: Sequence[int]
-) -> Timeline:
+) -> FrameIndex:
     """`stamps` in the order of showing, or of the file where they are not to be relied on."""
     pts = tuple(stamp for stamp in stamps if stamp is not None)
     # AVI has none; what libav makes up for its frames does not even ascend.
@@ -229,7 +229,7 @@ def _timeline(
         and all(first < second for first, second in pairwise(pts))
     )
     rate_hz = Fraction(stream.average_rate or stream.guessed_rate or 25)
-    return Timeline(
+    return FrameIndex(
         pts=pts if is_usable else None,
         num_frames=len(stamps),
         keyframes=tuple(keyframes) if is_usable else (),

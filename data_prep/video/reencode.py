@@ -13,7 +13,7 @@ from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decode import upright
-from tvr.data_prep.video.frame_index import Source, Timeline, decoded_frames, with_timeline
+from tvr.data_prep.video.frame_index import FrameIndex, Source, decoded_frames, with_timeline
 from tvr.data_prep.video.frame_sampling import Span, check_span
 from tvr.data_prep.video.images import short_side_size
 
@@ -34,7 +34,7 @@ def reencode_video(
     """
     check_span(span)
 
-    def encode(timeline: Timeline) -> bytes:
+    def encode(timeline: FrameIndex) -> bytes:
         wanted = timeline.within(span, key)
         frames = decoded_frames(source, timeline, wanted, key)
         buffer = io.BytesIO()
@@ -58,7 +58,7 @@ def reencode_video(
 
 
 def _add_encoder(
-    output: OutputContainer, timeline: Timeline, keyframe_interval: int
+    output: OutputContainer, timeline: FrameIndex, keyframe_interval: int
 ) -> VideoStream:
     encoder = output.add_stream("libx264", rate=timeline.rate_hz)
     encoder.pix_fmt = "yuv420p"

@@ -99,7 +99,7 @@ def write_clips(folder: Path, num_clips: int, *, num_frames: int = 4) -> list[Cl
     return clips
 
 
-def packed(folder: Path, num_clips: int, **settings: Any) -> str:
+def make_dataset(folder: Path, num_clips: int, **settings: Any) -> str:
     """Packs `write_clips` into folder/data with 5 samples a shard; returns the URL."""
     (folder / "videos").mkdir(parents=True)
     url = str(folder / "data")
@@ -108,7 +108,7 @@ def packed(folder: Path, num_clips: int, **settings: Any) -> str:
     return url
 
 
-def plain(*texts: str) -> list[Caption]:
+def plain_captions(*texts: str) -> list[Caption]:
     """Captions without words."""
     return [Caption(text=text) for text in texts]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fsspec.implementations.http import HTTPFileSystem
 
 
-class HttpStore:
+class HttpStorage:
     """What the server was asked, and which requests it fails: `fails` gets their number from 1."""
 
     def __init__(self, folder: Path) -> None:
@@ -20,22 +20,22 @@ class HttpStore:
         self.url = ""
         self.fails: Callable[[int], bool] = lambda number: False
         self.status = 503
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self._lock = threading.Lock()
 
     def fail_every_third_of_a_file(self) -> None:
         """Readers at a time, one a file, cannot take all the failures from each other."""
 
         def fails(number: int) -> bool:
-            name = self.asked[number - 1]
-            return self.asked[:number].count(name) % 3 == 0
+            name = self.requests[number - 1]
+            return self.requests[:number].count(name) % 3 == 0
 
         self.fails = fails
 
     def answer(self, name: str, byte_range: str | None) -> tuple[int, bytes]:
         with self._lock:
-            self.asked.append(name)
-            number = len(self.asked)
+            self.requests.append(name)
+            number = len(self.requests)
         if self.fails(number):
             return self.status, b""
         file = self.folder / name
@@ -51,9 +51,9 @@ class HttpStore:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[HttpStore]:
+def serve_folder(folder: Path) -> Iterator[HttpStorage]:
     """Serves a folder for the duration of the context."""
-    store = HttpStore(folder)
+    store = HttpStorage(folder)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

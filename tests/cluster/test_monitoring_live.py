@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import pytest
 from builders import jobs
-from builders.http_store import HttpStore, served
+from builders.http_store import HttpStorage, serve_folder
 from builders.monitoring import (
     Asked,
     name_of,
@@ -267,7 +267,7 @@ def ending_by_a_loss(data: Path, run_dir: Path) -> Iterator[Callable[[], None]]:
     of a run that is over before the first scrape nobody hears."""
     at_once = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
     come = threading.Event()
-    with served(data) as store:
+    with serve_folder(data) as store:
         hold_back(store, lambda: come.wait(240))
         config = tiny_config(
             data,
@@ -286,7 +286,7 @@ def ending_by_a_loss(data: Path, run_dir: Path) -> Iterator[Callable[[], None]]:
 def packing(data: Path, folder: Path) -> Iterator[Callable[[], None]]:
     """`tvr pack` from a store that is slow until what is yielded is called."""
     hurry = threading.Event()
-    with served(data / "clips" / "train") as store:
+    with serve_folder(data / "clips" / "train") as store:
         hold_back(store, lambda: hurry.wait(5.0))
         line = [sys.executable, "-m", "tvr.launchers.cli", "pack", "--layout", "frames"]
         line += ["--annotations", f"{store.url}/{ANNOTATIONS}", "--out", str(folder / "packed")]
@@ -304,11 +304,11 @@ def packing(data: Path, folder: Path) -> Iterator[Callable[[], None]]:
             process.communicate()
 
 
-def hold_back(store: HttpStore, wait: Callable[[], object]) -> None:
+def hold_back(store: HttpStorage, wait: Callable[[], object]) -> None:
     """Waits before each answer that holds samples or a clip."""
 
     def fails(number: int) -> bool:
-        if store.asked[number - 1].endswith((".tar", ".mp4")):
+        if store.requests[number - 1].endswith((".tar", ".mp4")):
             wait()
         return False
 

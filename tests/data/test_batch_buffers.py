@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.clip_files import packed, tokenize
+from builders.clip_files import make_dataset, tokenize
 
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.reading.batch_buffers import SLOTS_PER_WORKER
@@ -24,7 +24,7 @@ SIZE, BATCH = 16, 3
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return packed(tmp_path_factory.mktemp("frames"), 11, short_side=SIZE)
+    return make_dataset(tmp_path_factory.mktemp("frames"), 11, short_side=SIZE)
 
 
 def batches(url: str, workers: int, **changes: Any) -> Iterator[Batch]:
@@ -80,7 +80,7 @@ def test_a_stream_that_is_left_alone_frees_nothing_too_early(url: str) -> None:
 
 
 def test_samples_of_another_size_and_bad_ones_come_the_usual_way(url: str, tmp_path: Path) -> None:
-    folder = Path(packed(tmp_path / "damaged", 11, short_side=SIZE))
+    folder = Path(make_dataset(tmp_path / "damaged", 11, short_side=SIZE))
     samples = read_manifest(str(folder)).samples
     for row in (2, 7):
         shard = folder / read_manifest(str(folder)).shards[int(samples.shard[row])].name

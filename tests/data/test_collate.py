@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.clip_files import plain, tokenize
+from builders.clip_files import plain_captions, tokenize
 
 from tvr.data_prep.reading.collate import collate
 from tvr.data_prep.records import BadSample, Caption, Replacement, Sample
@@ -30,7 +30,13 @@ def test_padding_masks_and_rows() -> None:
     samples = [sample("a", 3), sample("b", 1)]
     replaced = Replacement(position=9, key="x", reason="checksum", detail="d")
     batch = collate(
-        samples, [plain("one two"), plain("x", "y z")], [9, 4], tokenize, 3, 4, replaced=[replaced]
+        samples,
+        [plain_captions("one two"), plain_captions("x", "y z")],
+        [9, 4],
+        tokenize,
+        3,
+        4,
+        replaced=[replaced],
     )
     assert batch.frame_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.frames.shape == (2, 3, 3, 4, 4)
@@ -53,7 +59,7 @@ def test_channels_come_before_rows_and_columns() -> None:
         frames=frames,
         frame_times_s=(0.0, 1.0),
     )
-    batch = collate([record], [plain("a")], [0], tokenize, 2, 4)
+    batch = collate([record], [plain_captions("a")], [0], tokenize, 2, 4)
     assert batch.frames[0, 1, 2, 3, 0] == frames[1, 3, 0, 2]
 
 
@@ -85,7 +91,7 @@ def test_what_would_be_an_empty_mask_is_refused(
     record: Sample, captions: list[str], tokenizer: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        collate([record], [plain(*captions)], [0], tokenizer, 3, 4)
+        collate([record], [plain_captions(*captions)], [0], tokenizer, 3, 4)
 
 
 def test_bad_sample_survives_pickling_and_bounds_its_reasons() -> None:
@@ -106,7 +112,7 @@ def test_frames_in_their_room_are_not_copied() -> None:
         return Sample(key=key, video_id=key, captions=said, frames=frames, frame_times_s=times)
 
     samples = [placed("a", 0, 3), placed("b", 1, 2)]
-    arguments = ([plain("a")] * 2, [0, 1], tokenize, 3, 4)
+    arguments = ([plain_captions("a")] * 2, [0, 1], tokenize, 3, 4)
     batch = collate(samples, *arguments, room=room)
     assert batch.frames.data_ptr() == room.data_ptr()
     copied = collate(samples, *arguments)

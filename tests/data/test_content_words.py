@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.clip_files import plain
+from builders.clip_files import plain_captions
 from builders.tiny import make_tiny_data, tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -117,7 +117,7 @@ def test_the_mask_is_of_ones_unless_asked_and_needs_words(tokenizer: Tokenizer) 
     assert torch.equal(asked[1].clamp(max=1), plainly[1])
     assert (int(asked[1].max()), int(plainly[1].max())) == (2, 1)
     with pytest.raises(ValueError, match="caption 'red': packed without words"):
-        tokenizer(plain("red"))
+        tokenizer(plain_captions("red"))
 
 
 @pytest.fixture(scope="module")

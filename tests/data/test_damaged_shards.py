@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import webdataset
 from builders.clip_files import numbered_video, sound_only, tokenize
-from builders.http_store import HttpStore, served
+from builders.http_store import HttpStorage, serve_folder
 from fsspec.core import url_to_fs
 
 from tvr.data_prep.dataset.manifest import (
     Manifest,
-    joined,
+    concat_samples,
     read_manifest,
     shard_name,
     write_manifest,
@@ -64,7 +64,7 @@ def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard
         num_empty_captions=0,
         bad={},
         shards=tuple(shards),
-        samples=joined(parts),
+        samples=concat_samples(parts),
     )
     write_manifest(url, manifest)
     return url
@@ -134,11 +134,11 @@ def faulty(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[st
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStore]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
     """A data set behind HTTP whose every third request is answered by 503."""
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     write_data(tmp_path / "data", {})
-    with served(tmp_path) as store:
+    with serve_folder(tmp_path) as store:
         store.fails = lambda number: number % 3 == 0
         yield store
 
@@ -240,7 +240,7 @@ def test_the_same_faults_behind_http_with_shards_kept(
     url, _ = faulty
     rows, replaced = streamed(url, world_size=1, workers=0)
     named = [(entry.position, entry.key, entry.reason) for entry in replaced]
-    with served(tmp_path) as store:
+    with serve_folder(tmp_path) as store:
         for workers in (0, 2):
             folder = CacheFolder(path=str(tmp_path / f"cache{workers}"), max_bytes=1 << 30)
             again, others = streamed(
@@ -273,7 +273,7 @@ def test_plain_webdataset_loses_what_follows_a_corrupt_header(tmp_path: Path) ->
 
 
 def test_a_store_that_fails_every_third_read_costs_nothing(
-    store: HttpStore, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{store.url}/data"
     rows, replaced = streamed(url, world_size=1, workers=0, max_bad=0)
@@ -292,7 +292,7 @@ def test_a_store_that_fails_every_third_read_costs_nothing(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_store_that_is_never_asked_again_costs_samples(
-    store: HttpStore, monkeypatch: pytest.MonkeyPatch, workers: int
+    store: HttpStorage, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     url = f"{store.url}/data"
     store.fails = lambda number: number > 2 and number % 3 == 0  # the manifest comes
@@ -302,16 +302,16 @@ def test_a_store_that_is_never_asked_again_costs_samples(
     assert Counter(entry.reason for entry in replaced) == {"read_error": len(replaced)}
     assert len(replaced) >= NUM_SAMPLES // 3
     assert all("503" in entry.detail for entry in replaced)
-    store.asked.clear()
+    store.requests.clear()
     with pytest.raises(TooManyBadSamples, match=r"max_bad=3 allowed \(4 read_error\)"):
         streamed(url, world_size=1, workers=workers, max_bad=3, steps=50)
-    store.asked.clear()
+    store.requests.clear()
     store.fails = lambda number: number > 4
     with pytest.raises(TooManyBadSamples, match=r"max_bad_in_a_row=6 allowed \(\d read_error\)"):
         streamed(url, world_size=1, workers=workers, max_bad=NUM_SAMPLES, max_bad_in_a_row=6)
 
 
-def test_a_truncated_shard_behind_http_is_a_checksum(store: HttpStore) -> None:
+def test_a_truncated_shard_behind_http_is_a_checksum(store: HttpStorage) -> None:
     cut_inside_c07(store.folder / "data")
     rows, replaced = streamed(f"{store.url}/data", world_size=1, workers=0)
     check_one_epoch(rows, replaced, dict.fromkeys(KEYS[7:10], "checksum"))

@@ -16,7 +16,7 @@ from builders.counter_files import TICKS_PER_S, Make, make_video, number_of
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import frame_index as timeline
 from tvr.data_prep.video.decode import sample_frames
-from tvr.data_prep.video.decoders import Decoder, SampleFrames, frame_sampler
+from tvr.data_prep.video.decoders import Decoder, FrameSampler, frame_sampler
 from tvr.data_prep.video.frame_sampling import Span
 from tvr.data_prep.video.reencode import reencode_video
 
@@ -113,7 +113,7 @@ def expected(
     return chosen, [(ticks[index] - ticks[shown[0]]) / TICKS_PER_S for index in chosen]
 
 
-def check(sample: SampleFrames, name: str, span: Span | None, num_frames: int, seed: int) -> int:
+def check(sample: FrameSampler, name: str, span: Span | None, num_frames: int, seed: int) -> int:
     """Samples at the middles and at random; the number of frames looked at."""
     seen = 0
     for offsets in (None, np.random.default_rng(seed).random(num_frames).tolist()):

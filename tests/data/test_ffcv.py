@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.clip_files import packed, tokenize
+from builders.clip_files import make_dataset, tokenize
 
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.cli import pack
@@ -51,7 +51,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
                 : -40 if next(count) in broken else None
             ],
         )
-        return packed(folder, NUM_SAMPLES)
+        return make_dataset(folder, NUM_SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_batches_are_those_of_the_shards(
 def test_a_second_beton_of_other_sizes_in_one_process(
     shards: str, beton: str, tmp_path: Path
 ) -> None:
-    smaller = packed(tmp_path, 7, short_side=20, num_frames=3)
+    smaller = make_dataset(tmp_path, 7, short_side=20, num_frames=3)
     other = str(tmp_path / "beton")
     write_beton(smaller, other)
     assert_same(list(islice(train(beton), 3)), list(islice(train(shards), 3)))
@@ -161,7 +161,9 @@ def test_damage_is_met_by_the_same_rules(shards: str, beton: str, tmp_path: Path
         for row, back in ((2, 20), (9, 1500)):  # in the JSON of a beton, and in its frames
             samples = manifest.samples
             at = int(samples.offset[row] + samples.length[row]) - back
-            with (folder / manifest.file_of(int(samples.shard[row])).name).open("r+b") as file:
+            with (folder / manifest.file_of_shard(int(samples.shard[row])).name).open(
+                "r+b"
+            ) as file:
                 file.seek(at)
                 byte = file.read(1)[0]
                 file.seek(at)
@@ -234,7 +236,7 @@ def test_writing_is_complete_or_absent(shards: str, beton: str, tmp_path: Path) 
         write_beton(shards, url)
     with pytest.raises(FileExistsError, match="data set of shards"):
         write_beton(shards, shards, overwrite=True)
-    other = packed(tmp_path / "other", 3)
+    other = make_dataset(tmp_path / "other", 3)
     write_beton(other, url, overwrite=True)
     assert len(list(Path(url).iterdir())) == 4  # nothing of the old one
     assert len(read_manifest(url).samples) == 3
@@ -255,7 +257,7 @@ def test_what_cannot_become_a_beton_is_refused(
     with pytest.raises(BadSample, match="c05: checksum"):
         write_beton(str(damaged), url)
     assert list(Path(url).iterdir()) == []
-    videos = packed(tmp_path / "videos", 2, layout="video")
+    videos = make_dataset(tmp_path / "videos", 2, layout="video")
     for source, problem in ((videos, "layout video"), (beton, "is a beton")):
         assert pack(["--format", "beton", "--source", source, "--out", url]) == 2
         assert problem in capsys.readouterr().err

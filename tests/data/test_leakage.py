@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tvr.data_prep.check import cli as check_cli
 from tvr.data_prep.check.verify import VerifyReport, verify_dataset
 from tvr.data_prep.dataset.leakage import COLUMNS, repeated_content, shared_samples
-from tvr.data_prep.dataset.manifest import Samples
+from tvr.data_prep.dataset.manifest import SampleTable
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.records import Clip
 
@@ -118,10 +118,10 @@ def test_one_video_under_two_ids_is_a_problem(tmp_path: Path) -> None:
     ]
 
 
-def columns(rows: list[tuple[str, str, int]]) -> Samples:
+def columns(rows: list[tuple[str, str, int]]) -> SampleTable:
     keys, video_ids, contents = zip(*rows, strict=True)
     none = np.zeros(len(rows), dtype=np.int32)
-    return Samples(
+    return SampleTable(
         key=np.array(keys),
         video_id=np.array(video_ids),
         content=np.array(contents, dtype=np.uint64),

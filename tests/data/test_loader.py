@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.clip_files import packed, plain, read_number, tokenize
+from builders.clip_files import make_dataset, plain_captions, read_number, tokenize
 
-from tvr.data_prep.budget import Budget
+from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.reading.loader import (
     evaluation_batches,
@@ -37,7 +37,7 @@ NUM_SAMPLES = 13
 
 @pytest.fixture(scope="module")
 def frames_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return packed(tmp_path_factory.mktemp("frames"), NUM_SAMPLES)
+    return make_dataset(tmp_path_factory.mktemp("frames"), NUM_SAMPLES)
 
 
 def train(url: str, **changes: Any) -> Iterator[Batch]:
@@ -164,7 +164,7 @@ def test_batch_shapes_and_masks(frames_url: str) -> None:
 
 
 def test_fewer_stored_frames_are_padded_and_more_are_sampled(tmp_path: Path) -> None:
-    url = packed(tmp_path, 3, num_frames=9)  # the videos have 4 frames
+    url = make_dataset(tmp_path, 3, num_frames=9)  # the videos have 4 frames
     batch = evaluate(url, num_frames=9)[0]
     assert batch.frame_mask.tolist() == [[1] * 4 + [0] * 5] * 3
     assert batch.frames[:, :4].flatten(2).amax(dim=2).any()
@@ -175,7 +175,7 @@ def test_fewer_stored_frames_are_padded_and_more_are_sampled(tmp_path: Path) -> 
 
 
 def test_the_video_layout_samples_when_read(tmp_path: Path) -> None:
-    url = packed(tmp_path, 3, layout="video")
+    url = make_dataset(tmp_path, 3, layout="video")
     frames = read_sample(url, "c01", num_frames=2, image_size=32)
     assert frames.frame_times_s == (0.1, 0.3)
     batch = evaluate(url, num_frames=6)[0]
@@ -228,7 +228,7 @@ def test_the_cache_changes_nothing_and_keeps_its_bound(frames_url: str) -> None:
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tvr.data_prep.reading.shard_bytes.MAX_OPEN_SHARDS", 2)
-    url = packed(tmp_path, NUM_SAMPLES, samples_per_shard=2)
+    url = make_dataset(tmp_path, NUM_SAMPLES, samples_per_shard=2)
     before = set(os.listdir("/dev/fd"))
     stream = train(url)
     rows = seen(list(islice(stream, 20)))
@@ -297,18 +297,18 @@ def test_the_budget_stops_training(damaged_url: str, workers: int) -> None:
 
 
 def test_failures_in_a_row_have_a_budget_of_their_own() -> None:
-    budget = Budget(100, "in x", 2)
+    budget = BadSampleBudget(100, "in x", 2)
     for _ in range(3):  # of a sample that counts once in all, but fails each time
-        budget.spend("a", "checksum", "")
-        budget.spend("b", "checksum", "")
-        budget.good()
-    budget.spend("a", "checksum", "")
-    budget.spend("a", "checksum", "")
+        budget.record_bad("a", "checksum", "")
+        budget.record_bad("b", "checksum", "")
+        budget.record_good()
+    budget.record_bad("a", "checksum", "")
+    budget.record_bad("a", "checksum", "")
     message = r"2 bad samples in x, 3 in a row, max_bad_in_a_row=2 allowed \(2 checksum\); last: a"
     with pytest.raises(TooManyBadSamples, match=message):
-        budget.spend("a", "checksum", "")
+        budget.record_bad("a", "checksum", "")
     with pytest.raises(ValueError, match="max_bad_in_a_row=0 must be 1 or more"):
-        Budget(0, "", 0)
+        BadSampleBudget(0, "", 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -380,7 +380,7 @@ def test_evaluation_gives_no_empty_batch_and_loses_no_report(damaged_url: str) -
 def test_reading_by_key(frames_url: str) -> None:
     samples = read_samples(frames_url, ["c05", "c01"], num_frames=4, image_size=16)
     assert [sample.key for sample in samples] == ["c05", "c01"]
-    assert list(samples[0].captions) == plain(
+    assert list(samples[0].captions) == plain_captions(
         *(f"caption {number} of clip 5" for number in range(3))
     )
     with pytest.raises(ValueError, match=r"key='x' is not in .* \(it holds 13 samples\)"):

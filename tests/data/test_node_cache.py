@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.clip_files import packed, tokenize
-from builders.http_store import HttpStore, served
+from builders.clip_files import make_dataset, tokenize
+from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
@@ -26,7 +26,7 @@ from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import PREFETCHED_SHARDS, SampleReader
 from tvr.data_prep.reading.worker import EvaluationDataset
 from tvr.data_prep.records import Batch
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -35,23 +35,25 @@ SETTINGS: dict[str, Any] = {"num_frames": 4, "image_size": 16, "tokenize": token
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStore]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
     """6 shards of 2 samples, read in windows of 2 shards where the order is asked for."""
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
-    packed(tmp_path, NUM_SAMPLES, samples_per_shard=2)
-    with served(tmp_path) as store:
+    make_dataset(tmp_path, NUM_SAMPLES, samples_per_shard=2)
+    with serve_folder(tmp_path) as store:
         yield store
 
 
-def opened(store: HttpStore, folder: Path, max_bytes: int = 1 << 30) -> tuple[ShardCache, Manifest]:
+def opened(
+    store: HttpStorage, folder: Path, max_bytes: int = 1 << 30
+) -> tuple[ShardCache, Manifest]:
     url = f"{store.url}/data"
     manifest = read_manifest(url)
     kept = CacheFolder(path=str(folder), max_bytes=max_bytes)
-    return ShardCache(kept, Store(url), manifest.shards), manifest
+    return ShardCache(kept, Storage(url), manifest.shards), manifest
 
 
-def shards_asked(store: HttpStore) -> Counter[str]:
-    return Counter(name.removeprefix("data/") for name in store.asked if name.endswith(".tar"))
+def shards_asked(store: HttpStorage) -> Counter[str]:
+    return Counter(name.removeprefix("data/") for name in store.requests if name.endswith(".tar"))
 
 
 def kept(folder: Path) -> set[str]:
@@ -75,7 +77,7 @@ def train(url: str, steps: int, workers: int = 0, **changes: Any) -> list[Batch]
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_shard_is_fetched_once_and_the_stream_is_the_same(
-    store: HttpStore, tmp_path: Path, workers: int
+    store: HttpStorage, tmp_path: Path, workers: int
 ) -> None:
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     plain = keys_and_frames(train(str(tmp_path / "data"), 6))
@@ -106,12 +108,12 @@ def test_each_shard_is_fetched_once_and_the_stream_is_the_same(
 
 def fetch_all(url: str, folder: CacheFolder) -> None:
     manifest = read_manifest(url)
-    cache = ShardCache(folder, Store(url), manifest.shards)
+    cache = ShardCache(folder, Storage(url), manifest.shards)
     for shard in range(len(manifest.shards)):
         assert cache.fetch(shard)
 
 
-def test_processes_share_what_one_of_them_fetched(store: HttpStore, tmp_path: Path) -> None:
+def test_processes_share_what_one_of_them_fetched(store: HttpStorage, tmp_path: Path) -> None:
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     context = multiprocessing.get_context("fork")
     processes = [
@@ -127,7 +129,7 @@ def test_processes_share_what_one_of_them_fetched(store: HttpStore, tmp_path: Pa
 
 
 def test_the_bound_holds_and_the_least_recently_used_goes_first(
-    store: HttpStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr.data_prep.reading.node_cache.WINDOW_SHARDS", 2)
     sizes = [shard.shard_bytes for shard in read_manifest(str(tmp_path / "data")).shards]
@@ -149,7 +151,7 @@ def test_the_bound_holds_and_the_least_recently_used_goes_first(
 
 
 def test_a_damaged_shard_is_not_kept_but_its_samples_are_read(
-    store: HttpStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: HttpStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, folder = f"{store.url}/data", tmp_path / "cache"
     manifest = read_manifest(url)
@@ -169,7 +171,7 @@ def test_a_damaged_shard_is_not_kept_but_its_samples_are_read(
     assert "data/shard-000002.tar: sha256 on arrival differs from the manifest's" in message
 
 
-def test_a_copy_that_decayed_is_replaced_by_the_store(store: HttpStore, tmp_path: Path) -> None:
+def test_a_copy_that_decayed_is_replaced_by_the_store(store: HttpStorage, tmp_path: Path) -> None:
     url, folder = f"{store.url}/data", tmp_path / "cache"
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
     plain = keys_and_frames(train(url, 3, shard_cache=limit))
@@ -182,11 +184,11 @@ def test_a_copy_that_decayed_is_replaced_by_the_store(store: HttpStore, tmp_path
 
 def die_while_fetching(url: str, folder: CacheFolder) -> None:
     manifest = read_manifest(url)
-    cache = ShardCache(folder, Store(url), manifest.shards)
+    cache = ShardCache(folder, Storage(url), manifest.shards)
     cache.fetch(0, stopped=lambda: os.kill(os.getpid(), signal.SIGKILL) is None)
 
 
-def test_a_killed_process_leaves_nothing_in_the_way(store: HttpStore, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_nothing_in_the_way(store: HttpStorage, tmp_path: Path) -> None:
     url, folder = f"{store.url}/data", tmp_path / "cache"
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
     process = multiprocessing.get_context("fork").Process(
@@ -203,7 +205,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(store: HttpStore, tmp_path: 
 
 
 def test_a_shard_being_fetched_elsewhere_is_not_waited_for_ahead_of_time(
-    store: HttpStore, tmp_path: Path
+    store: HttpStorage, tmp_path: Path
 ) -> None:
     cache, _ = opened(store, tmp_path / "cache")
     seen: list[bool] = []
@@ -218,7 +220,7 @@ def test_a_shard_being_fetched_elsewhere_is_not_waited_for_ahead_of_time(
 
 
 def test_without_room_on_the_disk_samples_come_from_the_store(
-    store: HttpStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, content: bytes, at: int) -> int:
         raise OSError(28, "No space left on device")
@@ -231,7 +233,7 @@ def test_without_room_on_the_disk_samples_come_from_the_store(
 
 
 def test_the_next_window_is_fetched_ahead(
-    store: HttpStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr.data_prep.reading.node_cache.WINDOW_SHARDS", 2)
     monkeypatch.setattr(
@@ -268,7 +270,7 @@ def test_the_next_window_is_fetched_ahead(
     assert set((shards_asked(store) - before).values()) == {1}
 
 
-def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStore, tmp_path: Path) -> None:
+def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStorage, tmp_path: Path) -> None:
     url, limit = f"{store.url}/data", CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     reader = SampleReader(url, num_frames=4, image_size=16, shard_cache=limit)
     shards = reader.manifest.samples.shard.tolist()
@@ -285,7 +287,7 @@ def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStore, tmp_pa
 
 
 def test_fetching_ahead_ends_with_the_reader(
-    store: HttpStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = threading.Event()
     fetched: list[int] = []
@@ -308,7 +310,7 @@ def test_fetching_ahead_ends_with_the_reader(
     assert fetched == [3]
 
 
-def test_a_local_data_set_is_not_copied(store: HttpStore, tmp_path: Path) -> None:
+def test_a_local_data_set_is_not_copied(store: HttpStorage, tmp_path: Path) -> None:
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1)
     assert len(train(str(tmp_path / "data"), 3, shard_cache=folder)) == 3
     assert not (tmp_path / "cache").exists()

@@ -14,9 +14,9 @@ import fsspec
 import numpy as np
 import pytest
 from builders.clip_files import (
+    make_dataset,
     numbered_video,
-    packed,
-    plain,
+    plain_captions,
     read_number,
     sound_only,
     tokenize,
@@ -67,12 +67,12 @@ def test_round_trip(tmp_path: Path, settings: dict[str, Any], place: str) -> Non
         text for clip in clips for text in clip.captions
     ]
     sample = read_sample(url, "c03", num_frames=4, image_size=32 if place == "folder" else 31)
-    assert (list(sample.captions), sample.video_id) == (plain(*clips[3].captions), "c03")
+    assert (list(sample.captions), sample.video_id) == (plain_captions(*clips[3].captions), "c03")
     assert sample.frame_times_s == pytest.approx((0.0, 0.1, 0.2, 0.3))
 
 
 def test_shards_are_plain_webdataset(tmp_path: Path) -> None:
-    url = packed(tmp_path, 7, jpeg_quality=95)
+    url = make_dataset(tmp_path, 7, jpeg_quality=95)
     samples: list[dict[str, Any]] = []
     for path in sorted((tmp_path / "data").glob("*.tar")):
         with path.open("rb") as stream:  # wds.WebDataset would leave it open
@@ -188,11 +188,11 @@ def test_an_empty_caption_among_good_ones_is_dropped_and_counted(tmp_path: Path)
     manifest = pack_shards(clips, url, layout="frames", num_frames=2)
     assert (manifest.num_captions, manifest.num_empty_captions, manifest.bad) == (2, 1, {})
     sample = read_sample(url, "v", num_frames=1, image_size=8)
-    assert list(sample.captions) == plain("two words", "x & y")
+    assert list(sample.captions) == plain_captions("two words", "x & y")
 
 
 def test_a_complete_data_set_stays_until_the_new_one_is_ready(tmp_path: Path) -> None:
-    url = packed(tmp_path, 7, samples_per_shard=2)
+    url = make_dataset(tmp_path, 7, samples_per_shard=2)
     before = {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
     clips = write_clips(tmp_path, 3)
     with pytest.raises(FileExistsError, match="holds a complete data set"):
@@ -281,7 +281,7 @@ def test_duplicates_and_no_clips_at_all(tmp_path: Path) -> None:
 def test_a_damaged_index_is_named(
     tmp_path: Path, name: str, damage: Any, error: type[Exception], message: str
 ) -> None:
-    url = packed(tmp_path, 7)
+    url = make_dataset(tmp_path, 7)
     path = tmp_path / "data" / name
     if damage is None:
         path.unlink()
@@ -294,7 +294,7 @@ def test_a_damaged_index_is_named(
 
 
 def test_columns_out_of_shard_order_are_refused(tmp_path: Path) -> None:
-    url = packed(tmp_path, 4, samples_per_shard=2)
+    url = make_dataset(tmp_path, 4, samples_per_shard=2)
     manifest = read_manifest(url)
     samples = replace(manifest.samples, shard=manifest.samples.shard[::-1])
     write_manifest(url, replace(manifest, samples=samples))

@@ -22,15 +22,15 @@ from typing import Any
 import psutil
 import pytest
 from builders.clip_files import numbered_video, read_number, write_clips
-from builders.http_store import HttpStore, served
+from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep import cli
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
 from tvr.data_prep.packing import output_dir as packing_folder
-from tvr.data_prep.packing.output_dir import PackingFolder
+from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack import PackProgress, pack_shards
-from tvr.data_prep.packing.progress import shown_progress
+from tvr.data_prep.packing.progress import show_progress
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Clip, TooManyBadSamples
 from tvr.data_prep.video.decode import sample_frames
@@ -279,7 +279,7 @@ def test_published_by_another(
     def overtaken(url: str, manifest: Manifest) -> None:
         monkeypatch.undo()
         with monkeypatch.context() as patch:
-            patch.setattr(PackingFolder, "_remove_work", lambda _: None)
+            patch.setattr(OutputDir, "_remove_work", lambda _: None)
             pack_shards(clips, url, max_bad=3, **FRAMES)
         raise FileNotFoundError("samples.npz.partial")
 
@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path) -> None:
     assert min(path.stat().st_size for path in (tmp_path / "data").glob("*.tar")) > 20_000
 
 
-def kill_client(store: HttpStore, number: signal.Signals, killed: list[int]) -> None:
+def kill_client(store: HttpStorage, number: signal.Signals, killed: list[int]) -> None:
     """Sends a signal to the packing process that is connected to the store."""
     port = int(store.url.rpartition(":")[2])
     for process in psutil.Process().children(recursive=True):
@@ -438,7 +438,7 @@ def test_a_clip_whose_process_dies(
             kill_client(store, number, killed)
         return False
 
-    with served(tmp_path) as store:
+    with serve_folder(tmp_path) as store:
         store.fails = fails
         clips[4] = replace(clips[4], video=f"{store.url}/c04.mp4")
         if (number, times) == (signal.SIGKILL, 2):
@@ -452,7 +452,7 @@ def test_a_clip_whose_process_dies(
     assert len(set(killed)) == times
     assert f"a packing process ended with {number.name} while it packed c04" in caplog.text
     assert manifest is not None
-    assert len(store.asked) == 2 if number == signal.SIGSEGV else times + 1
+    assert len(store.requests) == 2 if number == signal.SIGSEGV else times + 1
     if number == signal.SIGSEGV:
         assert manifest.samples.key.tolist() == [f"c{i:02d}" for i in (0, 1, 2, 3, 5, 6)]
         (bad,) = map(json.loads, (tmp_path / "data" / "bad.jsonl").read_text().splitlines())
@@ -471,12 +471,12 @@ def test_a_fault_in_the_code_ends_packing_with_its_traceback(tmp_path: Path) -> 
 
 def test_a_source_that_fails_for_a_moment_is_asked_again(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 4)
-    with served(tmp_path) as store:
+    with serve_folder(tmp_path) as store:
         remote = [replace(clip, video=f"{store.url}/{Path(clip.video).name}") for clip in clips]
         store.fails = lambda number: number in (1, 3)
         pack_shards(remote, str(tmp_path / "data"), processes=2, **FRAMES)
-        assert len(store.asked) == 6
-        store.fails = lambda number: store.asked[-1] == "c02.mp4"
+        assert len(store.requests) == 6
+        store.fails = lambda number: store.requests[-1] == "c02.mp4"
         store.status = 400  # for good
         manifest = pack_shards(
             remote, str(tmp_path / "other"), processes=2, max_bad=2, layout="video"
@@ -502,7 +502,7 @@ def test_lines_for_a_log_and_a_bar_for_a_terminal(
 ) -> None:
     def show(at_s: dict[int, float]) -> str:
         now = iter(at_s.values())
-        with shown_progress("packing", clock=lambda: next(now)) as on_progress:
+        with show_progress("packing", clock=lambda: next(now)) as on_progress:
             for num_done in at_s:
                 num_bytes = 50_000 * (num_done - 2_000)
                 on_progress(PackProgress(num_done=num_done, num_clips=4_000, num_bytes=num_bytes))

@@ -19,14 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tvr.data_prep.dataset.manifest import Manifest, joined, shard_name, write_manifest
+from tvr.data_prep.dataset.manifest import Manifest, concat_samples, shard_name, write_manifest
 from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample, tar_bytes
 from tvr.data_prep.reading import worker as draw
 from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Batch
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.images import encode_jpeg
 
 # torch warns of more workers than cores; the order must hold on a machine of one core as well.
@@ -71,7 +71,7 @@ def write_shards(folder: Path, sizes: list[int]) -> str:
             writer.append(tar_sample(number))
             number += 1
         written.append(writer.finish(name))
-    samples = joined([rows for _, rows in written])
+    samples = concat_samples([rows for _, rows in written])
     manifest = Manifest(
         layout="frames",
         num_frames=1,
@@ -216,7 +216,7 @@ def test_a_start_at_any_step_costs_the_same(
     counted(SampleOrder, "_draw")
     counted(draw, "caption_choice")
     counted(os, "pread")
-    counted(Store, "_read")
+    counted(Storage, "_read")
     start = Start(world_size=world_size, micro_batch=6, workers=0, steps=1)
     costs = []
     for start_step in (10, 10**6, 10**9):

@@ -8,20 +8,20 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-from builders.clip_files import packed
-from builders.http_store import HttpStore, served
+from builders.clip_files import make_dataset
+from builders.http_store import HttpStorage, serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.data_prep.check.sequential_reads import ReadMeter, SequentialShard, map_shards
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import Shard, read_manifest
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.storage.storage import Storage
 
 CONTENT = bytes(range(200))
 
 
-class CountedStore(Store):
+class CountedStore(Storage):
     """Serves CONTENT, and notes what is asked for."""
 
     def __init__(self, content: bytes = CONTENT) -> None:
@@ -119,16 +119,16 @@ def test_an_error_ends_the_other_threads_in_mid_shard() -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStore]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     monkeypatch.setattr("tvr.data_prep.check.check_shard.CHUNK_BYTES", 4096)
-    packed(tmp_path, 12)
-    with served(tmp_path / "data") as store:
+    make_dataset(tmp_path, 12)
+    with serve_folder(tmp_path / "data") as store:
         yield store
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_a_store_that_fails_every_third_read_verifies(store: HttpStore, jobs: int) -> None:
+def test_a_store_that_fails_every_third_read_verifies(store: HttpStorage, jobs: int) -> None:
     store.fail_every_third_of_a_file()
     told: list[tuple[int, int]] = []
     report = verify_dataset(store.url, jobs=jobs, progress=lambda *each: told.append(each))
@@ -137,11 +137,11 @@ def test_a_store_that_fails_every_third_read_verifies(store: HttpStore, jobs: in
     assert report.num_bytes == shard_bytes
     assert told == sorted(told)
     assert told[-1] == (shard_bytes, shard_bytes)
-    failed = sum(store.asked.count(name) // 3 for name in set(store.asked))
+    failed = sum(store.requests.count(name) // 3 for name in set(store.requests))
     assert failed >= 5
 
 
-def test_a_truncated_and_a_grown_shard_are_named_over_http(store: HttpStore) -> None:
+def test_a_truncated_and_a_grown_shard_are_named_over_http(store: HttpStorage) -> None:
     first, second = (store.folder / f"shard-00000{number}.tar" for number in (0, 1))
     first.write_bytes(first.read_bytes()[:9000])
     second.write_bytes(second.read_bytes() + bytes(5000))
@@ -153,7 +153,7 @@ def test_a_truncated_and_a_grown_shard_are_named_over_http(store: HttpStore) -> 
     assert "the file is truncated" in problems[0].what
 
 
-def test_a_store_that_stays_down_is_a_problem_of_each_shard(store: HttpStore) -> None:
+def test_a_store_that_stays_down_is_a_problem_of_each_shard(store: HttpStorage) -> None:
     answer = store.answer
     store.answer = lambda name, byte_range: (  # type: ignore[method-assign]
         (503, b"") if name.endswith(".tar") else answer(name, byte_range)

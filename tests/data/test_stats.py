@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.clip_files import packed, read_number
+from builders.clip_files import make_dataset, read_number
 from builders.html_page import Page, assert_needs_nothing
-from builders.http_store import served
+from builders.http_store import serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,13 +29,13 @@ from tvr.data_prep.check.stats import (
     read_facts,
 )
 from tvr.data_prep.check.stats_page import shown_samples, stats_page
-from tvr.data_prep.dataset.manifest import Manifest, Samples, Shard, read_manifest
-from tvr.data_prep.storage.storage import Store
+from tvr.data_prep.dataset.manifest import Manifest, SampleTable, Shard, read_manifest
+from tvr.data_prep.storage.storage import Storage
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return packed(tmp_path_factory.mktemp("frames"), 13)
+    return make_dataset(tmp_path_factory.mktemp("frames"), 13)
 
 
 def described(url: str, **settings: Any) -> DatasetStatistics:
@@ -75,7 +75,7 @@ def manifest_of(samples: list[tuple[SampleFacts, int]]) -> Manifest:
             )
             for number in range(int(shard[-1]) + 1)
         ),
-        samples=Samples(
+        samples=SampleTable(
             key=np.array([f"c{row}" for row in range(len(samples))]),
             video_id=np.array([each.video_id for each, _ in samples]),
             shard=shard,
@@ -146,13 +146,13 @@ def test_what_is_said_of_packed_clips(url: str) -> None:
 
 def test_a_part_is_spread_evenly_and_read_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int, int]] = []
-    read_range = Store.read_range
+    read_range = Storage.read_range
 
-    def noted(self: Store, name: str, start: int, end: int, *more: Any) -> bytes:
+    def noted(self: Storage, name: str, start: int, end: int, *more: Any) -> bytes:
         asked.append((name, start, end))
         return read_range(self, name, start, end, *more)
 
-    monkeypatch.setattr(Store, "read_range", noted)
+    monkeypatch.setattr(Storage, "read_range", noted)
     told: list[tuple[int, int]] = []
     found = described(url, samples=3, jobs=1, progress=lambda *each: told.append(each))
     samples = read_manifest(url).samples
@@ -172,7 +172,7 @@ def test_over_a_store_that_fails_every_third_read(
 ) -> None:
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     expected = described(url)
-    with served(Path(url)) as store:
+    with serve_folder(Path(url)) as store:
         store.fail_every_third_of_a_file()
         assert described(store.url, jobs=3) == expected
         shown = shown_samples(store.url, read_manifest(store.url), 4)
@@ -195,7 +195,7 @@ def pictures(source: str) -> list[int]:
 def test_the_page_shows_first_middle_and_last_frame_of_spread_samples(
     tmp_path: Path, layout: str
 ) -> None:
-    url = packed(tmp_path, 9, layout=layout)
+    url = make_dataset(tmp_path, 9, layout=layout)
     out = tmp_path / "page.html"
     assert check_cli.stats([url, "--out", str(out), "--pictures", "3"]) == 0
     html = out.read_text()

@@ -9,25 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders.clip_files import packed
-from builders.http_store import HttpStore, served
+from builders.clip_files import make_dataset
+from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.reading.loader import read_sample
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.storage.storage import ATTEMPTS, Store
+from tvr.data_prep.storage.storage import ATTEMPTS, Storage
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStore]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     (tmp_path / "file").write_bytes(bytes(range(100)))
-    with served(tmp_path) as store:
+    with serve_folder(tmp_path) as store:
         yield store
 
 
-def test_ranges_end_where_the_file_does(store: HttpStore) -> None:
-    files = Store(store.url)
+def test_ranges_end_where_the_file_does(store: HttpStorage) -> None:
+    files = Storage(store.url)
     assert files.read("file") == bytes(range(100))
     assert files.read_range("file", 10, 20) == bytes(range(10, 20))
     assert files.read_range("file", 90, 120) == bytes(range(90, 100))
@@ -37,22 +37,22 @@ def test_ranges_end_where_the_file_does(store: HttpStore) -> None:
 @pytest.mark.parametrize(
     ("status", "asked"), [(503, ATTEMPTS), (500, ATTEMPTS), (429, ATTEMPTS), (403, 1), (404, 1)]
 )
-def test_what_may_pass_is_asked_again(store: HttpStore, status: int, asked: int) -> None:
+def test_what_may_pass_is_asked_again(store: HttpStorage, status: int, asked: int) -> None:
     store.fails, store.status = lambda number: True, status
     with pytest.raises(OSError, match=r"http://.*/file"):
-        Store(store.url).read("file")
-    assert len(store.asked) == asked
+        Storage(store.url).read("file")
+    assert len(store.requests) == asked
 
 
-def test_the_last_attempt_may_succeed(store: HttpStore) -> None:
+def test_the_last_attempt_may_succeed(store: HttpStorage) -> None:
     store.fails = lambda number: number < ATTEMPTS
-    assert Store(store.url).read_range("file", 0, 3) == bytes(range(3))
-    assert len(store.asked) == ATTEMPTS
+    assert Storage(store.url).read_range("file", 0, 3) == bytes(range(3))
+    assert len(store.requests) == ATTEMPTS
 
 
-def test_a_missing_file_is_told_from_a_failing_store(store: HttpStore) -> None:
+def test_a_missing_file_is_told_from_a_failing_store(store: HttpStorage) -> None:
     with pytest.raises(FileNotFoundError):
-        Store(store.url).read("none")
+        Storage(store.url).read("none")
     with pytest.raises(FileNotFoundError, match="no data set there"):
         read_manifest(store.url)
     store.fails = lambda number: True
@@ -61,35 +61,35 @@ def test_a_missing_file_is_told_from_a_failing_store(store: HttpStore) -> None:
     assert not isinstance(caught.value, FileNotFoundError)
 
 
-def test_a_server_that_is_gone(store: HttpStore) -> None:
+def test_a_server_that_is_gone(store: HttpStorage) -> None:
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:1/file: .*"):
-        Store("http://127.0.0.1:1").read("file")
+        Storage("http://127.0.0.1:1").read("file")
 
 
 def test_a_store_that_ignores_ranges_is_named(
-    store: HttpStore, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = store.answer
     monkeypatch.setattr(store, "answer", lambda name, byte_range: whole(name, None))
     with pytest.raises(OSError, match=r"asked for 10 bytes, got 100: .* ignores byte ranges"):
-        Store(store.url).read_range("file", 0, 10)
+        Storage(store.url).read_range("file", 0, 10)
 
 
-def test_waits_double_up_to_a_bound(store: HttpStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_double_up_to_a_bound(store: HttpStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0.5)
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     store.fails = lambda number: True
     with pytest.raises(OSError, match="503"):
-        Store(store.url).read_range("file", 0, 1, attempts=7)
+        Storage(store.url).read_range("file", 0, 1, attempts=7)
     assert waits == [0.5, 1, 2, 4, 8, 8]
 
 
 def test_retries_are_logged_now_and_then(
-    store: HttpStore, caplog: pytest.LogCaptureFixture
+    store: HttpStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.fails = lambda number: number % 2 == 1
-    files = Store(store.url)
+    files = Storage(store.url)
     with caplog.at_level(logging.WARNING, logger="tvr.data_prep.storage.storage"):
         for _ in range(20):
             files.read("file")
@@ -100,13 +100,13 @@ def test_retries_are_logged_now_and_then(
     assert "503" in caplog.messages[0]
 
 
-def test_a_retried_read_keeps_nothing_of_its_caller_alive(store: HttpStore) -> None:
+def test_a_retried_read_keeps_nothing_of_its_caller_alive(store: HttpStorage) -> None:
     """Else abandoned streams and their workers end when, and in whatever thread, garbage is
     collected."""
 
-    def read() -> weakref.ref[HttpStore]:
-        held = HttpStore(Path())
-        Store(store.url).read("file")
+    def read() -> weakref.ref[HttpStorage]:
+        held = HttpStorage(Path())
+        Storage(store.url).read("file")
         return weakref.ref(held)
 
     store.fails = lambda number: number < ATTEMPTS
@@ -121,20 +121,20 @@ def test_a_retried_read_keeps_nothing_of_its_caller_alive(store: HttpStore) -> N
 def test_local_files_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda wait_s: pytest.fail("waited"))
     with pytest.raises(OSError, match="IsADirectoryError"):
-        Store(str(tmp_path)).read("")
+        Storage(str(tmp_path)).read("")
 
 
-def test_a_sample_is_bad_only_after_the_last_attempt(store: HttpStore, tmp_path: Path) -> None:
-    packed(tmp_path, 3)
+def test_a_sample_is_bad_only_after_the_last_attempt(store: HttpStorage, tmp_path: Path) -> None:
+    make_dataset(tmp_path, 3)
     url = f"{store.url}/data"
     store.fails = lambda number: number % 3 == 0
     for key in ("c00", "c01", "c02"):
         assert read_sample(url, key, num_frames=4, image_size=16).key == key
-    sound = len(store.asked)
+    sound = len(store.requests)
     store.fails = lambda number: number > sound + 2  # the manifest comes, the shard does not
     with pytest.raises(BadSample, match=r"c01: read_error: http://.*shard-000000.tar: .*503"):
         read_sample(url, "c01", num_frames=4, image_size=16)
-    assert len(store.asked) == sound + 2 + ATTEMPTS
+    assert len(store.requests) == sound + 2 + ATTEMPTS
     store.fails = lambda number: False
     (tmp_path / "data" / "shard-000000.tar").unlink()
     with pytest.raises(BadSample, match="c01: missing_shard"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders.clip_files import packed
+from builders.clip_files import make_dataset
 
 from tvr.data_prep.check.verify import VerifyReport, verify_dataset
 from tvr.data_prep.dataset.manifest import read_manifest, write_manifest
@@ -29,14 +29,14 @@ def flip(path: Path, offset: int) -> None:
 
 
 def test_a_sound_data_set(tmp_path: Path) -> None:
-    report = verify_dataset(packed(tmp_path, 7), decode=3)
+    report = verify_dataset(make_dataset(tmp_path, 7), decode=3)
     assert (report.num_shards, report.num_samples, report.num_decoded) == (2, 7, 3)
     assert report.num_bytes == sum(file.stat().st_size for file in tmp_path.glob("data/*.tar"))
     assert found(report) == []
 
 
 def test_a_flipped_byte_names_the_sample_and_the_shard(tmp_path: Path) -> None:
-    url = packed(tmp_path, 7)
+    url = make_dataset(tmp_path, 7)
     flip(tmp_path / "data" / "shard-000000.tar", int(read_manifest(url).samples.offset[3]) + 700)
     problems = found(verify_dataset(url))
     assert len(problems) == 2
@@ -45,7 +45,7 @@ def test_a_flipped_byte_names_the_sample_and_the_shard(tmp_path: Path) -> None:
 
 
 def test_a_truncated_and_a_missing_shard(tmp_path: Path) -> None:
-    url = packed(tmp_path, 12)
+    url = make_dataset(tmp_path, 12)
     first = tmp_path / "data" / "shard-000000.tar"
     keep = int(read_manifest(url).samples.offset[3]) + 100
     first.write_bytes(first.read_bytes()[:keep])
@@ -61,7 +61,7 @@ def test_a_truncated_and_a_missing_shard(tmp_path: Path) -> None:
 
 
 def test_bytes_after_the_last_sample_count(tmp_path: Path) -> None:
-    url = packed(tmp_path, 3)
+    url = make_dataset(tmp_path, 3)
     with (tmp_path / "data" / "shard-000000.tar").open("ab") as file:
         file.write(b"more")
     assert [problem.split(" / ")[0] for problem in found(verify_dataset(url))] == [
@@ -71,7 +71,7 @@ def test_bytes_after_the_last_sample_count(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_disagrees_with_the_shards(tmp_path: Path) -> None:
-    url = packed(tmp_path, 3)
+    url = make_dataset(tmp_path, 3)
     manifest = read_manifest(url)
     columns = manifest.samples
     samples = replace(
@@ -93,7 +93,7 @@ def test_a_manifest_that_disagrees_with_the_shards(tmp_path: Path) -> None:
 
 
 def test_the_list_of_refused_clips_agrees(tmp_path: Path) -> None:
-    url = packed(tmp_path, 2)
+    url = make_dataset(tmp_path, 2)
     bad = tmp_path / "data" / "bad.jsonl"
     listed = '{"key": "x", "reason": "unreadable", "detail": ""}\n'
     for text, expected in (
@@ -115,7 +115,7 @@ def test_the_list_of_refused_clips_agrees(tmp_path: Path) -> None:
 
 
 def test_any_number_of_jobs_finds_the_same(tmp_path: Path) -> None:
-    url = packed(tmp_path, 12)
+    url = make_dataset(tmp_path, 12)
     for number in (0, 2):
         flip(tmp_path / "data" / f"shard-00000{number}.tar", 3000)
     reports = [verify_dataset(url, jobs=jobs) for jobs in (1, 2, 7)]
@@ -127,7 +127,7 @@ def test_any_number_of_jobs_finds_the_same(tmp_path: Path) -> None:
 
 def test_frames_that_do_not_decode_are_found_only_by_decoding(tmp_path: Path) -> None:
     """A sample packed from damaged bytes passes every checksum."""
-    url = packed(tmp_path, 1)
+    url = make_dataset(tmp_path, 1)
     json_text = b'{"captions":["x"],"video_id":"c00","frame_times_s":[0.0]}'
     content = tar_bytes("c00", {"json": json_text, "00.jpg": b"no JPEG"})
     (tmp_path / "data" / "shard-000000.tar").write_bytes(content + bytes(1024))
@@ -159,7 +159,7 @@ def test_frames_that_do_not_decode_are_found_only_by_decoding(tmp_path: Path) ->
 def test_words_lie_in_their_caption(
     tmp_path: Path, tagger: str | None, words: str, expected: str
 ) -> None:
-    url = packed(tmp_path, 1)
+    url = make_dataset(tmp_path, 1)
     text = f'{{"captions":["a dog"],"words":{words},"video_id":"c00","frame_times_s":[]}}'
     content = tar_bytes("c00", {"json": text.encode(), "mp4": b""})
     (tmp_path / "data" / "shard-000000.tar").write_bytes(content + bytes(1024))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.clip_files import packed, write_clips
+from builders.clip_files import make_dataset, write_clips
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -224,7 +224,7 @@ def test_redrawn_each_epoch_from_the_caption_of_the_contract(
 
 
 def test_a_data_set_without_words_is_refused_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    url = packed(tmp_path, 2)
+    url = make_dataset(tmp_path, 2)
     with pytest.raises(ValueError, match=r"data\.word_drop needs .* packed without words"):
         stream(url, tokenizer)
     with pytest.raises(ValueError, match="caption 'a b': packed without words"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.clip_files import packed, write_clips
+from builders.clip_files import make_dataset, write_clips
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -166,7 +166,7 @@ def test_pack_finds_words_unless_told_otherwise(tmp_path: Path) -> None:
 
 
 def test_without_a_tagger_captions_have_no_words(tmp_path: Path) -> None:
-    (sample,) = read_samples(packed(tmp_path, 1), ["c00"], num_frames=1, image_size=8)
+    (sample,) = read_samples(make_dataset(tmp_path, 1), ["c00"], num_frames=1, image_size=8)
     assert [caption.words for caption in sample.captions] == [None]
     with pytest.raises(ValueError, match=r"clip 0': packed without words; .* --words"):
         sample.captions[0].known_words()

@@ -102,7 +102,7 @@ def test_every_curve_has_a_panel_and_every_panel_a_metric(tmp_path: Path) -> Non
         write_run(tmp_path / "run", logged(1, **more), saved(1), evaluation(1))
     ).history
     assert {name for name, *_ in found} <= drawn
-    assert set(found) <= set(TRAINING.places)
+    assert set(found) <= set(TRAINING.slots)
 
 
 def test_what_a_run_has_no_values_of_gives_no_panel(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.data_prep.cli import pack
-from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job
-from tvr.data_prep.exporter.metrics_table import Metric, Table, Values
+from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label
+from tvr.data_prep.exporter.metrics_table import Metric, MetricTable, MetricValues
 from tvr.data_prep.packing.pack import PackProgress
-from tvr.data_prep.packing.pack_metrics import PACK_METRICS, served_progress
+from tvr.data_prep.packing.pack_metrics import PACK_METRICS, serve_metrics
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.collectives import all_gather_rows
@@ -92,7 +92,7 @@ def test_the_page_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(metric.name[:8] in shown for metric in METRICS)
 
 
-TABLE = Table(
+TABLE = MetricTable(
     [
         Metric(name="tvr_a_value", kind="gauge", unit="", meaning="A."),
         Metric(name="tvr_b_total", kind="counter", unit="", meaning="B.", per="node"),
@@ -110,8 +110,8 @@ TABLE = Table(
 
 
 def test_values_of_a_nodes_ranks_become_one_text() -> None:
-    lines = {rank: np.empty(len(TABLE.places)) for rank in (0, 1)}
-    first, second = (Values(TABLE, line) for line in lines.values())
+    lines = {rank: np.empty(len(TABLE.slots)) for rank in (0, 1)}
+    first, second = (MetricValues(TABLE, line) for line in lines.values())
     first.set("tvr_a_value", 1.5)
     second.set("tvr_a_value", 9)  # only rank 0 tells what is the run's
     for values, more in ((first, 2), (second, 3)):
@@ -142,7 +142,7 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
         made.append(texts[len(made)])
         return made[-1]
 
-    endpoint = Endpoint(text, "127.0.0.1", 0)
+    endpoint = MetricsEndpoint(text, "127.0.0.1", 0)
     url = f"http://{endpoint.target}/metrics"
     assert [fetched(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
     closing = threading.Thread(target=endpoint.close)
@@ -156,7 +156,7 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
 
 
 def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = Endpoint(lambda: b"", "127.0.0.1", 0)
+    endpoint = MetricsEndpoint(lambda: b"", "127.0.0.1", 0)
     monkeypatch.setattr(endpoint._told_last, "wait", lambda _: pytest.fail("it waits"))
     endpoint.close()
 
@@ -167,7 +167,7 @@ def test_a_taken_port_is_named() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=rf"cannot be served at 127\.0\.0\.1:{port} .*port 0"):
-            Endpoint(lambda: b"", "127.0.0.1", port)
+            MetricsEndpoint(lambda: b"", "127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_folders_of_one_name_are_told_apart(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert name_of_job(folder) == name.format(above=tmp_path.name)
+    assert job_label(folder) == name.format(above=tmp_path.name)
 
 
 RECORD = {
@@ -426,7 +426,7 @@ def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> No
                 return
             time.sleep(0.05)
 
-    with served_progress(shown.append, 0) as tell:
+    with serve_metrics(shown.append, 0) as tell:
         (port,) = re.findall(r"^metrics: http://.*:(\d+)/metrics$", capsys.readouterr().out)
         tell(PackProgress(num_done=3, num_clips=9, num_bytes=0))
         scraper = threading.Thread(target=scrape, args=(port,))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.clip_files import plain
+from builders.clip_files import plain_captions
 from builders.pretrained import save_clip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def inputs(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (len(CAPTIONS), NUM_FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     frame_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
-    return frames, frame_mask, *tokenizer(plain(*CAPTIONS))
+    return frames, frame_mask, *tokenizer(plain_captions(*CAPTIONS))
 
 
 def encoded(model: TextVideoModel, tokenizer: Tokenizer) -> Features:
@@ -300,7 +300,7 @@ def test_a_clip_folder_gives_clips_own_embeddings(
     assert not caplog.records  # each tower leaves the other's weights aside, and says nothing of it
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (4, 2, 3, 24, 24), dtype=torch.uint8, generator=generator)
-    token_ids, word_mask = tokenizer(plain(*CAPTIONS))
+    token_ids, word_mask = tokenizer(plain_captions(*CAPTIONS))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP.pixel_mean, CLIP.pixel_std))
     pixels = (frames.flatten(0, 1) / 255 - mean) / std
     with torch.no_grad():

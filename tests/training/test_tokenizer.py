@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.clip_files import plain
+from builders.clip_files import plain_captions
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
@@ -48,7 +48,7 @@ def test_frequent_words_become_one_token(tokenizer: Tokenizer) -> None:
 
 
 def test_mask_covers_start_words_and_end(tokenizer: Tokenizer) -> None:
-    ids, mask = tokenizer(plain("a red circle", ""))
+    ids, mask = tokenizer(plain_captions("a red circle", ""))
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.shape == mask.shape == (2, 12)
     assert mask.tolist() == [[1] * 5 + [0] * 7, [1] * 2 + [0] * 10]
@@ -59,7 +59,7 @@ def test_mask_covers_start_words_and_end(tokenizer: Tokenizer) -> None:
 
 
 def test_truncation_keeps_the_end(tokenizer: Tokenizer) -> None:
-    ids, mask = tokenizer(plain("red circle " * 20))
+    ids, mask = tokenizer(plain_captions("red circle " * 20))
     assert mask.tolist() == [[1] * 12]
     assert ids[0, -1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in ids[0, :-1]
@@ -89,7 +89,7 @@ def test_vocabulary_is_dense_and_ends_with_start_and_end(tokenizer: Tokenizer) -
 def test_spelling_variants_give_the_same_ids(
     written: str, same_as: str, tokenizer: Tokenizer
 ) -> None:
-    assert torch.equal(tokenizer(plain(written))[0], tokenizer(plain(same_as))[0])
+    assert torch.equal(tokenizer(plain_captions(written))[0], tokenizer(plain_captions(same_as))[0])
 
 
 @given(st.text(max_size=30))
@@ -125,7 +125,7 @@ def test_same_captions_give_the_same_files(folder: Path, tmp_path: Path) -> None
 def test_hugging_face_reads_the_folder(load: type, folder: Path, tokenizer: Tokenizer) -> None:
     theirs = load.from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
     ids = theirs(CAPTIONS[1], padding="max_length", max_length=12, truncation=True)["input_ids"]
-    assert ids == tokenizer(plain(CAPTIONS[1]))[0][0].tolist()
+    assert ids == tokenizer(plain_captions(CAPTIONS[1]))[0][0].tolist()
     assert theirs.model_max_length == 12
 
 
@@ -136,14 +136,14 @@ def test_vocabulary_and_merges_files_are_enough(
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    ids, mask = load_tokenizer(tmp_path, 12)(plain(*CAPTIONS))
-    assert torch.equal(ids, tokenizer(plain(*CAPTIONS))[0])
-    assert torch.equal(mask, tokenizer(plain(*CAPTIONS))[1])
+    ids, mask = load_tokenizer(tmp_path, 12)(plain_captions(*CAPTIONS))
+    assert torch.equal(ids, tokenizer(plain_captions(*CAPTIONS))[0])
+    assert torch.equal(mask, tokenizer(plain_captions(*CAPTIONS))[1])
 
 
 def test_pickles_to_the_same_tokenizer(tokenizer: Tokenizer) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
-    assert torch.equal(copy(plain(*CAPTIONS))[0], tokenizer(plain(*CAPTIONS))[0])
+    assert torch.equal(copy(plain_captions(*CAPTIONS))[0], tokenizer(plain_captions(*CAPTIONS))[0])
     assert (copy.max_words, copy.vocab_size) == (tokenizer.max_words, tokenizer.vocab_size)
 
 
@@ -182,6 +182,6 @@ def test_clip_without_its_vocabulary_says_what_to_install(
 def test_clip_tokens_are_those_of_the_published_models(tmp_path: Path) -> None:
     tokenizer = clip_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 49_408
-    ids, mask = tokenizer(plain("a photo of a cat"))
+    ids, mask = tokenizer(plain_captions("a photo of a cat"))
     assert ids.shape == (1, 77)
     assert ids[0, : mask.sum()].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.clip_files import plain
+from builders.clip_files import plain_captions
 from builders.pretrained import save_siglip
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, SiglipModel
@@ -67,7 +67,7 @@ def test_a_siglip_folder_gives_siglips_own_features(siglip: tuple[Path, SiglipMo
     assert image_size(config) == 24
     assert pretrained_width(str(folder)) == 32
     words = load_tokenizer(folder, MAX_WORDS)
-    token_ids, word_mask = words(plain(*CAPTIONS))
+    token_ids, word_mask = words(plain_captions(*CAPTIONS))
     frames, frame_mask = pictures(24)
     model = build_model(config, LossConfig(), words, num_frames=2).eval()
     pixels: Any = (frames.flatten(0, 1) / 255 - 0.5) / 0.5
@@ -160,7 +160,7 @@ def test_folders_of_the_published_base_shapes(
         CLIPModel(config).half().save_pretrained(tmp_path)
     model = built(tokenizer, pretrained=str(tmp_path), freeze=10, sequence_header_layers=1).eval()
     frames, frame_mask = pictures(224)
-    token_ids, word_mask = tokenizer(plain(*CAPTIONS[:2]))
+    token_ids, word_mask = tokenizer(plain_captions(*CAPTIONS[:2]))
     with torch.no_grad():
         features = model(frames[:1], frame_mask[:1], token_ids, word_mask)
     assert features.sentence.shape == (2, 512)

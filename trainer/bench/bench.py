@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
 from tvr.trainer.bench.bench_report import Measured, tables, to_json
 from tvr.trainer.bench.measure import Job, MeasurementFailed, Refused, peak_bytes, seconds
@@ -108,7 +108,7 @@ def bench(argv: Sequence[str]) -> int:
         line = tyro.cli(KernelsArguments, prog="tvr bench kernels", args=list(argv[1:]))
         return bench_kernels(line)
 
-    return reported("tvr bench kernels", action)
+    return run_command("tvr bench kernels", action)
 
 
 def bench_kernels(arguments: KernelsArguments) -> int:

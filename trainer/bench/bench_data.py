@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tvr.data_prep.bench_data import PLAIN, SOURCES, STEPS, Sizes, Speed, measure
-from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.trainer.bench.bench_report import machine, versions
 from tvr.trainer.config import Positive
 
@@ -56,7 +56,7 @@ class DataArguments:
 def bench_data(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     prog = "tvr bench data"
-    return reported(prog, lambda: _bench(tyro.cli(DataArguments, prog=prog, args=list(argv))))
+    return run_command(prog, lambda: _bench(tyro.cli(DataArguments, prog=prog, args=list(argv))))
 
 
 def _bench(arguments: DataArguments) -> int:

@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from rich.console import Console, RenderableType
 
-from tvr.data_prep.cli_errors import STRICT, reported
+from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
 from tvr.trainer.bench.bench_report import machine, versions
 from tvr.trainer.bench.bench_train_report import (
@@ -264,4 +264,4 @@ def bench_reported(name: str, action: Callable[[str], int]) -> int:
             print(f"{prog}: {failure}", file=sys.stderr)
             return EXIT_FAILED
 
-    return reported(prog, guarded)
+    return run_command(prog, guarded)

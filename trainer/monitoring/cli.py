@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tvr.data_prep.cli_errors import reported
+from tvr.data_prep.cli_errors import run_command
 from tvr.trainer.monitoring.metrics import METRICS
 
 ABOUT = """\
@@ -42,7 +42,9 @@ def metrics(argv: Sequence[str]) -> int:
             Console().print(table)
         return 0
 
-    return reported("tvr metrics", lambda: tyro.cli(arguments, prog="tvr metrics", args=list(argv)))
+    return run_command(
+        "tvr metrics", lambda: tyro.cli(arguments, prog="tvr metrics", args=list(argv))
+    )
 
 
 def rows() -> list[tuple[str, ...]]:

@@ -14,7 +14,7 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     """Bad samples that were replaced, on any rank, by reason."""
     reads: Counter[str] = field(default_factory=Counter)
-    """Samples that this rank's loader read, by SOURCES."""
+    """Samples that this rank's loader read, by READ_SOURCES."""
     loading_s: float = 0.0
     """For which this rank waited for its own loader."""
     alone_s: float | None = None

@@ -8,9 +8,9 @@ has one.
 
 from __future__ import annotations
 
-from tvr.data_prep.exporter.metrics_table import Metric, Table
+from tvr.data_prep.exporter.metrics_table import Metric, MetricTable
 from tvr.data_prep.packing.pack_metrics import PACK_METRICS
-from tvr.data_prep.records import REASONS, SOURCES
+from tvr.data_prep.records import BAD_SAMPLE_REASONS, READ_SOURCES
 from tvr.trainer.distributed.world import RECEIVED
 from tvr.trainer.monitoring.stopwatch import ALL_PARTS
 
@@ -289,7 +289,7 @@ TRAINING_METRICS = (
         meaning="Samples read for training by where their bytes came from: kept in memory, a local"
         " file, a beton, a shard kept in the cache, a shard fetched for it, a range of a store.",
         per="node",
-        labels={"source": SOURCES},
+        labels={"source": READ_SOURCES},
     ),
     Metric(
         name="tvr_data_decode_failures_total",
@@ -308,7 +308,7 @@ TRAINING_METRICS = (
         kind="counter",
         unit="",
         meaning="Samples replaced since they were bad, on any rank, each time they were met.",
-        labels={"reason": REASONS},
+        labels={"reason": BAD_SAMPLE_REASONS},
     ),
     Metric(
         name="tvr_data_quarantined_samples",
@@ -383,5 +383,5 @@ TRAINING_METRICS = (
     ),
 )
 
-TRAINING = Table(TRAINING_METRICS)
+TRAINING = MetricTable(TRAINING_METRICS)
 METRICS = (*TRAINING_METRICS, *PACK_METRICS)

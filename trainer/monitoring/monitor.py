@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import torch
 
-from tvr.data_prep.exporter.metrics_http import PortTaken
-from tvr.data_prep.exporter.metrics_table import Values
-from tvr.data_prep.records import UNDECODABLE
+from tvr.data_prep.exporter.metrics_http import PortInUse
+from tvr.data_prep.exporter.metrics_table import MetricValues
+from tvr.data_prep.records import UNDECODABLE_REASONS
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.saver import Saved
 from tvr.trainer.config import Config
@@ -124,7 +124,7 @@ class NodeMonitor(Monitor):
     def __init__(self, config: Config, run_dir: Path, world: World) -> None:
         self._config, self._run_dir, self._world = config, run_dir, world
         self.watch = self._laps = Laps(world.device)
-        self._values: Values | None = None
+        self._values: MetricValues | None = None
         self._server: MetricsServer | None = None
         self._writers: Writers | None = None
         self._process = psutil.Process(os.getpid())
@@ -142,9 +142,9 @@ class NodeMonitor(Monitor):
     def begin(self, attempt: Attempt, saved: SavedState | None) -> None:
         self._world.run_on_first(lambda: forget_targets(self._run_dir))
         ranks = ranks_on_node(self._world)
-        lines = shared_rows(self._world, ranks, len(TRAINING.places))
+        lines = shared_rows(self._world, ranks, len(TRAINING.slots))
         rank, metrics = self._world.rank, self._config.metrics
-        self._values = values = Values(TRAINING, lines[rank])
+        self._values = values = MetricValues(TRAINING, lines[rank])
         self._run_began_s = attempt.run_began_s()
         self._settings(values, attempt, saved)
         shown = {rank: lines[rank]} if metrics.endpoint == "rank" else lines
@@ -154,7 +154,7 @@ class NodeMonitor(Monitor):
             try:
                 self._server = MetricsServer(metrics, self._run_dir, attempt, shown, local_rank)
             except ValueError as error:
-                finding = Finding(rank, str(error), of_node=isinstance(error, PortTaken))
+                finding = Finding(rank, str(error), of_node=isinstance(error, PortInUse))
         if self._world.is_first:
             start_step = saved.step if saved else 0
             self._writers = Writers(self._config, self._run_dir, start_step, attempt.number)
@@ -163,7 +163,7 @@ class NodeMonitor(Monitor):
         refuse([found for _, found in everyone if found], [host for host, _ in everyone])
         self._laps.restart()
 
-    def _settings(self, values: Values, attempt: Attempt, saved: SavedState | None) -> None:
+    def _settings(self, values: MetricValues, attempt: Attempt, saved: SavedState | None) -> None:
         """What stays as it is."""
         config = self._config
         values.set("tvr_train_step", saved.step if saved else 0)
@@ -203,7 +203,7 @@ class NodeMonitor(Monitor):
         self._changed()
         return more
 
-    def _of_the_rank(self, values: Values, tally: Tally, encoding_s: float) -> None:
+    def _of_the_rank(self, values: MetricValues, tally: Tally, encoding_s: float) -> None:
         loading = "tvr_data_loading_seconds_total"
         tally.alone_s = tally.loading_s - values.get(loading) + encoding_s
         values.count(loading, tally.loading_s)
@@ -213,7 +213,7 @@ class NodeMonitor(Monitor):
         for collective, num_bytes in self._world.received_bytes.items():
             values.count("tvr_train_received_bytes_total", num_bytes, collective)
 
-    def _of_the_run(self, values: Values, record: Mapping[str, Any], tally: Tally) -> None:
+    def _of_the_run(self, values: MetricValues, record: Mapping[str, Any], tally: Tally) -> None:
         for name, place in GAUGES.items():
             metric, *labels = place
             values.set(metric, record[name], *labels)
@@ -225,16 +225,16 @@ class NodeMonitor(Monitor):
         values.add("tvr_train_straggler_gap_seconds_total", record["straggler_gap_s"] or 0.0)
         for reason, count in tally.skipped.items():
             values.count("tvr_data_skipped_samples_total", count, reason)
-        undecodable = sum(tally.skipped[reason] for reason in UNDECODABLE)
+        undecodable = sum(tally.skipped[reason] for reason in UNDECODABLE_REASONS)
         values.count("tvr_data_decode_failures_total", undecodable)
 
-    def _parts(self, values: Values) -> dict[str, float]:
+    def _parts(self, values: MetricValues) -> dict[str, float]:
         parts = self._laps.take_known()
         for part, seconds in parts.items():
             values.add("tvr_train_part_seconds_total", seconds, part.replace(" ", "_"))
         return parts
 
-    def _memory(self, values: Values) -> dict[str, Any]:
+    def _memory(self, values: MetricValues) -> dict[str, Any]:
         """Of this process on the host, and on its GPU if it has one; looked at once a second."""
         now, device = time.monotonic(), self._world.device
         kinds = OF_DEVICE if device.type == "cuda" else {}

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from tvr.data_prep.exporter.metrics_http import Endpoint, name_of_job, write_target
-from tvr.data_prep.exporter.metrics_table import Numbers
+from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label, write_scrape_target
+from tvr.data_prep.exporter.metrics_table import MetricArray
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.config import MetricsConfig
 from tvr.trainer.errors import Fenced
@@ -44,10 +44,10 @@ class MetricsServer:
         metrics: MetricsConfig,
         run_dir: Path,
         attempt: Attempt,
-        lines: Mapping[int, Numbers],
+        lines: Mapping[int, MetricArray],
         local_rank: int,
     ) -> None:
-        """Raises PortTaken, or ValueError where it can never serve."""
+        """Raises PortInUse, or ValueError where it can never serve."""
         self.has_news = False
         self._lines, self._attempt = lines, attempt
         folder = run_dir / FOLDER
@@ -55,12 +55,12 @@ class MetricsServer:
         host = socket.gethostname()
         name = f"{host}-rank-{min(lines):05d}" if metrics.endpoint == "rank" else host
         self._target, self._last = folder / f"{name}.json", folder / f"{name}.prom"
-        self._endpoint: Endpoint | None = None
+        self._endpoint: MetricsEndpoint | None = None
         if metrics.endpoint != "none":
             port = metrics.port + local_rank if metrics.port else 0
-            self._endpoint = endpoint = Endpoint(self._text, metrics.address, port)
-            labels = {"run": name_of_job(run_dir), "host": host}
-            write_target(self._target, endpoint.target, labels)
+            self._endpoint = endpoint = MetricsEndpoint(self._text, metrics.address, port)
+            labels = {"run": job_label(run_dir), "host": host}
+            write_scrape_target(self._target, endpoint.target, labels)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="last-values", daemon=True)
         self._thread.start()
@@ -90,7 +90,7 @@ class MetricsServer:
         if well:
             self._target.unlink(missing_ok=True)
         if self._endpoint is not None:
-            self._endpoint.say_last()
+            self._endpoint.mark_final()
 
     def close(self) -> None:
         self._over.set()

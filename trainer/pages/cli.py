@@ -8,7 +8,7 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
-from tvr.data_prep.cli_errors import reported
+from tvr.data_prep.cli_errors import run_command
 
 Runs: TypeAlias = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")
@@ -47,6 +47,6 @@ def dashboard(argv: Sequence[str]) -> int:
             keep_writing(runs, path)
         return 0
 
-    return reported(
+    return run_command(
         "tvr dashboard", lambda: tyro.cli(arguments, prog="tvr dashboard", args=list(argv))
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from tvr.data_prep.exporter.metrics_http import name_of_job
+from tvr.data_prep.exporter.metrics_http import job_label
 from tvr.data_prep.html_page import page_template
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.monitoring.run_log import LOG, RunLog, read_log
@@ -83,7 +83,7 @@ def read_run(folder: Path) -> Run:
     changed_at = (path if path.exists() else folder / CONFIG).stat().st_mtime
     log = read_log(path.read_text() if path.exists() else "")
     return Run(
-        name=name_of_job(folder),
+        name=job_label(folder),
         config=config,
         log=log,
         history=history(log, config),
