@@ -281,13 +281,13 @@ def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> No
     staging.save(nested, "/somewhere/model.pt")
     weight += 1
     nested["step"] = 2
-    first = staging.take()["model.pt"]
+    first = staging.pop_files()["model.pt"]
     assert first["a"][0].tolist() == first["a"][1]["b"][0].tolist() == [0.0] * 5
     assert first["step"] == 1
-    assert staging.take() == {}
+    assert staging.pop_files() == {}
     # The memory is used again: fresh pages would cost more than the copy.
     staging.save(nested, "/somewhere/model.pt")
-    second = staging.take()["model.pt"]
+    second = staging.pop_files()["model.pt"]
     assert second["a"][0].data_ptr() == first["a"][0].data_ptr()
     assert second["a"][0].tolist() == [1.0] * 5
 

@@ -323,7 +323,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     captions = [f"caption {'abcdefgh'[i % 8]}{'klmnopqr'[i // 8]}xyz" for i in range(64)]
     larger = train_tokenizer(captions, tmp_path, vocab_size=700, max_words=MAX_WORDS)
     assert larger.vocab_size > tokenizer.vocab_size
-    message = rf"knows {larger.vocab_size} tokens, the text tower only {tokenizer.vocab_size}"
+    message = rf"has {larger.vocab_size} tokens, the text tower only {tokenizer.vocab_size}"
     with pytest.raises(ValueError, match=message):
         build_model(config, LossConfig(), larger, num_frames=2)
     longer = Tokenizer(tokenizer.backend, MAX_WORDS + 1)
@@ -384,5 +384,5 @@ def test_a_clip_folder_without_all_weights_is_refused(
     weights = {k: v for k, v in clip.state_dict().items() if k != "text_projection.weight"}
     clip.save_pretrained(tmp_path, state_dict=weights)
     config = ModelConfig(pretrained=str(tmp_path))
-    with pytest.raises(ValueError, match=r"lacks 1 weights of a tower, text_projection"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a tower, such as text_projection"):
         build_model(config, LossConfig(), tokenizer, num_frames=3)

@@ -122,7 +122,7 @@ def test_a_tokenizer_without_start_serves_no_fresh_towers(
 
 def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
-    with pytest.raises(ValueError, match=r"type 'blip'; known are clip, siglip"):
+    with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip"):
         built(tokenizer, pretrained=str(tmp_path))
 
 
@@ -260,7 +260,9 @@ def test_whole_towers_are_frozen(tokenizer: Tokenizer, what: str, kept: tuple[st
 def test_what_cannot_be_frozen_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"model\.freeze=4: the text tower has only 3 layers"):
         built(tokenizer, freeze=4)
-    with pytest.raises(ValueError, match=r"freeze='text' goes without model\.lora_rank=2"):
+    with pytest.raises(
+        ValueError, match=r"freeze='text' cannot be combined with model\.lora_rank=2"
+    ):
         built(tokenizer, freeze="text", lora_rank=2)
     bare = build_model(
         ModelConfig(towers=TOWERS, interaction="ti", freeze="both"),

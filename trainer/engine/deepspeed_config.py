@@ -1,4 +1,4 @@
-"""DeepSpeed's dictionary for a run, a pure function; what its defaults get wrong is said here."""
+"""DeepSpeed's configuration as a pure function of ours, with the reason for each departure."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ from typing import Any
 
 from tvr.trainer.config import TrainConfig, accumulation_steps
 
-STAGES_THAT_OFFLOAD = {"optimizer": (1, 2, 3), "parameters": (3,)}
+OFFLOAD_STAGES = {"optimizer": (1, 2, 3), "parameters": (3,)}
 
 
 def deepspeed_config(
     train: TrainConfig, world_size: int, *, universal: bool = False, pin_memory: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary; `universal`: it will load a universal checkpoint; `pin_memory`: a
-    GPU copies from and to what is offloaded.
+    """Builds DeepSpeed's configuration dictionary.
+
+    Args:
+        universal: The engine will load a universal checkpoint.
+        pin_memory: Pins the host memory of offloaded state, for copies to and from a GPU.
 
     Raises:
-        ValueError: settings that DeepSpeed cannot serve together, or serves with other results;
-            or batch sizes that do not fit together.
+        ValueError: DeepSpeed does not support the settings together, or gives other results with
+            them; or the batch sizes do not fit together.
     """
     check_supported(train)
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
-        # Left out, it is 1.0 in this version; 0.0 turns clipping off.
+        # DeepSpeed's default is 1.0; 0.0 turns clipping off.
         "gradient_clipping": train.gradient_clip,
         "bf16": {"enabled": train.precision == "bf16"},
         "zero_optimization": {
             "stage": train.zero_stage,
-            # Its linear keeps other intermediates: bf16 at stage 3 would differ from stage 2.
+            # DeepSpeed's linear layer saves other intermediates: bf16 at stage 3 would differ from
+            # stage 2.
             "memory_efficient_linear": False,
             **_offload(train, pin_memory),
         },
-        # torch's own AdamW: exact at every stage, which DeepSpeed's are not to the last bit.
+        # torch's AdamW gives the same bits at every stage; DeepSpeed's optimisers do not.
         "zero_allow_untested_optimizer": True,
-        # Offloaded, DeepSpeed would refuse torch's; its own is compiled for minutes at first use.
+        # With offload, DeepSpeed would insist on its own optimiser, which compiles for minutes.
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**9,
@@ -43,10 +47,10 @@ def deepspeed_config(
 
 
 def check_supported(train: TrainConfig) -> None:
-    """Settings that no number of ranks makes right.
+    """Refuses settings that cannot work on any number of ranks.
 
     Raises:
-        ValueError: naming them, and what works.
+        ValueError: names the settings and the values that work.
     """
     stage = train.zero_stage
     if train.precision == "bf16" and stage == 0:
@@ -54,30 +58,30 @@ def check_supported(train: TrainConfig) -> None:
             "train.precision=bf16 needs train.zero_stage >= 1; at stage 0 DeepSpeed falls back to "
             "an unfused optimiser whose results differ"
         )
-    allowed = STAGES_THAT_OFFLOAD.get(train.offload, (stage,))
+    allowed = OFFLOAD_STAGES.get(train.offload, (stage,))
     if stage not in allowed:
         raise ValueError(
             f"train.offload={train.offload} needs train.zero_stage "
-            f"{' or '.join(map(str, allowed))}, which partition what is offloaded; it is {stage}"
+            f"{' or '.join(map(str, allowed))}, which partitions the offloaded state; it is {stage}"
         )
     if train.compile and stage == 3:
         raise ValueError(
-            "train.compile=true does not work at train.zero_stage=3, whose hooks gather parameters"
-            " as layers run; use stage 0, 1 or 2, or leave it off"
+            "train.compile=true does not work at train.zero_stage=3, because its hooks gather"
+            " parameters inside the layers; use stage 0, 1 or 2, or turn it off"
         )
 
 
 def is_fused(train: TrainConfig, device: str) -> bool:
-    """Whether torch's fused AdamW serves: on a GPU that holds the optimiser's state.
+    """True if the run uses torch's fused AdamW: on a GPU that holds the optimiser's state.
 
-    On a CPU it rounds differently from the plain one (2e-7 after 10 steps), and the plain one is
-    what runs are compared with.
+    On a CPU the fused AdamW rounds differently from the plain one (2e-7 after 10 steps), which is
+    the reference that runs are compared with.
     """
     return device == "cuda" and train.offload == "none"
 
 
 def optimizer_line(train: TrainConfig, device: str) -> str:
-    """Which optimiser serves, and why not the fused one."""
+    """Describes the optimiser in one line, with the reason if it is not the fused one."""
     if is_fused(train, device):
         return "optimiser: torch AdamW, fused"
     reason = "on a CPU the fused one rounds differently"

@@ -1,4 +1,4 @@
-"""DeepSpeed, in one file: the engine as four verbs, and the state of all of it."""
+"""A model under DeepSpeed's ZeRO; the only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tvr.trainer.engine.staging import Staging
 from tvr.trainer.engine.universal import (
     MODEL_STATES,
     UniversalTarget,
+    complete,
     convert_stage_0,
-    normalise,
     read_parameters,
     write_frozen_weights,
 )
@@ -33,12 +33,12 @@ from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model.model import Features, TextVideoModel, checkpoint_activations
 from tvr.trainer.model.parameter_groups import parameter_groups
 
-# The variable that names the folder in which torch.compile keeps what it made.
+# Environment variable with torch.compile's cache folder.
 COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class Engine:
-    """A model under ZeRO: `encode`, `backward`, `step`, and the state of all of it.
+    """A model under ZeRO: forward, backward, optimiser step, and saving and loading its state.
 
     Every method is collective: all ranks call it in the same order.
     """
@@ -46,12 +46,19 @@ class Engine:
     def __init__(
         self, model: TextVideoModel, train: TrainConfig, world: World, *, universal: bool = False
     ) -> None:
-        """`universal`: the state that it will `load` is in the universal form."""
+        """Partitions the model, in place.
+
+        Args:
+            universal: `load_checkpoint` will read a universal checkpoint.
+
+        Raises:
+            ValueError: DeepSpeed does not support the settings, or a parameter of the model.
+        """
         on_gpu = world.device.type == "cuda"
         settings = deepspeed_config(train, world.world_size, universal=universal, pin_memory=on_gpu)
         _reject_scalars(model)
         deepspeed = _import_deepspeed(world)
-        _change_towers(model, train)
+        _wrap_tower_layers(model, train)
         self._train = train
         self._universal = universal
         groups = parameter_groups(model, train)
@@ -71,23 +78,28 @@ class Engine:
         )
         self._staging = Staging()
         self._engine.checkpoint_engine = self._staging
-        # It would put scripts beside the checkpoints, while all ranks wait on that disk.
+        # DeepSpeed would copy a script beside the checkpoints while all ranks wait for that disk.
         self._engine._copy_recovery_script = lambda folder: None
 
     def encode(self, *inputs: Tensor) -> Features:
-        """The model's forward; ZeRO-3 holds the parameters for its length only."""
+        """Runs the model's forward; ZeRO-3 gathers the parameters only while it runs."""
         with explain_compile_cache_errors(self._train):
             return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients; over the micro-steps of a step they are averaged."""
+        """Accumulates gradients; DeepSpeed averages them over micro-steps and over ranks."""
         with explain_compile_cache_errors(self._train):
             self._engine.backward(loss)
 
     def step(self, learning_rate_factor: float) -> float | None:
-        """Ends a micro-step; the last one of a step updates the weights.
+        """Ends a micro-step; the last micro-step of a step updates the weights.
 
-        Returns the norm of the whole gradient before clipping, none where DeepSpeed has no step.
+        Args:
+            learning_rate_factor: Share of each parameter group's peak learning rate.
+
+        Returns:
+            The norm of the whole gradient before clipping. None between the updates, and where
+            DeepSpeed computes no norm.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor
@@ -97,40 +109,48 @@ class Engine:
         return None if norm is None else float(norm)
 
     def set_training(self, on: bool) -> None:
-        """Dropout and TPM-CL on or off."""
+        """Turns training mode (dropout and TPM-CL) on or off."""
         self._engine.train(on)
 
     @property
     def module(self) -> nn.Module:
-        """The model itself; under ZeRO-3 its parameters are partitioned."""
+        """The wrapped model; under ZeRO-3 its parameters are partitioned."""
         return self._engine.module
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
-        """This rank's part of weights and optimiser by file name, copied to host memory; without
-        `copy`, as it lies there. No file is touched.
+        """Returns this rank's part of weights and optimiser, by file name; no file is written.
 
-        A copy is valid until the next call, the other until the next step.
+        Args:
+            copy: Copies tensors to host memory, valid until the next call. Otherwise the tensors
+                are the training's own, valid until the next step.
         """
-        self._staging.copies = copy
-        # DeepSpeed would move `latest` before all shards are written; saver.py does it after.
+        self._staging.copy = copy
+        # The saver moves `latest` itself, after all shards are written; DeepSpeed would do it now.
         self._engine.save_checkpoint("nowhere", tag="staged", save_latest=False)
-        return self._staging.take()
+        return self._staging.pop_files()
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Restores weights and optimiser from a folder of what `stage` gave on as many ranks at
-        the same stage, or of the universal form."""
+        """Loads weights and optimiser.
+
+        Args:
+            folder: Files that `state_dict` returned on as many ranks at the same ZeRO stage, or a
+                universal checkpoint if the engine was built for one.
+
+        Raises:
+            ValueError: DeepSpeed finds no checkpoint in the folder.
+        """
         if self._universal and self._train.zero_stage == 0:
-            self._load_without_zero(read_parameters(folder, self._names))
+            self._load_stage_0(read_parameters(folder, self._names))
             return
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:  # DeepSpeed reports a missing checkpoint this way and does not raise
+        if path is None:  # DeepSpeed does not raise for a missing checkpoint
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
         if self._universal:
-            # ZeRO-3's loader gives all groups one tensor, which each of them would then count up.
+            # ZeRO-3's loader shares one step tensor between groups, and each group would count it.
             for parameter, state in self._optimizer.optimizer.state.items():
-                state["step"] = self._placed_step(state["step"], parameter)
+                state["step"] = self._copy_step(state["step"], parameter)
 
-    def _load_without_zero(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _load_stage_0(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         parameters = dict(self._engine.module.named_parameters())
         for name, kinds in values.items():
             parameter = parameters[name]
@@ -138,23 +158,30 @@ class Engine:
             self._optimizer.state[parameter] = {
                 kind: value.to(parameter.device)
                 if kind != "step"
-                else self._placed_step(value, parameter)
+                else self._copy_step(value, parameter)
                 for kind, value in kinds.items()
                 if kind != "fp32"
             }
 
-    def _placed_step(self, step: Tensor, parameter: Tensor) -> Tensor:
-        """A copy of Adam's counter where it counts: beside the parameter for the fused one."""
+    def _copy_step(self, step: Tensor, parameter: Tensor) -> Tensor:
+        """Copies Adam's step counter to the device where AdamW keeps it."""
         return step.to(parameter.device if self._fused else "cpu", copy=True)
 
 
-def write_universal(shards: Path, folder: Path, zero_stage: int, reader: UniversalTarget) -> None:
-    """Writes the universal form of a checkpoint's shards, saved at `zero_stage`, to `folder`."""
+def write_universal(shards: Path, folder: Path, zero_stage: int, target: UniversalTarget) -> None:
+    """Converts a checkpoint into a universal one.
+
+    Args:
+        shards: Folder with the files of all ranks, as `Engine.state_dict` named them.
+        folder: Folder to make.
+        zero_stage: ZeRO stage at which the shards were saved.
+        target: The job that will load the result.
+    """
     folder.mkdir(parents=True)
-    if reader.frozen:
-        write_frozen_weights(folder, consolidated_weights(shards, zero_stage), reader)
+    if target.frozen:
+        write_frozen_weights(folder, consolidated_weights(shards, zero_stage), target)
     if zero_stage == 0:
-        convert_stage_0(shards, folder, reader)
+        convert_stage_0(shards, folder, target)
         return
     _import_deepspeed(None)
     from deepspeed.checkpoint import ds_to_universal
@@ -162,7 +189,7 @@ def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Univers
     options = Namespace(
         input_folder=str(shards),
         output_folder=str(folder),
-        # In this process: its pool would fork while gloo's threads run.
+        # One worker runs in this process; a pool would fork while gloo's threads run.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
@@ -171,11 +198,11 @@ def write_universal(shards: Path, folder: Path, zero_stage: int, reader: Univers
     )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(options)
-    normalise(folder, reader)
+    complete(folder, target)
 
 
 def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int) -> UniversalTarget:
-    """What will load a universal checkpoint, before the model is partitioned."""
+    """Describes the job that will load a universal checkpoint, from its unpartitioned model."""
     groups = parameter_groups(model, train)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     names = _names_in_order(model, groups)
@@ -188,7 +215,11 @@ def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int)
 
 
 def consolidated_weights(shards: Path, zero_stage: int) -> dict[str, Tensor]:
-    """The whole fp32 state dict of a sharded checkpoint, on this process alone."""
+    """Reads the whole fp32 state dict of a sharded checkpoint, in this process alone.
+
+    Raises:
+        ValueError: DeepSpeed cannot join the shards.
+    """
     if zero_stage == 0:
         state = torch.load(shards / MODEL_STATES, weights_only=False)
         return state["module"]
@@ -198,10 +229,10 @@ def consolidated_weights(shards: Path, zero_stage: int) -> dict[str, Tensor]:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name)
     if state is None:
-        raise ValueError(f"{shards} holds no weights that DeepSpeed can join")
+        raise ValueError(f"{shards}: DeepSpeed cannot join the weights of these shards")
     if zero_stage == 3:
         return dict(state)
-    # ZeRO-1 keeps frozen weights in the model's own state alone, where DeepSpeed does not look.
+    # ZeRO-1 keeps frozen weights only in the model's own state, which DeepSpeed does not read.
     saved = torch.load(shards / MODEL_STATES, weights_only=False)["module"]
     return {name: state[name] if name in state else saved[name].float() for name in saved}
 
@@ -212,26 +243,29 @@ def _names_in_order(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> li
 
 
 def _import_deepspeed(world: World | None) -> Any:
-    # Unset, DeepSpeed guesses, and on a machine without a GPU it warns on every rank.
+    # Without the variable, DeepSpeed guesses, and warns on every rank of a machine without a GPU.
     if world is None or world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A process that no launcher started stands alone; DeepSpeed wants that said.
+    # DeepSpeed requires the variable even in a process that no launcher started.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 still calls two collectives by the names that torch 2.13 deprecates.
+    # DeepSpeed 0.19 calls two collectives by names that torch 2.13 deprecates.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", rf".*{name}. is deprecated", FutureWarning)
     return deepspeed
 
 
 def _build_extension(deepspeed: Any) -> None:
-    """What DeepSpeed would compile as it joins the ranks, on the first start ever. Who is killed at
-    that leaves a lock for which every later start would wait."""
+    """Compiles DeepSpeed's shared-memory extension, which happens on the first start ever.
+
+    DeepSpeed would compile it while it joins the ranks. A process killed during that build leaves
+    a stale lock that blocks later starts; `one_builder` removes such a lock.
+    """
     builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return  # it goes without, likewise
+        return  # DeepSpeed runs without the extension too
     from torch.utils import cpp_extension
 
     folder = cpp_extension._get_build_directory(builder.NAME, verbose=False)
@@ -243,36 +277,36 @@ def _backend(world: World) -> str:
     return "gloo" if world.device.type == "cpu" else "nccl"
 
 
-def _change_towers(model: TextVideoModel, train: TrainConfig) -> None:
-    """Activation checkpointing and compilation of the towers' layers, in place."""
+def _wrap_tower_layers(model: TextVideoModel, train: TrainConfig) -> None:
+    """Applies activation checkpointing and torch.compile to the towers' layers, in place."""
     if train.activation_checkpointing:
         checkpoint_activations(model)
     for tower in (model.text_tower, model.image_tower):
         if train.compile:
             for layer in tower.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    # In place, so that names of parameters stay. All of a layer or an error: what
-                    # torch could not compile would run uncompiled, and nobody would know.
+                    # In place, so that parameter names stay. fullgraph raises where torch would
+                    # otherwise run part of a layer uncompiled without a word.
                     layer.compile(fullgraph=True)
 
 
 @contextmanager
 def explain_compile_cache_errors(train: TrainConfig) -> Iterator[None]:
-    """Tells what helps where a file in torch's cache of compiled code cannot be used.
+    """Replaces torch's error about a broken file in its compile cache by one that names the remedy.
 
     Raises:
-        TrainingFailed: in place of torch's error, which is chained.
+        TrainingFailed: chained to torch's error.
     """
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
-        folder = os.environ.get(COMPILE_CACHE_VARIABLE)  # torch sets it where it is not set
+        folder = os.environ.get(COMPILE_CACHE_VARIABLE)  # torch sets it if the user does not
         if not train.compile or folder is None or folder not in str(error):
             raise
         line = next(line for line in str(error).splitlines() if folder in line)
         raise TrainingFailed(
-            f"train.compile: {line}. A process that is killed while it compiles leaves half a file"
-            f" there, for good: remove {folder}"
+            f"train.compile: {line}. A process that is killed while it compiles leaves a broken"
+            f" file in torch's cache: remove {folder}"
         ) from error
 
 
@@ -280,6 +314,6 @@ def _reject_scalars(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
             raise ValueError(
-                f"parameter {name} has no dimension, which DeepSpeed cannot broadcast; "
+                f"parameter {name} has no dimension, so DeepSpeed cannot broadcast it; "
                 "give it shape (1,)"
             )

@@ -1,4 +1,4 @@
-"""All random states of a process: Python's, numpy's, torch's, and those of its GPU."""
+"""Random states of a process: Python, numpy, torch, and its GPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 
 def random_state_file(rank: int) -> str:
-    """The file of a rank's random states within a checkpoint."""
+    """Returns the name of a rank's random states within a checkpoint."""
     return f"random-rank-{rank:05d}.pt"
 
 
 def get_random_state() -> dict[str, Any]:
-    """Plain containers and tensors, which torch.load reads without unpickling anything else."""
+    """Returns all random states as plain containers and tensors, for `torch.load(weights_only)`."""
     legacy = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
-    kind, words, place, has_gauss, gauss = legacy
+    kind, words, position, has_gauss, gauss = legacy
     state = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), place, has_gauss, gauss),
+        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -29,7 +29,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """The counterpart of `random_state`."""
+    """Restores what `get_random_state` returned; a GPU's state is skipped where there is no GPU."""
     random.setstate(state["python"])
     kind, words, *rest = state["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))

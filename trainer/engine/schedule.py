@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""Learning-rate schedule as a pure function of the step, so that a checkpoint holds none of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
-    """Share of the peak rate at optimiser step `step` (0-based) of `steps`.
+    """Returns the share of the peak learning rate at an optimiser step.
 
-    Linear from 1 / warmup_steps up to 1, then a cosine that would reach 0 at `steps`.
+    It rises linearly from 1 / warmup_steps to 1, then follows a cosine that reaches 0 at `steps`.
+
+    Args:
+        step: Optimiser step, counted from 0.
+        steps: Optimiser steps of the whole run.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,6 +1,6 @@
-"""A copy of a training state in host memory, made while the step waits; written out later.
+"""Staging of a training state in host memory: copied while the step waits, written to disk later.
 
-The memory is kept from one save to the next: fresh pages cost more than the copy itself.
+The buffers are reused by the next save, because allocating fresh pages costs more than the copy.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from tvr.trainer.distributed.world import World
 
 
 class Staging:
-    """What DeepSpeed's engine takes for its checkpoint engine: saving copies, loading reads.
+    """A checkpoint engine for DeepSpeed that saves to host memory and loads from disk.
 
-    Nothing here touches a disk while saving, so that no disk's failure reaches a collective.
+    `save` touches no disk, so a disk that fails cannot leave other ranks waiting in a collective.
     """
 
     def __init__(self) -> None:
-        self.copies = True
-        """Whether to copy tensors; if not, they are the training's own, which a step changes."""
+        self.copy = True
+        """Copies tensors; if False, `save` keeps the training's own, which a step changes."""
         self._buffers: dict[str, Tensor] = {}
         self._staged: dict[str, Any] = {}
 
-    def take(self) -> dict[str, Any]:
-        """What was saved since the last call, by file name; valid until the next save begins."""
+    def pop_files(self) -> dict[str, Any]:
+        """Returns and forgets the saved states, by file name; valid until the next save begins."""
         staged, self._staged = self._staged, {}
         return staged
 
     def save(self, state_dict: Any, path: str) -> None:
         name = PurePath(path).name
-        self._staged[name] = self._copied(state_dict, name)
+        self._staged[name] = self._stage(state_dict, name)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        # Pickles of DeepSpeed's own classes; their checksums were verified before.
+        # The files pickle DeepSpeed's own classes; their checksums have been verified.
         return torch.load(path, map_location=map_location, weights_only=False)
 
     def create(self, info: Any) -> None:
-        """Nothing: the folder is made when files are written."""
+        """Does nothing: the saver makes the folder when it writes files."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing, likewise."""
+        """Does nothing, as `create`."""
 
     def commit(self, info: Any) -> bool:
         return True
 
     def cleanup(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: no file is open."""
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
         return dp_rank == 0
@@ -66,16 +66,16 @@ class Staging:
     def preserves_storage_sharing(self) -> bool:
         return False
 
-    def _copied(self, value: Any, where: str) -> Any:
+    def _stage(self, value: Any, where: str) -> Any:
         if isinstance(value, Tensor):
-            return self._copy(value.detach(), where) if self.copies else value.detach()
+            return self._copy(value.detach(), where) if self.copy else value.detach()
         if isinstance(value, dict):
-            items = {key: self._copied(item, f"{where}/{key}") for key, item in value.items()}
+            items = {key: self._stage(item, f"{where}/{key}") for key, item in value.items()}
             return type(value)(items)
         if isinstance(value, list):
-            return [self._copied(item, f"{where}/{n}") for n, item in enumerate(value)]
+            return [self._stage(item, f"{where}/{n}") for n, item in enumerate(value)]
         if type(value) is tuple:
-            return tuple(self._copied(item, f"{where}/{n}") for n, item in enumerate(value))
+            return tuple(self._stage(item, f"{where}/{n}") for n, item in enumerate(value))
         return value
 
     def _copy(self, tensor: Tensor, where: str) -> Tensor:
@@ -88,21 +88,24 @@ class Staging:
 
 
 def staging_line(checkpoint: CheckpointConfig) -> str:
-    """Whether steps wait for checkpoints, as far as that is known before there is a state."""
+    """Describes in one line whether steps will wait for checkpoints to be written."""
     if not checkpoint.background:
-        return "checkpoints: steps wait for the disk, as checkpoint.background is off"
+        return "checkpoints: steps wait for the disk (checkpoint.background is off)"
     free = psutil.virtual_memory().available
     return (
         "checkpoints: written in the background, if copies of the state fit host memory"
-        f" ({free / 1e9:.3g} GB are free here; `tvr train --dry-run` tells a copy's size)"
+        f" ({free / 1e9:.3g} GB are free here; `tvr train --dry-run` shows the size of a copy)"
     )
 
 
 def staging_shortage(state: Any, world: World) -> str | None:
-    """Why copies of the ranks' states do not fit the memory of some machine; none where they do.
+    """Returns why copies of the ranks' states do not fit some machine's memory, or None if they do.
 
-    A step is taken to need again what steps needed so far at their worst. The answer is the same
-    on all ranks, which all call it.
+    All ranks call it and get the same answer. It reserves for the next step as much memory as the
+    largest step so far used.
+
+    Args:
+        state: This rank's state, uncopied.
     """
     size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -115,6 +118,6 @@ def staging_shortage(state: Any, world: World) -> str | None:
     if copies + steps > free:
         short = (
             f"on {socket.gethostname()} {free / 1e9:.3g} GB are free, copies of its ranks' states"
-            f" take {copies / 1e9:.3g} GB, and a step up to {steps / 1e9:.3g} GB more"
+            f" need {copies / 1e9:.3g} GB, and a step needs up to {steps / 1e9:.3g} GB more"
         )
     return next((line for line in world.all_gather_objects(short) if line), None)

@@ -1,14 +1,14 @@
-"""One form for the state of training, whatever number of ranks and ZeRO stage it comes from.
+"""Universal checkpoints: one format that every number of ranks and every ZeRO stage can load.
 
-DeepSpeed's universal checkpoint holds a folder for each parameter with its float32 value and the
-two moments of Adam. Its converter writes it in a form that only the stage it came from can load:
-ZeRO-3 loses shapes and steps, ZeRO-1/2 lacks what ZeRO-3 asks for, and stage 0 has no converter.
-What is written here loads at every stage.
+DeepSpeed's universal checkpoint holds a folder for each parameter, with its float32 value and the
+two moments of Adam. The output of DeepSpeed's converter loads only at the stage that it came from:
+ZeRO-3 loses shapes and steps, ZeRO-1/2 lacks files that ZeRO-3 needs, and stage 0 has no converter.
+This module completes it, so that the result loads at every stage:
 
-    zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt     of each trained parameter
-    frozen.pt                                       the others' values by name, if there are any
-    zero/optimizer_state.pt
-    mp_rank_00_model_states.pt, zero_pp_rank_R_mp_rank_00_model_states.pt    counters
+    zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt     each trained parameter
+    frozen.pt                                       values of frozen parameters by name, if any
+    zero/optimizer_state.pt                         settings and step of the optimiser
+    mp_rank_00_model_states.pt, zero_pp_rank_R_mp_rank_00_model_states.pt    step counters
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ FROZEN = "frozen.pt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniversalTarget:
-    """Who will load the state."""
+    """The job that will load a universal checkpoint."""
 
     world_size: int
     num_groups: int
-    """Of parameters in the optimiser."""
+    """Parameter groups in the optimiser."""
     shapes: Mapping[str, torch.Size]
-    """Of the trained parameters, in the optimiser's order."""
+    """Shapes of the trained parameters by name, in the optimiser's order."""
     frozen: frozenset[str] = frozenset()
-    """Names of the other parameters."""
+    """Names of the frozen parameters."""
 
 
-def normalise(folder: Path, reader: UniversalTarget) -> None:
-    """Brings what DeepSpeed's converter wrote to `folder` into the one form, in place."""
+def complete(folder: Path, target: UniversalTarget) -> None:
+    """Completes the output of DeepSpeed's converter in `folder`, in place."""
     zero = folder / "zero"
     common = _read(zero / "optimizer_state.pt")
-    step = _step(common, zero / next(iter(reader.shapes)))
-    for name, shape in reader.shapes.items():
+    step = _step(common, zero / next(iter(target.shapes)))
+    for name, shape in target.shapes.items():
         values = {kind: _tensor(zero / name / f"{kind}.pt") for kind in VALUES}
         _write_parameter(zero / name, {k: v.reshape(shape) for k, v in values.items()}, step)
     counters = _read(sorted(folder.glob("*model_states.pt"))[0])
-    _write_common(zero, step, counters["ds_version"], reader.num_groups)
-    _write_counters(folder, counters, reader.world_size)
+    _write_common(zero, step, counters["ds_version"], target.num_groups)
+    _write_counters(folder, counters, target.world_size)
 
 
-def convert_stage_0(shards: Path, folder: Path, reader: UniversalTarget) -> None:
-    """Writes the one form of a checkpoint without ZeRO."""
+def convert_stage_0(shards: Path, folder: Path, target: UniversalTarget) -> None:
+    """Converts the shards of a checkpoint that was saved at ZeRO stage 0."""
     saved = _read(shards / MODEL_STATES)
     moments = saved["optimizer"]["state"]
     step = next(iter(moments.values()))["step"]
-    for index, name in enumerate(reader.shapes):
+    for index, name in enumerate(target.shapes):
         values = {"fp32": saved["module"][name].float()}
         values |= {kind: moments[index][kind] for kind in VALUES[1:]}
         _write_parameter(folder / "zero" / name, values, step)
-    _write_common(folder / "zero", step, saved["ds_version"], reader.num_groups)
-    _write_counters(folder, saved, reader.world_size)
+    _write_common(folder / "zero", step, saved["ds_version"], target.num_groups)
+    _write_counters(folder, saved, target.world_size)
 
 
 def write_frozen_weights(
-    folder: Path, weights: Mapping[str, Tensor], reader: UniversalTarget
+    folder: Path, weights: Mapping[str, Tensor], target: UniversalTarget
 ) -> None:
-    """Writes what no optimiser holds, for `load_frozen_weights`."""
-    torch.save({name: weights[name].clone() for name in reader.frozen}, folder / FROZEN)
+    """Writes the frozen weights, which no optimiser holds, for `load_frozen_weights`."""
+    torch.save({name: weights[name].clone() for name in target.frozen}, folder / FROZEN)
 
 
 def load_frozen_weights(model: nn.Module, folder: Path) -> None:
-    """Gives a model that is not partitioned yet the frozen weights of the universal form."""
+    """Loads the frozen weights of a universal checkpoint into a model that is not partitioned."""
     if (folder / FROZEN).exists():
         model.load_state_dict(_read(folder / FROZEN), strict=False)
 
@@ -86,9 +86,9 @@ def _write_parameter(folder: Path, values: Mapping[str, Tensor], step: Tensor) -
 
 
 def _write_common(zero: Path, step: Tensor, ds_version: str, num_groups: int) -> None:
-    """What the loaders of ZeRO-1/2 and ZeRO-3 look for."""
-    # No settings in the groups: DeepSpeed would lay them over this run's, and at ZeRO-3 those of
-    # the first group over all groups, weight decay and learning rate included.
+    """Writes the optimiser's common state, which the loaders of ZeRO-1/2 and ZeRO-3 read."""
+    # The groups hold no settings: DeepSpeed would replace this run's learning rates and weight
+    # decays by them, and ZeRO-3 would give those of the first group to all groups.
     state = {
         "ds_version": ds_version,
         "dynamic_loss_scale": False,
@@ -100,7 +100,7 @@ def _write_common(zero: Path, step: Tensor, ds_version: str, num_groups: int) ->
 
 
 def _write_counters(folder: Path, saved: Mapping[str, Any], world_size: int) -> None:
-    """The file with the numbers of steps and samples, under the name that each stage looks for."""
+    """Writes the counters of steps and samples under the file names that each stage reads."""
     kept = ("global_steps", "global_samples", "skipped_steps", "dp_world_size", "mp_world_size")
     counters = {name: saved[name] for name in (*kept, "ds_version")}
     counters |= {"module": {}, "optimizer": None, "lr_scheduler": None}
@@ -111,7 +111,7 @@ def _write_counters(folder: Path, saved: Mapping[str, Any], world_size: int) -> 
 
 
 def read_parameters(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Every parameter's values and step, for a loader without ZeRO."""
+    """Reads every parameter's value, moments and step, for ZeRO stage 0."""
     return {
         name: {
             **{kind: _tensor(folder / "zero" / name / f"{kind}.pt") for kind in VALUES},

@@ -1,4 +1,7 @@
-"""The two towers and the heads on top: a batch in, token features out."""
+"""The model: two towers and the heads on top, from a batch to token features.
+
+The door of the package.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +27,33 @@ from tvr.trainer.model.towers import (
 
 
 class Features(NamedTuple):
-    """What the similarity and the losses need of A captions and C videos.
+    """Features of A captions and C videos, as the similarity and the losses take them.
 
-    Sentence, words and frames have unit length (frames: unless `unit_after_header` is off).
+    Sentence, words and frames have unit length (frames do not if `unit_after_header` is off).
     """
 
     sentence: Tensor
-    """(A, D) the vector that the text tower gives a whole caption, CLIP's the end token's."""
+    """(A, D) the text tower's vector of the whole caption; in CLIP, the end token's."""
     words: Tensor
     """(A, T, D) contextual word vectors."""
     word_mask: Tensor
     """(A, T) 0 = padding."""
     frames: Tensor
-    """(C, F, D)."""
+    """(C, F, D) frame vectors."""
     frame_mask: Tensor
     """(C, F) 0 = padding."""
     word_logits: Tensor | None
-    """(A, T) before the masked softmax; none in the ti family."""
+    """(A, T) token weights before the masked softmax; none in the ti family."""
     frame_logits: Tensor | None
-    """(C, F)."""
+    """(C, F) frame weights before the masked softmax; none in the ti family."""
     margin_hinge: Tensor | None
-    """(B,) TPM-CL of each matched pair; none in evaluation or where it is off."""
+    """(B,) TPM-CL of each matched pair; none in evaluation, or if TPM-CL is off."""
 
 
 class TextVideoModel(nn.Module):
-    """A tower per frame and per word, the method's weight layers, and the TPM-CL predictors.
+    """Text and image tower, the method's token-weight layers, and the TPM-CL predictors.
 
-    `num_frames` and `num_words` are fixed, since the predictors mix along the slots.
+    `num_frames` and `num_words` are fixed, because the predictors mix along these dimensions.
     """
 
     pixel_mean: Tensor
@@ -93,11 +96,17 @@ class TextVideoModel(nn.Module):
     def forward(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
     ) -> Features:
-        """Encodes C videos, frames (C, F, 3, H, W) uint8, and A captions, token_ids (A, T).
+        """Encodes C videos and A captions.
 
-        The TPM-CL hinge is computed in training only, where caption i belongs to video i. It is
-        inside the forward, because ZeRO-3 holds parameters only while the module that owns them
-        runs; the loss over the global batch, which has no parameters, is outside.
+        In training, caption i must belong to video i: the forward then computes TPM-CL, too. That
+        loss has parameters, which ZeRO-3 gathers only while the module that owns them runs. The
+        loss over the global batch has none, and is computed outside.
+
+        Args:
+            frames: (C, F, 3, H, W) uint8.
+            frame_mask: (C, F), 0 = padding.
+            token_ids: (A, T).
+            word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
         frames = self._encode_frames(frames, frame_mask)
         sentence, words = self._encode_text(token_ids, word_mask)
@@ -155,16 +164,16 @@ class TextVideoModel(nn.Module):
 def build_model(
     model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, *, num_frames: int
 ) -> TextVideoModel:
-    """Builds the model from a local folder or from scratch; weights follow torch's global seed.
+    """Builds the model from a local folder or from scratch; new weights follow torch's global seed.
 
     Raises:
-        ValueError: the folder holds no model, the tokeniser does not fit the text tower, or what
-            is to be frozen or adapted cannot be.
+        ValueError: the folder holds no model, the tokeniser does not fit the text tower, or
+            `model.freeze` or `model.lora_rank` cannot be applied.
     """
-    return _built(model, loss, tokenizer, num_frames, weights=True)
+    return _build(model, loss, tokenizer, num_frames, weights=True)
 
 
-def _built(
+def _build(
     model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, num_frames: int, *, weights: bool
 ) -> TextVideoModel:
     if model.pretrained is None:
@@ -180,36 +189,36 @@ def _built(
         freeze(sides, model.freeze)
     elif model.freeze:
         raise ValueError(
-            f"model.freeze={model.freeze!r} goes without model.lora_rank={model.lora_rank}, which "
-            "freezes both towers whole"
+            f"model.freeze={model.freeze!r} cannot be combined with model.lora_rank="
+            f"{model.lora_rank}, which freezes both towers"
         )
     else:
         add_adapters(sides, model.lora_rank)
-    return built.train()  # pretrained towers come in evaluation mode, without dropout
+    return built.train()  # transformers loads pretrained towers in evaluation mode
 
 
 def build_meta_model(
     model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, *, num_frames: int
 ) -> TextVideoModel:
-    """The model that `build_model` gives, on the meta device: shapes without numbers.
+    """Builds the model of `build_model` on the meta device: shapes without values.
 
-    Of a pretrained folder only config.json is read.
+    It reads only config.json of a pretrained folder.
 
     Raises:
         ValueError: as `build_model`.
     """
     with torch.device("meta"):
-        return _built(model, loss, tokenizer, num_frames, weights=False)
+        return _build(model, loss, tokenizer, num_frames, weights=False)
 
 
 def checkpoint_activations(model: TextVideoModel) -> None:
-    """Keeps the inputs of the towers' layers alone for the backward, which runs them again."""
+    """Turns on activation checkpointing: the backward recomputes the towers' layers."""
     for tower in (model.text_tower, model.image_tower):
         tower.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def tokenizer_folder(model: ModelConfig) -> str:
-    """The local folder with the tokeniser.
+    """Returns the local folder with the tokeniser.
 
     Raises:
         ValueError: neither `model.tokenizer` nor `model.pretrained` is set.
@@ -217,20 +226,20 @@ def tokenizer_folder(model: ModelConfig) -> str:
     folder = model.tokenizer or model.pretrained
     if folder is None:
         raise ValueError(
-            "set model.tokenizer to a local folder, or model.pretrained to one that has it"
+            "set model.tokenizer to a local folder, or model.pretrained to one with a tokeniser"
         )
     return folder
 
 
 def image_size(model: ModelConfig) -> int:
-    """Side in pixels of the frames that the image tower takes."""
+    """Returns the side, in pixels, of the square frames that the image tower takes."""
     if model.pretrained is None:
         return model.towers.image_size
     return pretrained_image_size(model.pretrained)
 
 
 def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of a batch that `TextVideoModel.forward` takes, on the device."""
+    """Moves the arguments of `TextVideoModel.forward` to the device."""
     tensors = (batch.frames, batch.frame_mask, batch.token_ids, batch.word_mask)
     frames, frame_mask, token_ids, word_mask = (t.to(device, non_blocking=True) for t in tensors)
     return frames, frame_mask, token_ids, word_mask

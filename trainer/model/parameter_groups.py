@@ -1,4 +1,4 @@
-"""Which weights train, and how fast: frozen layers, LoRA, and the optimiser's groups."""
+"""Trained parameters and their learning rates: freezing, LoRA, and the optimiser's groups."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from torch import nn
 
 from tvr.trainer.config import Freeze, TrainConfig
 
-# What LoRA adds to, in CLIP's and SigLIP's attention alike; the pair of the LoRA paper.
-ADAPTED = ("q_proj", "v_proj")
+# Projections that LoRA adapts, as in its paper; CLIP and SigLIP name them alike.
+LORA_TARGETS = ("q_proj", "v_proj")
 
 
 def depth(name: str, num_layers: int) -> int:
-    """How far below a tower's top a parameter is: 0 above the layers (norm, projection, pooling),
-    1 in the top layer, num_layers in the bottom one, num_layers + 1 in the embeddings."""
+    """Returns how far below a tower's top a parameter is.
+
+    0 is above the layers (norm, projection, pooling), 1 the top layer, num_layers the bottom layer,
+    and num_layers + 1 the embeddings.
+    """
     if found := re.search(r"\bencoder\.layers\.(\d+)\.", name):
         return num_layers - int(found[1])
-    # The second name is CLIP's own spelling, of the norm between the embeddings and the layers.
+    # "pre_layrnorm" is CLIP's spelling of the norm between the embeddings and the layers.
     return num_layers + 1 if re.search(r"\b(embeddings|pre_layrnorm)\.", name) else 0
 
 
 def freeze(towers: dict[str, Any], what: Freeze) -> None:
-    """Takes the gradient from whole towers, "text" or "image", or from their bottom layers.
+    """Freezes whole towers, or the bottom layers and the embeddings of both.
+
+    Args:
+        towers: "text" and "image" towers.
+        what: Number of bottom layers, or "text", "image" or "both".
 
     Raises:
         ValueError: a tower has fewer layers.
@@ -41,7 +48,7 @@ def freeze(towers: dict[str, Any], what: Freeze) -> None:
 
 
 def add_adapters(towers: dict[str, Any], rank: int) -> None:
-    """Freezes the towers and adds LoRA of that rank to queries and values; scale 2, at first 0.
+    """Freezes the towers and adds LoRA to queries and values, with scale 2 and initial product 0.
 
     Raises:
         ValueError: peft is not installed.
@@ -53,12 +60,12 @@ def add_adapters(towers: dict[str, Any], rank: int) -> None:
             f"model.lora_rank={rank} needs peft (pip install 'tvr[lora]'): {error}"
         ) from None
     for tower in towers.values():
-        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ADAPTED))
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS))
         inject_adapter_in_model(settings, tower)
 
 
 def merge_adapters(tower: nn.Module) -> None:
-    """Adds LoRA's products to the weights they belong to; the tower is then as without LoRA."""
+    """Merges LoRA's products into the weights and removes the LoRA layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(tower.named_modules()):
@@ -69,13 +76,17 @@ def merge_adapters(tower: nn.Module) -> None:
 
 
 def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, object]]:
-    """Towers and heads, each with and without decay, and with `layer_decay` a pair for each depth
-    of the towers. Biases and norms never decay, and frozen weights are in no group.
+    """Groups the trained parameters: towers and heads, each with and without weight decay.
 
-    `name` is "encoder" or "head", `peak` the group's highest learning rate.
+    `train.layer_decay` makes such a pair for each depth of the towers. Biases and norms never
+    decay. Frozen parameters are in no group.
+
+    Returns:
+        Groups for `torch.optim`, each with `name` ("encoder" or "head") and `peak`, its highest
+        learning rate.
 
     Raises:
-        ValueError: nothing is left to train.
+        ValueError: every parameter is frozen.
     """
     exempt = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     towers = {"text_tower.": model.text_tower, "image_tower.": model.image_tower}
@@ -88,11 +99,11 @@ def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, object]]:
             if name.startswith(prefix):
                 below = depth(name, tower.config.num_hidden_layers)
                 owner, peak = "encoder", train.encoder_learning_rate * train.layer_decay**below
-        # CLIP's class vector is one-dimensional like a bias, and CLIP does not decay it either.
+        # CLIP's class vector is one-dimensional like a bias; CLIP does not decay it either.
         decays = parameter.ndim > 1 and parameter not in exempt
         groups.setdefault((owner, peak, decays), []).append(parameter)
     if not groups:
-        raise ValueError("nothing is left to train: model.freeze leaves no weight of this model")
+        raise ValueError("nothing is left to train: model.freeze freezes every weight of the model")
     return [
         {
             "params": members,

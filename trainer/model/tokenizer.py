@@ -1,4 +1,4 @@
-"""Captions to token ids: CLIP's byte-pair encoding, with its own vocabulary or one trained here."""
+"""Tokenisers: CLIP's byte-pair encoding with its own vocabulary or one learned from captions."""
 
 from __future__ import annotations
 
@@ -21,30 +21,35 @@ from tvr.data_prep.records import Caption, WordKind
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-# Every byte, inside a word and at its end, start and end: no caption has an unknown token.
+# Every byte within a word and at its end, the start and the end: no caption has unknown tokens.
 SMALLEST_VOCABULARY = 2 * 256 + 2
 CLIP_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
-# The file holds more merges than CLIP uses: its first line is a title, the next 48,894 are CLIP's.
+# The file's first line is a title, the next 48,894 lines are CLIP's merges, the rest is unused.
 CLIP_MERGES = slice(1, 48_895)
 CLIP_MAX_WORDS = 77
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Hugging Face tokenizer, called the way `collate` wants it; loader workers can pickle it."""
+    """A Hugging Face tokenizer as `collate` calls it; loader workers can pickle it."""
 
     backend: PreTrainedTokenizerBase
     max_words: int
     content_words: bool = False
 
     def __call__(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
-        """Token ids (A, T) and word_mask (A, T), int64, T = max_words.
+        """Tokenises captions.
 
-        The mask is 1 on the caption's tokens, its start and its end, and with `content_words` 2 on
-        the tokens of content words. A longer caption is cut and keeps its end token, whose feature
-        is the sentence's.
+        A caption of more than `max_words` tokens is cut and keeps its end token, whose feature is
+        the sentence's.
 
-        Raises ValueError with `content_words` for a caption packed without words.
+        Returns:
+            Token ids (A, T) and word mask (A, T), int64, with T = max_words. The mask is 0 on
+            padding, 1 on the caption's tokens, its start and its end, and with `content_words` 2
+            on the tokens of content words.
+
+        Raises:
+            ValueError: `content_words` is on, and a caption was packed without words.
         """
         if not captions:
             empty = torch.zeros(0, self.max_words, dtype=torch.int64)
@@ -73,7 +78,11 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int:
-        """Raises ValueError where captions have no start, as SigLIP's."""
+        """Id of the start token.
+
+        Raises:
+            ValueError: the tokenizer has none, as SigLIP's.
+        """
         if self.backend.bos_token is None:
             raise ValueError("the tokenizer has no bos_token, which towers from scratch need")
         return self.backend.get_vocab()[str(self.backend.bos_token)]
@@ -84,8 +93,11 @@ class Tokenizer:
 
 
 def _on_content(caption: Caption, offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens share a character with a content word. Offsets are characters of the text as it
-    was given, whatever the normaliser did to it; start, end and padding have none."""
+    """Marks the tokens that share a character with a content word.
+
+    Offsets count characters of the original text, before normalisation. Start, end and padding
+    have empty offsets.
+    """
     content = bytearray(len(caption.text))
     for word in caption.known_words():
         if word.kind == WordKind.CONTENT:
@@ -94,13 +106,14 @@ def _on_content(caption: Caption, offsets: Sequence[tuple[int, int]]) -> list[bo
 
 
 def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = False) -> Tokenizer:
-    """The tokenizer of a local Hugging Face folder; nothing is downloaded.
+    """Loads the tokenizer of a local Hugging Face folder; nothing is downloaded.
 
-    Raises ValueError for a folder without a tokenizer, one without an end or padding token, one
-    that cannot tell its tokens' characters where `content_words` needs them, and a `max_words`
-    with no room for a word.
+    Raises:
+        ValueError: the folder holds no tokenizer, or one without an end or padding token;
+            `content_words` is on, and it cannot map tokens to characters; or `max_words` is too
+            small for a word.
     """
-    # Ids are made in loader workers too; the library's own threads and a fork do not mix.
+    # Loader workers tokenise too, and the library's own threads do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if max_words < 3:
         raise ValueError(f"max_words={max_words} must be at least 3: start, one token, end")
@@ -125,7 +138,7 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
             raise ValueError(f"the tokenizer in {folder} has no {role}; the model needs one")
     if content_words and not backend.is_fast:
         raise ValueError(
-            f"the tokenizer in {folder} does not tell its tokens' characters, which "
+            f"the tokenizer in {folder} cannot map tokens to characters, which "
             "data.content_words needs; give a folder with tokenizer.json"
         )
     return Tokenizer(backend, max_words, content_words)
@@ -134,13 +147,20 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
 def train_tokenizer(
     captions: Iterable[str], folder: str | Path, *, vocab_size: int, max_words: int
 ) -> Tokenizer:
-    """Learns at most `vocab_size` tokens from captions by CLIP's rules, saved to `folder`."""
+    """Learns a byte-pair vocabulary from captions by CLIP's rules and saves it to `folder`.
+
+    Args:
+        vocab_size: Upper limit of the vocabulary, at least SMALLEST_VOCABULARY.
+
+    Raises:
+        ValueError: `vocab_size` is too small, or no caption has a word of two letters.
+    """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size={vocab_size} must be at least {SMALLEST_VOCABULARY}: every byte twice, "
             "start and end"
         )
-    # CLIP's own normaliser and splitter, so that the trained folder reads text as CLIP's does.
+    # CLIP's own normaliser and pre-tokeniser, so that the result splits text as CLIP does.
     rules = CLIPTokenizer().backend_tokenizer
     learner = BackendTokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer = rules.normalizer
@@ -150,8 +170,8 @@ def train_tokenizer(
         vocab_size=vocab_size,
         end_of_word_suffix=WORD_END,
         initial_alphabet=letters,
-        # Merges of equal counts go by the ids of their parts. The library numbers the letters that
-        # end a word in the order of a hash table, which differs from run to run, unless told.
+        # Merges of equal counts are ordered by the ids of their parts. Without this list the
+        # library numbers word-final letters in hash order, which differs between runs.
         special_tokens=[letter + WORD_END for letter in letters],
         show_progress=False,
     )
@@ -163,8 +183,12 @@ def train_tokenizer(
 
 
 def clip_tokenizer(folder: str | Path, *, max_words: int = CLIP_MAX_WORDS) -> Tokenizer:
-    """CLIP's own tokenizer (49,408 tokens), saved to `folder` from the installed open_clip."""
-    # Found, not imported: open_clip imports torchvision, which need not be there.
+    """Saves CLIP's own tokenizer (49,408 tokens) to `folder`, from the installed open_clip.
+
+    Raises:
+        ValueError: open_clip is not installed.
+    """
+    # The package is located, not imported: open_clip imports torchvision, which may be missing.
     spec = find_spec("open_clip")
     places = list(spec.submodule_search_locations or []) if spec else []
     files = [Path(place, CLIP_MERGES_FILE) for place in places]
@@ -182,7 +206,7 @@ def clip_tokenizer(folder: str | Path, *, max_words: int = CLIP_MAX_WORDS) -> To
 def _save(merges: list[tuple[str, str]], folder: str | Path, max_words: int) -> Tokenizer:
     backend = CLIPTokenizer(
         vocab=_vocabulary(merges),
-        # Annotated as list[str] upstream, and passed to a class that wants pairs.
+        # transformers annotates list[str] but passes the value to a class that takes pairs.
         merges=cast(Any, merges),
         model_max_length=max_words,
     )
@@ -191,7 +215,7 @@ def _save(merges: list[tuple[str, str]], folder: str | Path, max_words: int) -> 
 
 
 def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Ids in CLIP's order: bytes, bytes that end a word, merges, start, end (the largest id)."""
+    """Numbers tokens in CLIP's order: bytes, word-final bytes, merges, start, end (largest id)."""
     letters = _byte_letters()
     tokens = [*letters, *(letter + WORD_END for letter in letters)]
     tokens += [left + right for left, right in merges]
@@ -199,7 +223,7 @@ def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
 
 
 def _byte_letters() -> list[str]:
-    """One printable letter per byte: the byte's own where it has one, else the next beyond 255."""
+    """Maps each byte to a printable letter: its own if it has one, else the next beyond 255."""
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = 256 - len(own)
     return [chr(code) for code in own] + [chr(256 + index) for index in range(others)]

@@ -1,12 +1,13 @@
-"""The two towers: CLIP's or SigLIP's from a local Hugging Face folder, or a CLIP's from scratch.
+"""Text and image towers: CLIP or SigLIP from a local Hugging Face folder, or a CLIP from scratch.
 
           sentence                      words                        frame
 CLIP      the end token, projected      every token, projected       the class token, projected
 SigLIP    the last slot, by `head`      every token, by `head`       pooled by learned attention
 
-Each is what the family's own similarity is taken of; words go through the layer that its sentence
-goes through. CLIP's text tower is causal and never looks at padding. SigLIP's looks at all slots,
-was trained with as many as it has positions, and knows no mask: padding is part of its captions.
+Sentences and frames are the vectors of the family's own similarity. Words go through the same
+final layer as the sentence. CLIP's text tower is causal and never attends to padding. SigLIP's
+attends to all slots without a mask and was trained with all its positions filled, so padding is
+part of its captions.
 """
 
 from __future__ import annotations
@@ -42,28 +43,33 @@ Weights: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """What differs between kinds of towers."""
+class TowerFamily:
+    """The differences between CLIP and SigLIP."""
 
     name: str
-    """As `model_type` in a folder's config.json."""
+    """`model_type` in a folder's config.json."""
     text: Any
-    """Class of the text tower, and so on."""
+    """Class of the text tower."""
     image: Any
+    """Class of the image tower."""
     whole: Any
+    """Class of the whole model, for export."""
     text_width: str
-    """Names of the settings that hold the width of what a tower gives."""
+    """Name of the text configuration's field with the width of the tower's vectors."""
     image_width: str
+    """Name of the image configuration's field with the width of the tower's vectors."""
     pixel_mean: Channels
-    """Statistics of pixels in 0 to 1; part of the pretrained weights, so not a setting."""
+    """Mean of pixels in 0 to 1; it belongs to the pretrained weights, so it is not a setting."""
     pixel_std: Channels
+    """Standard deviation of pixels in 0 to 1."""
     fills_all_slots: bool
-    """Whether captions must have as many slots as the text tower has positions."""
+    """True if captions must fill all positions of the text tower."""
     processor: Any
+    """Class of the Hugging Face processor, for export."""
     joint_settings: Callable[[Any], dict[str, Any]]
-    """What `whole`'s configuration holds beside those of the towers, from the text tower."""
+    """Text tower -> settings of `whole` beside those of its towers."""
     joined: Callable[[Weights, Weights, Tensor], Weights]
-    """State dicts of text and image tower and log(1 / temperature) -> that of `whole`."""
+    """State dicts of text and image tower, log(1 / temperature) -> state dict of `whole`."""
     encode_text: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(tower, token_ids (A, T), word_mask (A, T)) -> sentence (A, D), words (A, T, D)."""
     encode_frames: Callable[[Any, Tensor], Tensor]
@@ -72,25 +78,25 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Towers:
-    """Two towers that belong together."""
+    """A text and an image tower of one family."""
 
-    family: Family
+    family: TowerFamily
     text: Any
     image: Any
 
     @property
     def width(self) -> int:
-        """Of both towers' vectors.
+        """Width of the vectors of both towers.
 
         Raises:
-            ValueError: they differ.
+            ValueError: the widths differ.
         """
         text = getattr(self.text.config, self.family.text_width)
         image = getattr(self.image.config, self.family.image_width)
         if image != text:
             raise ValueError(
                 f"the text tower projects to width {text}, the image tower to {image}: "
-                "they cannot be compared"
+                "their vectors cannot be compared"
             )
         return text
 
@@ -113,11 +119,11 @@ def _whole_clip(text: Weights, image: Weights, log_scale: Tensor) -> Weights:
 def _whole_siglip(text: Weights, image: Weights, log_scale: Tensor) -> Weights:
     named = {f"text_model.{name}": value for name, value in text.items()}
     named |= {f"vision_model.{name}": value for name, value in image.items()}
-    # The bias belongs to the sigmoid loss, which the towers are not trained by here.
+    # The bias belongs to SigLIP's sigmoid loss, which is not used here.
     return named | {"logit_scale": log_scale[None], "logit_bias": torch.zeros(1)}
 
 
-CLIP = Family(
+CLIP = TowerFamily(
     name="clip",
     text=CLIPTextModelWithProjection,
     image=CLIPVisionModelWithProjection,
@@ -133,7 +139,7 @@ CLIP = Family(
     encode_text=_clip_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).image_embeds,
 )
-SIGLIP = Family(
+SIGLIP = TowerFamily(
     name="siglip",
     text=SiglipTextModel,
     image=SiglipVisionModel,
@@ -152,11 +158,11 @@ SIGLIP = Family(
 FAMILIES = {family.name: family for family in (CLIP, SIGLIP)}
 
 
-def family_of(folder: str) -> Family:
-    """The family of a Hugging Face folder.
+def family_of(folder: str) -> TowerFamily:
+    """Reads from config.json which family a Hugging Face folder holds.
 
     Raises:
-        ValueError: it is no such folder, or of another family.
+        ValueError: the folder has no config.json, or holds another kind of model.
     """
     try:
         kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
@@ -166,26 +172,24 @@ def family_of(folder: str) -> Family:
         ) from None
     if kind not in FAMILIES:
         raise ValueError(
-            f"model.pretrained={folder!r} holds a model of type {kind!r}; known are "
+            f"model.pretrained={folder!r} holds a model of type {kind!r}; supported are "
             f"{', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]
 
 
 def pretrained_width(folder: str) -> int:
-    """Width of the text tower's vectors, without loading its weights."""
+    """Returns the width of the text tower's vectors, without loading weights."""
     family = family_of(folder)
     config = family.text.config_class.from_pretrained(folder, local_files_only=True)
     width = getattr(config, family.text_width)
     if not isinstance(width, int):
-        raise ValueError(
-            f"model.pretrained={folder!r}: its config.json tells no {family.text_width}"
-        )
+        raise ValueError(f"model.pretrained={folder!r}: its config.json has no {family.text_width}")
     return width
 
 
 def pretrained_image_size(folder: str) -> int:
-    """Side in pixels of the frames that the image tower takes."""
+    """Returns the side, in pixels, of the square frames that the image tower takes."""
     config = family_of(folder).image.config_class.from_pretrained(folder, local_files_only=True)
     if not isinstance(config.image_size, int):
         raise ValueError(
@@ -195,25 +199,27 @@ def pretrained_image_size(folder: str) -> int:
 
 
 def pretrained_towers(folder: str, *, weights: bool = True) -> Towers:
-    """Both towers of a local folder, in fp32 whatever they were saved in; without `weights` only
-    its config.json is read, and they start at random.
+    """Loads both towers of a local folder in fp32, whatever precision they were saved in.
+
+    Args:
+        weights: If False, only config.json is read, and the weights are random.
 
     Raises:
-        ValueError: the folder holds no CLIP or SigLIP, or not all of its weights.
+        ValueError: the folder holds no CLIP or SigLIP, or lacks some of its weights.
     """
-    family, load = family_of(folder), _loaded if weights else _shaped
+    family, load = family_of(folder), _load_tower if weights else _random_tower
     return Towers(family=family, text=load(family.text, folder), image=load(family.image, folder))
 
 
 def random_towers(shape: TowersConfig, tokenizer: Tokenizer) -> Towers:
-    """A CLIP's towers from scratch, for the tokeniser; weights follow torch's global seed."""
+    """Builds the towers of a CLIP from scratch; the weights follow torch's global seed."""
     common: dict[str, Any] = {
         "hidden_size": shape.width,
         "intermediate_size": 4 * shape.width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "projection_dim": shape.embed_width,
-        "hidden_act": "gelu",  # one fused operation; only OpenAI's weights need quick_gelu
+        "hidden_act": "gelu",  # a single fused operation; only OpenAI's weights need quick_gelu
     }
     text = CLIPTextConfig(
         **common,
@@ -232,15 +238,16 @@ def random_towers(shape: TowersConfig, tokenizer: Tokenizer) -> Towers:
 
 
 def check_tokenizer(towers: Towers, tokenizer: Tokenizer) -> None:
-    """Holds the tokeniser against the text tower.
+    """Checks that the tokeniser fits the text tower.
 
     Raises:
-        ValueError: it knows more tokens, or `data.max_words` does not fit the positions.
+        ValueError: the vocabulary is larger than the tower's, or `data.max_words` does not fit its
+            positions.
     """
     text, slots = towers.text.config, tokenizer.max_words
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
-            f"the tokeniser knows {tokenizer.vocab_size} tokens, the text tower only "
+            f"the tokeniser has {tokenizer.vocab_size} tokens, the text tower only "
             f"{text.vocab_size}: model.tokenizer does not belong to model.pretrained"
         )
     if slots > text.max_position_embeddings:
@@ -251,30 +258,31 @@ def check_tokenizer(towers: Towers, tokenizer: Tokenizer) -> None:
     if towers.family.fills_all_slots and slots < text.max_position_embeddings:
         raise ValueError(
             f"data.max_words={slots} must be {text.max_position_embeddings}: "
-            f"{towers.family.name}'s sentence is what stands in the last slot that it has"
+            f"{towers.family.name} takes a caption's vector from its last position"
         )
 
 
-def _loaded(tower: Any, folder: str) -> Any:
+def _load_tower(tower: Any, folder: str) -> Any:
     try:
-        with _without_report():
+        with _quiet_transformers():
             model, found = tower.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model.pretrained={folder!r} holds no whole model: {error}") from None
-    # transformers starts what is missing at random and only reports it.
+    # transformers initialises missing weights at random and only reports them.
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise ValueError(
-            f"model.pretrained={folder!r} lacks {len(absent)} weights of a tower, {absent[0]} first"
+            f"model.pretrained={folder!r} lacks {len(absent)} weights of a tower, such as "
+            f"{absent[0]}"
         )
     return model
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers would list the other tower's weights as unexpected, every time."""
+def _quiet_transformers() -> Iterator[None]:
+    """Silences transformers, which would list the other tower's weights as unexpected."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -283,5 +291,5 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _shaped(tower: Any, folder: str) -> Any:
+def _random_tower(tower: Any, folder: str) -> Any:
     return tower(tower.config_class.from_pretrained(folder, local_files_only=True))
