@@ -1,8 +1,8 @@
-"""Every setting of a run, in sections; each module receives its own section, never the whole.
+"""All settings of a run, in sections. The docstring below a field is its `--help` text.
 
-Order of precedence: recipe, then `--config FILE`, then flags. The result is resolved once and
-written to `run_dir/config.json`. Nothing here is derived from something else here: derived numbers
-(accumulation steps, steps per epoch) are computed by one function each and printed.
+A recipe comes first, `--config FILE` overrides it, and flags override both. The result is resolved
+once and written to `run_dir/config.json`. No setting is derived from another one: functions compute
+derived numbers, such as accumulation steps, and commands print them.
 """
 
 from __future__ import annotations
@@ -32,60 +32,72 @@ Freeze = NotNegative | Literal["text", "image", "both"]
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
-    """Which data sets, and how samples are read."""
+    """The data sets, and how their samples are read."""
 
     train: str
-    """Data set to train on: a folder or fsspec URL written by `tvr pack`."""
+    """Training set: a folder or fsspec URL that `tvr pack` wrote."""
     test: str | None = None
-    """Data set for evaluation; none: no evaluation."""
+    """Test set for evaluations. None: the run is not evaluated."""
     test_exchanged: str | None = None
-    """Counterpart of `test` with the same keys in the same order, each clip differing from its
-    namesake in what binds to what; gives the binding accuracy."""
+    """A second test set for the binding accuracy: the same keys in the same order as `test`,
+    and the same clips with two attributes swapped (for example the colours of two objects)."""
     num_frames: Positive = 12
     """Frames per video."""
     max_words: Annotated[int, Field(ge=3)] = 32
-    """Word slots per caption, start and end tokens included; longer captions are cut."""
+    """Tokens per caption, including the start and the end token. Longer captions are cut."""
     frame_sampling: FrameSampling = "centre"
-    """Which frame of each of the equal segments of a clip: the middle one or, in training, one
-    drawn anew each time. Of stored frames there must be more than `num_frames` to choose from."""
+    """Frame taken from each of `num_frames` equal segments of a clip. centre: the middle one.
+    random: in training, a random one each time, for which the data set must store more than
+    `num_frames` frames."""
     crop_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """In training, least area of a random crop, as a share of the largest square's; CLIP is
-    fine-tuned with 0.9. 1: the square at the centre, as in evaluation."""
+    """Smallest area of a random crop in training, as a share of the largest centred square.
+    CLIP is fine-tuned with 0.9. 1: no random crop; training uses the centred square, as
+    evaluation does."""
     decoder: Decoder = "pyav"
-    """Decodes data sets of the video layout; torchcodec is an extra and needs FFmpeg's libraries.
-    The frames are the same."""
+    """Video decoder for data sets in the video layout; both give the same frames. torchcodec is
+    an optional extra and needs FFmpeg's shared libraries."""
     word_drop: bool = False
-    """In training, leaves out some of a caption's fillers, drawn anew each time (the method's
-    caption augmentation)."""
+    """In training, drops some filler words of a caption at random, each time anew (the method's
+    caption augmentation). Needs a data set packed with words."""
     content_words: bool = False
-    """Nouns, adjectives and full verbs count twice among a caption's words, in training and
-    evaluation (the method's `twm`)."""
+    """Gives nouns, adjectives and full verbs double weight among a caption's words, in training
+    and evaluation (`twm` in the method's code). Needs a data set packed with words."""
     workers: NotNegative = 2
-    """Loader processes per rank; the samples and their order do not depend on it."""
+    """Loader processes per rank. Samples and their order do not depend on it."""
     cache_mib: NotNegative = 0
-    """Memory per loader process that keeps decoded samples, for small data sets; 0: none."""
+    """MiB of memory per loader process for a cache of decoded samples; useful for small data
+    sets. 0: no cache."""
     shard_cache: str | None = None
-    """Local folder in which the ranks of a node keep shards of remote data sets; none: samples are
-    read from the store one by one."""
+    """Local folder in which the ranks of a node cache shards of remote data sets. None: each
+    sample is read from the store by itself."""
     shard_cache_gib: Positive = 100
-    """Most that this folder holds; what was used least recently goes first. At twice the size of
-    16 shards, the next shards of the order are fetched while the present ones are read."""
+    """Largest size of `shard_cache` in GiB; the least recently used shards are removed first.
+    If it holds at least twice the 16 shards of a reading window, the shards of the next window
+    are downloaded while the present ones are read."""
     max_bad: NotNegative = 100
-    """Different bad samples that a run replaces before it stops, on all ranks and over restarts."""
+    """Largest number of different bad samples that a run replaces, over all ranks and restarts;
+    one more stops the run."""
     max_bad_in_a_row: Positive = 20
-    """The same for those that a rank meets with no good one between them."""
+    """Largest number of bad samples in a row on one rank, without a good one between them; one
+    more stops the run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TowersConfig:
-    """Shape of CLIP towers that start from scratch; unused with `model.pretrained`."""
+    """Shape of CLIP towers that are trained from scratch; ignored with `model.pretrained`."""
 
     width: Positive = 128
+    """Hidden width of both towers."""
     layers: Positive = 3
+    """Transformer layers of each tower."""
     heads: Positive = 4
+    """Attention heads of each layer."""
     embed_width: Positive = 128
+    """Width D of the projected text and frame vectors."""
     image_size: Positive = 48
+    """Side of the square frames, in pixels."""
     patch_size: Positive = 12
+    """Side of an image patch, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -93,184 +105,211 @@ class ModelConfig:
     """The two towers and the heads on top."""
 
     pretrained: str | None = None
-    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format; none: start from
-    `towers`."""
+    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format. None: towers from
+    scratch, as `towers` describes them."""
     tokenizer: str | None = None
-    """Local tokeniser folder; none: the one in `pretrained`."""
+    """Local folder with the tokeniser. None: the one in `pretrained`."""
     towers: TowersConfig = TowersConfig()
+    """Shape of towers from scratch."""
     freeze: Freeze = 0
-    """What of the towers keeps its weights: this many of the bottom layers of each, and the
-    embeddings below them; or a whole tower, or both."""
+    """Weights of the towers that are not trained: a number N freezes the embeddings and the
+    bottom N layers of each tower; text, image or both freezes whole towers. 0: nothing."""
     lora_rank: NotNegative = 0
-    """Trains additions of this rank to the towers' queries and values (LoRA, alpha = 2 x rank), and
-    none of their own weights; 0: none. Needs the extra `lora`."""
+    """Rank of LoRA adapters on the towers' queries and values (alpha = 2 x rank); the towers'
+    own weights are then frozen. 0: no LoRA. Needs the extra `lora`."""
     sequence_header_layers: NotNegative = 0
-    """Temporal transformer blocks over the frames of a video; 0: frames go on as they are."""
+    """Transformer layers over the frames of a video, on top of the image tower. 0: frames are
+    encoded independently."""
     unit_after_header: bool = True
-    """Frames get unit length again after the header, so that similarities are made of
-    cosines; false: as the authors' implementation."""
+    """Normalises frames to unit length after the sequence header, so that similarities are
+    cosines. false: as in the authors' implementation."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
-    """What meets the frames: the sentence (ti, wti) or sentence and words (att_*); with learned
-    token weights (*wti) or plain means (*ti)."""
+    """Similarity of captions and videos. ti and wti compare the sentence with the frames;
+    att_ti and att_wti also compare the words. wti and att_wti weight tokens by learned weights,
+    ti and att_ti by plain means."""
     neighbour_frames: bool = True
-    """Adds to each word's best frame the frame most similar to that one."""
+    """Adds to each word's best frame the frame that is most similar to that frame."""
     weight_layers: Annotated[int, Field(ge=1, le=3)] = 1
-    """Linear layers in the token-weight networks of the wti family."""
+    """Linear layers in the token-weight networks of wti and att_wti."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LossConfig:
-    """What is minimised."""
+    """The training objective."""
 
     similarity: Literal["info_nce", "neg_nce"] = "neg_nce"
+    """Contrastive loss over the pairs of a batch."""
     neg_nce_mode: Literal["reference", "log"] = "log"
-    """`reference`: as the authors wrote it; `log`: no clamp, negatives normalised per row."""
+    """Form of NegNCE. reference: as in the authors' code. log: in log space, without a clamp,
+    negatives normalised per row."""
     neg_nce_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the penalty on hard negatives in NegNCE."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.01
-    """Logits are similarity / temperature; the method keeps it constant."""
+    """Logits are similarity / temperature. It is constant, not learned."""
     mask_same_video: bool | None = None
-    """Pairs of one video id never count as negatives; none: on for neg_nce in log mode only."""
+    """Excludes pairs of the same video id from the negatives. None: on for neg_nce in log mode,
+    otherwise off."""
     tpm_cl: Annotated[int, Field(ge=0, le=4)] = 4
-    """TPM-CL type: 0 off, 1 computed without effect, 2 margins 1 + 2, 3 margin 3, 4 all three."""
+    """Type of TPM-CL, the loss with partially masked samples. 0: off. 1: computed, without
+    effect on the loss. 2: margins 1 and 2. 3: margin 3. 4: all three margins."""
     tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of TPM-CL in the loss."""
     margin: Annotated[float, Field(ge=0.0)] = 0.6
+    """Margin of the TPM-CL hinge."""
     mask_threshold: Share = 0.6
-    """Share of the token weight that the partial samples lose."""
+    """Share of the token weight that is removed from the partial samples of TPM-CL."""
     straight_through: bool = False
-    """Lets a gradient reach the frame-weight predictor, which the method leaves at its start."""
+    """Passes a gradient to the frame-weight predictor of TPM-CL, which otherwise keeps its
+    initial weights, as in the method."""
     normalise_partial: bool = False
-    """Unit length for the partial text vector, as the whole one has."""
+    """Normalises the partial text vector of TPM-CL to unit length, as the whole one."""
     mask_padding_weights: bool = False
-    """Padding words and frames get no predictor weight."""
+    """Gives padding words and frames no weight in the predictors of TPM-CL."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    """Steps, batch sizes, optimiser, and when to evaluate and save."""
+    """Steps, batch sizes, optimiser, memory, and intervals."""
 
     steps: Positive
-    """Optimiser steps in all."""
+    """Optimiser steps of the whole run."""
     global_batch: Positive
-    """Pairs per optimiser step, all ranks together."""
+    """Pairs per optimiser step, over all ranks."""
     micro_batch: Positive
-    """Pairs per rank per forward. Negatives come from the micro-batches of all ranks; accumulation
-    (global_batch / (micro_batch x ranks) micro-steps) averages gradients and adds no negatives,
-    unless `gradient_cache` is on."""
+    """Pairs per rank and forward. The negatives of a loss come from the micro-batches of all
+    ranks. With global_batch > micro_batch x ranks, gradients are averaged over several
+    micro-steps, which adds no negatives unless `gradient_cache` is on."""
     gradient_cache: bool = False
-    """Negatives come from the whole global batch, `micro_batch` is only the number of pairs encoded
-    at once: micro-batches are encoded without graph, the loss is that of all of them, and each is
-    encoded again for its gradient. Use it where the batch that the loss needs does not fit an
-    encoder's memory; it costs a second forward, and all micro-batches' decoded frames in host
-    memory."""
+    """Computes one loss over the whole global batch, of which each rank encodes `micro_batch`
+    pairs at a time: micro-batches are encoded without a graph, the loss and its gradient at the
+    features are computed, and each micro-batch is encoded again for the backward. Use it for
+    batches whose activations do not fit. It costs a second forward, and host memory for the
+    frames of all micro-batches."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How the frames of all ranks meet this rank's texts: gathered, or passed around one rank's at
-    a time. Use `ring` where the gathered frames, global_batch x F x D numbers, do not fit."""
+    """How a rank gets the frames of all ranks for its texts. gather: all at once. ring: one
+    rank's at a time. Use ring if the gathered frames, global_batch x F x D numbers, do not fit."""
     scores: Literal["keep", "stream"] = "keep"
-    """Keep the similarities of this rank's texts with all videos from forward to backward, or
-    compute them again tile by tile. Use `stream` where that table does not fit; it costs the
-    similarity's forward several times."""
+    """keep: the similarities of this rank's texts with all videos stay in memory from forward
+    to backward. stream: they are recomputed tile by tile. Use stream if that table does not
+    fit; it computes the similarity several times."""
     fast_similarity: bool = False
-    """In training, round words and frames to bfloat16 where they meet: faster, and logits are off
-    by up to 0.2 at temperature 0.01 (0.01 on a GPU). Evaluation stays exact."""
+    """In training, rounds words and frames to bfloat16 in the similarity. Faster, with an error
+    of up to 0.2 in the logits at temperature 0.01 (0.01 on a GPU). Evaluation stays exact."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    """Peak rate of the heads."""
+    """Peak learning rate of the heads."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7
-    """Peak rate of the two towers."""
+    """Peak learning rate of the towers."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor of that rate for each layer further down: what is above a tower's layers has the whole
-    rate, its top layer the rate x layer_decay, its embeddings the least."""
+    """Factor on the towers' learning rate per layer from top to bottom: the top layer has
+    encoder_learning_rate x layer_decay, the embeddings have the lowest rate. Parameters above
+    the layers keep encoder_learning_rate."""
     warmup_steps: NotNegative = 0
-    """Steps of linear warm-up; a cosine to zero follows."""
+    """Steps of linear warm-up. A cosine to zero follows."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
-    """Decay of weight matrices; biases and norms never decay."""
+    """Weight decay of matrices. Biases and norms have none."""
     beta1: Share = 0.9
+    """AdamW's decay rate of the gradient's mean."""
     beta2: Share = 0.98
+    """AdamW's decay rate of the squared gradient's mean."""
     gradient_clip: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Largest norm of the whole gradient. 0: no clipping."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """DeepSpeed ZeRO stage."""
+    """ZeRO stage of DeepSpeed. 0: nothing is partitioned. 1: optimiser state. 2: also
+    gradients. 3: also weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the towers and their gradients. bf16 needs ZeRO stage 1 to 3; master
+    weights, similarity and loss stay in fp32."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """Keep the optimiser's state in host memory (ZeRO 1 to 3) or weights as well (ZeRO 3), and
-    update there: for models that do not fit a GPU otherwise; slower."""
+    """State kept and updated in host memory, for models that do not fit a GPU; slower.
+    optimizer: its state (ZeRO 1 to 3). parameters: also the weights (ZeRO 3)."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the towers' layers for the backward, which computes the rest again:
-    less memory, a second forward of the towers."""
+    """Recomputes the towers' layers in the backward instead of keeping their activations. Less
+    memory, a second forward of the towers."""
     compile: bool = False
-    """Compile the towers' layers with torch.compile (ZeRO 0 to 2): the first step of each shape
-    takes long, later ones less; results agree to rounding. What torch compiled it keeps in a
-    folder, TORCHINDUCTOR_CACHE_DIR, for later starts."""
+    """Compiles the towers' layers with torch.compile (ZeRO 0 to 2). The first step of each
+    shape is slow, later ones are faster; results agree to rounding. torch caches compiled code
+    in TORCHINDUCTOR_CACHE_DIR."""
     seed: NotNegative = 0
+    """Seed of weights, dropout and sample order."""
     eval_every: NotNegative = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations. 0: only after the last step."""
     log_every: Positive = 1
-    """Steps between lines in the log."""
+    """Steps between lines of the log."""
     log_keys: bool = False
-    """Also writes every rank's sample keys, step by step, to run_dir/keys."""
+    """Writes each rank's sample keys of every step to run_dir/keys."""
     stall_factor: Annotated[float, Field(ge=0.0)] = 20.0
-    """A rank that takes so many times the median step, and over a minute, ends the job, which names
-    the ranks that the others waited for; 0: never."""
+    """Ends the job if a rank takes longer than a minute and longer than this factor x the
+    median step; the error names the ranks at fault. 0: never."""
     timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
-    """The longest that a step, an evaluation or a save may take in any case, and that ranks wait
-    for each other."""
+    """Longest time in seconds for a step, an evaluation or a save, and for a rank to wait for
+    the others."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
-    """Where checkpoints go, how often, and which of them stay."""
+    """Where checkpoints are written, how often, and which are kept."""
 
     url: str | None = None
-    """Folder or fsspec URL, of this run alone; none: run_dir/checkpoints."""
+    """Folder or fsspec URL for the checkpoints of this run alone. None: run_dir/checkpoints."""
     every: NotNegative = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints. 0: only after the last step."""
     keep_last: Positive = 2
-    """The newest ones that stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: NotNegative = 0
-    """Those of every so many steps stay, too; 0: none."""
+    """Also keeps the checkpoints of steps that are multiples of this number. 0: none."""
     keep_best: bool = True
-    """The one whose evaluation has the highest mean of R@1 both ways stays, too."""
+    """Also keeps the checkpoint with the best evaluation, by the mean of R@1 in both
+    directions."""
     background: bool = True
-    """Write while training goes on: a step waits for a copy in host memory, whose size is the
-    rank's part of weights and optimiser, and not for the disk. Off: it waits for all and needs no
-    copy; so it is, with a warning and a word in the log, where a copy does not fit."""
+    """Writes checkpoints while training goes on: a step waits only for a copy of the rank's
+    weights and optimiser in host memory. Off: a step waits for the disk, and no copy is made. A
+    run falls back to off, with a warning and a line in the log, if a copy does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class MetricsConfig:
-    """What Prometheus finds while the run goes on; last values also go to run_dir/metrics."""
+    """Metrics for Prometheus while the run goes on. The last values also go to run_dir/metrics."""
 
     enabled: bool = True
-    """Off: no metrics at all."""
+    """Turns metrics on or off."""
     endpoint: Literal["node", "rank", "none"] = "node"
-    """Where: one HTTP endpoint for all ranks of a node, or one for each rank. Its address is in
-    run_dir/metrics/HOST.json, a file for Prometheus's file_sd."""
+    """HTTP endpoints that Prometheus scrapes: one for each node, one for each rank, or none.
+    Addresses are in run_dir/metrics/HOST.json, a file for file_sd."""
     address: str = "0.0.0.0"
-    """Of the network interface that serves it."""
+    """IP address of the network interface that the endpoint listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Of the endpoint, with `rank` of a node's first; 0: any that is free."""
+    """Port of the endpoint; with `rank`, the port of the first rank of a node. 0: any free
+    port."""
     writers: tuple[WriterName, ...] = ()
-    """Tools that get the log, too, in run_dir: each needs the extra of its name."""
+    """Tools that also receive the log, in run_dir. Each needs the extra of its name."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
-    """What a rank's device can do at most, for MFU; none: as its vendor says, if it is known."""
+    """Peak TFLOPS of a rank's device, for MFU. None: the vendor's figure, if the device is
+    known."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     data: DataConfig
+    """Data sets and reading."""
     model: ModelConfig = ModelConfig()
+    """Towers and heads."""
     loss: LossConfig = LossConfig()
+    """Objective."""
     train: TrainConfig
+    """Steps, batches, optimiser, memory."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     metrics: MetricsConfig = MetricsConfig()
+    """Metrics."""
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-steps per optimiser step: encoder forwards of each rank for one update of the weights.
+    """Returns the micro-steps per optimiser step, which is forwards of each rank per update.
 
     Raises:
-        ValueError: if the global batch is not a whole number of micro-batches on all ranks.
+        ValueError: the global batch is not a multiple of micro_batch x world_size.
     """
     per_micro_step = train.micro_batch * world_size
     if train.global_batch % per_micro_step:
@@ -283,46 +322,60 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def shard_cache(data: DataConfig) -> CacheFolder | None:
-    """The folder that keeps shards of remote data sets on this node."""
+    """Returns the node's cache of remote shards, or None if it is off."""
     if data.shard_cache is None:
         return None
     return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
 
 
 def augmentation(data: DataConfig) -> Augmentation:
-    """What training draws anew each time a sample is seen."""
+    """Returns the random augmentation of training samples."""
     return Augmentation(frame_sampling=data.frame_sampling, crop_scale=data.crop_scale)
 
 
 def to_json(config: Config) -> str:
-    """The resolved configuration as JSON; `from_json` gives an equal one back."""
+    """Returns the configuration as JSON, from which `from_json` restores an equal one."""
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
 def from_json(text: str, *, where: str) -> Config:
-    """Reads what `to_json` wrote.
+    """Reads JSON that `to_json` wrote.
+
+    Args:
+        where: Source of the text, for error messages.
 
     Raises:
-        ValueError: naming `where`, the field and what is allowed.
+        ValueError: names `where`, the field and the allowed values.
     """
     try:
         return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{where}: {_named(error)}") from None
+        raise ValueError(f"{where}: {_describe(error)}") from None
 
 
 def merged(base: Config, overrides: Mapping[str, Any], *, where: str) -> Config:
-    """`base` with the nested `overrides` of a configuration file laid over it."""
+    """Returns `base` with nested overrides applied.
+
+    Args:
+        where: Source of the overrides, for error messages.
+
+    Raises:
+        ValueError: names `where`, the field and the allowed values.
+    """
     try:
-        # As JSON, where a number is no string and a section is an object.
-        text = json.dumps(_overlay(asdict(base), overrides))
+        # Through JSON, so that the same strict types hold as in a file.
+        text = json.dumps(_override(asdict(base), overrides))
         return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{where}: {_named(error)}") from None
+        raise ValueError(f"{where}: {_describe(error)}") from None
 
 
 def read_overrides(path: Path) -> Mapping[str, Any]:
-    """The (partial, nested) settings of a JSON file."""
+    """Reads the partial, nested settings of a JSON file.
+
+    Raises:
+        ValueError: the file is missing, or holds no JSON object.
+    """
     try:
         overrides = json.loads(path.read_text())
     except FileNotFoundError:
@@ -334,18 +387,18 @@ def read_overrides(path: Path) -> Mapping[str, Any]:
     return overrides
 
 
-def _overlay(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _override(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for name, value in overrides.items():
         inner = result.get(name)
         if isinstance(value, Mapping) and isinstance(inner, dict):
-            result[name] = _overlay(inner, value)
+            result[name] = _override(inner, value)
         else:
             result[name] = value
     return result
 
 
-def _named(error: pydantic.ValidationError) -> str:
+def _describe(error: pydantic.ValidationError) -> str:
     lines = []
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"])
