@@ -1,7 +1,6 @@
-"""The command lines of `tvr demo`, `train`, `evaluate`, `report`, `export` and `show-config`.
+"""Command lines of `tvr demo`, `train`, `evaluate`, `report`, `export` and `show-config`.
 
-Exit codes: 0 done; 2 bad usage, settings or input; 3 training failed, or could not begin where it
-was started; 75 preempted, with a checkpoint saved.
+`tvr.launchers.exit_codes` lists their exit codes.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from tvr.trainer.config import Config, from_json, merged, read_overrides, to_jso
 from tvr.trainer.exit_reporting import report_training_error, run_training_command
 from tvr.trainer.recipes.recipes import RECIPES, recipe
 
-# The sections' flags stand at the top: --train.steps, not --settings.train.steps.
+# Without a name, the sections' flags are --train.steps instead of --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
 RecipeName: TypeAlias = Annotated[
-    str, tyro.conf.arg(help=f"Full configuration to start from: {', '.join(RECIPES)}.")
+    str, tyro.conf.arg(help=f"Configuration to start from: {', '.join(RECIPES)}.")
 ]
 
 
@@ -46,25 +45,27 @@ def train(argv: Sequence[str]) -> int:
             samples: int | None = None,
             settings: Flags = base,
         ) -> int:
-            """Trains on packed data; started on every rank by `tvr launch` (alone: one rank).
+            """Trains on packed data. `tvr launch` starts it on every rank; alone it is one rank.
 
-            Settings come from the recipe, then the --config file, then flags; the last one wins.
-            A run that stopped goes on from its newest whole checkpoint when the same line is given
-            again, also on another number of ranks or at another ZeRO stage.
+            A recipe gives the settings; the --config file overrides the recipe, and flags override
+            both. To resume a run that stopped, give the same command again: it continues from the
+            newest whole checkpoint, also on another number of ranks or at another ZeRO stage.
 
             Args:
                 run_dir: Folder of the run: configuration, log, checkpoints, results.
-                config: JSON file with (some) settings, nested as `tvr show-config` prints them.
-                resume: auto goes on from the newest checkpoint; never refuses a run that has any.
-                dry_run: Only prints what the run would do, and takes one step on random data, in
-                    this process alone; run_dir is left as it is.
-                ranks: Training processes that --dry-run reckons with; default: 1.
-                samples: Size that --dry-run takes for a training set that is not there.
+                config: JSON file with some or all settings, nested as `tvr show-config` prints
+                    them.
+                resume: auto: resume from the newest checkpoint. never: refuse a run that has one.
+                dry_run: Prints what the run would do, and runs one step on random data in this
+                    process. Writes nothing to run_dir.
+                ranks: Number of ranks that --dry-run assumes. None: 1.
+                samples: Number of training samples that --dry-run assumes if the training set does
+                    not exist yet.
                 settings: All settings.
             """
             for name, value in (("ranks", ranks), ("samples", samples)):
                 if value is not None and not dry_run:
-                    raise ValueError(f"--{name} {value} is for --dry-run, which is not given")
+                    raise ValueError(f"--{name} {value} needs --dry-run")
                 if value is not None and value < 1:
                     raise ValueError(f"--{name} {value} must be at least 1")
             if dry_run:
@@ -96,19 +97,19 @@ def show_config(argv: Sequence[str]) -> int:
             ranks: int | None = None,
             settings: Flags = base,
         ) -> tuple[Config, bool, int | None]:
-            """Prints the settings that `tvr train` would use, as JSON, and what they would run on.
+            """Prints the settings of `tvr train` as JSON, and hardware and code paths on stderr.
 
             Args:
-                config: JSON file with (some) settings, nested as this command prints them.
+                config: JSON file with some or all settings, nested as this command prints them.
                 memory: Also estimates the memory of the similarity and its loss on one rank.
-                ranks: Training processes, for --memory; default: 1.
+                ranks: Number of ranks that --memory assumes. None: 1.
                 settings: All settings.
             """
             return settings, memory, ranks
 
         resolved, memory, ranks = tyro.cli(arguments, prog="tvr show-config", args=list(argv))
         if ranks is not None and not memory:
-            raise ValueError(f"--ranks {ranks} is for --memory, which is not given")
+            raise ValueError(f"--ranks {ranks} needs --memory")
         if ranks is not None and ranks < 1:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
@@ -137,11 +138,11 @@ def evaluate(argv: Sequence[str]) -> int:
     """`tvr evaluate`."""
 
     def arguments(*, run_dir: Path, data: str | None = None) -> int:
-        """Recall of a run's newest checkpoint, text to video and video to text.
+        """Evaluates a run's newest checkpoint: recall from text to video and from video to text.
 
         Args:
             run_dir: Folder of an existing run.
-            data: Data set to evaluate on instead of the run's; its results are printed, not kept.
+            data: Test set to use instead of the run's; the results are printed, not stored.
         """
         from tvr.trainer.evaluation.saved_run import evaluate_run
 
@@ -159,7 +160,7 @@ def report(argv: Sequence[str]) -> int:
     """`tvr report`."""
 
     def arguments(*, run_dir: Path) -> int:
-        """Writes report.html: results, curves, and test queries with their best videos.
+        """Writes RUN_DIR/report.html: results, curves, and test captions with their best videos.
 
         Args:
             run_dir: Folder of an existing run.
@@ -176,12 +177,12 @@ def export(argv: Sequence[str]) -> int:
     """`tvr export`."""
 
     def arguments(*, run_dir: Path, out: Path) -> int:
-        """Writes a run's newest checkpoint as a folder in Hugging Face format, with a model card.
+        """Exports a run's newest checkpoint as a Hugging Face folder with a model card.
 
         Args:
             run_dir: Folder of an existing run.
-            out: Folder to make: towers, tokeniser and processor as transformers reads them, and
-                the heads beside them.
+            out: Folder to create. It holds towers, tokeniser and processor for transformers, and
+                the heads in heads.safetensors.
         """
         from tvr.trainer.evaluation.export import export_run
 
@@ -206,15 +207,15 @@ def demo(argv: Sequence[str]) -> int:
         ranks: int = 2,
         settings: Flags = base,
     ) -> int:
-        """Renders captioned clips, packs them, trains a small CLIP on them, evaluates, reports.
+        """Renders captioned clips, packs them, trains a small CLIP, evaluates it, writes a report.
 
-        What an earlier call completed is used again.
+        The command reuses the stages that an earlier call completed.
 
         Args:
             out: Folder for clips, data, the run and its report.
-            train_clips: Clips to train on.
-            test_clips: Unseen clips to test on.
-            ranks: Training processes; train.global-batch is shared out among them.
+            train_clips: Number of training clips.
+            test_clips: Number of test clips, which no training clip resembles.
+            ranks: Training processes, which share train.global-batch.
             settings: All settings of the training.
         """
         return _run_demo(out, train_clips, test_clips, ranks, settings)
@@ -232,14 +233,16 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
 
     started = time.monotonic()
 
-    places = ("train", "test", "test_exchanged")
-    given = [f"data.{n}" for n in places if getattr(settings.data, n) != getattr(base.data, n)]
+    sets = ("train", "test", "test_exchanged")
+    given = [f"data.{n}" for n in sets if getattr(settings.data, n) != getattr(base.data, n)]
     if settings.model.tokenizer != base.model.tokenizer:
         given.append("model.tokenizer")
     if given:
-        raise ValueError(f"{', '.join(given)}: the demo makes its own; use `tvr train` instead")
+        raise ValueError(
+            f"{', '.join(given)}: the demo makes its own data; use `tvr train` instead"
+        )
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
     paths = DemoPaths(out)
@@ -252,19 +255,19 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
         image_size=settings.model.towers.image_size,
         max_words=settings.data.max_words,
         workers=os.cpu_count() or 1,
-        say=say,
+        log=log,
     )
     run_dir = out / "run"
     if is_finished(run_dir, from_json(configuration.read_text(), where=str(configuration))):
-        say("run: complete")
+        log("run: complete")
     else:
-        say(f"training on {ranks} ranks; the first start ever compiles an extension of DeepSpeed")
+        log(f"training on {ranks} ranks; the very first start compiles a DeepSpeed extension")
         code = train_on_ranks(ranks, ["--config", str(configuration), "--run-dir", str(run_dir)])
         if code != EXIT_DONE:
             return code
     from tvr.trainer.evaluation.saved_run import stored_table
 
-    say("done\n\n" + stored_table(run_dir))
+    log("done\n\n" + stored_table(run_dir))
     print(f"\nreport: {_write_report(run_dir)}")
     return EXIT_DONE
 
@@ -277,7 +280,7 @@ def _write_report(run_dir: Path) -> Path:
 
 
 def _base(argv: Sequence[str]) -> Config:
-    """Recipe and --config file, under the flags, which need their values as defaults."""
+    """Returns recipe and --config file merged: the defaults of the flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--config", type=Path, default=None)

@@ -149,9 +149,9 @@ class LossConfig:
     mask_same_video: bool | None = None
     """Excludes pairs of the same video id from the negatives. None: on for neg_nce in log mode,
     otherwise off."""
-    tpm_cl: Annotated[int, Field(ge=0, le=4)] = 4
-    """Type of TPM-CL, the loss with partially masked samples. 0: off. 1: computed, without
-    effect on the loss. 2: margins 1 and 2. 3: margin 3. 4: all three margins."""
+    tpm_cl: Literal[0, 2, 3, 4] = 4
+    """Type of TPM-CL, the loss on partially masked samples. 0: off. 2: margins 1 and 2. 3: margin
+    3. 4: all three margins."""
     tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of TPM-CL in the loss."""
     margin: Annotated[float, Field(ge=0.0)] = 0.6

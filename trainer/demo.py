@@ -1,6 +1,6 @@
-"""The main job end to end on rendered clips: clips -> shards -> training on 2 ranks -> report.
+"""The demo: the whole job on rendered clips, from packing to training on 2 ranks to a report.
 
-Every stage leaves a complete result or none, so that a second run goes on where the first stopped.
+Every stage leaves a complete result or none, so a second call continues where the first stopped.
 """
 
 from __future__ import annotations
@@ -34,23 +34,30 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class DemoPaths:
-    """Where the demo keeps its things."""
+    """Folders and files of a demo."""
 
     root: Path
 
     @property
     def clips(self) -> Path:
+        """Folder of the rendered clips."""
         return self.root / "clips"
 
     @property
     def tokenizer(self) -> Path:
+        """Folder of the learned tokeniser."""
         return self.root / "tokenizer"
 
     def data(self, split: str) -> Path:
+        """Folder of a packed split: train, test or exchanged."""
         return self.root / "data" / split
 
     def claim(self, sizes: dict[str, int]) -> None:
-        """Makes this the folder of a demo of these sizes, or checks that it is."""
+        """Records the sizes of the demo in its folder, or compares them with those recorded.
+
+        Raises:
+            ValueError: the folder holds a demo of other sizes.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / "demo.json"
         if not path.exists():
@@ -68,10 +75,10 @@ class DemoPaths:
             )
 
     def write_settings(self, settings: Config, ranks: int) -> Path:
-        """The file for `tvr train --config`: the settings with this demo's places in them.
+        """Writes the file for `tvr train --config`: the settings with this demo's folders.
 
         Raises:
-            ValueError: the global batch cannot be shared out among the ranks.
+            ValueError: the ranks do not divide the global batch.
         """
         if ranks < 1 or settings.train.global_batch % ranks:
             raise ValueError(
@@ -101,15 +108,18 @@ def prepare_demo(
     image_size: int,
     max_words: int,
     workers: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Renders and packs `train`, `test` and `exchanged`, and learns a tokeniser from the captions.
 
-    What is complete already is left as it is.
+    Stages that are complete are skipped.
+
+    Args:
+        log: Called with a line for each stage.
 
     Raises:
-        ValueError: the folder holds a demo of other sizes. Test scenes are drawn apart from one
-            training set of one size, so parts of two demos must not meet.
+        ValueError: the folder holds a demo of other sizes. Test scenes differ from the training
+            scenes of one demo only, so parts of two demos must not be mixed.
     """
     paths.claim(
         {
@@ -125,26 +135,26 @@ def prepare_demo(
     for split, scenes in splits.items():
         folder = paths.clips / split
         if (folder / ANNOTATIONS).exists():
-            say(f"clips/{split}: complete")
+            log(f"clips/{split}: complete")
         else:
             _render(folder, scenes, workers, training=split == "train")
-            say(f"clips/{split}: {len(scenes)} clips rendered")
-        _pack(paths, split, num_frames, image_size, workers, say)
+            log(f"clips/{split}: {len(scenes)} clips rendered")
+        _pack(paths, split, num_frames, image_size, workers, log)
     if (paths.tokenizer / "tokenizer_config.json").exists():
-        say("tokenizer: complete")
+        log("tokenizer: complete")
         return
     clips = read_annotations(str(paths.clips / "train" / ANNOTATIONS))
     captions = [caption for clip in clips for caption in clip.captions]
     tokenizer = train_tokenizer(
         captions, paths.tokenizer, vocab_size=VOCABULARY, max_words=max_words
     )
-    say(f"tokenizer: {tokenizer.vocab_size} tokens from {len(captions)} captions")
+    log(f"tokenizer: {tokenizer.vocab_size} tokens from {len(captions)} captions")
 
 
 def train_on_ranks(ranks: int, arguments: list[str]) -> int:
-    """`tvr launch local --ranks N -- tvr train ARGUMENTS`, as a user would type it, on the CPU."""
+    """Runs `tvr launch local --ranks N -- tvr train ARGUMENTS` on the CPU, to its exit code."""
     command = ["launch", "local", "--ranks", str(ranks), "--", "tvr", "train", *arguments]
-    # The demo shows the same on every machine; two ranks on one GPU could not meet in NCCL.
+    # On the CPU the demo gives the same result everywhere, and NCCL refuses two ranks on one GPU.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
         [sys.executable, "-m", "tvr.launchers.cli", *command], env=environment
@@ -153,20 +163,20 @@ def train_on_ranks(ranks: int, arguments: list[str]) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            continue  # the launcher got it too, and waits for its ranks to end
+            continue  # the launcher got the interrupt too, and waits for its ranks
 
 
 def _render(folder: Path, scenes: list[Scene], workers: int, *, training: bool) -> None:
     done = write_clips(
         folder,
         scenes,
-        # Test clips and their exchanged twins share keys: the evaluation pairs them by these.
+        # Test clips and their exchanged counterparts share keys: the evaluation pairs them by key.
         prefix="train" if training else "test",
         seed=SCENES_SEED,
         workers=workers,
         all_wordings=training,
     )
-    for _ in _tracked(done, f"render {folder.name}", len(scenes)):
+    for _ in _with_progress(done, f"render {folder.name}", len(scenes)):
         pass
 
 
@@ -176,11 +186,11 @@ def _pack(
     num_frames: int,
     image_size: int,
     workers: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     url = str(paths.data(split))
     if (paths.data(split) / MANIFEST_NAME).exists():
-        say(f"data/{split}: complete")
+        log(f"data/{split}: complete")
         return
     clips = read_annotations(str(paths.clips / split / ANNOTATIONS))
     with show_progress(f"pack {split}") as on_progress:
@@ -196,9 +206,9 @@ def _pack(
             on_progress=on_progress,
         )
     assert manifest is not None, "this is the only task"
-    say(f"data/{split}: {manifest.num_samples} clips in {len(manifest.shards)} shards")
+    log(f"data/{split}: {manifest.num_samples} clips in {len(manifest.shards)} shards")
 
 
-def _tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+def _with_progress(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     console = Console(stderr=True)
-    yield from track(items, what, total=total, console=console, disable=not console.is_terminal)
+    yield from track(items, title, total=total, console=console, disable=not console.is_terminal)

@@ -1,7 +1,7 @@
-"""`tvr train --dry-run`: what a run would do, in tables, and one step of it on random data.
+"""`tvr train --dry-run`: tables of what a run would do, and one step on random data.
 
-The run's folder is left as it is. Data sets need not be there; the model's folder must be, or
-its config.json and a tokeniser, without which there are no shapes.
+It writes nothing to the run's folder. Data sets need not exist. The model's folder must hold
+config.json and a tokeniser, which give the shapes; for the step it must hold the weights too.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)
 def dry_run(
     config: Config, run_dir: Path, *, ranks: int, samples: int | None, console: Console
 ) -> None:
-    """Prints what a run on `ranks` ranks would do, and takes a step on this process alone.
+    """Prints what a run on `ranks` ranks would do, and runs one rank's share of a step here.
 
-    `samples` stands for the size of a training set that is not there.
+    Args:
+        samples: Size of the training set, if it does not exist yet.
 
     Raises:
-        ValueError: settings, data or a model folder that cannot be used; or several ranks started.
+        ValueError: settings, data or the model folder cannot be used, or a launcher started this
+            process as one of several ranks.
     """
     if "RANK" in os.environ:
-        raise ValueError("--dry-run is one process's: leave `tvr launch` out, give --ranks instead")
-    deepspeed_config(config.train, ranks)  # refuses what does not fit together
+        raise ValueError("--dry-run runs in one process: omit `tvr launch`, and give --ranks")
+    deepspeed_config(config.train, ranks)  # raises for settings that do not fit together
     sets = dict(_data_sets(config))
     samples = _training_samples(config, sets["train"], samples)
     tokenizer = build_tokenizer(config)
@@ -65,14 +67,14 @@ def dry_run(
         ("parameters", ("tensors", "numbers", "peak rate", "decay"), _group_rows(config, model)),
         (f"memory of one rank of {ranks}", ("MB",), needs.rows()),
         ("checkpoints", ("",), _checkpoint_rows(config, model)),
-        ("on this machine a run would be refused for", (), _refusals(config, run_dir, model)),
+        ("problems that would stop a run on this machine", (), _refusals(config, run_dir, model)),
     ):
         console.print(_table(title, header, rows))
     console.print(_step(config, tokenizer, ranks))
 
 
 def _data_sets(config: Config) -> Iterator[tuple[str, Manifest | None]]:
-    """The configured data sets by setting; none where there is no data set yet."""
+    """Yields each configured data set by its field, with None for one that does not exist yet."""
     for name in ("train", "test", "test_exchanged"):
         url = getattr(config.data, name)
         if url is None:
@@ -91,20 +93,20 @@ def _training_samples(config: Config, train: Manifest | None, given: int | None)
         return given
     if given is not None:
         raise ValueError(
-            f"--samples {given} is for a training set that is not there, and {config.data.train} "
-            f"holds {train.num_samples}"
+            f"--samples {given} is for a training set that does not exist, and {config.data.train} "
+            f"holds {train.num_samples} samples"
         )
     return train.num_samples
 
 
 def _data_rows(config: Config, sets: dict[str, Manifest | None]) -> Iterator[Row]:
     for name, manifest in sets.items():
-        place = f"data.{name}: {getattr(config.data, name)}"
+        title = f"data.{name}: {getattr(config.data, name)}"
         if manifest is None:
-            yield place, "not there", "", ""
+            yield title, "missing", "", ""
         else:
             counts = (manifest.num_samples, manifest.num_captions, len(manifest.shards))
-            yield place, *(f"{count:,}" for count in counts)
+            yield title, *(f"{count:,}" for count in counts)
 
 
 def _batch_rows(config: Config, ranks: int, samples: int | None) -> Iterator[Row]:
@@ -112,17 +114,17 @@ def _batch_rows(config: Config, ranks: int, samples: int | None) -> Iterator[Row
     micro_steps = accumulation_steps(train, ranks)
     pairs = train.global_batch if train.gradient_cache else train.micro_batch * ranks
     yield (
-        "pairs of a step",
-        f"{train.global_batch:,} = {train.micro_batch:,} a micro-batch x {ranks:,} ranks x "
+        "pairs per step",
+        f"{train.global_batch:,} = {train.micro_batch:,} per micro-batch x {ranks:,} ranks x "
         f"{micro_steps:,} micro-steps",
     )
-    yield "pairs of one loss", f"{pairs:,}: {pairs - 1:,} negatives for each caption"
-    yield "frames of a rank's forward", f"{train.micro_batch * config.data.num_frames:,}"
+    yield "pairs per loss", f"{pairs:,}: {pairs - 1:,} negatives for each caption"
+    yield "frames per forward of a rank", f"{train.micro_batch * config.data.num_frames:,}"
     yield "steps", f"{train.steps:,}"
     if samples is None:
-        yield "steps of an epoch", "not known without the training set; --samples N stands for it"
+        yield "steps per epoch", "unknown without the training set; give its size by --samples N"
     else:
-        yield "steps of an epoch", f"{samples / train.global_batch:,.2f} ({samples:,} samples)"
+        yield "steps per epoch", f"{samples / train.global_batch:,.2f} ({samples:,} samples)"
         yield "epochs", f"{train.steps * train.global_batch / samples:,.2f}"
 
 
@@ -153,17 +155,17 @@ def _checkpoint_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
     saved = -(-steps // rule.every) if rule.every else 1
     kept = min(saved, rule.keep_last + (steps // rule.keep_every if rule.keep_every else 0))
     best = int(rule.keep_best and config.data.test is not None and kept < saved)
-    yield "size of one", f"{size / 1e6:,.0f} MB"
+    yield "size of each", f"{size / 1e6:,.0f} MB"
     yield "saved", f"{saved:,}, every {rule.every or steps:,} steps"
     yield (
         "kept at most",
         f"{kept + best:,}: {(kept + best) * size / 1e9:,.1f} GB, and {size / 1e9:,.1f} GB while "
-        "another one is written",
+        "the next one is written",
     )
 
 
 def _refusals(config: Config, run_dir: Path, model: TextVideoModel) -> Iterator[Row]:
-    """What preflight finds in the way here, where the checkpoints' place need not be the job's."""
+    """Yields the problems that the checks before a run find on this machine."""
     alone, was_there = World(rank=0, world_size=1, device=torch.device("cpu")), run_dir.exists()
     found = []
     for check in (
@@ -175,25 +177,25 @@ def _refusals(config: Config, run_dir: Path, model: TextVideoModel) -> Iterator[
         except PreflightFailed as failed:
             found += failed.lines
     if not was_there:
-        with suppress(OSError):  # not made, or another run's by now
+        with suppress(OSError):  # the checks did not make it, or another run uses it by now
             run_dir.rmdir()
     yield from ((line,) for line in found or ["nothing"])
 
 
 def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:
-    """One rank's share of a step, taken here, or why it is not."""
+    """Runs one rank's share of a step here, or says why it does not fit."""
     alone = single_rank_config(config, ranks)
     needed, free = rank_memory(alone, tokenizer, 1).total, free_bytes()
     if needed > free:
         return (
-            f"No step was taken: one rank alone would need {needed / 1e6:,.0f} MB, and "
-            f"{free / 1e6:,.0f} MB are free ({device_line()}). Smaller: --train.micro-batch, "
+            f"No step was run: a single rank would need {needed / 1e6:,.0f} MB, and "
+            f"{free / 1e6:,.0f} MB are free ({device_line()}). Reduce --train.micro-batch or "
             "--train.global-batch"
         )
     values = run_synthetic_step(alone, tokenizer)
-    told = ("loss", "similarity_loss", "tpm_cl_loss", "gradient_norm", "step_s")
-    rows = [(name, f"{values[name]:.4g}") for name in told if values[name] is not None]
-    title = f"a step of {alone.train.global_batch:,} random pairs, one rank alone"
+    shown = ("loss", "similarity_loss", "tpm_cl_loss", "gradient_norm", "step_s")
+    rows = [(name, f"{values[name]:.4g}") for name in shown if values[name] is not None]
+    title = f"one step of {alone.train.global_batch:,} random pairs on a single rank"
     return _table(title, (device_line(),), rows)
 
 

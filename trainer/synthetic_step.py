@@ -1,4 +1,4 @@
-"""One optimiser step of a configured model on random data, by the path that training takes."""
+"""One optimiser step of a configured model on random data, by the code of training."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from tvr.trainer.train_step import OptimiserStep
 
 
 def single_rank_config(config: Config, ranks: int) -> Config:
-    """What one rank of `ranks` does of each step, as a configuration for a rank alone."""
+    """Returns a configuration in which a single rank does one rank's share of each step."""
     return replace(
         config, train=replace(config.train, global_batch=config.train.global_batch // ranks)
     )
 
 
 def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The first step on this process alone; what training would log of it.
+    """Runs the first step in this process alone.
+
+    Returns:
+        The record that training would log.
 
     Raises:
-        ValueError: settings or a model folder that cannot be used.
-        NonFiniteLoss: as in training.
+        ValueError: the settings or the model folder cannot be used.
+        NonFiniteLoss: the loss or its gradient is not finite.
     """
     with join_world() as world, tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(config.train.seed)
@@ -45,12 +48,12 @@ def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def random_batches(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
-    """Full micro-batches of noise: all frames and word slots are taken, all videos differ."""
+    """Yields micro-batches of noise without padding; every video has its own id."""
     pairs, data = config.train.micro_batch, config.data
     side = image_size(config.model)
     generator = torch.Generator().manual_seed(config.train.seed)
 
-    def drawn(
+    def random_integers(
         high: int, *shape: int, low: int = 0, dtype: torch.dtype = torch.int64
     ) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, dtype=dtype)
@@ -59,16 +62,16 @@ def random_batches(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
     while True:
         positions = torch.arange(number, number + pairs)
         number += pairs
-        token_ids = drawn(tokenizer.vocab_size, pairs, tokenizer.max_words)
+        token_ids = random_integers(tokenizer.vocab_size, pairs, tokenizer.max_words)
         token_ids[:, 0], token_ids[:, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
-        word_mask = drawn(2 + data.content_words, pairs, tokenizer.max_words, low=1)
-        word_mask[:, 0] = word_mask[:, -1] = 1  # never content
+        word_mask = random_integers(2 + data.content_words, pairs, tokenizer.max_words, low=1)
+        word_mask[:, 0] = word_mask[:, -1] = 1  # start and end are no content words
         names = tuple(f"random-{position}" for position in positions.tolist())
         yield Batch(
             positions=positions,
             keys=names,
             video_ids=positions,
-            frames=drawn(256, pairs, data.num_frames, 3, side, side, dtype=torch.uint8),
+            frames=random_integers(256, pairs, data.num_frames, 3, side, side, dtype=torch.uint8),
             frame_mask=torch.ones(pairs, data.num_frames, dtype=torch.int64),
             captions=names,
             token_ids=token_ids,

@@ -67,15 +67,15 @@ def test_a_dry_run_reckons_takes_a_step_and_writes_nothing(
     assert tvr_train(line_for(config, tmp_path, "--ranks", "2")) == 0
     rows = rows_of(capsys.readouterr().out)
     assert rows[f"data.train: {data}/train"].split() == ["48", "144", "5"]
-    assert rows["pairs of a step"] == "24 = 4 a micro-batch x 2 ranks x 3 micro-steps"
-    assert rows["pairs of one loss"] == "8: 7 negatives for each caption"
-    assert rows["steps of an epoch"] == "2.00 (48 samples)"
+    assert rows["pairs per step"] == "24 = 4 per micro-batch x 2 ranks x 3 micro-steps"
+    assert rows["pairs per loss"] == "8: 7 negatives for each caption"
+    assert rows["steps per epoch"] == "2.00 (48 samples)"
     assert rows["epochs"] == "6.00"
     assert rows["1 (0%)"].split()[0] == "0.000333"
     assert rows["7 (50%)"].split()[0] == "0.00075"
     assert rows["saved"] == "3, every 4 steps"
     assert rows["kept at most"].startswith("1: ")
-    assert "a step of 12 random pairs, one rank alone" in rows
+    assert "one step of 12 random pairs on a single rank" in rows
     assert float(rows["gradient_norm"]) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
@@ -85,9 +85,9 @@ def test_what_preflight_would_refuse_is_told(
 ) -> None:
     def said() -> str:
         assert tvr_train(line_for(tiny_config(data), tmp_path)) == 0
-        return capsys.readouterr().out.split("on this machine a run would be refused for")[1]
+        return capsys.readouterr().out.split("problems that would stop a run on this machine")[1]
 
-    assert said().split("a step of")[0].split()[-1] == "nothing"
+    assert said().split("one step of")[0].split()[-1] == "nothing"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("no folder")
     assert "run/checkpoints cannot be used for checkpoints" in said().replace("\n", "")
@@ -99,7 +99,7 @@ def test_the_gradient_cache_counts_all_pairs_as_negatives(
     config = tiny_config(data, train={"global_batch": 24, "micro_batch": 4, "gradient_cache": True})
     assert tvr_train(line_for(config, tmp_path)) == 0
     rows = rows_of(capsys.readouterr().out)
-    assert rows["pairs of one loss"] == "24: 23 negatives for each caption"
+    assert rows["pairs per loss"] == "24: 23 negatives for each caption"
 
 
 def test_without_data_the_arithmetic_goes_by_the_samples_given(
@@ -108,17 +108,17 @@ def test_without_data_the_arithmetic_goes_by_the_samples_given(
     config = tiny_config(data, data={"train": str(tmp_path / "nowhere")})
     assert tvr_train(line_for(config, tmp_path)) == 0
     rows = rows_of(capsys.readouterr().out)
-    assert rows[f"data.train: {tmp_path}/nowhere"] == "not there"
-    assert rows["steps of an epoch"].startswith("not known")
+    assert rows[f"data.train: {tmp_path}/nowhere"] == "missing"
+    assert rows["steps per epoch"].startswith("unknown")
     assert "epochs" not in rows
     assert tvr_train(line_for(config, tmp_path, "--samples", "80")) == 0
-    assert rows_of(capsys.readouterr().out)["steps of an epoch"] == "10.00 (80 samples)"
+    assert rows_of(capsys.readouterr().out)["steps per epoch"] == "10.00 (80 samples)"
 
 
 @pytest.mark.parametrize(
     ("overrides", "flags", "said"),
     [
-        ({}, ("--samples", "9"), "--samples 9 is for a training set that is not there"),
+        ({}, ("--samples", "9"), "--samples 9 is for a training set that does not exist"),
         ({}, ("--ranks", "3"), "train.global_batch=8 must be a multiple"),
         ({}, ("--ranks", "0"), "--ranks 0 must be at least 1"),
         ({"model": {"tokenizer": "nowhere"}}, (), "tokenizer folder nowhere holds neither"),
@@ -150,10 +150,10 @@ def test_its_flags_need_it_and_it_needs_no_launcher(
     line = line_for(tiny_config(data), tmp_path)
     real = [word for word in line if word != "--dry-run"]
     assert tvr_train([*real, "--ranks", "2"]) == 2
-    assert "--ranks 2 is for --dry-run, which is not given" in capsys.readouterr().err
+    assert "--ranks 2 needs --dry-run" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     assert tvr_train(line) == 2
-    assert "leave `tvr launch` out" in capsys.readouterr().err
+    assert "omit `tvr launch`" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_in_place_of_a_step(
@@ -164,7 +164,7 @@ def test_too_little_memory_is_said_in_place_of_a_step(
 ) -> None:
     monkeypatch.setattr(dry_run, "free_bytes", lambda: 100_000)
     assert tvr_train(line_for(tiny_config(data), tmp_path)) == 0
-    assert "No step was taken: one rank alone would need" in capsys.readouterr().out
+    assert "No step was run: a single rank would need" in capsys.readouterr().out
 
 
 def test_a_clip_b32_takes_a_real_step_of_its_recipe(

@@ -76,7 +76,7 @@ def test_the_width_is_read_from_the_folder_of_a_clip(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--ranks", "2"], "--ranks 2 is for --memory"),
+        (["--ranks", "2"], "--ranks 2 needs --memory"),
         (["--memory", "--ranks", "0"], "--ranks 0 must be at least 1"),
         (["--memory", "--ranks", "3"], "must be a multiple of micro_batch x ranks = 64 x 3 = 192"),
     ],

@@ -139,7 +139,6 @@ def test_the_hinge_follows_its_settings(tokenizer: Tokenizer) -> None:
 
     usual = hinge()
     assert torch.equal(hinge(), usual)
-    assert torch.equal(hinge(tpm_cl=1), torch.zeros(len(CAPTIONS)))
     assert torch.allclose(hinge(tpm_cl=2) + hinge(tpm_cl=3), usual, atol=1e-6)
     assert torch.allclose(hinge(margin=0.9), usual + 3 * 0.3, atol=1e-5)
     assert not torch.allclose(hinge(mask_threshold=0.2), usual)

@@ -93,10 +93,10 @@ def test_every_recipe_is_dry_run_at_its_real_shapes(
     assert f"data.train: {config.data.train}" in said
     assert "not there" in said
     pairs = config.train.global_batch
-    assert re.search(rf"pairs of one loss +{pairs:,}: {pairs - 1:,} negatives", said)
+    assert re.search(rf"pairs per loss +{pairs:,}: {pairs - 1:,} negatives", said)
     epochs = float(re.search(r"^ *epochs +([\d.,]+)", said, re.MULTILINE)[1].replace(",", ""))  # pyright: ignore[reportOptionalSubscript]
     assert epochs == pytest.approx(PASSES[name].epochs, rel=0.005)
-    assert "No step was taken: one rank alone would need" in said
+    assert "No step was run: a single rank would need" in said
     assert list(tmp_path.iterdir()) == []
 
 

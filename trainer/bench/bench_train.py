@@ -216,7 +216,7 @@ def with_data(file: Path | None, clips: int, folder: Path, tell: Callable[[str],
         image_size=base.model.towers.image_size,
         max_words=base.data.max_words,
         workers=len(os.sched_getaffinity(0)),
-        say=lambda text: None,
+        log=lambda text: None,
     )
     places = {"train": str(paths.data("train")), "test": None, "test_exchanged": None}
     data = replace(base.data, **places)

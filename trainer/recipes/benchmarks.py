@@ -1,25 +1,26 @@
 """Recipes for the published benchmarks, and one for many GPUs.
 
-None of them has been run to its end by us: no number on these benchmarks is claimed.
+We have not run any of them to its end, and claim no number on these benchmarks.
 
-Published, in CLIP4Clip (arXiv 2104.08860; the commands and the optimiser of its code), and taken
-over for the four benchmarks: batches of 128 pairs, learning rates of 1e-7 for the towers and 1e-4
-for the rest, a tenth of the steps as warm-up before a cosine, decay 0.2, betas 0.9 and 0.98,
-gradients clipped at norm 1, temperature 0.01 (where CLIP's learned one is held), 12 frames and 32
-words, or 64 and 64 for paragraphs, frames at the middle of equal segments, the square at the
-centre, 5 passes over all captions, and 4 GPUs (8 for paragraphs).
+Published settings of CLIP4Clip (arXiv 2104.08860, and the commands and optimiser of its code), used
+for the four benchmarks: batches of 128 pairs; learning rates of 1e-7 for the towers and 1e-4 for
+the rest; warm-up over a tenth of the steps, then a cosine; weight decay 0.2; betas 0.9 and 0.98;
+gradients clipped at norm 1; temperature 0.01, at which CLIP's learned one is held; 12 frames and 32
+words, or 64 and 64 for paragraphs; frames at the middle of equal segments; the centred square; 5
+passes over all captions; 4 GPUs, or 8 for paragraphs.
 
-Published, in the authors' implementation of the method: NegNCE and TPM-CL of type 4 with their
-constants (the defaults of `LossConfig`), neighbour frames, no sequence header, fillers of captions
-left out in training and content words counted twice (its `twm`; both need the words that `tvr pack`
-finds). Its own learning rates belong to other towers (BERT with PVT) and are not taken.
+Published settings of the authors' implementation of the method: NegNCE and TPM-CL of type 4 with
+their constants (the defaults of `LossConfig`), neighbour frames, no sequence header, fillers
+dropped from captions in training, and content words counted twice (`twm`). The last two need the
+words that `tvr pack` finds. The authors' learning rates belong to other towers (BERT with PVT) and
+are not used.
 
-Chosen by us, untried on the benchmarks: `att_wti`, since weights are learned per pair here (the
-published training command sets `att_ti`, see README.md for the difference); NegNCE in `log` mode;
-bf16 with ZeRO-1, whose master weights, moments, similarity and loss are float32; the numbers of
-loader workers; how often a run evaluates and saves.
+Our own choices, untried on the benchmarks: `att_wti`, because weights are learned per pair here
+(the published training command sets `att_ti`); NegNCE in `log` mode; bf16 with ZeRO-1, whose master
+weights, moments, similarity and loss are float32; the numbers of loader workers; the intervals of
+evaluations and checkpoints.
 
-Data sets and weights are relative paths: lay them there, or name others in a --config file.
+Data sets and weights are relative paths. Put them there, or name others in a --config file.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ B32, B16, L14 = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passes:
-    """What a recipe's `train.steps` are computed from."""
+    """The passes over a training split from which a recipe computes `train.steps`."""
 
     videos: int
-    """Of the training split."""
+    """Videos of the training split."""
     epochs: int
-    """Passes over the videos; in each of them every video comes once, with one of its captions."""
+    """Passes over the videos. A pass sees every video once, with one of its captions."""
 
     def steps(self, global_batch: int) -> int:
+        """Returns the optimiser steps of all passes."""
         return self.videos * self.epochs // global_batch
 
 
@@ -65,11 +67,11 @@ PASSES = {
 
 
 def msrvtt_b32() -> Config:
-    """MSR-VTT, trained on 9k, tested on 1k-A, from CLIP ViT-B/32, on 4 GPUs.
+    """MSR-VTT: training on 9k, test on 1k-A, from CLIP ViT-B/32, on 4 GPUs.
 
-    7,031 steps of 128 pairs: 100 passes over 9,000 videos, CLIP4Clip's 5 over their 20 captions
-    each. There is no validation split, so the best checkpoint is chosen by the test split, as is
-    customary: say so beside results.
+    7,031 steps of 128 pairs are 100 passes over 9,000 videos, or CLIP4Clip's 5 passes over their 20
+    captions each. MSR-VTT has no validation split for 1k-A, so the best checkpoint is chosen by the
+    test split, as is customary; say so beside your results.
     """
     return _fine_tuning(
         "msrvtt_b32", B32, train="data/msrvtt/train-9k", test="data/msrvtt/test-1ka", ranks=4
@@ -77,9 +79,9 @@ def msrvtt_b32() -> Config:
 
 
 def msrvtt_b16() -> Config:
-    """As msrvtt_b32, from CLIP ViT-B/16: four times the patches, and the activations to hold.
+    """MSR-VTT as in msrvtt_b32, from CLIP ViT-B/16, which has four times the patches.
 
-    CLIP4Clip's code takes B/16 by the same command, changed in nothing but the weights.
+    CLIP4Clip's code trains B/16 by the same command with other weights.
     """
     return _fine_tuning(
         "msrvtt_b16", B16, train="data/msrvtt/train-9k", test="data/msrvtt/test-1ka", ranks=4
@@ -87,11 +89,11 @@ def msrvtt_b16() -> Config:
 
 
 def msvd_b32() -> Config:
-    """MSVD from CLIP ViT-B/32, on 4 GPUs; `tvr evaluate --data data/msvd/test` afterwards.
+    """MSVD from CLIP ViT-B/32, on 4 GPUs; test it with `tvr evaluate --data data/msvd/test`.
 
-    1,875 steps of 128 pairs: 200 passes over 1,200 videos, CLIP4Clip's 5 over about 40 captions
-    each (rounded by us). Evaluated in training on the 100 videos of the validation split, where
-    CLIP4Clip's code looks at the test split after every epoch.
+    1,875 steps of 128 pairs are 200 passes over 1,200 videos, or CLIP4Clip's 5 passes over about 40
+    captions each (our rounding). Training evaluates the 100 videos of the validation split;
+    CLIP4Clip's code evaluates the test split after every epoch.
     """
     return _fine_tuning("msvd_b32", B32, train="data/msvd/train", test="data/msvd/val", ranks=4)
 
@@ -99,19 +101,19 @@ def msvd_b32() -> Config:
 def didemo_b32() -> Config:
     """DiDeMo, a video's sentences as one paragraph, from CLIP ViT-B/32, on 8 GPUs.
 
-    327 steps of 128 pairs: 5 passes over 8,395 videos, as in CLIP4Clip. Evaluated in training on
-    the validation split; `tvr evaluate --data data/didemo/test` afterwards.
+    327 steps of 128 pairs are 5 passes over 8,395 videos, as in CLIP4Clip. Training evaluates the
+    validation split; test the run with `tvr evaluate --data data/didemo/test`.
     """
-    return _of_paragraphs("didemo_b32", train="data/didemo/train", test="data/didemo/val")
+    return _paragraphs("didemo_b32", train="data/didemo/train", test="data/didemo/val")
 
 
 def activitynet_b32() -> Config:
     """ActivityNet Captions, a video's sentences as one paragraph, from CLIP ViT-B/32, on 8 GPUs.
 
-    390 steps of 128 pairs: 5 passes over 10,009 videos, as in CLIP4Clip, and tested on the
-    validation split (val_1), the one that papers report.
+    390 steps of 128 pairs are 5 passes over 10,009 videos, as in CLIP4Clip. The test set is the
+    validation split val_1, which papers report.
     """
-    return _of_paragraphs(
+    return _paragraphs(
         "activitynet_b32", train="data/activitynet/train", test="data/activitynet/val"
     )
 
@@ -119,14 +121,16 @@ def activitynet_b32() -> Config:
 def large_scale_l14_64gpu() -> Config:
     """Ten million pairs, from CLIP ViT-L/14, on 64 GPUs of 80 GB (8 nodes).
 
-    3,051 steps of 16,384 pairs: 5 passes over 10,000,000 videos. Everything here is chosen by us
-    and untried but the method's constants, betas and temperature: with 128 times CLIP4Clip's batch
-    the towers get 1e-6, and a decay of 0.05. `tvr train --dry-run --ranks 64` tells what a rank
-    needs. The gradient cache makes one loss of 16,384 pairs of which a rank encodes 32 (384 frames)
-    at a time, with some 13 GB of activations, since the towers' layers run again for the backward
-    (without that 38 GB for every 8). The similarity's own peak is 4.3 GB with gathered frames and
-    kept scores: neither `ring` nor `stream` is needed. Frames and crops are drawn anew, so pack in
-    the video layout.
+    3,051 steps of 16,384 pairs are 5 passes over 10,000,000 videos. Everything but the method's
+    constants, betas and temperature is our own, untried choice. The batch is 128 times CLIP4Clip's,
+    so the towers get a learning rate of 1e-6, and the weight decay is 0.05.
+
+    `tvr train --dry-run --ranks 64` prints the memory of a rank. The gradient cache computes one
+    loss over 16,384 pairs, of which a rank encodes 32 (384 frames) at a time. Their activations
+    take some 13 GB, because the backward recomputes the towers' layers (without recomputation,
+    every 8 pairs take 38 GB). The similarity peaks at 4.3 GB with gathered frames and kept scores,
+    so neither `ring` nor `stream` is needed. Frames and crops are random, so pack in the video
+    layout.
     """
     name, batch = "large_scale_l14_64gpu", 16_384
     steps = PASSES[name].steps(batch)
@@ -160,17 +164,17 @@ def large_scale_l14_64gpu() -> Config:
     )
 
 
-def _of_paragraphs(name: str, *, train: str, test: str) -> Config:
-    """64 frames and 64 words, 16 pairs (1,024 frames) on each of 8 GPUs."""
+def _paragraphs(name: str, *, train: str, test: str) -> Config:
+    """CLIP4Clip's settings for paragraphs: 64 frames, 64 words, 16 pairs on each of 8 GPUs."""
     config = _fine_tuning(name, B32, train=train, test=test, ranks=8)
     return replace(config, data=replace(config.data, num_frames=64, max_words=64))
 
 
 def _fine_tuning(name: str, clip: str, *, train: str, test: str, ranks: int) -> Config:
-    """CLIP4Clip's settings; a loss sees the pairs of all ranks, which are the whole batch."""
+    """CLIP4Clip's settings, without accumulation: each loss is over the whole batch."""
     batch = 128
     steps = PASSES[name].steps(batch)
-    fifth = steps // 5  # one of the 5 passes over all captions
+    fifth = steps // 5  # steps of one of the 5 passes over all captions
     return Config(
         data=DataConfig(train=train, test=test, word_drop=True, content_words=True, workers=4),
         model=ModelConfig(pretrained=clip),

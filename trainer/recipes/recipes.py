@@ -1,4 +1,7 @@
-"""Full configurations by name: a recipe is a function without arguments."""
+"""Recipes: full configurations by name. Each is a function without arguments.
+
+The door of the package.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tvr.trainer.recipes import benchmarks
 
 
 def demo() -> Config:
-    """Moving shapes on two CPU cores: a small CLIP from scratch in about six minutes."""
+    """The demo: a small CLIP from scratch on clips of moving shapes, in minutes on 2 CPU cores."""
     return Config(
         data=DataConfig(
             train="runs/demo/data/train",
@@ -65,11 +68,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def recipe(name: str) -> Config:
-    """The configuration of that name.
+    """Returns the configuration of a recipe.
 
     Raises:
-        ValueError: naming the recipes there are.
+        ValueError: there is no recipe of that name; lists all names.
     """
     if name not in RECIPES:
-        raise ValueError(f"--recipe {name}: unknown; there are: {', '.join(sorted(RECIPES))}")
+        raise ValueError(f"--recipe {name} is unknown; available are: {', '.join(sorted(RECIPES))}")
     return RECIPES[name]()
