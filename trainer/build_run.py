@@ -12,8 +12,8 @@ import torch
 from tvr.data_prep.records import Batch
 from tvr.trainer.checkpoint.catalogue import Checkpoint
 from tvr.trainer.checkpoint.manifest import SavedState
-from tvr.trainer.checkpoint.restore import engine_from
-from tvr.trainer.checkpoint.saver import shard_files
+from tvr.trainer.checkpoint.restore import restore_engine
+from tvr.trainer.checkpoint.saver import rank_files
 from tvr.trainer.config import Config
 from tvr.trainer.data import training_batches
 from tvr.trainer.distributed.world import World
@@ -68,7 +68,7 @@ class TrainingRun:
             copy: Copies the tensors to host memory; otherwise they change with the next step.
         """
         shards = self.engine.state_dict(copy=copy)
-        return shard_files(shards, self.world.rank, get_random_state())
+        return rank_files(shards, self.world.rank, get_random_state())
 
     def saved_state(self, step: int) -> SavedState:
         """The record of a checkpoint after `step`; the saver fills in its files."""
@@ -115,7 +115,7 @@ def build_run(
     if inspect_model is not None:
         inspect_model(model)
     storage = checkpoints_of(config, run_dir)
-    engine = engine_from(checkpoint, storage, model, config.train, run_dir, world)
+    engine = restore_engine(checkpoint, storage, model, config.train, run_dir, world)
     step = OptimiserStep(config, engine, log, world, num_samples, watch=watch or Stopwatch())
     resumed_from = checkpoint.state if checkpoint else None
     if resumed_from is not None:

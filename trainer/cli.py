@@ -273,10 +273,10 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
 
 
 def _write_report(run_dir: Path) -> Path:
-    from tvr.trainer.evaluation.saved_run import thumbnails_of
+    from tvr.trainer.evaluation.saved_run import thumbnail_reader
     from tvr.trainer.pages.report import write_report
 
-    return write_report(run_dir, thumbnails=thumbnails_of(run_dir))
+    return write_report(run_dir, thumbnails=thumbnail_reader(run_dir))
 
 
 def _base(argv: Sequence[str]) -> Config:

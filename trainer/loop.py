@@ -13,23 +13,25 @@ from pathlib import Path
 
 from tvr.data_prep.records import Batch
 from tvr.trainer.build_run import TrainingRun, build_run
-from tvr.trainer.checkpoint.catalogue import note_evaluation
-from tvr.trainer.checkpoint.restore import Resume, resume_point
-from tvr.trainer.checkpoint.saver import Saved, Saver
+from tvr.trainer.checkpoint.catalogue import record_evaluation
+from tvr.trainer.checkpoint.restore import Resume, find_resume_checkpoint
+from tvr.trainer.checkpoint.save_result import SaveResult
+from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
-from tvr.trainer.evaluation.evaluate import Evaluation, evaluate
+from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.records import Evaluation
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import Monitor, monitored
 from tvr.trainer.monitoring.progress import Progress
 from tvr.trainer.monitoring.run_log import LogWriter
-from tvr.trainer.resilience.failures import Tell, telling
-from tvr.trainer.resilience.preemption import Notice, noticing
+from tvr.trainer.resilience.failures import ErrorReporter, reporting_failures
+from tvr.trainer.resilience.preemption import StopNotice, catching_stop_signals
 from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight
-from tvr.trainer.resilience.watchdog import Watchdog, watching
+from tvr.trainer.resilience.watchdog import Watchdog, running_watchdog
 from tvr.trainer.run_dir import (
     checkpoints_of,
     claim,
@@ -43,7 +45,7 @@ TIMEOUT_MARGIN_S = 60.0
 
 
 def train(
-    config: Config, run_dir: Path, *, resume: Resume = "auto", report: Tell | None = None
+    config: Config, run_dir: Path, *, resume: Resume = "auto", report: ErrorReporter | None = None
 ) -> Evaluation | None:
     """Trains to `train.steps`, resuming from the newest whole checkpoint of the run.
 
@@ -74,11 +76,11 @@ def train(
     with (
         # First, so that the watchdog, not a collective's time-out, reports a rank that hangs.
         join_world(config.train.timeout_s + TIMEOUT_MARGIN_S) as world,
-        noticing() as notice,
+        catching_stop_signals() as notice,
         # Entered before failure reporting, so that a failure is reported before the final scrape.
         monitored(config, run_dir, world) as monitor,
-        telling(run_dir, world, report) as failures,
-        watching(config.train, run_dir, world, failures) as watchdog,
+        reporting_failures(run_dir, world, report) as failures,
+        running_watchdog(config.train, run_dir, world, failures) as watchdog,
     ):
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
@@ -94,7 +96,7 @@ def train(
             background=config.checkpoint.background,
         )
         log = LogWriter(run_dir, attempt, world)
-        checkpoint = resume_point(saver.place, log, world, resume)
+        checkpoint = find_resume_checkpoint(saver.storage, log, world, resume)
 
         def inspect_model(model: TextVideoModel) -> None:
             check_disk(config, run_dir, model, world)
@@ -120,7 +122,7 @@ class _Loop:
     run: TrainingRun
     run_dir: Path
     saver: Saver
-    notice: Notice
+    notice: StopNotice
     watchdog: Watchdog
     monitor: Monitor
 
@@ -163,7 +165,7 @@ class _Loop:
     def _train_step(self, step: int, batches: Iterator[Batch], progress: Progress) -> None:
         train = self.run.config.train
         record = self.run.step.take(step, batches)
-        self.watchdog.finished(step, record["step_s"])
+        self.watchdog.step_finished(step, record["step_s"])
         record |= self.monitor.step(record, self.run.step.tally)
         if step % train.log_every == 0 or step == train.steps:
             self.run.log.write("step", record)
@@ -188,10 +190,10 @@ class _Loop:
 
         A save advances to its next phase once every rank has finished the present one.
         """
-        mine = int(self.saver.is_ready) + 2 * int(self.notice.given)
+        mine = int(self.saver.is_ready) + 2 * int(self.notice.received)
         flags_by_rank = self.run.world.all_gather_counts(mine)
         if all(flags & 1 for flags in flags_by_rank):
-            self._record(self.saver.go_on())
+            self._record(self.saver.advance())
         return any(flags & 2 for flags in flags_by_rank)
 
     def _leave(self, step: int) -> None:
@@ -208,7 +210,7 @@ class _Loop:
         last = self.saver.last
         return last.error if last is not None and last.step == step else None
 
-    def _record(self, saves: Sequence[Saved]) -> None:
+    def _record(self, saves: Sequence[SaveResult]) -> None:
         """Logs saves that have ended."""
         log = self.run.log
         for saved in saves:
@@ -216,7 +218,7 @@ class _Loop:
             values = {
                 "step": saved.step,
                 "num_bytes": saved.num_bytes,
-                "held_up_s": round(saved.held_up_s, 4),
+                "held_up_s": round(saved.blocked_s, 4),
                 "seconds": round(saved.seconds, 4),
                 "background": saved.background,
             }
@@ -271,7 +273,7 @@ class _Loop:
             write_evaluation(self.run_dir, evaluation, step)
             # Only a saved step can be kept as the best checkpoint.
             if _is_due(step, config.checkpoint.every, config.train.steps):
-                note_evaluation(self.saver.place, step, evaluation.score)
+                record_evaluation(self.saver.storage, step, evaluation.score)
         except OSError as error:
             if step == config.train.steps:
                 raise

@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest
-from tvr.trainer.checkpoint.place import Place
+from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest_checkpoint
 from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.evaluate import Evaluation
+from tvr.trainer.evaluation.records import Evaluation
 
 CONFIG = "config.json"
 EVALUATION = "evaluation.json"
@@ -93,9 +93,9 @@ def read_config(run_dir: Path) -> Config:
     return from_json(path.read_text(), where=str(path))
 
 
-def checkpoints_of(config: Config, run_dir: Path) -> Place:
+def checkpoints_of(config: Config, run_dir: Path) -> StorageFolder:
     """Where a run's checkpoints lie."""
-    return Place(config.checkpoint.url or str(run_dir / CHECKPOINTS))
+    return StorageFolder(config.checkpoint.url or str(run_dir / CHECKPOINTS))
 
 
 def retention(checkpoint: CheckpointConfig) -> Retention:
@@ -113,7 +113,7 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
 
 def is_finished(run_dir: Path, config: Config) -> bool:
     """Whether this very run was trained, saved and evaluated to its last step."""
-    found = newest(checkpoints_of(config, run_dir))
+    found = newest_checkpoint(checkpoints_of(config, run_dir))
     steps = config.train.steps
     if found is None or found.state.step != steps or evaluated_step(run_dir) != steps:
         return False
@@ -139,7 +139,7 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
     before = read_config(run_dir) if path.exists() else config
-    saved = newest(checkpoints_of(before, run_dir))
+    saved = newest_checkpoint(checkpoints_of(before, run_dir))
     # Without a checkpoint nothing was trained by the settings that are there: they may change.
     if saved is not None:
         differing = [

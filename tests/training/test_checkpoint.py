@@ -19,19 +19,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import (
     Checkpoint,
     Retention,
     best_step,
-    newest,
-    newest_whole,
-    note_evaluation,
-    set_aside,
+    newest_checkpoint,
+    record_evaluation,
 )
+from tvr.trainer.checkpoint.file_writer import NICENESS
 from tvr.trainer.checkpoint.manifest import SavedState
-from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.checkpoint.restore import local_files
-from tvr.trainer.checkpoint.saver import NICENESS, Saved, Saver, shard_files
+from tvr.trainer.checkpoint.save_result import SaveResult
+from tvr.trainer.checkpoint.saver import Saver, rank_files
+from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.random_state import get_random_state, set_random_state
 from tvr.trainer.engine.staging import Staging
@@ -49,15 +50,15 @@ def state(step: int, **changes: Any) -> SavedState:
 def saver(folder: Path | str, run_dir: Path, **settings: Any) -> Saver:
     retention = settings.pop("retention", Retention())
     settings.setdefault("background", False)
-    return Saver(Place(str(folder)), ALONE, begin_attempt(run_dir), retention, **settings)
+    return Saver(StorageFolder(str(folder)), ALONE, begin_attempt(run_dir), retention, **settings)
 
 
 def stage(value: float) -> dict[str, Any]:
     shards = {"model.pt": {"weight": torch.full((1000,), value)}, "optimiser.pt": {"step": value}}
-    return shard_files(shards, 0, get_random_state())
+    return rank_files(shards, 0, get_random_state())
 
 
-def save(to: Saver, step: int) -> Saved:
+def save(to: Saver, step: int) -> SaveResult:
     (saved,) = to.save(state(step), lambda copy: stage(float(step)))
     return saved
 
@@ -73,8 +74,8 @@ def names(folder: Path) -> list[str]:
 
 def test_there_is_none_at_first(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        assert newest_whole(Place(str(folder)), ALONE).newest is None
-        assert newest(Place(str(folder))) is None
+        assert find_newest_intact(StorageFolder(str(folder)), ALONE).newest is None
+        assert newest_checkpoint(StorageFolder(str(folder))) is None
 
 
 def test_a_checkpoint_is_a_folder_whose_manifest_covers_every_file(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_checkpoint_is_a_folder_whose_manifest_covers_every_file(tmp_path: Pat
     assert names(folder) == ["latest", "step-00000003"]
     assert (folder / "latest").read_text() == "step-00000003\n"
     written = {str(p.relative_to(folder / "step-00000003")) for p in all_files(folder)}
-    found = newest_whole(Place(str(folder)), ALONE).newest
+    found = find_newest_intact(StorageFolder(str(folder)), ALONE).newest
     assert found is not None
     assert set(found.state.files) | {"manifest.json"} == written
     assert set(found.state.files) == {
@@ -107,14 +108,14 @@ def manifest_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize("url", ["disk", "memory://checkpoints-{}"])
 def test_what_was_saved_is_read_back(tmp_path: Path, url: str) -> None:
-    place = str(tmp_path / "disk") if url == "disk" else url.format(tmp_path.name)
-    writer = saver(place, tmp_path)
+    storage = str(tmp_path / "disk") if url == "disk" else url.format(tmp_path.name)
+    writer = saver(storage, tmp_path)
     for step in (3, 6):
         save(writer, step)
-    found = newest_whole(Place(place), ALONE)
+    found = find_newest_intact(StorageFolder(storage), ALONE)
     assert found.newest is not None
     assert (found.newest.state.step, found.damaged) == (6, {})
-    files = local_files(Place(place), found.newest, tmp_path / "fetched")
+    files = local_files(StorageFolder(storage), found.newest, tmp_path / "fetched")
     weight = torch.load(files / "shards" / "model.pt")["weight"]
     assert torch.equal(weight, torch.full((1000,), 6.0))
 
@@ -144,16 +145,18 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     for step in (3, 6):
         save(writer, step)
     DAMAGE[kind](folder / "step-00000006" / name)
-    found = newest_whole(Place(str(folder)), ALONE)
+    found = find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert found.newest is not None
     assert found.newest.state.step == 3
     (lines,) = found.damaged.values()
     assert f"step-00000006/{name}" in " ".join(lines)
     # Set aside it is kept, and no longer counts as one of those that stay.
-    set_aside(Place(str(folder)), found)
+    rename_damaged(StorageFolder(str(folder)), found)
     assert names(folder) == ["damaged-step-00000006", "latest", "step-00000003"]
     save(writer, 6)
-    assert newest_whole(Place(str(folder)), ALONE).newest == newest(Place(str(folder)))
+    assert find_newest_intact(StorageFolder(str(folder)), ALONE).newest == newest_checkpoint(
+        StorageFolder(str(folder))
+    )
     assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
 
 
@@ -164,7 +167,7 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> Non
         save(writer, step)
     more = folder / "step-00000006" / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     more.write_bytes(b"what loads the others would load it, too")
-    found = newest_whole(Place(str(folder)), ALONE)
+    found = find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert found.newest is not None
     assert found.newest.state.step == 3
     assert found.damaged == {"step-00000006": (f"{more}: the manifest does not list it",)}
@@ -180,20 +183,20 @@ def test_what_cannot_be_read_now_is_no_damage(
         save(writer, step)
 
     def stale(of: Callable[..., Any]) -> Callable[..., Any]:
-        def call(place: Place, file: str) -> Any:
+        def call(storage: StorageFolder, file: str) -> Any:
             if file == f"step-00000006/{name}":
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            return of(place, file)
+            return of(storage, file)
 
         return call
 
     with monkeypatch.context() as patch:
-        for method in ("read", "reading"):
-            patch.setattr(Place, method, stale(getattr(Place, method)))
+        for method in ("read", "open_read"):
+            patch.setattr(StorageFolder, method, stale(getattr(StorageFolder, method)))
         with pytest.raises(PreflightFailed, match=r"06 cannot be read now: .*Stale") as refused:
-            newest_whole(Place(str(folder)), ALONE)
+            find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert refused.value.rank == 0  # to be tried again
-    found = newest_whole(Place(str(folder)), ALONE).newest
+    found = find_newest_intact(StorageFolder(str(folder)), ALONE).newest
     assert found is not None
     assert found.state.step == 6
 
@@ -204,8 +207,8 @@ def test_where_none_is_whole_all_are_named_and_nothing_begins_anew(tmp_path: Pat
     for step in (3, 6):
         save(writer, step)
         DAMAGE["one bit"](folder / f"step-{step:08d}" / "shards" / "model.pt")
-    with pytest.raises(CheckpointDamaged, match=r"no checkpoint is whole: .*06/.*; .*03/"):
-        newest_whole(Place(str(folder)), ALONE)
+    with pytest.raises(CheckpointDamaged, match=r"all checkpoints are damaged: .*06/.*; .*03/"):
+        find_newest_intact(StorageFolder(str(folder)), ALONE)
 
 
 def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
@@ -214,8 +217,8 @@ def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
     path = folder / "step-00000003" / "manifest.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "step": 4}))
-    with pytest.raises(CheckpointDamaged, match="its sha256 is not that of its content"):
-        newest_whole(Place(str(folder)), ALONE)
+    with pytest.raises(CheckpointDamaged, match="its sha256 does not match its content"):
+        find_newest_intact(StorageFolder(str(folder)), ALONE)
 
 
 @given(
@@ -226,7 +229,7 @@ def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
     st.integers(1, 60),
 )
 def test_retention(steps: set[int], last: int, every: int, keep_best: bool, best: int) -> None:
-    gone = Retention(last=last, every=every, best=keep_best).surplus(steps, best)
+    gone = Retention(last=last, every=every, best=keep_best).expired_steps(steps, best)
     kept = steps - set(gone)
     assert set(sorted(steps)[-last:]) <= kept
     assert not every or {step for step in steps if step % every == 0} <= kept
@@ -242,11 +245,11 @@ def test_retention(steps: set[int], last: int, every: int, keep_best: bool, best
 def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path, retention=Retention(last=2, every=50, best=True))
-    place = Place(str(folder))
+    storage = StorageFolder(str(folder))
     for step, score in ((10, 30.0), (20, 44.0), (30, 44.0), (40, 20.0), (50, 1.0), (60, 2.0)):
         save(writer, step)
-        note_evaluation(place, step, score)
-    assert best_step(place) == 30  # the newer one of two equal ones
+        record_evaluation(storage, step, score)
+    assert best_step(storage) == 30  # the newer one of two equal ones
     save(writer, 70)
     kept = ["step-00000030", "step-00000050", "step-00000060", "step-00000070"]
     assert names(folder) == ["best.json", "latest", *kept]
@@ -258,9 +261,9 @@ def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) ->
     assert writer.save(state(3), lambda copy: stage(3.0)) == []
     wait_for(writer)
     assert names(folder) == [".step-00000003.attempt-1.partial"]
-    assert writer.go_on() == []
+    assert writer.advance() == []
     wait_for(writer)
-    (ended,) = writer.go_on()
+    (ended,) = writer.advance()
     assert ended.error is None
     assert not writer.is_ready
     assert names(folder) == ["latest", "step-00000003"]
@@ -407,19 +410,19 @@ def test_hidden_files_that_no_run_made_stay(tmp_path: Path) -> None:
 def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    place = str(tmp_path / "checkpoints") if kind == "local" else f"memory://{tmp_path.name}"
-    writer = saver(place, tmp_path, retention=Retention(last=1))
+    storage = str(tmp_path / "checkpoints") if kind == "local" else f"memory://{tmp_path.name}"
+    writer = saver(storage, tmp_path, retention=Retention(last=1))
     save(writer, 3)
-    remove = writer.place.remove
+    remove = writer.storage.remove
 
     def busy(name: str) -> None:
         remove(name)  # of its files some, or all
         if name == "step-00000003":
             raise OSError(39, "Directory not empty")
 
-    monkeypatch.setattr(writer.place, "remove", busy)
+    monkeypatch.setattr(writer.storage, "remove", busy)
     assert save(writer, 6).error is None
-    found = newest_whole(writer.place, ALONE).newest
+    found = find_newest_intact(writer.storage, ALONE).newest
     assert found is not None
     assert found.name == "step-00000006"
 
@@ -436,7 +439,7 @@ def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
         orphan.save(state(6), lambda copy: stage(6.0))
     assert names(folder) == []
     save(successor, 3)
-    found = newest(Place(str(folder)))
+    found = newest_checkpoint(StorageFolder(str(folder)))
     assert isinstance(found, Checkpoint)
     assert found.state.attempt == 1  # of the state that was given
     assert names(folder) == ["latest", "step-00000003"]

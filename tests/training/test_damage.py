@@ -21,8 +21,8 @@ from builders.tiny import tiny_config, with_ranks
 from test_checkpoint import DAMAGE
 from test_metrics import fetched, samples
 
-from tvr.trainer.checkpoint.catalogue import newest_whole
-from tvr.trainer.checkpoint.place import Place
+from tvr.data_prep.storage.storage_folder import StorageFolder
+from tvr.trainer.checkpoint.verification import find_newest_intact
 from tvr.trainer.config import CheckpointConfig, Config, MetricsConfig, to_json
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loop import train
@@ -85,14 +85,14 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
     config, run_dir = with_ranks(settings(data, FULL_STEPS), 2), tmp_path / "run"
     file = tmp_path / "settings.json"
     file.write_text(to_json(config))
-    place, left = Place(str(run_dir / "checkpoints")), []
+    storage, left = StorageFolder(str(run_dir / "checkpoints")), []
 
     def fill_the_disk(pids: list[int]) -> None:
         until(lambda: jobs.steps_logged(run_dir) >= 4)
         before = resource.prlimit(pids[1], resource.RLIMIT_FSIZE)
         resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (NO_ROOM, before[1]))
         until(lambda: bool(jobs.events(run_dir, "save_failed")))
-        left.append(newest_whole(place, ALONE).newest)
+        left.append(find_newest_intact(storage, ALONE).newest)
         resource.prlimit(pids[1], resource.RLIMIT_FSIZE, before)
 
     assert jobs.run_forked(file, run_dir, 2, fill_the_disk) == [0, 0]
@@ -104,7 +104,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
     last = samples(written.read_text())
     assert last["tvr_checkpoint_failures_total",] == len(failed) >= 1
     assert last["tvr_checkpoint_saves_total",] == len(jobs.events(run_dir, "saved"))
-    found = newest_whole(place, ALONE)
+    found = find_newest_intact(storage, ALONE)
     assert found.damaged == {}
     assert found.newest is not None
     assert found.newest.state.step == FULL_STEPS
@@ -146,7 +146,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
     )
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
         run_dir = disk / "run"
-        place = Place(str(run_dir / "checkpoints"))
+        storage = StorageFolder(str(run_dir / "checkpoints"))
 
         def values() -> dict[str, float]:
             (file,) = (run_dir / "metrics").glob("*.json")
@@ -168,7 +168,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
             assert jobs.wait_for(job, lambda: jobs.steps_logged(run_dir) >= 4)
             with full(disk):
                 fails_again()
-                before = newest_whole(place, ALONE)
+                before = find_newest_intact(storage, ALONE)
                 logged = jobs.steps_logged(run_dir)
             saves = values()["tvr_checkpoint_saves_total"]
             until(lambda: values()["tvr_checkpoint_saves_total"] > saves)
@@ -192,7 +192,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
         assert re.search(
             r"step \d+ is not saved: rank \d: .*No space left.*; asked to leave by", errors
         )
-        found = newest_whole(place, ALONE)
+        found = find_newest_intact(storage, ALONE)
         assert found.newest is not None
         assert found.newest.state.step > before.newest.state.step
 

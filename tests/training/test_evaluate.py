@@ -22,7 +22,8 @@ from tvr.kernels.ranking import retrieval_metrics
 from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.evaluate import Evaluation, evaluate, results_table
+from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.records import Evaluation, results_table
 from tvr.trainer.loop import train
 from tvr.trainer.model.model import Features, TextVideoModel, build_model, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer

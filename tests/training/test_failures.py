@@ -14,7 +14,8 @@ from builders import jobs
 from builders.tiny import tiny_config
 
 from tvr.trainer.config import Config
-from tvr.trainer.resilience.failures import Failure, Failures, end_line
+from tvr.trainer.resilience.failure_file import Failure, FailureFile
+from tvr.trainer.resilience.failures import peer_failure_line
 
 STALL_S = 5.0
 
@@ -119,21 +120,23 @@ def test_a_rank_that_hangs_is_named_with_its_line(config: Config, tmp_path: Path
 
 
 def test_one_rank_has_the_word_and_the_others_hear_it_once_it_has_spoken(tmp_path: Path) -> None:
-    mine, other = (Failures(tmp_path / "failures" / "job.json", rank) for rank in (1, 0))
+    mine, other = (FailureFile(tmp_path / "failures" / "job.json", rank) for rank in (1, 0))
     assert other.read() is None
-    assert [mine.take(), other.take(), mine.take()] == [True, False, False]
+    assert [mine.claim(), other.claim(), mine.claim()] == [True, False, False]
     assert other.read() is None
-    mine.spoken("ValueError: no", 2)
+    mine.record("ValueError: no", 2)
     said = other.wait()
     host = socket.gethostname()
     assert said == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
-    assert end_line(0, said) == f"tvr train: rank 0 ends: rank 1 on {host} failed, see there"
+    assert (
+        peer_failure_line(0, said) == f"tvr train: rank 0 ends: rank 1 on {host} failed, see there"
+    )
 
 
 def test_where_no_word_can_be_written_everyone_speaks(tmp_path: Path) -> None:
     (tmp_path / "failures").write_text("no folder")
     for rank in (0, 1):
-        failures = Failures(tmp_path / "failures" / "job.json", rank)
-        assert failures.take()
-        failures.spoken("ValueError: no", 2)
+        failures = FailureFile(tmp_path / "failures" / "job.json", rank)
+        assert failures.claim()
+        failures.record("ValueError: no", 2)
         assert failures.read() is None

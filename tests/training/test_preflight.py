@@ -20,8 +20,8 @@ from builders.tiny import tiny_config, with_ranks
 from torch import nn
 
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer import data as inputs_file
-from tvr.trainer.checkpoint.place import Place
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import CheckpointConfig, Config, to_json
 from tvr.trainer.data import build_tokenizer
@@ -32,12 +32,12 @@ from tvr.trainer.memory import rank_memory as rank_memory_file
 from tvr.trainer.memory.rank_memory import rank_memory
 from tvr.trainer.model.model import build_meta_model
 from tvr.trainer.resilience import preflight as preflight_file
+from tvr.trainer.resilience.findings import Finding
 from tvr.trainer.resilience.preflight import (
     SETTINGS,
-    Finding,
     check_disk,
     check_memory,
-    differences,
+    find_differences,
     preflight,
 )
 from tvr.trainer.run_dir import checkpoints_of
@@ -58,7 +58,7 @@ def test_a_place_that_can_be_used_is_left_as_it_was(
 ) -> None:
     config = replace(config, checkpoint=CheckpointConfig(url=url))
     preflight(config, tmp_path, ALONE)
-    assert checkpoints_of(config, tmp_path).names() == []
+    assert checkpoints_of(config, tmp_path).list_names() == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,7 +88,7 @@ def test_all_ranks_hear_of_every_failure_of_every_rank(config: Config, tmp_path:
     (settings, *places), rank_at_fault = refusal
     assert rank_at_fault is None
     assert settings.startswith(f"rank 1 on {HOST}: the sha256 of its settings is ")
-    assert [place.split(" cannot be used for checkpoints")[0] for place in places] == [
+    assert [line.split(" cannot be used for checkpoints")[0] for line in places] == [
         f"rank {rank} on {HOST}: {tmp_path / str(rank) / 'checkpoints'}" for rank in (1, 2)
     ]
 
@@ -108,10 +108,10 @@ def test_a_rank_that_does_not_come_is_missed_soon() -> None:
 def test_ranks_that_differ_from_most_are_named() -> None:
     usual = {"torch": "2.13", SETTINGS: "a"}
     identities = [usual, usual | {"torch": "2.12", SETTINGS: "b"}, usual, usual | {SETTINGS: "c"}]
-    assert differences(identities) == [
-        Finding(1, "torch is 2.12, elsewhere 2.13", of_node=True),
-        Finding(1, f"{SETTINGS} is b, elsewhere a", of_node=True),
-        Finding(3, f"{SETTINGS} is c, elsewhere a", of_node=False),
+    assert find_differences(identities) == [
+        Finding(1, "torch is 2.12, on most ranks 2.13", is_node_fault=True),
+        Finding(1, f"{SETTINGS} is b, on most ranks a", is_node_fault=True),
+        Finding(3, f"{SETTINGS} is c, on most ranks a", is_node_fault=False),
     ]
 
 
@@ -190,7 +190,7 @@ def without_room(*_: Any) -> Any:
 def on_a_full_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
     """The exit code of `tvr train`; the checkpoints' disk is full on rank 1's node."""
     if rank == 1:
-        Place.writing = without_room
+        StorageFolder.open_write = without_room
     return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from tvr.trainer.config import TrainConfig
-from tvr.trainer.resilience.watchdog import Phase, Whereabouts, blame, limit_s
+from tvr.trainer.resilience.watchdog import Phase, RankStatus, find_stalled_ranks, stall_limit_s
 
 HOSTS = ["a", "a", "b"]
 
 
-def where(rank: int, **changes: Any) -> Whereabouts:
+def where(rank: int, **changes: Any) -> RankStatus:
     fields = {"step": 12, "phase": "training", "in_collective": True, "line": "step:9 take"}
-    return Whereabouts(rank=rank, host=HOSTS[rank], **{**fields, **changes})
+    return RankStatus(rank=rank, host=HOSTS[rank], **{**fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_the_limit_follows_the_steps_within_bounds(
     phase: Phase, times: list[float], limit: float
 ) -> None:
     train = TrainConfig(steps=1, global_batch=1, micro_batch=1, timeout_s=900.0)
-    assert limit_s(train, phase, times) == limit
+    assert stall_limit_s(train, phase, times) == limit
 
 
 def test_a_rank_without_a_sign_is_waited_for() -> None:
-    culprits, text = blame({0: where(0), 1: where(1, step=11)}, HOSTS)
+    culprits, text = find_stalled_ranks({0: where(0), 1: where(1, step=11)}, HOSTS)
     assert culprits == [2]
     assert text.startswith("rank 2 on b gives no sign (stopped, or gone); the others wait after")
 
@@ -52,7 +52,7 @@ def test_a_rank_without_a_sign_is_waited_for() -> None:
 )
 def test_a_rank_behind_the_others_is_waited_for(behind: dict[str, Any]) -> None:
     known = {0: where(0), 1: where(1, **behind), 2: where(2)}
-    culprits, text = blame(known, HOSTS)
+    culprits, text = find_stalled_ranks(known, HOSTS)
     assert culprits == [1]
     assert text == (
         f"rank 1 on a is behind, {known[1].text()}; the others wait after step 12 in training"
@@ -62,4 +62,7 @@ def test_a_rank_behind_the_others_is_waited_for(behind: dict[str, Any]) -> None:
 
 def test_ranks_that_are_all_as_far_blame_none() -> None:
     known = {rank: where(rank) for rank in range(3)}
-    assert blame(known, HOSTS) == ([], "all ranks are after step 12 in training (step:9 take)")
+    assert find_stalled_ranks(known, HOSTS) == (
+        [],
+        "all ranks are after step 12 in training (step:9 take)",
+    )

@@ -1,13 +1,13 @@
-"""Which checkpoints there are, which one a run goes on from, and which are kept.
+"""Lists a run's checkpoints, decides which ones stay, and removes the others.
 
     checkpoints/step-00000300/shards/     DeepSpeed's files: weights and optimiser, by rank
                               random-rank-00000.pt ...
-                              manifest.json             last; no checkpoint without it
-                latest        the name of the newest; for people and scripts
-                best.json     the step whose evaluation was best
+                              manifest.json             written last; marks a complete checkpoint
+                latest        name of the newest checkpoint, for people and scripts
+                best.json     step with the best evaluation
 
-A checkpoint is complete or absent (saver.py writes it). What is read back is verified against the
-manifest before anything is unpickled; one that is damaged is named, and the one before is used.
+A checkpoint is complete or absent: saver.py publishes it only once all its files are written. The
+module reads manifests only; verification.py reads and checks whole checkpoints.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.manifest import (
-    GONE,
+    MISSING_FILE_ERRORS,
     SavedState,
-    damage,
+    find_unlisted_files,
     read_manifest,
-    unlisted,
 )
-from tvr.trainer.checkpoint.place import Place
-from tvr.trainer.distributed.world import World
-from tvr.trainer.errors import CheckpointDamaged, PreflightFailed
+from tvr.trainer.errors import PreflightFailed
 
 LATEST = "latest"
 BEST = "best.json"
@@ -36,32 +34,23 @@ STEP_PATTERN = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A complete one."""
+    """A published checkpoint."""
 
     name: str
     state: SavedState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a run can go on from, and what it cannot."""
-
-    newest: Checkpoint | None
-    damaged: dict[str, tuple[str, ...]]
-    """The newer ones that are not whole, by name, and what is wrong with each."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay: the last ones, every n-th step's, and the best one."""
+    """Which checkpoints stay: the newest ones, those of every n-th step, and the best one."""
 
     last: int = 2
     every: int = 0
-    """Steps; 0: none."""
+    """Steps; 0: no checkpoint stays for its step alone."""
     best: bool = False
 
-    def surplus(self, steps: Iterable[int], best_step: int | None) -> list[int]:
-        """The steps of the checkpoints that may go."""
+    def expired_steps(self, steps: Iterable[int], best_step: int | None) -> list[int]:
+        """Steps whose checkpoints can be removed, in rising order."""
         ordered = sorted(steps)
         kept = set(ordered[-self.last :])
         if self.every:
@@ -71,112 +60,85 @@ class Retention:
         return [step for step in ordered if step not in kept]
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Name of the folder with a step's checkpoint."""
     return f"step-{step:08d}"
 
 
-def steps_in(place: Place) -> list[int]:
-    """The steps of all folders with a checkpoint's name, oldest first."""
-    matches = (STEP_PATTERN.fullmatch(name) for name in place.names())
+def list_steps(storage: StorageFolder) -> list[int]:
+    """Steps of all folders that have a checkpoint's name, in rising order."""
+    matches = (STEP_PATTERN.fullmatch(name) for name in storage.list_names())
     return sorted(int(match[1]) for match in matches if match)
 
 
-def newest_whole(place: Place, world: World) -> Found:
-    """The newest checkpoint whose every byte is what was written; all ranks share the reading.
+def newest_checkpoint(storage: StorageFolder) -> Checkpoint | None:
+    """The newest checkpoint with a readable manifest; its other files are not verified.
 
     Raises:
-        CheckpointDamaged: there are checkpoints, and not one of them is whole.
-        PreflightFailed: whether one is whole cannot be known, since its place cannot be read now.
+        PreflightFailed: a manifest cannot be read at the moment.
     """
-    damaged: dict[str, tuple[str, ...]] = {}
-    for step in reversed(world.run_on_first(lambda: steps_in(place))):
-        name = name_of(step)
-        state, lines = world.run_on_first(lambda name=name: _state(place, name))
+    for step in reversed(list_steps(storage)):
+        state, _ = read_state(storage, checkpoint_name(step))
         if state is not None:
-            mine = sorted(state.files)[world.rank :: world.world_size]
-            found = world.all_gather_objects(_seen(place, name, state, mine))
-            _refuse_unreadable(place, name, [error for _, error in found])
-            lines += [line for part, _ in found for line in part]
-            if not lines:
-                return Found(newest=Checkpoint(name=name, state=state), damaged=damaged)
-        damaged[name] = tuple(lines)
-    if damaged:
-        said = "; ".join(line for lines in damaged.values() for line in lines)
-        raise CheckpointDamaged(
-            f"{place.url}: no checkpoint is whole: {said}. Restore one of them, or train in another"
-            " folder"
-        )
-    return Found(newest=None, damaged={})
-
-
-def set_aside(place: Place, found: Found) -> None:
-    """Gives damaged checkpoints another name, so that they count as none; they stay to be looked
-    at."""
-    for name in found.damaged:
-        place.remove(f"damaged-{name}")
-        place.rename(name, f"damaged-{name}")
-
-
-def newest(place: Place) -> Checkpoint | None:
-    """The newest checkpoint with a readable manifest; its other files are not looked at."""
-    for step in reversed(steps_in(place)):
-        state, _ = _state(place, name_of(step))
-        if state is not None:
-            return Checkpoint(name=name_of(step), state=state)
+            return Checkpoint(name=checkpoint_name(step), state=state)
     return None
 
 
-def best_step(place: Place) -> int | None:
-    """The step whose evaluation was best so far."""
-    return _best(place)[0]
+def best_step(storage: StorageFolder) -> int | None:
+    """The step with the best evaluation so far; None before the first evaluation."""
+    return _best(storage)[0]
 
 
-def note_evaluation(place: Place, step: int, score: float) -> None:
-    """Remembers the step of the best score; the newer one of two equal ones."""
-    before = _best(place)[1]
-    if before is None or score >= before:
-        place.write_whole(BEST, (json.dumps({"step": step, "score": score}) + "\n").encode())
+def record_evaluation(storage: StorageFolder, step: int, score: float) -> None:
+    """Stores the step and score of an evaluation if no earlier one scored higher."""
+    best_score = _best(storage)[1]
+    if best_score is None or score >= best_score:
+        content = json.dumps({"step": step, "score": score}) + "\n"
+        storage.write_atomically(BEST, content.encode())
 
 
-def prune(place: Place, retention: Retention) -> None:
-    """Removes what need not stay."""
-    for step in retention.surplus(steps_in(place), best_step(place) if retention.best else None):
-        place.remove(name_of(step))
+def prune(storage: StorageFolder, retention: Retention) -> None:
+    """Removes the checkpoints that `retention` does not keep."""
+    best = best_step(storage) if retention.best else None
+    for step in retention.expired_steps(list_steps(storage), best):
+        storage.remove(checkpoint_name(step))
 
 
-def _best(place: Place) -> tuple[int | None, float | None]:
-    if BEST not in place.names():
-        return None, None
-    fields = json.loads(place.read(BEST))
-    return fields["step"], fields["score"]
+def read_state(storage: StorageFolder, name: str) -> tuple[SavedState | None, list[str]]:
+    """Reads a checkpoint's manifest.
 
+    Returns:
+        The state, or None if the manifest is missing or damaged; and a line for each error, among
+        them files that the manifest does not list.
 
-def _state(place: Place, name: str) -> tuple[SavedState | None, list[str]]:
-    """What the manifest says, or what is wrong with it; and with what it does not list."""
+    Raises:
+        PreflightFailed: the manifest cannot be read at the moment.
+    """
     try:
-        state = read_manifest(place, name)
-        return state, unlisted(place, name, state, SHARDS)
-    except (ValueError, *GONE) as error:
+        state = read_manifest(storage, name)
+        return state, find_unlisted_files(storage, name, state, SHARDS)
+    except (ValueError, *MISSING_FILE_ERRORS) as error:
         return None, [str(error)]
     except OSError as error:
-        _refuse_unreadable(place, name, [f"{type(error).__name__}: {error}"])
+        raise_if_unreadable(storage, name, [f"{type(error).__name__}: {error}"])
         raise
 
 
-def _seen(
-    place: Place, name: str, state: SavedState, files: Iterable[str]
-) -> tuple[list[str], str | None]:
-    """What is wrong with files, or why that cannot be known."""
-    try:
-        return damage(place, name, state, files), None
-    except OSError as error:
-        return [], f"{type(error).__name__}: {error}"
+def raise_if_unreadable(storage: StorageFolder, name: str, errors: Sequence[str | None]) -> None:
+    """Raises PreflightFailed if a rank met a passing read error; `errors` has one entry per rank.
 
-
-def _refuse_unreadable(place: Place, name: str, errors: Sequence[str | None]) -> None:
-    """A checkpoint that cannot be read at the moment is not given up for an older one."""
+    The run must not fall back to an older checkpoint because of a passing error.
+    """
     found = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if found:
-        where = place.path(name)
-        lines = [f"rank {rank}: {where} cannot be read now: {error}" for rank, error in found]
+        path = storage.path(name)
+        lines = [f"rank {rank}: {path} cannot be read now: {error}" for rank, error in found]
         raise PreflightFailed(lines, found[0][0])
+
+
+def _best(storage: StorageFolder) -> tuple[int | None, float | None]:
+    """Step and score of the best evaluation."""
+    if BEST not in storage.list_names():
+        return None, None
+    fields = json.loads(storage.read(BEST))
+    return fields["step"], fields["score"]

@@ -1,4 +1,4 @@
-"""Puts a checkpoint back into a model under ZeRO, on as many ranks as there are now."""
+"""Restores a checkpoint into a model under ZeRO, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 
-from tvr.trainer.checkpoint.catalogue import SHARDS, Checkpoint, newest_whole, set_aside
-from tvr.trainer.checkpoint.manifest import SavedState, damage
-from tvr.trainer.checkpoint.place import Place
+from tvr.data_prep.storage.storage_folder import StorageFolder
+from tvr.trainer.checkpoint.catalogue import SHARDS, Checkpoint
+from tvr.trainer.checkpoint.manifest import SavedState, find_damage
+from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine, universal_target, write_universal
@@ -31,50 +32,56 @@ Resume = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
+class _LoadableFiles:
     """A checkpoint as local files that this job's engine can load."""
 
     folder: Path
     universal: bool
     random: Path | None
-    """This rank's random states; none where it is another number of ranks."""
+    """This rank's random states; None if the number of ranks has changed."""
 
 
-def resume_point(place: Place, log: LogWriter, world: World, resume: Resume) -> Checkpoint | None:
-    """The newest whole checkpoint; damaged ones are told and set aside. All ranks call it.
+def find_resume_checkpoint(
+    storage: StorageFolder, log: LogWriter, world: World, resume: Resume
+) -> Checkpoint | None:
+    """The newest intact checkpoint; damaged ones are logged and renamed. All ranks call it.
 
     Raises:
-        CheckpointDamaged: there are checkpoints, and none is whole.
-        ValueError: there is one, and `resume` is "never".
+        CheckpointDamaged: there are checkpoints, and all are damaged.
+        ValueError: there is a checkpoint, and `resume` is "never".
     """
-    found = newest_whole(place, world)
-    for name, lines in found.damaged.items():
+    scan = find_newest_intact(storage, world)
+    for name, lines in scan.damaged.items():
         log.write("checkpoint_damaged", {"name": name, "errors": lines})
         log.warn(f"{name} is damaged and not used: {'; '.join(lines)}")
-    world.run_on_first(lambda: set_aside(place, found))
-    if found.newest is not None and resume == "never":
+    world.run_on_first(lambda: rename_damaged(storage, scan))
+    if scan.newest is not None and resume == "never":
         raise ValueError(
-            f"{place.url} holds {found.newest.name} and --resume is never: continue with --resume"
+            f"{storage.url} holds {scan.newest.name} and --resume is never: continue with --resume"
             " auto, or train in another folder"
         )
-    return found.newest
+    return scan.newest
 
 
-def engine_from(
+def restore_engine(
     checkpoint: Checkpoint | None,
-    place: Place,
+    storage: StorageFolder,
     model: TextVideoModel,
     train: TrainConfig,
     run_dir: Path,
     world: World,
 ) -> Engine:
-    """The model under ZeRO, at its start or as the checkpoint left it, and the random states."""
+    """Creates the engine and restores a checkpoint's state, random states included.
+
+    Args:
+        checkpoint: None: the model keeps its initial weights.
+    """
     if checkpoint is None:
         engine = Engine(model, train, world)
-        # Equal weights on all ranks, but dropout of each rank's own.
+        # All ranks hold equal weights, but each draws its own dropout.
         torch.manual_seed(train.seed + 1 + world.rank)
         return engine
-    with _prepared(place, checkpoint, model, train, run_dir, world) as files:
+    with _loadable_files(storage, checkpoint, model, train, run_dir, world) as files:
         if files.universal:
             load_frozen_weights(model, files.folder)
         engine = Engine(model, train, world, universal=files.universal)
@@ -82,28 +89,31 @@ def engine_from(
         if files.random is not None:
             set_random_state(torch.load(files.random, weights_only=True))
         else:
-            # The old ranks' streams belong to nobody now: each new rank begins one of its own.
+            # The saved streams belong to ranks that no longer exist: each new rank starts its own.
             torch.manual_seed(_seed(train.seed, checkpoint.state.step, world.rank))
     return engine
 
 
 @contextmanager
-def _prepared(
-    place: Place,
+def _loadable_files(
+    storage: StorageFolder,
     checkpoint: Checkpoint,
     model: TextVideoModel,
     train: TrainConfig,
     run_dir: Path,
     world: World,
-) -> Iterator[_Prepared]:
-    """Fetches a remote checkpoint, and converts one of another number of ranks, ZeRO stage or
-    precision, in a folder of `run_dir` that is gone afterwards. All ranks call it."""
+) -> Iterator[_LoadableFiles]:
+    """Fetches and converts a checkpoint to a temporary folder of `run_dir`, as far as needed.
+
+    A remote checkpoint is fetched. One with another number of ranks, ZeRO stage or precision is
+    converted to the universal form. All ranks call it.
+    """
     state, scratch = checkpoint.state, run_dir / SCRATCH
     same = is_same_layout(state, train, world.world_size)
 
     def prepare() -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
-        source = local_files(place, checkpoint, scratch / "fetched")
+        source = local_files(storage, checkpoint, scratch / "fetched")
         if not same:
             reader = universal_target(model, train, world.world_size)
             write_universal(source / SHARDS, scratch / "universal", state.zero_stage, reader)
@@ -111,7 +121,7 @@ def _prepared(
 
     source = world.run_on_first(prepare)
     try:
-        yield _Prepared(
+        yield _LoadableFiles(
             folder=source / SHARDS if same else scratch / "universal",
             universal=not same,
             random=source / random_state_file(world.rank) if same else None,
@@ -123,28 +133,30 @@ def _prepared(
 
 
 def is_same_layout(state: SavedState, train: TrainConfig, world_size: int) -> bool:
-    """Whether each rank finds its own files in the checkpoint."""
-    now = (world_size, train.zero_stage, train.precision)
-    return now == (state.world_size, state.zero_stage, state.precision)
+    """True if each rank can load its own files of the checkpoint without conversion."""
+    current = (world_size, train.zero_stage, train.precision)
+    return current == (state.world_size, state.zero_stage, state.precision)
 
 
-def local_files(place: Place, checkpoint: Checkpoint, folder: Path) -> Path:
-    """The folder of a checkpoint's files on a local disk: its own, or a verified copy.
+def local_files(storage: StorageFolder, checkpoint: Checkpoint, folder: Path) -> Path:
+    """A local folder with a checkpoint's files: its own, or a verified copy in `folder`.
 
     Raises:
-        CheckpointDamaged: the copy is not what was written.
+        CheckpointDamaged: the copy differs from the checkpoint's manifest.
     """
-    if place.is_local:
-        return Path(place.path(checkpoint.name))
-    copy = Place(str(folder))
+    if storage.is_local:
+        return Path(storage.path(checkpoint.name))
+    copy = StorageFolder(str(folder))
     for name in checkpoint.state.files:
-        with place.reading(f"{checkpoint.name}/{name}") as source, copy.writing(name) as target:
+        source_name = f"{checkpoint.name}/{name}"
+        with storage.open_read(source_name) as source, copy.open_write(name) as target:
             shutil.copyfileobj(source, target, 1 << 22)
-    if wrong := damage(copy, ".", checkpoint.state, checkpoint.state.files):
-        raise CheckpointDamaged(f"fetched from {place.url}: {'; '.join(wrong)}")
+    if wrong := find_damage(copy, ".", checkpoint.state, checkpoint.state.files):
+        raise CheckpointDamaged(f"fetched from {storage.url}: {'; '.join(wrong)}")
     return folder
 
 
 def _seed(*numbers: int) -> int:
+    """A 56-bit seed that depends on all the numbers."""
     words = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "little")

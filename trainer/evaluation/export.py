@@ -1,12 +1,12 @@
-"""`tvr export`: a run's model as a Hugging Face folder, and the way back.
+"""Exports a run's model as a Hugging Face folder (`tvr export`), and loads such a folder.
 
-    config.json, model.safetensors       both towers, as CLIPModel or SiglipModel reads them
-    tokenizer*, processor_config.json    as AutoTokenizer and AutoProcessor read them
-    heads.safetensors                    all else: header, weight layers, predictors
+    config.json, model.safetensors       both towers, for CLIPModel or SiglipModel
+    tokenizer*, processor_config.json    for AutoTokenizer and AutoProcessor
+    heads.safetensors                    all other weights: header, weight layers, predictors
     tvr.json                             the run's settings
     README.md                            model card
 
-LoRA is merged into the towers. The folder serves as `model.pretrained`, too.
+LoRA weights are merged into the towers. The folder can also serve as `model.pretrained`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from tvr.trainer.config import Config, from_json, to_json
-from tvr.trainer.evaluation.evaluate import results_table
+from tvr.trainer.evaluation.records import results_table
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
@@ -38,7 +38,9 @@ TOWER_PREFIXES = ("text_tower.", "image_tower.")
 
 
 def export_run(run_dir: Path, out: Path) -> None:
-    """Writes the newest whole checkpoint of a run to a folder, which is seen whole or not at all.
+    """Writes a run's newest intact checkpoint to the new folder `out`.
+
+    The folder appears under its name once it is complete.
 
     Raises:
         ValueError: `out` exists, or there is no run or no checkpoint.
@@ -50,24 +52,27 @@ def export_run(run_dir: Path, out: Path) -> None:
     if config.model.lora_rank:
         for tower in (model.text_tower, model.image_tower):
             merge_adapters(tower)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_towers(model, config, aside)
-    _write_processor(model, tokenizer, aside)
-    save_file(_heads(model), aside / HEADS)
-    (aside / SETTINGS).write_text(to_json(config))
-    (aside / CARD).write_text(_card(model, config, step, _results(run_dir, step), out.name))
-    aside.rename(out)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_towers(model, config, partial)
+    _write_processor(model, tokenizer, partial)
+    save_file(_heads(model), partial / HEADS)
+    (partial / SETTINGS).write_text(to_json(config))
+    (partial / CARD).write_text(_card(model, config, step, _results(run_dir, step), out.name))
+    partial.rename(out)
 
 
 def load_exported(folder: Path | str) -> TextVideoModel:
-    """The model of an exported folder, in evaluation mode, in fp32 on the CPU.
+    """Loads the model of a folder that `tvr export` wrote.
 
-    Its tokeniser is `load_tokenizer(folder, max_words)`.
+    `load_tokenizer(folder, max_words)` loads its tokeniser.
+
+    Returns:
+        The model in evaluation mode, in fp32 on the CPU.
 
     Raises:
-        ValueError: the folder is none of `tvr export`, or its parts do not belong together.
+        ValueError: another program wrote the folder, or its files do not fit run_on_all.
     """
     folder = Path(folder)
     path = folder / SETTINGS
@@ -86,6 +91,7 @@ def load_exported(folder: Path | str) -> TextVideoModel:
 
 
 def _heads(model: TextVideoModel) -> dict[str, Tensor]:
+    """All weights except the towers'."""
     return {
         name: value.contiguous()
         for name, value in model.state_dict().items()
@@ -94,6 +100,7 @@ def _heads(model: TextVideoModel) -> dict[str, Tensor]:
 
 
 def _write_towers(model: TextVideoModel, config: Config, folder: Path) -> None:
+    """Writes both towers as one model of their family."""
     family, text, image = model.family, model.text_tower, model.image_tower
     settings = {"text_config": text.config.to_dict(), "vision_config": image.config.to_dict()}
     scale = torch.tensor(-math.log(config.loss.temperature))
@@ -105,8 +112,9 @@ def _write_towers(model: TextVideoModel, config: Config, folder: Path) -> None:
 
 
 def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokeniser and image processor."""
     side = model.image_tower.config.image_size
-    # For either family: as training sees frames, scaled by the short side and cropped.
+    # Both families get the preprocessing of training: scale the short side, then crop.
     images = CLIPImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -117,7 +125,7 @@ def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, folder: Path) 
 
 
 def _results(run_dir: Path, step: int) -> str | None:
-    """The last evaluation, if it is of the very weights that are written."""
+    """The results of the last evaluation as text; None if it evaluated another step."""
     path = run_dir / EVALUATION
     if not path.exists():
         return None
@@ -144,11 +152,11 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         train=_name(config.data.train),
         start=None if config.model.pretrained is None else _name(config.model.pretrained),
         whole=model.family.whole.__name__,
-        # Called as here: with its mask, or as one that was trained without any.
+        # Families trained without an attention mask are called without one.
         text_inputs='input_ids=texts["input_ids"]' if model.family.fills_all_slots else "**texts",
     )
 
 
 def _name(url: str) -> str:
-    """Of a data set or a model: its last part, without the places of this machine."""
+    """Last part of a path or URL, so that the card shows no path of the training machine."""
     return url.rstrip("/").rsplit("/", 1)[-1]

@@ -1,4 +1,4 @@
-"""A finished or stopped run, looked at again: its model, its results, its clips as pictures."""
+"""Loads the model, the results and the test clips of a saved run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from PIL import Image
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.video.frame_sampling import segment_centres
-from tvr.trainer.checkpoint.catalogue import SHARDS, newest_whole
+from tvr.trainer.checkpoint.catalogue import SHARDS
 from tvr.trainer.checkpoint.restore import local_files
+from tvr.trainer.checkpoint.verification import find_newest_intact
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.engine.engine import consolidated_weights
-from tvr.trainer.evaluation.evaluate import Evaluation, evaluate, results_table
+from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.records import Evaluation, results_table
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
@@ -32,9 +34,12 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
-    """Evaluates the newest checkpoint in this process, on `data` or on the run's test set.
+    """Evaluates a run's newest checkpoint.
 
-    On the run's own test set evaluation.json is replaced by the result.
+    The result on the run's own test set replaces evaluation.json.
+
+    Args:
+        data: URL of another test set; None: the run's test set.
 
     Raises:
         ValueError: no run, no checkpoint, or no test set.
@@ -52,30 +57,42 @@ def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
 
 
 def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, int]:
-    """The model of the newest checkpoint whole, in fp32 on the CPU, with tokeniser and step."""
-    place = checkpoints_of(config, run_dir)
+    """Loads the newest intact checkpoint of a run.
+
+    Returns:
+        The model in fp32 on the CPU, its tokeniser, and the step.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+        CheckpointDamaged: all its checkpoints are damaged.
+    """
+    storage = checkpoints_of(config, run_dir)
     alone = World(rank=0, world_size=1, device=torch.device("cpu"))
-    found = newest_whole(place, alone)
-    for name, lines in found.damaged.items():
+    scan = find_newest_intact(storage, alone)
+    for name, lines in scan.damaged.items():
         log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
-    if found.newest is None:
+    if scan.newest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
     tokenizer = build_tokenizer(config)
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-    saved = found.newest.state
+    state = scan.newest.state
     with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:
-        files = local_files(place, found.newest, Path(folder))
-        model.load_state_dict(consolidated_weights(files / SHARDS, saved.zero_stage))
-    return model, tokenizer, saved.step
+        files = local_files(storage, scan.newest, Path(folder))
+        model.load_state_dict(consolidated_weights(files / SHARDS, state.zero_stage))
+    return model, tokenizer, state.step
 
 
 def stored_table(run_dir: Path) -> str:
-    """The table of evaluation.json."""
+    """The results in evaluation.json as text for a terminal."""
     return results_table(json.loads((run_dir / EVALUATION).read_text()))
 
 
-def thumbnails_of(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
-    """A function from a test clip's key to a few of its frames; none without a test set."""
+def thumbnail_reader(run_dir: Path) -> Callable[[str], list[Image.Image]] | None:
+    """A function that returns a few frames of the test clip with a given key.
+
+    Returns:
+        None if the run has no test set or the set cannot be opened, which is logged.
+    """
     config = read_config(run_dir)
     url = config.data.test
     if url is None:

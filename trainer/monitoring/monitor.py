@@ -22,12 +22,12 @@ from tvr.data_prep.exporter.metrics_http import PortInUse
 from tvr.data_prep.exporter.metrics_table import MetricValues
 from tvr.data_prep.records import UNDECODABLE_REASONS
 from tvr.trainer.checkpoint.manifest import SavedState
-from tvr.trainer.checkpoint.saver import Saved
+from tvr.trainer.checkpoint.save_result import SaveResult
 from tvr.trainer.config import Config
 from tvr.trainer.distributed.shared_memory import ranks_on_node, shared_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import Preempted
-from tvr.trainer.evaluation.evaluate import Evaluation
+from tvr.trainer.evaluation.records import Evaluation
 from tvr.trainer.fencing import Attempt
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.counters import Tally
@@ -36,7 +36,7 @@ from tvr.trainer.monitoring.metrics import CUTS, DIRECTIONS, TRAINING
 from tvr.trainer.monitoring.server import MetricsServer, forget_targets
 from tvr.trainer.monitoring.stopwatch import Laps, Stopwatch
 from tvr.trainer.monitoring.writers import Writers
-from tvr.trainer.resilience.preflight import Finding, refuse
+from tvr.trainer.resilience.findings import Finding, raise_findings
 
 MEMORY_EVERY_S = 1.0
 # What torch's allocator knows by itself.
@@ -93,7 +93,7 @@ class Monitor:
     def logged(self, record: Mapping[str, Any]) -> None:
         """A step's record went into the log."""
 
-    def saved(self, saved: Saved) -> None:
+    def saved(self, saved: SaveResult) -> None:
         """A save has ended, well or not."""
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
@@ -154,13 +154,13 @@ class NodeMonitor(Monitor):
             try:
                 self._server = MetricsServer(metrics, self._run_dir, attempt, shown, local_rank)
             except ValueError as error:
-                finding = Finding(rank, str(error), of_node=isinstance(error, PortInUse))
+                finding = Finding(rank, str(error), is_node_fault=isinstance(error, PortInUse))
         if self._world.is_first:
             start_step = saved.step if saved else 0
             self._writers = Writers(self._config, self._run_dir, start_step, attempt.number)
         # No rank trains before the others' endpoints are known to work.
         everyone = self._world.all_gather_objects((socket.gethostname(), finding))
-        refuse([found for _, found in everyone if found], [host for host, _ in everyone])
+        raise_findings([found for _, found in everyone if found], [host for host, _ in everyone])
         self._laps.restart()
 
     def _settings(self, values: MetricValues, attempt: Attempt, saved: SavedState | None) -> None:
@@ -251,12 +251,12 @@ class NodeMonitor(Monitor):
         if self._writers is not None:
             self._writers.write(record["step"], "train", record)
 
-    def saved(self, saved: Saved) -> None:
+    def saved(self, saved: SaveResult) -> None:
         values = self._values
         if values is None or not self._world.is_first:
             return
         values.set("tvr_checkpoint_seconds", saved.seconds)
-        values.set("tvr_checkpoint_held_up_seconds", saved.held_up_s)
+        values.set("tvr_checkpoint_held_up_seconds", saved.blocked_s)
         if saved.error is not None:
             values.add("tvr_checkpoint_failures_total", 1)
         else:

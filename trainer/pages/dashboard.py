@@ -24,8 +24,8 @@ from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.monitoring.run_log import LOG, RunLog, read_log
 from tvr.trainer.pages.history import Curve, Series, clock, history, thinned
 from tvr.trainer.pages.panels import panels
-from tvr.trainer.resilience.failures import FOLDER as FAILURES
-from tvr.trainer.resilience.failures import Failures
+from tvr.trainer.resilience.failure_file import FOLDER as FAILURES
+from tvr.trainer.resilience.failure_file import FailureFile
 from tvr.trainer.run_dir import CONFIG, leaves
 
 # A watcher takes at most a tenth of a core, however long the log has become.
@@ -195,7 +195,7 @@ def _failure_files(folder: Path) -> list[Path]:
 def _failure(folder: Path, since: float) -> str | None:
     """What the newest failure says, if it is newer than the log."""
     for path in reversed(_failure_files(folder)):
-        told = Failures(path, rank=0).read()
+        told = FailureFile(path, rank=0).read()
         if told is not None and path.stat().st_mtime >= since:
             return f"rank {told.rank} on {told.host}: {told.error}"
     return None

@@ -1,131 +1,78 @@
-"""How the failure of a job is told: once, in full, by the first rank that fails; the others say in
-a line that they end because of it.
+"""Reports the failure of a job once.
 
-One file a job, run_dir/failures/JOB.json, is the word: the rank that creates it speaks, and fills
-it in once it has spoken.
+The first rank that fails reports its error in full. Every other rank prints one line that names the
+reporting rank, and exits with the same code.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from tvr.launchers.exit_codes import EXIT_FAILED
 from tvr.trainer.distributed.world import World, is_connection_error
 from tvr.trainer.errors import AlreadyReported, Preempted, PreflightFailed
+from tvr.trainer.resilience.failure_file import FOLDER, Failure, FailureFile
 
-FOLDER = "failures"
-# A rank that lost another one waits so long for the reason: a shared disk shows files late.
-GRACE_S = 3.0
-POLL_S = 0.05
-
-Tell: TypeAlias = Callable[[Exception], int]
-"""Says on stderr what went wrong, and returns the exit code."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """What the first rank to fail left for the others."""
-
-    rank: int
-    host: str
-    code: int
-    """Of the exit, for all ranks alike."""
-    error: str
-    of: int
-    """The rank whose node may be to blame: this one, or one that all others waited for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failures:
-    """The word of one job."""
-
-    path: Path
-    rank: int
-
-    def take(self) -> bool:
-        """Whether it is for this rank to speak: it is the first, or nobody can know who is."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("x").close()
-        except OSError:
-            # Where no file can be, a cause that is told twice is better than one that is not told.
-            return not self.path.exists()
-        return True
-
-    def spoken(self, error: str, code: int, *, of: int | None = None) -> None:
-        """To be called once the rank that took the word has spoken; default: `of` itself."""
-        host, of = socket.gethostname(), self.rank if of is None else of
-        failure = Failure(rank=self.rank, host=host, code=code, error=error, of=of)
-        try:
-            self.path.write_text(json.dumps(asdict(failure)) + "\n")
-        except OSError:
-            pass  # the disk may be what failed; the others then say what they saw
-
-    def read(self) -> Failure | None:
-        """What the rank that had the word left; none before it has spoken."""
-        try:
-            told = json.loads(self.path.read_text())
-            return Failure(**{"of": told["rank"], **told})  # older ones do not say of whom
-        except (OSError, json.JSONDecodeError):
-            return None
-
-    def wait(self) -> Failure | None:
-        """The same, given a little time."""
-        deadline = time.monotonic() + GRACE_S
-        while (found := self.read()) is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        return found
+ErrorReporter: TypeAlias = Callable[[Exception], int]
+"""Prints an error to stderr and returns the exit code."""
 
 
 @contextmanager
-def telling(run_dir: Path, world: World, tell: Tell | None) -> Iterator[Failures]:
-    """Tells what ends the block on any rank once in the job; raises AlreadyReported on all ranks.
+def reporting_failures(
+    run_dir: Path, world: World, report_error: ErrorReporter | None
+) -> Iterator[FailureFile]:
+    """Reports an error of the block on one rank of the job, and raises AlreadyReported on all.
 
-    Without `tell`, and on a rank that stands alone, errors pass as they are.
+    All ranks call it. Preempted always passes unchanged.
+
+    Args:
+        report_error: None: errors pass unchanged, as they do in a job of one rank.
     """
     job = world.run_on_first(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    failures = Failures(run_dir / FOLDER / f"{job}.json", world.rank)
+    failures = FailureFile(run_dir / FOLDER / f"{job}.json", world.rank)
     try:
         yield failures
     except Preempted:
         raise
     except Exception as error:
-        if tell is None or world.world_size == 1:
+        if report_error is None or world.world_size == 1:
             raise
-        raise AlreadyReported(_told_once(failures, error, tell)) from None
+        raise AlreadyReported(_report_once(failures, error, report_error)) from None
 
 
-def end_line(rank: int, failure: Failure) -> str:
-    """What the others say."""
-    return f"tvr train: rank {rank} ends: rank {failure.rank} on {failure.host} failed, see there"
+def peer_failure_line(rank: int, failure: Failure) -> str:
+    """The line that a rank prints when it exits because of another rank's failure."""
+    return (
+        f"tvr train: rank {rank} exits because rank {failure.rank} on {failure.host} failed; see"
+        " the error of that rank"
+    )
 
 
-def _told_once(failures: Failures, error: Exception, tell: Tell) -> int:
+def _report_once(failures: FailureFile, error: Exception, report_error: ErrorReporter) -> int:
+    """Reports the error if this rank is the first to fail. Returns the exit code."""
     lost = is_connection_error(error)
-    # The rank whose node it is speaks, since the launcher blames the node of the one that does.
+    # The rank at fault reports, since the launcher blames the node of the reporting rank.
     other = isinstance(error, PreflightFailed) and error.rank not in (None, failures.rank)
-    if not lost and not other and failures.take():
-        code = tell(error)
-        failures.spoken(f"{type(error).__name__}: {error}", code)
+    if not lost and not other and failures.claim():
+        code = report_error(error)
+        failures.record(f"{type(error).__name__}: {error}", code)
         return code
-    found = failures.wait()
-    if found is not None:
-        print(end_line(failures.rank, found), file=sys.stderr)
-        return found.code
+    failure = failures.wait()
+    if failure is not None:
+        print(peer_failure_line(failures.rank, failure), file=sys.stderr)
+        return failure.code
     if not lost:
-        return tell(error)
-    said = " ".join(str(error).split()).split(". ")[0]
+        return report_error(error)
+    reason = " ".join(str(error).split()).split(". ")[0]
     print(
-        f"tvr train: rank {failures.rank} ends: it lost another rank, which left no word ({said})",
+        f"tvr train: rank {failures.rank} exits because it lost another rank, which reported no"
+        f" error ({reason})",
         file=sys.stderr,
     )
     return EXIT_FAILED

@@ -1,4 +1,4 @@
-"""A notice that the job must leave its nodes soon: noted when it comes, acted on between steps."""
+"""Catches the signals that ask a job to stop; training acts on them between two steps."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What batch systems send: SLURM's --signal by choice, SIGTERM before it kills.
-NOTICES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+# SLURM sends the signal of its --signal option, and SIGTERM before it kills a job.
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
-class Notice:
-    """Whether this process was told to stop, and by which signal."""
+class StopNotice:
+    """The signal that asked this process to stop; None so far if there was none."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     @property
-    def given(self) -> bool:
+    def received(self) -> bool:
+        """True once a signal has asked the process to stop."""
         return self.signal is not None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
 
 
 @contextmanager
-def noticing() -> Iterator[Notice]:
-    """Catches the signals while it lasts. Only a process's main thread can."""
-    notice = Notice()
-    before = {number: signal.signal(number, notice._note) for number in NOTICES}
+def catching_stop_signals() -> Iterator[StopNotice]:
+    """Records stop signals during the block. Only a process's main thread can call it."""
+    notice = StopNotice()
+    before = {number: signal.signal(number, notice._record) for number in STOP_SIGNALS}
     try:
         yield notice
     finally:

@@ -1,9 +1,11 @@
-"""Ends a job in which no step is finished any more, and names the rank that the others wait for.
+"""Ends a job that makes no progress, and names the rank that the other ranks wait for.
 
-A thread on every rank looks once a second at how long ago its rank last got on. Beyond the limit
-each rank leaves its stacks and a line about where it is in run_dir/stalls/JOB. Who has not left
-any, or is behind the others, is what they wait for: one rank says so, and all end with exit code 3.
-No rank asks another one for anything, so one that is stopped holds up nobody's end.
+A thread on every rank checks once a second when its rank last made progress. Beyond the limit each
+rank writes its stack traces and its position (step, phase, source line) to run_dir/stalls/JOB. The
+ranks without a file, or else those with the least progress, are reported as the cause. One rank
+prints the report, and all ranks exit with code 3.
+
+The threads communicate through files only, so a suspended rank cannot keep the others from exiting.
 """
 
 from __future__ import annotations
@@ -28,82 +30,99 @@ from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.exit_codes import EXIT_FAILED
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.resilience.failures import Failures, end_line
+from tvr.trainer.resilience.failure_file import FailureFile
+from tvr.trainer.resilience.failures import peer_failure_line
 
 FOLDER = "stalls"
 POLL_S = 1.0
-# Ranks come to the limit nearly at once: who has said nothing after this will not.
-GRACE_S = 5.0
-# A rank that does not see by itself that another one has failed: it waits for a GPU.
-LEAVE_AFTER_S = 10.0
-FLOOR_S = 60.0
-START_S = 1800.0
+# All ranks reach the limit at nearly the same time. One that has not written its file by then
+# cannot write it.
+COLLECT_S = 5.0
+# A rank that waits for its GPU does not notice that another rank has failed, and exits after this.
+EXIT_AFTER_FAILURE_S = 10.0
+MIN_LIMIT_S = 60.0
+START_LIMIT_S = 1800.0
+# The first steps compile kernels and fill caches, so their median says nothing.
 FIRST_STEPS = 3
 MEDIAN_OF = 50
 
-# These lines tell only that ranks meet; who calls them tells what for.
-MEETING_PLACES = (
-    "tvr.trainer.distributed.world",
-    "tvr.trainer.distributed.collectives",
-    "tvr.trainer.distributed.exchange",
-)
+# Lines of these modules show only that a rank communicates; their caller shows what for.
+COLLECTIVE_MODULES = "tvr.trainer.distributed."
 
 Phase = Literal["start", "checkpoint", "evaluation", "training"]
-# As they follow one another after a step.
-ORDER: tuple[Phase, ...] = ("start", "checkpoint", "evaluation", "training")
+# The order of the phases that follow a step.
+PHASE_ORDER: tuple[Phase, ...] = ("start", "checkpoint", "evaluation", "training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whereabouts:
-    """Where a rank is when it has not got on for too long."""
+class RankStatus:
+    """The position of a rank that has made no progress for too long."""
 
     rank: int
     host: str
     step: int
-    """Steps finished."""
+    """Number of finished steps."""
     phase: Phase
     in_collective: bool
-    """Whether its main thread is in a call of torch.distributed: it waits for others."""
+    """True if the main thread is in a call of torch.distributed, and thus waits for other ranks."""
     line: str
-    """The innermost line of this program in its main thread."""
+    """The innermost line of this program in the main thread."""
 
     @property
     def progress(self) -> tuple[int, int, bool]:
-        return self.step, ORDER.index(self.phase), self.in_collective
+        """Sort key: a rank with a smaller key has made less progress."""
+        return self.step, PHASE_ORDER.index(self.phase), self.in_collective
 
     def text(self) -> str:
-        return f"after step {self.step} in {self.phase} ({self.line})"
+        """The position as messages show it."""
+        return f"in {self.phase} after step {self.step} ({self.line})"
 
 
-def limit_s(train: TrainConfig, phase: Phase, step_times: Sequence[float]) -> float:
-    """Seconds that a rank may take to get on."""
+def stall_limit_s(train: TrainConfig, phase: Phase, step_times: Sequence[float]) -> float:
+    """Seconds without progress after which a rank counts as stalled.
+
+    Args:
+        step_times: Seconds of the last training steps.
+    """
     if phase == "start":
-        return max(START_S, train.timeout_s)
+        return max(START_LIMIT_S, train.timeout_s)
     if phase != "training" or len(step_times) < FIRST_STEPS:
         return train.timeout_s
-    return min(train.timeout_s, max(FLOOR_S, train.stall_factor * median(step_times)))
+    return min(train.timeout_s, max(MIN_LIMIT_S, train.stall_factor * median(step_times)))
 
 
-def blame(known: Mapping[int, Whereabouts], hosts: Sequence[str]) -> tuple[list[int], str]:
-    """The ranks that the others wait for, and a text that names them; none: all are as far."""
+def find_stalled_ranks(
+    known: Mapping[int, RankStatus], hosts: Sequence[str]
+) -> tuple[list[int], str]:
+    """Finds the ranks that the other ranks wait for.
+
+    Args:
+        known: Status by rank, of the ranks that have written one.
+        hosts: Host of every rank.
+
+    Returns:
+        The ranks at fault and a text that names them; no rank if all are equally far.
+    """
     silent = [rank for rank in range(len(hosts)) if rank not in known]
-    last = min(where.progress for where in known.values())
+    least = min(status.progress for status in known.values())
     if silent:
-        culprits = silent
-        texts = [f"rank {r} on {hosts[r]} gives no sign (stopped, or gone)" for r in silent]
+        stalled = silent
+        texts = [f"rank {r} on {hosts[r]} does not respond (suspended or dead)" for r in silent]
     else:
-        culprits = [rank for rank, where in sorted(known.items()) if where.progress == last]
-        texts = [f"rank {r} on {hosts[r]} is behind, {known[r].text()}" for r in culprits]
-    others = {known[r].text() for r in known if r not in culprits}
+        stalled = [rank for rank, status in sorted(known.items()) if status.progress == least]
+        texts = [f"rank {r} on {hosts[r]} is behind, {known[r].text()}" for r in stalled]
+    others = {known[r].text() for r in known if r not in stalled}
     if not others:
-        return [], f"all ranks are {'; '.join(sorted({w.text() for w in known.values()}))}"
-    return culprits, f"{'; '.join(texts)}; the others wait {'; '.join(sorted(others))}"
+        return [], f"all ranks are {'; '.join(sorted({s.text() for s in known.values()}))}"
+    return stalled, f"{'; '.join(texts)}; the other ranks wait {'; '.join(sorted(others))}"
 
 
 class Watchdog:
-    """One rank's. The loop says what it does; that costs an assignment."""
+    """Watches one rank. The training loop reports its progress, at the cost of an assignment."""
 
-    def __init__(self, train: TrainConfig, run_dir: Path, world: World, failures: Failures) -> None:
+    def __init__(
+        self, train: TrainConfig, run_dir: Path, world: World, failures: FailureFile
+    ) -> None:
         self._train = train
         self._folder = run_dir / FOLDER / failures.path.stem
         self._failures = failures
@@ -111,72 +130,75 @@ class Watchdog:
         self._hosts = world.all_gather_objects(socket.gethostname())
         self._main = threading.get_ident()
         self._step_times: deque[float] = deque(maxlen=MEDIAN_OF)
-        self._at: tuple[int, int, Phase] = (0, 0, "start")  # replaced whole: another thread reads
-        self._over = threading.Event()
+        # Count of progress reports, finished steps, phase. The watchdog's thread reads the tuple,
+        # so it is always replaced as a whole.
+        self._position: tuple[int, int, Phase] = (0, 0, "start")
+        self._stopped = threading.Event()
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """What the rank does within the block; it trains afterwards."""
-        self._get_on(phase=phase)
+        """Marks the block as a phase; the training phase follows."""
+        self._record_progress(phase=phase)
         yield
-        self._get_on(phase="training")
+        self._record_progress(phase="training")
 
-    def finished(self, step: int, seconds: float) -> None:
-        """A step was finished."""
+    def step_finished(self, step: int, seconds: float) -> None:
+        """Records a finished step and its duration."""
         self._step_times.append(seconds)
-        self._get_on(step=step, phase="training")
+        self._record_progress(step=step, phase="training")
 
-    def watch(self) -> None:
-        """The thread's work, until the job is over."""
+    def run(self) -> None:
+        """Checks for progress until `stop` is called; ends the process if the job stalls."""
         waited = failed = 0.0
-        seen, before = self._at, time.monotonic()
-        while not self._over.wait(POLL_S):
+        seen, before = self._position, time.monotonic()
+        while not self._stopped.wait(POLL_S):
             now = time.monotonic()
-            # A process that was stopped for a while did not take that time itself.
+            # A suspended process must not count its suspension as waiting.
             tick, before = min(now - before, 2 * POLL_S), now
-            waited, seen = (waited + tick if self._at is seen else 0.0), self._at
+            waited, seen = (waited + tick if self._position is seen else 0.0), self._position
             failed = failed + tick if self._failures.read() is not None else 0.0
-            if failed > LEAVE_AFTER_S:
-                self._leave()
-            limit = limit_s(self._train, seen[2], tuple(self._step_times))
+            if failed > EXIT_AFTER_FAILURE_S:
+                self._exit_after_failure()
+            limit = stall_limit_s(self._train, seen[2], tuple(self._step_times))
             if self._train.stall_factor > 0 and waited > limit:
-                self._end(waited, limit)
+                self._abort(waited, limit)
 
-    def end(self) -> None:
-        """Stops watching."""
-        self._over.set()
+    def stop(self) -> None:
+        """Ends `run`."""
+        self._stopped.set()
 
-    def _get_on(self, *, phase: Phase, step: int | None = None) -> None:
-        count, before, _ = self._at
-        self._at = (count + 1, before if step is None else step, phase)
+    def _record_progress(self, *, phase: Phase, step: int | None = None) -> None:
+        count, before, _ = self._position
+        self._position = (count + 1, before if step is None else step, phase)
 
-    def _leave(self) -> None:
-        found = self._failures.read()
-        # Who has spoken ends by itself.
-        if found is not None and found.rank != self._rank:
-            _say(end_line(self._rank, found))
-            _exit(found.code)
+    def _exit_after_failure(self) -> None:
+        """Exits if another rank has reported a failure; the reporting rank exits by itself."""
+        failure = self._failures.read()
+        if failure is not None and failure.rank != self._rank:
+            _print_error(peer_failure_line(self._rank, failure))
+            _exit_at_once(failure.code)
 
-    def _end(self, waited: float, limit: float) -> None:
-        mine = self._whereabouts()
-        self._write(mine)
-        known = self._wait_for_others(mine)
-        culprits, text = blame(known, self._hosts)
+    def _abort(self, waited: float, limit: float) -> None:
+        """Writes this rank's status, reports the stall on one rank, and exits."""
+        own = self._status()
+        self._write_status(own)
+        known = self._collect_statuses(own)
+        stalled, text = find_stalled_ranks(known, self._hosts)
         message = (
-            f"no rank has got on for {waited:.0f} s (limit {limit:.0f} s): {text}. Stacks of all"
-            f" threads: {self._folder}"
+            f"no rank has made progress for {waited:.0f} s (limit {limit:.0f} s): {text}. Stack"
+            f" traces of all threads: {self._folder}"
         )
-        if self._rank in culprits:
+        if self._rank in stalled:
             faulthandler.dump_traceback(file=2, all_threads=True)
-        if self._failures.take():
-            _say(f"tvr train: error [rank {self._rank}]: {message}")
-            self._failures.spoken(message, EXIT_FAILED, of=min(culprits, default=None))
-        _exit(EXIT_FAILED)
+        if self._failures.claim():
+            _print_error(f"tvr train: error [rank {self._rank}]: {message}")
+            self._failures.record(message, EXIT_FAILED, of=min(stalled, default=None))
+        _exit_at_once(EXIT_FAILED)
 
-    def _whereabouts(self) -> Whereabouts:
-        in_collective, line = _place_of(sys._current_frames().get(self._main))
-        _, step, phase = self._at
-        return Whereabouts(
+    def _status(self) -> RankStatus:
+        in_collective, line = _innermost_line(sys._current_frames().get(self._main))
+        _, step, phase = self._position
+        return RankStatus(
             rank=self._rank,
             host=self._hosts[self._rank],
             step=step,
@@ -185,24 +207,28 @@ class Watchdog:
             line=line,
         )
 
-    def _write(self, mine: Whereabouts) -> None:
+    def _write_status(self, own: RankStatus) -> None:
+        """Writes stack traces and status to the stall folder, or the traces to stderr."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._file("txt", self._rank).open("w") as file:
                 faulthandler.dump_traceback(file=file, all_threads=True)
-            write_atomically(self._file("json", self._rank), json.dumps(asdict(mine)) + "\n")
+            write_atomically(self._file("json", self._rank), json.dumps(asdict(own)) + "\n")
         except OSError as error:
-            _say(f"tvr train: rank {self._rank} stalls, and {self._folder} takes no file: {error}")
+            _print_error(
+                f"tvr train: rank {self._rank} stalls and cannot write to {self._folder}: {error}"
+            )
             faulthandler.dump_traceback(file=2, all_threads=True)
 
-    def _wait_for_others(self, mine: Whereabouts) -> dict[int, Whereabouts]:
-        known = {self._rank: mine}
-        deadline = time.monotonic() + GRACE_S
+    def _collect_statuses(self, own: RankStatus) -> dict[int, RankStatus]:
+        """The statuses that the ranks write within `COLLECT_S`."""
+        known = {self._rank: own}
+        deadline = time.monotonic() + COLLECT_S
         while len(known) < len(self._hosts) and time.monotonic() < deadline:
             for rank in range(len(self._hosts)):
                 path = self._file("json", rank)
                 if rank not in known and path.exists():
-                    known[rank] = Whereabouts(**json.loads(path.read_text()))
+                    known[rank] = RankStatus(**json.loads(path.read_text()))
             time.sleep(0.1)
         return known
 
@@ -211,38 +237,38 @@ class Watchdog:
 
 
 @contextmanager
-def watching(
-    train: TrainConfig, run_dir: Path, world: World, failures: Failures
+def running_watchdog(
+    train: TrainConfig, run_dir: Path, world: World, failures: FailureFile
 ) -> Iterator[Watchdog]:
-    """Watches this rank while the block runs. All ranks call it."""
+    """Watches this rank during the block. All ranks call it."""
     watchdog = Watchdog(train, run_dir, world, failures)
-    thread = threading.Thread(target=watchdog.watch, name="watchdog", daemon=True)
+    thread = threading.Thread(target=watchdog.run, name="watchdog", daemon=True)
     thread.start()
     try:
         yield watchdog
     finally:
-        watchdog.end()
+        watchdog.stop()
         thread.join()
 
 
-def _place_of(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread is in a collective, and the innermost line of this program."""
+def _innermost_line(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a thread is in a collective, and its innermost line outside `distributed`."""
     in_collective, line = False, "unknown"
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("torch.distributed", "deepspeed.comm")):
             in_collective = True
-        if module.startswith("tvr.") and module not in MEETING_PLACES:
+        if module.startswith("tvr.") and not module.startswith(COLLECTIVE_MODULES):
             return in_collective, f"{module}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return in_collective, line
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _exit(code: int) -> None:
-    """Without taking leave: the main thread hangs."""
+def _exit_at_once(code: int) -> None:
+    """Ends the process without clean-up, which would wait for the main thread."""
     sys.stderr.flush()
     os._exit(code)

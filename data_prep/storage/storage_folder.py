@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a local folder or any fsspec URL, with the few verbs that saving needs."""
+"""A folder in a local file system or any fsspec store, with durable writes and renames."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 
-class Place:
-    """The folder of a run's checkpoints. Paths are relative to it."""
+class StorageFolder:
+    """The folder at a URL; names are relative to it.
+
+    On a local disk a write or a rename has reached the disk when it returns, so that it survives a
+    power cut. Errors are not retried: the caller decides what a failed write means.
+    """
 
     def __init__(self, url: str) -> None:
         self._fs: Any
@@ -21,13 +25,13 @@ class Place:
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """As the file system wants it, and as messages show it."""
+        """Full path of a file, as the file system takes it and messages show it."""
         return f"{self._root.rstrip('/')}/{name}"
 
-    def names(self, folder: str = "") -> list[str]:
-        """What lies in a folder, sorted; nothing where there is none."""
+    def list_names(self, folder: str = "") -> list[str]:
+        """Sorted names of the entries of a folder; empty if the folder does not exist."""
         try:
-            # Listings are cached by some file systems, and other processes write here too.
+            # Some file systems cache listings, and other processes write here, too.
             self._fs.invalidate_cache()
             found = self._fs.ls(self.path(folder), detail=False)
         except FileNotFoundError:
@@ -35,16 +39,18 @@ class Place:
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
     def read(self, name: str) -> bytes:
+        """Content of a file."""
         return self._fs.cat_file(self.path(name))
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[Any]:
+    def open_read(self, name: str) -> Iterator[Any]:
+        """Opens a file for binary reading."""
         with self._fs.open(self.path(name), "rb") as file:
             yield file
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Any]:
-        """A new file; on a local disk it has reached the disk when the block ends."""
+    def open_write(self, name: str) -> Iterator[Any]:
+        """Opens a new file for binary writing; a local one is synced to disk at the end."""
         if not self.is_local:
             with self._fs.open(self.path(name), "wb") as file:
                 yield file
@@ -56,21 +62,26 @@ class Place:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_whole(self, name: str, content: bytes) -> None:
-        """A small file that is seen complete or not at all."""
+    def write_atomically(self, name: str, content: bytes) -> None:
+        """Writes a small file in one step: readers see the old content or the new.
+
+        The module-level atomic writers do not serve here: they leave out the two syncs, without
+        which a manifest could survive a power cut that its checkpoint's files do not.
+        """
         if not self.is_local:
-            self._fs.pipe_file(self.path(name), content)  # one request; stores make it atomic
+            self._fs.pipe_file(self.path(name), content)  # one request, which stores make atomic
             return
-        aside = f"{name}.partial"
-        with self.writing(aside) as file:
+        partial = f"{name}.partial"
+        with self.open_write(partial) as file:
             file.write(content)
-        os.replace(self.path(aside), self.path(name))
+        os.replace(self.path(partial), self.path(name))
         _sync_folder(os.path.dirname(self.path(name)))
 
     def rename(self, old: str, new: str) -> None:
-        """A folder's new name; on a local disk in one step.
+        """Renames a folder; on a local disk in one step.
 
-        Raises FileNotFoundError where somebody else removed it.
+        Raises:
+            FileNotFoundError: another process removed it.
         """
         if not self.is_local:
             self._fs.mv(self.path(old), self.path(new), recursive=True)
@@ -79,7 +90,10 @@ class Place:
         _sync_folder(os.path.dirname(self.path(new)))
 
     def remove(self, name: str) -> None:
-        """A file or folder, if it is there. A folder disappears from its name first."""
+        """Removes a file or folder if it exists.
+
+        A local folder is first renamed, so that no reader finds it half removed.
+        """
         path = self.path(name)
         if self.is_local and os.path.isdir(path):
             trash = self.path(f".{name}.trash-{os.getpid()}")
@@ -95,7 +109,7 @@ class Place:
 
 
 def _sync_folder(path: str) -> None:
-    """Makes a rename outlive a power cut."""
+    """Syncs a folder's entries, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
