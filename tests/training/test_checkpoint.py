@@ -154,9 +154,8 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     rename_damaged(StorageFolder(str(folder)), found)
     assert names(folder) == ["damaged-step-00000006", "latest", "step-00000003"]
     save(writer, 6)
-    assert find_newest_intact(StorageFolder(str(folder)), ALONE).newest == newest_checkpoint(
-        StorageFolder(str(folder))
-    )
+    storage = StorageFolder(str(folder))
+    assert find_newest_intact(storage, ALONE).newest == newest_checkpoint(storage)
     assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
 
 

@@ -64,7 +64,9 @@ def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
     assert errors.count("IsADirectoryError") == 1
     assert errors.count("TrainingFailed: step ") == 1
     # The traceback of the cause, and none of a lost connection after it.
-    assert errors.index("IsADirectoryError") < errors.index("tvr train: rank 0 ends: rank 1 on ")
+    assert errors.index("IsADirectoryError") < errors.index(
+        "tvr train: rank 0 exits because rank 1 on "
+    )
     assert "gloo" not in errors
     assert "ChildFailedError" not in errors
     last = errors.splitlines()[-1]
@@ -79,7 +81,7 @@ def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
 def test_a_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
     errors = errors_of(config, tmp_path / "run", None, signal.SIGKILL)
     assert errors.count("killed by SIGKILL") == 1
-    assert errors.count("rank 0 ends: it lost another rank, which left no word") == 1
+    assert errors.count("rank 0 exits because it lost another rank, which reported no error") == 1
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("tvr launch: rank 1 (")
 
@@ -87,10 +89,10 @@ def test_a_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
 def test_a_stopped_rank_is_named_and_ends_with_the_others(config: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     errors = errors_of(config, run_dir, None, signal.SIGSTOP)
-    assert errors.count("gives no sign") == 1
-    assert "error [rank 0]: no rank has got on for " in errors
+    assert errors.count("does not respond") == 1
+    assert "error [rank 0]: no rank has made progress for " in errors
     assert "rank 1 on " in errors
-    assert "the others wait after step " in errors
+    assert "the other ranks wait in training after step " in errors
     (word,) = (run_dir / "failures").iterdir()
     assert json.loads(word.read_text())["of"] == 1
     assert "Traceback" not in errors
@@ -109,7 +111,7 @@ def test_a_rank_that_hangs_is_named_with_its_line(config: Config, tmp_path: Path
         (tmp_path / "fifo").rename(keys_of_rank_1(run_dir))
 
     errors = errors_of(config, run_dir, disturb)
-    assert errors.count("is behind, after step ") == 1
+    assert errors.count("is behind, in training after step ") == 1
     assert "rank 1 on " in errors
     assert "tvr.trainer.monitoring.run_log:" in errors
     assert (
@@ -128,8 +130,8 @@ def test_one_rank_has_the_word_and_the_others_hear_it_once_it_has_spoken(tmp_pat
     said = other.wait()
     host = socket.gethostname()
     assert said == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
-    assert (
-        peer_failure_line(0, said) == f"tvr train: rank 0 ends: rank 1 on {host} failed, see there"
+    assert peer_failure_line(0, said) == (
+        f"tvr train: rank 0 exits because rank 1 on {host} failed; see the error of that rank"
     )
 
 

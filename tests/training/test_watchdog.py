@@ -39,7 +39,9 @@ def test_the_limit_follows_the_steps_within_bounds(
 def test_a_rank_without_a_sign_is_waited_for() -> None:
     culprits, text = find_stalled_ranks({0: where(0), 1: where(1, step=11)}, HOSTS)
     assert culprits == [2]
-    assert text.startswith("rank 2 on b gives no sign (stopped, or gone); the others wait after")
+    assert text.startswith(
+        "rank 2 on b does not respond (suspended or dead); the other ranks wait in training after"
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,8 @@ def test_a_rank_behind_the_others_is_waited_for(behind: dict[str, Any]) -> None:
     culprits, text = find_stalled_ranks(known, HOSTS)
     assert culprits == [1]
     assert text == (
-        f"rank 1 on a is behind, {known[1].text()}; the others wait after step 12 in training"
-        " (step:9 take)"
+        f"rank 1 on a is behind, {known[1].text()}; the other ranks wait in training"
+        " after step 12 (step:9 take)"
     )
 
 
@@ -64,5 +66,5 @@ def test_ranks_that_are_all_as_far_blame_none() -> None:
     known = {rank: where(rank) for rank in range(3)}
     assert find_stalled_ranks(known, HOSTS) == (
         [],
-        "all ranks are after step 12 in training (step:9 take)",
+        "all ranks are in training after step 12 (step:9 take)",
     )

@@ -29,6 +29,5 @@ def raise_findings(findings: Sequence[Finding], hosts: Sequence[str]) -> None:
     lines = [f"rank {found.rank} on {hosts[found.rank]}: {found.text}" for found in findings]
     # If settings are wrong as well, another node does not help.
     other_nodes_help = all(found.is_node_fault for found in findings)
-    raise PreflightFailed(
-        lines, min(found.rank for found in findings) if other_nodes_help else None
-    )
+    rank_at_fault = min(found.rank for found in findings) if other_nodes_help else None
+    raise PreflightFailed(lines, rank_at_fault)
