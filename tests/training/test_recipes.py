@@ -91,7 +91,7 @@ def test_every_recipe_is_dry_run_at_its_real_shapes(
     assert tvr_train([*line, "--ranks", str(RANKS[name]), "--samples", str(samples)]) == 0
     said = capsys.readouterr().out
     assert f"data.train: {config.data.train}" in said
-    assert "not there" in said
+    assert "missing" in said
     pairs = config.train.global_batch
     assert re.search(rf"pairs per loss +{pairs:,}: {pairs - 1:,} negatives", said)
     epochs = float(re.search(r"^ *epochs +([\d.,]+)", said, re.MULTILINE)[1].replace(",", ""))  # pyright: ignore[reportOptionalSubscript]
