@@ -7,7 +7,6 @@ single rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,36 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tvr.kernels.numerics import at_least_float32
+from tvr.kernels.row_loss.loss_terms import LossTerms, loss_terms
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives, TilePosition
 from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
+
+__all__ = ["LossTerms", "info_nce", "neg_nce", "row_info_nce", "row_loss", "row_neg_nce"]
 
 # Rows are processed in chunks of this many scores (4 MiB in float32), so that the temporaries fit
 # the cache of a CPU. On a GPU chunks are 16 times larger, because a kernel launch costs more.
 SCORES_PER_CHUNK = 2**20
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """One rank's share of a loss: the sum of a field over ranks is the global batch's value.
-
-    The first three fields carry a gradient.
-    """
-
-    loss: Float[Tensor, ""]
-    """Mean of the two directions."""
-    text_to_video: Float[Tensor, ""]
-    video_to_text: Float[Tensor, ""]
-    penalty: Float[Tensor, ""]
-    """Part of `loss` that NegNCE adds for hard negatives."""
-    hard_negatives_per_row: Float[Tensor, ""]
-    """Mean number of hard negatives of a text."""
-    clamped_share: Float[Tensor, ""]
-    """Share of the positives, over both directions, without gradient in `reference` mode, because
-    the clamp raises their probability."""
-    positive_similarity: Float[Tensor, ""]
-    """Mean over texts of the similarity with their own video."""
-    hardest_similarity: Float[Tensor, ""]
-    """Mean over texts of the largest similarity with another video."""
 
 
 def info_nce(
@@ -174,14 +152,6 @@ def row_loss(
         like=at_least_float32(block[:0]).detach(),
     )
     return loss_terms(loss, _BlockLoss.apply(block, loss))
-
-
-def loss_terms(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:
-    """Builds the terms after both passes; `shares` are the two directions, with gradient."""
-    text_to_video, video_to_text = shares
-    return LossTerms(
-        (text_to_video + video_to_text) / 2, text_to_video, video_to_text, *loss.statistics()
-    )
 
 
 class _BlockLoss(torch.autograd.Function):

@@ -236,7 +236,7 @@ class RowLoss:
         return values[0], values[1]
 
     def statistics(self) -> tuple[Tensor, ...]:
-        """This rank's shares of the statistics of `losses.LossTerms`, from `penalty` on.
+        """This rank's shares of the statistics of `LossTerms`, from `penalty` on.
 
         A row without negatives counts as `hardest_similarity` 0.
         """

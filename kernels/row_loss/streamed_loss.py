@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from tvr.kernels.backends.protocol import SimilarityBackend, mean_similarity
 from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT
-from tvr.kernels.losses import LossTerms, loss_terms
 from tvr.kernels.numerics import no_autocast
+from tvr.kernels.row_loss.loss_terms import LossTerms, loss_terms
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives, TilePosition
 from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
 from tvr.kernels.similarity import tile_backend
