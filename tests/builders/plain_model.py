@@ -1,4 +1,4 @@
-"""A small model without towers, a batch for it, and the loss of that batch by its definition."""
+"""A small model without towers, a batch for it, and the batch's loss by the naive reference."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tvr.trainer.model.model import Features
 WORDS, FRAMES, WIDTH = 4, 3, 8
 LENGTHS = (4, 2, 3, 4, 1, 3, 4, 2, 4, 3, 2, 4, 1, 4)
 PAIRS = len(LENGTHS)
-# Three videos have two captions each, of which no split over ranks below keeps all together.
+# Three videos have two captions each, which every split over ranks separates.
 VIDEO_IDS = torch.tensor([7, 8, 1, 9, 2, 2**62, 3, 7, 4, 5, 9, 6, 10, 8])
 
 Gradients = dict[str, Tensor]
 
 
 class PlainModel(nn.Module):
-    """Linear maps, dropout, token weights and TPM-CL; every parameter gets a gradient."""
+    """Linear layers, dropout, token weights and TPM-CL; every parameter gets a gradient."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PlainModel(nn.Module):
         self.frame_predictor = LinearTokenWeights(1, FRAMES, WIDTH)
 
     def forward(self, batch: tuple[Tensor, ...]) -> Features:
-        """Of B pairs: words (B, T, D), word_mask (B, T), frames (B, F, D), frame_mask (B, F)."""
+        """Encodes words (B, T, D), word_mask (B, T), frames (B, F, D) and frame_mask (B, F)."""
         words, word_mask, frames, frame_mask = batch
         words = unit(self.words(self.dropout(words)))
         sentence = unit(self.sentence(self.dropout(words).mean(1)))
@@ -65,13 +65,13 @@ class PlainModel(nn.Module):
 
 
 def plain_model(dtype: torch.dtype, dropout: float = 0.0) -> PlainModel:
-    """The same weights whatever the dtype."""
+    """Builds the model; the weights are equal for every dtype, up to its rounding."""
     torch.manual_seed(5)
     return PlainModel(dropout).to(dtype)
 
 
 def plain_batch(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """All PAIRS pairs; a video's frames resemble its caption, so that some pairs win."""
+    """Returns PAIRS pairs; the frames resemble the caption, so that positives can score best."""
     generator = torch.Generator().manual_seed(9)
     lengths = torch.tensor(LENGTHS)[:, None]
     theme = torch.randn(PAIRS, 1, WIDTH, generator=generator)
@@ -84,7 +84,7 @@ def plain_batch(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def split(batch: tuple[Tensor, ...], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """The batch as consecutive smaller ones."""
+    """Splits the batch into consecutive smaller ones."""
     return list(zip(*(x.split(list(sizes)) for x in batch), strict=True))
 
 
@@ -95,7 +95,7 @@ def gradients_of(model: nn.Module) -> Gradients:
 
 
 def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
-    """Loss and gradients of one process: naive similarity, square loss, mean hinge."""
+    """Computes loss and gradients in one process: naive similarity, square loss, mean hinge."""
     model, config = plain_model(dtype), ModelConfig()
     features = model(plain_batch(dtype))
     square = reference.dmae_similarity(
@@ -120,10 +120,10 @@ def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
 
 
 def assert_close(ours: Gradients, theirs: Gradients, *, relative: float) -> None:
-    """Every gradient within `relative` of its own largest entry.
+    """Compares every gradient to `relative` of its own largest entry.
 
-    The bias of a token-weight layer shifts all logits of a softmax alike: its true gradient is 0,
-    and what is computed is rounding of terms as large as the model's largest.
+    The bias of a token-weight layer shifts all logits of a softmax alike. Its true gradient is 0,
+    and the computed one is rounding noise, so it is compared to `relative` of the model's largest.
     """
     assert ours.keys() == theirs.keys()
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())

@@ -1,4 +1,4 @@
-"""Folders as published models have them, with tiny random weights: a CLIP's and a SigLIP's."""
+"""Hugging Face folders of a tiny CLIP and a tiny SigLIP with random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_clip(
     patch_size: int = 8,
     dropout: float = 0.0,
 ) -> CLIPModel:
-    """With the tokeniser beside the weights; `dropout` is that of attention."""
+    """Saves a CLIP and its tokeniser; `dropout` is the attention's."""
     words = {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": tokenizer.max_words,
@@ -53,7 +53,7 @@ def save_clip(
 def save_siglip(
     folder: Path, captions: list[str], *, max_words: int, image_size: int
 ) -> SiglipModel:
-    """With a SentencePiece vocabulary learned from the captions."""
+    """Saves a SigLIP with a SentencePiece vocabulary learned from the captions."""
     learned = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),

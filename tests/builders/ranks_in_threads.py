@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the row forms of the losses without process groups."""
+"""Ranks as threads of one process, for the row losses without process groups."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ThreadCollectives:
-    """`losses.Collectives` of one of `world_size` threads that call it in the same order."""
+    """Collectives of one of `world_size` threads, which must call them in the same order."""
 
     def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier) -> None:
         self.rank, self.slots, self.barrier = rank, slots, barrier
@@ -19,9 +19,9 @@ class ThreadCollectives:
         return _Sum.apply(x, self)
 
     def max(self, x: Tensor) -> Tensor:
-        return torch.stack(self.everyones(x.detach())).amax(dim=0)
+        return torch.stack(self.gather(x.detach())).amax(dim=0)
 
-    def everyones(self, x: Tensor) -> list[Tensor]:
+    def gather(self, x: Tensor) -> list[Tensor]:
         self.slots[self.rank] = x
         self.barrier.wait(timeout=30)
         values = [slot for slot in self.slots if slot is not None]
@@ -33,15 +33,15 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, collectives: ThreadCollectives) -> Tensor:
         ctx.collectives = collectives
-        return torch.stack(collectives.everyones(x)).sum(dim=0)
+        return torch.stack(collectives.gather(x)).sum(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return torch.stack(ctx.collectives.everyones(gradients[0])).sum(dim=0), None
+        return torch.stack(ctx.collectives.gather(gradients[0])).sum(dim=0), None
 
 
 def on_ranks(work: Callable[[ThreadCollectives, int], Any], world_size: int) -> Sequence[Any]:
-    """The results of work(collectives, rank) on every rank, in order of rank."""
+    """Runs work(collectives, rank) on every rank; returns the results in rank order."""
     barrier = threading.Barrier(world_size)
     slots: list[Tensor | None] = [None] * world_size
 

@@ -1,4 +1,4 @@
-"""Runs a test function on several ranks: processes joined by gloo on this machine, no ports."""
+"""Runs a test function on several ranks: processes on this machine, joined by gloo, no ports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Imported once, by the process that all ranks are forked from: that takes longer than most tests.
+# The fork server imports these once for all ranks, because that takes longer than most tests.
 PRELOADED = ["deepspeed", "tvr.trainer.cli", "tvr.trainer.loop"]
 
 
@@ -29,9 +29,14 @@ def spawn(
 ) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` on every rank of a gloo group; returns their values.
 
-    `fn` is a module-level function of a test module; arguments and values are picklable. Raises
-    RuntimeError with the traceback of a rank that failed, TimeoutError when one is not done. Ranks
-    that start `anew` have the environment of this moment, and not of the first call's.
+    Args:
+        fn: Module-level function of a test module; arguments and values must be picklable.
+        anew: Starts fresh processes with the present environment. Otherwise the ranks are forked
+            from a server that has the environment of the first call.
+
+    Raises:
+        RuntimeError: a rank failed; holds its traceback.
+        TimeoutError: a rank is still running after `timeout_s`.
     """
     with started(fn, world_size, *args, timeout_s=timeout_s, anew=anew) as (ranks, folder):
         _wait(ranks, folder, timeout_s)
@@ -46,8 +51,10 @@ def started(
     timeout_s: float = 120.0,
     anew: bool = False,
 ) -> Iterator[tuple[list[BaseProcess], Path]]:
-    """The ranks' processes while they run `fn`, and the folder for what they leave; none of them
-    outlives the block."""
+    """Starts ranks that run `fn`, and kills those that are left at the end of the block.
+
+    Yields their processes, and the folder with their values and errors.
+    """
     context = multiprocessing.get_context("spawn" if anew else "forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="tvr-ranks-") as folder:
@@ -79,7 +86,7 @@ def _wait(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float) -> None:
             late = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
             raise TimeoutError(f"ranks {late} not done after {timeout_s} s")
         time.sleep(0.02)
-    # A rank that merely lost its peer fails too; a short wait lets the first cause be written.
+    # A rank that lost its peer fails too; a short wait lets the first cause be written.
     for process in ranks:
         process.join(timeout=1.0 if any(other.exitcode for other in ranks) else None)
     if not any(process.exitcode for process in ranks):
@@ -100,12 +107,12 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
-        # DeepSpeed wants an address even when the group exists already; nothing listens there.
+        # DeepSpeed requires an address even if the group exists; nothing listens there.
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29500",
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
-        # gloo asks the resolver for the host's name otherwise, which not every machine can answer.
+        # Otherwise gloo resolves the host's name, which fails on some machines.
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
     import torch

@@ -1,4 +1,4 @@
-"""Settings: what each door refuses and names, which one wins, and what is derived from them."""
+"""Settings: validation by recipe, file and flags, their precedence, and derived numbers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_values_that_are_not_defaults_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ({"loss": {"margn": 0.2}}, r"loss\.margn: .*given: 0\.2"),
         ({"model": {"towers": {"depth": 3}}}, r"model\.towers\.depth"),
@@ -94,23 +94,25 @@ def test_values_that_are_not_defaults_round_trip() -> None:
         ({"train": {"gradient_cache": 1}}, r"train\.gradient_cache: .*boolean.*given: 1"),
     ],
 )
-def test_what_is_refused_is_named_with_its_place(overrides: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=rf"^some-file: .*{said}"):
+def test_an_invalid_setting_is_named_with_its_source(
+    overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^some-file: .*{message}"):
         merged(SMALL, overrides, where="some-file")
     stored = asdict(SMALL)
     for name, value in overrides.items():
         stored[name] = stored.get(name, {}) | value if isinstance(value, dict) else value
     if "towers" not in overrides.get("model", {}):  # nested deeper than this plain overlay
-        with pytest.raises(ValueError, match=rf"^config\.json: .*{said}"):
+        with pytest.raises(ValueError, match=rf"^config\.json: .*{message}"):
             from_json(json.dumps(stored), where="config.json")
 
 
-def test_two_mistakes_are_both_named() -> None:
+def test_two_errors_are_both_named() -> None:
     with pytest.raises(ValueError, match=r"loss\.margn.*; .*train\.stepz"):
         merged(SMALL, {"loss": {"margn": 1}, "train": {"stepz": 1}}, where="x")
 
 
-def test_a_missing_setting_and_a_torn_file_are_named() -> None:
+def test_a_missing_setting_and_an_incomplete_file_are_named() -> None:
     stored = asdict(SMALL)
     del stored["train"]["global_batch"]
     with pytest.raises(ValueError, match=r"^old: train\.global_batch: Field required"):
@@ -119,7 +121,7 @@ def test_a_missing_setting_and_a_torn_file_are_named() -> None:
         from_json(to_json(SMALL)[:50], where="torn")
 
 
-def test_settings_cannot_be_changed_afterwards() -> None:
+def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         SMALL.train.steps = 5  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -129,7 +131,7 @@ def shown(capsys: pytest.CaptureFixture[str], *flags: str) -> Config:
     return from_json(capsys.readouterr().out, where="stdout")
 
 
-def test_flags_win_over_the_file_and_the_file_over_the_recipe(
+def test_flags_override_the_file_and_the_file_the_recipe(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "settings.json"
@@ -160,7 +162,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(
     assert flagged == nothing_else
 
 
-def test_where_it_would_run_is_said_beside_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hardware_and_code_paths_are_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert show_config([]) == 0
     told = capsys.readouterr().err
     assert "runs on: " in told
@@ -170,7 +172,7 @@ def test_where_it_would_run_is_said_beside_the_json(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             ["--recipe", "nonesuch"],
@@ -180,14 +182,14 @@ def test_where_it_would_run_is_said_beside_the_json(capsys: pytest.CaptureFixtur
     ],
 )
 def test_a_bad_recipe_or_file_ends_with_code_2(
-    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert show_config(flags) == 2
-    assert capsys.readouterr().err == f"tvr show-config: error: {said}\n"
+    assert capsys.readouterr().err == f"tvr show-config: error: {message}\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{", "not JSON"),
         ("[1]", "holds list, not an object"),
@@ -195,14 +197,14 @@ def test_a_bad_recipe_or_file_ends_with_code_2(
     ],
 )
 def test_a_bad_file_is_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, message: str
 ) -> None:
     file = tmp_path / "settings.json"
     file.write_text(content)
     assert show_config(["--config", str(file)]) == 2
-    message = capsys.readouterr().err
-    assert f"--config {file}: " in message
-    assert said in message
+    error = capsys.readouterr().err
+    assert f"--config {file}: " in error
+    assert message in error
 
 
 @pytest.mark.parametrize("flags", [["--train.stepz", "3"], ["--train.steps", "many"]])

@@ -1,4 +1,4 @@
-"""`tvr demo`, small: every stage once, nothing twice, and no mixing of two demos in one folder."""
+"""A small `tvr demo`: it runs every stage once, resumes, and refuses another demo's folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def first_call(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of every file: written again, either is another."""
+    """Returns inode and change time of every file, which differ if the file is written again."""
     return {
         str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_the_first_call_does_everything(first_call: tuple[Path, int]) -> None:
+def test_the_first_call_runs_every_stage(first_call: tuple[Path, int]) -> None:
     out, code = first_call
     assert code == 0
     for split, count in (("train", 24), ("test", 8), ("exchanged", 8)):
@@ -67,7 +67,7 @@ def test_the_first_call_does_everything(first_call: tuple[Path, int]) -> None:
     assert config.model.towers.width == 32
 
 
-def test_a_second_call_finds_everything_done(
+def test_a_second_call_repeats_nothing(
     first_call: tuple[Path, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = first_call
@@ -106,7 +106,7 @@ def test_a_second_call_finds_everything_done(
         (("--model.tokenizer", "elsewhere"), "model.tokenizer: the demo makes its own"),
     ],
 )
-def test_what_does_not_fit_the_folder_is_refused(
+def test_other_sizes_or_data_are_refused(
     first_call: tuple[Path, int],
     capfd: pytest.CaptureFixture[str],
     flags: tuple[str, str],

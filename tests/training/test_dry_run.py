@@ -1,4 +1,4 @@
-"""`tvr train --dry-run`: its arithmetic, its estimates against what is there, and its one step."""
+"""`tvr train --dry-run`: its arithmetic, its estimates against measurements, and its step."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def line_for(config: Config, folder: Path, *flags: str) -> list[str]:
 
 
 def rows_of(text: str) -> dict[str, str]:
-    """What stands beside each name in the tables."""
+    """Returns the values of the tables by row name."""
     parts = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines())
     return {part[0]: part[1] for part in parts if len(part) == 2}
 
 
-def test_a_dry_run_reckons_takes_a_step_and_writes_nothing(
+def test_a_dry_run_computes_runs_a_step_and_writes_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(
@@ -80,7 +80,7 @@ def test_a_dry_run_reckons_takes_a_step_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
-def test_what_preflight_would_refuse_is_told(
+def test_preflight_problems_are_printed(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said() -> str:
@@ -102,7 +102,7 @@ def test_the_gradient_cache_counts_all_pairs_as_negatives(
     assert rows["pairs per loss"] == "24: 23 negatives for each caption"
 
 
-def test_without_data_the_arithmetic_goes_by_the_samples_given(
+def test_without_data_the_given_samples_are_used(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(data, data={"train": str(tmp_path / "nowhere")})
@@ -127,7 +127,7 @@ def test_without_data_the_arithmetic_goes_by_the_samples_given(
         ({"train": {"precision": "bf16", "zero_stage": 0}}, (), "needs train.zero_stage >= 1"),
     ],
 )
-def test_what_cannot_run_ends_with_code_2(
+def test_settings_that_cannot_run_end_with_code_2(
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -141,7 +141,7 @@ def test_what_cannot_run_ends_with_code_2(
     assert error.startswith("tvr train: error: ")
 
 
-def test_its_flags_need_it_and_it_needs_no_launcher(
+def test_its_flags_need_dry_run_and_a_launcher_is_refused(
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -156,7 +156,7 @@ def test_its_flags_need_it_and_it_needs_no_launcher(
     assert "omit `tvr launch`" in capsys.readouterr().err
 
 
-def test_too_little_memory_is_said_in_place_of_a_step(
+def test_too_little_memory_is_printed_instead_of_a_step(
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -167,7 +167,7 @@ def test_too_little_memory_is_said_in_place_of_a_step(
     assert "No step was run: a single rank would need" in capsys.readouterr().out
 
 
-def test_a_clip_b32_takes_a_real_step_of_its_recipe(
+def test_a_clip_b32_runs_a_real_step_of_its_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_clip(tmp_path / "clip", "base-patch32", weights=True)
@@ -180,9 +180,7 @@ def test_a_clip_b32_takes_a_real_step_of_its_recipe(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_step_is_one_of_training_and_the_same_each_time(
-    data: Path, tokenizer: Tokenizer
-) -> None:
+def test_the_step_is_deterministic(data: Path, tokenizer: Tokenizer) -> None:
     config = tiny_config(data, train={"global_batch": 8, "micro_batch": 4})
     first, second = (run_synthetic_step(config, tokenizer) for _ in range(2))
     assert first["loss"] == second["loss"]
@@ -190,7 +188,7 @@ def test_the_step_is_one_of_training_and_the_same_each_time(
     assert first["tpm_cl_loss"] > 0
 
 
-def test_random_batches_fill_all_slots_and_repeat_no_video(
+def test_random_batches_have_no_padding_and_no_repeated_video(
     data: Path, tokenizer: Tokenizer
 ) -> None:
     config = tiny_config(data, data={"content_words": True})
@@ -204,7 +202,7 @@ def test_random_batches_fill_all_slots_and_repeat_no_video(
 
 
 @pytest.mark.parametrize(("frames", "again"), [(3, False), (12, False), (12, True)])
-def test_activations_on_the_meta_device_bound_those_of_real_tensors(
+def test_estimated_activations_bound_measured_ones(
     data: Path, tokenizer: Tokenizer, frames: int, again: bool
 ) -> None:
     shape = {"width": 128, "heads": 4, "layers": 4, "image_size": 64}
@@ -226,7 +224,7 @@ def test_activations_on_the_meta_device_bound_those_of_real_tensors(
     gradients = sum(4 * p.numel() for p in model.parameters())
     measured = max(forward, alive.peak - gradients)
     assert measured > 5e6
-    # Above, since attention scores count as held, and never far above at this length.
+    # An upper bound, because it counts attention scores as kept; close to it at this length.
     estimated = activation_bytes(config, tokenizer)
     assert measured <= estimated < 1.15 * measured
     if again:
@@ -238,7 +236,7 @@ STAGES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in
 
 
 @pytest.mark.parametrize(("precision", "stage"), STAGES)
-def test_a_checkpoint_has_the_size_foretold(
+def test_a_checkpoint_has_the_estimated_size(
     data: Path, tokenizer: Tokenizer, precision: str, stage: int
 ) -> None:
     config = tiny_config(
@@ -262,7 +260,7 @@ def test_a_checkpoint_has_the_size_foretold(
     assert checkpoint_bytes(outline, config.train) == pytest.approx(saved, rel=0.05)
 
 
-def test_states_are_shared_out_as_the_zero_stage_says(data: Path, tokenizer: Tokenizer) -> None:
+def test_states_are_partitioned_as_the_zero_stage_says(data: Path, tokenizer: Tokenizer) -> None:
     def of(stage: int, ranks: int, precision: str = "fp32") -> tuple[float, float, float]:
         config = tiny_config(data, train={"zero_stage": stage, "precision": precision})
         needs = model_bytes(config, tokenizer, ranks)

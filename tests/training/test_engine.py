@@ -1,4 +1,4 @@
-"""DeepSpeed's dictionary, and the models that it is not given."""
+"""DeepSpeed's configuration, and the engine's checks before DeepSpeed starts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 from builders.tiny import tiny_config
+from builders.worlds import SINGLE_RANK
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from tvr.trainer.config import TrainConfig, to_json
-from tvr.trainer.distributed.world import World
 from tvr.trainer.engine import engine as engine_module
 from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused, optimizer_line
 from tvr.trainer.engine.engine import Engine
-
-ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def train(**changes: Any) -> TrainConfig:
@@ -27,24 +25,24 @@ def train(**changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 0.3])
-def test_clipping_is_always_said(clip: float) -> None:
-    # Left out, DeepSpeed clips at 1.0.
+def test_clipping_is_always_set(clip: float) -> None:
+    # DeepSpeed clips at 1.0 if the key is missing.
     assert deepspeed_config(train(gradient_clip=clip), 1)["gradient_clipping"] == clip
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_the_stage_and_its_linear(zero_stage: int) -> None:
+def test_zero_stage_and_linear_layers(zero_stage: int) -> None:
     zero = deepspeed_config(train(zero_stage=zero_stage), 1)["zero_optimization"]
     assert zero["stage"] == zero_stage
     assert zero["memory_efficient_linear"] is False
 
 
-def test_batch_sizes_are_those_of_each_rank() -> None:
+def test_batch_sizes_are_per_rank() -> None:
     for world_size, accumulation in ((1, 6), (2, 3), (6, 1)):
         got = deepspeed_config(train(), world_size)
         assert got["train_micro_batch_size_per_gpu"] == 8
         assert got["gradient_accumulation_steps"] == accumulation
-        # DeepSpeed derives it; given too, it could only disagree.
+        # DeepSpeed derives the train batch size; giving it too could only contradict it.
         assert "train_batch_size" not in got
     with pytest.raises(ValueError, match="global_batch=48 must be a multiple"):
         deepspeed_config(train(), 4)
@@ -60,7 +58,7 @@ def test_precision() -> None:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_offload_says_what_goes_to_the_host(zero_stage: int) -> None:
+def test_offload_names_the_state_in_host_memory(zero_stage: int) -> None:
     host = {"device": "cpu", "pin_memory": True}
     settings = train(zero_stage=zero_stage, offload="optimizer")
     zero = deepspeed_config(settings, 1, pin_memory=True)["zero_optimization"]
@@ -73,7 +71,7 @@ def test_offload_says_what_goes_to_the_host(zero_stage: int) -> None:
     assert not [name for name in plain if name.startswith("offload")]
 
 
-def test_torchs_own_optimiser_is_never_refused_or_replaced() -> None:
+def test_deepspeed_keeps_torchs_optimiser() -> None:
     got = deepspeed_config(train(offload="optimizer"), 1)
     assert got["zero_allow_untested_optimizer"] is True
     assert got["zero_force_ds_cpu_optimizer"] is False
@@ -81,7 +79,7 @@ def test_torchs_own_optimiser_is_never_refused_or_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"offload": "optimizer", "zero_stage": 0}, r"optimizer needs .*1 or 2 or 3.*it is 0"),
         (
@@ -91,12 +89,12 @@ def test_torchs_own_optimiser_is_never_refused_or_replaced() -> None:
         ({"compile": True, "zero_stage": 3}, r"train\.compile=true does not work at .*=3"),
     ],
 )
-def test_what_does_not_work_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_unsupported_settings_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         deepspeed_config(train(**changes), 1)
 
 
-def test_the_fused_optimiser_serves_where_a_gpu_holds_its_state() -> None:
+def test_the_fused_optimiser_is_used_if_a_gpu_holds_its_state() -> None:
     assert is_fused(train(), "cuda")
     assert not is_fused(train(), "cpu")
     assert not is_fused(train(offload="optimizer"), "cuda")
@@ -108,7 +106,7 @@ def test_the_fused_optimiser_serves_where_a_gpu_holds_its_state() -> None:
 
 
 def test_on_a_cpu_the_fused_optimiser_rounds_differently() -> None:
-    # The day on which this fails, the fused one can serve everywhere.
+    # If this fails, the fused optimiser can be used everywhere.
     torch.manual_seed(0)
     start, gradients = torch.randn(100_000), torch.randn(10, 100_000)
     ends = []
@@ -123,7 +121,7 @@ def test_on_a_cpu_the_fused_optimiser_rounds_differently() -> None:
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
 
-def test_a_parameter_without_dimension_is_refused_before_deepspeed_starts(
+def test_a_scalar_parameter_is_refused_before_deepspeed_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class WithScale(nn.Module):
@@ -132,17 +130,15 @@ def test_a_parameter_without_dimension_is_refused_before_deepspeed_starts(
             self.body = nn.Linear(2, 2)
             self.logit_scale = nn.Parameter(torch.tensor(4.6))
 
-    # Nothing of DeepSpeed may be touched: an object() has neither comm nor initialize.
+    # The engine must not use DeepSpeed yet: an object() has neither comm nor initialize.
     monkeypatch.setattr(engine_module, "_import_deepspeed", lambda world: object())
     model: Any = WithScale()
     with pytest.raises(ValueError, match=r"logit_scale has no dimension.*shape \(1,\)"):
-        Engine(model, train(), ALONE)
+        Engine(model, train(), SINGLE_RANK)
 
 
-def test_a_start_does_not_wait_for_the_lock_of_one_that_was_killed(
-    data: Path, tmp_path: Path
-) -> None:
-    """DeepSpeed's extension, with what torch leaves of a builder that SIGKILL ended."""
+def test_a_stale_build_lock_blocks_no_start(data: Path, tmp_path: Path) -> None:
+    """Builds DeepSpeed's extension beside the lock that torch leaves when a builder is killed."""
     lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
     settings = tmp_path / "settings.json"
     settings.write_text(to_json(tiny_config(data)))

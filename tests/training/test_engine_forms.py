@@ -1,5 +1,7 @@
-"""Where state lies and what is computed twice changes nothing: every ZeRO stage, offloaded or with
-activation checkpointing, takes the very steps of torch's AdamW; compiled, the same to rounding."""
+"""Every ZeRO stage, with offload or activation checkpointing, equals torch's AdamW bit for bit.
+
+Compiled towers agree to rounding.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,11 @@ MOVES = [
     (3, PARAMETERS, PARAMETERS),
 ]
 COMPILED = [(0, {"compile": True}), (1, {"compile": True} | OPTIMIZER | RECOMPUTED)]
-Taken = tuple[list[float], dict[str, Tensor]]
+StepResults = tuple[list[float], dict[str, Tensor]]
 
 
 def settings(data: Path, stage: int, world_size: int, **form: Any) -> Config:
-    # Without clipping, whose norm is summed in another order at each stage.
+    # No clipping: each stage sums the norm in another order.
     changes = {"zero_stage": stage, "learning_rate": 3e-3, "weight_decay": 0.5, "gradient_clip": 0}
     config = tiny_config(data, model={"towers": {"layers": 2}}, train=changes | form)
     return with_ranks(config, world_size)
@@ -63,7 +65,7 @@ def weights(engine: Any, zero_stage: int) -> dict[str, Tensor]:
 
 
 class PlainEngine:
-    """The engine's verbs by torch alone: gradients averaged over ranks, then torch's AdamW."""
+    """The engine's interface in plain torch: averages gradients over ranks and runs AdamW."""
 
     def __init__(self, model: Any, config: Config, world: World) -> None:
         train, self.module, self._world = config.train, model, world
@@ -78,7 +80,7 @@ class PlainEngine:
 
     def step(self, factor: float) -> None:
         for parameter in self.module.parameters():
-            if parameter.grad is None:  # the frame-weight predictor's, which decays all the same
+            if parameter.grad is None:  # the frame-weight predictor, which decays all the same
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= self._world.world_size
@@ -86,39 +88,43 @@ class PlainEngine:
         self._optimizer.zero_grad()
 
 
-def take(engine: Any, config: Config, world: World, first: int = 0, count: int = STEPS) -> Taken:
+def run_steps(
+    engine: Any, config: Config, world: World, first: int = 0, count: int = STEPS
+) -> StepResults:
     values = losses(engine, config, world, first, count)
     return values, weights(engine, config.train.zero_stage)
 
 
-def take_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, Any]:
-    """What each form did, by stage and settings; plain torch's under "plain"."""
+def run_all_forms(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Runs each form; returns losses and weights by stage and settings, plain torch as "plain"."""
     world, results = World(rank=rank, world_size=world_size, device=CPU), {}
     config = settings(data, 0, world_size)
-    results["plain"] = take(PlainEngine(model_of(config), config, world), config, world)
-    for stage, form in [*FORMS, *half_forms()]:
+    results["plain"] = run_steps(PlainEngine(model_of(config), config, world), config, world)
+    for stage, form in [*FORMS, *bf16_forms()]:
         config = settings(data, stage, world_size, **form)
         engine = Engine(model_of(config), config.train, world)
-        results[key(stage, form)] = take(engine, config, world)
+        results[key(stage, form)] = run_steps(engine, config, world)
         if form in (OPTIMIZER, PARAMETERS, {}):
             save_state(engine, folder / key(stage, form), world)
-            kept = tensors(engine.state_dict())
+            copied = tensors(engine.state_dict())
             live = tensors(engine.state_dict(copy=False))
-            then = [tensor.clone() for tensor in live]
-            results[f"beyond {key(stage, form)}"] = take(engine, config, world, STEPS, MORE)
-            results[f"copy {key(stage, form)}"] = [equal(kept, then), equal(live, then)]
-    results |= moved(data, folder, world)
+            snapshot = [tensor.clone() for tensor in live]
+            results[f"beyond {key(stage, form)}"] = run_steps(engine, config, world, STEPS, MORE)
+            results[f"copy {key(stage, form)}"] = [equal(copied, snapshot), equal(live, snapshot)]
+    results |= continue_moved(data, folder, world)
     return results
 
 
-def moved(data: Path, folder: Path, world: World) -> dict[str, Taken]:
-    """Saved in one form and loaded in another, of the same stage."""
+def continue_moved(data: Path, folder: Path, world: World) -> dict[str, StepResults]:
+    """Continues states that another form of the same stage has saved."""
     results = {}
-    for stage, was, form in MOVES:
+    for stage, saved_form, form in MOVES:
         config = settings(data, stage, world.world_size, **form)
         engine = Engine(model_of(config), config.train, world)
-        engine.load_checkpoint(folder / key(stage, was) / "shards")
-        results[f"{key(stage, was)} -> {form}"] = take(engine, config, world, STEPS, MORE)
+        engine.load_checkpoint(folder / key(stage, saved_form) / "shards")
+        results[f"{key(stage, saved_form)} -> {form}"] = run_steps(
+            engine, config, world, STEPS, MORE
+        )
     return results
 
 
@@ -130,7 +136,7 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-def half_forms() -> list[tuple[int, dict[str, Any]]]:
+def bf16_forms() -> list[tuple[int, dict[str, Any]]]:
     forms = [(1, {}), (2, RECOMPUTED), (2, OPTIMIZER), (3, {}), (3, PARAMETERS | RECOMPUTED)]
     return [(stage, {"precision": "bf16"} | form) for stage, form in forms]
 
@@ -139,8 +145,8 @@ def key(stage: int, form: dict[str, Any]) -> str:
     return "-".join([str(stage), *(f"{name}={value}" for name, value in sorted(form.items()))])
 
 
-def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Steps, names in the checkpoint, and features in evaluation, compiled and not."""
+def run_compiled_towers(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Returns losses, checkpoint names and evaluation features, compiled and eager."""
     world, results = World(rank=rank, world_size=world_size, device=CPU), {}
     for stage, form in [(0, {}), *COMPILED]:
         config = settings(data, stage, world_size, **form)
@@ -151,7 +157,7 @@ def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[
             batch = next(training_batches(config, tokenizer, world))
             features = engine.encode(*model_inputs(batch, CPU))
         engine.set_training(True)
-        values, _ = take(engine, config, world)
+        values, _ = run_steps(engine, config, world)
         names = [name for name, _ in engine.module.named_parameters()]
         saved = engine.state_dict()["mp_rank_00_model_states.pt"]["module"]
         results[key(stage, form)] = (values, features.words, names, list(saved))
@@ -159,11 +165,11 @@ def take_compiled(rank: int, world_size: int, data: Path, folder: Path) -> dict[
 
 
 @pytest.fixture(scope="module")
-def taken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return spawn(take_all, 2, data, tmp_path_factory.mktemp("states"), timeout_s=600)
+def results_by_rank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(run_all_forms, 2, data, tmp_path_factory.mktemp("states"), timeout_s=600)
 
 
-def assert_same(ours: Taken, theirs: Taken) -> None:
+def assert_same(ours: StepResults, theirs: StepResults) -> None:
     assert ours[0] == theirs[0]
     assert ours[1].keys() == theirs[1].keys()
     for name, value in theirs[1].items():
@@ -171,17 +177,17 @@ def assert_same(ours: Taken, theirs: Taken) -> None:
 
 
 @pytest.mark.parametrize(("stage", "form"), FORMS, ids=lambda x: str(x))
-def test_every_form_takes_the_steps_of_plain_torch(
-    taken: list[dict[str, Any]], stage: int, form: dict[str, Any]
+def test_every_form_equals_plain_torch(
+    results_by_rank: list[dict[str, Any]], stage: int, form: dict[str, Any]
 ) -> None:
-    for results in taken:
+    for results in results_by_rank:
         assert len(set(results["plain"][0])) == STEPS
         assert_same(results[key(stage, form)], results["plain"])
 
 
-def test_in_bf16_every_form_takes_the_same_steps(taken: list[dict[str, Any]]) -> None:
-    (stage, form), *others = half_forms()
-    for results in taken:
+def test_bf16_forms_equal_each_other(results_by_rank: list[dict[str, Any]]) -> None:
+    (stage, form), *others = bf16_forms()
+    for results in results_by_rank:
         first = results[key(stage, form)]
         assert first[0] != results["plain"][0]
         assert first[0] == pytest.approx(results["plain"][0], rel=0.1)
@@ -189,33 +195,33 @@ def test_in_bf16_every_form_takes_the_same_steps(taken: list[dict[str, Any]]) ->
             assert_same(results[key(*other)], first)
 
 
-def test_a_state_goes_on_wherever_it_lay_before(taken: list[dict[str, Any]]) -> None:
-    for results in taken:
+def test_a_state_continues_in_another_form(results_by_rank: list[dict[str, Any]]) -> None:
+    for results in results_by_rank:
         found = [name for name in results if " -> " in name]
         assert len(found) == len(MOVES)
         for name in found:
             assert_same(results[name], results["beyond " + name.split(" -> ")[0]])
 
 
-def test_steps_do_not_reach_what_was_staged(taken: list[dict[str, Any]]) -> None:
-    for rank, results in enumerate(taken):
+def test_steps_do_not_change_a_staged_copy(results_by_rank: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(results_by_rank):
         found = [name for name in results if name.startswith("copy ")]
         assert len(found) == 8
         for name in found:
-            kept, live = results[name]
-            assert kept
-            # Without ZeRO all state is rank 0's to save.
+            copied, live = results[name]
+            assert copied
+            # Without ZeRO, rank 0 saves all state.
             assert live == (rank > 0 and name == "copy 0")
 
 
-def test_compiled_towers_give_the_same_to_rounding_under_the_same_names(
+def test_compiled_towers_agree_to_rounding_and_keep_parameter_names(
     data: Path, tmp_path: Path
 ) -> None:
-    (results,) = spawn(take_compiled, 1, data, tmp_path, timeout_s=600)
+    (results,) = spawn(run_compiled_towers, 1, data, tmp_path, timeout_s=600)
     eager = results[key(0, {})]
     for stage, form in COMPILED:
         values, words, names, saved = results[key(stage, form)]
-        # Compiled indeed: rounding differs somewhere.
+        # A different rounding somewhere proves that the towers are compiled.
         assert not torch.equal(words, eager[1])
         torch.testing.assert_close(words, eager[1], rtol=0, atol=1e-5)
         assert values == pytest.approx(eager[0], rel=1e-4)
@@ -224,7 +230,7 @@ def test_compiled_towers_give_the_same_to_rounding_under_the_same_names(
 
 
 def run_compiled(rank: int, world_size: int, folder: Path) -> str:
-    """What is said of a small function that torch compiles, or finds compiled in the folder."""
+    """Compiles a function, or loads it from the cache folder; returns the error message."""
     os.environ[COMPILE_CACHE_VARIABLE] = str(folder)
     compiled = torch.compile(lambda x: x.sin() + 1, fullgraph=True)
     try:
@@ -237,7 +243,7 @@ def run_compiled(rank: int, world_size: int, folder: Path) -> str:
     return ""
 
 
-def test_half_a_file_that_torch_compiled_is_named_with_the_folder_to_remove(tmp_path: Path) -> None:
+def test_a_broken_compile_cache_is_reported_with_its_folder(tmp_path: Path) -> None:
     assert spawn(run_compiled, 1, tmp_path) == [""]
     files = list(tmp_path.glob("*/*.main.so"))
     for file in files:

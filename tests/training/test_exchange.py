@@ -1,4 +1,4 @@
-"""Ranks with unequal numbers of pairs: what travels arrives, the loss is that of one process."""
+"""Exchange between ranks with unequal numbers of pairs: rows, gradients and loss are exact."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from builders import plain_model as plain
 from builders.plain_model import PAIRS, VIDEO_IDS, Gradients, plain_batch, plain_model
 from builders.spawn import spawn
+from builders.worlds import world_of
 from torch import Tensor
 
 from tvr.trainer.config import LossConfig, ModelConfig
@@ -23,7 +24,7 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.gradient_cache import FeatureCache
 from tvr.trainer.loss.objective import objective
 
-# Pairs of each rank, and how a rank with so many encodes them under the gradient cache.
+# Pairs of each rank, and the micro-batches of a rank with that many under the gradient cache.
 COUNTS = {1: (14,), 2: (8, 6), 3: (5, 3, 6), 4: (5, 3, 4, 2)}
 MICRO_BATCHES = {14: (5, 1, 8), 8: (3, 5), 6: (1, 2, 3), 5: (2, 3), 4: (3, 1), 3: (3,), 2: (1, 1)}
 LOSSES = {
@@ -34,23 +35,19 @@ LOSSES = {
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PATHS = list(product(("gather", "ring"), ("keep", "stream"), (False, True)))
 CASES = [(*path, loss, dtype) for path in PATHS for loss in LOSSES for dtype in TOLERANCE]
-WAYS = {"gather": AllGatherExchange, "ring": RingExchange}
-# Of rows that travel, per rank: unequal, equal, and one rank without any.
-TRAVELS = {
+EXCHANGES = {"gather": AllGatherExchange, "ring": RingExchange}
+# Rows of each rank: unequal, equal, and none on one rank.
+ROW_COUNTS = {
     "unequal": lambda rank: (5, 3, 4, 2)[rank],
     "equal": lambda rank: 3,
     "empty": lambda rank: 2 * rank,
 }
 
 
-def world_of(rank: int, world_size: int) -> World:
-    return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
-
-
 def loss_and_gradients(
     world: World, exchange: Any, scores: Any, cached: bool, loss: LossConfig, dtype: torch.dtype
 ) -> tuple[float, Gradients]:
-    """Of the whole batch, from this rank's part of it, as the trainer and DeepSpeed compute it."""
+    """Computes loss and gradients of the whole batch from this rank's part, as the trainer does."""
     counts = COUNTS[world.world_size]
     mine = plain.split(plain_batch(dtype), counts)[world.rank]
     ids = VIDEO_IDS.split(list(counts))[world.rank]
@@ -71,7 +68,7 @@ def loss_and_gradients(
         found = compute(model(mine))
         found.for_backward.backward()
     gradients = plain.gradients_of(model)
-    # One collective for all of it: starting one costs more than the numbers do.
+    # One collective for all gradients: starting one costs more than the transfer.
     mine = [found.shares[0] * world.world_size, *(x.flatten() for x in gradients.values())]
     mean = loss_collectives(world).sum(torch.hstack(mine)) / world.world_size
     loss_value, *parts = mean.split([1, *(x.numel() for x in gradients.values())])
@@ -80,14 +77,14 @@ def loss_and_gradients(
 
 
 def rows_of(rank: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A rank's rows: columns that do not lie together in memory, integers, bfloat16."""
+    """A rank's rows: a non-contiguous tensor, integers, bfloat16."""
     values = torch.arange(2 * count, dtype=torch.float64).view(2, count).T + 100 * rank
     return values, torch.arange(count) - rank, values[:, :1].bfloat16()
 
 
-def travel(name: str, world: World, count: int) -> dict[str, Any]:
-    """What a rank sees of everyone's rows, and the gradients that come home to its own."""
-    exchange = WAYS[name](world, world.all_gather_counts(count))
+def exchange_rows(name: str, world: World, count: int) -> dict[str, Any]:
+    """Returns the rows that a rank receives, and the gradients of its own rows."""
+    exchange = EXCHANGES[name](world, world.all_gather_counts(count))
     mine = rows_of(world.rank, count)
     seen, places = [], set()
     for first, piece in exchange.visit(mine):
@@ -108,8 +105,8 @@ def on_every_rank(rank: int, world_size: int) -> dict[Any, Any]:
     results: dict[Any, Any] = {
         case: loss_and_gradients(world, *case[:3], LOSSES[case[3]], case[4]) for case in CASES
     }
-    for name, rows in product(WAYS, TRAVELS):
-        results[name, rows] = travel(name, world, TRAVELS[rows](rank))
+    for name, rows in product(EXCHANGES, ROW_COUNTS):
+        results[name, rows] = exchange_rows(name, world, ROW_COUNTS[rows](rank))
     return results
 
 
@@ -120,7 +117,7 @@ def by_rank(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_every_path_is_the_single_process(
+def test_every_path_equals_a_single_process(
     by_rank: list[dict[Any, Any]], loss: str, dtype: torch.dtype
 ) -> None:
     value, gradients = plain.defined(LOSSES[loss], dtype)
@@ -131,8 +128,8 @@ def test_every_path_is_the_single_process(
             plain.assert_close(of_parameters, gradients, relative=TOLERANCE[dtype])
 
 
-def test_the_cases_tell_mistakes_apart() -> None:
-    # Otherwise the comparison above could hold for no reason.
+def test_the_cases_have_different_losses() -> None:
+    # Otherwise the comparison above would prove nothing.
     (value, gradients), *others = (plain.defined(LOSSES[loss], torch.float64) for loss in LOSSES)
     for other, of_parameters in others:
         assert abs(other - value) > 1e-3 * value
@@ -141,13 +138,13 @@ def test_the_cases_tell_mistakes_apart() -> None:
     assert all(sum(counts) == PAIRS for counts in COUNTS.values())
 
 
-@pytest.mark.parametrize("rows", TRAVELS)
-@pytest.mark.parametrize("name", WAYS)
-def test_pieces_come_in_their_columns_and_gradients_go_home(
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_pieces_have_their_columns_and_gradients_reach_their_owner(
     by_rank: list[dict[Any, Any]], name: str, rows: str
 ) -> None:
     size = len(by_rank)
-    counts = [TRAVELS[rows](rank) for rank in range(size)]
+    counts = [ROW_COUNTS[rows](rank) for rank in range(size)]
     firsts = [sum(counts[:rank]) for rank in range(size)]
     everyone = [rows_of(rank, count) for rank, count in enumerate(counts)]
     for rank, results in enumerate(by_rank):
@@ -171,7 +168,7 @@ def test_pieces_come_in_their_columns_and_gradients_go_home(
 
 def test_the_ring_never_holds_more_than_two_pieces(by_rank: list[dict[Any, Any]]) -> None:
     for results in by_rank:
-        # The own rows, and two buffers that the others' take turns in.
+        # The rank's own rows, and two alternating buffers.
         assert results["ring", "unequal"]["buffers"] == min(3, len(by_rank))
 
 
@@ -179,7 +176,7 @@ TIME_OUT = timedelta(seconds=4)
 
 
 def break_off(rank: int, world_size: int, folder: Path) -> str:
-    """Rank 1 fails at its first piece and stays; the others go on until the group gives up."""
+    """Rank 1 fails at its first piece but stays alive; the others wait for the time-out."""
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo",
@@ -204,8 +201,8 @@ def break_off(rank: int, world_size: int, folder: Path) -> str:
 
 
 def test_a_rank_that_fails_half_way_does_not_hang_the_others(tmp_path: Path) -> None:
-    # Well past the group's own time-out, and far below the half hour of a run.
+    # Longer than the group's time-out, and much shorter than a run's.
     ended = spawn(break_off, 3, tmp_path, timeout_s=60)
-    # Rank 2 waits for what rank 1 no longer passes on; whether rank 0 notices, which sends to it,
-    # is up to the transport.
+    # Rank 2 waits for a piece from rank 1. Rank 0 sends to rank 1, and whether it fails depends on
+    # the transport.
     assert ended[1:] == ["KeyError", "RuntimeError"]

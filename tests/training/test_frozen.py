@@ -1,5 +1,7 @@
-"""Frozen layers and LoRA under ZeRO: checkpoints hold every weight, also the ones that do not
-train, and go on at any stage and number of ranks, whatever the new process began with."""
+"""Frozen layers and LoRA under ZeRO: checkpoints hold all weights, frozen ones included.
+
+They load at any stage and on any number of ranks, into a model with other random weights.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def settings(data: Path, kind: str, stage: int, world_size: int) -> Any:
 
 
 def save_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, list[float]]:
-    """Trains and saves every kind at every stage; the losses of the steps beyond, at ZeRO-1."""
+    """Trains and saves every kind at every stage; returns the losses of further steps at ZeRO-1."""
     world, beyond = World(rank=rank, world_size=world_size, device=CPU), {}
     for kind in KINDS:
         for stage in STAGES:
@@ -47,7 +49,7 @@ def save_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, 
 
 
 def load_all(rank: int, world_size: int, data: Path, folder: Path) -> Any:
-    """The losses of the steps beyond, from a model of other random weights."""
+    """Loads every state into a model with other weights; returns the losses of further steps."""
     world = World(rank=rank, world_size=world_size, device=CPU)
     results = {}
     for source in sorted(folder.iterdir()):
@@ -74,7 +76,7 @@ def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, A
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_any_stage_and_number_of_ranks_goes_on_at_any_other(
+def test_a_state_continues_at_any_stage_and_number_of_ranks(
     data: Path, saved: tuple[Path, Any], ranks: int
 ) -> None:
     folder, expected = saved
@@ -86,7 +88,7 @@ def test_any_stage_and_number_of_ranks_goes_on_at_any_other(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_holds_all_weights_and_frozen_ones_as_they_were(
+def test_a_checkpoint_holds_all_weights_and_frozen_ones_unchanged(
     data: Path, saved: tuple[Path, Any], kind: str
 ) -> None:
     model = model_of(settings(data, kind, 1, 1))
@@ -98,7 +100,7 @@ def test_a_checkpoint_holds_all_weights_and_frozen_ones_as_they_were(
         assert weights.keys() == start.keys(), source.name
         for name, weight in weights.items():
             moved = not torch.equal(weight, start[name])
-            # The method gives the frame predictor no gradient, and decay leaves norms as they are.
+            # The frame predictor gets no gradient, and norms have no weight decay.
             if name not in trains:
                 assert not moved, (source.name, name)
             elif "tower." in name and name.endswith("weight") and "k_proj" not in name:

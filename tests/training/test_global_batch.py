@@ -1,4 +1,4 @@
-"""2 ranks x B equals 1 rank x 2B: loss and every parameter gradient, at every ZeRO stage."""
+"""Loss and all gradients of 2 ranks x B equal those of 1 rank x 2B, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders.gradients import Gradients, assert_equal_gradients
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
+from builders.worlds import world_of
 from torch import Tensor
 
 from tvr.trainer.config import Config
@@ -27,8 +29,8 @@ LOSSES = {
     "info_nce": {"similarity": "info_nce"},
 }
 ENGINE_CASES = [(zero_stage, name) for zero_stage in range(4) for name in ("reference", "log")]
-# Above this size of a parameter ZeRO-3 lets go of it between uses; smaller ones it keeps.
-RELEASED = 100_000
+# ZeRO-3 releases parameters above this size between uses, and keeps smaller ones.
+RELEASED_SIZE = 100_000
 DOUBLE_CASES = [(loss, interaction) for loss in LOSSES for interaction in ("att_wti", "ti")]
 
 
@@ -39,17 +41,10 @@ def model_of(config: Config) -> tuple[TextVideoModel, Tokenizer]:
     return model, tokenizer
 
 
-def world_of(rank: int, world_size: int) -> World:
-    return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
-
-
-Gradients = dict[str, Tensor]
-
-
 def engine_gradients(
     rank: int, world_size: int, folder: Path
 ) -> dict[tuple[int, str], tuple[float, Gradients]]:
-    """Loss and whole gradients by (ZeRO stage, loss): all in one process, slow to start."""
+    """Returns loss and whole gradients by (ZeRO stage, loss), in one slow start of the ranks."""
     from deepspeed.utils import safe_get_full_grad
 
     world = world_of(rank, world_size)
@@ -79,27 +74,9 @@ def engine_gradients(
     return results
 
 
-def assert_equal_gradients(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], *, relative: float
-) -> None:
-    """Each within `relative` of its own largest entry, or of the model's where its true value is 0.
-
-    A key bias of an attention layer adds the same to all scores of a softmax: its gradient is
-    rounding noise around 0, which no two orders of summation share.
-    """
-    assert ours.keys() == theirs.keys()
-    largest = max(float(g.abs().max()) for g in theirs.values())
-    for name, gradient in theirs.items():
-        bound = relative * float(gradient.abs().max())
-        if name.endswith("k_proj.bias"):
-            bound = relative * largest
-        difference = float((ours[name] - gradient).abs().max())
-        assert difference <= max(bound, 1e-7 * largest), (name, difference, bound)
-
-
 @pytest.fixture(scope="module")
 def by_engine(data: Path) -> list[dict[tuple[int, str], tuple[float, Gradients]]]:
-    """Results of the one rank alone, then of each of two ranks."""
+    """Results of a single rank, followed by those of each of two ranks."""
     alone = spawn(engine_gradients, 1, data, timeout_s=300)
     return alone + spawn(engine_gradients, 2, data, timeout_s=300)
 
@@ -109,10 +86,10 @@ def test_two_ranks_equal_one_at_every_zero_stage(
     by_engine: list[dict[tuple[int, str], tuple[float, Gradients]]], zero_stage: int, name: str
 ) -> None:
     (loss, gradients), *two = (results[zero_stage, name] for results in by_engine)
-    assert (max(g.numel() for g in gradients.values()) > RELEASED) == (zero_stage == 3)
-    # The partial predictor of frames learns nothing, as published; everything else does.
-    silent = {key for key, gradient in gradients.items() if not gradient.any()}
-    assert silent == {key for key in gradients if key.startswith("frame_predictor.")}
+    assert (max(g.numel() for g in gradients.values()) > RELEASED_SIZE) == (zero_stage == 3)
+    # The frame predictor of TPM-CL gets no gradient, as published; every other parameter does.
+    without_gradient = {key for key, gradient in gradients.items() if not gradient.any()}
+    assert without_gradient == {key for key in gradients if key.startswith("frame_predictor.")}
     for ranks_loss, ranks_gradients in two:
         assert ranks_loss == pytest.approx(loss, rel=1e-5)
         assert_equal_gradients(ranks_gradients, gradients, relative=1e-5)
@@ -121,7 +98,7 @@ def test_two_ranks_equal_one_at_every_zero_stage(
 def double_gradients(
     rank: int, world_size: int, folder: Path
 ) -> dict[tuple[str, str], tuple[float, Gradients]]:
-    """Without DeepSpeed, in float64: gradients summed over ranks and divided by their number."""
+    """Averages gradients over ranks in float64, without DeepSpeed."""
     world = world_of(rank, world_size)
     results = {}
     for loss, interaction in DOUBLE_CASES:
@@ -172,17 +149,17 @@ def gather_backward(rank: int, world_size: int) -> tuple[dict[str, Gathered], li
         results[name] = everyone.detach(), mine.grad
     nothing = all_gather_rows(torch.zeros(0, 4), world, (0, 0, 0))
     assert nothing.shape == (0, 4)
-    return results, [together(world, refusing) for refusing in ((), (2,), (1, 2))]
+    return results, [run_failing(world, failing_ranks) for failing_ranks in ((), (2,), (1, 2))]
 
 
-def together(world: World, refusing: tuple[int, ...]) -> Any:
-    def act() -> int:
-        if world.rank in refusing:
+def run_failing(world: World, failing_ranks: tuple[int, ...]) -> Any:
+    def action() -> int:
+        if world.rank in failing_ranks:
             raise KeyError(world.rank)
         return 10 * world.rank
 
     try:
-        return world.run_on_all(act, KeyError)
+        return world.run_on_all(action, KeyError)
     except KeyError as error:
         return error.args
 
@@ -193,7 +170,7 @@ def gathered() -> list[tuple[dict[str, Gathered], list[Any]]]:
 
 
 @pytest.mark.parametrize(("name", "counts"), [("equal", (2, 2, 2)), ("unequal", (0, 1, 2))])
-def test_the_gather_sums_gradients_of_all_ranks_to_the_owner(
+def test_all_gather_sums_the_gradients_of_all_ranks_on_the_owner(
     gathered: list[tuple[dict[str, Gathered], list[Any]]], name: str, counts: tuple[int, ...]
 ) -> None:
     owners = [rank + 1 for rank, count in enumerate(counts) for _ in range(count)]
@@ -204,14 +181,14 @@ def test_the_gather_sums_gradients_of_all_ranks_to_the_owner(
         assert torch.equal(gradient, expected)
 
 
-def test_a_refusal_on_any_rank_is_the_lowest_ranks_on_all(
+def test_an_error_on_some_ranks_is_raised_on_all_as_that_of_the_lowest_rank(
     gathered: list[tuple[dict[str, Gathered], list[Any]]],
 ) -> None:
     for rank, (_, outcomes) in enumerate(gathered):
         assert outcomes == [10 * rank, (2,), (1,)]
 
 
-def test_every_setting_of_the_tiny_run_is_a_setting(data: Path) -> None:
+def test_the_tiny_configuration_refuses_unknown_settings(data: Path) -> None:
     with pytest.raises(ValueError, match=r"loss\.margn"):
         tiny_config(data, loss={"margn": 1})
     assert asdict(tiny_config(data))["train"]["global_batch"] == 8

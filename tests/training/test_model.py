@@ -1,4 +1,4 @@
-"""The model: features and their masks, parameter groups, and towers from a local CLIP folder."""
+"""The model: features and masks, TPM-CL, parameter groups, and towers from a local CLIP folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def built(tokenizer: Tokenizer, *, loss: dict[str, Any] | None = None, **model: 
 
 
 def inputs(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """4 pairs; videos 1 and 3 miss their last frames, captions have different lengths."""
+    """Returns 4 pairs; videos 1 and 3 end with padding, and captions differ in length."""
     generator = torch.Generator().manual_seed(1)
     shape = (len(CAPTIONS), NUM_FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -68,7 +68,7 @@ def encoded(model: TextVideoModel, tokenizer: Tokenizer) -> Features:
         return model.eval()(*inputs(tokenizer))
 
 
-def rates(**changes: Any) -> TrainConfig:
+def train_config(**changes: Any) -> TrainConfig:
     usual = {"learning_rate": 3e-4, "encoder_learning_rate": 1e-6}
     return TrainConfig(steps=1, global_batch=1, micro_batch=1, **(usual | changes))
 
@@ -94,7 +94,7 @@ def test_features_have_their_shapes_and_unit_length(tokenizer: Tokenizer) -> Non
     assert torch.allclose(features.words[torch.arange(num), ends], features.sentence, atol=1e-6)
 
 
-def test_more_captions_than_videos_are_encoded_apart(tokenizer: Tokenizer) -> None:
+def test_captions_and_videos_may_differ_in_number(tokenizer: Tokenizer) -> None:
     model = built(tokenizer).eval()
     frames, frame_mask, token_ids, word_mask = inputs(tokenizer)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_the_margin_is_computed_in_training_only(tokenizer: Tokenizer) -> None:
     model = built(tokenizer)
     hinge = model.train()(*inputs(tokenizer)).margin_hinge
     assert hinge.shape == (len(CAPTIONS),)
-    assert (hinge > 0).all()  # an untrained model keeps no margin
+    assert (hinge > 0).all()  # an untrained model violates every margin
     assert hinge.requires_grad
     assert encoded(model, tokenizer).margin_hinge is None
 
@@ -149,10 +149,10 @@ def test_the_hinge_follows_its_settings(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("padded", ["words", "frames"])
-def test_padding_gets_predictor_weight_unless_told(tokenizer: Tokenizer, padded: str) -> None:
+def test_padding_gets_predictor_weight_unless_masked(tokenizer: Tokenizer, padded: str) -> None:
     frames, frame_mask, token_ids, word_mask = inputs(tokenizer)
     whole = {"frames": frame_mask, "words": word_mask}
-    whole["words" if padded == "frames" else "frames"][:] = 1  # padding on one side only
+    whole["words" if padded == "frames" else "frames"][:] = 1  # no padding on the other side
     loss = {"mask_threshold": 0.9}
     hinges = [
         built(tokenizer, loss={**loss, "mask_padding_weights": masked})
@@ -163,7 +163,7 @@ def test_padding_gets_predictor_weight_unless_told(tokenizer: Tokenizer, padded:
     assert not torch.allclose(*hinges, atol=1e-3)
 
 
-def test_a_gradient_reaches_the_frame_predictor_only_straight_through(
+def test_the_frame_predictor_gets_a_gradient_with_straight_through_only(
     tokenizer: Tokenizer,
 ) -> None:
     for straight_through in (False, True):
@@ -190,7 +190,7 @@ def test_the_sequence_header(tokenizer: Tokenizer) -> None:
     assert torch.allclose(raw / raw.norm(dim=-1, keepdim=True), on, atol=1e-5)
 
 
-def test_the_header_lets_frames_know_their_order(tokenizer: Tokenizer) -> None:
+def test_the_sequence_header_depends_on_the_order_of_frames(tokenizer: Tokenizer) -> None:
     backwards = [2, 1, 0]
     for layers in (0, 1):
         model = built(tokenizer, sequence_header_layers=layers).eval()
@@ -204,7 +204,7 @@ def test_the_header_lets_frames_know_their_order(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("interaction", ["ti", "att_wti"])
 @pytest.mark.parametrize("layers", [0, 1])
-def test_what_is_in_the_padding_does_not_matter(
+def test_the_content_of_padding_does_not_matter(
     tokenizer: Tokenizer, interaction: str, layers: int
 ) -> None:
     model = built(tokenizer, interaction=interaction, sequence_header_layers=layers).eval()
@@ -230,7 +230,7 @@ def test_what_is_in_the_padding_does_not_matter(
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(tokenizer: Tokenizer) -> None:
     model = built(tokenizer, sequence_header_layers=1, weight_layers=2)
-    groups: list[Any] = parameter_groups(model, rates(weight_decay=0.1))
+    groups: list[Any] = parameter_groups(model, train_config(weight_decay=0.1))
     kinds = {(group["name"], group["weight_decay"]) for group in groups}
     assert kinds == {(name, decay) for name in ("encoder", "head") for decay in (0.0, 0.1)}
     for group in groups:
@@ -287,16 +287,16 @@ def clip_folder(
     return folder, save_clip(folder, tokenizer, width=WIDTH, image_size=24)
 
 
-def test_a_clip_folder_gives_clips_own_embeddings(
+def test_a_clip_folder_gives_the_embeddings_of_clip(
     clip_folder: tuple[Path, CLIPModel], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, clip = clip_folder
     config = ModelConfig(pretrained=str(folder))
     assert image_size(config) == 24
     assert tokenizer_folder(config) == str(folder)
-    torch.manual_seed(99)  # the weights come from the folder, whatever the seed
+    torch.manual_seed(99)  # the weights come from the folder, not from the seed
     model = build_model(config, LossConfig(), tokenizer, num_frames=2).eval()
-    assert not caplog.records  # each tower leaves the other's weights aside, and says nothing of it
+    assert not caplog.records  # neither tower warns about the weights of the other
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (4, 2, 3, 24, 24), dtype=torch.uint8, generator=generator)
     token_ids, word_mask = tokenizer(plain_captions(*CAPTIONS))
@@ -340,7 +340,7 @@ def test_a_folder_without_a_model_is_refused(
         build_model(config, LossConfig(), tokenizer, num_frames=2)
 
 
-def test_a_tokenizer_must_come_from_somewhere() -> None:
+def test_a_missing_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"set model\.tokenizer"):
         tokenizer_folder(ModelConfig())
 

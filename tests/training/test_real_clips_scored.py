@@ -1,4 +1,4 @@
-"""Real clips through the whole of an evaluation: packed, streamed, encoded, scored."""
+"""Real clips through a whole evaluation: packed, streamed, encoded and scored."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 from builders.tiny import tiny_config
+from builders.worlds import SINGLE_RANK
 
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.reading.loader import evaluation_batches
-from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import build_model, image_size, model_inputs
 from tvr.trainer.model.tokenizer import load_tokenizer, train_tokenizer
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
-ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.mark.skipif(not (CLIPS / "captions.jsonl").exists(), reason=f"no captions.jsonl in {CLIPS}")
@@ -48,13 +47,13 @@ def test_real_clips_are_scored(tmp_path: Path, settings: dict[str, Any]) -> None
         max_bad=0,
     )
     with torch.no_grad():
-        features = model(*model_inputs(batch, ALONE.device))
+        features = model(*model_inputs(batch, SINGLE_RANK.device))
         similarity = similarity_rows(features, features, config.model)
     assert similarity.shape == (len(captions), len(clips)) == (3, 2)
     assert similarity.isfinite().all()
     assert similarity.std() > 1e-4
 
-    result = evaluate(model, config, tokenizer, ALONE)
+    result = evaluate(model, config, tokenizer, SINGLE_RANK)
     assert (result.videos, result.captions, result.left_out) == (2, 3, ())
     assert [query["caption"] for query in result.queries] == captions
     for query, row in zip(result.queries, similarity, strict=True):

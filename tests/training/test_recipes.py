@@ -1,4 +1,4 @@
-"""The recipes: the published numbers they hold, and a dry run of each at its real shapes."""
+"""Recipes: the published numbers, and a dry run of each at its real shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tvr.trainer.model.tokenizer import load_tokenizer
 from tvr.trainer.recipes.benchmarks import PASSES
 from tvr.trainer.recipes.recipes import RECIPES, recipe
 
-# What a recipe is for: its benchmark, the ranks it assumes, steps, frames and words.
+# By recipe: benchmark, ranks, steps, frames and words.
 BENCHMARK_RECIPES = {
     "msrvtt_b32": ("msrvtt", "train-9k", 4, 7_031, 12, 32),
     "msrvtt_b16": ("msrvtt", "train-9k", 4, 7_031, 12, 32),
@@ -33,7 +33,7 @@ RANKS = {name: row[2] for name, row in BENCHMARK_RECIPES.items()} | {"large_scal
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of all shapes, by name, with config.json and tokeniser alone."""
+    """Folders of all published shapes by name, with config.json and tokeniser only."""
     return {name: write_clip(tmp_path_factory.mktemp("clip"), name) for name in SHAPES}
 
 
@@ -46,7 +46,7 @@ def test_steps_are_the_epochs_of_the_published_split(name: str) -> None:
     assert config.train.warmup_steps == steps // 10
     assert (config.data.num_frames, config.data.max_words) == (frames, words)
     assert config.data.train == f"data/{dataset}/{split}"
-    assert accumulation_steps(config.train, ranks) == 1  # all 128 pairs meet in one loss
+    assert accumulation_steps(config.train, ranks) == 1  # one loss over all 128 pairs
 
 
 @pytest.mark.parametrize("name", BENCHMARK_RECIPES)
@@ -74,14 +74,14 @@ def test_every_recipe_is_covered_here() -> None:
 
 
 @pytest.mark.parametrize("name", RANKS)
-def test_every_recipe_is_dry_run_at_its_real_shapes(
+def test_every_recipe_passes_a_dry_run_at_its_real_shapes(
     name: str,
     clips: dict[str, str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where no data set is
+    monkeypatch.chdir(tmp_path)  # a folder without data sets
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(dry_run, "free_bytes", lambda: 0)
     config = recipe(name)
@@ -89,28 +89,28 @@ def test_every_recipe_is_dry_run_at_its_real_shapes(
     samples = PASSES[name].videos
     line = ["--recipe", name, "--run-dir", "run", "--model.pretrained", folder, "--dry-run"]
     assert tvr_train([*line, "--ranks", str(RANKS[name]), "--samples", str(samples)]) == 0
-    said = capsys.readouterr().out
-    assert f"data.train: {config.data.train}" in said
-    assert "missing" in said
+    printed = capsys.readouterr().out
+    assert f"data.train: {config.data.train}" in printed
+    assert "missing" in printed
     pairs = config.train.global_batch
-    assert re.search(rf"pairs per loss +{pairs:,}: {pairs - 1:,} negatives", said)
-    epochs = float(re.search(r"^ *epochs +([\d.,]+)", said, re.MULTILINE)[1].replace(",", ""))  # pyright: ignore[reportOptionalSubscript]
+    assert re.search(rf"pairs per loss +{pairs:,}: {pairs - 1:,} negatives", printed)
+    epochs = float(re.search(r"^ *epochs +([\d.,]+)", printed, re.MULTILINE)[1].replace(",", ""))  # pyright: ignore[reportOptionalSubscript]
     assert epochs == pytest.approx(PASSES[name].epochs, rel=0.005)
-    assert "No step was run: a single rank would need" in said
+    assert "No step was run: a single rank would need" in printed
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_outlines_have_the_parameters_of_the_published_towers(
+def test_meta_models_have_the_parameters_of_the_published_towers(
     name: str, clips: dict[str, str]
 ) -> None:
     config = recipe("msrvtt_b32")
     model = replace(config.model, pretrained=clips[name])
     tokenizer = load_tokenizer(clips[name], config.data.max_words)
-    outline = build_meta_model(model, config.loss, tokenizer, num_frames=12)
-    towers = (outline.text_tower, outline.image_tower)
+    model_on_meta = build_meta_model(model, config.loss, tokenizer, num_frames=12)
+    towers = (model_on_meta.text_tower, model_on_meta.image_tower)
     assert sum(p.numel() for tower in towers for p in tower.parameters()) == SHAPES[name][-1]
-    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert all(parameter.is_meta for parameter in model_on_meta.parameters())
 
 
 def test_the_large_recipe_fits_its_gpus(clips: dict[str, str]) -> None:
@@ -132,5 +132,5 @@ def test_the_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         tvr_train(["--recipe", "msrvtt_b16", "--help"])
     assert ended.value.code == 0
-    said = " ".join(re.findall(r"\w+", capsys.readouterr().out))
-    assert " ".join(RECIPES) in said
+    printed = " ".join(re.findall(r"\w+", capsys.readouterr().out))
+    assert " ".join(RECIPES) in printed

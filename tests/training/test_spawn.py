@@ -1,4 +1,4 @@
-"""The helper that starts ranks: values and failures come back, and no rank outlives its time."""
+"""`spawn`: returns values, reports failures, and ends ranks that take too long."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fail_on_one(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
-def vanish_on_one(rank: int, world_size: int) -> None:
+def exit_on_one(rank: int, world_size: int) -> None:
     if rank == 1:
         os._exit(7)
     dist.barrier()
@@ -33,7 +33,7 @@ def sleep_on_one(rank: int, world_size: int) -> None:
     time.sleep(600 * rank)
 
 
-def test_values_come_back_in_order_of_rank() -> None:
+def test_values_are_in_rank_order() -> None:
     values = spawn(add_up, 2, 10)
     assert values == [(0, torch.tensor([21.0]), "02"), (1, torch.tensor([21.0]), "12")]
 
@@ -43,11 +43,11 @@ def test_a_ranks_traceback_reaches_the_caller() -> None:
         spawn(fail_on_one, 2)
 
 
-def test_a_rank_that_vanishes_is_named() -> None:
+def test_a_rank_that_exits_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1 ended with exit code 7"):
-        spawn(vanish_on_one, 2)
+        spawn(exit_on_one, 2)
 
 
-def test_a_late_rank_is_named_and_ended() -> None:
+def test_a_late_rank_is_named_and_killed() -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[(0, )?1\] not done after 4\.0 s"):
         spawn(sleep_on_one, 2, timeout_s=4.0)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders.gradients import assert_equal_gradients
 from builders.plain_model import Gradients
 from builders.spawn import spawn
 from builders.tiny import tiny_config
-from test_global_batch import assert_equal_gradients
 
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json

@@ -1,4 +1,4 @@
-"""The tokenizer: CLIP's rules, masks, truncation, files that Hugging Face classes read, errors."""
+"""Tokenisers: CLIP's rules, masks, truncation, files for Hugging Face classes, errors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_no_captions_make_an_empty_batch(tokenizer: Tokenizer) -> None:
     assert ids.shape == mask.shape == (0, 12)
 
 
-def test_vocabulary_is_dense_and_ends_with_start_and_end(tokenizer: Tokenizer) -> None:
+def test_ids_are_contiguous_and_end_with_start_and_end(tokenizer: Tokenizer) -> None:
     vocabulary = tokenizer.backend.get_vocab()
     assert sorted(vocabulary.values()) == list(range(tokenizer.vocab_size))
     assert SMALLEST_VOCABULARY < tokenizer.vocab_size <= 600
@@ -94,7 +94,7 @@ def test_spelling_variants_give_the_same_ids(
 
 @given(st.text(max_size=30))
 def test_no_text_has_an_unknown_token(text: str) -> None:
-    # The unknown token is the end token: inside a caption it would end the caption early.
+    # The unknown token is the end token, which would end a caption early.
     tokenizer = _any_tokenizer()
     words = tokenizer.backend.encode(text, add_special_tokens=False)
     specials = text.lower().count("<|startoftext|>") + text.lower().count("<|endoftext|>")
@@ -106,7 +106,7 @@ _CACHE: dict[str, Tokenizer] = {}
 
 
 def _any_tokenizer() -> Tokenizer:
-    # hypothesis calls a test many times and takes no fixture of a narrower scope.
+    # hypothesis calls a test many times and refuses function-scoped fixtures.
     if "any" not in _CACHE:
         import tempfile
 
@@ -115,7 +115,7 @@ def _any_tokenizer() -> Tokenizer:
     return _CACHE["any"]
 
 
-def test_same_captions_give_the_same_files(folder: Path, tmp_path: Path) -> None:
+def test_equal_captions_give_equal_files(folder: Path, tmp_path: Path) -> None:
     train_tokenizer(iter(CAPTIONS), tmp_path, vocab_size=600, max_words=12)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (folder / name).read_text()
@@ -168,7 +168,7 @@ def test_a_tokenizer_without_padding_is_refused(folder: Path, tmp_path: Path) ->
         load_tokenizer(tmp_path, 12)
 
 
-def test_clip_without_its_vocabulary_says_what_to_install(
+def test_a_missing_clip_vocabulary_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr.trainer.model.tokenizer.find_spec", lambda name: None)
@@ -179,7 +179,7 @@ def test_clip_without_its_vocabulary_says_what_to_install(
 @pytest.mark.skipif(
     find_spec("open_clip") is None, reason="open_clip_torch, which has CLIP's vocabulary, is absent"
 )
-def test_clip_tokens_are_those_of_the_published_models(tmp_path: Path) -> None:
+def test_clip_tokens_equal_those_of_the_published_models(tmp_path: Path) -> None:
     tokenizer = clip_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 49_408
     ids, mask = tokenizer(plain_captions("a photo of a cat"))

@@ -1,4 +1,4 @@
-"""Pretrained towers: SigLIP's features, the published shapes of CLIP, and what of them trains."""
+"""Pretrained towers: SigLIP's features, the published shapes of CLIP, freezing and LoRA."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def test_a_siglip_folder_gives_siglips_own_features(siglip: tuple[Path, SiglipModel]) -> None:
+def test_a_siglip_folder_gives_the_features_of_siglip(siglip: tuple[Path, SiglipModel]) -> None:
     folder, theirs = siglip
     config = ModelConfig(pretrained=str(folder))
     assert image_size(config) == 24
@@ -73,28 +73,28 @@ def test_a_siglip_folder_gives_siglips_own_features(siglip: tuple[Path, SiglipMo
     pixels: Any = (frames.flatten(0, 1) / 255 - 0.5) / 0.5
     with torch.no_grad():
         features = model(frames, frame_mask, token_ids, word_mask)
-        # As published: padded to all positions, and no attention mask.
+        # As in the published code: padded to all positions, without an attention mask.
         text: Any = theirs.get_text_features(input_ids=token_ids)
         image: Any = theirs.get_image_features(pixel_values=pixels)
         masked: Any = theirs.get_text_features(input_ids=token_ids, attention_mask=word_mask)
     assert torch.allclose(features.sentence, unit(text.pooler_output), atol=1e-5)
     assert torch.allclose(features.frames.flatten(0, 1), unit(image.pooler_output), atol=1e-5)
-    # The last slot's word is the sentence; and words are those of the whole context.
+    # The sentence is the vector of the last position, and words see the whole context.
     assert torch.allclose(features.words[:, -1], features.sentence, atol=1e-6)
     assert not torch.allclose(features.sentence, unit(masked.pooler_output), atol=1e-3)
-    # Padding and the end share their id: the mask counts one of them.
+    # Padding and end have one id; the mask is 1 on the end only.
     ends = (token_ids == words.eos_token_id).sum(dim=1) - (word_mask == 0).sum(dim=1)
     assert ends.tolist() == [1] * len(CAPTIONS)
 
 
-def test_a_siglip_wants_all_its_slots_filled(siglip: tuple[Path, SiglipModel]) -> None:
+def test_a_siglip_needs_captions_of_all_its_positions(siglip: tuple[Path, SiglipModel]) -> None:
     folder, _ = siglip
     short = load_tokenizer(folder, MAX_WORDS - 1)
-    with pytest.raises(ValueError, match=r"data\.max_words=15 must be 16: siglip's sentence"):
+    with pytest.raises(ValueError, match=r"data\.max_words=15 must be 16: siglip takes"):
         built(short, pretrained=str(folder))
 
 
-def test_a_siglips_words_have_no_place_in_the_caption(siglip: tuple[Path, SiglipModel]) -> None:
+def test_content_words_are_refused_with_siglip(siglip: tuple[Path, SiglipModel]) -> None:
     with pytest.raises(ValueError, match=r"data\.content_words needs"):
         load_tokenizer(siglip[0], MAX_WORDS, content_words=True)
 
@@ -112,7 +112,7 @@ def test_a_siglip_without_sentencepiece_names_the_extra(
         load_tokenizer(siglip[0], MAX_WORDS)
 
 
-def test_a_tokenizer_without_start_serves_no_fresh_towers(
+def test_towers_from_scratch_need_a_start_token(
     siglip: tuple[Path, SiglipModel],
 ) -> None:
     words = load_tokenizer(siglip[0], MAX_WORDS)
@@ -127,7 +127,7 @@ def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None
 
 
 def published(patch: int, *, large: bool, eos: int) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    """As openai/clip-vit-{base,large}-patchP tell them."""
+    """Returns the configurations of openai/clip-vit-{base,large}-patchP."""
     width, hidden, layers = (768, 1024, 24) if large else (512, 768, 12)
     text = CLIPTextConfig(
         hidden_size=width,
@@ -171,7 +171,7 @@ def test_folders_of_the_published_base_shapes(
 
 def test_the_published_large_shape() -> None:
     text, vision = published(14, large=True, eos=49407)
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):  # shapes without values
         towers = Towers(family=CLIP, text=CLIP.text(text), image=CLIP.image(vision))
         model = TextVideoModel(
             towers, ModelConfig(), LossConfig(), num_frames=12, num_words=MAX_WORDS
@@ -180,14 +180,14 @@ def test_the_published_large_shape() -> None:
         words = towers.text.text_projection(torch.zeros(2, MAX_WORDS, text.hidden_size))
     assert frames.shape == (4, 768)
     assert words.shape == (2, MAX_WORDS, 768)
-    train = rates(layer_decay=0.75)
+    train = train_config(layer_decay=0.75)
     groups: list[Any] = parameter_groups(model, train)
     lowest = min(group["peak"] for group in groups)
     assert lowest == pytest.approx(train.encoder_learning_rate * 0.75**25)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def rates(**changes: Any) -> TrainConfig:
+def train_config(**changes: Any) -> TrainConfig:
     usual = {"learning_rate": 1e-3, "encoder_learning_rate": 1e-4}
     return TrainConfig(steps=1, global_batch=1, micro_batch=1, **(usual | changes))
 
@@ -212,7 +212,7 @@ def test_depth(name: str, expected: int) -> None:
 
 def test_rates_fall_towards_the_embeddings(tokenizer: Tokenizer) -> None:
     model = built(tokenizer)
-    groups: list[Any] = parameter_groups(model, rates(layer_decay=0.5))
+    groups: list[Any] = parameter_groups(model, train_config(layer_decay=0.5))
     peaks = {id(p): group["peak"] for group in groups for p in group["params"]}
     expected = {
         "text_tower.text_projection.weight": 1e-4,
@@ -226,14 +226,14 @@ def test_rates_fall_towards_the_embeddings(tokenizer: Tokenizer) -> None:
     assert all(group["lr"] == group["peak"] for group in groups)
 
 
-def trained(model: TextVideoModel) -> set[str]:
+def trained_names(model: TextVideoModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_bottom_layers_are_frozen(tokenizer: Tokenizer) -> None:
-    everything = trained(built(tokenizer))
+    everything = trained_names(built(tokenizer))
     model = built(tokenizer, freeze=2)
-    frozen = everything - trained(model)
+    frozen = everything - trained_names(model)
     expected = {
         name
         for name in everything
@@ -242,7 +242,7 @@ def test_bottom_layers_are_frozen(tokenizer: Tokenizer) -> None:
     }
     expected = {name for name in expected if "tower." in name}
     assert frozen == expected
-    grouped = [p for group in parameter_groups(model, rates()) for p in group["params"]]  # type: ignore[attr-defined]
+    grouped = [p for group in parameter_groups(model, train_config()) for p in group["params"]]  # type: ignore[attr-defined]
     assert len(grouped) == len(everything) - len(frozen)
     assert all(p.requires_grad for p in grouped)
 
@@ -251,13 +251,13 @@ def test_bottom_layers_are_frozen(tokenizer: Tokenizer) -> None:
     ("what", "kept"), [("text", ("text",)), ("image", ("image",)), ("both", ("text", "image"))]
 )
 def test_whole_towers_are_frozen(tokenizer: Tokenizer, what: str, kept: tuple[str, ...]) -> None:
-    names = trained(built(tokenizer, freeze=what))
+    names = trained_names(built(tokenizer, freeze=what))
     for side in ("text", "image"):
         assert any(name.startswith(f"{side}_tower.") for name in names) == (side not in kept)
     assert any(name.startswith("frame_weight") for name in names)
 
 
-def test_what_cannot_be_frozen_is_named(tokenizer: Tokenizer) -> None:
+def test_invalid_freezing_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"model\.freeze=4: the text tower has only 3 layers"):
         built(tokenizer, freeze=4)
     with pytest.raises(
@@ -271,7 +271,7 @@ def test_what_cannot_be_frozen_is_named(tokenizer: Tokenizer) -> None:
         num_frames=2,
     )
     with pytest.raises(ValueError, match=r"nothing is left to train: model\.freeze"):
-        parameter_groups(bare, rates())
+        parameter_groups(bare, train_config())
 
 
 def lora_clip(tokenizer: Tokenizer, folder: Path) -> TextVideoModel:
@@ -290,12 +290,12 @@ def test_lora_starts_at_the_towers_and_merges_into_them(
     make: Callable[[Tokenizer, Path], TextVideoModel],
 ) -> None:
     model = make(tokenizer, siglip[0])
-    of_towers = {name for name in trained(model) if "tower." in name}
-    # Two matrices for queries and values each, in every layer of both towers.
+    of_towers = {name for name in trained_names(model) if "tower." in name}
+    # Two matrices each for queries and values, in every layer of both towers.
     layers = sum(tower.config.num_hidden_layers for tower in (model.text_tower, model.image_tower))
     assert len(of_towers) == 4 * layers
     assert all(".lora_" in name for name in of_towers)
-    assert any(name.startswith("frame_weight") for name in trained(model))
+    assert any(name.startswith("frame_weight") for name in trained_names(model))
 
     frames, frame_mask = pictures(model.image_tower.config.image_size)
     token_ids = torch.arange(4 * MAX_WORDS).view(4, MAX_WORDS) % 30
@@ -333,7 +333,7 @@ def test_lora_without_peft_names_the_extra(
         built(tokenizer, lora_rank=2)
 
 
-def test_check_captions_is_about_the_family_it_is_given(tokenizer: Tokenizer) -> None:
+def test_check_tokenizer_follows_the_family(tokenizer: Tokenizer) -> None:
     model = built(tokenizer)
     towers = Towers(family=CLIP, text=model.text_tower, image=model.image_tower)
     check_tokenizer(towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1))  # CLIP may have fewer

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: order of samples, resume, and how a run may fail."""
+"""Whole runs through the command line: sample order, resume, and failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ended:
 
 
 def train(config: Config, run_dir: Path, *, ranks: int = 1, flags: tuple[str, ...] = ()) -> Ended:
-    """`tvr train`: alone in this process (starting one is slow), several by `tvr launch local`."""
+    """Runs `tvr train`: one rank in this process, several ranks by `tvr launch local`."""
     settings = run_dir.with_suffix(".json")
     settings.write_text(to_json(with_ranks(config, ranks)))
     line = ["--config", str(settings), "--run-dir", str(run_dir), *flags]
@@ -55,7 +55,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def keys_by_step(run_dir: Path) -> list[list[str]]:
-    """The global batch of each micro-step: the ranks' keys side by side, in rank order."""
+    """Returns the keys of each micro-step's global batch, in rank order."""
     files = sorted((run_dir / "keys").glob("rank-*.jsonl"))
     ranks = [[json.loads(line)["keys"] for line in file.read_text().splitlines()] for file in files]
     return [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
@@ -94,7 +94,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     done = train(config, whole, ranks=2)
     assert done.returncode == 0, done.stderr
-    # The second run is the first one as it stood after step 3, killed while it wrote a checkpoint.
+    # The second run copies the first one after step 3, as if killed while it wrote a checkpoint.
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step-00000006")
     (stopped / "checkpoints" / "latest").write_text("step-00000003\n")
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
     assert old == new
 
 
-def test_a_run_of_other_settings_is_not_continued(data: Path, tmp_path: Path) -> None:
+def test_a_run_of_other_settings_is_refused(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, train={"steps": 1}, data={"test": None})
     run_dir = tmp_path / "run"
     assert train(config, run_dir).returncode == 0
@@ -119,7 +119,7 @@ def test_a_run_of_other_settings_is_not_continued(data: Path, tmp_path: Path) ->
     assert "loss.margin was 0.6, is 0.2" in refused.stderr
     again = train(config, run_dir, flags=("--data.workers", "1"))
     assert again.returncode == 0, again.stderr
-    assert len(losses(run_dir)) == 1  # it was complete already
+    assert len(losses(run_dir)) == 1  # the run was complete
     refused = train(config, run_dir, flags=("--train.micro-batch", "4"))
     assert refused.returncode == 2
     assert "was 8 x 1 = 8, is 4 x 1 = 4" in refused.stderr
@@ -129,7 +129,7 @@ def test_a_run_of_other_settings_is_not_continued(data: Path, tmp_path: Path) ->
     assert "holds step-00000001 and --resume is never" in refused.stderr
 
 
-def test_settings_that_trained_nothing_may_be_corrected(data: Path, tmp_path: Path) -> None:
+def test_settings_may_change_before_the_first_checkpoint(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, train={"steps": 1}, data={"test": None})
     run_dir = tmp_path / "run"
     assert train(config, run_dir, flags=("--data.num-frames", "9")).returncode == 2
@@ -139,7 +139,7 @@ def test_settings_that_trained_nothing_may_be_corrected(data: Path, tmp_path: Pa
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(
     data: Path, tmp_path: Path
 ) -> None:
-    # At this rate the first step throws the weights out of range: the second loss is not finite.
+    # At this learning rate the first step makes the weights overflow, so the second loss is NaN.
     config = tiny_config(
         data,
         train={
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000001\n"
 
 
-def test_accumulation_takes_the_same_samples_in_smaller_runs(data: Path, tmp_path: Path) -> None:
+def test_accumulation_uses_the_same_samples_in_smaller_batches(data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         data,
         train={"steps": 2, "log_keys": True},
@@ -211,27 +211,27 @@ def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None
     assert key not in seen
 
 
-def test_the_log_tells_how_a_checkpoint_was_made(
+def test_the_log_says_how_a_checkpoint_was_written(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(data, data={"test": None, "test_exchanged": None}, train={"steps": 1})
     off = replace(config, checkpoint=replace(config.checkpoint, background=False))
 
-    def told(name: str, config: Config) -> tuple[bool, str | None]:
+    def checkpoint_line(name: str, config: Config) -> tuple[bool, str | None]:
         done = train(config, tmp_path / name)
         assert done.returncode == 0, done.stderr
         (saved,) = events(tmp_path / name, "saved")
         return saved["background"], saved.get("no_room")
 
-    assert told("beside", config) == (True, None)
-    assert told("off", off) == (False, None)
+    assert checkpoint_line("beside", config) == (True, None)
+    assert checkpoint_line("off", off) == (False, None)
     monkeypatch.setattr(
         "tvr.trainer.checkpoint.saver.staging_shortage", lambda state, world: "the node is small"
     )
-    assert told("full", config) == (False, "the node is small")
+    assert checkpoint_line("full", config) == (False, "the node is small")
 
 
-def test_a_spent_budget_on_one_rank_stops_all(data: Path, tmp_path: Path) -> None:
+def test_too_many_bad_samples_on_one_rank_stop_all(data: Path, tmp_path: Path) -> None:
     folder, (key,) = damaged_data(data, tmp_path / "damaged", rows=[17])
     config = tiny_config(
         data,
@@ -240,6 +240,6 @@ def test_a_spent_budget_on_one_rank_stops_all(data: Path, tmp_path: Path) -> Non
     )
     failed = train(config, tmp_path / "run", ranks=2)
     assert failed.returncode == 3
-    # All ranks raise it; one tells it, whichever comes first.
+    # All ranks raise the error; the first one reports it.
     assert failed.stderr.count(f"1 bad samples in {folder} on rank") == 1
     assert failed.stderr.count(f"{key}: checksum") == 1
