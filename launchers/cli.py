@@ -35,7 +35,7 @@ COMMANDS = {
     "metrics": Command("tvr.trainer.monitoring.cli:metrics", "what a run tells Prometheus"),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
     "bench": Command(
-        "tvr.trainer.bench.bench:bench", "the kernels' time and memory; clips/s of the data"
+        "tvr.trainer.bench_cli:bench", "the kernels' time and memory; clips/s of the data"
     ),
     "launch": Command(
         "tvr.launchers.launch_cli:launch", "start a job here or on a cluster; watch over it"

@@ -20,7 +20,7 @@ import torch
 from builders import jobs
 from builders.slurm_cluster import cluster_of
 
-from tvr.trainer.bench.bench_report import machine, versions
+from tvr_bench.kernels_report import machine, versions
 from tvr.trainer.config import from_json
 
 # What a step's record says of the training, and not of its time.

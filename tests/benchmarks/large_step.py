@@ -90,7 +90,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     """One rank's part; rank 0 writes what the step logged, and everyone's memory."""
     import torch
 
-    from tvr.trainer.bench.measured import process_bytes
+    from tvr_bench.kernels_task import process_bytes
     from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
     from tvr.trainer.distributed.world import join_world
     from tvr.trainer.engine.engine import Engine

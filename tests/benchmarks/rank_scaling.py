@@ -15,8 +15,8 @@ import os
 from statistics import median
 from typing import Any
 
-from tvr.trainer.bench.bench_report import machine, versions
-from tvr.trainer.bench.measure import BACKWARD, Job, seconds
+from tvr_bench.kernels_report import machine, versions
+from tvr_bench.kernels_process import BACKWARD, Job, seconds
 
 
 def main() -> None:

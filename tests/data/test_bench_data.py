@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tvr.data_prep import bench_data
-from tvr.data_prep.bench_data import PLAIN, Sizes, make_data
-from tvr.trainer.bench.bench import bench
+from tvr_bench import data_sources as bench_data
+from tvr_bench.data_sources import PLAIN, Sizes, make_data
+from tvr_bench.kernels import bench
 
 # torch warns of more workers than cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -62,7 +62,7 @@ def test_all_sources_give_the_same_pictures(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tvr.trainer.bench.bench_data.find_spec", lambda name: None)
+    monkeypatch.setattr("tvr_bench.data.find_spec", lambda name: None)
     assert bench(["data", "--source", "beton"]) == 2
     said = capsys.readouterr().err
     assert "beton left out: FFCV is not installed (make ffcv)" in said

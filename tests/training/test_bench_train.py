@@ -14,10 +14,10 @@ import torch
 from builders.tiny import tiny_config
 from rich.console import Console
 
-from tvr.trainer.bench import bench_train
-from tvr.trainer.bench.bench import bench
-from tvr.trainer.bench.bench_train import shared_out
-from tvr.trainer.bench.bench_train_report import rows, save_row, table
+from tvr_bench import train as bench_train
+from tvr_bench.kernels import bench
+from tvr_bench.train import shared_out
+from tvr_bench.train_report import rows, save_row, table
 from tvr.trainer.config import to_json
 from tvr.trainer.monitoring.stopwatch import PARTS, Laps
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from builders.spawn import spawn
 
-from tvr.trainer.bench.measure import BACKWARD, GIVES_BACK, Job, peak_bytes
-from tvr.trainer.bench.measured import Inputs, cpu_growth, make_inputs
+from tvr_bench.kernels_process import BACKWARD, GIVES_BACK, Job, peak_bytes
+from tvr_bench.kernels_task import Inputs, cpu_growth, make_inputs
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.objective import objective

@@ -18,9 +18,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tvr.data_prep.bench_data import PLAIN, SOURCES, STEPS, Sizes, Speed, measure
+from tvr_bench.data_sources import PLAIN, SOURCES, STEPS, Sizes, Speed, measure
 from tvr.data_prep.cli_errors import STRICT, run_command
-from tvr.trainer.bench.bench_report import machine, versions
+from tvr_bench.kernels_report import machine, versions
 from tvr.trainer.config import Positive
 
 PACKAGES = ("webdataset", "pillow", "simplejpeg", "av", "ffcv", "numba", "numpy")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tvr.trainer.bench import bench
-from tvr.trainer.bench.bench_report import Measured, rows, to_json
-from tvr.trainer.bench.measure import (
+from tvr_bench import kernels as bench
+from tvr_bench.kernels_report import Measured, rows, to_json
+from tvr_bench.kernels_process import (
     BACKWARD,
     FORWARD,
     Job,

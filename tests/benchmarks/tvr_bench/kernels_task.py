@@ -1,4 +1,4 @@
-"""What a measured process runs; `measure` starts it: python -m tvr.trainer.bench.measured TASK."""
+"""What a measured process runs; `measure` starts it: python -m tvr_bench.kernels_task TASK."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvr.kernels.losses import row_neg_nce
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
-from tvr.trainer.bench.measure import BACKWARD, Job
+from tvr_bench.kernels_process import BACKWARD, Job
 
 SHORTEST_CAPTION = 4
 # The bound's table of scores is in one piece up to 512 MiB: at that size cutting it costs nothing.

@@ -1,6 +1,6 @@
 """Asks an endpoint again and again, as Prometheus does, until it is gone: for benchmarks.
 
-python -m tvr.trainer.bench.scraper URL TIMES_A_SECOND    prints how often it was answered
+python -m tvr_bench.scraper URL TIMES_A_SECOND    prints how often it was answered
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from rich.console import Console, RenderableType
 
 from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
-from tvr.trainer.bench.bench_report import machine, versions
-from tvr.trainer.bench.bench_train_report import (
+from tvr_bench.kernels_report import machine, versions
+from tvr_bench.train_report import (
     HOW_SAVE,
     HOW_TRAIN,
     rows,
@@ -29,8 +29,8 @@ from tvr.trainer.bench.bench_train_report import (
     save_table,
     table,
 )
-from tvr.trainer.bench.measure import MeasurementFailed
-from tvr.trainer.bench.timed import Task
+from tvr_bench.kernels_process import MeasurementFailed
+from tvr_bench.rank_task import Task
 from tvr.trainer.config import (
     Config,
     NotNegative,
@@ -183,7 +183,7 @@ def run_on_ranks(task: Task, ranks: int, threads: int) -> dict[str, Any]:
     file.write_text(json.dumps(asdict(task)))
     launch = [sys.executable, "-m", "tvr.launchers.cli", "launch", "local", "--ranks", str(ranks)]
     ended = subprocess.run(
-        [*launch, "--", sys.executable, "-m", "tvr.trainer.bench.timed", str(file)],
+        [*launch, "--", sys.executable, "-m", "tvr_bench.rank_task", str(file)],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,

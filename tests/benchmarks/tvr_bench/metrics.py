@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from rich.table import Table
 
 from tvr.data_prep.cli_errors import STRICT
-from tvr.trainer.bench.bench_train import (
+from tvr_bench.train import (
     bench_folder,
     bench_reported,
     of_any,
@@ -22,8 +22,8 @@ from tvr.trainer.bench.bench_train import (
     say,
     with_data,
 )
-from tvr.trainer.bench.bench_train_report import bench_table
-from tvr.trainer.bench.timed import Task
+from tvr_bench.train_report import bench_table
+from tvr_bench.rank_task import Task
 from tvr.trainer.config import Positive, to_json
 
 HOW = (

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
-from tvr.trainer.bench.bench_report import Measured, tables, to_json
-from tvr.trainer.bench.measure import Job, MeasurementFailed, Refused, peak_bytes, seconds
+from tvr_bench.kernels_report import Measured, tables, to_json
+from tvr_bench.kernels_process import Job, MeasurementFailed, Refused, peak_bytes, seconds
 from tvr.trainer.config import Positive
 from tvr.trainer.memory.memory import estimate
 from tvr.trainer.memory.sizes import Sizes
@@ -92,15 +92,15 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("what", choices=["kernels", "data", "train", "save", "metrics"], help=what)
     chosen = parser.parse_args(list(argv[:1])).what
     if chosen == "data":
-        from tvr.trainer.bench.bench_data import bench_data
+        from tvr_bench.data import bench_data
 
         return bench_data(argv[1:])
     if chosen == "metrics":
-        from tvr.trainer.bench.bench_metrics import bench_metrics
+        from tvr_bench.metrics import bench_metrics
 
         return bench_metrics(argv[1:])
     if chosen in ("train", "save"):
-        from tvr.trainer.bench.bench_train import bench_save, bench_train
+        from tvr_bench.train import bench_save, bench_train
 
         return (bench_train if chosen == "train" else bench_save)(argv[1:])
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.storage.storage_folder import StorageFolder
-from tvr.trainer.bench.scraper import Scraper
+from tvr_bench.scraper import Scraper
 from tvr.trainer.checkpoint.catalogue import Retention
 from tvr.trainer.checkpoint.manifest import SavedState
-from tvr.trainer.checkpoint.save_result import SaveResult
-from tvr.trainer.checkpoint.saver import Saver, rank_files
+from tvr.trainer.checkpoint.place import Place
+from tvr.trainer.checkpoint.saver import Saved, Saver, shard_files
 from tvr.trainer.config import Config, from_json
 from tvr.trainer.data import build_tokenizer, training_batches
 from tvr.trainer.distributed.world import World, join_world
@@ -86,7 +85,7 @@ class _Timed:
             if task.save_every and step and step % task.save_every == 0:
                 saver.save(self._state(), self._staged)
             elif self._all(saver.is_ready):
-                saver.advance()
+                saver.go_on()
             self._watch.lap("save")
             parts = self._watch.take()
             taken += [parts] if step else []  # the first one's caches were cold
@@ -144,7 +143,7 @@ class _Timed:
         (file,) = (self._folder / FOLDER).glob("*.json")
         return f"http://{json.loads(file.read_text())[0]['targets'][0]}/metrics"
 
-    def _save(self, saver: Saver) -> tuple[SaveResult, dict[str, float]]:
+    def _save(self, saver: Saver) -> tuple[Saved, dict[str, float]]:
         """One save, and the seconds from its begin to its end, in which training goes on."""
         self._world.barrier()
         before, steps = time.perf_counter(), 0
@@ -153,12 +152,12 @@ class _Timed:
             self._advance()
             steps += 1
             if self._all(saver.is_ready):
-                ended = saver.advance()
+                ended = saver.go_on()
         (saved,) = ended
         if saved.error is not None:
             raise OSError(saved.error)
         seconds = time.perf_counter() - before
-        return saved, {"waited_s": saved.blocked_s, "seconds": seconds, "steps": steps}
+        return saved, {"waited_s": saved.held_up_s, "seconds": seconds, "steps": steps}
 
     def _advance(self) -> float:
         """The step's seconds."""
@@ -170,7 +169,7 @@ class _Timed:
 
     def _saver(self, name: str, *, background: bool) -> Saver:
         return Saver(
-            StorageFolder(str(self._folder / name)),
+            Place(str(self._folder / name)),
             self._world,
             self._attempt,
             Retention(last=1, every=0, best=False),
@@ -178,7 +177,7 @@ class _Timed:
         )
 
     def _staged(self, copy: bool) -> dict[str, Any]:
-        return rank_files(self._engine.state_dict(copy=copy), self._world.rank, get_random_state())
+        return shard_files(self._engine.state_dict(copy=copy), self._world.rank, get_random_state())
 
     def _state(self) -> SavedState:
         return SavedState(

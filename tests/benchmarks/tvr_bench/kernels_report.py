@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tvr.trainer.bench.measure import BACKWARD, FORWARD, Job
+from tvr_bench.kernels_process import BACKWARD, FORWARD, Job
 
 NAMES = {
     "reference": "naive",

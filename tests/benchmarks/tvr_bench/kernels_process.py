@@ -99,7 +99,7 @@ def _measured(
     task = json.dumps({"what": what, "job": asdict(job), "passes": passes, "repeats": repeats})
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | heap
     ended = subprocess.run(
-        [sys.executable, "-m", "tvr.trainer.bench.measured", task],
+        [sys.executable, "-m", "tvr_bench.kernels_task", task],
         env=environment,
         capture_output=True,
         text=True,
