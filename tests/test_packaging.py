@@ -84,6 +84,21 @@ def test_imports_come_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     assert files == [str(unpacked / f"{name.replace('.', '/')}.py") for name in SAMPLES]
 
 
+def test_bench_in_the_wheel_refers_to_the_source_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    places = [str(tmp_path), *(place for place in sys.path if place.endswith("-packages"))]
+    code = (
+        "import sys\n"
+        f"sys.path[:0] = {places!r}\n"
+        "from tvr.launchers.cli import main\n"
+        "sys.exit(main(['bench', 'kernels']))\n"
+    )
+    line = [sys.executable, "-S", "-c", code]
+    ended = subprocess.run(line, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "part of the source checkout" in ended.stderr
+
+
 @pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["root", "elsewhere"])
 def test_installed_modules_import_from_anywhere(cwd: Path) -> None:
     lines = "\n".join(f"import {name}" for name in SAMPLES)

@@ -28,4 +28,4 @@ def bench(argv: Sequence[str]) -> int:
         return EXIT_USAGE
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module("tvr_bench.kernels").bench(argv)
+    return importlib.import_module("tvr_bench.cli").bench(argv)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from builders import jobs
 from builders.slurm_cluster import cluster_of
+from tvr_bench.harness import machine, versions
 
-from tvr_bench.kernels_report import machine, versions
 from tvr.trainer.config import from_json
 
 # What a step's record says of the training, and not of its time.

@@ -89,8 +89,8 @@ def launch(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 def work(options: argparse.Namespace, folder: Path) -> None:
     """One rank's part; rank 0 writes what the step logged, and everyone's memory."""
     import torch
-
     from tvr_bench.kernels_task import process_bytes
+
     from tvr.trainer.config import Config, DataConfig, ModelConfig, TowersConfig, TrainConfig
     from tvr.trainer.distributed.world import join_world
     from tvr.trainer.engine.engine import Engine

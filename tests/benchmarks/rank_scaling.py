@@ -15,7 +15,7 @@ import os
 from statistics import median
 from typing import Any
 
-from tvr_bench.kernels_report import machine, versions
+from tvr_bench.harness import machine, versions
 from tvr_bench.kernels_process import BACKWARD, Job, seconds
 
 

@@ -1,53 +1,52 @@
-"""`tvr bench data`: every source beside plain webdataset on the same clips, in table and JSON."""
+"""`tvr bench data`: real shrunk runs of every source beside plain webdataset on the same clips."""
 
 from __future__ import annotations
 
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tvr_bench import data_sources
+from tvr_bench.data_sources import DataBenchSizes, make_data
 
-from tvr_bench import data_sources as bench_data
-from tvr_bench.data_sources import PLAIN, Sizes, make_data
-from tvr_bench.kernels import bench
+from tvr.trainer.bench_cli import bench
 
 # torch warns of more workers than cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-TINY = Sizes(clips=4, frames=2, size=32, batch=2, workers=1, epochs=1, repeats=1)
+TINY = DataBenchSizes(clips=4, frames=2, size=32, batch=2, workers=1, epochs=1, repeats=1)
 FLAGS = ["--clips", "4", "--frames", "2", "--size", "32", "--batch", "2", "--workers", "1"]
 
 
-def test_sources_are_measured_beside_plain(
+def test_a_shrunk_run_measures_every_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "numbers.json"
     flags = [*FLAGS, "--epochs", "1", "--repeats", "1", "--source", "frames", "video"]
     assert bench(["data", *flags, "--json", str(file)]) == 0
-    said = capsys.readouterr().out
-    found: dict[str, Any] = json.loads(file.read_text())
-    rows = {row["source"]: row for row in found["rows"]}
+    table = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    rows = {row["source"]: row for row in result["rows"]}
     assert list(rows) == ["plain jpeg", "frames", "plain mp4", "video"]
     for name, row in rows.items():
-        assert name in said
-        assert 0 < row["slowest"] <= row["clips_per_s"] <= row["fastest"]
-        assert set(row["first_batch_s"]) == ({"1", "10", "1000000"} if row["plain"] else {"1"})
-        against = rows[PLAIN.get(name, name)]
-        assert row["to_plain"] == row["clips_per_s"] / against["clips_per_s"]
-    assert found["sizes"]["clips"] == 4
-    assert {"webdataset", "simplejpeg", "torch"} <= set(found["versions"])
+        assert name in table
+        assert row["clips_per_s"] > 0
+        steps = {"1"} if name.startswith("plain") else {"1", "10", "1000000"}
+        assert set(row["first_batch_s"]) == steps
+    assert result["sizes"]["clips"] == 4
+    assert {"webdataset", "simplejpeg", "torch"} <= set(result["versions"])
+    assert result["machine"]["cpu"]
 
 
-def test_all_sources_give_the_same_pictures(tmp_path: Path) -> None:
+def test_all_sources_yield_the_same_pictures(tmp_path: Path) -> None:
     sources = ["plain jpeg", "frames", *(["beton"] if find_spec("ffcv") else [])]
     make_data(tmp_path, TINY, sources)
     seen = []
     for source in sources:
-        batches = bench_data._batches(tmp_path, TINY, source, step=0)
+        batches = data_sources._batches(tmp_path, TINY, source, step=0)
         clips: dict[str, torch.Tensor] = {}
         while len(clips) < TINY.clips:
             batch = next(batches)
@@ -59,11 +58,11 @@ def test_all_sources_give_the_same_pictures(tmp_path: Path) -> None:
         assert all(np.array_equal(clips[key], seen[0][key]) for key in seen[0])
 
 
-def test_what_cannot_be_measured_is_told(
+def test_a_source_without_its_package_is_left_out_with_a_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr_bench.data.find_spec", lambda name: None)
     assert bench(["data", "--source", "beton"]) == 2
-    said = capsys.readouterr().err
-    assert "beton left out: FFCV is not installed (make ffcv)" in said
-    assert "nothing to measure" in said
+    err = capsys.readouterr().err
+    assert "beton left out: FFCV is not installed (make ffcv)" in err
+    assert "nothing to measure" in err

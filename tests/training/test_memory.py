@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from builders.spawn import spawn
-
-from tvr_bench.kernels_process import BACKWARD, GIVES_BACK, Job, peak_bytes
+from tvr_bench.kernels_process import BACKWARD, HEAP_RETURNS_PAGES, Job, peak_bytes
 from tvr_bench.kernels_task import Inputs, cpu_growth, make_inputs
+
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.objective import objective
@@ -75,7 +75,7 @@ def test_the_estimate_is_met(job: Job) -> None:
 
 
 def test_the_estimate_is_met_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in GIVES_BACK.items():
+    for name, value in HEAP_RETURNS_PAGES.items():
         monkeypatch.setenv(name, value)
     job = replace(JOB, texts=96, videos=96, lengths="ragged")
     # In the order of their peaks, since a process knows only the highest so far.

@@ -1,8 +1,8 @@
-"""Clips a second of each source of training batches, against plain webdataset on the same clips.
+"""Measures clips a second of each source of training batches against plain webdataset.
 
-Every source and its plain counterpart take turns within one process, so that what else the machine
-does meets all of them, and the ratios are of medians. Plain is what a user of webdataset would
-write: its shards decoded by Pillow (JPEG) or PyAV (MP4), stacked, batched, through WebLoader.
+The sources take turns within one process, so that other load of the machine affects all of them
+alike. "Plain" is what a user of webdataset would write: the same shards, decoded by Pillow (JPEG)
+or PyAV (MP4), stacked, batched, through WebLoader.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ from tvr.data_prep.video.frame_sampling import segment_centres
 
 SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "video")
 PLAIN = {"frames": "plain jpeg", "beton": "plain jpeg", "video": "plain mp4"}
-"""What a source is held against."""
+"""The plain source that each source is compared with."""
 STEPS = (1, 10, 1_000_000)
+"""Steps at which the time to the first batch is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Of the clips and of the measurement."""
+class DataBenchSizes:
+    """Sizes of the clips and of the measurement."""
 
     clips: int
     frames: int
     size: int
-    """Pixels of both sides of a clip and of its frames in a batch."""
+    """Height and width in pixels of clips, and of frames in a batch."""
     batch: int
     workers: int
     epochs: int
-    """In one measurement."""
+    """Epochs in one measurement."""
     repeats: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Of one source."""
+    """Measured speed of one source."""
 
     source: str
     clips_per_s: tuple[float, ...]
-    """Of each repeat."""
+    """Clips a second of each repeat."""
     first_batch_s: dict[int, float]
-    """Seconds from the call to the first batch, starting at a step; medians. Plain webdataset
-    starts at the first step only."""
+    """Median seconds from the call to the first batch, by start step. Plain webdataset starts at
+    step 1 only."""
 
     @property
     def median(self) -> float:
@@ -67,16 +68,20 @@ class Speed:
 
 
 def measure(
-    folder: Path, sizes: Sizes, sources: Sequence[str], tell: Callable[[str], None]
+    folder: Path, sizes: DataBenchSizes, sources: Sequence[str], report: Callable[[str], None]
 ) -> list[Speed]:
-    """Makes the clips and data sets in a folder and measures the sources in turn."""
+    """Renders and packs the clips in `folder`, then measures the sources in turn.
+
+    Args:
+        report: Called with the name of each source that is about to be measured.
+    """
     make_data(folder, sizes, sources)
     steps = {source: (1,) if source.startswith("plain") else STEPS for source in sources}
     rates: dict[str, list[float]] = {source: [] for source in sources}
     starts: dict[str, dict[int, list[float]]] = {s: {k: [] for k in steps[s]} for s in sources}
-    for repeat in range(sizes.repeats + 1):  # the first one warms caches and compilers
+    for repeat in range(sizes.repeats + 1):  # the first repeat warms up caches and compilers
         for source in sources:
-            tell(source)
+            report(source)
             rate = _rate(folder, sizes, source)
             waits = {step: _first_batch_s(folder, sizes, source, step) for step in steps[source]}
             if repeat:
@@ -93,8 +98,8 @@ def measure(
     ]
 
 
-def make_data(folder: Path, sizes: Sizes, sources: Sequence[str]) -> None:
-    """Clips of a moving pattern with noise, packed for each of the sources."""
+def make_data(folder: Path, sizes: DataBenchSizes, sources: Sequence[str]) -> None:
+    """Renders clips of a moving pattern with noise, and packs them for each source."""
     videos = folder / "clips"
     videos.mkdir(parents=True)
     clips = []
@@ -118,8 +123,8 @@ def make_data(folder: Path, sizes: Sizes, sources: Sequence[str]) -> None:
         write_beton(str(folder / "frames"), str(folder / "beton"))
 
 
-def _write_clip(path: Path, number: int, sizes: Sizes) -> None:
-    """64 frames, as many as a clip of two or three seconds has."""
+def _write_clip(path: Path, number: int, sizes: DataBenchSizes) -> None:
+    """Writes 64 frames, as many as a clip of two or three seconds has."""
     noise = np.random.default_rng(number).normal(0, 10, (sizes.size, sizes.size, 3))
     y, x = np.mgrid[: sizes.size, : sizes.size]
     with av.open(str(path), "w", format="mp4") as output:
@@ -139,12 +144,12 @@ def _write_clip(path: Path, number: int, sizes: Sizes) -> None:
         output.mux(stream.encode(None))
 
 
-def _rate(folder: Path, sizes: Sizes, source: str) -> float:
-    """Clips a second over some epochs, after the batches that were made ahead."""
+def _rate(folder: Path, sizes: DataBenchSizes, source: str) -> float:
+    """Clips a second over some epochs, after the prefetched batches."""
     num_batches = max(1, sizes.epochs * sizes.clips // sizes.batch)
-    ahead = 2 * max(1, sizes.workers) + 1
+    prefetched = 2 * max(1, sizes.workers) + 1
     with _closed(_batches(folder, sizes, source, step=1)) as batches:
-        for _ in range(ahead):
+        for _ in range(prefetched):
             next(batches)
         start = time.perf_counter()
         for _ in range(num_batches):
@@ -152,7 +157,7 @@ def _rate(folder: Path, sizes: Sizes, source: str) -> float:
         return num_batches * sizes.batch / (time.perf_counter() - start)
 
 
-def _first_batch_s(folder: Path, sizes: Sizes, source: str, step: int) -> float:
+def _first_batch_s(folder: Path, sizes: DataBenchSizes, source: str, step: int) -> float:
     start = time.perf_counter()
     with _closed(_batches(folder, sizes, source, step)) as batches:
         next(batches)
@@ -160,12 +165,12 @@ def _first_batch_s(folder: Path, sizes: Sizes, source: str, step: int) -> float:
 
 
 def _closed(batches: Iterator[Any]) -> Any:
-    gc.collect()  # ends the processes of the source before
+    gc.collect()  # ends the worker processes of the previous source
     close = getattr(batches, "close", None)
     return nullcontext(batches) if close is None else closing(batches)  # type: ignore[type-var]
 
 
-def _batches(folder: Path, sizes: Sizes, source: str, step: int) -> Iterator[Any]:
+def _batches(folder: Path, sizes: DataBenchSizes, source: str, step: int) -> Iterator[Any]:
     if source == "plain jpeg":
         return _plain(folder / "frames", sizes, _from_jpegs, "pil")
     if source == "plain mp4":
@@ -187,7 +192,7 @@ def _batches(folder: Path, sizes: Sizes, source: str, step: int) -> Iterator[Any
 
 
 def _plain(
-    folder: Path, sizes: Sizes, clip: Callable[[dict], Any], *decoders: str
+    folder: Path, sizes: DataBenchSizes, clip: Callable[[dict], Any], *decoders: str
 ) -> Iterator[Any]:
     shards = [str(folder / shard.name) for shard in read_manifest(str(folder)).shards]
     pipeline: Any = WebDataset(shards, shardshuffle=len(shards)).shuffle(sizes.batch)
@@ -213,6 +218,6 @@ def _frames(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 def _tokenize(captions: Sequence[Caption]) -> tuple[torch.Tensor, torch.Tensor]:
-    # No tokeniser is timed: plain has none either.
+    # The plain sources have no tokeniser, so none is timed here.
     ones = torch.ones(len(captions), 1, dtype=torch.long)
     return ones, ones

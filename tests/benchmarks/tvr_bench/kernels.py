@@ -1,11 +1,7 @@
-"""The command line of `tvr bench`; the kernels' part: what it measures, and when it does not.
-
-Exit codes: 0 done; 2 bad usage; 3 a measurement broke off.
-"""
+"""`tvr bench kernels`: time and peak memory of every implementation of the similarity."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,11 +15,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tvr_bench.harness import MeasurementFailed, write_result
+from tvr_bench.kernels_process import Job, Unsupported, peak_bytes, seconds
+from tvr_bench.kernels_report import Measurement, result, tables
 
-from tvr.data_prep.cli_errors import STRICT, run_command
+from tvr.data_prep.cli_errors import STRICT
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
-from tvr_bench.kernels_report import Measured, tables, to_json
-from tvr_bench.kernels_process import Job, MeasurementFailed, Refused, peak_bytes, seconds
 from tvr.trainer.config import Positive
 from tvr.trainer.memory.memory import estimate
 from tvr.trainer.memory.sizes import Sizes
@@ -42,7 +39,7 @@ class KernelsArguments:
 
     The bound is the bare matrix products over all padded token pairs: one for the forward, three
     for forward + backward. Every combination of the sizes is one case. Each implementation runs in
-    processes of its own: memory where the heap gives freed pages back, time where it keeps them.
+    processes of its own: memory where the heap returns freed pages, time where it keeps them.
     """
 
     pairs: Counts = (128, 256, 512)
@@ -54,101 +51,67 @@ class KernelsArguments:
     width: Counts = (512,)
     """Length of a feature vector."""
     dtype: Dtypes = ("float32",)
-    """Of the features; scores are float32 in any case."""
+    """Dtype of the features; scores are float32 in any case."""
     device: Devices = ("cpu",)
     lengths: Lengths = ("ragged",)
-    """Words that are no padding: 4 to all, uniformly (ragged), or all (full)."""
+    """Words of a text without padding: 4 to all, uniformly (ragged), or all (full)."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
     loss: bool = False
-    """Also NegNCE (log mode) behind the similarity, for every implementation but the bound."""
+    """Adds NegNCE (log mode) to the similarity, for every implementation but the bound."""
     stream: bool = False
-    """Also the loss that computes its scores anew where it needs them; turns `loss` on."""
+    """Adds the streamed loss, which recomputes scores instead of keeping them; implies `loss`."""
     fast: bool = False
-    """Also the similarity with words and frames rounded to bfloat16 where they meet."""
+    """Adds the similarity whose matrix products use words and frames rounded to bfloat16."""
     chunk: Positive | None = None
     """Texts in a tile of the torch backend and of `stream`; default: their own choice."""
     repeats: Positive = 5
-    """Timed runs, after one that is not counted; their median is shown."""
+    """Timed runs after one warm-up run; the table shows their median."""
     threads: Positive | None = None
     """Default: one for each core."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """The naive definition is left out where it would take more; default: what is free."""
+    """Leaves out the naive definition if it needs more; default: the free memory."""
     json: str | None = None
     """File for all numbers; `-` writes them as one line on stdout, and the table to stderr."""
 
 
-def bench(argv: Sequence[str]) -> int:
-    """`tvr bench`: returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="tvr bench",
-        usage="tvr bench {kernels,data,train,save,metrics} ...",
-        epilog="`tvr bench kernels --help` and so on describe them.",
-    )
-    what = (
-        "kernels: the similarity and its loss; data: the sources of training batches; "
-        "train: the parts of a training step, and more ranks; save: what a step waits for a save; "
-        "metrics: what they cost a step"
-    )
-    parser.add_argument("what", choices=["kernels", "data", "train", "save", "metrics"], help=what)
-    chosen = parser.parse_args(list(argv[:1])).what
-    if chosen == "data":
-        from tvr_bench.data import bench_data
-
-        return bench_data(argv[1:])
-    if chosen == "metrics":
-        from tvr_bench.metrics import bench_metrics
-
-        return bench_metrics(argv[1:])
-    if chosen in ("train", "save"):
-        from tvr_bench.train import bench_save, bench_train
-
-        return (bench_train if chosen == "train" else bench_save)(argv[1:])
-
-    def action() -> int:
-        line = tyro.cli(KernelsArguments, prog="tvr bench kernels", args=list(argv[1:]))
-        return bench_kernels(line)
-
-    return run_command("tvr bench kernels", action)
-
-
-def bench_kernels(arguments: KernelsArguments) -> int:
-    """Measures every case, shows the table, writes the JSON."""
+def bench_kernels(argv: Sequence[str]) -> int:
+    """Measures every case, prints the table, writes the JSON; returns the exit code."""
+    arguments = tyro.cli(KernelsArguments, prog="tvr bench kernels", args=list(argv))
     _check_device(arguments)
-    limits = {name: _limit(arguments, name) for name in arguments.device}
+    limits = {name: _memory_limit(arguments, name) for name in arguments.device}
     jobs = list(_jobs(arguments))
-    found = []
+    measurements = []
     with _progress() as progress:
         task = progress.add_task("", total=len(jobs), job="")
         for job in jobs:
             progress.update(task, job=f"{job.implementation}, {job.texts} pairs")
-            found.append(measured(job, repeats=arguments.repeats, limit=limits[job.device]))
+            limit = limits[job.device]
+            measurements.append(measure(job, repeats=arguments.repeats, memory_limit=limit))
             progress.advance(task)
-    line_on_stdout = arguments.json == "-"
-    Console(stderr=line_on_stdout).print(tables(found))
-    if line_on_stdout:
-        print(to_json(found, arguments.repeats))
-    elif arguments.json is not None:
-        Path(arguments.json).write_text(to_json(found, arguments.repeats) + "\n")
-    failed = [x for x in found if x.failed]
+    write_result(arguments.json, tables(measurements), result(measurements, arguments.repeats))
+    failed = [x for x in measurements if x.failed]
     for x in failed:
         print(f"tvr bench kernels: {x.job.implementation}: {x.reason}", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def measured(job: Job, *, repeats: int, limit: int) -> Measured:
-    """One implementation in one case; `limit` is what the naive one may take, in bytes."""
+def measure(job: Job, *, repeats: int, memory_limit: int) -> Measurement:
+    """Measures one implementation in one case.
+
+    Args:
+        memory_limit: Bytes. The naive implementation is left out if its estimate is larger.
+    """
     if job.implementation == "reference":
         needed = _naive_bytes(job)
-        if needed > limit:
-            return Measured(
-                job, reason=f"needs about {needed / GIB:.3g} GiB, but may take {limit / GIB:.3g}"
-            )
+        if needed > memory_limit:
+            reason = f"needs about {needed / GIB:.3g} GiB, but may take {memory_limit / GIB:.3g}"
+            return Measurement(job, reason=reason)
     try:
-        return Measured(job, peaks=peak_bytes(job), times=seconds(job, repeats=repeats))
-    except Refused as refused:
-        return Measured(job, reason=str(refused))
+        return Measurement(job, peaks=peak_bytes(job), times=seconds(job, repeats=repeats))
+    except Unsupported as unsupported:
+        return Measurement(job, reason=str(unsupported))
     except MeasurementFailed as failure:
-        return Measured(job, reason=str(failure), failed=True)
+        return Measurement(job, reason=str(failure), failed=True)
 
 
 def _naive_bytes(job: Job) -> int:
@@ -167,11 +130,11 @@ def _naive_bytes(job: Job) -> int:
 
 
 def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
-    asked = ("streamed",) * arguments.stream + ("fast",) * arguments.fast
-    implementations = ("reference", "compiled", "torch", *asked, "bound")
-    lists = (arguments.device, arguments.dtype, arguments.lengths)
+    optional = ("streamed",) * arguments.stream + ("fast",) * arguments.fast
+    implementations = ("reference", "compiled", "torch", *optional, "bound")
+    kinds = (arguments.device, arguments.dtype, arguments.lengths)
     sizes = (arguments.width, arguments.frames, arguments.words, arguments.pairs)
-    for device, dtype, lengths, width, frames, words, pairs in product(*lists, *sizes):
+    for device, dtype, lengths, width, frames, words, pairs in product(*kinds, *sizes):
         case = Job(
             implementation="",
             texts=pairs,
@@ -200,7 +163,7 @@ def _check_device(arguments: KernelsArguments) -> None:
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
 
 
-def _limit(arguments: KernelsArguments, device: str) -> int:
+def _memory_limit(arguments: KernelsArguments, device: str) -> int:
     """Bytes that one implementation may take on the device."""
     if arguments.memory_gib is not None:
         return int(arguments.memory_gib * GIB)

@@ -1,9 +1,9 @@
-"""Time and peak memory of one way to compute the similarity, each in a process of its own.
+"""Runs one implementation of the similarity in a process of its own, for its time or its memory.
 
-In one process the peak of one implementation would hide that of the next, and memory that the
-allocator keeps would hide what is needed. So the peak is read in a process whose heap gives every
-freed page back, and times in another one whose heap keeps them: a page fault for every fresh page
-would otherwise be timed as well. What both run is `measured`.
+In one process, the peak of one implementation would hide the next one's, and memory that the
+allocator keeps would hide what is needed. So the peak is read in a process whose heap returns
+every freed page. Times come from another process whose heap keeps its pages, since page faults
+would otherwise be timed as well. Both processes run `kernels_task`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tvr_bench.harness import MeasurementFailed, child_environment
+
 FORWARD, BACKWARD = "forward", "forward + backward"
-# glibc reads these once, at the start. Blocks of 64 KiB and more are mapped one by one, and
-# unmapped when freed.
-GIVES_BACK = {
+# glibc reads these once, at the start of a process. Blocks of 64 KiB and more are mapped one by
+# one, and unmapped when freed.
+HEAP_RETURNS_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**16),
     "MALLOC_TRIM_THRESHOLD_": str(2**16),
     "MALLOC_TOP_PAD_": "0",
 }
 # No block is mapped by itself and the heap never shrinks. (glibc ignores a mapping threshold
 # above 32 MiB; it does obey "no mappings".)
-KEEPS = {
+HEAP_KEEPS_PAGES = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -34,14 +36,10 @@ KEEPS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a process is to compute: a block of `texts` x `videos` pairs in one of the ways.
-
-    `implementation` is a key of `measured.IMPLEMENTATIONS`. With `loss`, `row_neg_nce` in log mode
-    stands behind the similarity; "streamed" always has it. `lengths` is "full", or "ragged": 4 to
-    `words` words, uniformly. `chunk` is for "torch" and "streamed", `keep_scores` for the latter.
-    """
+    """One implementation in one case: a block of `texts` x `videos` pairs."""
 
     implementation: str
+    """A key of `kernels_task.IMPLEMENTATIONS`."""
     texts: int
     videos: int
     words: int
@@ -52,55 +50,57 @@ class Job:
     interaction: str = "att_wti"
     neighbour_frames: bool = True
     lengths: str = "full"
+    """ "full", or "ragged": 4 to `words` words, uniformly."""
     loss: bool = False
+    """Adds `row_neg_nce` in log mode; "streamed" always has it."""
     chunk: int | None = None
+    """Texts in a tile of "torch" and "streamed"."""
     keep_scores: bool = False
+    """For "streamed"."""
     threads: int = 1
 
     @property
-    def tiny(self) -> Job:
-        """The same way with next to nothing to do, in several tiles: it loads the libraries."""
+    def warm_up(self) -> Job:
+        """The same implementation on very small inputs in several tiles: it loads the libraries."""
         return replace(self, texts=2, videos=8, words=4, frames=2, width=16, chunk=1)
 
 
-class Refused(Exception):
-    """An implementation that cannot serve this job; the message says why."""
-
-
-class MeasurementFailed(Exception):
-    """A measured process that ended without a result; the message says how."""
+class Unsupported(Exception):
+    """An implementation cannot run this job; the message gives the reason."""
 
 
 def peak_bytes(job: Job, passes: tuple[str, ...] = (FORWARD, BACKWARD)) -> dict[str, int]:
     """Bytes at the peak of each pass, above the inputs and the loaded libraries.
 
-    Gradients of the inputs count, as the pass makes them; without "backward" no graph is kept.
+    Gradients of the inputs count, since the backward allocates them. FORWARD keeps no graph.
 
     Raises:
-        Refused, MeasurementFailed: see there.
+        Unsupported: The implementation cannot run the job.
+        MeasurementFailed: The process ended without a result.
     """
-    return _measured("peak_bytes", job, passes, 0, GIVES_BACK)
+    return _run_process("peak_bytes", job, passes, 0, HEAP_RETURNS_PAGES)
 
 
 def seconds(
     job: Job, passes: tuple[str, ...] = (FORWARD, BACKWARD), *, repeats: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each of `repeats` runs of each pass, after one that is not counted.
+    """Seconds of each of `repeats` runs of each pass, after a warm-up run.
 
     Raises:
-        Refused, MeasurementFailed: see there.
+        Unsupported: The implementation cannot run the job.
+        MeasurementFailed: The process ended without a result.
     """
-    return _measured("seconds", job, passes, repeats, KEEPS)
+    return _run_process("seconds", job, passes, repeats, HEAP_KEEPS_PAGES)
 
 
-def _measured(
+def _run_process(
     what: str, job: Job, passes: tuple[str, ...], repeats: int, heap: dict[str, str]
 ) -> Any:
     task = json.dumps({"what": what, "job": asdict(job), "passes": passes, "repeats": repeats})
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | heap
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     ended = subprocess.run(
         [sys.executable, "-m", "tvr_bench.kernels_task", task],
-        env=environment,
+        env=child_environment(inherited, **heap),
         capture_output=True,
         text=True,
         check=False,
@@ -113,6 +113,6 @@ def _measured(
     if ended.returncode:
         raise MeasurementFailed((ended.stderr.strip().splitlines() or ["no message"])[-1])
     answer = json.loads(ended.stdout.splitlines()[-1])
-    if "refused" in answer:
-        raise Refused(answer["refused"])
+    if "unsupported" in answer:
+        raise Unsupported(answer["unsupported"])
     return answer

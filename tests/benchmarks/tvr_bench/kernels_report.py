@@ -1,22 +1,17 @@
-"""What `tvr bench kernels` measured, as a table for a person and as JSON for a program."""
+"""Results of `tvr bench kernels`: tables for the terminal, rows for the JSON."""
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from itertools import groupby
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-
+from tvr_bench.harness import machine, result_table, versions
 from tvr_bench.kernels_process import BACKWARD, FORWARD, Job
 
 NAMES = {
@@ -29,121 +24,101 @@ NAMES = {
 }
 PASSES = {FORWARD: "forward", BACKWARD: "+ backward"}
 HOW = (
-    "Time: median, in a process whose heap keeps its pages (glibc), the same for all. "
-    "Memory: peak above the inputs, in another process whose heap gives pages back. "
+    "Time: median, in a process whose heap keeps its pages (glibc). "
+    "Memory: peak above the inputs, in another process whose heap returns pages. "
     "Bound: the bare matrix products of all padded slots, one forward, three with backward."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One implementation in one case: by pass, bytes at the peak and seconds of each run.
-
-    Without numbers `reason` says why; `failed` where it should have had some.
-    """
+class Measurement:
+    """Numbers of one implementation in one case, or the reason why there are none."""
 
     job: Job
     peaks: dict[str, int] = field(default_factory=dict)
+    """Bytes at the peak of each pass."""
     times: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of each run of each pass."""
     reason: str | None = None
+    """Why there are no numbers."""
     failed: bool = False
+    """True if the measurement broke; False with a `reason` if the job is unsupported."""
 
     @property
     def case(self) -> tuple[Any, ...]:
-        """What the implementations of one case have in common, ordered as they are measured."""
+        """Sizes and kind that the implementations of one case share; they are measured in a row."""
         job = self.job
         sizes = (job.texts, job.words, job.frames, job.width)
         return (*sizes, job.dtype, job.device, job.lengths)
 
 
-def rows(found: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One flat row for each measurement and pass, with its ratios within the case."""
-    result = []
-    for _, group in groupby(found, key=lambda x: x.case):
-        of_case = list(group)
+def rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """One flat row for each measurement and pass, with ratios to the naive one and the bound."""
+    all_rows = []
+    for _, group in groupby(measurements, key=lambda x: x.case):
+        case = list(group)
         for name in (FORWARD, BACKWARD):
-            known = {x.job.implementation: x for x in of_case if x.reason is None}
-            result += [_row(x, name, known) for x in of_case]
-    return result
+            numbers = {x.job.implementation: x for x in case if x.reason is None}
+            all_rows += [_row(x, name, numbers) for x in case]
+    return all_rows
 
 
-def tables(found: Sequence[Measured]) -> Group:
+def tables(measurements: Sequence[Measurement]) -> Group:
     """A table for each case, narrow enough for 80 columns."""
-    parts = [_table(list(group)) for _, group in groupby(found, key=lambda x: x.case)]
+    parts = [_table(list(group)) for _, group in groupby(measurements, key=lambda x: x.case)]
     return Group(*parts, Text(HOW, style="dim"))
 
 
-def to_json(found: Sequence[Measured], repeats: int) -> str:
-    """One line: what was measured, on what, and all rows."""
-    job = found[0].job
-    return json.dumps(
-        {
-            "benchmark": "kernels",
-            "interaction": job.interaction,
-            "loss": job.loss,
-            "repeats": repeats,
-            "threads": job.threads,
-            "how": HOW,
-            "versions": versions(),
-            "machine": machine(),
-            "rows": rows(found),
-        }
-    )
+def result(measurements: Sequence[Measurement], repeats: int) -> dict[str, Any]:
+    """The JSON: settings, versions, machine and all rows."""
+    job = measurements[0].job
+    return {
+        "benchmark": "kernels",
+        "interaction": job.interaction,
+        "loss": job.loss,
+        "repeats": repeats,
+        "threads": job.threads,
+        "how": HOW,
+        "versions": versions(),
+        "machine": machine(),
+        "rows": rows(measurements),
+    }
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {x: version(x) for x in ("torch", "tvr")}
-
-
-def machine() -> dict[str, str]:
-    """The processor's name, where Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    system = f"{platform.system()} {platform.machine()}"
-    return {"cpu": names[0] if names else platform.machine(), "system": system}
-
-
-def _row(of: Measured, name: str, known: dict[str, Measured]) -> dict[str, Any]:
-    job = asdict(of.job)
+def _row(one: Measurement, name: str, numbers: dict[str, Measurement]) -> dict[str, Any]:
+    job = asdict(one.job)
     row = {key: job[key] for key in ("implementation", "words", "frames", "width")}
     row |= {key: job[key] for key in ("dtype", "device", "lengths", "chunk")}
-    row |= {"pairs": job["texts"], "pass": name, "reason": of.reason}
-    if of.reason is not None:
+    row |= {"pairs": job["texts"], "pass": name, "reason": one.reason}
+    if one.reason is not None:
         return row
     row |= {
-        "median_s": median(of.times[name]),
-        "fastest_s": min(of.times[name]),
-        "slowest_s": max(of.times[name]),
-        "peak_bytes": of.peaks[name],
+        "median_s": median(one.times[name]),
+        "fastest_s": min(one.times[name]),
+        "slowest_s": max(one.times[name]),
+        "peak_bytes": one.peaks[name],
     }
-    if naive := known.get("reference"):
+    if naive := numbers.get("reference"):
         row["time_to_naive"] = row["median_s"] / median(naive.times[name])
         row["memory_to_naive"] = row["peak_bytes"] / max(1, naive.peaks[name])
-    if bound := known.get("bound"):
+    if bound := numbers.get("bound"):
         row["time_to_bound"] = row["median_s"] / median(bound.times[name])
     return row
 
 
-def _table(of_case: list[Measured]) -> Table:
-    left_out = [f"{NAMES[x.job.implementation]}: {x.reason}" for x in of_case if x.reason]
-    result = Table(
-        title=_title(of_case[0].job),
-        title_justify="left",
-        caption="\n".join(left_out) or None,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
+def _table(case: list[Measurement]) -> Table:
+    left_out = [f"{NAMES[x.job.implementation]}: {x.reason}" for x in case if x.reason]
+    table = result_table(_title(case[0].job), "\n".join(left_out) or None)
     for name in ("", "", "time", "/ naive", "/ bound", "memory", "/ naive"):
-        result.add_column(name, justify="right" if name else "left", no_wrap=True)
-    measured = [row for row in rows(of_case) if row["reason"] is None]
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    measured = [row for row in rows(case) if row["reason"] is None]
     for name, group in groupby(measured, key=lambda row: row["pass"]):
-        for place, row in enumerate(group):
-            result.add_row(
-                PASSES[name] if place == 0 else "", NAMES[row["implementation"]], *_cells(row)
+        for index, row in enumerate(group):
+            table.add_row(
+                PASSES[name] if index == 0 else "", NAMES[row["implementation"]], *_cells(row)
             )
-        result.add_section()
-    return result
+        table.add_section()
+    return table
 
 
 def _title(job: Job) -> str:

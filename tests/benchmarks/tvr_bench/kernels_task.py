@@ -1,4 +1,4 @@
-"""What a measured process runs; `measure` starts it: python -m tvr_bench.kernels_task TASK."""
+"""The measuring process of `kernels_process`: python -m tvr_bench.kernels_task TASK."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tvr_bench.kernels_process import BACKWARD, Job
 
 from tvr.kernels import reference, similarity
 from tvr.kernels.losses import row_neg_nce
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
-from tvr_bench.kernels_process import BACKWARD, Job
 
 SHORTEST_CAPTION = 4
-# The bound's table of scores is in one piece up to 512 MiB: at that size cutting it costs nothing.
+# The bound computes its scores in pieces of at most 512 MiB; pieces of that size cost no time.
 BOUND_SCORES = 2**27
 
 
 class Inputs(NamedTuple):
-    """Features of random direction, and what stands beside them; see `reference` for shapes."""
+    """Features of random direction, with masks, logits and video ids; shapes as in `reference`."""
 
     sentence: Tensor
     words: Tensor
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     frame_logits: Tensor
     video_ids: Tensor
     gradient: Tensor | None
-    """(A, C) what the backward starts from; none behind a loss."""
+    """(A, C) gradient of the scores; none with a loss."""
 
 
 def main(argv: list[str]) -> None:
@@ -52,18 +52,19 @@ def main(argv: list[str]) -> None:
         else:
             answer = seconds(job, passes, task["repeats"])
     except (ValueError, torch.OutOfMemoryError) as error:
-        answer = {"refused": str(error).splitlines()[0]}
+        answer = {"unsupported": str(error).splitlines()[0]}
     print(json.dumps(answer))
 
 
 def peak_bytes(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
-    """Peak of each pass above what stays afterwards; a later pass must need at least as much.
+    """Peak of each pass above the memory that is left after it.
 
-    Afterwards, not before: what a library takes on first use and keeps (MKL some MB of buffers for
-    large products) was then there at the peak, too, and is no memory of the pass.
+    A later pass must need at least as much as an earlier one. The memory is compared with the
+    state after the pass, not before it: a library may allocate buffers at its first use and keep
+    them (MKL some MB for large products), and these are not memory of the pass.
     """
     for name in passes:
-        run(job.tiny, make_inputs(job.tiny), backward=name == BACKWARD)
+        run(job.warm_up, make_inputs(job.warm_up), backward=name == BACKWARD)
     inputs = make_inputs(job)
     peaks = {}
     for name in passes:
@@ -75,7 +76,7 @@ def peak_bytes(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
 
 
 def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run; the first run of a pass fills heap and caches, and is not counted."""
+    """Seconds of each run, without the first run of each pass, which fills heap and caches."""
     inputs = make_inputs(job)
     clock = _cpu_seconds if job.device == "cpu" else _cuda_seconds
     times = {}
@@ -88,11 +89,11 @@ def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[f
 def make_inputs(job: Job) -> Inputs:
     """The same numbers for every implementation."""
     torch.manual_seed(0)
-    place = {"dtype": getattr(torch, job.dtype), "device": job.device}
+    placement = {"dtype": getattr(torch, job.dtype), "device": job.device}
 
     def unit(*shape: int) -> Tensor:
-        # In place: a temporary as large as the features would stand in the peak.
-        x = torch.empty(*shape, job.width, **place).normal_()
+        # In place: a temporary as large as the features would raise the peak.
+        x = torch.empty(*shape, job.width, **placement).normal_()
         x /= torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.requires_grad_()
 
@@ -105,15 +106,15 @@ def make_inputs(job: Job) -> Inputs:
         frames=unit(job.videos, job.frames),
         word_mask=(torch.arange(job.words) < lengths).long().to(job.device),
         frame_mask=torch.ones(job.videos, job.frames, dtype=torch.long, device=job.device),
-        word_logits=torch.randn(job.texts, job.words, **place).requires_grad_(),
-        frame_logits=torch.randn(job.videos, job.frames, **place).requires_grad_(),
+        word_logits=torch.randn(job.texts, job.words, **placement).requires_grad_(),
+        frame_logits=torch.randn(job.videos, job.frames, **placement).requires_grad_(),
         video_ids=torch.arange(job.videos, device=job.device),
         gradient=None if job.loss else torch.randn(job.texts, job.videos, device=job.device),
     )
 
 
 def run(job: Job, inputs: Inputs, *, backward: bool) -> None:
-    """One pass; afterwards nothing of it is left."""
+    """Runs one pass, and frees its graph and gradients."""
     with torch.set_grad_enabled(backward):
         IMPLEMENTATIONS[job.implementation](job, inputs, backward)
     for tensor in inputs:
@@ -130,7 +131,7 @@ def _similarity(function: Callable[..., Tensor], job: Job, inputs: Inputs, backw
         frame_logits=inputs.frame_logits,
     )
     if job.loss:
-        # Nothing else holds the scores: the loss decides how long they live.
+        # No other reference keeps the scores, so the loss decides when they are freed.
         scores = row_neg_nce(
             scores, row_offset=0, collectives=SINGLE_RANK, mode="log", video_ids=inputs.video_ids
         ).loss
@@ -152,12 +153,12 @@ def _torch(job: Job, inputs: Inputs, backward: bool) -> None:
 
 
 def _fast(job: Job, inputs: Inputs, backward: bool) -> None:
-    """The backend that serves, with products in bfloat16."""
+    """The default backend, with products in bfloat16."""
     _similarity(partial(similarity.dmae_similarity, fast=True), job, inputs, backward)
 
 
 def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
-    """Similarity and loss in one; with `keep_scores` the scores are not computed again for it."""
+    """Similarity and loss fused; without `keep_scores` the loss recomputes the scores."""
     loss = streamed_loss(
         *inputs[:5],
         interaction=job.interaction,
@@ -175,7 +176,7 @@ def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
 
 
 def _bound(job: Job, inputs: Inputs, backward: bool) -> None:
-    """S = X V^T over all padded slots and, for the backward, S V and S^T X: nothing else."""
+    """Only S = X V^T over all padded slots and, for the backward, S V and S^T X."""
     tokens = inputs.words if job.interaction.startswith("att_") else inputs.sentence
     texts = tokens.detach().float().view(-1, job.width)
     videos = inputs.frames.detach().float().view(-1, job.width)
@@ -199,9 +200,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
 
 
 def cpu_growth() -> int:
-    """Bytes of the peak of this process so far above what it holds now."""
+    """Bytes by which this process's peak so far exceeds its present memory."""
     peak = process_bytes("VmHWM")
-    # Pages that glibc keeps in the midst of its heap would count as staying.
+    # Otherwise pages that glibc keeps inside its heap would count as present memory.
     ctypes.CDLL(None).malloc_trim(0)
     return peak - process_bytes("VmRSS")
 
@@ -213,7 +214,7 @@ def _cuda_growth() -> int:
 def process_bytes(field: str) -> int:
     """Bytes of VmRSS (in memory now) or VmHWM (its peak) of this process.
 
-    Not getrusage's maximum: a process starts with that of the one that started it.
+    getrusage's maximum is not used: a process inherits it from its parent.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")

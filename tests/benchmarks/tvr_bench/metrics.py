@@ -1,4 +1,4 @@
-"""The command line of `tvr bench metrics`. Exit codes as `tvr bench`."""
+"""`tvr bench metrics`: what metrics and scrapes cost a training step."""
 
 from __future__ import annotations
 
@@ -12,71 +12,58 @@ from typing import Any
 import tyro
 from pydantic.dataclasses import dataclass
 from rich.table import Table
+from tvr_bench.harness import bench_folder, result_table, write_result
+from tvr_bench.rank_task import RankTask
+from tvr_bench.train import common_values, result_of, run_on_ranks, with_data
 
 from tvr.data_prep.cli_errors import STRICT
-from tvr_bench.train import (
-    bench_folder,
-    bench_reported,
-    of_any,
-    run_on_ranks,
-    say,
-    with_data,
-)
-from tvr_bench.train_report import bench_table
-from tvr_bench.rank_task import Task
+from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.config import Positive, to_json
 
 HOW = (
-    "Rank 0's steps with and without metrics in turn, in one run; 25 of each while the endpoint is"
-    " asked 50 times a second, then 25 of each while it is not, and so on. Medians. Of neighbours:"
-    " the median of each step's ratio to the one beside it. Noise: half the distance of the"
-    " quartiles over the median, of steps without metrics that nobody asks."
+    "Rank 0's steps in one run, with and without metrics in turn. Blocks of 25 steps of each kind"
+    " alternate: the endpoint is scraped 50 times a second, then not. Medians. Of neighbours:"
+    " median ratio of each step to the next to it. Noise: half the interquartile range over the"
+    " median, of steps without metrics and without scrapes."
 )
 KINDS = {
     "off": "without metrics",
     "on": "with metrics",
-    "off_scraped": "without, while others' are scraped",
+    "off_scraped": "without, scraped",
     "on_scraped": "with metrics, scraped",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class MetricsArguments:
-    """What metrics cost a training step, and what scraping them costs.
+    """What metrics and scrapes cost a training step.
 
-    The demo's towers, or those of --config, on few pairs: the shorter a step, the more it shows.
+    The demo's towers, or those of --config, train on few pairs: a short step shows the cost best.
     """
 
     config: Path | None = None
-    """JSON file with (some) settings over the demo's recipe; `data.train` is then taken as it is,
-    and so are its sizes."""
+    """JSON file with (some) settings over the demo's recipe; its `data.train` must exist, and its
+    batch sizes are used."""
     ranks: Positive = 2
     pairs: Positive = 8
-    """Of a rank and step, without --config."""
+    """Pairs of a rank in a step, without --config."""
     steps: Positive = 200
-    """Of each kind, after some that are not counted."""
+    """Steps of each kind, after warm-up steps."""
     json: str | None = None
     """File for all numbers; `-` writes them as one line on stdout, and the table to stderr."""
 
 
 def bench_metrics(argv: Sequence[str]) -> int:
-    """`tvr bench metrics`: returns the exit code."""
-
-    def action(prog: str) -> int:
-        return _measure(tyro.cli(MetricsArguments, prog=prog, args=list(argv)))
-
-    return bench_reported("metrics", action)
-
-
-def _measure(arguments: MetricsArguments) -> int:
-    with bench_folder(None, "bench metrics") as (folder, tell):
-        config = with_data(arguments.config, 128, folder, tell)
+    """Times steps, prints the table, writes the JSON; returns the exit code."""
+    arguments = tyro.cli(MetricsArguments, prog="tvr bench metrics", args=list(argv))
+    with bench_folder(None, "bench metrics") as (folder, report):
+        config = with_data(arguments.config, 128, folder, report)
         if arguments.config is None:
             pairs = arguments.pairs
             sizes = {"global_batch": pairs * arguments.ranks, "micro_batch": pairs}
             config = replace(config, train=replace(config.train, **sizes))
-        tell(f"{arguments.steps} steps of each kind")
-        task = Task(
+        report(f"{arguments.steps} steps of each kind")
+        task = RankTask(
             what="metrics",
             config=to_json(config),
             folder=str(folder / "run"),
@@ -84,47 +71,50 @@ def _measure(arguments: MetricsArguments) -> int:
         )
         threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
         answer = run_on_ranks(task, arguments.ranks, threads)
-    found = row(answer)
+    measured = row(answer)
     sizes = {"ranks": arguments.ranks, "global_batch": config.train.global_batch}
-    sizes |= of_any([answer])
-    return say(arguments.json, "metrics", HOW, sizes, [found], table(found, sizes))
+    sizes |= common_values([answer])
+    write_result(
+        arguments.json, table(measured, sizes), result_of("metrics", HOW, sizes, [measured])
+    )
+    return EXIT_DONE
 
 
 def row(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians and their ratios."""
-    taken = answer["by_rank"][0]
-    low, middle, high = quantiles(taken["off"], n=4)
-    medians = {kind: median(taken[kind]) for kind in KINDS}
+    """Medians in seconds and their ratios."""
+    timed = answer["by_rank"][0]
+    low, middle, high = quantiles(timed["off"], n=4)
+    medians = {kind: median(timed[kind]) for kind in KINDS}
     return {
-        "steps": len(taken["on"]),
+        "steps": len(timed["on"]),
         **{f"{kind}_s": seconds for kind, seconds in medians.items()},
         "ratio": medians["on"] / medians["off"],
         "ratio_of_neighbours": median(
-            a / b for a, b in zip(taken["on"], taken["off"], strict=True)
+            a / b for a, b in zip(timed["on"], timed["off"], strict=True)
         ),
         "ratio_scraped": medians["on_scraped"] / medians["on"],
-        "monitor_s": median(taken["monitor"]),
+        "monitor_s": median(timed["monitor"]),
         "noise": (high - low) / 2 / middle,
         "scrapes": answer["scrapes"],
         "scraped_s": answer["scraped_s"],
     }
 
 
-def table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
-    """One line for each kind of step."""
-    result = bench_table(
-        f"{sizes['global_batch']} pairs a step on {sizes['ranks']} ranks, {found['steps']} steps of"
-        f" each kind; {found['scrapes']} scrapes in {found['scraped_s']:.0f} s",
+def table(measured: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
+    """One line for each kind of step, and the ratios."""
+    result = result_table(
+        f"{sizes['global_batch']} pairs a step on {sizes['ranks']} ranks, {measured['steps']} steps"
+        f" of each kind; {measured['scrapes']} scrapes in {measured['scraped_s']:.0f} s",
         HOW,
     )
     for name in ("step", "median"):
         result.add_column(name, justify="left" if name == "step" else "right")
     for kind, name in KINDS.items():
-        result.add_row(name, f"{found[f'{kind}_s'] * 1e3:.2f} ms")
+        result.add_row(name, f"{measured[f'{kind}_s'] * 1e3:.2f} ms")
     result.add_section()
-    result.add_row("with metrics / without", f"{found['ratio']:.4f}")
-    result.add_row("the same of neighbours", f"{found['ratio_of_neighbours']:.4f}")
-    result.add_row("in the monitor", f"{found['monitor_s'] * 1e3:.3f} ms")
-    result.add_row("scraped / not scraped", f"{found['ratio_scraped']:.4f}")
-    result.add_row("noise", f"{found['noise']:.4f}")
+    result.add_row("with metrics / without", f"{measured['ratio']:.4f}")
+    result.add_row("with / without, neighbours", f"{measured['ratio_of_neighbours']:.4f}")
+    result.add_row("in the monitor", f"{measured['monitor_s'] * 1e3:.3f} ms")
+    result.add_row("scraped / not scraped", f"{measured['ratio_scraped']:.4f}")
+    result.add_row("noise", f"{measured['noise']:.4f}")
     return result

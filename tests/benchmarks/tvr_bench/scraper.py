@@ -1,6 +1,6 @@
-"""Asks an endpoint again and again, as Prometheus does, until it is gone: for benchmarks.
+"""Scrapes a metrics endpoint like Prometheus, until the endpoint closes: for benchmarks.
 
-python -m tvr_bench.scraper URL TIMES_A_SECOND    prints how often it was answered
+python -m tvr_bench.scraper URL TIMES_A_SECOND    prints the number of answers
 """
 
 from __future__ import annotations
@@ -12,33 +12,46 @@ import sys
 import time
 import urllib.request
 
+from tvr_bench.harness import child_environment
+
 
 class Scraper:
-    """A process of its own that does this, and can be held."""
+    """Scrapes an endpoint from a process of its own, which can be paused."""
 
     def __init__(self, url: str, times_a_second: float) -> None:
-        line = [sys.executable, "-m", __name__, url, str(times_a_second)]
-        self._process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
-        self._since: float | None = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tvr_bench.scraper", url, str(times_a_second)],
+            env=child_environment(os.environ),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._running_since: float | None = time.monotonic()
         self.seconds = 0.0
-        """For which it was not held."""
+        """Seconds in which it was not paused."""
 
-    def hold(self, on: bool) -> None:
-        """Holds it, or lets it go on."""
+    def pause(self) -> None:
+        """Stops the process until `resume`."""
+        if self._running_since is not None:
+            self.seconds += time.monotonic() - self._running_since
+        self._running_since = None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets the process run again."""
         now = time.monotonic()
-        if self._since is not None:
-            self.seconds += now - self._since
-        self._since = None if on else now
-        self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
+        if self._running_since is not None:
+            self.seconds += now - self._running_since
+        self._running_since = now
+        self._process.send_signal(signal.SIGCONT)
 
     def count(self) -> int:
-        """How often it was answered, once the endpoint is gone."""
+        """Waits until the endpoint closes; returns the number of answers."""
         printed, _ = self._process.communicate()
         return int(printed)
 
 
 def scrape(url: str, times_a_second: float) -> int:
-    """How often the endpoint answered before it was gone."""
+    """Scrapes until the endpoint closes; returns the number of answers."""
     pause_s, count = 1 / times_a_second, 0
     due = time.monotonic()
     while True:
@@ -48,7 +61,7 @@ def scrape(url: str, times_a_second: float) -> int:
         except OSError:
             return count
         count += 1
-        # What it could not ask for while it was held is not made up for.
+        # Scrapes missed during a pause are not made up for.
         due, now = due + pause_s, time.monotonic()
         if due > now:
             time.sleep(due - now)
@@ -57,5 +70,5 @@ def scrape(url: str, times_a_second: float) -> int:
 
 
 if __name__ == "__main__":
-    os.nice(19)  # Prometheus has a machine of its own: what it computes is no cost of the run's
+    os.nice(19)  # a real Prometheus runs on another machine: its own work must not slow the run
     print(scrape(sys.argv[1], float(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""What `tvr bench train` and `tvr bench save` measured: rows for a program, tables for a person."""
+"""Results of `tvr bench train` and `tvr bench save`: rows for the JSON, tables to print."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from tvr_bench.harness import result_table
 
 from tvr.trainer.monitoring.stopwatch import PARTS
 
 HOW_TRAIN = (
     "Step: median over steps of the mean over ranks. Parts: their shares of all steps' time. "
-    "Gather: also waiting for slower ranks. Efficiency: ranks x step of the first row / "
-    "(ranks x step), the threads of a rank being the same."
+    "Gather: includes waiting for slower ranks. Efficiency: ranks x step of the first row / "
+    "(ranks x step), at the same threads of a rank."
 )
 HOW_SAVE = (
-    "Medians of what steps waited for a save, for one in the background its copy and the ranks' "
-    "agreements, and of how much later training then was by the save's end, steps that it slowed "
-    "included. Both kinds in turn in one run, which trains on while the former is written."
+    "A step waits: median time that steps wait for a save; for a background save, its copy and "
+    "the ranks' agreements. Training is later by: median delay of training by the save's end, "
+    "slower steps included. Both kinds take turns in one run, which trains during background saves."
 )
 
 Answer = Mapping[str, Any]
 
 
 def rows(answers: Mapping[int, Answer], global_batch: int) -> list[dict[str, Any]]:
-    """One row for each number of ranks."""
+    """One row for each number of ranks; `answers` are those of `rank_task` by number of ranks."""
     result: list[dict[str, Any]] = []
     for ranks, answer in answers.items():
         by_rank = answer["by_rank"]
@@ -48,11 +48,13 @@ def rows(answers: Mapping[int, Answer], global_batch: int) -> list[dict[str, Any
 
 
 def save_row(answer: Answer) -> dict[str, Any]:
-    """What both kinds of save cost, each on the rank that it cost most.
+    """The cost of both kinds of save, each on its slowest rank.
 
-    `background_s` and `synchronous_s`, with their `ratio`, are medians of what steps waited;
-    `background_later_s`, `synchronous_later_s` and `later_ratio` of what training was late in all:
-    the time to the save's end less that of as many steps without one (`step_s`, a median).
+    Returns:
+        `background_s`, `synchronous_s` and their `ratio`: median seconds that steps wait for a
+        save. `background_later_s`, `synchronous_later_s` and `later_ratio`: median delay of
+        training, which is the time to the save's end minus that of as many steps without a save
+        (`step_s`, a median).
     """
     by_rank = answer["by_rank"]
     step_s = median(seconds for mine in by_rank for seconds in mine["step_s"])
@@ -69,32 +71,32 @@ def save_row(answer: Answer) -> dict[str, Any]:
     return row
 
 
-def table(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> Table:
-    """Parts down, numbers of ranks across: milliseconds of a step, and shares."""
+def table(measured: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> Table:
+    """Milliseconds and share of each part (rows) for each number of ranks (columns)."""
     threads = sizes["threads"]
-    result = bench_table(
+    result = result_table(
         f"{sizes['global_batch']} pairs a step, {sizes['parameters'] / 1e6:.1f} million"
         f" parameters, {sizes['device']}, {threads} thread{'s' if threads > 1 else ''} a rank",
         HOW_TRAIN,
     )
     result.add_column("")
-    for row in found:
+    for row in measured:
         result.add_column(f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}", justify="right")
         result.add_column("", justify="right")
     for part in PARTS:
-        cells = [(row["shares"][part] * row["step_s"], row["shares"][part]) for row in found]
+        cells = [(row["shares"][part] * row["step_s"], row["shares"][part]) for row in measured]
         if any(share for _, share in cells):
             result.add_row(part, *(x for s, y in cells for x in (_ms(s), f"{y:.1%}")))
     result.add_section()
-    result.add_row("step", *(x for row in found for x in (_ms(row["step_s"]), "")))
-    result.add_row("pairs/s", *(x for row in found for x in (f"{row['pairs_per_s']:.0f}", "")))
-    result.add_row("efficiency", *(x for row in found for x in (f"{row['efficiency']:.2f}", "")))
+    result.add_row("step", *(x for row in measured for x in (_ms(row["step_s"]), "")))
+    result.add_row("pairs/s", *(x for row in measured for x in (f"{row['pairs_per_s']:.0f}", "")))
+    result.add_row("efficiency", *(x for row in measured for x in (f"{row['efficiency']:.2f}", "")))
     return result
 
 
 def save_table(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
     """One line for each kind of save."""
-    result = bench_table(
+    result = result_table(
         f"{row['checkpoint_bytes'] / 1e6:.0f} MB from {sizes['ranks']} ranks,"
         f" {sizes['saves']} saves of each kind",
         HOW_SAVE,
@@ -107,17 +109,6 @@ def save_table(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> Table:
         result.add_row(kind, *map(_ms, shown))
     result.add_row("ratio", f"{row['ratio']:.3f}", "", "", f"{row['later_ratio']:.2f}")
     return result
-
-
-def bench_table(title: str, caption: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
 
 
 def _ms(seconds: float) -> str:
