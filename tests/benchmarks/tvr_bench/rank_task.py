@@ -16,12 +16,13 @@ import torch
 from tvr_bench.scraper import Scraper
 
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.launchers.rank_main import end_process
 from tvr.trainer.build_run import build_run
 from tvr.trainer.checkpoint.catalogue import Retention
-from tvr.trainer.checkpoint.place import Place
-from tvr.trainer.checkpoint.saver import Saved, Saver
+from tvr.trainer.checkpoint.save_result import SaveResult
+from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.config import Config, from_json
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
@@ -101,7 +102,7 @@ class _TimedRun:
             if task.save_every and step and step % task.save_every == 0:
                 saver.save(self._run.saved_state(self._done), self._run.state_dict)
             elif self._all(saver.is_ready):
-                saver.go_on()
+                saver.advance()
             self._watch.lap("save")
             parts = self._watch.take()
             if step:  # the first step warms up caches
@@ -159,7 +160,7 @@ class _TimedRun:
         (file,) = (self._folder / FOLDER).glob("*.json")
         return f"http://{json.loads(file.read_text())[0]['targets'][0]}/metrics"
 
-    def _save(self, saver: Saver) -> tuple[Saved, dict[str, float]]:
+    def _save(self, saver: Saver) -> tuple[SaveResult, dict[str, float]]:
         """Trains until one save has ended; returns it, its seconds, and the steps meanwhile."""
         self._world.barrier()
         before, steps = time.perf_counter(), 0
@@ -168,12 +169,12 @@ class _TimedRun:
             self._train_step()
             steps += 1
             if self._all(saver.is_ready):
-                ended = saver.go_on()
+                ended = saver.advance()
         (saved,) = ended
         if saved.error is not None:
             raise OSError(saved.error)
         seconds = time.perf_counter() - before
-        return saved, {"waited_s": saved.held_up_s, "seconds": seconds, "steps": steps}
+        return saved, {"waited_s": saved.blocked_s, "seconds": seconds, "steps": steps}
 
     def _train_step(self) -> float:
         """Runs one step; returns its seconds."""
@@ -185,7 +186,7 @@ class _TimedRun:
 
     def _saver(self, name: str, *, background: bool) -> Saver:
         return Saver(
-            Place(str(self._folder / name)),
+            StorageFolder(str(self._folder / name)),
             self._world,
             self._run.attempt,
             Retention(last=1, every=0, best=False),
