@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tvr.data_prep.dataset.manifest import check_words, read_manifest
+from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
+from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.records import Batch
-from tvr.trainer.config import Config, augmentation, shard_cache
+from tvr.trainer.config import Config, DataConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
@@ -99,11 +101,11 @@ def training_batches(
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
         known_bad=known_bad,
-        augmentation=augmentation(data),
+        augmentation=_augmentation(data),
         decoder=data.decoder,
         word_drop=data.word_drop,
         cache_bytes=data.cache_mib << 20,
-        shard_cache=shard_cache(data),
+        shard_cache=_shard_cache(data),
     )
 
 
@@ -128,5 +130,17 @@ def ordered_batches(
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
         decoder=data.decoder,
-        shard_cache=shard_cache(data),
+        shard_cache=_shard_cache(data),
     )
+
+
+def _shard_cache(data: DataConfig) -> CacheFolder | None:
+    """Returns the node's cache of remote shards, or None if it is off."""
+    if data.shard_cache is None:
+        return None
+    return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
+
+
+def _augmentation(data: DataConfig) -> Augmentation:
+    """Returns the random augmentation of training samples."""
+    return Augmentation(frame_sampling=data.frame_sampling, crop_scale=data.crop_scale)
