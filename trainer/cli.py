@@ -53,14 +53,13 @@ def train(argv: Sequence[str]) -> int:
 
             Args:
                 run_dir: Folder of the run: configuration, log, checkpoints, results.
-                config: JSON file with some or all settings, nested as `tvr show-config` prints
-                    them.
+                config: JSON file with some or all settings, nested as in `tvr show-config`.
                 resume: auto: resume from the newest checkpoint. never: refuse a run that has one.
                 dry_run: Prints what the run would do, and runs one step on random data in this
                     process. Writes nothing to run_dir.
                 ranks: Number of ranks that --dry-run assumes. None: 1.
-                samples: Number of training samples that --dry-run assumes if the training set does
-                    not exist yet.
+                samples: Number of training samples that --dry-run assumes if there is no
+                    training set yet.
                 settings: All settings.
             """
             for name, value in (("ranks", ranks), ("samples", samples)):

@@ -1,4 +1,7 @@
-"""The sections of the configuration. The docstring below a field is its `--help` text."""
+"""The sections of the configuration. The docstring below a field is its `--help` text.
+
+These docstrings wrap at 70 characters, since `--help` keeps their line breaks on a terminal of 80.
+"""
 
 from __future__ import annotations
 
@@ -29,52 +32,60 @@ class DataConfig:
     test: str | None = None
     """Test set for evaluations. None: the run is not evaluated."""
     test_exchanged: str | None = None
-    """A second test set for the binding accuracy: the same keys in the same order as `test`,
-    and the same clips with two attributes swapped (for example the colours of two objects)."""
+    """A second test set for the binding accuracy: the same keys in the same
+    order as `test`, and the same clips with two attributes swapped (for
+    example the colours of two objects)."""
     num_frames: Positive = 12
     """Frames per video."""
     max_words: Annotated[int, Field(ge=3)] = 32
-    """Tokens per caption, including the start and the end token. Longer captions are cut."""
+    """Tokens per caption, including the start and the end token. Longer
+    captions are cut."""
     frame_sampling: FrameSampling = "centre"
-    """Frame taken from each of `num_frames` equal segments of a clip. centre: the middle one.
-    random: in training, a random one each time, for which the data set must store more than
-    `num_frames` frames."""
+    """Frame taken from each of `num_frames` equal segments of a clip.
+    centre: the middle one. random: in training, a random one each time,
+    for which the data set must store more than `num_frames` frames."""
     crop_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Smallest area of a random crop in training, as a share of the largest centred square.
-    CLIP is fine-tuned with 0.9. 1: no random crop; training uses the centred square, as
-    evaluation does."""
+    """Smallest area of a random crop in training, as a share of the largest
+    centred square. CLIP is fine-tuned with 0.9. 1: no random crop;
+    training uses the centred square, as evaluation does."""
     decoder: Decoder = "pyav"
-    """Video decoder for data sets in the video layout; both give the same frames. torchcodec is
-    an optional extra and needs FFmpeg's shared libraries."""
+    """Video decoder for data sets in the video layout; both give the same
+    frames. torchcodec is an optional extra and needs FFmpeg's shared
+    libraries."""
     word_drop: bool = False
-    """In training, drops some filler words of a caption at random, each time anew (the method's
-    caption augmentation). Needs a data set packed with words."""
+    """In training, drops some filler words of a caption at random, each time
+    anew (the method's caption augmentation). Needs a data set packed with
+    words."""
     content_words: bool = False
-    """Gives nouns, adjectives and full verbs double weight among a caption's words, in training
-    and evaluation (`twm` in the method's code). Needs a data set packed with words."""
+    """Gives nouns, adjectives and full verbs double weight among a caption's
+    words, in training and evaluation (`twm` in the method's code). Needs
+    a data set packed with words."""
     workers: NotNegative = 2
-    """Loader processes per rank. Samples and their order do not depend on it."""
+    """Loader processes per rank. Samples and their order do not depend on
+    it."""
     cache_mib: NotNegative = 0
-    """MiB of memory per loader process for a cache of decoded samples; useful for small data
-    sets. 0: no cache."""
+    """MiB of memory per loader process for a cache of decoded samples;
+    useful for small data sets. 0: no cache."""
     shard_cache: str | None = None
-    """Local folder in which the ranks of a node cache shards of remote data sets. None: each
-    sample is read from the store by itself."""
+    """Local folder in which the ranks of a node cache shards of remote data
+    sets. None: each sample is read from the store by itself."""
     shard_cache_gib: Positive = 100
-    """Largest size of `shard_cache` in GiB; the least recently used shards are removed first.
-    If it holds at least twice the 16 shards of a reading window, the shards of the next window
-    are downloaded while the present ones are read."""
+    """Largest size of `shard_cache` in GiB; the least recently used shards
+    are removed first. If it holds at least twice the 16 shards of a
+    reading window, the shards of the next window are downloaded while the
+    present ones are read."""
     max_bad: NotNegative = 100
-    """Largest number of different bad samples that a run replaces, over all ranks and restarts;
-    one more stops the run."""
+    """Largest number of different bad samples that a run replaces, over all
+    ranks and restarts; one more stops the run."""
     max_bad_in_a_row: Positive = 20
-    """Largest number of bad samples in a row on one rank, without a good one between them; one
-    more stops the run."""
+    """Largest number of bad samples in a row on one rank, without a good one
+    between them; one more stops the run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TowersConfig:
-    """Shape of CLIP towers that are trained from scratch; ignored with `model.pretrained`."""
+    """Shape of CLIP towers that are trained from scratch; ignored with
+    `model.pretrained`."""
 
     width: Positive = 128
     """Hidden width of both towers."""
@@ -95,30 +106,34 @@ class ModelConfig:
     """The two towers and the heads on top."""
 
     pretrained: str | None = None
-    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format. None: towers from
-    scratch, as `towers` describes them."""
+    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format.
+    None: towers from scratch, as `towers` describes them."""
     tokenizer: str | None = None
     """Local folder with the tokeniser. None: the one in `pretrained`."""
     towers: TowersConfig = TowersConfig()
     """Shape of towers from scratch."""
     freeze: Freeze = 0
-    """Weights of the towers that are not trained: a number N freezes the embeddings and the
-    bottom N layers of each tower; text, image or both freezes whole towers. 0: nothing."""
+    """Weights of the towers that are not trained: a number N freezes the
+    embeddings and the bottom N layers of each tower; text, image or both
+    freezes whole towers. 0: nothing."""
     lora_rank: NotNegative = 0
-    """Rank of LoRA adapters on the towers' queries and values (alpha = 2 x rank); the towers'
-    own weights are then frozen. 0: no LoRA. Needs the extra `lora`."""
+    """Rank of LoRA adapters on the towers' queries and values (alpha = 2 x
+    rank); the towers' own weights are then frozen. 0: no LoRA. Needs the
+    extra `lora`."""
     sequence_header_layers: NotNegative = 0
-    """Transformer layers over the frames of a video, on top of the image tower. 0: frames are
-    encoded independently."""
+    """Transformer layers over the frames of a video, on top of the image
+    tower. 0: frames are encoded independently."""
     unit_after_header: bool = True
-    """Normalises frames to unit length after the sequence header, so that similarities are
-    cosines. false: as in the authors' implementation."""
+    """Normalises frames to unit length after the sequence header, so that
+    similarities are cosines. false: as in the authors' implementation."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
-    """Similarity of captions and videos. ti and wti compare the sentence with the frames;
-    att_ti and att_wti also compare the words. wti and att_wti weight tokens by learned weights,
-    ti and att_ti by plain means."""
+    """Similarity of captions and videos. ti and wti compare the sentence
+    with the frames; att_ti and att_wti also compare the words. wti and
+    att_wti weight tokens by learned weights, ti and att_ti by plain
+    means."""
     neighbour_frames: bool = True
-    """Adds to each word's best frame the frame that is most similar to that frame."""
+    """Adds to each word's best frame the frame that is most similar to that
+    frame."""
     weight_layers: Annotated[int, Field(ge=1, le=3)] = 1
     """Linear layers in the token-weight networks of wti and att_wti."""
 
@@ -130,29 +145,31 @@ class LossConfig:
     similarity: Literal["info_nce", "neg_nce"] = "neg_nce"
     """Contrastive loss over the pairs of a batch."""
     neg_nce_mode: Literal["reference", "log"] = "log"
-    """Form of NegNCE. reference: as in the authors' code. log: in log space, without a clamp,
-    negatives normalised per row."""
+    """Form of NegNCE. reference: as in the authors' code. log: in log space,
+    without a clamp, negatives normalised per row."""
     neg_nce_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the penalty on hard negatives in NegNCE."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.01
     """Logits are similarity / temperature. It is constant, not learned."""
     mask_same_video: bool | None = None
-    """Excludes pairs of the same video id from the negatives. None: on for neg_nce in log mode,
-    otherwise off."""
+    """Excludes pairs of the same video id from the negatives. None: on for
+    neg_nce in log mode, otherwise off."""
     tpm_cl: Literal[0, 2, 3, 4] = 4
-    """Type of TPM-CL, the loss on partially masked samples. 0: off. 2: margins 1 and 2. 3: margin
-    3. 4: all three margins."""
+    """Type of TPM-CL, the loss on partially masked samples. 0: off. 2:
+    margins 1 and 2. 3: margin 3. 4: all three margins."""
     tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of TPM-CL in the loss."""
     margin: Annotated[float, Field(ge=0.0)] = 0.6
     """Margin of the TPM-CL hinge."""
     mask_threshold: Share = 0.6
-    """Share of the token weight that is removed from the partial samples of TPM-CL."""
+    """Share of the token weight that is removed from the partial samples of
+    TPM-CL."""
     straight_through: bool = False
-    """Passes a gradient to the frame-weight predictor of TPM-CL, which otherwise keeps its
-    initial weights, as in the method."""
+    """Passes a gradient to the frame-weight predictor of TPM-CL, which
+    otherwise keeps its initial weights, as in the method."""
     normalise_partial: bool = False
-    """Normalises the partial text vector of TPM-CL to unit length, as the whole one."""
+    """Normalises the partial text vector of TPM-CL to unit length, as the
+    whole one."""
     mask_padding_weights: bool = False
     """Gives padding words and frames no weight in the predictors of TPM-CL."""
 
@@ -166,33 +183,39 @@ class TrainConfig:
     global_batch: Positive
     """Pairs per optimiser step, over all ranks."""
     micro_batch: Positive
-    """Pairs per rank and forward. The negatives of a loss come from the micro-batches of all
-    ranks. With global_batch > micro_batch x ranks, gradients are averaged over several
-    micro-steps, which adds no negatives unless `gradient_cache` is on."""
+    """Pairs per rank and forward. The negatives of a loss come from the
+    micro-batches of all ranks. With global_batch > micro_batch x ranks,
+    gradients are averaged over several micro-steps, which adds no
+    negatives unless `gradient_cache` is on."""
     gradient_cache: bool = False
-    """Computes one loss over the whole global batch, of which each rank encodes `micro_batch`
-    pairs at a time: micro-batches are encoded without a graph, the loss and its gradient at the
-    features are computed, and each micro-batch is encoded again for the backward. Use it for
-    batches whose activations do not fit. It costs a second forward, and host memory for the
-    frames of all micro-batches."""
+    """Computes one loss over the whole global batch, of which each rank
+    encodes `micro_batch` pairs at a time: micro-batches are encoded
+    without a graph, the loss and its gradient at the features are
+    computed, and each micro-batch is encoded again for the backward. Use
+    it for batches whose activations do not fit. It costs a second
+    forward, and host memory for the frames of all micro-batches."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How a rank gets the frames of all ranks for its texts. gather: all at once. ring: one
-    rank's at a time. Use ring if the gathered frames, global_batch x F x D numbers, do not fit."""
+    """How a rank gets the frames of all ranks for its texts. gather: all at
+    once. ring: one rank's at a time. Use ring if the gathered frames,
+    global_batch x F x D numbers, do not fit."""
     scores: Literal["keep", "stream"] = "keep"
-    """keep: the similarities of this rank's texts with all videos stay in memory from forward
-    to backward. stream: they are recomputed tile by tile. Use stream if that table does not
-    fit; it computes the similarity several times."""
+    """keep: the similarities of this rank's texts with all videos stay in
+    memory from forward to backward. stream: they are recomputed tile by
+    tile. Use stream if that table does not fit; it computes the
+    similarity several times."""
     fast_similarity: bool = False
-    """In training, rounds words and frames to bfloat16 in the similarity. Faster, with an error
-    of up to 0.2 in the logits at temperature 0.01 (0.01 on a GPU). Evaluation stays exact."""
+    """In training, rounds words and frames to bfloat16 in the similarity.
+    Faster, with an error of up to 0.2 in the logits at temperature 0.01
+    (0.01 on a GPU). Evaluation stays exact."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate of the heads."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7
     """Peak learning rate of the towers."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor on the towers' learning rate per layer from top to bottom: the top layer has
-    encoder_learning_rate x layer_decay, the embeddings have the lowest rate. Parameters above
-    the layers keep encoder_learning_rate."""
+    """Factor on the towers' learning rate per layer from top to bottom: the
+    top layer has encoder_learning_rate x layer_decay, the embeddings have
+    the lowest rate. Parameters above the layers keep
+    encoder_learning_rate."""
     warmup_steps: NotNegative = 0
     """Steps of linear warm-up. A cosine to zero follows."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
@@ -204,21 +227,23 @@ class TrainConfig:
     gradient_clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest norm of the whole gradient. 0: no clipping."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """ZeRO stage of DeepSpeed. 0: nothing is partitioned. 1: optimiser state. 2: also
-    gradients. 3: also weights."""
+    """ZeRO stage of DeepSpeed. 0: nothing is partitioned. 1: optimiser
+    state. 2: also gradients. 3: also weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the towers and their gradients. bf16 needs ZeRO stage 1 to 3; master
-    weights, similarity and loss stay in fp32."""
+    """Precision of the model's weights, activations and gradients. bf16
+    needs ZeRO stage 1 to 3; master weights, similarity and loss stay in
+    fp32."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """State kept and updated in host memory, for models that do not fit a GPU; slower.
-    optimizer: its state (ZeRO 1 to 3). parameters: also the weights (ZeRO 3)."""
+    """State kept and updated in host memory, for models that do not fit a
+    GPU; slower. optimizer: its state (ZeRO 1 to 3). parameters: also the
+    weights (ZeRO 3)."""
     activation_checkpointing: bool = False
-    """Recomputes the towers' layers in the backward instead of keeping their activations. Less
-    memory, a second forward of the towers."""
+    """Recomputes the towers' layers in the backward instead of keeping their
+    activations. Less memory, a second forward of the towers."""
     compile: bool = False
-    """Compiles the towers' layers with torch.compile (ZeRO 0 to 2). The first step of each
-    shape is slow, later ones are faster; results agree to rounding. torch caches compiled code
-    in TORCHINDUCTOR_CACHE_DIR."""
+    """Compiles the towers' layers with torch.compile (ZeRO 0 to 2). The
+    first step of each shape is slow, later ones are faster; results agree
+    to rounding. torch caches compiled code in TORCHINDUCTOR_CACHE_DIR."""
     seed: NotNegative = 0
     """Seed of weights, dropout and sample order."""
     eval_every: NotNegative = 0
@@ -228,11 +253,12 @@ class TrainConfig:
     log_keys: bool = False
     """Writes each rank's sample keys of every step to run_dir/keys."""
     stall_factor: Annotated[float, Field(ge=0.0)] = 20.0
-    """Ends the job if a rank takes longer than a minute and longer than this factor x the
-    median step; the error names the ranks at fault. 0: never."""
+    """Ends the job if a rank takes longer than a minute and longer than this
+    factor x the median step; the error names the ranks at fault. 0:
+    never."""
     timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
-    """Longest time in seconds for a step, an evaluation or a save, and for a rank to wait for
-    the others."""
+    """Longest time in seconds for a step, an evaluation or a save, and for a
+    rank to wait for the others."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -240,38 +266,44 @@ class CheckpointConfig:
     """Where checkpoints are written, how often, and which are kept."""
 
     url: str | None = None
-    """Folder or fsspec URL for the checkpoints of this run alone. None: run_dir/checkpoints."""
+    """Folder or fsspec URL for the checkpoints of this run alone. None:
+    run_dir/checkpoints."""
     every: NotNegative = 0
     """Steps between checkpoints. 0: only after the last step."""
     keep_last: Positive = 2
     """Number of newest checkpoints to keep."""
     keep_every: NotNegative = 0
-    """Also keeps the checkpoints of steps that are multiples of this number. 0: none."""
+    """Also keeps the checkpoints of steps that are multiples of this number.
+    0: none."""
     keep_best: bool = True
-    """Also keeps the checkpoint with the best evaluation, by the mean of R@1 in both
-    directions."""
+    """Also keeps the checkpoint with the best evaluation, by the mean of R@1
+    in both directions."""
     background: bool = True
-    """Writes checkpoints while training goes on: a step waits only for a copy of the rank's
-    weights and optimiser in host memory. Off: a step waits for the disk, and no copy is made. A
-    run falls back to off, with a warning and a line in the log, if a copy does not fit."""
+    """Writes checkpoints while training goes on: a step waits only for a
+    copy of the rank's weights and optimiser in host memory. Off: a step
+    waits for the disk, and no copy is made. A run falls back to off, with
+    a warning and a line in the log, if a copy does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MetricsConfig:
-    """Metrics for Prometheus while the run goes on. The last values also go to run_dir/metrics."""
+    """Metrics for Prometheus while the run goes on. The last values also go
+    to run_dir/metrics."""
 
     enabled: bool = True
     """Turns metrics on or off."""
     endpoint: Literal["node", "rank", "none"] = "node"
-    """HTTP endpoints that Prometheus scrapes: one for each node, one for each rank, or none.
-    Addresses are in run_dir/metrics/HOST.json, a file for file_sd."""
+    """HTTP endpoints that Prometheus scrapes: one for each node, one for
+    each rank, or none. Addresses are in run_dir/metrics/HOST.json, a file
+    for file_sd."""
     address: str = "0.0.0.0"
     """IP address of the network interface that the endpoint listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the endpoint; with `rank`, the port of the first rank of a node. 0: any free
-    port."""
+    """Port of the endpoint; with `rank`, the port of the first rank of a
+    node. 0: any free port."""
     writers: tuple[WriterName, ...] = ()
-    """Tools that also receive the log, in run_dir. Each needs the extra of its name."""
+    """Tools that also receive the log, in run_dir. Each needs the extra of
+    its name."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
-    """Peak TFLOPS of a rank's device, for MFU. None: the vendor's figure, if the device is
-    known."""
+    """Peak TFLOPS of a rank's device, for MFU. None: the vendor's figure, if
+    the device is known."""
