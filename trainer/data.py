@@ -9,13 +9,13 @@ from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.records import Batch
-from tvr.trainer.config import Config, DataConfig
+from tvr.trainer.config import Config, DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 
 
-def validate_data_sets(config: Config, world: World) -> int:
+def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> int:
     """Reads the manifest of every data set and checks it against the settings.
 
     Returns:
@@ -26,14 +26,13 @@ def validate_data_sets(config: Config, world: World) -> int:
             different keys, or a set lacks the words that `data.content_words` needs.
         OSError, ShardCorrupt: a manifest is missing or damaged.
     """
-    data = config.data
-    train = read_manifest(data.train)
-    if train.num_samples < config.train.global_batch:
+    train_set = read_manifest(data.train)
+    if train_set.num_samples < train.global_batch:
         raise ValueError(
-            f"{data.train} holds {train.num_samples} samples, fewer than train.global_batch="
-            f"{config.train.global_batch}: a batch would hold some of them twice"
+            f"{data.train} holds {train_set.num_samples} samples, fewer than train.global_batch="
+            f"{train.global_batch}: a batch would hold some of them twice"
         )
-    sets = [(data.train, train)]
+    sets = [(data.train, train_set)]
     if data.test is not None:
         test = read_manifest(data.test)
         sets.append((data.test, test))
@@ -52,20 +51,16 @@ def validate_data_sets(config: Config, world: World) -> int:
     if data.content_words:
         for url, manifest in sets:
             check_words(url, manifest, needed_by="data.content_words")
-    return train.num_samples
+    return train_set.num_samples
 
 
-def build_tokenizer(config: Config) -> Tokenizer:
+def build_tokenizer(model: ModelConfig, data: DataConfig) -> Tokenizer:
     """Loads the tokeniser that `model.tokenizer` or `model.pretrained` names.
 
     Raises:
         ValueError: as `load_tokenizer` and `tokenizer_folder`.
     """
-    return load_tokenizer(
-        tokenizer_folder(config.model),
-        config.data.max_words,
-        content_words=config.data.content_words,
-    )
+    return load_tokenizer(tokenizer_folder(model), data.max_words, content_words=data.content_words)
 
 
 def training_batches(

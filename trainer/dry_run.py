@@ -55,7 +55,7 @@ def dry_run(
     deepspeed_config(config.train, ranks)  # raises for settings that do not fit together
     sets = dict(_data_sets(config))
     samples = _training_samples(config, sets["train"], samples)
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config.model, config.data)
     model = build_meta_model(
         config.model, config.loss, tokenizer, num_frames=config.data.num_frames
     )

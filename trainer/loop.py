@@ -85,7 +85,7 @@ def train(
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
         num_samples = check_data(config, world)
-        tokenizer = build_tokenizer(config)
+        tokenizer = build_tokenizer(config.model, config.data)
         check_memory(config, tokenizer, world)
         attempt = world.run_on_first(lambda: begin_attempt(run_dir))
         saver = Saver(

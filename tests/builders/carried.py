@@ -22,13 +22,18 @@ CPU = torch.device("cpu")
 def model_of(config: Config, seed: int = 0) -> TextVideoModel:
     torch.manual_seed(seed)
     return build_model(
-        config.model, config.loss, build_tokenizer(config), num_frames=config.data.num_frames
+        config.model,
+        config.loss,
+        build_tokenizer(config.model, config.data),
+        num_frames=config.data.num_frames,
     )
 
 
 def losses(engine: Any, config: Config, world: World, first: int, count: int) -> list[float]:
     """Losses of steps first + 1 to first + count, each followed by its update."""
-    batches = training_batches(config, build_tokenizer(config), world, start_step=first)
+    batches = training_batches(
+        config, build_tokenizer(config.model, config.data), world, start_step=first
+    )
     values = []
     for _ in range(count):
         batch = next(batches)

@@ -375,7 +375,7 @@ def test_a_straggler_is_named() -> None:
 
 def test_operations_are_those_that_torch_counts(data: Path) -> None:
     config = tiny_config(data, metrics={"peak_tflops": 2.0})
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config.model, config.data)
 
     def built(config: Config) -> TextVideoModel:
         data = config.data

@@ -119,7 +119,7 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "not" / "there"
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config.model, config.data)
     model = build_meta_model(config.model, config.loss, tokenizer, num_frames=3)
     check_disk(config, run_dir, model, ALONE)
     with torch.device("meta"):
@@ -144,7 +144,7 @@ class Elsewhere(World):
 def test_states_that_do_not_fit_the_memory_are_refused(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, tokenizer = with_ranks(config, 2), build_tokenizer(config)
+    config, tokenizer = with_ranks(config, 2), build_tokenizer(config.model, config.data)
     needs = rank_memory(config, tokenizer, 2)
     assert 0 < needs.states < needs.total
 
@@ -174,7 +174,9 @@ def test_what_is_offloaded_is_not_the_devices(
     def states(offload: str, kind: str) -> tuple[int, int]:
         monkeypatch.setattr(rank_memory_file, "device", lambda: kind)
         train = replace(with_ranks(config, 2).train, zero_stage=3, offload=offload)
-        needs = rank_memory(replace(config, train=train), build_tokenizer(config), 2)
+        needs = rank_memory(
+            replace(config, train=train), build_tokenizer(config.model, config.data), 2
+        )
         return needs.states, needs.model.weights
 
     whole, weights = states("none", "cuda")

@@ -73,7 +73,7 @@ def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, 
         log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
     if scan.newest is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config.model, config.data)
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
     state = scan.newest.state
     with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:

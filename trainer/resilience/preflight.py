@@ -76,7 +76,7 @@ def check_data(config: Config, world: World) -> int:
     """
     num_samples, error = 0, None
     try:
-        num_samples = validate_data_sets(config, world)
+        num_samples = validate_data_sets(config.data, config.train, world)
     except (OSError, ShardCorrupt, ValueError) as caught:
         error = caught
     own_text = None if error is None else str(error)

@@ -84,7 +84,7 @@ class _TimedRun:
             world,
             attempt=attempt,
             log=LogWriter(folder, attempt, world),
-            tokenizer=build_tokenizer(config),
+            tokenizer=build_tokenizer(config.model, config.data),
             num_samples=read_manifest(config.data.train).num_samples,
             inspect_model=count_parameters,
             watch=self._watch,
