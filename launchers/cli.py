@@ -1,4 +1,4 @@
-"""The command `tvr`: imports a sub-command's module once it is called, and hands it the line."""
+"""The command `tvr`. It imports the module of a sub-command only when that is called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
-from tvr.launchers.torchrun.launch import path_with_scripts
+from tvr.launchers.process import path_with_scripts
 
 
 class Command(NamedTuple):
@@ -21,24 +21,33 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("tvr.trainer.cli:demo", "render clips, train a small model on them, report"),
-    "pack": Command("tvr.data_prep.cli:pack", "write videos and captions into shards"),
+    "demo": Command(
+        "tvr.trainer.cli:demo", "render clips, train a small model on them, write a report"
+    ),
+    "pack": Command("tvr.data_prep.cli:pack", "pack videos and captions into shards"),
     "verify": Command("tvr.data_prep.check.cli:verify", "check a data set against its manifest"),
-    "stats": Command("tvr.data_prep.check.cli:stats", "write a page about a data set"),
+    "stats": Command(
+        "tvr.data_prep.check.cli:stats", "write a page of statistics about a data set"
+    ),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
-    "evaluate": Command("tvr.trainer.cli:evaluate", "recall of a trained model, both directions"),
+    "evaluate": Command(
+        "tvr.trainer.cli:evaluate", "compute the recall of a trained model, both directions"
+    ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(
-        "tvr.trainer.pages.cli:dashboard", "write a page that shows runs while they go on"
+        "tvr.trainer.pages.cli:dashboard", "write a page that follows running and finished runs"
     ),
     "export": Command("tvr.trainer.cli:export", "write a run's model as a Hugging Face folder"),
-    "metrics": Command("tvr.trainer.monitoring.cli:metrics", "what a run tells Prometheus"),
+    "metrics": Command(
+        "tvr.trainer.monitoring.cli:metrics", "list the Prometheus metrics of a run"
+    ),
     "show-config": Command("tvr.trainer.cli:show_config", "print the resolved configuration"),
     "bench": Command(
-        "tvr.trainer.bench_cli:bench", "the kernels' time and memory; clips/s of the data"
+        "tvr.trainer.bench_cli:bench", "measure time and memory of kernels, data and steps"
     ),
     "launch": Command(
-        "tvr.launchers.launch_cli:launch", "start a job here or on a cluster; watch over it"
+        "tvr.launchers.launch_cli:launch",
+        "start a job here or on a cluster, inspect it, monitor it",
     ),
 }
 
@@ -57,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
-    # Only the first word is ours: argparse would otherwise take `--help` away from the sub-command.
+    # Parse the first word only: argparse would take `--help` away from the sub-command.
     name = parser.parse_args(arguments[:1]).command
-    # DeepSpeed starts `ninja`, which lies beside the interpreter of an environment not activated.
+    # DeepSpeed runs `ninja`, which is not in PATH if the virtual environment is not activated.
     os.environ["PATH"] = path_with_scripts(os.environ.get("PATH", ""))
     try:
         return _load(COMMANDS[name].target)(arguments[1:])
@@ -92,7 +101,7 @@ def _load(target: str) -> Callable[[list[str]], int]:
 
 
 def _version() -> str:
-    # Imported here: it takes a third of the time of `tvr --help`.
+    # A slow import, a third of the time of `tvr --help`.
     from importlib.metadata import version
 
     return version("tvr")

@@ -1,15 +1,16 @@
-"""Exit codes of every `tvr` command; launchers decide by them whether a job starts again.
+"""Exit codes of every `tvr` command. Launchers use them to decide whether a job restarts.
 
-The one table of the project. It needs the standard library only, so every package may import it.
+This is the project's only table of exit codes. It needs the standard library only, so every package
+may import it.
 """
 
 from __future__ import annotations
 
 EXIT_DONE = 0
-"""Finished."""
+"""The command finished."""
 EXIT_USAGE = 2
-"""Bad usage, settings or input. Starting again would end the same way."""
+"""Bad usage, settings or input. A restart would fail in the same way."""
 EXIT_FAILED = 3
-"""The command failed, or could not begin on these nodes. Starting again may help."""
+"""The command failed, or could not start on these nodes. A restart may succeed."""
 EXIT_PREEMPTED = 75
-"""Its time or its nodes were taken, and it saved a checkpoint (EX_TEMPFAIL): start again."""
+"""The command was preempted and saved a checkpoint (EX_TEMPFAIL). Start it again."""

@@ -1,4 +1,4 @@
-"""A job for a cluster: what runs where, as one record that every kind of launcher renders."""
+"""Record of a cluster job, from which every launcher renders its own form."""
 
 from __future__ import annotations
 
@@ -9,127 +9,123 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tvr.launchers.restart_policy import Policy
+from tvr.launchers.restart_policy import RestartPolicy
 
-FOLDER = "launch"
-RECORD = "job.json"
-"""Of the job that was submitted last; what a job itself reads lies in RECORDS."""
-RECORDS = "jobs"
-# What a command has in the place of the number of an array's task.
-TASK = "%a"
+LAUNCH_DIR = "launch"
+JOB_FILE = "job.json"
+"""Record of the newest submitted job. A running job reads its own record in `RECORDS_DIR`."""
+RECORDS_DIR = "jobs"
+TASK_ID = "%a"
+"""Placeholder in the command of an array for the task's number."""
 
-# Variables that change what ranks do, written into the job so that it can be given again from
-# another shell; names that look like secrets are left to the batch system.
+# Environment variables that affect ranks. They are stored in the job, so that it can be submitted
+# again from another shell. Names that look like secrets are never stored.
 CAPTURED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|CC|CXX"
     r"|(CUDA|DS|FI|GLOO|HF|NCCL|OMP|PYTORCH|TORCH|TRITON|UCX)_\w+"
 )
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
-DEVICES = "CUDA_VISIBLE_DEVICES"
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 NO_DEVICES = ("", "-1")
 
 NAME = re.compile(r"[^\\\n]+")
-TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
-    """The image in which ranks run; the batch script itself runs outside."""
+    """Image in which the ranks run. The batch script runs outside of it."""
 
     image: str
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
     mounts: tuple[str, ...] = ()
-    """SOURCE:TARGET, beside the run's folder and the directory, which keep their names inside."""
+    """SOURCE:TARGET. The run folder and the working directory are mounted in addition, at their
+    own paths."""
     python: str = "python3"
-    """The interpreter inside."""
+    """Interpreter in the image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One job. Paths are absolute, on a disk that all nodes share."""
+    """One cluster job. Paths are absolute, on a file system that all nodes share."""
 
     command: tuple[str, ...]
-    """Of every rank: `tvr ...` or anything else. An array's task has its number at `%a`."""
+    """Command of every rank, `tvr ...` or any other. `%a` is replaced by an array task's number."""
     run_dir: str
-    """Its folder `launch` holds its jobs' records and scripts, and all output."""
+    """Run folder. Its sub-folder `launch` holds job records, scripts and all output."""
     directory: str
-    """Where the command starts."""
+    """Working directory of the command."""
     python: str
-    """The interpreter on the nodes."""
+    """Interpreter on the nodes."""
     name: str
     nodes: int = 1
     ranks_per_node: int = 1
     gpus_per_node: int = 0
     cpus_per_rank: int | None = None
     memory: str | None = None
-    """Of a node, as `sbatch --mem` takes it."""
+    """Memory per node, in the form of `sbatch --mem`."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     time_limit: str | None = None
-    """As `sbatch --time` takes it; none: the partition's."""
+    """In the form of `sbatch --time`; None uses the partition's limit."""
     exclude: tuple[str, ...] = ()
-    """Nodes not to use."""
+    """Nodes that the job must not use."""
     dependency: str | None = None
     array: str | None = None
-    """Numbers of the tasks of a job array."""
+    """Task numbers of a job array."""
     notice_s: int = 300
-    """Seconds before the end of the time at which ranks are told to save and leave."""
+    """Seconds before the time limit at which ranks are asked to save and exit."""
     notice_given: bool = False
-    """Whether that is the user's own word; else it follows from how long saves took."""
+    """True if the user set `notice_s`; otherwise it is derived from measured times."""
     interface: str | None = None
-    """Network interface of NCCL and gloo; none: they choose."""
+    """Network interface of NCCL and gloo; None lets them choose."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables set on the nodes."""
+    """Environment variables of the ranks."""
     container: Container | None = None
     targets: str | None = None
-    """Folder in which Prometheus looks for targets."""
-    policy: Policy = field(default_factory=Policy)
+    """Folder of Prometheus's file_sd target files."""
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
 
     def __post_init__(self) -> None:
-        for what in ("nodes", "ranks_per_node", "notice_s"):
-            _check(getattr(self, what) >= 1, what, getattr(self, what), "at least 1")
+        for name in ("nodes", "ranks_per_node", "notice_s"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         gpus, cpus = self.gpus_per_node, self.cpus_per_rank
         _check(gpus >= 0, "gpus_per_node", gpus, "0 or more")
         _check(cpus is None or cpus >= 1, "cpus_per_rank", cpus, "at least 1")
-        _check(bool(self.command), "command", self.command, "one such as `tvr train ...`")
-        # SLURM's options and patterns of file names take a backslash for themselves.
-        for what in ("name", "run_dir", "directory"):
-            value = getattr(self, what)
-            _check(NAME.fullmatch(value) is not None, what, value, "without backslash and newline")
+        _check(bool(self.command), "command", self.command, "a command such as `tvr train ...`")
+        # SLURM interprets backslashes in options and in file name patterns.
+        for name in ("name", "run_dir", "directory"):
+            value = getattr(self, name)
+            _check(NAME.fullmatch(value) is not None, name, value, "without backslash and newline")
         if self.time_limit is not None:
-            seconds(self.time_limit)
+            parse_time_limit(self.time_limit)
         if self.container is not None:
-            # Either would end a mount: SOURCE:TARGET,SOURCE:TARGET.
-            for what in ("run_dir", "directory"):
-                value = getattr(self, what)
-                fine = not set(value) & set(":,")
-                _check(fine, what, value, "without colon and comma: a container has it as a mount")
-        if self.array is not None and TASK in self.run_dir:
+            # Mounts are written as SOURCE:TARGET,SOURCE:TARGET.
+            for name in ("run_dir", "directory"):
+                value = getattr(self, name)
+                valid = not set(value) & set(":,")
+                _check(valid, name, value, "without colon and comma to be mounted in a container")
+        if self.array is not None and TASK_ID in self.run_dir:
             raise ValueError(
-                f"run_dir={self.run_dir!r}: {TASK} is each task's own, and the array's script and"
-                " output need one folder; give the launch a --run-dir of its own, before `--`"
+                f"run_dir={self.run_dir!r} contains {TASK_ID}, but an array needs one folder for"
+                " its script and output; give a --run-dir before `--`"
             )
-        numbered = any(TASK in word for word in self.command)
+        numbered = any(TASK_ID in word for word in self.command)
         if self.array is not None and not numbered:
             raise ValueError(
-                f"array={self.array!r}: every task would do the same; the command must hold {TASK},"
-                f" the task's number, as in `tvr pack --task {TASK}/8`"
+                f"array={self.array!r}: every task would do the same; the command must contain"
+                f" {TASK_ID}, the task's number, as in `tvr pack --task {TASK_ID}/8`"
             )
 
     @property
-    def folder(self) -> Path:
-        """Of records, scripts and output."""
-        return Path(self.run_dir, FOLDER)
+    def launch_dir(self) -> Path:
+        """Folder of job records, scripts and output."""
+        return Path(self.run_dir, LAUNCH_DIR)
 
-    def record(self, name: str) -> Path:
-        """Where a job reads how it was submitted, each at a name of its own: those that run already
-        keep what they were."""
-        return self.folder / RECORDS / f"{name}.json"
-
-    @property
-    def num_ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
+    def record_path(self, name: str) -> Path:
+        """Path of one submission's record, so that a later submission cannot change it."""
+        return self.launch_dir / RECORDS_DIR / f"{name}.json"
 
 
 def to_json(job: Job) -> str:
@@ -137,42 +133,46 @@ def to_json(job: Job) -> str:
 
 
 def from_json(text: str) -> Job:
-    """Raises KeyError or TypeError where it is the record of another version."""
+    """Reads a record written by `to_json`.
+
+    Raises:
+        KeyError, TypeError: another version of the program wrote the record.
+    """
     values: dict[str, Any] = json.loads(text)
     if container := values["container"]:
         values["container"] = Container(**{**container, "mounts": tuple(container["mounts"])})
-    values["policy"] = Policy(**values["policy"])
+    values["policy"] = RestartPolicy(**values["policy"])
     values |= {name: tuple(values[name]) for name in ("command", "exclude")}
     return Job(**values)
 
 
 def read_job(run_dir: Path) -> Job:
-    """The job of a run: of several the last one that was submitted.
+    """Reads the newest submitted job of a run.
 
     Raises:
-        ValueError: it has none, or it is of another version of the program.
+        ValueError: the run has no job, or another version of the program wrote its record.
     """
-    path = run_dir / FOLDER / RECORD
+    path = run_dir / LAUNCH_DIR / JOB_FILE
     try:
-        return read_record(path)
+        return read_job_record(path)
     except FileNotFoundError:
-        raise ValueError(f"{run_dir} was not launched on a cluster: there is no {path}") from None
+        raise ValueError(f"{run_dir} was not launched on a cluster: {path} is missing") from None
 
 
-def read_record(path: Path) -> Job:
-    """One job's.
+def read_job_record(path: Path) -> Job:
+    """Reads the record of one job.
 
     Raises:
-        ValueError: it is of another version of the program.
+        ValueError: another version of the program wrote the record.
     """
     try:
         return from_json(path.read_text())
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is of another version of tvr: {error}") from None
+        raise ValueError(f"{path} was written by another version of tvr: {error}") from None
 
 
-def captured(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a job takes along."""
+def captured_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Selects the environment variables that affect ranks and are no secrets."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -180,27 +180,29 @@ def captured(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def without_devices(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables but for the GPUs of this machine, which a cluster's are not; that there are to
-    be none goes along."""
-    named = environment.get(DEVICES, "").strip() not in NO_DEVICES
-    return {k: v for k, v in environment.items() if k != DEVICES or not named}
+def without_gpu_selection(environment: Mapping[str, str]) -> dict[str, str]:
+    """Drops `CUDA_VISIBLE_DEVICES` if it names GPUs of this machine.
+
+    The nodes have other GPUs. A value that hides all GPUs is kept.
+    """
+    selects = environment.get(VISIBLE_DEVICES, "").strip() not in NO_DEVICES
+    return {k: v for k, v in environment.items() if k != VISIBLE_DEVICES or not selects}
 
 
-def environment_of(job: Job) -> dict[str, str]:
-    """The variables of its ranks."""
+def job_environment(job: Job) -> dict[str, str]:
+    """Environment variables that a job sets for its ranks."""
     variables = dict(job.environment)
     if job.interface is not None:
         names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
         variables |= dict.fromkeys(names, job.interface)
     if job.gpus_per_node:
-        # A rank that sees fewer must not train on the CPU instead.
+        # A rank that sees fewer GPUs must fail instead of training on the CPU.
         variables["TVR_GPUS_PER_NODE"] = str(job.gpus_per_node)
     return variables
 
 
-def run_dir_of(command: Sequence[str]) -> str | None:
-    """What the command itself names as its run's folder."""
+def command_run_dir(command: Sequence[str]) -> str | None:
+    """Returns the value of `--run-dir` in a command, or None."""
     for word, following in zip(command, [*command[1:], None], strict=True):
         if word == "--run-dir":
             return following
@@ -209,26 +211,26 @@ def run_dir_of(command: Sequence[str]) -> str | None:
     return None
 
 
-def seconds(time_limit: str) -> int:
-    """Of a time in SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+def parse_time_limit(time_limit: str) -> int:
+    """Converts a SLURM time to seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text has none of these forms.
     """
-    match = TIME.fullmatch(time_limit)
+    match = TIME_LIMIT.fullmatch(time_limit)
     if match is None:
         raise ValueError(f"time {time_limit!r} must be minutes, H:M:S or D-H:M:S")
     numbers = [int(number) for number in match.groups()[1:] if number is not None]
     if match[1] is not None:
-        hours, minutes, rest = (*numbers, 0, 0)[:3]
-        return ((int(match[1]) * 24 + hours) * 60 + minutes) * 60 + rest
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+        return ((int(match[1]) * 24 + hours) * 60 + minutes) * 60 + seconds
     if len(numbers) < 3:
-        minutes, rest = (*numbers, 0)[:2]
-        return 60 * minutes + rest
-    hours, minutes, rest = numbers
-    return (60 * hours + minutes) * 60 + rest
+        minutes, seconds = (*numbers, 0)[:2]
+        return 60 * minutes + seconds
+    hours, minutes, seconds = numbers
+    return (60 * hours + minutes) * 60 + seconds
 
 
-def _check(fine: bool, what: str, value: object, allowed: str) -> None:
-    if not fine:
-        raise ValueError(f"{what}={value!r} must be {allowed}")
+def _check(valid: bool, name: str, value: object, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value!r} must be {allowed}")

@@ -1,8 +1,8 @@
-"""A job as a manifest for Kubernetes: a PyTorchJob of Kubeflow's training operator, v1.
+"""Renders a job as a Kubernetes manifest: a PyTorchJob of Kubeflow's training operator, v1.
 
-The operator tells every pod of the meeting place and of its number (variables PET_*, which torchrun
-reads) and starts pods that fail again; a pod that is to leave gets SIGTERM and some time to save.
-The manifest is JSON, which is YAML.
+Experimental: no cluster has run it yet. The operator sets the rendezvous variables that torchrun
+reads (PET_*), and restarts failed pods. An evicted pod gets SIGTERM and a grace period to save.
+The manifest is JSON, which is valid YAML.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ import json
 import re
 from typing import Any
 
-from tvr.launchers.job import Container, Job, environment_of, seconds
-from tvr.launchers.torchrun.launch import is_tvr
+from tvr.launchers.job import Container, Job, job_environment, parse_time_limit
+from tvr.launchers.process import is_tvr_command
 
 IMAGE_FILES = "/tmp/tvr"
-MEMORY_DISK = {"name": "shm", "emptyDir": {"medium": "Memory"}}
-# The operator looks for a container of this name.
-MAIN = "pytorch"
+SHARED_MEMORY = {"name": "shm", "emptyDir": {"medium": "Memory"}}
+# The operator requires a container of this name.
+MAIN_CONTAINER = "pytorch"
 
 
 def pytorch_job(job: Job) -> str:
-    """The manifest's text. `container.mounts` are CLAIM:PATH, claims of persistent volumes.
+    """Renders the manifest.
+
+    `job.container.mounts` are CLAIM:PATH: claims of persistent volumes and their mount points.
 
     Raises:
-        ValueError: the job has no image, or something that a PyTorchJob has not.
+        ValueError: the job has no image, or uses a SLURM feature that a PyTorchJob lacks.
     """
     container = job.container
     if container is None:
         raise ValueError("container=None: pods need an image (--container)")
-    for what in ("array", "dependency", "partition", "account", "qos", "exclude"):
-        if getattr(job, what):
-            raise ValueError(f"{what}={getattr(job, what)!r} is for SLURM: a PyTorchJob has none")
+    for name in ("array", "dependency", "partition", "account", "qos", "exclude"):
+        if getattr(job, name):
+            raise ValueError(f"{name}={getattr(job, name)!r} is for SLURM only")
     policy: dict[str, Any] = {"cleanPodPolicy": "Running", "backoffLimit": job.policy.max_failures}
     if job.time_limit is not None:
-        policy["activeDeadlineSeconds"] = seconds(job.time_limit)
+        policy["activeDeadlineSeconds"] = parse_time_limit(job.time_limit)
     replicas = {"Master": _replica(job, container, 1)}
     if job.nodes > 1:
         replicas["Worker"] = _replica(job, container, job.nodes - 1)
@@ -59,25 +61,25 @@ def _replica(job: Job, container: Container, replicas: int) -> dict[str, Any]:
     ]
     mounts = [{"name": _label(claim), "mountPath": path} for claim, path in claims]
     main = {
-        "name": MAIN,
+        "name": MAIN_CONTAINER,
         "image": container.image,
         "workingDir": job.directory,
         "command": _command(job, container),
         "env": [{"name": name, "value": value} for name, value in _environment(job).items()],
         "resources": {"limits": _limits(job)},
-        # Loader workers hand over batches in shared memory.
-        "volumeMounts": [*mounts, {"name": MEMORY_DISK["name"], "mountPath": "/dev/shm"}],
+        # Loader workers pass batches through shared memory.
+        "volumeMounts": [*mounts, {"name": SHARED_MEMORY["name"], "mountPath": "/dev/shm"}],
     }
     spec = {
         "terminationGracePeriodSeconds": job.notice_s,
         "containers": [main],
-        "volumes": [*volumes, MEMORY_DISK],
+        "volumes": [*volumes, SHARED_MEMORY],
     }
     return {"replicas": replicas, "restartPolicy": "OnFailure", "template": {"spec": spec}}
 
 
 def _command(job: Job, container: Container) -> list[str]:
-    if not is_tvr(job.command):
+    if not is_tvr_command(job.command):
         return [container.python, "-m", "torch.distributed.run", "--no-python", *job.command]
     agent = [
         container.python,
@@ -89,8 +91,8 @@ def _command(job: Job, container: Container) -> list[str]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    # Otherwise torchrun kills ranks that still save after 30 s.
-    return environment_of(job) | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.notice_s)}
+    # By default, torchrun kills ranks that still save after 30 s.
+    return job_environment(job) | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.notice_s)}
 
 
 def _limits(job: Job) -> dict[str, str]:
@@ -100,7 +102,7 @@ def _limits(job: Job) -> dict[str, str]:
     if job.cpus_per_rank is not None:
         limits["cpu"] = str(job.cpus_per_rank * job.ranks_per_node)
     if job.memory is not None:
-        # Kubernetes writes Gi for what SLURM calls G.
+        # SLURM's G is Gi in Kubernetes.
         limits["memory"] = job.memory + ("i" if job.memory[-1:] in "KMGT" else "Mi")
     return limits
 
@@ -113,8 +115,8 @@ def _claim(mount: str) -> tuple[str, str]:
 
 
 def _label(text: str) -> str:
-    """As names in Kubernetes are: lower-case letters, digits and dashes."""
+    """Converts text to a Kubernetes name: lower-case letters, digits and dashes."""
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63].rstrip("-")
     if not label:
-        raise ValueError(f"name={text!r} must hold a letter or a digit (--name)")
+        raise ValueError(f"name={text!r} must contain a letter or a digit (--name)")
     return label

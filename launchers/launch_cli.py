@@ -1,4 +1,4 @@
-"""The command line of `tvr launch`: where the ranks of a job run, and what became of them."""
+"""Command line of `tvr launch`: starts jobs locally or on a cluster, and inspects them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_USAGE
-from tvr.launchers.job import Container, Job, captured, run_dir_of, without_devices
+from tvr.launchers.job import (
+    Container,
+    Job,
+    captured_environment,
+    command_run_dir,
+    without_gpu_selection,
+)
 from tvr.launchers.kubernetes import pytorch_job
-from tvr.launchers.restart_loop import run_again
-from tvr.launchers.restart_policy import ONCE, Policy
-from tvr.launchers.run_status import notice_for, read_progress
-from tvr.launchers.slurm import submit as runs
+from tvr.launchers.restart_loop import run_with_restarts
+from tvr.launchers.restart_policy import NO_RESTARTS, RestartPolicy
+from tvr.launchers.run_status import notice_seconds, read_progress
 from tvr.launchers.slurm.nodelist import expand_nodes
 from tvr.launchers.slurm.script import sbatch_script
+from tvr.launchers.slurm.submit import (
+    cancel_jobs,
+    new_record_name,
+    read_logs,
+    resubmit_job,
+    run_report,
+    submit_job,
+)
 from tvr.launchers.ssh.launch import read_hosts, run_on_hosts
 from tvr.launchers.torchrun.launch import run_local
 
@@ -25,23 +38,31 @@ USAGE_LINE = (
     "       tvr launch {status,logs,cancel,resume} RUN\n"
     "       tvr launch monitor [options]"
 )
-# With an image of their own ranks have other programs and libraries.
-OF_THE_HOST = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CC", "CXX"}
+# A container image has its own programs and libraries.
+HOST_VARIABLES = {
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "CONDA_PREFIX",
+    "CC",
+    "CXX",
+}
 
 
 def launch(argv: list[str]) -> int:
-    """`tvr launch ...`: returns the exit code."""
+    """Runs `tvr launch ...` and returns the exit code."""
     if argv[:1] == ["monitor"]:
         from tvr.launchers.monitoring.write import monitor
 
         return monitor(argv[1:])
-    ours, command = _split(argv)
+    arguments, command = _split(argv)
     parser = _parser()
-    options, unknown = parser.parse_known_args(ours)
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; the command of the ranks goes after `--`")
+        parser.error(f"unknown: {' '.join(unknown)}; the ranks' command goes after `--`")
     if options.starts and not command:
-        parser.error("the command of the ranks is missing; it goes after `--`")
+        parser.error("the ranks' command is missing; it goes after `--`")
     if not options.starts and command:
         parser.error(f"{options.where} takes no command: {' '.join(command)}")
     try:
@@ -52,43 +73,48 @@ def launch(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tvr launch", usage=USAGE_LINE)
+    parser = argparse.ArgumentParser(
+        prog="tvr launch",
+        usage=USAGE_LINE,
+        description="Starts a job on this machine or on a cluster, inspects it, or monitors it.",
+    )
     where = parser.add_subparsers(dest="where", required=True, metavar="WHERE")
 
     def add(name: str, action: Callable[..., int], text: str) -> argparse.ArgumentParser:
         starts = action in (_local, _slurm, _deepspeed, _kubernetes)
         usage = f"tvr launch {name} [options] -- COMMAND ..." if starts else None
-        # Abbreviations would mean something else once there are more options.
+        # No abbreviations: a later option could change their meaning.
         child = where.add_parser(name, help=text, description=text, usage=usage, allow_abbrev=False)
         child.set_defaults(action=action, starts=starts)
         return child
 
-    local = add("local", _local, "processes on this machine")
-    local.add_argument("--ranks", type=int, required=True, metavar="N", help="processes to start")
-    _add_policy(local, ONCE)
-    _add_cluster_options(add("slurm", _slurm, "a batch job on a SLURM cluster"))
-    hosts = add("deepspeed", _deepspeed, "processes on the hosts of a hostfile, through ssh")
-    text = "lines `HOST slots=RANKS`, as DeepSpeed has them"
+    local = add("local", _local, "run a job on this machine")
+    local.add_argument("--ranks", type=int, required=True, metavar="N", help="number of processes")
+    _add_policy_options(local, NO_RESTARTS)
+    _add_cluster_options(add("slurm", _slurm, "submit a job to a SLURM cluster"))
+    hosts = add("deepspeed", _deepspeed, "run a job over ssh on the hosts of a DeepSpeed hostfile")
+    text = "file with one `HOST slots=RANKS` a line"
     hosts.add_argument("--hostfile", type=Path, required=True, metavar="FILE", help=text)
-    hosts.add_argument("--master-addr", metavar="HOST", help="default: the first one")
-    text = "where ranks meet (default: 29500)"
+    text = "host name of the rendezvous (default: the first host)"
+    hosts.add_argument("--master-addr", metavar="HOST", help=text)
+    text = "port of the rendezvous (default: 29500)"
     hosts.add_argument("--master-port", type=int, default=29500, metavar="N", help=text)
-    _add_policy(hosts, ONCE)
-    text = "a PyTorchJob for `kubectl apply -f -`; mounts are CLAIM:PATH"
+    _add_policy_options(hosts, NO_RESTARTS)
+    text = "print a PyTorchJob manifest for `kubectl apply -f -` (experimental)"
     _add_cluster_options(add("kubernetes", _kubernetes, text))
     for name, action, text in (
-        ("status", _status, "how a run's job is doing"),
-        ("logs", _logs, "what its ranks said"),
-        ("cancel", _cancel, "end its job"),
-        ("resume", _resume, "submit it again, after its job has ended"),
+        ("status", _status, "show a run's job, attempts and progress"),
+        ("logs", _logs, "print the output of a run's job"),
+        ("cancel", _cancel, "cancel a run's jobs"),
+        ("resume", _resume, "submit a run's last job again, after it has ended"),
     ):
         child = add(name, action, text)
-        child.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+        child.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
         if name == "logs":
             child.add_argument("--rank", type=int, help="default: the batch shell, then rank 0")
-            child.add_argument("--job", help="number of the job; default: the last one started")
-    # Has a parser of its own.
-    where.add_parser("monitor", help="files for Prometheus and Grafana to watch over runs")
+            child.add_argument("--job", help="job ID (default: the job with the newest output)")
+    # Listed for --help only: `monitor` has its own parser.
+    where.add_parser("monitor", help="write configuration files for Prometheus and Grafana")
     return parser
 
 
@@ -96,42 +122,49 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str, **settings: object) -> None:
         parser.add_argument(name, help=text, **settings)  # type: ignore[arg-type]
 
-    size, batch = {"type": int, "metavar": "N"}, {"metavar": "TEXT"}
-    add("--nodes", "nodes (default: 1)", default=1, **size)
-    add("--gpus-per-node", "GPUs of a node (default: 0)", default=0, **size)
-    add("--ranks-per-node", "processes on a node (default: one for each GPU, at least 1)", **size)
-    add("--cpus-per-rank", "cores of a rank, for its loader workers and threads", **size)
-    add("--mem", "memory of a node, as sbatch takes it", dest="memory", **batch)
+    size, text = {"type": int, "metavar": "N"}, {"metavar": "TEXT"}
+    add("--nodes", "number of nodes (default: 1)", default=1, **size)
+    add("--gpus-per-node", "GPUs per node (default: 0)", default=0, **size)
+    add("--ranks-per-node", "processes per node (default: one per GPU, at least 1)", **size)
+    add("--cpus-per-rank", "cores per rank, for its loader workers and threads", **size)
+    add("--mem", "memory per node, in the form of sbatch --mem", dest="memory", **text)
     for name in ("partition", "account", "qos", "exclude", "dependency"):
-        add(f"--{name}", f"as sbatch --{name}", **batch)
-    add("--time", "as sbatch --time", dest="time_limit", **batch)
-    add("--array", "numbers of tasks such as 0-7; %%a in the command is a task's own", **batch)
-    add("--name", "of the job (default: the run's folder)", **batch)
-    add("--run-dir", "of the run (default: the --run-dir that the command has)", **batch)
-    notice = "seconds before the time is up at which ranks save (default: as measured)"
+        add(f"--{name}", f"same as sbatch --{name}", **text)
+    add("--time", "same as sbatch --time", dest="time_limit", **text)
+    array = "task numbers such as 0-7; %%a in the command is replaced by a task's number"
+    add("--array", array, **text)
+    add("--name", "job name (default: the name of the run folder)", **text)
+    add("--run-dir", "run folder (default: --run-dir of the command)", **text)
+    notice = "seconds before the time limit at which ranks save and exit (default: measured)"
     add("--notice", notice, **size)
-    add("--interface", "network interface of NCCL and gloo", **batch)
-    add("--container", "image in which ranks run", metavar="IMAGE")
-    add("--container-runtime", "default: pyxis", choices=["pyxis", "apptainer"], default="pyxis")
-    add("--container-mounts", "SOURCE:TARGET,... beside run and working folder", default="")
-    add("--container-python", "interpreter inside (default: python3)", default="python3")
-    add("--targets", "folder for Prometheus's file_sd", metavar="FOLDER")
-    add("--print", "only show what would be submitted", action="store_true", dest="show")
-    _add_policy(parser, Policy())
+    add("--interface", "network interface of NCCL and gloo", **text)
+    add("--container", "image in which the ranks run", metavar="IMAGE")
+    runtimes = ["pyxis", "apptainer"]
+    add("--container-runtime", "default: pyxis", choices=runtimes, default="pyxis")
+    mounts = "SOURCE:TARGET,... in addition to the run folder and the working directory; for"
+    mounts += " Kubernetes CLAIM:PATH,..."
+    add("--container-mounts", mounts, default="")
+    python = "interpreter in the image (default: python3)"
+    add("--container-python", python, default="python3")
+    add("--targets", "folder for Prometheus's file_sd target files", metavar="FOLDER")
+    add("--print", "print the script or manifest, submit nothing", action="store_true", dest="show")
+    _add_policy_options(parser, RestartPolicy())
 
 
-def _add_policy(parser: argparse.ArgumentParser, policy: Policy) -> None:
+def _add_policy_options(parser: argparse.ArgumentParser, policy: RestartPolicy) -> None:
     def add(name: str, text: str, default: float) -> None:
         text = f"{text} (default: {default:g})"
         parser.add_argument(name, type=type(default), default=default, metavar="N", help=text)
 
-    add("--max-failures", "failures without a new checkpoint that end it", policy.max_failures)
-    add("--max-restarts", "restarts in all", policy.max_restarts)
-    add("--back-off", "seconds before a restart; twice as long each time", policy.back_off_s)
+    failures = "stop after this many failures without a new checkpoint"
+    add("--max-failures", failures, policy.max_failures)
+    add("--max-restarts", "stop after this many restarts", policy.max_restarts)
+    back_off = "seconds before a restart after a failure; doubles with each further failure"
+    add("--back-off", back_off, policy.back_off_s)
 
 
-def _policy(options: argparse.Namespace) -> Policy:
-    return Policy(
+def _policy(options: argparse.Namespace) -> RestartPolicy:
+    return RestartPolicy(
         max_failures=options.max_failures,
         max_restarts=options.max_restarts,
         back_off_s=options.back_off,
@@ -141,7 +174,7 @@ def _policy(options: argparse.Namespace) -> Policy:
 def _local(options: argparse.Namespace, command: list[str]) -> int:
     if options.ranks < 1:
         raise ValueError(f"--ranks {options.ranks} must be at least 1")
-    run_dir = run_dir_of(command)
+    run_dir = command_run_dir(command)
     return run_local(
         command,
         ranks=options.ranks,
@@ -151,13 +184,14 @@ def _local(options: argparse.Namespace, command: list[str]) -> int:
 
 
 def _deepspeed(options: argparse.Namespace, command: list[str]) -> int:
+    source = f"--hostfile {options.hostfile}"
     try:
-        hosts = read_hosts(options.hostfile.read_text(), where=f"--hostfile {options.hostfile}")
+        hosts = read_hosts(options.hostfile.read_text(), source=source)
     except OSError as error:
-        raise ValueError(f"--hostfile {options.hostfile}: {error.strerror}") from None
+        raise ValueError(f"{source}: {error.strerror}") from None
     address = options.master_addr or hosts[0].name
-    run_dir = run_dir_of(command)
-    return run_again(
+    run_dir = command_run_dir(command)
+    return run_with_restarts(
         lambda: run_on_hosts(command, hosts, address=address, port=options.master_port),
         _policy(options),
         Path(run_dir) if run_dir else None,
@@ -167,35 +201,35 @@ def _deepspeed(options: argparse.Namespace, command: list[str]) -> int:
 def _slurm(options: argparse.Namespace, command: list[str]) -> int:
     job = _job(options, command)
     if options.show:
-        sys.stdout.write(sbatch_script(job, job.record(runs.new_name())))
+        sys.stdout.write(sbatch_script(job, job.record_path(new_record_name())))
     else:
-        print(runs.submit(job))
+        print(submit_job(job))
     return EXIT_DONE
 
 
 def _kubernetes(options: argparse.Namespace, command: list[str]) -> int:
     if not options.show:
-        raise ValueError("give --print, and what it prints to `kubectl apply -f -`")
+        raise ValueError("give --print, and pipe the output to `kubectl apply -f -`")
     sys.stdout.write(pytorch_job(_job(options, command)))
     return EXIT_DONE
 
 
 def _job(options: argparse.Namespace, command: list[str]) -> Job:
-    given = options.run_dir or run_dir_of(command)
+    given = options.run_dir or command_run_dir(command)
     if given is None:
-        raise ValueError("--run-dir, the folder for script and output, is not given")
+        raise ValueError("--run-dir is missing: the folder for the script and all output")
     run_dir = Path(given).absolute()
-    environment = without_devices(captured(os.environ))
+    environment = without_gpu_selection(captured_environment(os.environ))
     container = None
     if options.container is not None:
-        environment = {k: v for k, v in environment.items() if k not in OF_THE_HOST}
+        environment = {k: v for k, v in environment.items() if k not in HOST_VARIABLES}
         container = Container(
             image=options.container,
             runtime=options.container_runtime,
             mounts=tuple(filter(None, options.container_mounts.split(","))),
             python=options.container_python,
         )
-    ranks_per_node = options.ranks_per_node
+    ranks_per_node, notice_s = options.ranks_per_node, options.notice
     return Job(
         command=tuple(command),
         run_dir=str(run_dir),
@@ -214,8 +248,8 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         exclude=tuple(expand_nodes(options.exclude)) if options.exclude else (),
         dependency=options.dependency,
         array=options.array,
-        notice_s=notice_for(read_progress(run_dir)) if options.notice is None else options.notice,
-        notice_given=options.notice is not None,
+        notice_s=notice_seconds(read_progress(run_dir)) if notice_s is None else notice_s,
+        notice_given=notice_s is not None,
         interface=options.interface,
         environment=environment,
         container=container,
@@ -225,27 +259,28 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
 
 
 def _status(options: argparse.Namespace, command: list[str]) -> int:
-    print(runs.status(options.run_dir.absolute()))
+    print(run_report(options.run_dir.absolute()))
     return EXIT_DONE
 
 
 def _logs(options: argparse.Namespace, command: list[str]) -> int:
-    for text in runs.logs(options.run_dir.absolute(), options.job, options.rank):
+    for text in read_logs(options.run_dir.absolute(), options.job, options.rank):
         sys.stdout.write(text)
     return EXIT_DONE
 
 
 def _cancel(options: argparse.Namespace, command: list[str]) -> int:
-    print(f"cancelled: {runs.cancel(options.run_dir.absolute())}")
+    print(f"cancelled: {cancel_jobs(options.run_dir.absolute())}")
     return EXIT_DONE
 
 
 def _resume(options: argparse.Namespace, command: list[str]) -> int:
-    print(runs.resume(options.run_dir.absolute()))
+    print(resubmit_job(options.run_dir.absolute()))
     return EXIT_DONE
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits the launcher's arguments from the command after `--`."""
     if "--" not in argv:
         return argv, []
     border = argv.index("--")

@@ -1,4 +1,4 @@
-"""What runs on each rank: `tvr`; under torchrun its exit code is written down."""
+"""Entry point of each rank: runs `tvr` and, under torchrun, records the rank's exit code."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from typing import NoReturn
 
 from tvr.launchers.cli import main
 from tvr.launchers.exit_codes import EXIT_FAILED, EXIT_PREEMPTED
-from tvr.launchers.torchrun.launch import die_with_parent
-from tvr.launchers.torchrun.rank_exits import note
+from tvr.launchers.process import die_with_parent
+from tvr.launchers.torchrun.rank_exits import record_rank
 
-# The notice that a batch system gives before it takes a job off its nodes.
-NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+# Signals by which a batch system announces a preemption.
+NOTICE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_rank(records: Path, argv: list[str]) -> int:
-    """Runs `tvr ARGV`; adds to `records` that it began and how it ended, and returns its code."""
+    """Runs `tvr ARGV`, records its start and its end in `records`, and returns its exit code."""
     rank, pid = int(os.environ.get("RANK", "0")), os.getpid()
-    note(records, rank, pid)
+    record_rank(records, rank, pid)
     code = run_tvr(argv)
-    note(records, rank, pid, code)
+    record_rank(records, rank, pid, code)
     return code
 
 
 def run_tvr(argv: Sequence[str]) -> int:
-    """Runs `tvr ARGV` in this process, which ends with its parent; returns its exit code.
+    """Runs `tvr ARGV` in this process, which dies with its parent, and returns its exit code.
 
-    Told to leave before the command listens by itself, it leaves at once: nothing is lost yet.
+    A preemption notice that arrives before the command installs its own handlers ends the process
+    at once: there is nothing to save yet.
     """
     die_with_parent(signal.SIGKILL)
-    leave_when_told()
+    exit_on_notice()
     try:
         return main(argv)
     except SystemExit as end:
-        return _code_of(end)
+        return _exit_code(end)
 
 
-def leave_when_told() -> None:
-    """Lets a notice end the process, with the code that says that it may be started again."""
-    for number in NOTICES:
-        signal.signal(number, lambda got, frame: sys.exit(EXIT_PREEMPTED))
+def exit_on_notice() -> None:
+    """Exits with `EXIT_PREEMPTED` on a preemption notice."""
+    for number in NOTICE_SIGNALS:
+        signal.signal(number, lambda received, frame: sys.exit(EXIT_PREEMPTED))
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process as `sys.exit` would, but for the interpreter's own taking down.
+    """Exits like `sys.exit`, but without finalizing the interpreter.
 
-    A thread of gloo may still be releasing the tensors of the last collective, for which it takes
-    the interpreter's lock; where that happens while the interpreter is being taken down, the whole
-    process aborts (torch 2.13), and a rank that had done everything has failed.
+    A gloo thread may still release the tensors of the last collective, which needs the GIL. If
+    that happens during finalization, the process aborts (torch 2.13), and a rank that had finished
+    its work would count as failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -60,7 +61,7 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _code_of(end: SystemExit) -> int:
+def _exit_code(end: SystemExit) -> int:
     if end.code is None:
         return 0
     if isinstance(end.code, int):

@@ -1,4 +1,4 @@
-"""Starts a job again that this machine started, within its budget."""
+"""Restarts a job that this process launched directly (local ranks, ssh), within its budget."""
 
 from __future__ import annotations
 
@@ -9,45 +9,54 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_PREEMPTED
-from tvr.launchers.restart_policy import Ended, Policy, decide
-from tvr.launchers.run_status import read_progress, told_failure
+from tvr.launchers.restart_policy import AttemptEnd, RestartPolicy, decide_restart
+from tvr.launchers.run_status import read_progress, reported_failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How one start of a job ended."""
+class LaunchExit:
+    """How one launch of a job ended."""
 
     code: int
-    told: bool
-    """Whether the launcher was told to end it."""
+    signalled: bool
+    """True if the launcher received SIGINT or SIGTERM."""
 
 
-def run_again(start: Callable[[], Ending], policy: Policy, run_dir: Path | None) -> int:
-    """Starts the job until it is done, is to end, or has spent its budget; its exit code.
+def run_with_restarts(
+    launch_once: Callable[[], LaunchExit], policy: RestartPolicy, run_dir: Path | None
+) -> int:
+    """Launches a job until it finishes, is interrupted or preempted, or exhausts its budget.
 
-    `run_dir` tells what was saved and what went wrong; none: the command has no such folder.
+    Args:
+        launch_once: Runs the job once and waits for it.
+        policy: Restart budget.
+        run_dir: Run folder, read for checkpoints and failure reports. None if the command has no
+            run folder: every failure then counts as one without a new checkpoint.
+
+    Returns:
+        The job's exit code.
     """
-    ends: list[Ended] = []
+    ends: list[AttemptEnd] = []
     while True:
         began_s = time.time()
-        ending = start()
-        # Whoever told it to leave its place starts it again elsewhere.
-        if ending.told or ending.code in (EXIT_DONE, EXIT_PREEMPTED):
-            return ending.code
-        ends.append(_ended(ending.code, run_dir, began_s))
-        decision = decide(ends, policy)
+        last = launch_once()
+        # A preempted job is restarted elsewhere, by whoever interrupted it.
+        if last.signalled or last.code in (EXIT_DONE, EXIT_PREEMPTED):
+            return last.code
+        ends.append(_attempt_end(last.code, run_dir, began_s))
+        decision = decide_restart(ends, policy)
         if policy.max_failures > 1:
-            print(f"tvr launch: {decision.text}", file=sys.stderr, flush=True)
-        if not decision.again:
+            print(f"tvr launch: {decision.message}", file=sys.stderr, flush=True)
+        if not decision.restart:
             return decision.code
         time.sleep(decision.wait_s)
 
 
-def _ended(code: int, run_dir: Path | None, began_s: float) -> Ended:
-    told = told_failure(run_dir, began_s) if run_dir else None
-    return Ended(
+def _attempt_end(code: int, run_dir: Path | None, began_s: float) -> AttemptEnd:
+    failure = reported_failure(run_dir, began_s) if run_dir else None
+    return AttemptEnd(
         code=code,
-        reason=told.reason if told else f"it failed with exit code {code}",
+        reason=failure.reason if failure else f"job failed with exit code {code}",
         node=None,
         saved_step=read_progress(run_dir).saved_step if run_dir else 0,
     )

@@ -1,5 +1,7 @@
-"""How far a run is, and whose: read from what the trainer writes into its folder, log.jsonl,
-failures/ and attempts/."""
+"""Progress, failures and owner of a run, read from the files the trainer writes.
+
+The files are log.jsonl, failures/ and attempts/ in the run folder.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# SLURM's signal comes up to 18 s late where this was measured.
-SIGNAL_LATE_S = 30.0
-UNMEASURED_NOTICE_S = 300
+# SLURM delivered the signal up to 18 s late where this was measured.
+SIGNAL_DELAY_S = 30.0
+DEFAULT_NOTICE_S = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """The newest of each kind of event; empty: there was none."""
+    """Newest step and checkpoint of a run, and its longest times so far."""
 
     saved_step: int
-    """Of the newest checkpoint; 0: none."""
+    """Step of the newest checkpoint; 0 without a checkpoint."""
     longest_save_s: float
     longest_step_s: float
     longest_evaluation_s: float
     step: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
+    """Newest `step` event of log.jsonl; empty before the first step."""
 
 
 def read_progress(run_dir: Path) -> Progress:
-    """Of a run that may still be going on, or may not have begun."""
+    """Reads log.jsonl of a run, which may be running or may not have started."""
     saved_step, save_s, step_s, evaluation_s = 0, 0.0, 0.0, 0.0
     step: Mapping[str, Any] = {}
-    evaluation: Mapping[str, Any] = {}
     for event in _events(run_dir / "log.jsonl"):
         match event.get("event"):
             case "saved":
@@ -42,7 +43,6 @@ def read_progress(run_dir: Path) -> Progress:
                 step = event
                 step_s = max(step_s, event.get("step_s", 0.0))
             case "evaluation":
-                evaluation = event
                 evaluation_s = max(evaluation_s, event.get("seconds", 0.0))
     return Progress(
         saved_step=saved_step,
@@ -50,53 +50,54 @@ def read_progress(run_dir: Path) -> Progress:
         longest_step_s=step_s,
         longest_evaluation_s=evaluation_s,
         step=step,
-        evaluation=evaluation,
     )
 
 
-def notice_for(progress: Progress) -> int:
-    """Seconds before the end of its time at which the run must hear of it."""
+def notice_seconds(progress: Progress) -> int:
+    """Seconds before the time limit at which the run must be notified, to save in time."""
     if not progress.longest_save_s:
-        return UNMEASURED_NOTICE_S
-    # It may come as an evaluation begins, and is heard after the step that follows.
+        return DEFAULT_NOTICE_S
+    # The notice may arrive as an evaluation begins. Ranks act on it after the following step.
     busy_s = progress.longest_evaluation_s + progress.longest_step_s
-    return math.ceil(busy_s + progress.longest_save_s + SIGNAL_LATE_S)
+    return math.ceil(busy_s + progress.longest_save_s + SIGNAL_DELAY_S)
 
 
 @dataclass(frozen=True, slots=True)
-class ToldFailure:
-    """What the first rank to fail said."""
+class ReportedFailure:
+    """A failure that a rank reported before it exited."""
 
-    of: int
-    """The rank whose node may be to blame; it need not be the one that spoke."""
+    rank: int
+    """Rank at fault; it may differ from the reporting rank."""
     reason: str
 
 
-def told_failure(run_dir: Path, since_s: float) -> ToldFailure | None:
-    """None: no rank has failed with words since `since_s` (Unix time)."""
+def reported_failure(run_dir: Path, since_s: float) -> ReportedFailure | None:
+    """Returns the newest failure reported since `since_s` (Unix time), or None."""
     files = (run_dir / "failures").glob("*.json")
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         if path.stat().st_mtime < since_s:
             return None
         try:
-            told = json.loads(path.read_text())
+            report = json.loads(path.read_text())
         except json.JSONDecodeError:
-            continue  # it was killed before it had spoken
-        reason = f"rank {told['rank']} on {told['host']}: {' '.join(told['error'].split())}"
-        return ToldFailure(told["of"], reason)
+            continue  # the rank was killed while it wrote the report
+        error = " ".join(report["error"].split())
+        return ReportedFailure(report["of"], f"rank {report['rank']} on {report['host']}: {error}")
     return None
 
 
-def taken_over(run_dir: Path, job_id: str, since_s: float) -> bool:
-    """Whether another job of SLURM has begun at the run since `since_s` (Unix time), and after this
-    one: the trainer fences what began before it."""
+def is_superseded(run_dir: Path, job_id: str, since_s: float) -> bool:
+    """True if another SLURM job has started on the run since `since_s` (Unix time).
+
+    The trainer then refuses the writes of every earlier attempt.
+    """
     newest = max((run_dir / "attempts").glob("*.json"), default=None)
     if newest is None or newest.stat().st_mtime < since_s:
         return False
     try:
         return json.loads(newest.read_text()).get("job") != job_id
     except json.JSONDecodeError:
-        return False  # it is beginning
+        return False  # the attempt is being recorded
 
 
 def _events(log: Path) -> Iterator[Mapping[str, Any]]:
@@ -107,6 +108,6 @@ def _events(log: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 event = json.loads(line)
             except json.JSONDecodeError:
-                continue  # being written, or torn by a crash
+                continue  # incomplete: being written, or cut by a crash
             if isinstance(event, dict):
                 yield event

@@ -1,4 +1,4 @@
-"""The root command: what it lists, what it passes on, what it leaves unimported, how it ends."""
+"""The command `tvr`: help, dispatch to sub-commands, lazy imports, and exit codes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def run_tvr(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """Makes `tvr fake` call a function of ours; the lists of arguments it got are returned."""
+def fake_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """Installs the sub-command `tvr fake`; returns the argument lists of its calls."""
 
     def install(outcome: int | BaseException) -> list[list[str]]:
         calls: list[list[str]] = []
@@ -44,25 +44,25 @@ def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]
 
 
 def test_help_lists_every_command() -> None:
-    ended = run_tvr("--help")
-    assert ended.returncode == 0
+    result = run_tvr("--help")
+    assert result.returncode == 0
     for name, command in cli.COMMANDS.items():
-        assert f"{name} " in ended.stdout
-        assert command.help in ended.stdout
-    assert "exit codes: 0 done, 2 bad usage" in ended.stdout
+        assert f"{name} " in result.stdout
+        assert command.help in result.stdout
+    assert "exit codes: 0 done, 2 bad usage" in result.stdout
 
 
 def test_version() -> None:
-    ended = run_tvr("--version")
-    assert (ended.returncode, ended.stdout) == (0, f"tvr {version('tvr')}\n")
+    result = run_tvr("--version")
+    assert (result.returncode, result.stdout) == (0, f"tvr {version('tvr')}\n")
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["--nonsense"]])
-def test_bad_usage_ends_with_2_and_names_the_commands(argv: list[str]) -> None:
-    ended = run_tvr(*argv)
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert "tvr COMMAND" in ended.stderr
+def test_bad_usage_exits_with_2_and_prints_usage(argv: list[str]) -> None:
+    result = run_tvr(*argv)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "tvr COMMAND" in result.stderr
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["launch", "--help"], ["launch", "slurm", "--help"]])
@@ -75,51 +75,51 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
         "heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'tyro', 'pydantic'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))), file=sys.stderr)"
     )
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, json.dumps(argv)],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert json.loads(ended.stderr) == []
+    assert json.loads(result.stderr) == []
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
-def test_every_command_leads_to_a_function(name: str) -> None:
+def test_every_command_has_a_function(name: str) -> None:
     assert callable(cli._load(cli.COMMANDS[name].target))
 
 
 @pytest.mark.parametrize("code", [0, 2, 3])
-def test_passes_the_line_on_untouched_and_the_code_back(
-    code: int, answer_with: Callable[..., list[list[str]]]
+def test_arguments_and_exit_code_pass_unchanged(
+    code: int, fake_command: Callable[..., list[list[str]]]
 ) -> None:
-    calls = answer_with(code)
+    calls = fake_command(code)
     argv = ["--help", "--version", "-x", "--", "a b", ""]
     assert cli.main(["fake", *argv]) == code
     assert calls == [argv]
 
 
-def test_an_unforeseen_error_ends_with_3_and_its_traceback(
-    answer_with: Callable[..., list[list[str]]], capsys: pytest.CaptureFixture[str]
+def test_unexpected_error_exits_with_3_and_a_traceback(
+    fake_command: Callable[..., list[list[str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer_with(RuntimeError("the reason"))
+    fake_command(RuntimeError("the reason"))
     assert cli.main(["fake"]) == 3
     assert "RuntimeError: the reason" in capsys.readouterr().err
 
 
-def test_interrupt_ends_with_3_without_a_traceback(
-    answer_with: Callable[..., list[list[str]]], capsys: pytest.CaptureFixture[str]
+def test_interrupt_exits_with_3_without_a_traceback(
+    fake_command: Callable[..., list[list[str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer_with(KeyboardInterrupt())
+    fake_command(KeyboardInterrupt())
     assert cli.main(["fake"]) == 3
     assert capsys.readouterr().err == "tvr fake: interrupted\n"
 
 
-def test_sub_commands_find_the_commands_beside_the_interpreter(
-    answer_with: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+def test_sub_commands_find_scripts_of_the_virtual_environment(
+    fake_command: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer_with(0)
+    fake_command(0)
     monkeypatch.setenv("PATH", "/usr/bin")
     cli.main(["fake"])
     folder, *others = os.environ["PATH"].split(os.pathsep)

@@ -1,4 +1,4 @@
-"""Dashboards as Grafana reads them: from panels and queries to its JSON, as pure functions."""
+"""Renders dashboards as Grafana's JSON, in pure functions."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 class Query(NamedTuple):
     expr: str
-    """PromQL, with Grafana's variables."""
+    """PromQL with Grafana's variables."""
     legend: str
-    """With labels as {{name}}; of a table, the column's name."""
+    """Legend with labels as {{name}}; in a table, the column's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One picture."""
+    """One chart, value or table of a dashboard."""
 
     title: str
-    about: str
-    """Shown at the panel's corner: what the numbers are, and what to look for."""
+    description: str
+    """Tooltip of the panel: meaning of the numbers, and what to look for."""
     queries: tuple[Query, ...]
     kind: Literal["timeseries", "stat", "table"] = "timeseries"
     unit: str = "short"
-    """As Grafana names it: short, s, bytes, percentunit (1 is 100 %)."""
+    """Grafana's unit, such as short, s, bytes, or percentunit (1 is 100 %)."""
     stacked: bool = False
     width: int = 8
-    """Of 24 columns."""
+    """In columns of the dashboard, which has 24."""
     height: int | None = None
-    """In units of 30 pixels; none: as its kind has it."""
+    """In units of 30 pixels; None uses the default of the kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +43,13 @@ class Dashboard:
     uid: str
     title: str
     panels: tuple[Panel, ...]
-    of_all_runs: bool = False
-    """Without a variable for the runs."""
+    all_runs: bool = False
+    """True for a dashboard of all runs, without a variable that selects runs."""
 
 
 def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
-    """What Grafana loads."""
-    places = _places(dashboard.panels)
+    """Renders a dashboard in the form that Grafana loads."""
+    positions = _grid_positions(dashboard.panels)
     return {
         "uid": dashboard.uid,
         "title": dashboard.title,
@@ -59,17 +59,19 @@ def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
         "graphTooltip": 1,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "links": [_link_to_the_others()],
+        "links": [_link_to_other_dashboards()],
         "templating": {"list": list(_variables(dashboard))},
         "panels": [
-            _panel(panel, number, place)
-            for number, (panel, place) in enumerate(zip(dashboard.panels, places, strict=True), 1)
+            _panel(panel, number, position)
+            for number, (panel, position) in enumerate(
+                zip(dashboard.panels, positions, strict=True), 1
+            )
         ],
     }
 
 
-def _places(panels: Sequence[Panel]) -> Iterator[dict[str, int]]:
-    """Side by side as far as there is room."""
+def _grid_positions(panels: Sequence[Panel]) -> Iterator[dict[str, int]]:
+    """Places panels from left to right, in rows of `COLUMNS` columns."""
     x = y = row = 0
     for panel in panels:
         height = panel.height or HEIGHTS[panel.kind]
@@ -79,14 +81,14 @@ def _places(panels: Sequence[Panel]) -> Iterator[dict[str, int]]:
         x, row = x + panel.width, max(row, height)
 
 
-def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
+def _panel(panel: Panel, number: int, position: dict[str, int]) -> dict[str, Any]:
     is_table = panel.kind == "table"
     return {
         "id": number,
         "type": panel.kind,
         "title": panel.title,
-        "description": panel.about,
-        "gridPos": place,
+        "description": panel.description,
+        "gridPos": position,
         "datasource": SOURCE,
         "targets": [
             {
@@ -145,7 +147,7 @@ def _options(panel: Panel) -> dict[str, Any]:
 
 
 def _columns(panel: Panel) -> list[dict[str, Any]]:
-    """One line for all queries' values of a run, under the queries' names."""
+    """Transformations that merge the queries of a table into one row per run."""
     letters = zip(string.ascii_uppercase, panel.queries, strict=False)
     names = {f"Value #{letter}": query.legend for letter, query in letters}
     return [
@@ -159,20 +161,20 @@ def _columns(panel: Panel) -> list[dict[str, Any]]:
 
 def _variables(dashboard: Dashboard) -> Iterator[dict[str, Any]]:
     yield {"name": "datasource", "type": "datasource", "query": "prometheus"}
-    if not dashboard.of_all_runs:
+    if not dashboard.all_runs:
         yield {
             "name": "run",
             "type": "query",
             "datasource": SOURCE,
             "query": 'label_values({__name__=~"tvr_train_step|tvr_pack_done_clips"}, run)',
-            "refresh": 2,  # runs come and go within the time shown
+            "refresh": 2,  # refresh on a change of the time range, which changes the list of runs
             "sort": 1,
             "multi": True,
             "includeAll": True,
         }
 
 
-def _link_to_the_others() -> dict[str, Any]:
+def _link_to_other_dashboards() -> dict[str, Any]:
     return {
         "title": "tvr",
         "type": "dashboards",

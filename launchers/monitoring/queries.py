@@ -1,6 +1,6 @@
-"""Queries of the dashboards, each of the runs that their variable `run` selects: one or several.
+"""PromQL queries of the dashboards, for the runs that the dashboard variable `run` selects.
 
-A value of a run is the largest of its series: one that was started again has two for a moment.
+A run that has just restarted has two series for a short time. `max` or `sum` by run joins them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ RUN = '{run=~"$run"}'
 
 
 def latest(metric: str, *labels: str, name: str = "") -> Query:
-    """A gauge, or a recorded value, for each run and value of `labels`."""
-    return Query(f"max by ({_listed(labels)}) ({metric}{RUN})", _legend(labels, name))
+    """Newest value of a gauge or a recorded metric, by run and `labels`."""
+    return Query(f"max by ({_by(labels)}) ({metric}{RUN})", _legend(labels, name))
 
 
 def per_second(metric: str, *labels: str, name: str = "") -> Query:
-    """How fast a counter grows."""
+    """Increase of a counter per second, by run and `labels`."""
     rate = f"rate({metric}{RUN}[$__rate_interval])"
-    return Query(f"sum by ({_listed(labels)}) ({rate})", _legend(labels, name))
+    return Query(f"sum by ({_by(labels)}) ({rate})", _legend(labels, name))
 
 
 def per_step(metric: str, *labels: str) -> Query:
-    """How much a counter grows in a step, whether or not the steps are alike."""
+    """Mean increase of a counter per optimiser step, by run and `labels`."""
     steps = f"sum by (run) (rate(tvr_train_steps_total{RUN}[$__rate_interval]))"
     return Query(
         f"{per_second(metric, *labels).expr} / on (run) group_left () ({steps} > 0)",
@@ -30,24 +30,21 @@ def per_step(metric: str, *labels: str) -> Query:
     )
 
 
-def so_far(metric: str, name: str) -> Query:
-    """How much a counter grew within the time shown, over all starts of the run."""
+def increase(metric: str, name: str) -> Query:
+    """Increase of a counter in the displayed time range, over all starts of the run."""
     return Query(f"sum by (run) (increase({metric}{RUN}[$__range]))", _legend((), name))
 
 
-def since(metric: str, *labels: str) -> Query:
-    """Seconds since a timestamp."""
-    return Query(f"time() - max by ({_listed(labels)}) ({metric}{RUN})", _legend(labels))
+def age(metric: str, *labels: str) -> Query:
+    """Seconds since a timestamp metric, by run and `labels`."""
+    return Query(f"time() - max by ({_by(labels)}) ({metric}{RUN})", _legend(labels))
 
 
-def _listed(labels: tuple[str, ...]) -> str:
+def _by(labels: tuple[str, ...]) -> str:
     return ", ".join(("run", *labels))
 
 
 def _legend(labels: tuple[str, ...], name: str = "") -> str:
-    """As Grafana fills it in."""
+    """Grafana's legend template."""
     words = [f"{{{{{label}}}}}" for label in ("run", *labels)]
     return " ".join([*words, name] if name else words)
-
-
-RECALL = latest("tvr_evaluation_recall_ratio", "split", "direction", "k")

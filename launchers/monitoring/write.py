@@ -1,9 +1,10 @@
-"""`tvr launch monitor`: what Prometheus and Grafana need to look at runs, as files.
+"""`tvr launch monitor`: writes the configuration files of Prometheus and Grafana.
 
-OUT/prometheus.yml, recording.yml, alerts.yml
-OUT/rules.test.yml                 unit tests of the rules, for who changes them
-OUT/grafana/dashboards/*.json
-OUT/grafana/provisioning/          what makes Grafana load them
+OUT/prometheus.yml                 scrape configuration
+OUT/recording.yml, alerts.yml      recording rules and alerts
+OUT/rules.test.yml                 unit tests of the rules
+OUT/grafana/dashboards/*.json      dashboards
+OUT/grafana/provisioning/          makes Grafana load the dashboards and the data source
 """
 
 from __future__ import annotations
@@ -17,24 +18,19 @@ from pathlib import Path
 from string import Template
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_USAGE
-from tvr.launchers.monitoring.dashboard_communication import COMMUNICATION
-from tvr.launchers.monitoring.dashboard_data import DATA
-from tvr.launchers.monitoring.dashboard_fleet import FLEET
-from tvr.launchers.monitoring.dashboard_mining import MINING
-from tvr.launchers.monitoring.dashboard_run import RUN_OVERVIEW
+from tvr.launchers.monitoring.dashboards import DASHBOARDS
 from tvr.launchers.monitoring.grafana import dashboard_json
 
-DASHBOARDS = (RUN_OVERVIEW, DATA, COMMUNICATION, MINING, FLEET)
 HERE = Path(__file__).parent
-RULES = ("recording.yml", "alerts.yml")
-TESTS = "rules.test.yml"
+RULE_FILES = ("recording.yml", "alerts.yml")
+RULE_TESTS = "rules.test.yml"
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
-# Of the rules' times only, never of a name or of what an alert says.
+# Durations in rules and configuration; no match in names or in texts of alerts.
 DURATION = re.compile(r"(\[|offset |for: |(?:scrape|evaluation)_interval: )(\d+)([smh])\b")
 
 
 def monitor(argv: Sequence[str]) -> int:
-    """`tvr launch monitor ...`: returns the exit code."""
+    """Runs `tvr launch monitor ...` and returns the exit code."""
     options = _parser().parse_args(argv)
     try:
         files = monitoring_files(
@@ -64,18 +60,28 @@ def monitoring_files(
     prometheus: str = "http://localhost:9090",
     speed: float = 1.0,
 ) -> dict[Path, str]:
-    """The texts of the files below `out`, an absolute path.
+    """Renders all files.
 
-    `targets` are folders of file_sd; `speed` divides every time of the rules, down to a second.
+    Args:
+        out: Absolute path of the folder for the files.
+        targets: Folders of file_sd target files.
+        alertmanagers: Addresses HOST:PORT.
+        prometheus: URL under which Grafana reaches Prometheus.
+        speed: Divisor of every time in the rules; no time becomes shorter than a second.
+
+    Returns:
+        Text of each file by its path.
 
     Raises:
-        ValueError: naming what cannot be used.
+        ValueError: `speed` is below 1, or a targets folder contains a wildcard.
     """
     if not speed >= 1:
         raise ValueError(f"--speed {speed} must be at least 1")
     for folder in targets:
         if "*" in str(folder):
-            raise ValueError(f"--targets {folder} is a pattern; give folders, each by its name")
+            raise ValueError(
+                f"--targets {folder} contains a wildcard; give each folder by its name"
+            )
     patterns = [str(folder.absolute() / "*.json") for folder in targets]
     values = {
         "targets": json.dumps(patterns),
@@ -85,74 +91,74 @@ def monitoring_files(
     }
     provisioning = out / "grafana" / "provisioning"
     files = {
-        out / "prometheus.yml": faster(_filled("prometheus.yml", values), speed),
-        **{out / name: faster(_shipped(name), speed) for name in RULES},
-        provisioning / "datasources" / "tvr.yml": _filled("grafana-datasource.yml", values),
-        provisioning / "dashboards" / "tvr.yml": _filled("grafana-dashboards.yml", values),
+        out / "prometheus.yml": divide_times(_fill_template("prometheus.yml", values), speed),
+        **{out / name: divide_times(_read_template(name), speed) for name in RULE_FILES},
+        provisioning / "datasources" / "tvr.yml": _fill_template("grafana-datasource.yml", values),
+        provisioning / "dashboards" / "tvr.yml": _fill_template("grafana-dashboards.yml", values),
     }
-    if speed == 1:  # they test the rules' own times
-        files[out / TESTS] = _shipped(TESTS)
+    if speed == 1:  # the tests expect the original times
+        files[out / RULE_TESTS] = _read_template(RULE_TESTS)
     for dashboard in DASHBOARDS:
         text = json.dumps(dashboard_json(dashboard), indent=1) + "\n"
         files[out / "grafana" / "dashboards" / f"{dashboard.uid}.json"] = text
     return files
 
 
-def faster(text: str, speed: float) -> str:
-    """Rules whose windows and waits are shorter by this factor, and at least a second long."""
+def divide_times(text: str, speed: float) -> str:
+    """Divides every duration in the rules by `speed`, down to a second."""
 
-    def shorter(found: re.Match[str]) -> str:
-        before, number, unit = found.groups()
+    def divided(match: re.Match[str]) -> str:
+        before, number, unit = match.groups()
         seconds = max(1.0, int(number) * UNITS_S[unit] / speed)
         return f"{before}{round(1000 * seconds)}ms"
 
-    return text if speed == 1 else DURATION.sub(shorter, text)
+    return text if speed == 1 else DURATION.sub(divided, text)
 
 
-def _shipped(name: str) -> str:
+def _read_template(name: str) -> str:
     return (HERE / name).read_text()
 
 
-def _filled(name: str, values: Mapping[str, str]) -> str:
-    return Template(_shipped(name)).substitute(values)
+def _fill_template(name: str, values: Mapping[str, str]) -> str:
+    return Template(_read_template(name)).substitute(values)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tvr launch monitor",
-        description="Writes what Prometheus and Grafana need to look at runs: configuration, "
-        "recording and alert rules with their unit tests, dashboards.",
+        description="Writes the configuration of Prometheus and Grafana for monitoring runs: "
+        "scrape configuration, recording rules and alerts with their unit tests, dashboards.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the files")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="output folder")
     parser.add_argument(
         "--targets",
         type=Path,
         required=True,
         action="append",
         metavar="FOLDER",
-        help="where runs say how they are reached: `tvr launch slurm --targets`, or"
-        " RUN/metrics of a run; several times for several",
+        help="folder of file_sd target files: that of `tvr launch slurm --targets`, or"
+        " RUN/metrics of a run; may be repeated",
     )
     parser.add_argument(
         "--alertmanager",
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help="who is told of alerts; several times for several",
+        help="Alertmanager that receives the alerts; may be repeated",
     )
     parser.add_argument(
         "--prometheus",
         default="http://localhost:9090",
         metavar="URL",
-        help="where Grafana finds Prometheus (default: %(default)s)",
+        help="URL of Prometheus for Grafana (default: %(default)s)",
     )
     parser.add_argument(
         "--speed",
         type=float,
         default=1.0,
         metavar="N",
-        help="makes the rules' windows and waits N times shorter (at least 1 s), to try the alerts"
-        " out: with 60 an hour before is a minute before (default: 1)",
+        help="divide all times in the rules by N, to at least 1 s, in order to try out the alerts:"
+        " with 60, one hour becomes one minute (default: 1)",
     )
     return parser

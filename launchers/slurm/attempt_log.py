@@ -1,7 +1,8 @@
-"""What the batch shells of a job write down: which nodes each attempt had, and how it ended.
+"""Log of a job's attempts: the nodes of each, and how it ended.
 
-One file a job, run_dir/launch/attempts/JOB.jsonl, a line when an attempt begins and one when it
-ends. A shell can outlive its attempt, on a node whose daemon died: of two ends the first counts.
+The batch shells write one file per job, run_dir/launch/attempts/JOB.jsonl, with one line when an
+attempt begins and one when it ends. A shell can outlive its attempt if its node's daemon dies, so
+the first recorded end of an attempt counts.
 """
 
 from __future__ import annotations
@@ -12,63 +13,67 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tvr.launchers.restart_policy import Ended
+from tvr.launchers.restart_policy import AttemptEnd
 
-FOLDER = "attempts"
+ATTEMPTS_DIR = "attempts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One start of a job: SLURM's restart count, 0 for the first."""
+    """One attempt of a job."""
 
     restart: int
+    """SLURM's restart count; 0 for the first attempt."""
     nodes: tuple[str, ...]
     began_s: float
     """Unix time."""
-    ended: Ended | None
-    """None: nobody has written it yet."""
+    end: AttemptEnd | None
+    """None until an end is recorded."""
 
 
-class Attempts:
-    """Those of one job."""
+class AttemptLog:
+    """Reads and appends to the log of one job."""
 
-    def __init__(self, folder: Path, job_id: str) -> None:
-        self._path = folder / FOLDER / f"{job_id}.jsonl"
+    def __init__(self, launch_dir: Path, job_id: str) -> None:
+        self._path = launch_dir / ATTEMPTS_DIR / f"{job_id}.jsonl"
 
     def read(self) -> list[Attempt]:
-        """In the order of restarts."""
+        """Returns the attempts in the order of restarts."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        began: dict[int, Mapping[str, Any]] = {}
-        ended: dict[int, Ended] = {}
+        starts: dict[int, Mapping[str, Any]] = {}
+        ends: dict[int, AttemptEnd] = {}
         for text in lines:
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
-                continue  # torn by a crash
+                continue  # incomplete: cut by a crash
             restart = line.pop("restart")
             if "nodes" in line:
-                began.setdefault(restart, line)
+                starts.setdefault(restart, line)
             else:
-                ended.setdefault(restart, Ended(**line))
+                ends.setdefault(restart, AttemptEnd(superseded=line.pop("over"), **line))
         return [
             Attempt(
                 restart=restart,
                 nodes=tuple(line["nodes"]),
                 began_s=line["began_s"],
-                ended=ended.get(restart),
+                end=ends.get(restart),
             )
-            for restart, line in sorted(began.items())
+            for restart, line in sorted(starts.items())
         ]
 
-    def begin(self, restart: int, nodes: list[str], began_s: float) -> None:
+    def record_start(self, restart: int, nodes: list[str], began_s: float) -> None:
         self._append({"restart": restart, "nodes": nodes, "began_s": began_s})
 
-    def end(self, restart: int, ended: Ended) -> None:
-        self._append({"restart": restart, **asdict(ended)})
+    def record_end(self, restart: int, end: AttemptEnd) -> None:
+        values = asdict(end)
+        # The file's key for `superseded`.
+        values["over"] = values.pop("superseded")
+        self._append({"restart": restart, **values})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Not in the line that a crash has torn.
-        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+        # A crash may have left an incomplete last line.
+        incomplete = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a") as file:
-            file.write("\n" * torn + json.dumps(line) + "\n")
+            file.write("\n" * incomplete + json.dumps(line) + "\n")

@@ -1,8 +1,8 @@
-"""The batch shell's part of a job: it stays beside srun on the first node, and decides at the end.
+"""Batch shell of a job: supervises srun on the first node, and decides about a restart.
 
-It tells ranks where they meet, passes the notice to leave on to them, writes down how the attempt
-ended, and queues the job again where its budget allows that. Where the system itself queued it
-again, since a node failed, the next attempt writes down what it sees of the one before.
+It sets the rendezvous address, forwards the preemption notice to the ranks, records how the attempt
+ended, and requeues the job within its restart budget. If SLURM itself requeues the job after a node
+failure, the next attempt's shell records how the previous one ended.
 """
 
 from __future__ import annotations
@@ -16,126 +16,148 @@ from dataclasses import replace
 from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from tvr.launchers.job import Job, read_record
-from tvr.launchers.monitoring.targets import targets_of
-from tvr.launchers.restart_policy import NODE_FAILURES, Decision, Ended, decide
-from tvr.launchers.run_status import read_progress, taken_over
-from tvr.launchers.slurm import commands as slurm
-from tvr.launchers.slurm.allocation import Allocation, allocation
-from tvr.launchers.slurm.attempt_log import Attempts
-from tvr.launchers.slurm.step import Ranks, say
+from tvr.launchers.job import Job, read_job_record
+from tvr.launchers.monitoring.targets import targets_file
+from tvr.launchers.restart_policy import (
+    MAX_NODE_FAILURES,
+    AttemptEnd,
+    RestartDecision,
+    decide_restart,
+)
+from tvr.launchers.run_status import is_superseded, read_progress
+from tvr.launchers.slurm import commands
+from tvr.launchers.slurm.allocation import Allocation, read_allocation
+from tvr.launchers.slurm.attempt_log import AttemptLog
+from tvr.launchers.slurm.step import SrunStep, log
 
 
-def run_batch(record: Path, line: Sequence[str]) -> int:
-    """Runs `line`, which is srun's, for the job of the record; its exit code."""
+def run_batch(record: Path, srun: Sequence[str]) -> int:
+    """Runs one attempt of a job and returns its exit code.
+
+    Args:
+        record: Path of the job's record.
+        srun: Command that starts the ranks.
+    """
     try:
-        return _run_batch(record, line)
+        return _run_batch(record, srun)
     except ValueError as error:
-        # SLURM refuses what is asked of it, or its controller stays away.
-        say(str(error))
+        # SLURM rejected a command, or its controller stayed unreachable.
+        log(str(error))
         return EXIT_FAILED
 
 
-def _run_batch(record: Path, line: Sequence[str]) -> int:
-    job, here = read_record(record), allocation(os.environ)
-    attempts = Attempts(job.folder, here.job_id)
-    decision = _after_earlier(job, here, attempts)
-    if decision and not decision.again:
-        return _act(decision, job, here)
+def _run_batch(record: Path, srun: Sequence[str]) -> int:
+    job, allocation = read_job_record(record), read_allocation(os.environ)
+    attempts = AttemptLog(job.launch_dir, allocation.job_id)
+    decision = _decide_from_earlier(job, allocation, attempts)
+    if decision and not decision.restart:
+        return _apply(decision, job, allocation)
     began_s = time.time()
-    # Counts, too, where it ends at once: no job may be queued for ever.
-    attempts.begin(here.restart, list(here.nodes), began_s)
-    unwanted = sorted(set(_left_out(decision, job, here)) & set(here.nodes)) if decision else []
+    # Recorded even if it ends at once: a job must not be requeued without limit.
+    attempts.record_start(allocation.restart, list(allocation.nodes), began_s)
+    unwanted: list[str] = []
+    if decision:
+        unwanted = sorted({*_excludable_nodes(decision, job, allocation)} & {*allocation.nodes})
     if unwanted:
-        attempts.end(here.restart, _preempted(job, f"it was given {', '.join(unwanted)} again"))
-        return _act(_decide(attempts, job), job, here)
-    targets = targets_of(job, os.environ.get("SLURM_ARRAY_TASK_ID"), began_s)
-    ended = Ranks(job, here, targets, began_s).run(line)
+        end = _preempted(job, f"SLURM allocated the excluded node {', '.join(unwanted)}")
+        attempts.record_end(allocation.restart, end)
+        return _apply(_decide(attempts, job), job, allocation)
+    targets = targets_file(job, os.environ.get("SLURM_ARRAY_TASK_ID"), began_s)
+    end = SrunStep(job, allocation, targets, began_s).run(srun)
     try:
-        if ended.code == EXIT_FAILED and not _is_ours(here):
-            # Ranks that SLURM ends, to give their nodes to another job, have not failed.
-            ended = _taken_away(here.nodes, began_s, job)
-        if ended.code == EXIT_FAILED and taken_over(Path(job.run_dir), here.job_id, began_s):
-            ended = replace(ended, node=None, over=True)
+        if end.code == EXIT_FAILED and not _is_running_here(allocation):
+            # SLURM ended the ranks to give their nodes to another job: not a failure.
+            end = _unreported_end(allocation.nodes, began_s, job)
+        if end.code == EXIT_FAILED and is_superseded(Path(job.run_dir), allocation.job_id, began_s):
+            end = replace(end, node=None, superseded=True)
     finally:
-        attempts.end(here.restart, ended)
-    if targets and ended.code in (EXIT_DONE, EXIT_PREEMPTED):
+        attempts.record_end(allocation.restart, end)
+    if targets and end.code in (EXIT_DONE, EXIT_PREEMPTED):
         targets.remove()
-    return _act(_decide(attempts, job), job, here)
+    return _apply(_decide(attempts, job), job, allocation)
 
 
-def _after_earlier(job: Job, here: Allocation, attempts: Attempts) -> Decision | None:
-    """What follows from the attempts before; none: this is the first."""
+def _decide_from_earlier(
+    job: Job, allocation: Allocation, attempts: AttemptLog
+) -> RestartDecision | None:
+    """Records missing ends of earlier attempts, then decides; None for the first attempt."""
     for attempt in attempts.read():
-        if attempt.ended is None and attempt.restart < here.restart:
-            attempts.end(attempt.restart, _taken_away(attempt.nodes, attempt.began_s, job))
-    return _decide(attempts, job) if here.restart else None
+        if attempt.end is None and attempt.restart < allocation.restart:
+            end = _unreported_end(attempt.nodes, attempt.began_s, job)
+            attempts.record_end(attempt.restart, end)
+    return _decide(attempts, job) if allocation.restart else None
 
 
-def _taken_away(nodes: Sequence[str], began_s: float, job: Job) -> Ended:
-    """How an attempt ended whose batch shell has not said so."""
+def _unreported_end(nodes: Sequence[str], began_s: float, job: Job) -> AttemptEnd:
+    """Infers the end of an attempt that SLURM ended: a failed node, or a preemption."""
     for node in nodes:
-        if slurm.has_failed(node, began_s):
+        if commands.node_failed_since(node, began_s):
             saved_step = read_progress(Path(job.run_dir)).saved_step
             reason = f"node {node} failed"
-            return Ended(code=EXIT_FAILED, reason=reason, node=node, saved_step=saved_step)
-    return _preempted(job, "SLURM took it off its nodes")
+            return AttemptEnd(code=EXIT_FAILED, reason=reason, node=node, saved_step=saved_step)
+    return _preempted(job, "SLURM preempted the job")
 
 
-def _preempted(job: Job, reason: str) -> Ended:
+def _preempted(job: Job, reason: str) -> AttemptEnd:
     saved_step = read_progress(Path(job.run_dir)).saved_step
-    return Ended(code=EXIT_PREEMPTED, reason=reason, node=None, saved_step=saved_step)
+    return AttemptEnd(code=EXIT_PREEMPTED, reason=reason, node=None, saved_step=saved_step)
 
 
-def _is_ours(here: Allocation) -> bool:
-    """Whether SLURM still has this attempt running."""
-    (state,) = slurm.job_states(here.name)
-    return (state.state, state.restarts) == ("RUNNING", here.restart)
+def _is_running_here(allocation: Allocation) -> bool:
+    """True if SLURM still lists this attempt as running."""
+    (state,) = commands.job_states(allocation.full_id)
+    return (state.state, state.restarts) == ("RUNNING", allocation.restart)
 
 
-def _decide(attempts: Attempts, job: Job) -> Decision | None:
-    ends = [attempt.ended for attempt in attempts.read() if attempt.ended is not None]
-    return decide(ends, job.policy) if ends else None
+def _decide(attempts: AttemptLog, job: Job) -> RestartDecision | None:
+    ends = [attempt.end for attempt in attempts.read() if attempt.end is not None]
+    return decide_restart(ends, job.policy) if ends else None
 
 
-def _act(decision: Decision | None, job: Job, here: Allocation) -> int:
-    assert decision is not None, "an attempt has ended"
-    if not decision.again:
-        say(decision.text)
+def _apply(decision: RestartDecision | None, job: Job, allocation: Allocation) -> int:
+    """Requeues the job if it restarts, and returns the attempt's exit code."""
+    assert decision is not None, "at least one attempt has ended"
+    if not decision.restart:
+        log(decision.message)
         return decision.code
-    (state,) = slurm.job_states(here.name)
-    # A shell that outlived its node's daemon leaves the job alone, and so does one that ends
+    (state,) = commands.job_states(allocation.full_id)
+    # A shell that outlived its node's daemon must not requeue the job, nor may one that ends
     # because the job is cancelled.
-    if (state.state, state.restarts) != ("RUNNING", here.restart):
-        say(f"job {here.name} is {state.state}: not queued again from here")
+    if (state.state, state.restarts) != ("RUNNING", allocation.restart):
+        log(f"job {allocation.full_id} is {state.state}: this attempt does not requeue it")
         return decision.code
-    left_out = _left_out(decision, job, here)
-    bad = f"{', '.join(decision.exclude)}, which failed {NODE_FAILURES} times"
-    if left_out:
-        say(f"{decision.text} without {bad}")
+    excluded = _excludable_nodes(decision, job, allocation)
+    failed = f"{', '.join(decision.exclude)}, which failed {MAX_NODE_FAILURES} times"
+    if excluded:
+        log(f"{decision.message} without {failed}")
     elif decision.exclude:
-        say(f"{decision.text}, on any node: {here.partition} has too few without {bad}")
+        log(
+            f"{decision.message} on any node: partition {allocation.partition} has too few"
+            f" without {failed}"
+        )
     else:
-        say(decision.text)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue
-    slurm.requeue(here.name)
-    # Empty is a change, too: what an earlier attempt left out.
-    exclude = dict.fromkeys((*job.exclude, *left_out)) if decision.exclude else None
+        log(decision.message)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it on a requeue
+    commands.requeue_job(allocation.full_id)
+    # An empty list is a change, too: it clears the nodes that an earlier attempt excluded.
+    exclude = dict.fromkeys((*job.exclude, *excluded)) if decision.exclude else None
     try:
-        slurm.change_queued(here.name, decision.wait_s, exclude)
+        commands.update_queued_job(allocation.full_id, decision.wait_s, exclude)
     except ValueError as error:
-        say(f"{error}; it starts again all the same")
+        log(f"{error}; the job restarts without this change")
     return decision.code
 
 
-def _left_out(decision: Decision, job: Job, here: Allocation) -> tuple[str, ...]:
-    """Nodes that the job is to do without.
+def _excludable_nodes(
+    decision: RestartDecision, job: Job, allocation: Allocation
+) -> tuple[str, ...]:
+    """Nodes to exclude; empty if the partition would have too few usable nodes left.
 
-    None where its partition has too few others that work: it would wait for ever.
+    The job would otherwise stay pending forever.
     """
     if not decision.exclude:
         return ()
-    usable = slurm.usable_nodes(here.partition) - {*job.exclude, *decision.exclude}
+    usable = commands.usable_nodes(allocation.partition) - {*job.exclude, *decision.exclude}
     return decision.exclude if len(usable) >= job.nodes else ()
 
 

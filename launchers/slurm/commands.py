@@ -1,4 +1,4 @@
-"""SLURM's commands: what is asked of them, and what they answer."""
+"""SLURM's commands, with retries, and parsers of their output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# States in which a job is over for good.
-OVER = {
+FINAL_STATES = {
     "BOOT_FAIL",
     "CANCELLED",
     "COMPLETED",
@@ -24,77 +23,77 @@ OVER = {
     "TIMEOUT",
 }
 GONE = "GONE"
-"""Our word for a job that SLURM has forgotten: it keeps those that ended some minutes."""
+"""State of a job that SLURM no longer lists. It drops finished jobs after some minutes."""
 UNREACHABLE = re.compile(
     r"Unable to contact slurm controller|Socket timed out on send/recv|Zero Bytes were transmitted"
 )
-# Where no connection came about, nothing was done; otherwise an answer may have been lost.
+# Without a connection, the command had no effect. In other cases the reply may have been lost.
 NOT_CONNECTED = re.compile(r"Unable to contact slurm controller \(connect failure\)")
 ALREADY_QUEUED = "Job is pending execution"
 DOWN = re.compile(r"DOWN|FAIL|\*")
-# Beside these, nodes that get no more jobs.
+# In any other state, a node accepts no new jobs.
 USABLE = re.compile(r"(idle|mixed|allocated|completing|reserved|planned)[~#@%^$!+-]?")
-# What becomes of a job must not depend on a controller that is just being restarted.
-WAITS_S = (5, 10, 20, 40, 80, 160)
-TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
+# Long enough for a restart of the controller, which must not decide how a job ends.
+RETRY_WAITS_S = (5, 10, 20, 40, 80, 160)
+TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 NODE_FAILED = re.compile(r"srun: error: Node failure on (\S+)")
 EXITED = re.compile(r"Exited with exit code (\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """One job, or one task of an array."""
+    """State of one job, or of one task of an array."""
 
     job_id: str
     state: str
-    """SLURM's word, such as RUNNING."""
+    """SLURM's state, such as RUNNING."""
     restarts: int
     reason: str
-    """Why it waits; `None` in SLURM's words where it does not."""
+    """Why the job is pending; SLURM's `None` if it is not."""
     nodes: str
-    """Node list; empty before it runs."""
+    """Node list; empty before the job runs."""
 
     @property
-    def is_over(self) -> bool:
-        return self.state in OVER or self.state == GONE
+    def is_finished(self) -> bool:
+        return self.state in FINAL_STATES or self.state == GONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskEnd:
-    """The first rank of which srun says that it ended badly."""
+class StepFailure:
+    """First failed rank or node that srun reports."""
 
     node: str
     rank: int | None
-    """None: the node itself failed."""
-    what: str
-    """In srun's words, such as `Killed`."""
+    """None if the node itself failed."""
+    description: str
+    """srun's description, such as `Killed`."""
 
     @property
     def exit_code(self) -> int | None:
-        """None: a signal ended it."""
-        match = EXITED.fullmatch(self.what)
+        """Exit code of the rank; None if a signal ended it."""
+        match = EXITED.fullmatch(self.description)
         return int(match[1]) if match else None
 
 
-def submit(script: Path) -> str:
-    """The job's number.
+def submit_script(script: Path) -> str:
+    """Submits a batch script and returns the job ID.
 
     Raises:
-        ValueError: SLURM refuses it, in its words, or is not there.
+        ValueError: SLURM rejects the script, is unreachable, or is not installed.
     """
-    # Variables of a job from within which this one is submitted would change it.
+    # Inside another job, that job's variables would override the script's options.
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
-    # Asked twice, SLURM would start two jobs.
-    answer = _run(["sbatch", "--parsable", str(script)], environment, ask_again=NOT_CONNECTED)
-    return answer.strip().split(";")[0]
+    # A retry after a lost reply would submit a second job.
+    output = _run(["sbatch", "--parsable", str(script)], environment, retry_on=NOT_CONNECTED)
+    return output.strip().split(";")[0]
 
 
 def job_states(job_id: str) -> list[JobState]:
-    """Of a job, or of all tasks of an array; GONE if SLURM does not know it any more."""
+    """Returns the state of a job, or of every task of an array; `GONE` if SLURM lists neither."""
     try:
         text = _run(["scontrol", "--oneliner", "show", "job", job_id])
     except ValueError as error:
@@ -105,7 +104,7 @@ def job_states(job_id: str) -> list[JobState]:
 
 
 def node_field(node: str, field: str) -> str:
-    """What `scontrol show node` has of a node: NodeAddr, State; times as Unix times."""
+    """Returns a field of `scontrol show node`, such as NodeAddr or State; times are Unix times."""
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     text = _run(["scontrol", "--oneliner", "show", "node", node], environment)
     match = re.search(rf"\b{field}=(\S+)", text)
@@ -114,8 +113,8 @@ def node_field(node: str, field: str) -> str:
     return match[1]
 
 
-def has_failed(node: str, since_s: float) -> bool:
-    """Whether a node is down, or was since that Unix time: it or its daemon started anew."""
+def node_failed_since(node: str, since_s: float) -> bool:
+    """True if a node is down, or if it or its daemon has restarted since a Unix time."""
     if DOWN.search(node_field(node, "State")):
         return True
     started = [node_field(node, field) for field in ("BootTime", "SlurmdStartTime")]
@@ -123,44 +122,50 @@ def has_failed(node: str, since_s: float) -> bool:
 
 
 def usable_nodes(partition: str) -> set[str]:
-    """Those that a job may get now or later."""
+    """Returns the nodes of a partition that a job may get now or later."""
     lines = _run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N %T"]).splitlines()
-    found = [line.split() for line in lines if line.strip()]
-    return {node for node, state in found if USABLE.fullmatch(state)}
+    nodes = [line.split() for line in lines if line.strip()]
+    return {node for node, state in nodes if USABLE.fullmatch(state)}
 
 
-def requeue(job_id: str) -> None:
-    """Ends this job, whose batch shell calls it, and queues it again."""
+def requeue_job(job_id: str) -> None:
+    """Ends a running job, the caller's own, and queues it again."""
     try:
         _run(["scontrol", "requeue", job_id])
     except ValueError as error:
-        # Asked again after an answer that was lost.
+        # A retry after a lost reply.
         if ALREADY_QUEUED not in str(error):
             raise
 
 
-def change_queued(job_id: str, wait_s: float, exclude: Iterable[str] | None) -> None:
-    """Sets when a job starts at the earliest, and the nodes it does without; none: as before."""
-    # A job that runs takes no such changes; queued again, it takes them while it still ends.
+def update_queued_job(job_id: str, wait_s: float, exclude: Iterable[str] | None) -> None:
+    """Sets the earliest start and the excluded nodes of a queued job.
+
+    Args:
+        job_id: A job that has just been requeued. SLURM refuses these changes for a running job,
+            but accepts them while a requeued job still ends.
+        wait_s: Seconds until the earliest start; 0 leaves it unchanged.
+        exclude: Excluded nodes; None leaves them unchanged.
+    """
     changes = [f"StartTime=now+{wait_s:.0f}"] if wait_s else []
     changes += [] if exclude is None else [f"ExcNodeList={','.join(exclude)}"]
     if changes:
         _run(["scontrol", "update", f"JobId={job_id}", *changes])
 
 
-def cancel(job_id: str) -> None:
-    """Ends a job wherever it is."""
+def cancel_job(job_id: str) -> None:
+    """Ends a pending or running job."""
     _run(["scancel", job_id])
 
 
-def first_bad_end(words: str) -> TaskEnd | None:
-    """What srun said first of a rank or a node that failed; none: nothing."""
-    for line in words.splitlines():
-        if match := TASK_ENDED.search(line):
+def first_step_failure(srun_errors: str) -> StepFailure | None:
+    """Parses the first failed rank or node from srun's stderr; None if it reports none."""
+    for line in srun_errors.splitlines():
+        if match := TASK_FAILED.search(line):
             rank = int(re.split(r"[,-]", match[2])[0])
-            return TaskEnd(node=match[1], rank=rank, what=match[3].strip())
+            return StepFailure(node=match[1], rank=rank, description=match[3].strip())
         if match := NODE_FAILED.search(line):
-            return TaskEnd(node=match[1].rstrip(","), rank=None, what="the node failed")
+            return StepFailure(node=match[1].rstrip(","), rank=None, description="the node failed")
     return None
 
 
@@ -183,19 +188,19 @@ def _run(
     line: list[str],
     environment: Mapping[str, str] | None = None,
     *,
-    ask_again: re.Pattern[str] = UNREACHABLE,
+    retry_on: re.Pattern[str] = UNREACHABLE,
 ) -> str:
-    said = ""
-    for wait_s in (*WAITS_S, None):
+    message = ""
+    for wait_s in (*RETRY_WAITS_S, None):
         try:
-            ended = subprocess.run(line, env=environment, capture_output=True, text=True)
+            result = subprocess.run(line, env=environment, capture_output=True, text=True)
         except FileNotFoundError:
-            raise ValueError(f"{line[0]} is not here: this needs the commands of SLURM") from None
-        if ended.returncode == 0:
-            return ended.stdout
-        said = f"{line[0]} {line[1]}: {' '.join((ended.stderr or ended.stdout).split())}"
-        if wait_s is None or ask_again.search(said) is None:
+            raise ValueError(f"{line[0]} is not installed: SLURM's commands are needed") from None
+        if result.returncode == 0:
+            return result.stdout
+        message = f"{line[0]} {line[1]}: {' '.join((result.stderr or result.stdout).split())}"
+        if wait_s is None or retry_on.search(message) is None:
             break
-        print(f"tvr launch: {said}; asks again in {wait_s} s", file=sys.stderr, flush=True)
+        print(f"tvr launch: {message}; retrying in {wait_s} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)
-    raise ValueError(said)
+    raise ValueError(message)

@@ -1,4 +1,4 @@
-"""The batch script of a job, as text."""
+"""Renders the batch script of a job as text."""
 
 from __future__ import annotations
 
@@ -6,52 +6,58 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tvr.launchers.job import TASK, Container, Job, environment_of, seconds
+from tvr.launchers.job import TASK_ID, Container, Job, job_environment, parse_time_limit
 
 
 def sbatch_script(job: Job, record: Path) -> str:
-    """For `sbatch`: its options, the environment, and the line that starts the ranks.
+    """Renders the script for `sbatch`: options, environment, and the command of the ranks.
 
-    `record` is where the job will read how it was submitted.
-    srun starts every rank itself; `launchers.batch` stays beside it in the batch shell.
+    srun starts every rank; `batch_main` stays beside it in the batch shell.
+
+    Args:
+        job: The job to run.
+        record: Path at which the running job finds its own record.
     """
-    started = [
+    command = [
         shlex.join([job.python, "-m", "tvr.launchers.slurm.batch_main", str(record)]),
         shlex.join(_srun(job)),
-        *([shlex.join(_into(job.container, job))] if job.container else []),
+        *([shlex.join(_in_container(job.container, job))] if job.container else []),
         shlex.join([_python(job), "-m", "tvr.launchers.slurm.task_main"]),
-        _command(job),
+        _rank_command(job),
     ]
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment_of(job).items()]
+    variables = job_environment(job).items()
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables]
     parts = [
         [
             "#!/bin/bash",
-            f"# Nodes: {job.nodes}, ranks on each: {job.ranks_per_node}. By `tvr launch slurm`.",
+            f"# Nodes: {job.nodes}, ranks per node: {job.ranks_per_node}."
+            " Written by `tvr launch slurm`.",
             *(f"#SBATCH --{option}" for option in _options(job)),
             "set -euo pipefail",
         ],
         exports,
         [
-            "# Finds where ranks meet, passes the notice on, decides whether the job comes again.",
-            "exec " + " \\\n    ".join(started),
+            "# batch_main sets the rendezvous address, forwards the preemption notice to the",
+            "# ranks, and decides whether the job restarts.",
+            "exec " + " \\\n    ".join(command),
         ],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def notice_s(job: Job) -> int:
-    """Seconds before the end of its time at which the job is told; half of a short time at most."""
-    limit = seconds(job.time_limit) if job.time_limit else 0
+def effective_notice_s(job: Job) -> int:
+    """Seconds before the time limit at which SLURM sends the notice: at most half of the limit."""
+    limit = parse_time_limit(job.time_limit) if job.time_limit else 0
     return min(job.notice_s, limit // 2) if limit else job.notice_s
 
 
 def _options(job: Job) -> Iterator[str]:
-    yield f"job-name={_quoted(job.name)}"
+    yield f"job-name={_directive_quoted(job.name)}"
     yield f"nodes={job.nodes}"
     yield f"ntasks-per-node={job.ranks_per_node}"
     if job.gpus_per_node:
         yield f"gpus-per-node={job.gpus_per_node}"
-    given = {
+    optional = {
         "cpus-per-task": job.cpus_per_rank,
         "mem": job.memory,
         "partition": job.partition,
@@ -62,27 +68,28 @@ def _options(job: Job) -> Iterator[str]:
         "dependency": job.dependency,
         "array": job.array,
     }
-    yield from (f"{name}={value}" for name, value in given.items() if value is not None)
-    yield f"chdir={_quoted(job.directory)}"
-    yield f"output={_quoted(_pattern(job, '%j.out'))}"
+    yield from (f"{name}={value}" for name, value in optional.items() if value is not None)
+    yield f"chdir={_directive_quoted(job.directory)}"
+    yield f"output={_directive_quoted(_output_pattern(job, '%j.out'))}"
     yield "open-mode=append"
     yield "requeue"
-    # To the batch shell alone: it passes it to the ranks, and not to their helpers.
-    yield f"signal=B:USR1@{notice_s(job)}"
+    # B: to the batch shell only, which forwards it to the ranks but not to their worker processes.
+    yield f"signal=B:USR1@{effective_notice_s(job)}"
 
 
 def _srun(job: Job) -> list[str]:
-    # A site's SBATCH_EXPORT=NONE would keep the meeting place from ranks, its WaitTime end them.
+    # A site may set SBATCH_EXPORT=NONE, which would hide the rendezvous address from the ranks, or
+    # WaitTime, which would end ranks that still save.
     line = ["srun", "--export=ALL", "--wait=0", "--kill-on-bad-exit=1", "--open-mode=append"]
-    line.append(f"--output={_pattern(job, '%j.rank-%5t.log')}")
+    line.append(f"--output={_output_pattern(job, '%j.rank-%5t.log')}")
     if job.cpus_per_rank is not None:
-        # srun takes over everything from sbatch but this.
+        # The only option that srun does not inherit from sbatch.
         line.append(f"--cpus-per-task={job.cpus_per_rank}")
     return line
 
 
-def _into(container: Container, job: Job) -> list[str]:
-    """Into the image, with the job's folders at their own names."""
+def _in_container(container: Container, job: Job) -> list[str]:
+    """Options or command that run the ranks in the image."""
     mounts = dict.fromkeys(f"{folder}:{folder}" for folder in (job.run_dir, job.directory))
     mounts |= dict.fromkeys(container.mounts)
     if container.runtime == "apptainer":
@@ -100,24 +107,24 @@ def _python(job: Job) -> str:
     return job.container.python if job.container else job.python
 
 
-def _command(job: Job) -> str:
+def _rank_command(job: Job) -> str:
     if job.array is None:
         return shlex.join(job.command)
     number = '"${SLURM_ARRAY_TASK_ID:?}"'
-    return " ".join(_with(word.split(TASK), number) for word in job.command)
+    return " ".join(_quoted_join(word.split(TASK_ID), number) for word in job.command)
 
 
-def _with(pieces: Sequence[str], between: str) -> str:
-    if len(pieces) == 1:
-        return shlex.quote(pieces[0])
-    return between.join(shlex.quote(piece) if piece else "" for piece in pieces)
+def _quoted_join(parts: Sequence[str], separator: str) -> str:
+    if len(parts) == 1:
+        return shlex.quote(parts[0])
+    return separator.join(shlex.quote(part) if part else "" for part in parts)
 
 
-def _pattern(job: Job, name: str) -> str:
-    """SLURM's pattern of a file name: per cents of the folder are its own."""
-    return f"{job.folder}/".replace("%", "%%") + name
+def _output_pattern(job: Job, name: str) -> str:
+    """File name pattern for SLURM, with the folder's own per cent signs escaped."""
+    return f"{job.launch_dir}/".replace("%", "%%") + name
 
 
-def _quoted(text: str) -> str:
-    """As sbatch reads a directive."""
+def _directive_quoted(text: str) -> str:
+    """Quotes a value for an #SBATCH line."""
     return '"' + text.replace('"', '\\"') + '"'

@@ -1,4 +1,4 @@
-"""A run that was launched on SLURM: submitted, looked after, cancelled, submitted again."""
+"""Submits, inspects, cancels and resubmits the SLURM jobs of a run."""
 
 from __future__ import annotations
 
@@ -10,191 +10,209 @@ from dataclasses import replace
 from pathlib import Path
 
 from tvr.launchers.atomic_write import write_atomically
-from tvr.launchers.job import FOLDER, RECORD, Job, read_job, to_json
+from tvr.launchers.job import JOB_FILE, LAUNCH_DIR, Job, read_job, to_json
 from tvr.launchers.monitoring.targets import remove_targets
-from tvr.launchers.run_status import Progress, notice_for, read_progress
-from tvr.launchers.slurm import attempt_log as attempts_of
-from tvr.launchers.slurm import commands as slurm
-from tvr.launchers.slurm.attempt_log import Attempts
+from tvr.launchers.run_status import Progress, notice_seconds, read_progress
+from tvr.launchers.slurm import commands
+from tvr.launchers.slurm.attempt_log import ATTEMPTS_DIR, AttemptLog
 from tvr.launchers.slurm.script import sbatch_script
 
-SCRIPT = "job.sbatch"
-SUBMITTED = "submitted.jsonl"
-NOT_YET = "-"
-# Conditions that hold only once the jobs they name are over.
-ENDS = {"afterany", "afterok", "afternotok"}
+SCRIPT_FILE = "job.sbatch"
+SUBMISSIONS_FILE = "submitted.jsonl"
+EMPTY_CELL = "-"
+# Dependency types that hold only after the named jobs have ended.
+AFTER_END = {"afterany", "afterok", "afternotok"}
 
 
-def submit(job: Job) -> str:
-    """Writes record and script into the run's folder, submits it, and returns its number.
+def submit_job(job: Job) -> str:
+    """Writes a job's record and script, submits it, and returns its ID.
 
-    Until SLURM has taken it, nothing that other jobs of the run or their user read has changed.
+    Files that other jobs of the run or the user read change only after sbatch accepts the job.
 
     Raises:
-        ValueError: other jobs of the run go on, and this one does not wait for their end; or SLURM
-            refuses it.
+        ValueError: another job of the run is unfinished and this one does not wait for its end, or
+            SLURM rejects the job.
     """
-    _refuse_two_at_once(job)
-    record = job.record(new_name())
+    _refuse_concurrent_jobs(job)
+    record = job.record_path(new_record_name())
     script = record.with_suffix(".sbatch")
     write_atomically(record, to_json(job))
     write_atomically(script, sbatch_script(job, record))
     try:
-        job_id = slurm.submit(script)
+        job_id = commands.submit_script(script)
     except ValueError:
         record.unlink()
         script.unlink()
         raise
-    with (job.folder / SUBMITTED).open("a") as file:
+    with (job.launch_dir / SUBMISSIONS_FILE).open("a") as file:
         line = {"job_id": job_id, "name": job.name, "at_s": time.time()}
         file.write(json.dumps(line) + "\n")
-    write_atomically(job.folder / RECORD, to_json(job))
-    script.replace(job.folder / SCRIPT)
+    write_atomically(job.launch_dir / JOB_FILE, to_json(job))
+    script.replace(job.launch_dir / SCRIPT_FILE)
     return job_id
 
 
-def new_name() -> str:
-    """For a job's record, before it has a number."""
+def new_record_name() -> str:
+    """Returns a unique name for a job's record: the job has no ID before it is submitted."""
     return secrets.token_hex(4)
 
 
-def status(run_dir: Path) -> str:
-    """Jobs, attempts and results as tables."""
+def run_report(run_dir: Path) -> str:
+    """Formats the newest job's state, all attempts, and the progress of a run as tables.
+
+    Raises:
+        ValueError: the run was not launched on SLURM.
+    """
     read_job(run_dir)
     states = [
-        state for job_id in list(_submitted(run_dir))[-1:] for state in slurm.job_states(job_id)
+        state for job_id in list(_submitted(run_dir))[-1:] for state in commands.job_states(job_id)
     ]
     parts = [
         _table(
-            ("job", "state", "restarts", "nodes", "waits for"),
-            [(s.job_id, s.state, s.restarts, s.nodes or NOT_YET, _reason(s)) for s in states],
+            ("job", "state", "restarts", "nodes", "pending reason"),
+            [
+                (s.job_id, s.state, s.restarts, s.nodes or EMPTY_CELL, _pending_reason(s))
+                for s in states
+            ],
         ),
-        _table(("job", "attempt", "nodes", "ended"), list(_attempt_rows(run_dir, states))),
+        _table(("job", "attempt", "nodes", "ended"), list(_attempt_rows(run_dir))),
         _progress_table(run_dir, read_progress(run_dir)),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def logs(run_dir: Path, job_id: str | None, rank: int | None) -> Iterator[str]:
-    """Of the batch shell and of rank 0, or of one rank alone.
+def read_logs(run_dir: Path, job_id: str | None, rank: int | None) -> Iterator[str]:
+    """Yields the output of a job: of one rank, or of the batch shell and rank 0.
+
+    Args:
+        run_dir: Run folder.
+        job_id: Job; None selects the one with the newest output.
+        rank: Rank; None selects the batch shell and rank 0.
 
     Raises:
-        ValueError: there are none yet.
+        ValueError: there is no such output.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir / LAUNCH_DIR
     started = sorted(folder.glob("*.out"), key=lambda path: path.stat().st_mtime)
     if job_id is None and not started:
-        raise ValueError(f"{folder} holds no output yet")
+        raise ValueError(f"{folder} contains no output yet")
     job_id = job_id or started[-1].stem
     paths = [folder / f"{job_id}.rank-{rank or 0:05d}.log"]
     if rank is None:
         paths.insert(0, folder / f"{job_id}.out")
     found = [path for path in paths if path.exists()]
     if not found:
-        raise ValueError(f"{folder} holds no output of {', '.join(path.name for path in paths)}")
+        raise ValueError(f"{folder} does not contain {', '.join(path.name for path in paths)}")
     for path in found:
         yield path.read_text(errors="replace")
 
 
-def cancel(run_dir: Path) -> str:
-    """Ends the run's jobs and returns their numbers.
+def cancel_jobs(run_dir: Path) -> str:
+    """Cancels the run's unfinished jobs and returns their IDs.
 
     Raises:
-        ValueError: none goes on.
+        ValueError: the run has no unfinished job.
     """
     job = read_job(run_dir)
-    going_on = _going_on(run_dir)
-    if not going_on:
-        raise ValueError(f"no job of {run_dir} goes on")
-    for job_id in going_on:
-        slurm.cancel(job_id)
+    unfinished = _unfinished(run_dir)
+    if not unfinished:
+        raise ValueError(f"{run_dir} has no unfinished job")
+    for job_id in unfinished:
+        commands.cancel_job(job_id)
     remove_targets(job)
-    return ", ".join(going_on)
+    return ", ".join(unfinished)
 
 
-def resume(run_dir: Path) -> str:
-    """Submits the run's job again, with a new budget, and returns its number.
+def resubmit_job(run_dir: Path) -> str:
+    """Submits the run's newest job again with a new restart budget, and returns its ID.
 
     Raises:
-        ValueError: its job goes on, or SLURM refuses it.
+        ValueError: a job of the run is unfinished, or SLURM rejects the job.
     """
     job = read_job(run_dir)
-    again = replace(job, dependency=None)  # it waits for nothing any more
+    resubmitted = replace(job, dependency=None)
     if not job.notice_given:
-        # How long a save takes is known by now.
-        again = replace(again, notice_s=notice_for(read_progress(run_dir)))
-    return submit(again)
+        # The time of a save may have been measured since.
+        resubmitted = replace(resubmitted, notice_s=notice_seconds(read_progress(run_dir)))
+    return submit_job(resubmitted)
 
 
-def waits_for(dependency: str, names: Mapping[str, str], name: str) -> bool:
-    """Whether a job called `name` begins only after the end of all of these: numbers and names."""
-    # A comma asks for all conditions, a question mark for any one of them.
+def waits_for_all(dependency: str, names: Mapping[str, str], name: str) -> bool:
+    """True if a job starts only after all given jobs have ended.
+
+    Args:
+        dependency: Value of `sbatch --dependency`.
+        names: Names of the given jobs by ID.
+        name: Name of the job to submit, for `singleton`.
+    """
+    # A comma joins conditions that must all hold; of those joined by a question mark, one suffices.
     return all(
-        names.keys() <= _ends_in(part, names, name) for part in dependency.lower().split("?")
+        names.keys() <= _waited_for(part, names, name) for part in dependency.lower().split("?")
     )
 
 
-def _ends_in(conditions: str, names: Mapping[str, str], name: str) -> set[str]:
-    """The jobs whose end conditions wait for."""
-    ended: set[str] = set()
+def _waited_for(conditions: str, names: Mapping[str, str], name: str) -> set[str]:
+    """IDs of the jobs whose ends the conditions wait for."""
+    waited: set[str] = set()
     for condition in conditions.split(","):
-        kind, *jobs = condition.split(":")
+        kind, *job_ids = condition.split(":")
         if kind == "singleton":
-            ended |= {job_id for job_id, other in names.items() if other == name}
-        elif kind in ENDS:
-            ended |= set(jobs)
-    return ended
+            waited |= {job_id for job_id, other in names.items() if other == name}
+        elif kind in AFTER_END:
+            waited |= set(job_ids)
+    return waited
 
 
-def _refuse_two_at_once(job: Job) -> None:
-    """Two jobs would take the run from one another."""
-    going_on = _going_on(Path(job.run_dir))
-    if going_on and not waits_for(job.dependency or "", going_on, job.name):
+def _refuse_concurrent_jobs(job: Job) -> None:
+    """Two concurrent jobs would supersede each other's attempts."""
+    unfinished = _unfinished(Path(job.run_dir))
+    if unfinished and not waits_for_all(job.dependency or "", unfinished, job.name):
         raise ValueError(
-            f"job {', '.join(going_on)} of {job.run_dir} goes on; wait for it, cancel it, or give"
-            f" --dependency afterany:{':'.join(going_on)}"
+            f"job {', '.join(unfinished)} of {job.run_dir} is unfinished; wait for it, cancel it,"
+            f" or give --dependency afterany:{':'.join(unfinished)}"
         )
 
 
-def _going_on(run_dir: Path) -> dict[str, str]:
-    """Names of the jobs that are not over, by their numbers."""
+def _unfinished(run_dir: Path) -> dict[str, str]:
+    """Names of the run's pending and running jobs by ID."""
     return {
         job_id: name
         for job_id, name in _submitted(run_dir).items()
-        if any(not state.is_over for state in slurm.job_states(job_id))
+        if any(not state.is_finished for state in commands.job_states(job_id))
     }
 
 
 def _submitted(run_dir: Path) -> dict[str, str]:
-    """Names of all jobs by their numbers, as they came."""
-    path = run_dir / FOLDER / SUBMITTED
+    """Names of all jobs by ID, in the order of submission."""
+    path = run_dir / LAUNCH_DIR / SUBMISSIONS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
     return {line["job_id"]: line["name"] for line in map(json.loads, lines)}
 
 
-def _reason(state: slurm.JobState) -> str:
-    return state.reason if state.state == "PENDING" else NOT_YET
+def _pending_reason(state: commands.JobState) -> str:
+    return state.reason if state.state == "PENDING" else EMPTY_CELL
 
 
-def _attempt_rows(run_dir: Path, states: Sequence[slurm.JobState]) -> Iterator[tuple[object, ...]]:
-    folder = run_dir / FOLDER
-    for path in sorted((folder / attempts_of.FOLDER).glob("*.jsonl")):
-        for attempt in Attempts(folder, path.stem).read():
-            ended = attempt.ended
-            text = f"{ended.code}: {ended.reason}" if ended else NOT_YET
+def _attempt_rows(run_dir: Path) -> Iterator[tuple[object, ...]]:
+    folder = run_dir / LAUNCH_DIR
+    for path in sorted((folder / ATTEMPTS_DIR).glob("*.jsonl")):
+        for attempt in AttemptLog(folder, path.stem).read():
+            end = attempt.end
+            text = f"{end.code}: {end.reason}" if end else EMPTY_CELL
             yield path.stem, attempt.restart, ",".join(attempt.nodes), text
 
 
 def _progress_table(run_dir: Path, progress: Progress) -> str:
     config = run_dir / "config.json"
-    steps = json.loads(config.read_text())["train"]["steps"] if config.exists() else NOT_YET
-    newest = {
-        "step": f"{progress.step['step']} of {steps}" if progress.step else NOT_YET,
-        "loss": f"{progress.step['loss']:.4f}" if progress.step else NOT_YET,
-        "pairs/s": f"{progress.step['samples_per_s']:.1f}" if progress.step else NOT_YET,
-        "saved": progress.saved_step or NOT_YET,
+    steps = json.loads(config.read_text())["train"]["steps"] if config.exists() else EMPTY_CELL
+    step = progress.step
+    cells = {
+        "step": f"{step['step']} of {steps}" if step else EMPTY_CELL,
+        "loss": f"{step['loss']:.4f}" if step else EMPTY_CELL,
+        "pairs/s": f"{step['samples_per_s']:.1f}" if step else EMPTY_CELL,
+        "saved": progress.saved_step or EMPTY_CELL,
     }
-    return _table(tuple(newest), [tuple(newest.values())])
+    return _table(tuple(cells), [tuple(cells.values())])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

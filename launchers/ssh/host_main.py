@@ -1,7 +1,7 @@
-"""What a launcher starts over ssh on each host: the ranks of this host, until the line breaks.
+"""Runs the ranks of one host; the ssh launcher starts it on each.
 
-ssh hands on no signals. A line on standard input, or its end, tells this process that the launcher
-was told to leave, or is gone; the ranks then get SIGTERM, save, and leave.
+ssh forwards no signals. Instead, a line or end of file on standard input means that the launcher
+was interrupted or has died. The ranks then get SIGTERM, save, and exit.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Sequence
 from tvr.launchers.torchrun.launch import run_once
 
 
-def run_node(
+def run_host(
     command: Sequence[str], *, node_rank: int, nodes: int, ranks: int, address: str, port: int
 ) -> int:
-    """Runs the ranks of one of `nodes` hosts; their exit code."""
-    threading.Thread(target=_leave_when_told, name="launcher", daemon=True).start()
-    agents = [
+    """Runs the `ranks` ranks of host `node_rank` of `nodes`, and returns their exit code."""
+    threading.Thread(target=_terminate_with_launcher, name="launcher", daemon=True).start()
+    rendezvous = [
         f"--nnodes={nodes}",
         f"--node-rank={node_rank}",
         f"--master-addr={address}",
         f"--master-port={port}",
     ]
-    return run_once(command, ranks=ranks, agents=agents).code
+    return run_once(command, ranks=ranks, rendezvous=rendezvous).code
 
 
-def _leave_when_told() -> None:
+def _terminate_with_launcher() -> None:
     sys.stdin.readline()
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -37,7 +37,7 @@ def _leave_when_told() -> None:
 if __name__ == "__main__":
     node_rank, nodes, ranks, address, port, *command = sys.argv[1:]
     sys.exit(
-        run_node(
+        run_host(
             command,
             node_rank=int(node_rank),
             nodes=int(nodes),

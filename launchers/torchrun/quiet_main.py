@@ -1,6 +1,6 @@
-"""torchrun, quiet: how its ranks ended is written to a file, and a rank's own words are the last.
+"""Runs torchrun without its own output, and writes the ranks' exit codes to a file.
 
-As it is it would print a log, its own traceback and a table below what a rank has said.
+torchrun would print a log, its own traceback and a table below the output of a failed rank.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ import sys
 from pathlib import Path
 
 TORCHRUN = "torch.distributed.run"
-EXIT_FAILED = 1
+TORCHRUN_FAILED = 1
 
 
-def run_agent(ended: Path, argv: list[str]) -> int:
-    """Runs torchrun with `argv`; where ranks failed, `ended` gets their exit codes by rank, -9 for
-    one that SIGKILL ended."""
-    logging.disable(logging.ERROR)  # in this process alone; the ranks have their own
+def run_torchrun(exit_codes: Path, argv: list[str]) -> int:
+    """Runs torchrun with `argv` and returns its exit code.
+
+    If ranks fail, writes their exit codes by rank to `exit_codes`; -9 is a rank that SIGKILL ended.
+    """
+    logging.disable(logging.ERROR)  # affects this process only, not the ranks
     sys.argv = [TORCHRUN, *argv]
     try:
         runpy.run_module(TORCHRUN, run_name="__main__", alter_sys=True)
     except Exception as error:
-        # By name: the launcher imports the standard library only.
+        # Matched by name: the launcher imports the standard library only.
         match type(error).__name__:
             case "ChildFailedError":
                 failures = getattr(error, "failures", {})
                 codes = {rank: failure.exitcode for rank, failure in failures.items()}
-                ended.write_text(json.dumps(codes))
+                exit_codes.write_text(json.dumps(codes))
             case "SignalException":
-                pass  # the launcher passed it on, and knows
+                pass  # the launcher forwarded this signal
             case _:
                 raise
-        return EXIT_FAILED
+        return TORCHRUN_FAILED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_agent(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(run_torchrun(Path(sys.argv[1]), sys.argv[2:]))

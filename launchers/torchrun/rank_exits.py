@@ -1,6 +1,6 @@
-"""What the ranks of a job write down for their launcher: a line as one begins, another as it ends.
+"""Start and exit records that ranks write for their launcher, one line each.
 
-torchrun ends with 1 whatever its ranks returned, and its log is no interface.
+torchrun exits with 1 whatever its ranks return, and the format of its log is not stable.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tvr.launchers.process import is_running
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
-    """One rank."""
+    """State of one rank."""
 
     rank: int
     pid: int
     code: int | None
-    """None: it has not come to its end, or was stopped short of it."""
+    """Exit code; None if the rank is running or was killed."""
 
 
-def note(records: Path, rank: int, pid: int, code: int | None = None) -> None:
-    """Adds this rank's line: that it began, or with which code it ended."""
-    # One short write to a file opened for appending: lines of several ranks do not mix.
+def record_rank(records: Path, rank: int, pid: int, code: int | None = None) -> None:
+    """Appends a line that the rank has started, or that it exits with `code`."""
+    # One short O_APPEND write: lines of several ranks do not interleave.
     file = os.open(records, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         os.write(file, f"{rank} {pid} {'-' if code is None else code}\n".encode())
@@ -30,26 +32,17 @@ def note(records: Path, rank: int, pid: int, code: int | None = None) -> None:
         os.close(file)
 
 
-def read(records: Path) -> list[RankRecord]:
-    """The ranks that began, those without an end first, the others in the order of their ends."""
+def read_ranks(records: Path) -> list[RankRecord]:
+    """Reads all started ranks: those without an exit code first, the others in order of exit."""
     lines = records.read_text().splitlines() if records.exists() else []
-    found: dict[int, RankRecord] = {}
+    ranks: dict[int, RankRecord] = {}
     for rank, pid, code in (line.split() for line in lines):
-        found.pop(int(rank), None)
+        ranks.pop(int(rank), None)
         number = None if code == "-" else int(code)
-        found[int(rank)] = RankRecord(rank=int(rank), pid=int(pid), code=number)
-    return sorted(found.values(), key=lambda record: record.code is not None)
+        ranks[int(rank)] = RankRecord(rank=int(rank), pid=int(pid), code=number)
+    return sorted(ranks.values(), key=lambda record: record.code is not None)
 
 
 def has_failed(record: RankRecord) -> bool:
-    """Whether a rank ended otherwise than well, or is gone without a word."""
-    return not is_alive(record.pid) if record.code is None else record.code != 0
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is there; one that has ended and is not waited for yet is not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+    """True if the rank exited with a code other than 0, or died without recording one."""
+    return not is_running(record.pid) if record.code is None else record.code != 0

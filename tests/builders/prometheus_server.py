@@ -1,4 +1,4 @@
-"""A Prometheus on a free port of the loopback interface, and questions to it."""
+"""Starts a Prometheus on a free loopback port, and queries it."""
 
 from __future__ import annotations
 
@@ -28,44 +28,44 @@ class Prometheus:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def ask(self, expr: str) -> list[Series]:
-        """What a query gives now."""
+    def query(self, expr: str) -> list[Series]:
+        """Evaluates a PromQL expression now."""
         return [
             Series(found["metric"], float(found["value"][1]))
             for found in self._get("query", query=expr)["result"]
         ]
 
     def firing(self, run: str) -> dict[str, str]:
-        """Names of a run's alerts that fire, with what they say."""
+        """Firing alerts of a run: names and summaries."""
         return {
             alert["labels"]["alertname"]: alert["annotations"]["summary"]
             for alert in self._get("alerts")["alerts"]
             if alert["state"] == "firing" and alert["labels"]["run"] == run
         }
 
-    def _get(self, what: str, **asked: str) -> Any:
-        url = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(asked)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
+    def _get(self, endpoint: str, **parameters: str) -> Any:
+        url = f"{self.url}/api/v1/{endpoint}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return json.load(response)["data"]
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], description: str) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {WAIT_S:.0f} s"
+        assert time.monotonic() < deadline, f"{description}: not within {WAIT_S:.0f} s"
         time.sleep(0.2)
 
 
 @contextmanager
 def prometheus(config: Path, data: Path) -> Iterator[Prometheus]:
-    """Started with a configuration file; stores its samples in `data`."""
+    """Starts Prometheus with a configuration file; it stores its samples in `data`."""
     if shutil.which("prometheus") is None:
         pytest.skip("needs prometheus (apt-get install prometheus)")
     log = data.with_suffix(".log")
     line = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={data}"]
-    with log.open("w") as told:
+    with log.open("w") as output:
         process = subprocess.Popen(
-            [*line, "--web.listen-address=127.0.0.1:0"], stderr=told, stdout=told
+            [*line, "--web.listen-address=127.0.0.1:0"], stderr=output, stdout=output
         )
     try:
         yield Prometheus(_url(process, log))
@@ -75,7 +75,7 @@ def prometheus(config: Path, data: Path) -> Iterator[Prometheus]:
 
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """From its log, once it answers."""
+    """URL of the server, read from its log once it is ready."""
     deadline = time.monotonic() + START_S
     while "Server is ready" not in (text := log.read_text()):
         assert process.poll() is None, text

@@ -1,4 +1,4 @@
-"""A SLURM cluster of real daemons on this machine: loopback only, no root, no systemd."""
+"""A cluster of real SLURM daemons on this machine: loopback only, without root and systemd."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 TIMEOUT_S = 120.0
 
-# `cred_expire` is how long a job that is queued again waits for its next start. Nodes that share a
-# machine claim more cores than it has (config_overrides).
+# A requeued job waits `cred_expire` seconds for its next start. Nodes share this machine and claim
+# more cores than it has (config_overrides).
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -67,7 +67,7 @@ NODE = (
 
 
 class Cluster:
-    """Nodes n1, n2, ... of eight CPUs and two GPUs, as they say."""
+    """Nodes n1, n2, ... with nominally eight CPUs and two GPUs each."""
 
     def __init__(self, folder: Path, num_nodes: int, daemons: ExitStack) -> None:
         self.folder = folder
@@ -84,8 +84,8 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        places = [f"--{option}={munge}/munge.{name}" for option, name in files.items()]
-        self._daemon(["munged", "--foreground", "--force", f"--key-file={key}", *places])
+        munge_files = [f"--{option}={munge}/munge.{name}" for option, name in files.items()]
+        self._daemon(["munged", "--foreground", "--force", f"--key-file={key}", *munge_files])
         until(lambda: (munge / "munge.socket").exists(), "munged listens")
         host, ports = socket.gethostname(), free_ports(len(self.nodes) + 1)
         conf = CONF.format(
@@ -93,7 +93,7 @@ class Cluster:
             port=ports[0],
             user=subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip(),
             folder=self.folder,
-            # Ports of jobs follow from their numbers, and several clusters may share this machine.
+            # Ports derive from job IDs, and several clusters may share this machine.
             first_job=random.SystemRandom().randint(1, 10**6),
         )
         lines = [
@@ -102,7 +102,7 @@ class Cluster:
         ]
         (self.folder / "slurm.conf").write_text(conf + "".join(lines))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        # GPUs for the batch system alone: nothing stands behind them.
+        # Nominal GPUs: empty files.
         for number in range(2):
             (self.folder / f"gpu{number}").touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
@@ -115,7 +115,7 @@ class Cluster:
         self._slurmds[node] = self._daemon(["slurmd", "-D", "-N", node])
 
     def kill_node_daemon(self, node: str) -> None:
-        """kill -9; what the node runs lives on."""
+        """Kills the daemon with SIGKILL; processes of jobs on the node keep running."""
         daemon = self._slurmds.pop(node)
         daemon.kill()
         daemon.wait()
@@ -129,15 +129,15 @@ class Cluster:
         until(idle, f"{', '.join(nodes)} are idle")
 
     def kill_ranks(self) -> None:
-        """All that jobs left behind, whether or not the daemon of its node still knows of it."""
+        """Kills all processes of jobs, including those that no daemon manages any more."""
         found: list[int] = []
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdigit() and self._is_of_a_job(folder):
                     found.append(int(folder.name))
             except OSError:
-                continue  # ended meanwhile, or not ours
-        # Only now: they would open and close files as others of them end.
+                continue  # exited meanwhile, or of another user
+        # Only after the scan: processes open and close files as others are killed.
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -148,23 +148,23 @@ class Cluster:
             return any(variable.startswith(b"SLURM_JOB_ID=") for variable in environment)
         if not (process / "cmdline").read_bytes().startswith(b"slurmstepd"):
             return False
-        # It has no environment left, but the log of its node's daemon.
+        # slurmstepd has cleared its environment, but has the log of its node's daemon open.
         files = [os.readlink(file) for file in (process / "fd").iterdir()]
         return any(file.startswith(f"{self.folder}/") for file in files)
 
     def run(self, *line: str, check: bool = True) -> str:
-        """What a command of SLURM says, on stdout."""
+        """Runs a SLURM command and returns its stdout."""
         ended = subprocess.run(line, env=self.environment, capture_output=True, text=True)
         assert not check or ended.returncode == 0, (line, ended.stderr)
         return ended.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` knows of a job."""
+        """Fields of `scontrol show job`."""
         words = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def until_ended(self, job_id: str, timeout_s: float = TIMEOUT_S) -> str:
-        """The state in which a job ends."""
+        """Waits for the end of a job and returns its final state."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         until(lambda: self.job(job_id)["JobState"] in final, f"job {job_id} ends", timeout_s)
         return self.job(job_id)["JobState"]
@@ -178,13 +178,13 @@ class Cluster:
 
 @contextmanager
 def cluster_of(num_nodes: int) -> Iterator[Cluster]:
-    """A running cluster; skips the test where SLURM is not installed, and fails there in CI."""
+    """Starts a cluster. Without SLURM, the test is skipped, or fails in CI."""
     missing = [name for name in (*DAEMONS, *CLIENTS) if shutil.which(name, path=PATH) is None]
     if missing:
-        # Where packages are brought for it, none of these tests may drop out unseen.
-        drop_out = pytest.fail if os.environ.get("TVR_CI") else pytest.skip
-        drop_out(f"SLURM is not installed: no {', '.join(missing)}")
-    # Not pytest's folder: the path of a socket holds 107 characters.
+        # CI installs SLURM, so no test may be skipped there.
+        report = pytest.fail if os.environ.get("TVR_CI") else pytest.skip
+        report(f"SLURM is not installed: no {', '.join(missing)}")
+    # Not pytest's folder: a socket's path has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, ExitStack() as daemons:
         cluster = Cluster(Path(folder), num_nodes, daemons)
         try:
@@ -195,7 +195,7 @@ def cluster_of(num_nodes: int) -> Iterator[Cluster]:
 
 
 def rank_pid(run_dir: Path, rank: int) -> int | None:
-    """The process of a rank of the run's job."""
+    """Process ID of a rank of the run's job."""
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -203,18 +203,18 @@ def rank_pid(run_dir: Path, rank: int) -> int | None:
             line = (folder / "cmdline").read_bytes().split(b"\0")
             environment = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
-            continue  # ended meanwhile, or not ours
-        # The lines of srun and of the batch shell hold that of the ranks.
+            continue  # exited meanwhile, or of another user
+        # The command lines of srun and of the batch shell contain that of the ranks.
         if line[1:3] == [b"-m", b"tvr.launchers.slurm.task_main"] and os.fsencode(run_dir) in line:
             if b"SLURM_PROCID=%d" % rank in environment:
                 return int(folder.name)
     return None
 
 
-def until(done: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+def until(done: Callable[[], bool], condition: str, timeout_s: float = TIMEOUT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
         time.sleep(0.1)
 
 

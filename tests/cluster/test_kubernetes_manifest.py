@@ -1,4 +1,4 @@
-"""The manifest of a job for Kubernetes, read back as the cluster would read it."""
+"""Kubernetes manifests of jobs, parsed as YAML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from tvr.launchers.job import Container, Job
 from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.launch_cli import launch
-from tvr.launchers.restart_policy import Policy
+from tvr.launchers.restart_policy import RestartPolicy
 
 JOB = Job(
     command=("tvr", "train", "--run-dir", "/runs/it's a run"),
@@ -29,7 +29,7 @@ JOB = Job(
     interface="eth0",
     environment={"OMP_NUM_THREADS": "6"},
     container=Container(image="registry/tvr:1", mounts=("runs:/runs", "data:/data")),
-    policy=Policy(max_failures=5),
+    policy=RestartPolicy(max_failures=5),
 )
 
 
@@ -37,7 +37,7 @@ def manifest(job: Job) -> dict[str, Any]:
     return yaml.safe_load(pytorch_job(job))
 
 
-def test_a_manifest_holds_what_the_record_holds() -> None:
+def test_manifest_contains_the_job() -> None:
     job = manifest(JOB)
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert job["metadata"] == {"name": "it-s-a-run"}
@@ -63,12 +63,12 @@ def test_a_manifest_holds_what_the_record_holds() -> None:
     }
     assert main["command"][:3] == ["python3", "-m", "tvr.launchers.torchrun.quiet_main"]
     assert main["command"][-3:] == ["train", "--run-dir", "/runs/it's a run"]
-    places = {entry["name"]: entry["mountPath"] for entry in main["volumeMounts"]}
-    assert places == {"runs": "/runs", "data": "/data", "shm": "/dev/shm"}
-    assert {volume["name"] for volume in pod["volumes"]} == set(places)
+    mounts = {entry["name"]: entry["mountPath"] for entry in main["volumeMounts"]}
+    assert mounts == {"runs": "/runs", "data": "/data", "shm": "/dev/shm"}
+    assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
 
 
-def test_one_node_has_no_workers_and_other_commands_run_as_given() -> None:
+def test_one_node_has_no_workers_and_other_commands_run_unchanged() -> None:
     job = manifest(replace(JOB, nodes=1, command=("./x", "--y")))
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert list(replicas) == ["Master"]
@@ -76,12 +76,12 @@ def test_one_node_has_no_workers_and_other_commands_run_as_given() -> None:
     assert command == ["python3", "-m", "torch.distributed.run", "--no-python", "./x", "--y"]
 
 
-def test_a_claim_may_be_mounted_at_several_places() -> None:
+def test_claim_may_be_mounted_at_several_paths() -> None:
     mounts = ("data:/a", "runs:/runs", "data:/b")
     pods = manifest(replace(JOB, container=Container(image="i", mounts=mounts)))["spec"]
     pod = pods["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-    places = [(e["name"], e["mountPath"]) for e in pod["containers"][0]["volumeMounts"]]
-    assert places == [("data", "/a"), ("runs", "/runs"), ("data", "/b"), ("shm", "/dev/shm")]
+    mounts = [(e["name"], e["mountPath"]) for e in pod["containers"][0]["volumeMounts"]]
+    assert mounts == [("data", "/a"), ("runs", "/runs"), ("data", "/b"), ("shm", "/dev/shm")]
     assert [volume["name"] for volume in pod["volumes"]] == ["data", "runs", "shm"]
 
 
@@ -89,13 +89,13 @@ def test_a_claim_may_be_mounted_at_several_places() -> None:
     ("change", "reason"),
     [
         ({"container": None}, r"pods need an image \(--container\)"),
-        ({"partition": "gpu"}, r"partition='gpu' is for SLURM"),
-        ({"exclude": ("n1",)}, r"exclude=\('n1',\) is for SLURM"),
-        ({"name": "?"}, r"name='\?' must hold a letter or a digit"),
+        ({"partition": "gpu"}, r"partition='gpu' is for SLURM only"),
+        ({"exclude": ("n1",)}, r"exclude=\('n1',\) is for SLURM only"),
+        ({"name": "?"}, r"name='\?' must contain a letter or a digit"),
         ({"container": Container(image="i", mounts=("/data",))}, "'/data' must be CLAIM:PATH"),
     ],
 )
-def test_what_a_manifest_cannot_say_is_refused(change: dict[str, Any], reason: str) -> None:
+def test_unsupported_options_are_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         pytorch_job(replace(JOB, **change))
 

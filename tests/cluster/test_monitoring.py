@@ -1,5 +1,7 @@
-"""The shipped rules pass promtool's checks and their unit tests, dashboards are what Grafana reads,
-and all of it speaks of metrics that there are."""
+"""Shipped rules pass promtool's checks and unit tests; dashboards match Grafana's schema.
+
+Rules and dashboards use existing metrics only, and every metric appears in one of them.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,15 @@ from builders.monitoring import (
 )
 
 from tvr.launchers.cli import COMMANDS, main
-from tvr.launchers.monitoring.write import DASHBOARDS, TESTS, faster, monitoring_files
+from tvr.launchers.monitoring.write import DASHBOARDS, RULE_TESTS, divide_times, monitoring_files
 from tvr.trainer.config import Config
 from tvr.trainer.monitoring.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "launchers"
-TYPES = ROOT / "tests" / "grafana_schema"
-OF_PROMETHEUS = {"up": {"job"}, "ALERTS": {"alertname", "alertstate", "severity"}}
-OF_TARGETS = {"run", "host", "instance"}
+SHIPPED = ROOT / "launchers" / "monitoring"
+GRAFANA_TYPES = ROOT / "tests" / "grafana_schema"
+PROMETHEUS_LABELS = {"up": {"job"}, "ALERTS": {"alertname", "alertstate", "severity"}}
+TARGET_LABELS = {"run", "host", "instance"}
 ALL_RULES = rules(SHIPPED)
 ALERTS = [rule for rule in ALL_RULES if "alert" in rule]
 
@@ -60,11 +62,11 @@ def promtool(*argv: str | Path, fails: bool = False) -> str:
     return ended.stdout
 
 
-def test_promtool_takes_configuration_rules_and_their_tests(written: Path) -> None:
+def test_promtool_accepts_configuration_rules_and_their_tests(written: Path) -> None:
     assert "WARNING" not in promtool("check", "config", written / "prometheus.yml")
     promtool("check", "rules", "--lint-fatal", *(written / name for name in RULES))
-    assert "SUCCESS" in promtool("test", "rules", written / TESTS)
-    assert "SUCCESS" in promtool("test", "rules", SHIPPED / TESTS)
+    assert "SUCCESS" in promtool("test", "rules", written / RULE_TESTS)
+    assert "SUCCESS" in promtool("test", "rules", SHIPPED / RULE_TESTS)
 
 
 BREAK = {
@@ -77,7 +79,7 @@ BREAK = {
 
 
 def test_a_broken_rule_fails_its_unit_test(tmp_path: Path) -> None:
-    tests = yaml.safe_load((SHIPPED / TESTS).read_text())
+    tests = yaml.safe_load((SHIPPED / RULE_TESTS).read_text())
     cases = {
         f"{name_of(rule)} {how}".replace(":", "-"): (rule, change(rule))
         for rule in ALL_RULES
@@ -89,19 +91,21 @@ def test_a_broken_rule_fails_its_unit_test(tmp_path: Path) -> None:
         changed = [{**rule, **change} if rule == broken else rule for rule in ALL_RULES]
         groups = {"groups": [{"name": "all", "rules": changed}]}
         (tmp_path / case / "all.yml").write_text(json.dumps(groups))
-        # Those that speak of it: one of them must find it.
-        its = [test for test in tests["tests"] if name_of(broken) in json.dumps(test)]
-        some = {**tests, "rule_files": ["all.yml"], "tests": its}
-        (tmp_path / case / TESTS).write_text(json.dumps(some))
-    told = promtool("test", "rules", *(tmp_path / case / TESTS for case in cases), fails=True)
-    parts = dict(zip(cases, told.split("Unit Testing:")[1:], strict=True))
+        # Only the tests of this rule, of which one must fail.
+        rule_tests = [test for test in tests["tests"] if name_of(broken) in json.dumps(test)]
+        some = {**tests, "rule_files": ["all.yml"], "tests": rule_tests}
+        (tmp_path / case / RULE_TESTS).write_text(json.dumps(some))
+    output = promtool(
+        "test", "rules", *(tmp_path / case / RULE_TESTS for case in cases), fails=True
+    )
+    parts = dict(zip(cases, output.split("Unit Testing:")[1:], strict=True))
     for case, (broken, _) in cases.items():
         assert "FAILED" in parts[case], case
         assert name_of(broken) in parts[case].partition("FAILED")[2]
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=name_of)
-def test_an_alert_says_what_to_do(rule: dict[str, Any]) -> None:
+def test_alert_has_a_runbook(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert "$labels.run" in rule["annotations"]["summary"]
     runbook = rule["annotations"]["runbook"]
@@ -119,32 +123,32 @@ def test_an_alert_says_what_to_do(rule: dict[str, Any]) -> None:
     assert named <= settings
 
 
-def test_names_and_labels_are_those_of_the_table(written: Path) -> None:
+def test_queries_use_existing_metrics_and_labels(written: Path) -> None:
     table = {metric.name: metric for metric in METRICS}
     recorded = {name_of(rule) for rule in ALL_RULES if "record" in rule}
     for asked in (*panel_queries(written), *rule_queries(written)):
         for selector in selectors(asked.expr):
             name, matchers = selector.name, selector.matchers.matchers
             if name not in table:
-                assert name in recorded | set(OF_PROMETHEUS), f"{asked.where}: {name}"
-                allowed = OF_PROMETHEUS.get(name, {"part"}) | OF_TARGETS
+                assert name in recorded | set(PROMETHEUS_LABELS), f"{asked.where}: {name}"
+                allowed = PROMETHEUS_LABELS.get(name, {"part"}) | TARGET_LABELS
                 assert {matcher.name for matcher in matchers} <= allowed, asked
                 continue
             metric = table[name]
-            assert {m.name for m in matchers} <= {*metric.label_names, *OF_TARGETS}, asked
+            assert {m.name for m in matchers} <= {*metric.label_names, *TARGET_LABELS}, asked
             for matcher in matchers:
                 if matcher.name in metric.labels:
                     values = set(matcher.value.split("|"))
                     assert values <= set(metric.labels[matcher.name]), asked
 
 
-def test_every_metric_is_shown(written: Path) -> None:
+def test_every_metric_is_used(written: Path) -> None:
     asked = [*panel_queries(written), *rule_queries(written)]
     shown = {selector.name for each in asked for selector in selectors(each.expr)}
     assert {metric.name for metric in METRICS} - shown == set()
 
 
-def test_dashboards_are_whole(written: Path) -> None:
+def test_dashboards_are_complete(written: Path) -> None:
     found = dashboards(written)
     titles = {dashboard["title"].removeprefix("tvr: ") for dashboard in found}
     assert titles == {
@@ -162,12 +166,12 @@ def test_dashboards_are_whole(written: Path) -> None:
         for panel in panels:
             assert panel["description"].endswith((".", "%."))
             assert_unique(target["refId"] for target in panel["targets"])
-            # Two lines of one name cannot be told apart.
+            # Two series with one legend could not be distinguished.
             assert_unique(target["legendFormat"] for target in panel["targets"])
             for target in panel["targets"]:
                 assert list(selectors(filled(target["expr"])))
-                of_the_run = "$run" in target["expr"]
-                assert of_the_run == (dashboard["title"] != "tvr: fleet"), panel["title"]
+                selects_runs = "$run" in target["expr"]
+                assert selects_runs == (dashboard["title"] != "tvr: fleet"), panel["title"]
         cells = Counter(
             (x, y)
             for place in (panel["gridPos"] for panel in panels)
@@ -182,7 +186,7 @@ def assert_unique(values: Any) -> None:
     assert [value for value, count in Counter(values).items() if count > 1] == []
 
 
-def test_broken_promql_is_found() -> None:
+def test_invalid_promql_is_detected() -> None:
     with pytest.raises(ValueError, match="unclosed"):
         list(selectors("max by (run (tvr_train_step)"))
 
@@ -199,7 +203,7 @@ BREAKS = {
 }
 
 
-def test_dashboards_have_the_types_of_grafana(written: Path, tmp_path: Path) -> None:
+def test_dashboards_match_grafanas_types(written: Path, tmp_path: Path) -> None:
     installed = ROOT / "build" / "grafana_schema"
     tsc = installed / "node_modules" / ".bin" / "tsc"
     if shutil.which("node") is None or not tsc.exists():
@@ -210,7 +214,7 @@ def test_dashboards_have_the_types_of_grafana(written: Path, tmp_path: Path) -> 
     for what, (right, wrong) in BREAKS.items():
         assert right in whole
         texts[f"broken {what}"] = whole.replace(right, wrong, 1)
-    head = (TYPES / "check.ts").read_text()
+    head = (GRAFANA_TYPES / "check.ts").read_text()
     files = {f"{number}.ts": name for number, name in enumerate(texts)}
     for file, name in files.items():
         (tmp_path / file).write_text(f"{head}export const dashboard: Dashboard = {texts[name]};\n")
@@ -223,7 +227,7 @@ def test_dashboards_have_the_types_of_grafana(written: Path, tmp_path: Path) -> 
     assert refused == {name for name in texts if name.startswith("broken")}, ended.stdout
 
 
-def test_the_command_writes_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, targets = tmp_path / "out", tmp_path / "a b"
     line = ["launch", "monitor", "--out", str(out), "--targets", str(targets), "--targets", "here"]
     assert main([*line, "--prometheus", "http://p:1", "--alertmanager", "a:1"]) == 0
@@ -247,29 +251,29 @@ def test_the_command_writes_it_all(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(list(folder.glob("*.json"))) == 5
 
 
-def test_faster_rules_are_the_same_but_for_their_times(tmp_path: Path) -> None:
+def test_speed_changes_only_times(tmp_path: Path) -> None:
     write_files(tmp_path, tmp_path, speed=60)
-    assert not (tmp_path / TESTS).exists()
+    assert not (tmp_path / RULE_TESTS).exists()
     promtool("check", "config", tmp_path / "prometheus.yml")
     duration = re.compile(r"(?<![\w-])\d+(?:ms|[smh])\b")
     for before, after in zip(ALL_RULES, rules(tmp_path), strict=True):
         assert before.keys() == after.keys()
         assert duration.sub("T", json.dumps(before)) == duration.sub("T", json.dumps(after))
     times = "for: 30s [5m] [1h] offset 10m\nsummary: 10 minutes, run:x:rate5m"
-    assert faster(times, 60) == (
+    assert divide_times(times, 60) == (
         "for: 1000ms [5000ms] [60000ms] offset 10000ms\nsummary: 10 minutes, run:x:rate5m"
     )
-    assert faster(times, 1) == times
+    assert divide_times(times, 1) == times
 
 
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
         (["--speed", "0.5"], "--speed 0.5 must be at least 1"),
-        (["--targets", "a/*"], "is a pattern"),
+        (["--targets", "a/*"], "contains a wildcard"),
     ],
 )
-def test_bad_usage_is_named(
+def test_bad_usage_is_refused(
     argv: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -1,8 +1,8 @@
-"""A Prometheus with the shipped rules looks at real jobs, to which everything is done that alerts
-are for. The times of the rules are 60 times shorter (`tvr launch monitor --speed 60`).
+"""A real Prometheus with the shipped rules scrapes real jobs in which every alert's cause occurs.
 
-One story, told once: run `a` trains on two ranks with some bad samples, run `b` ends by a loss that
-is not finite, and `tvr pack` packs from a slow store.
+All times in the rules are divided by 60 (`tvr launch monitor --speed 60`). One scenario runs once
+for all tests: run `a` trains on two ranks with some bad samples, run `b` stops at a non-finite
+loss, and `tvr pack` packs from a slow store.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from builders.monitoring import (
 )
 from builders.prometheus_server import Prometheus, Series, prometheus, wait_until
 from builders.tiny import tiny_config
-from test_metrics_run import ABSENT
 
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.demo_clips import ANNOTATIONS
@@ -48,160 +47,166 @@ from tvr.trainer.monitoring.metrics import METRICS
 SPEED = 60
 RANKS = 2
 NUM_BAD, MAX_BAD = 3, 4
-PAIRS = 16  # of a global batch
-EVERY = 20  # steps between checkpoints
-FILE_BYTES = 65536  # more than the run's other files take, less than its checkpoints'
-# What alerts say of what is done here, from the beginning.
-SAID = {
-    "TvrStalled": r"Run runs/a has not ended a step for 10 minutes",
-    "TvrNonFinite": r"Run runs/b met a loss or gradient that is not finite",
+GLOBAL_BATCH = 16
+CHECKPOINT_EVERY = 20
+# Larger than the run's other files, smaller than a checkpoint.
+FILE_BYTES = 65536
+# Expected summaries of the alerts.
+SUMMARIES = {
+    "TvrStalled": r"Run runs/a has not completed a step for 10 minutes",
+    "TvrNonFinite": r"Run runs/b stopped because of a non-finite loss or gradient",
     "TvrDataStarved": r"Run runs/a waits for data [\d.]+% of the time",
-    "TvrStraggler": r"Run runs/a waits for rank 1, which takes [\d.]+% of a step longer than",
-    "TvrSlow": r"Run runs/a trains [\d.]+ pairs/s, below 80 % of its hour before",
-    "TvrCheckpointOld": r"A failure of run runs/a would now cost \d+ steps",
-    "TvrSavesFail": r"A checkpoint of run runs/a could not be saved",
-    "TvrSkipBudget": r"Bad samples have spent 75% of what run runs/a may replace before it stops",
-    "TvrDown": r"The metrics of run runs/a on \S+ do not answer",
+    "TvrStraggler": r"Run runs/a waits for rank 1, which is slower than the fastest rank by",
+    "TvrSlow": r"Run runs/a trains [\d.]+ pairs/s, less than 80 %",
+    "TvrCheckpointOld": r"Run runs/a would lose \d+ steps in a failure now",
+    "TvrSavesFail": r"Run runs/a could not save a checkpoint",
+    "TvrSkipBudget": r"Run runs/a has used 75% of its budget for bad samples",
+    "TvrDown": r"Run runs/a on \S+ does not answer",
 }
-# Run `a` has the mode that tells it.
-HERE_ABSENT = ABSENT - {"tvr_train_zero_gradient_positives_ratio"}
+# There is no GPU.
+ABSENT_METRICS = {"tvr_device_memory_bytes"}
 
 
 @dataclass
-class Story:
-    """What was seen while it went on."""
+class Scenario:
+    """Observations of Prometheus during the scenario."""
 
     files: Path
     healthy: dict[str, str] = field(default_factory=dict)
-    """Alerts of `a` before anything was done to it, with what they say."""
+    """Firing alerts of `a` before any further fault, with their summaries."""
     series: list[Series] = field(default_factory=list)
-    """Of all jobs, at that time."""
+    """Series of all jobs at that time."""
     answers: dict[Asked, list[Series]] = field(default_factory=dict)
-    """To the queries of panels and of recording rules, at that time."""
+    """Answers to the queries of panels and recording rules at that time."""
     fired: set[str] = field(default_factory=set)
-    """Alerts that said what they should, once they were brought about."""
+    """Alerts that fired with the expected summary."""
     resolved: set[str] = field(default_factory=set)
-    at_the_end: dict[str, str] = field(default_factory=dict)
-    """Alerts of `a` from when its target was gone until none of its samples was young enough for
-    any rule."""
+    after_the_end: dict[str, str] = field(default_factory=dict)
+    """Alerts of `a` after its target was removed, until its samples were too old for any rule."""
 
 
 @pytest.fixture(scope="module")
-def story(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def scenario(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     folder = tmp_path_factory.mktemp("monitored") / "runs"
     for name in ("a", "b", "pack"):
         (folder / name / "metrics").mkdir(parents=True)
-    story = Story(folder / "files")
+    scenario = Scenario(folder / "files")
     targets = [folder / name / "metrics" for name in ("a", "b", "pack")]
-    write_files(story.files, *targets, speed=SPEED)
+    write_files(scenario.files, *targets, speed=SPEED)
     with (
-        prometheus(story.files / "prometheus.yml", folder / "tsdb") as seen,
-        packing(data, folder / "pack") as go_on,
+        prometheus(scenario.files / "prometheus.yml", folder / "tsdb") as prom,
+        packing(data, folder / "pack") as pack_the_rest,
     ):
-        tell(story, seen, data, folder, go_on)
-    return story
+        run_scenario(scenario, prom, data, folder, pack_the_rest)
+    return scenario
 
 
-def tell(
-    story: Story, seen: Prometheus, data: Path, folder: Path, pack_the_rest: Callable[[], None]
+def run_scenario(
+    scenario: Scenario,
+    prom: Prometheus,
+    data: Path,
+    folder: Path,
+    pack_the_rest: Callable[[], None],
 ) -> None:
     run_dir = folder / "a"
     config = settings(with_bad_samples(data, folder / "data"))
 
-    def comes(*alerts: str, run: str = "runs/a") -> None:
-        # What an alert says follows its expression. It may have fired before, for another reason.
-        def are_said() -> bool:
-            said = seen.firing(run)
-            return all(re.match(SAID[name], said.get(name, "")) for name in alerts)
+    def wait_for(*alerts: str, run: str = "runs/a") -> None:
+        # An alert may have fired earlier for another reason, so its summary is checked.
+        def all_fire() -> bool:
+            summaries = prom.firing(run)
+            return all(re.match(SUMMARIES[name], summaries.get(name, "")) for name in alerts)
 
-        wait_until(are_said, f"{alerts} of {run}")
-        story.fired |= set(alerts)
+        wait_until(all_fire, f"{alerts} of {run}")
+        scenario.fired |= set(alerts)
 
-    def goes(*alerts: str, run: str = "runs/a") -> None:
-        wait_until(lambda: not seen.firing(run).keys() & set(alerts), f"no {alerts} of {run}")
-        story.resolved |= set(alerts)
+    def wait_for_end(*alerts: str, run: str = "runs/a") -> None:
+        wait_until(lambda: not prom.firing(run).keys() & set(alerts), f"no {alerts} of {run}")
+        scenario.resolved |= set(alerts)
 
     with (
-        ending_by_a_loss(data, folder / "b") as let_its_data_come,
+        failing_run(data, folder / "b") as release_data,
         jobs.running(config, run_dir, RANKS) as job,
     ):
-        comes("TvrSkipBudget")
-        wait_until(lambda: any(up.value for up in seen.ask('up{run="runs/b"}')), "b is seen")
-        let_its_data_come()
-        comes("TvrNonFinite", run="runs/b")
-        look(story, seen)
+        wait_for("TvrSkipBudget")
+        wait_until(lambda: any(up.value for up in prom.query('up{run="runs/b"}')), "b is scraped")
+        release_data()
+        wait_for("TvrNonFinite", run="runs/b")
+        observe(scenario, prom)
         pack_the_rest()
         pids = rank_pids(run_dir)
         with files_of_at_most(FILE_BYTES, pids):
-            comes("TvrSavesFail", "TvrCheckpointOld")
+            wait_for("TvrSavesFail", "TvrCheckpointOld")
         with throttled(loaders(pids[1])):
-            comes("TvrDataStarved", "TvrStraggler", "TvrSlow")
-        goes("TvrSavesFail", "TvrCheckpointOld", "TvrStraggler")
+            wait_for("TvrDataStarved", "TvrStraggler", "TvrSlow")
+        wait_for_end("TvrSavesFail", "TvrCheckpointOld", "TvrStraggler")
         os.kill(pids[1], signal.SIGSTOP)
-        comes("TvrStalled")
+        wait_for("TvrStalled")
         os.kill(pids[1], signal.SIGCONT)
-        goes("TvrStalled", "TvrSlow", "TvrDataStarved")
-        goes("TvrNonFinite", run="runs/b")
+        wait_for_end("TvrStalled", "TvrSlow", "TvrDataStarved")
+        wait_for_end("TvrNonFinite", run="runs/b")
         os.kill(pids[0], signal.SIGKILL)
-        comes("TvrDown")
+        wait_for("TvrDown")
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
         assert job.returncode == 3, errors
     with_room = replace(config, data=replace(config.data, max_bad=100))
     with jobs.running(with_room, run_dir, RANKS) as job:
-        goes("TvrDown", "TvrSkipBudget")
-        wait_until(lambda: bool(seen.ask('tvr_train_step{run="runs/a"}')), "the new start is seen")
+        wait_for_end("TvrDown", "TvrSkipBudget")
+        wait_until(
+            lambda: bool(prom.query('tvr_train_step{run="runs/a"}')), "the new start is scraped"
+        )
         os.kill(rank_pids(run_dir)[0], signal.SIGUSR1)
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
         assert job.returncode == 75, errors
-    # Prometheus lets go of a target 5 s after its file, which is longer than TvrDown waits here.
-    wait_until(lambda: not seen.ask('up{run="runs/a"}'), "the target is gone")
-    wait_until(lambda: "TvrDown" not in seen.firing("runs/a"), "nobody is missed")
+    # Prometheus drops a target 5 s after its file, which is longer than TvrDown waits here.
+    wait_until(lambda: not prom.query('up{run="runs/a"}'), "the target is dropped")
+    wait_until(lambda: "TvrDown" not in prom.firing("runs/a"), "TvrDown ends")
 
-    def is_forgotten() -> bool:
-        story.at_the_end |= seen.firing("runs/a")
-        return not seen.ask('last_over_time(tvr_train_step{run="runs/a"}[15s])')
+    def samples_expired() -> bool:
+        scenario.after_the_end |= prom.firing("runs/a")
+        return not prom.query('last_over_time(tvr_train_step{run="runs/a"}[15s])')
 
-    wait_until(is_forgotten, "the run's samples are old")
+    wait_until(samples_expired, "the run's samples expire")
 
 
-def look(story: Story, seen: Prometheus) -> None:
-    """Everything at once, when every job has been seen for the longest window of a panel."""
+def observe(scenario: Scenario, prom: Prometheus) -> None:
+    """Records series and answers once every job has been scraped for the longest panel window."""
     both = 'count(count_over_time({__name__=~"tvr_evaluation_step|tvr_pack_clips_total"}[10s]) > 7)'
-    wait_until(lambda: [found.value for found in seen.ask(both)] == [2], "both jobs are seen")
+    wait_until(lambda: [found.value for found in prom.query(both)] == [2], "both jobs are scraped")
 
     def is_healthy() -> bool:
-        story.healthy = seen.firing("runs/a")
-        return story.healthy.keys() == {"TvrSkipBudget"}
+        scenario.healthy = prom.firing("runs/a")
+        return scenario.healthy.keys() == {"TvrSkipBudget"}
 
-    # What else starts at the same time takes cores away from it, for which there are alerts.
-    wait_until(is_healthy, "a run that has no fault but its bad samples")
-    story.series = seen.ask('{job="tvr"}')
-    recorded = [asked for asked in rule_queries(story.files) if asked.where.startswith("run:")]
-    for asked in (*panel_queries(story.files), *recorded):
-        story.answers[asked] = seen.ask(asked.expr)
+    # Jobs that start at the same time take cores from it, which may fire alerts for a moment.
+    wait_until(is_healthy, "only the bad samples fire an alert")
+    scenario.series = prom.query('{job="tvr"}')
+    recorded = [asked for asked in rule_queries(scenario.files) if asked.where.startswith("run:")]
+    for asked in (*panel_queries(scenario.files), *recorded):
+        scenario.answers[asked] = prom.query(asked.expr)
 
 
 def settings(data: Path) -> Config:
     return tiny_config(
         data,
         data={"workers": 1, "max_bad": MAX_BAD},
-        # Most of a step is the rank's own work, so that a moment without a core is no straggler.
+        # Most of a step is the rank's own work, so that a short lack of cores makes no straggler.
         model={"towers": {"width": 64, "layers": 8}},
         loss={"neg_nce_mode": "reference"},
         train={
             "steps": 1_000_000,
-            "global_batch": PAIRS,
+            "global_batch": GLOBAL_BATCH,
             "eval_every": 60,
             "log_every": 1000,
             "stall_factor": 0.0,
         },
-        checkpoint={"every": EVERY},
+        checkpoint={"every": CHECKPOINT_EVERY},
         metrics={"address": "127.0.0.1", "peak_tflops": 1.0},
     )
 
 
 def with_bad_samples(data: Path, folder: Path) -> Path:
-    """A copy in which some samples of the training set are damaged."""
+    """Copies a data set and damages some samples of its training set."""
     shutil.copytree(data, folder, ignore=shutil.ignore_patterns("clips"))
     manifest = read_manifest(str(folder / "train"))
     for row in range(NUM_BAD):
@@ -224,33 +229,33 @@ def loaders(pid: int) -> list[int]:
 
 @contextmanager
 def throttled(pids: list[int]) -> Iterator[None]:
-    """Processes that get a small part of the time only."""
-    over = threading.Event()
+    """Lets processes run for a small part of the time only."""
+    done = threading.Event()
 
     def send(number: int) -> None:
         for pid in pids:
-            with suppress(ProcessLookupError):  # an evaluation's loaders end with it
+            with suppress(ProcessLookupError):  # workers of an evaluation exit with it
                 os.kill(pid, number)
 
-    def hold_up() -> None:
-        while not over.is_set():
+    def alternate() -> None:
+        while not done.is_set():
             for number, seconds in ((signal.SIGSTOP, 1.9), (signal.SIGCONT, 0.1)):
                 send(number)
-                over.wait(seconds)
+                done.wait(seconds)
         send(signal.SIGCONT)
 
-    thread = threading.Thread(target=hold_up)
+    thread = threading.Thread(target=alternate)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
 @contextmanager
 def files_of_at_most(num_bytes: int, pids: list[int]) -> Iterator[None]:
-    """The kernel refuses to let these processes' files grow, as a full disk or a quota does."""
+    """Limits the size of files these processes write, like a full disk or a quota."""
     before = [resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids]
     for pid, (_, hard) in zip(pids, before, strict=True):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -262,32 +267,35 @@ def files_of_at_most(num_bytes: int, pids: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def ending_by_a_loss(data: Path, run_dir: Path) -> Iterator[Callable[[], None]]:
-    """A run whose second step has no finite loss. It gets its data once what is yielded is called:
-    of a run that is over before the first scrape nobody hears."""
-    at_once = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
-    come = threading.Event()
+def failing_run(data: Path, run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Runs a training whose second step has a non-finite loss.
+
+    It receives its data when the yielded function is called, since a run that ends before the first
+    scrape would go unnoticed.
+    """
+    settings = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    release = threading.Event()
     with serve_folder(data) as store:
-        hold_back(store, lambda: come.wait(240))
+        delay_responses(store, lambda: release.wait(240))
         config = tiny_config(
             data,
             data={"train": f"{store.url}/train", "test": None, "test_exchanged": None},
-            train={"steps": 5, **at_once},
+            train={"steps": 5, **settings},
             metrics={"address": "127.0.0.1"},
         )
         with jobs.running(config, run_dir, 1) as job:
-            yield come.set
-            come.set()
+            yield release.set
+            release.set()
             _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
             assert job.returncode == 3, errors
 
 
 @contextmanager
 def packing(data: Path, folder: Path) -> Iterator[Callable[[], None]]:
-    """`tvr pack` from a store that is slow until what is yielded is called."""
-    hurry = threading.Event()
+    """Runs `tvr pack` from a store that is slow until the yielded function is called."""
+    release = threading.Event()
     with serve_folder(data / "clips" / "train") as store:
-        hold_back(store, lambda: hurry.wait(5.0))
+        delay_responses(store, lambda: release.wait(5.0))
         line = [sys.executable, "-m", "tvr.launchers.cli", "pack", "--layout", "frames"]
         line += ["--annotations", f"{store.url}/{ANNOTATIONS}", "--out", str(folder / "packed")]
         line += ["--num-frames", "3", "--processes", "1", "--no-words", "--metrics-port", "0"]
@@ -298,14 +306,14 @@ def packing(data: Path, folder: Path) -> Iterator[Callable[[], None]]:
             assert port is not None
             target = {"targets": [f"127.0.0.1:{port[1]}"], "labels": {"run": "pack"}}
             (folder / "metrics" / "pack.json").write_text(json.dumps([target]))
-            yield hurry.set
+            yield release.set
         finally:
             process.kill()
             process.communicate()
 
 
-def hold_back(store: HttpStorage, wait: Callable[[], object]) -> None:
-    """Waits before each answer that holds samples or a clip."""
+def delay_responses(store: HttpStorage, wait: Callable[[], object]) -> None:
+    """Waits before each response that contains samples or a clip."""
 
     def fails(number: int) -> bool:
         if store.requests[number - 1].endswith((".tar", ".mp4")):
@@ -315,11 +323,11 @@ def hold_back(store: HttpStorage, wait: Callable[[], object]) -> None:
     store.fails = fails
 
 
-def test_every_metric_that_applies_is_scraped_and_sane(story: Story) -> None:
-    names = {found.labels["__name__"] for found in story.series}
-    assert {metric.name for metric in METRICS} - names == HERE_ABSENT
-    of_a = [found for found in story.series if found.labels["run"] == "runs/a"]
-    for found in story.series:
+def test_every_applicable_metric_has_a_plausible_value(scenario: Scenario) -> None:
+    names = {found.labels["__name__"] for found in scenario.series}
+    assert {metric.name for metric in METRICS} - names == ABSENT_METRICS
+    series_of_a = [found for found in scenario.series if found.labels["run"] == "runs/a"]
+    for found in scenario.series:
         name, value = found.labels["__name__"], found.value
         if not name.startswith("tvr_"):
             continue
@@ -335,42 +343,42 @@ def test_every_metric_that_applies_is_scraped_and_sane(story: Story) -> None:
     def value(name: str, **labels: str) -> float:
         (value,) = {
             found.value
-            for found in of_a
+            for found in series_of_a
             if found.labels["__name__"] == name and labels.items() <= found.labels.items()
         }
         return value
 
-    # It may be scraped while a step is written.
-    assert abs(value("tvr_train_pairs_total") / PAIRS - value("tvr_train_steps_total")) <= 1
+    # A scrape may happen while a step is recorded.
+    assert abs(value("tvr_train_pairs_total") / GLOBAL_BATCH - value("tvr_train_steps_total")) <= 1
     assert abs(value("tvr_train_step") - value("tvr_train_steps_total")) <= 1
-    assert value("tvr_train_steps_total") > EVERY
-    assert value("tvr_checkpoint_step") % EVERY == 0
+    assert value("tvr_train_steps_total") > CHECKPOINT_EVERY
+    assert value("tvr_checkpoint_step") % CHECKPOINT_EVERY == 0
     assert value("tvr_train_ranks") == RANKS
     assert value("tvr_data_bad_samples_limit") == MAX_BAD
     assert value("tvr_data_quarantined_samples") == NUM_BAD
-    assert {found.labels.get("rank") for found in of_a} == {None, "0", "1"}
+    assert {found.labels.get("rank") for found in series_of_a} == {None, "0", "1"}
 
 
-def test_every_query_of_panels_and_recording_rules_returns_data(story: Story) -> None:
-    assert len(story.answers) > 60
-    empty = {asked for asked, answer in story.answers.items() if not answer}
-    # No GPU is here; and there is no hour before.
-    without = {a for a in empty if {s.name for s in selectors(a.expr)} & HERE_ABSENT}
+def test_every_query_of_panels_and_recording_rules_returns_data(scenario: Scenario) -> None:
+    assert len(scenario.answers) > 60
+    empty = {asked for asked, answer in scenario.answers.items() if not answer}
+    # There is no GPU, and no data from an hour before.
+    without = {a for a in empty if {s.name for s in selectors(a.expr)} & ABSENT_METRICS}
     without |= {a for a in empty if "offset 1h" in a.expr}
     assert empty - without == set()
-    for asked, answer in story.answers.items():
+    for asked, answer in scenario.answers.items():
         assert not any(math.isnan(found.value) for found in answer), asked
 
 
-def test_a_healthy_run_has_no_alert_but_its_bad_samples(story: Story) -> None:
-    assert story.healthy.keys() == {"TvrSkipBudget"}
+def test_healthy_run_fires_only_the_bad_sample_alert(scenario: Scenario) -> None:
+    assert scenario.healthy.keys() == {"TvrSkipBudget"}
 
 
-def test_every_alert_fires_for_its_cause_and_ends_with_it(story: Story) -> None:
-    alerts = {name_of(rule) for rule in rules(story.files) if "alert" in rule}
-    assert story.fired == alerts
-    assert story.resolved == alerts
+def test_every_alert_fires_for_its_cause_and_ends_with_it(scenario: Scenario) -> None:
+    alerts = {name_of(rule) for rule in rules(scenario.files) if "alert" in rule}
+    assert scenario.fired == alerts
+    assert scenario.resolved == alerts
 
 
-def test_a_run_that_ends_as_it_should_is_not_missed(story: Story) -> None:
-    assert story.at_the_end == {}
+def test_run_that_ends_normally_fires_no_alert(scenario: Scenario) -> None:
+    assert scenario.after_the_end == {}

@@ -1,5 +1,4 @@
-"""Jobs as records and as batch scripts: golden texts, what a shell and shellcheck say of them, and
-what `tvr launch slurm` makes of a command line."""
+"""Job records, batch scripts (golden files, bash, shellcheck) and `tvr launch slurm` options."""
 
 from __future__ import annotations
 
@@ -13,12 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from tvr.launchers.job import Container, Job, captured, from_json, read_job, run_dir_of, seconds
-from tvr.launchers.job import to_json as job_json
-from tvr.launchers.launch_cli import launch
-from tvr.launchers.restart_policy import Policy
-from tvr.launchers.slurm import submit as runs
-from tvr.launchers.slurm.script import notice_s, sbatch_script
+from tvr.launchers import launch_cli
+from tvr.launchers.job import (
+    Container,
+    Job,
+    captured_environment,
+    command_run_dir,
+    from_json,
+    parse_time_limit,
+    read_job,
+    to_json,
+)
+from tvr.launchers.restart_policy import RestartPolicy
+from tvr.launchers.slurm.script import effective_notice_s, sbatch_script
 
 GOLDEN = Path(__file__).parent / "golden_sbatch"
 TRAIN = ("tvr", "train", "--recipe", "msrvtt_b32", "--run-dir", "runs/a")
@@ -86,34 +92,34 @@ JOBS = {
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_scripts_are_the_golden_ones(name: str) -> None:
+def test_script_equals_golden_file(name: str) -> None:
     assert (
-        sbatch_script(JOBS[name], JOBS[name].record("RECORD"))
+        sbatch_script(JOBS[name], JOBS[name].record_path("RECORD"))
         == (GOLDEN / f"{name}.sh").read_text()
     )
 
 
-def test_no_golden_script_is_left_over() -> None:
+def test_every_golden_file_belongs_to_a_job() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(JOBS)
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_shell_reads_the_scripts(name: str) -> None:
+def test_bash_parses_the_script(name: str) -> None:
     subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sh")], check=True)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck_finds_nothing() -> None:
-    # SC2016 asks whether the dollar of a quoted word is meant; it is.
+def test_shellcheck_reports_nothing() -> None:
+    # SC2016 warns about a dollar sign in single quotes, which is intended here.
     line = ["shellcheck", "--enable=all", "--exclude=SC2016", *map(str, sorted(GOLDEN.iterdir()))]
-    ended = subprocess.run(line, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (0, "")
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_shell_hands_on_environment_and_words_as_they_were(name: str, tmp_path: Path) -> None:
+def test_script_passes_environment_and_arguments_unchanged(name: str, tmp_path: Path) -> None:
     job = replace(JOBS[name], environment={**JOBS[name].environment, "PATH": str(tmp_path)})
-    script = sbatch_script(replace(job, python="python"), job.record("1"))
+    script = sbatch_script(replace(job, python="python"), job.record_path("1"))
     program = tmp_path / "python"
     program.write_text(
         "#!/usr/bin/python3\nimport json, os, sys\nprint(json.dumps([sys.argv, *[os.environ]],"
@@ -121,31 +127,34 @@ def test_a_shell_hands_on_environment_and_words_as_they_were(name: str, tmp_path
     )
     program.chmod(0o755)
     environment = {"SLURM_ARRAY_TASK_ID": "5"}
-    ended = subprocess.run(
+    result = subprocess.run(
         ["/bin/bash", "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    words, variables = json.loads(ended.stdout)
+    words, variables = json.loads(result.stdout)
     task = words.index("tvr.launchers.slurm.task_main")
-    assert words[1:5] == ["-m", "tvr.launchers.slurm.batch_main", str(job.record("1")), "srun"]
+    assert words[1:5] == ["-m", "tvr.launchers.slurm.batch_main", str(job.record_path("1")), "srun"]
     assert words[task + 1 :] == [word.replace("%a", "5") for word in job.command]
     assert dict(variables) | job.environment == dict(variables)
     output = next(word for word in words if word.startswith("--output="))
-    assert output.replace("%%", "%").startswith(f"--output={job.folder}/%j")
+    assert output.replace("%%", "%").startswith(f"--output={job.launch_dir}/%j")
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_records_come_back_as_they_were(name: str, tmp_path: Path) -> None:
-    job = replace(JOBS[name], policy=Policy(max_failures=7, back_off_s=1.5))
-    assert from_json(job_json(job)) == job
+def test_records_round_trip(name: str, tmp_path: Path) -> None:
+    job = replace(JOBS[name], policy=RestartPolicy(max_failures=7, back_off_s=1.5))
+    assert from_json(to_json(job)) == job
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "job.json").write_text(job_json(job))
+    (tmp_path / "launch" / "job.json").write_text(to_json(job))
     assert read_job(tmp_path) == job
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "was not launched on a cluster"), ("{}", "of another version")]
+    ("content", "reason"),
+    [(None, "was not launched on a cluster"), ("{}", "written by another version")],
 )
-def test_a_run_without_a_record_is_named(content: str | None, reason: str, tmp_path: Path) -> None:
+def test_missing_or_foreign_record_is_refused(
+    content: str | None, reason: str, tmp_path: Path
+) -> None:
     if content is not None:
         (tmp_path / "launch").mkdir()
         (tmp_path / "launch" / "job.json").write_text(content)
@@ -160,20 +169,20 @@ def test_a_run_without_a_record_is_named(content: str | None, reason: str, tmp_p
         ({"ranks_per_node": 0}, r"ranks_per_node=0 must"),
         ({"gpus_per_node": -1}, r"gpus_per_node=-1 must be 0 or more"),
         ({"cpus_per_rank": 0}, r"cpus_per_rank=0 must"),
-        ({"command": ()}, r"command=\(\) must be one such as"),
+        ({"command": ()}, r"command=\(\) must be a command such as"),
         ({"run_dir": "/a\\b"}, r"run_dir='/a\\\\b' must be without backslash"),
         ({"name": "a\nb"}, r"name='a\\nb' must be without"),
         ({"time_limit": "soon"}, r"time 'soon' must be minutes"),
-        ({"array": "0-3", "run_dir": "/runs/%a"}, r"run_dir='/runs/%a': %a is each task's own"),
+        ({"array": "0-3", "run_dir": "/runs/%a"}, r"run_dir='/runs/%a' contains %a"),
         (
             {"container": IMAGE, "run_dir": "/a,b"},
             r"run_dir='/a,b' must be without colon and comma",
         ),
         ({"container": IMAGE, "directory": "/a:b"}, r"directory='/a:b' must be without colon"),
-        ({"array": "0-3"}, r"array='0-3': every task would do the same; .* must hold %a"),
+        ({"array": "0-3"}, r"array='0-3': every task would do the same; .* must contain %a"),
     ],
 )
-def test_impossible_jobs_are_refused(change: dict[str, object], reason: str) -> None:
+def test_invalid_jobs_are_refused(change: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         replace(ONE_RANK, **change)  # type: ignore[arg-type]
 
@@ -189,54 +198,66 @@ def test_impossible_jobs_are_refused(change: dict[str, object], reason: str) -> 
         ("2-1:30:05", 49 * 3600 + 1805),
     ],
 )
-def test_times_are_read_as_slurm_reads_them(text: str, number: int) -> None:
-    assert seconds(text) == number
+def test_time_limits_are_parsed_like_slurm(text: str, number: int) -> None:
+    assert parse_time_limit(text) == number
 
 
-def test_a_short_time_is_not_all_notice() -> None:
+def test_notice_is_at_most_half_of_the_time_limit() -> None:
     times = [(None, 300), ("5", 150), ("10", 300), ("60", 300)]
-    assert [notice_s(replace(ONE_RANK, time_limit=t)) for t, _ in times] == [n for _, n in times]
+    assert [effective_notice_s(replace(ONE_RANK, time_limit=t)) for t, _ in times] == [
+        n for _, n in times
+    ]
 
 
-def test_variables_are_captured_but_no_secrets() -> None:
-    users = {"PATH": "/bin", "NCCL_DEBUG": "INFO", "HF_HOME": "/h", "HF_TOKEN": "x", "EDITOR": "vi"}
-    assert captured(users) == {"HF_HOME": "/h", "NCCL_DEBUG": "INFO", "PATH": "/bin"}
+def test_environment_is_captured_without_secrets() -> None:
+    environment = {
+        "PATH": "/bin",
+        "NCCL_DEBUG": "INFO",
+        "HF_HOME": "/h",
+        "HF_TOKEN": "x",
+        "EDITOR": "vi",
+    }
+    assert captured_environment(environment) == {
+        "HF_HOME": "/h",
+        "NCCL_DEBUG": "INFO",
+        "PATH": "/bin",
+    }
 
 
 @pytest.mark.parametrize(
     ("devices", "kept"),
     [("0,1", None), ("GPU-4f", None), ("MIG-1", None), ("", ""), ("-1", "-1"), (None, None)],
 )
-def test_gpus_of_this_machine_are_not_the_jobs(
+def test_selection_of_local_gpus_is_not_captured(
     devices: str | None, kept: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if devices is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-    job = submitted(monkeypatch, "--run-dir", str(tmp_path))
+    job = submitted_job(monkeypatch, "--run-dir", str(tmp_path))
     assert job.environment.get("CUDA_VISIBLE_DEVICES") == kept
     assert job.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 @pytest.mark.parametrize(
-    ("options", "given"), [((), (300, False)), (("--notice", "90"), (90, True))]
+    ("options", "expected"), [((), (300, False)), (("--notice", "90"), (90, True))]
 )
-def test_a_notice_is_known_to_be_the_users(
+def test_job_records_whether_the_user_gave_the_notice(
     options: tuple[str, ...],
-    given: tuple[int, bool],
+    expected: tuple[int, bool],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    job = submitted(monkeypatch, "--run-dir", str(tmp_path), *options)
-    assert (job.notice_s, job.notice_given) == given
+    job = submitted_job(monkeypatch, "--run-dir", str(tmp_path), *options)
+    assert (job.notice_s, job.notice_given) == expected
 
 
-def submitted(monkeypatch: pytest.MonkeyPatch, *options: str) -> Job:
-    """What a command line makes of a job."""
+def submitted_job(monkeypatch: pytest.MonkeyPatch, *options: str) -> Job:
+    """The job that `tvr launch slurm` submits for these options."""
     jobs: list[Job] = []
-    monkeypatch.setattr(runs, "submit", lambda job: jobs.append(job) or "1")
-    assert launch(["slurm", *options, "--", "tvr", "train"]) == 0
+    monkeypatch.setattr(launch_cli, "submit_job", lambda job: jobs.append(job) or "1")
+    assert launch_cli.launch(["slurm", *options, "--", "tvr", "train"]) == 0
     return jobs[0]
 
 
@@ -244,17 +265,17 @@ def submitted(monkeypatch: pytest.MonkeyPatch, *options: str) -> Job:
     ("line", "found"),
     [("tvr train --run-dir a/b -x", "a/b"), ("tvr train --run-dir=a", "a"), ("tvr pack", None)],
 )
-def test_the_commands_own_run_dir_is_found(line: str, found: str | None) -> None:
-    assert run_dir_of(line.split()) == found
+def test_run_dir_is_read_from_the_command(line: str, found: str | None) -> None:
+    assert command_run_dir(line.split()) == found
 
 
-def test_print_shows_the_script_and_writes_nothing(
+def test_print_writes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = "--nodes 2 --gpus-per-node 4 --cpus-per-rank 6 --time 60 --partition gpu --print"
     line += " --exclude n[1,3],m[08-09]"
-    assert launch(["slurm", *line.split(), "--", *TRAIN]) == 0
+    assert launch_cli.launch(["slurm", *line.split(), "--", *TRAIN]) == 0
     script = capsys.readouterr().out
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=4\n" in script
     assert f'#SBATCH --output="{tmp_path}/runs/a/launch/%j.out"\n' in script
@@ -266,16 +287,16 @@ def test_print_shows_the_script_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "command", "reason"),
     [
-        ([], ["tvr", "pack"], "--run-dir, the folder for script and output, is not given"),
+        ([], ["tvr", "pack"], "--run-dir is missing: the folder for the script and all output"),
         (["--nodes", "0"], TRAIN, "nodes=0 must be at least 1"),
         (["--time", "soon"], TRAIN, "time 'soon' must be"),
         (["--notice", "0"], TRAIN, "notice_s=0 must be at least 1"),
-        (["--exclude", "n[1"], TRAIN, "node list 'n[1': names such as"),
+        (["--exclude", "n[1"], TRAIN, "node list 'n[1' must be names such as"),
         (["--max-failures", "0"], TRAIN, "max_failures=0 must be at least 1"),
-        ([], TRAIN, "sbatch is not here"),
+        ([], TRAIN, "sbatch is not installed"),
     ],
 )
-def test_what_cannot_be_submitted_ends_with_2(
+def test_invalid_submission_exits_with_2(
     options: list[str],
     command: list[str],
     reason: str,
@@ -285,5 +306,5 @@ def test_what_cannot_be_submitted_ends_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert launch(["slurm", *options, "--", *command]) == 2
+    assert launch_cli.launch(["slurm", *options, "--", *command]) == 2
     assert f"tvr launch slurm: error: {reason}" in capsys.readouterr().err

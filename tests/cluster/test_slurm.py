@@ -1,5 +1,8 @@
-"""Jobs on a real cluster of SLURM's daemons: what `tvr launch slurm` trains is what `tvr launch
-local` trains, bit for bit, whatever happens to ranks, nodes and the job meanwhile."""
+"""Jobs on a real cluster of SLURM daemons.
+
+`tvr launch slurm` gives the same losses as `tvr launch local`, bit for bit, whatever happens to
+ranks, nodes and the job meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from builders.slurm_cluster import Cluster, cluster_of, rank_pid, until
 from builders.tiny import tiny_config, with_ranks
 
 from tvr.data_prep.demo_clips import ANNOTATIONS
-from tvr.launchers.restart_policy import Ended
-from tvr.launchers.slurm.attempt_log import Attempt, Attempts
+from tvr.launchers.process import is_running
+from tvr.launchers.restart_policy import AttemptEnd
+from tvr.launchers.slurm.attempt_log import Attempt, AttemptLog
 from tvr.launchers.slurm.nodelist import expand_nodes
-from tvr.launchers.torchrun.rank_exits import is_alive
 from tvr.trainer.config import Config, to_json
 
 STEPS = 120
-TRAINED_ON_TWO = ("--nodes", "2")
+TWO_NODES = ("--nodes", "2")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(data: Path) -> Config:
     return tiny_config(
         data,
-        # A worker: a process that must not die of the notice to its rank.
+        # With a worker: a process that must survive the notice to its rank.
         data={"test": None, "test_exchanged": None, "workers": 1},
         train={"steps": STEPS, "zero_stage": 1},
         checkpoint={"every": 5},
@@ -56,17 +59,17 @@ def config(data: Path) -> Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Launched:
-    """A job of the cluster."""
+class LaunchedJob:
+    """A submitted job."""
 
     cluster: Cluster
     run_dir: Path
     job_id: str
 
     def until(self, done: Callable[[], bool], what: str) -> None:
-        """Waits for what the job must come to."""
+        """Waits for a condition, and fails with the output if the job ends before."""
         until(lambda: done() or self.state in ("FAILED", "CANCELLED"), what)
-        assert done(), self.words
+        assert done(), self.output
 
     @property
     def state(self) -> str:
@@ -77,27 +80,27 @@ class Launched:
         return int(self.cluster.job(self.job_id)["Restarts"])
 
     @property
-    def words(self) -> str:
-        """What the batch shell and the ranks said."""
+    def output(self) -> str:
+        """Output of the batch shell and the ranks."""
         files = sorted((self.run_dir / "launch").glob(f"{self.job_id}.*"))
         return "\n".join(path.read_text() for path in files)
 
     @property
     def attempts(self) -> list[Attempt]:
-        return Attempts(self.run_dir / "launch", self.job_id).read()
+        return AttemptLog(self.run_dir / "launch", self.job_id).read()
 
     @property
-    def ends(self) -> list[Ended]:
-        return [attempt.ended for attempt in self.attempts if attempt.ended]
+    def ends(self) -> list[AttemptEnd]:
+        return [attempt.end for attempt in self.attempts if attempt.end]
 
     def until_done(self) -> None:
-        assert self.cluster.until_ended(self.job_id) == "COMPLETED", self.words
+        assert self.cluster.until_ended(self.job_id) == "COMPLETED", self.output
 
-    def at_step(self, step: int) -> None:
+    def wait_for_step(self, step: int) -> None:
         self.until(lambda: jobs.steps_logged(self.run_dir) >= step, f"step {step}")
 
-    def stop_ranks(self) -> list[int]:
-        """Lets both ranks stand still; those of the next attempt if this one ends meanwhile."""
+    def suspend_ranks(self) -> list[int]:
+        """Suspends both ranks; those of the next attempt if this one ends meanwhile."""
         while True:
             pids = self.pids(2)
             with suppress(ProcessLookupError):
@@ -116,26 +119,26 @@ class Launched:
 
 
 def random_step(seed: int) -> int:
-    """Somewhere in the run, the same in every repetition of the test."""
+    """A step in the first half of the run, the same in every repetition of the test."""
     return random.Random(seed).randint(5, STEPS // 2)
 
 
 def tvr(*argv: str) -> str:
-    """What `tvr launch ...` says on stdout."""
+    """Returns stdout of `tvr launch ...`."""
     line = [sys.executable, "-m", "tvr.launchers.cli", "launch", *argv]
     ended = subprocess.run(line, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
-def launch(cluster: Cluster, run_dir: Path, *options: str, command: list[str]) -> Launched:
+def launch(cluster: Cluster, run_dir: Path, *options: str, command: list[str]) -> LaunchedJob:
     common = ["--run-dir", str(run_dir), "--interface", "lo", "--back-off", "0"]
-    return Launched(cluster, run_dir, tvr("slurm", *common, *options, "--", *command).strip())
+    return LaunchedJob(cluster, run_dir, tvr("slurm", *common, *options, "--", *command).strip())
 
 
 def train(
     cluster: Cluster, config: Config, run_dir: Path, *options: str, ranks: int = 2
-) -> Launched:
+) -> LaunchedJob:
     settings = run_dir.with_suffix(".json")
     settings.write_text(to_json(with_ranks(config, ranks)))
     command = ["tvr", "train", "--config", str(settings), "--run-dir", str(run_dir)]
@@ -143,49 +146,49 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def failing(cluster: Cluster, folder: Path) -> Launched:
-    """A job whose only node says why it cannot work."""
+def failing(cluster: Cluster, folder: Path) -> LaunchedJob:
+    """A job that fails on every node and reports the node."""
     script = 'echo "no good: $SLURMD_NODENAME" >&2; exit 3'
     return launch(cluster, folder / "failing", "--back-off", "1", command=["bash", "-c", script])
 
 
 @pytest.fixture(scope="module")
 def expiring(
-    cluster: Cluster, folder: Path, config: Config, failing: Launched
-) -> Iterator[Launched]:
-    """A job of two minutes, whose ranks stand still from a random step on until its time ends."""
-    options = (*TRAINED_ON_TWO, "--time", "2", "--notice", "45")
+    cluster: Cluster, folder: Path, config: Config, failing: LaunchedJob
+) -> Iterator[LaunchedJob]:
+    """A job with a time limit of two minutes, suspended from a random step until the notice."""
+    options = (*TWO_NODES, "--time", "2", "--notice", "45")
     job = train(cluster, config, folder / "expiring", *options)
-    job.at_step(random_step(1))
-    pids = job.stop_ranks()
+    job.wait_for_step(random_step(1))
+    pids = job.suspend_ranks()
 
-    def go_on() -> None:
+    def resume_after_notice() -> None:
         until(lambda: all(_has_notice(pid) for pid in pids), "the notice")
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
 
-    # Other tests run meanwhile.
-    waiting = threading.Thread(target=go_on)
+    # Other tests run in the meantime.
+    waiting = threading.Thread(target=resume_after_notice)
     waiting.start()
     yield job
     waiting.join()
 
 
 @pytest.fixture(scope="module")
-def orphaned(cluster: Cluster, folder: Path, config: Config, expiring: Launched) -> Launched:
-    """A job whose node's daemon is gone, while its ranks stand still."""
-    # The job whose time ends needs its nodes.
+def orphaned(cluster: Cluster, folder: Path, config: Config, expiring: LaunchedJob) -> LaunchedJob:
+    """A job whose node daemon is killed while its ranks are suspended."""
+    # The expiring job needs its nodes.
     options = ("--ranks-per-node", "2", "--exclude", ",".join(expiring.attempts[0].nodes))
     job = train(cluster, config, folder / "orphaned", *options)
-    job.at_step(random_step(2))
-    job.stop_ranks()
+    job.wait_for_step(random_step(2))
+    job.suspend_ranks()
     cluster.kill_node_daemon(cluster.job(job.job_id)["NodeList"])
     return job
 
 
 @pytest.fixture(scope="module")
-def losses(folder: Path, config: Config, orphaned: Launched) -> list[float]:
-    """Of the run that `tvr launch local` trains, while other jobs wait."""
+def losses(folder: Path, config: Config, orphaned: LaunchedJob) -> list[float]:
+    """Losses of the same run under `tvr launch local`."""
     code, errors = jobs.run(config, folder / "local", 2)
     assert code == 0, errors
     found = jobs.losses(folder / "local")
@@ -193,17 +196,17 @@ def losses(folder: Path, config: Config, orphaned: Launched) -> list[float]:
     return found
 
 
-def test_two_nodes_train_as_one_machine_does(
+def test_two_nodes_give_the_losses_of_one_machine(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
     targets = folder / "prometheus"
-    job = train(cluster, config, folder / "two nodes", *TRAINED_ON_TWO, "--targets", str(targets))
+    job = train(cluster, config, folder / "two nodes", *TWO_NODES, "--targets", str(targets))
     job.until(lambda: any(map(_read, targets.glob("*.json"))), "targets for Prometheus")
     job.until_done()
     assert list(targets.iterdir()) == []
     assert jobs.losses(job.run_dir) == losses
     assert [len(attempt.nodes) for attempt in job.attempts] == [2]
-    assert [ended.code for ended in job.ends] == [0]
+    assert [end.code for end in job.ends] == [0]
     status = tvr("status", str(job.run_dir))
     assert f"{job.job_id}  COMPLETED  0" in status
     assert f"{STEPS} of {STEPS}" in status
@@ -212,8 +215,8 @@ def test_two_nodes_train_as_one_machine_does(
     assert "step" not in tvr("logs", str(job.run_dir), "--rank", "1")
 
 
-def test_the_demo_on_two_nodes_is_the_demo_on_one_machine(cluster: Cluster, folder: Path) -> None:
-    """Its recipe and clips as they are, but fewer; tests/benchmarks/demo_on_slurm.py has all."""
+def test_demo_on_two_nodes_equals_demo_on_one_machine(cluster: Cluster, folder: Path) -> None:
+    """Fewer clips and steps; tests/benchmarks/demo_on_slurm.py runs the whole demo."""
     out = folder / "demo"
     fewer = "--train-clips 384 --test-clips 32 --train.steps 12 --train.eval-every 0".split()
     line = [sys.executable, "-m", "tvr.launchers.cli", "demo", "--out", str(out), *fewer]
@@ -221,7 +224,7 @@ def test_the_demo_on_two_nodes_is_the_demo_on_one_machine(cluster: Cluster, fold
     assert ended.returncode == 0, ended.stderr
     run_dir = folder / "demo on nodes"
     command = ["tvr", "train", "--config", str(out / "settings.json"), "--run-dir", str(run_dir)]
-    job = launch(cluster, run_dir, *TRAINED_ON_TWO, "--cpus-per-rank", "1", command=command)
+    job = launch(cluster, run_dir, *TWO_NODES, "--cpus-per-rank", "1", command=command)
     job.until_done()
     losses = jobs.losses(run_dir)
     assert len(losses) == 12
@@ -229,59 +232,57 @@ def test_the_demo_on_two_nodes_is_the_demo_on_one_machine(cluster: Cluster, fold
     assert _read(run_dir / "evaluation.json") == _read(out / "run" / "evaluation.json")
 
 
-def test_a_notice_to_the_batch_shell_leads_to_a_checkpoint_and_to_a_restart(
+def test_notice_to_the_batch_shell_saves_and_restarts(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
-    job = train(cluster, config, folder / "preempted", *TRAINED_ON_TWO)
-    job.at_step(random_step(3))
+    job = train(cluster, config, folder / "preempted", *TWO_NODES)
+    job.wait_for_step(random_step(3))
     cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)
     job.until(lambda: job.restarts == 1, "the restart")
     job.until_done()
-    left = jobs.events(job.run_dir, "preempted")[-1]["step"]
-    assert [event["step"] for event in jobs.events(job.run_dir, "resumed")] == [left]
+    saved = jobs.events(job.run_dir, "preempted")[-1]["step"]
+    assert [event["step"] for event in jobs.events(job.run_dir, "resumed")] == [saved]
     assert jobs.losses(job.run_dir) == losses
-    assert [ended.code for ended in job.ends] == [75, 0]
-    assert job.ends[0].reason == (f"tvr train: step {left} is saved; asked to leave by SIGUSR1")
+    assert [end.code for end in job.ends] == [75, 0]
+    assert job.ends[0].reason == (f"tvr train: step {saved} is saved; asked to leave by SIGUSR1")
 
 
-def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
+def test_killed_rank_loses_only_the_steps_since_the_last_checkpoint(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
-    job = train(cluster, config, folder / "killed", *TRAINED_ON_TWO)
+    job = train(cluster, config, folder / "killed", *TWO_NODES)
     pids = job.pids(2)
-    job.at_step(random_step(4))
+    job.wait_for_step(random_step(4))
     os.kill(pids[1], signal.SIGKILL)
     job.until_done()
     assert jobs.losses(job.run_dir) == losses
     node = job.attempts[0].nodes[1]
-    assert (job.restarts, [ended.code for ended in job.ends]) == (1, [3, 0])
+    assert (job.restarts, [end.code for end in job.ends]) == (1, [3, 0])
     assert (job.ends[0].node, job.ends[0].reason) == (node, f"rank 1 on {node}: Killed")
     assert jobs.events(job.run_dir, "resumed")[0]["step"] == job.ends[0].saved_step
 
 
-def test_a_job_that_always_fails_stops_and_says_why_first(
-    cluster: Cluster, failing: Launched
+def test_job_that_always_fails_stops_and_logs_the_reason(
+    cluster: Cluster, failing: LaunchedJob
 ) -> None:
     assert cluster.until_ended(failing.job_id) == "FAILED"
     assert cluster.job(failing.job_id)["ExitCode"] == "3:0"
     first, second, third = (attempt.nodes[0] for attempt in failing.attempts)
     assert first == second != third
     assert cluster.job(failing.job_id)["ExcNodeList"] == first
-    said = [line for line in failing.words.splitlines() if line.startswith("tvr launch: ")]
-    assert said == [
-        f"tvr launch: no good: {first}; starts again in 1 s",
-        f"tvr launch: no good: {first}; starts again in 2 s without {first}, which failed 2 times",
+    messages = [line for line in failing.output.splitlines() if line.startswith("tvr launch: ")]
+    assert messages == [
+        f"tvr launch: no good: {first}; restarting in 1 s",
+        f"tvr launch: no good: {first}; restarting in 2 s without {first}, which failed 2 times",
         f"tvr launch: no good: {third}; stopped after 3 failures without a new checkpoint"
         " (--max-failures)",
     ]
 
 
-def test_a_job_that_slurm_takes_off_its_nodes_has_not_failed(
-    cluster: Cluster, folder: Path
-) -> None:
-    # As preemption with PreemptMode=REQUEUE does; the command leaves no word of its end.
+def test_job_preempted_by_slurm_has_not_failed(cluster: Cluster, folder: Path) -> None:
+    # Same as a preemption with PreemptMode=REQUEUE; the command reports nothing.
     script = 'n=${SLURM_RESTART_COUNT:-0}; touch "$1-$n"; ((n >= 3)) || exec sleep 100'
-    began = folder / "it began"
+    began = folder / "began here"
     command = ["bash", "-c", script, "bash", str(began)]
     job = launch(cluster, folder / "taken away", command=command)
     for restart in range(3):
@@ -289,53 +290,49 @@ def test_a_job_that_slurm_takes_off_its_nodes_has_not_failed(
             lambda n=restart: Path(f"{began}-{n}").exists() and job.state == "RUNNING",
             f"attempt {restart}",
         )
-        # The second is as with a GraceTime: SIGTERM to ranks, while the job is still said to run.
+        # The second emulates a GraceTime: SIGTERM to ranks while the job is still RUNNING.
         how = ["scancel", "--signal=TERM"] if restart == 1 else ["scontrol", "requeue"]
         cluster.run(*how, job.job_id)
     job.until_done()
-    assert [(ended.code, ended.node) for ended in job.ends] == [(75, None)] * 3 + [(0, None)]
+    assert [(end.code, end.node) for end in job.ends] == [(75, None)] * 3 + [(0, None)]
     assert cluster.job(job.job_id)["ExcNodeList"] == "(null)"
 
 
-def test_a_job_whose_run_another_one_took_is_over_and_blames_no_node(
-    cluster: Cluster, folder: Path
-) -> None:
-    run_dir = folder / "taken over"
+def test_superseded_job_stops_and_blames_no_node(cluster: Cluster, folder: Path) -> None:
+    run_dir = folder / "superseded"
     script = 'mkdir attempts; echo \'{"job": "0", "restart": 0}\' > attempts/000002.json'
-    say = 'echo "attempt 1 is over: another one began" >&2; exit 3'
-    command = ["bash", "-c", f'cd "$1"; {script}; {say}', "bash", str(run_dir)]
+    report = 'echo "attempt 1 is over: another one began" >&2; exit 3'
+    command = ["bash", "-c", f'cd "$1"; {script}; {report}', "bash", str(run_dir)]
     job = launch(cluster, run_dir, command=command)
     assert cluster.until_ended(job.job_id) == "FAILED"
-    assert (job.restarts, [(ended.node, ended.over) for ended in job.ends]) == (0, [(None, True)])
-    assert "not started again: another job has taken over the run" in job.words
+    assert (job.restarts, [(end.node, end.superseded) for end in job.ends]) == (0, [(None, True)])
+    assert "no restart: another job has taken over the run" in job.output
 
 
-def test_the_end_of_its_time_leads_to_a_checkpoint_and_to_a_restart(
-    expiring: Launched, losses: list[float]
-) -> None:
+def test_time_limit_saves_and_restarts(expiring: LaunchedJob, losses: list[float]) -> None:
     expiring.until_done()
-    # On a busy machine its time may end once more.
-    *before, last = [ended.code for ended in expiring.ends]
+    # On a busy machine, the time limit may be reached again.
+    *before, last = [end.code for end in expiring.ends]
     assert (set(before), last) == ({75}, 0)
     assert expiring.restarts == len(before)
     assert jobs.losses(expiring.run_dir) == losses
 
 
 def test_orphans_behind_a_dead_node_daemon_cannot_write(
-    cluster: Cluster, orphaned: Launched, losses: list[float]
+    cluster: Cluster, orphaned: LaunchedJob, losses: list[float]
 ) -> None:
     run_dir = orphaned.run_dir
     (node,) = orphaned.attempts[0].nodes
     orphans = orphaned.pids(2)
     orphaned.until(lambda: (run_dir / "attempts" / "000002.json").exists(), "a new attempt")
-    assert all(is_alive(pid) for pid in orphans)
+    assert all(is_running(pid) for pid in orphans)
     for pid in orphans:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: not any(is_alive(pid) for pid in orphans), "the orphans end")
+    until(lambda: not any(is_running(pid) for pid in orphans), "the orphans end")
     orphaned.until_done()
-    assert "attempt 1 at" in orphaned.words
-    assert "is over: another one began" in orphaned.words
-    assert f"job {orphaned.job_id} is PENDING: not queued again from here" in orphaned.words
+    assert "attempt 1 at" in orphaned.output
+    assert "is over: another one began" in orphaned.output
+    assert f"job {orphaned.job_id} is PENDING: this attempt does not requeue it" in orphaned.output
     assert jobs.losses(run_dir) == losses
     assert len(list((run_dir / "attempts").iterdir())) == 2
     assert (orphaned.restarts, orphaned.ends[0].node) == (1, node)
@@ -343,11 +340,11 @@ def test_orphans_behind_a_dead_node_daemon_cannot_write(
     cluster.until_idle(cluster.nodes)
 
 
-def test_eight_nodes_meet(cluster: Cluster, folder: Path, data: Path) -> None:
+def test_eight_nodes_train_together(cluster: Cluster, folder: Path, data: Path) -> None:
     config = tiny_config(
         data, data={"test": None, "test_exchanged": None}, train={"steps": 3, "zero_stage": 1}
     )
-    # Nothing stands behind the cluster's GPUs: conftest says DS_ACCELERATOR=cpu, which goes along.
+    # The cluster's GPUs are not real: conftest sets DS_ACCELERATOR=cpu, which the job captures.
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     options = ("--nodes", "8", "--gpus-per-node", "1", "--cpus-per-rank", "2", "--mem", "100M")
     job = train(cluster, config, folder / "eight", *options, ranks=8)
@@ -356,7 +353,7 @@ def test_eight_nodes_meet(cluster: Cluster, folder: Path, data: Path) -> None:
     assert list(job.attempts[0].nodes) == cluster.nodes
 
 
-def test_an_array_packs_a_data_set_with_one_task_killed(
+def test_array_packs_a_data_set_although_one_task_is_killed(
     cluster: Cluster, folder: Path, data: Path
 ) -> None:
     out = folder / "packed"
@@ -372,7 +369,7 @@ def test_an_array_packs_a_data_set_with_one_task_killed(
     killed: list[int] = []
 
     def kill() -> bool:
-        # SLURM's number of this task is that of the whole array, too.
+        # The task whose job ID is also that of the whole array.
         pid = _pack_pid(out, job.job_id)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -380,40 +377,40 @@ def test_an_array_packs_a_data_set_with_one_task_killed(
         return bool(killed)
 
     until(kill, "a task")
-    until(lambda: _is_over(cluster, job.job_id), "the array")
+    until(lambda: _is_completed(cluster, job.job_id), "the array")
     tasks = json.loads((out / "manifest.json").read_text())["shards"]
     assert len(tasks) == 5
     for shard in sorted(data.glob("train/*.tar")):
         assert (out / shard.name).read_bytes() == shard.read_bytes()
     codes = [
-        [attempt.ended.code for attempt in Attempts(job.run_dir / "launch", path.stem).read()]
+        [attempt.end.code for attempt in AttemptLog(job.run_dir / "launch", path.stem).read()]
         for path in (job.run_dir / "launch" / "attempts").iterdir()
     ]
     assert sorted(codes) == [[0], [0], [3, 0]]
 
 
 def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) -> None:
-    targets, run_dir = folder / "targets", folder / "looked after"
+    targets, run_dir = folder / "targets", folder / "managed run"
     group = '[{"targets": ["n1:9100"], "labels": {"run": "x"}}]'
     script = f"mkdir -p metrics; echo '{group}' > metrics/n1.json; sleep 60"
     command = ["bash", "-c", f'cd "$1"; {script}', "bash", str(run_dir)]
     first = launch(cluster, run_dir, "--targets", str(targets), command=command)
-    until(lambda: [*map(_read, targets.glob("*.json"))] == [json.loads(group)], "its targets")
+    until(lambda: [*map(_read, targets.glob("*.json"))] == [json.loads(group)], "its targets file")
     refused = subprocess.run(
         [sys.executable, "-m", "tvr.launchers.cli", "launch", "resume", str(run_dir)],
         capture_output=True,
         text=True,
     )
     assert refused.returncode == 2
-    assert f"job {first.job_id} of {run_dir} goes on; wait for it" in refused.stderr
+    assert f"job {first.job_id} of {run_dir} is unfinished; wait for it" in refused.stderr
     assert tvr("cancel", str(run_dir)) == f"cancelled: {first.job_id}\n"
     assert cluster.until_ended(first.job_id) == "CANCELLED"
-    until(lambda: "not queued again from here" in first.words, "the end of its batch shell")
-    assert "starts again" not in first.words
+    until(lambda: "this attempt does not requeue it" in first.output, "the end of its batch shell")
+    assert "restarting" not in first.output
     assert list(targets.iterdir()) == []
     second = tvr("resume", str(run_dir)).strip()
     assert f"{second}  " in tvr("status", str(run_dir))
-    until(lambda: cluster.job(second)["JobState"] == "RUNNING", "it runs again")
+    until(lambda: cluster.job(second)["JobState"] == "RUNNING", "the second job runs")
     after = ("--dependency", f"afterany:{second}")
     third = launch(cluster, run_dir, *after, command=["bash", "-c", "exit 0"])
     assert (third.state, cluster.job(third.job_id)["Reason"]) == ("PENDING", "Dependency")
@@ -422,10 +419,10 @@ def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) 
     assert first.restarts == 0
 
 
-def test_ranks_run_in_an_image(
+def test_ranks_run_in_a_container(
     cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What runs an image, but for the image: says how it was called, and runs the rest.
+    # Fake apptainer: prints its arguments, and runs the command without the image.
     program = folder / "bin" / "apptainer"
     program.parent.mkdir()
     program.write_text(
@@ -437,20 +434,20 @@ def test_ranks_run_in_an_image(
     options = (*image, "--container-python", sys.executable, "--container-mounts", "/data:/d")
     job = launch(cluster, folder / "in an image", *options, command=["tvr", "--version"])
     job.until_done()
-    said = tvr("logs", str(job.run_dir), "--rank", "0").splitlines()
-    assert said[0] == "exec"
-    assert f"--bind={job.run_dir}:{job.run_dir}" in said
-    assert {"--bind=/data:/d", f"--pwd={os.getcwd()}", "/images/a b.sif"} <= set(said)
-    assert said[-1].startswith("tvr ")
+    lines = tvr("logs", str(job.run_dir), "--rank", "0").splitlines()
+    assert lines[0] == "exec"
+    assert f"--bind={job.run_dir}:{job.run_dir}" in lines
+    assert {"--bind=/data:/d", f"--pwd={os.getcwd()}", "/images/a b.sif"} <= set(lines)
+    assert lines[-1].startswith("tvr ")
 
 
 @pytest.mark.parametrize("nodelist", ["n[1-3]", "gpu[08-10,12],login", "r[1-2]n[3-4]", "a[9-11]"])
-def test_node_lists_are_expanded_as_slurm_does(cluster: Cluster, nodelist: str) -> None:
+def test_node_lists_are_expanded_like_slurm(cluster: Cluster, nodelist: str) -> None:
     assert cluster.run("scontrol", "show", "hostnames", nodelist).split() == expand_nodes(nodelist)
 
 
 def _has_notice(pid: int) -> bool:
-    """Whether SIGUSR1 waits for a process that stands still."""
+    """True if SIGUSR1 is pending for a suspended process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
     return bool(pending >> signal.SIGUSR1 - 1 & 1)
@@ -460,7 +457,7 @@ def _read(path: Path) -> object:
     return json.loads(path.read_text())
 
 
-def _is_over(cluster: Cluster, job_id: str) -> bool:
+def _is_completed(cluster: Cluster, job_id: str) -> bool:
     text = cluster.run("scontrol", "--oneliner", "show", "job", job_id)
     return text.count("JobState=COMPLETED") == len(text.splitlines())
 

@@ -1,5 +1,7 @@
-"""What the batch shell does at the ends of a job's attempts, with commands that answer as SLURM's
-did in the cases that are named; no cluster."""
+"""Decisions of the batch shell after an attempt, with fake SLURM commands.
+
+The fake commands reply as SLURM does in the named cases.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +14,41 @@ from pathlib import Path
 import pytest
 
 from tvr.launchers.job import Job, to_json
-from tvr.launchers.restart_policy import Ended, Policy
-from tvr.launchers.slurm import commands as slurm
-from tvr.launchers.slurm.attempt_log import Attempts
+from tvr.launchers.restart_policy import AttemptEnd, RestartPolicy
+from tvr.launchers.slurm import commands
+from tvr.launchers.slurm.attempt_log import AttemptLog
 
-# Of one job, 17. What nodes there are, whether it still runs and what fails stands in files.
-COMMANDS = {
+# Commands for job 17. Files hold the nodes, the state of the job, and the commands that fail.
+FAKE_COMMANDS = {
     "scontrol": """\
-echo "$*" >> asked
-[[ -e refused ]] && grep -qF "$1" refused && { echo "$1: Invalid node name specified" >&2; exit 1; }
+echo "$*" >> calls
+[[ -e fails ]] && grep -qF "$1" fails && { echo "$1: Invalid node name specified" >&2; exit 1; }
 case "$*" in
   *"show node"*) echo "NodeName=$4 NodeAddr=127.0.0.1 $(< node)" ;;
   *"show job"*) echo "JobId=17 JobState=$(< state) Restarts=${SLURM_RESTART_COUNT:-0}" ;;
 esac
 """,
     "sinfo": "cat nodes\n",
-    "srun": 'echo ran >> asked; echo "srun: error: n1: task 0: Killed" >&2; exit 137\n',
+    "srun": 'echo ran >> calls; echo "srun: error: n1: task 0: Killed" >&2; exit 137\n',
 }
-AGAIN = ["requeue 17", "update JobId=17 ExcNodeList="]
-AT_ONCE = Policy(back_off_s=0)
-FAILED = Ended(code=3, reason="no", node="n1", saved_step=0)
+REQUEUE = ["requeue 17", "update JobId=17 ExcNodeList="]
+NO_BACK_OFF = RestartPolicy(back_off_s=0)
+FAILED = AttemptEnd(code=3, reason="no", node="n1", saved_step=0)
 
 
 @dataclass(frozen=True)
-class Shell:
-    """The batch shell of job 17, which runs on n1 and may not have n4."""
+class BatchShell:
+    """Batch shell of job 17, which runs on n1 and excludes n4."""
 
     folder: Path
-    policy: Policy = AT_ONCE
+    policy: RestartPolicy = NO_BACK_OFF
 
     @property
-    def attempts(self) -> Attempts:
-        return Attempts(self.folder / "launch", "17")
+    def attempts(self) -> AttemptLog:
+        return AttemptLog(self.folder / "launch", "17")
 
     def run(self, restart: int) -> tuple[int, list[str], list[str]]:
-        """Its exit code, what it asked SLURM to do, and what it said."""
+        """Returns the exit code, the calls that change SLURM's state, and the log messages."""
         job = Job(
             command=("x",),
             run_dir=str(self.folder),
@@ -58,92 +60,95 @@ class Shell:
         )
         record = self.folder / "launch" / "record.json"
         record.write_text(to_json(job))
-        (self.folder / "asked").write_text("")
-        slurms = {"JOB_ID": "17", "JOB_NODELIST": "n1", "JOB_PARTITION": "main"}
-        slurms |= {"RESTART_COUNT": str(restart)} if restart else {}
-        ended = subprocess.run(
+        (self.folder / "calls").write_text("")
+        variables = {"JOB_ID": "17", "JOB_NODELIST": "n1", "JOB_PARTITION": "main"}
+        variables |= {"RESTART_COUNT": str(restart)} if restart else {}
+        result = subprocess.run(
             [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record), "srun"],
             cwd=self.folder,
             env={
                 "PATH": f"{self.folder}:{os.environ['PATH']}",
-                **{f"SLURM_{name}": value for name, value in slurms.items()},
+                **{f"SLURM_{name}": value for name, value in variables.items()},
             },
             capture_output=True,
             text=True,
         )
-        asked = [
+        calls = [
             line
-            for line in (self.folder / "asked").read_text().splitlines()
+            for line in (self.folder / "calls").read_text().splitlines()
             if not line.startswith("--oneliner")
         ]
-        said = [line for line in ended.stderr.splitlines() if not line.startswith("srun: ")]
-        return ended.returncode, asked, [line.removeprefix("tvr launch: ") for line in said]
+        messages = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
+        return result.returncode, calls, [line.removeprefix("tvr launch: ") for line in messages]
 
-    def failed(self, times: int) -> None:
+    def record_failures(self, times: int) -> None:
         for restart in range(times):
-            self.attempts.begin(restart, ["n1"], 5.0)
-            self.attempts.end(restart, FAILED)
+            self.attempts.record_start(restart, ["n1"], 5.0)
+            self.attempts.record_end(restart, FAILED)
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Shell:
+def shell(tmp_path: Path) -> BatchShell:
     (tmp_path / "launch").mkdir()
-    for name, text in COMMANDS.items():
+    for name, text in FAKE_COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "node").write_text("State=IDLE BootTime=1 SlurmdStartTime=2")
     (tmp_path / "state").write_text("RUNNING")
     (tmp_path / "nodes").write_text("n1 mixed\nn2 allocated\nn3 down*\nn4 idle\n")
-    return Shell(tmp_path)
+    return BatchShell(tmp_path)
 
 
-def test_a_node_that_failed_twice_is_left_out(shell: Shell) -> None:
-    shell.failed(1)
-    code, asked, said = shell.run(1)
-    assert (code, asked) == (3, ["ran", AGAIN[0], AGAIN[1] + "n4,n1"])
-    assert said == ["rank 0 on n1: Killed; starts again without n1, which failed 2 times"]
+def test_node_that_failed_twice_is_excluded(shell: BatchShell) -> None:
+    shell.record_failures(1)
+    code, calls, messages = shell.run(1)
+    assert (code, calls) == (3, ["ran", REQUEUE[0], REQUEUE[1] + "n4,n1"])
+    assert messages == ["rank 0 on n1: Killed; restarting without n1, which failed 2 times"]
 
 
 @pytest.mark.parametrize("state", ["down", "drained", "idle*", "draining", "fail"])
-def test_but_not_where_the_job_would_wait_for_ever(shell: Shell, state: str) -> None:
+def test_no_node_is_excluded_if_too_few_would_remain(shell: BatchShell, state: str) -> None:
     (shell.folder / "nodes").write_text(f"n1 mixed\nn2 {state}\nn4 idle\n")
-    shell.failed(1)
-    code, asked, said = shell.run(1)
-    assert (code, asked) == (3, ["ran", AGAIN[0], AGAIN[1] + "n4"])
-    assert said == [
-        "rank 0 on n1: Killed; starts again, on any node: main has too few without n1, which"
-        " failed 2 times"
+    shell.record_failures(1)
+    code, calls, messages = shell.run(1)
+    assert (code, calls) == (3, ["ran", REQUEUE[0], REQUEUE[1] + "n4"])
+    assert messages == [
+        "rank 0 on n1: Killed; restarting on any node: partition main has too few without n1,"
+        " which failed 2 times"
     ]
 
 
-def test_a_job_that_is_given_such_a_node_once_more_goes_back_a_number_of_times(
-    shell: Shell,
+def test_job_on_an_excluded_node_is_requeued_within_the_budget(
+    shell: BatchShell,
 ) -> None:
-    shell.failed(2)
-    (shell.folder / "refused").write_text("update\n")
-    code, asked, said = shell.run(2)
-    assert (code, asked) == (75, [AGAIN[0], AGAIN[1] + "n4,n1"])
-    assert said[0] == "it was given n1 again; starts again without n1, which failed 2 times"
-    refusal = "scontrol update: update: Invalid node name specified"
-    assert said[1:] == [f"{refusal}; it starts again all the same"]
-    assert [attempt.ended and attempt.ended.code for attempt in shell.attempts.read()] == [3, 3, 75]
-    few = Shell(shell.folder, Policy(max_restarts=3))
+    shell.record_failures(2)
+    (shell.folder / "fails").write_text("update\n")
+    code, calls, messages = shell.run(2)
+    assert (code, calls) == (75, [REQUEUE[0], REQUEUE[1] + "n4,n1"])
+    assert (
+        messages[0]
+        == "SLURM allocated the excluded node n1; restarting without n1, which failed 2 times"
+    )
+    rejection = "scontrol update: update: Invalid node name specified"
+    assert messages[1:] == [f"{rejection}; the job restarts without this change"]
+    assert [attempt.end and attempt.end.code for attempt in shell.attempts.read()] == [3, 3, 75]
+    few = BatchShell(shell.folder, RestartPolicy(max_restarts=3))
     assert few.run(3) == (
         75,
         [],
-        ["it was given n1 again; stopped after 3 restarts (--max-restarts)"],
+        ["SLURM allocated the excluded node n1; stopped after 3 restarts (--max-restarts)"],
     )
 
 
-def test_and_runs_there_where_there_is_no_other(shell: Shell) -> None:
+def test_job_runs_on_a_failed_node_if_there_is_no_other(shell: BatchShell) -> None:
     (shell.folder / "nodes").write_text("n1 mixed\n")
-    (shell.folder / "srun").write_text("#!/bin/bash\necho ran >> asked\n")
-    shell.failed(2)
+    (shell.folder / "srun").write_text("#!/bin/bash\necho ran >> calls\n")
+    shell.record_failures(2)
     assert shell.run(2) == (0, ["ran"], ["done"])
 
 
 @pytest.mark.parametrize(
-    ("node", "ended"),
+    ("node", "expected"),
     [
         ("State=IDLE BootTime=1 SlurmdStartTime=2", (75, None)),
         ("State=IDLE BootTime=1 SlurmdStartTime=6", (3, "n1")),
@@ -152,35 +157,35 @@ def test_and_runs_there_where_there_is_no_other(shell: Shell) -> None:
         ("State=DOWN* BootTime=1 SlurmdStartTime=2", (3, "n1")),
     ],
 )
-def test_a_node_that_was_down_since_has_failed(
-    shell: Shell, node: str, ended: tuple[int, str | None]
+def test_node_that_restarted_or_is_down_has_failed(
+    shell: BatchShell, node: str, expected: tuple[int, str | None]
 ) -> None:
     (shell.folder / "node").write_text(node)
-    shell.attempts.begin(0, ["n1"], 5.0)
+    shell.attempts.record_start(0, ["n1"], 5.0)
     shell.run(1)
-    first = shell.attempts.read()[0].ended
+    first = shell.attempts.read()[0].end
     assert first is not None
-    assert (first.code, first.node) == ended
+    assert (first.code, first.node) == expected
 
 
-def test_ranks_that_slurm_killed_have_not_failed(shell: Shell) -> None:
+def test_ranks_that_slurm_killed_count_as_preempted(shell: BatchShell) -> None:
     (shell.folder / "state").write_text("PENDING")
-    assert shell.run(0) == (75, ["ran"], ["job 17 is PENDING: not queued again from here"])
+    assert shell.run(0) == (75, ["ran"], ["job 17 is PENDING: this attempt does not requeue it"])
 
 
-def test_a_refusal_is_said_and_the_end_is_written_down(shell: Shell) -> None:
+def test_scontrol_error_is_logged_and_the_end_is_recorded(shell: BatchShell) -> None:
     (shell.folder / "state").write_text("RUNNING")
     scontrol = shell.folder / "scontrol"
-    refuse = '[[ "$*" == *"show job"* ]] && { echo "Access denied" >&2; exit 1; }\n'
-    scontrol.write_text(scontrol.read_text().replace("\n", f"\n{refuse}", 1))
+    reject = '[[ "$*" == *"show job"* ]] && { echo "Access denied" >&2; exit 1; }\n'
+    scontrol.write_text(scontrol.read_text().replace("\n", f"\n{reject}", 1))
     assert shell.run(0) == (3, ["ran"], ["scontrol --oneliner: Access denied"])
     (attempt,) = shell.attempts.read()
-    assert attempt.ended is not None
-    assert attempt.ended.reason == "rank 0 on n1: Killed"
+    assert attempt.end is not None
+    assert attempt.end.reason == "rank 0 on n1: Killed"
 
 
 @pytest.mark.parametrize(
-    ("words", "times"),
+    ("error", "times"),
     [
         ("Unable to contact slurm controller (connect failure)", 3),
         ("Unable to contact slurm controller (receive failure)", 1),
@@ -188,28 +193,26 @@ def test_a_refusal_is_said_and_the_end_is_written_down(shell: Shell) -> None:
         ("Invalid partition name specified", 1),
     ],
 )
-def test_a_job_is_given_again_only_where_the_first_one_cannot_have_come(
-    words: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_submission_is_retried_only_if_the_first_cannot_have_arrived(
+    error: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "sbatch"
-    program.write_text(f"#!/bin/bash\necho x >> {tmp_path}/count; echo '{words}' >&2; exit 1\n")
+    program.write_text(f"#!/bin/bash\necho x >> {tmp_path}/count; echo '{error}' >&2; exit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "WAITS_S", (0, 0))
+    monkeypatch.setattr(commands, "RETRY_WAITS_S", (0, 0))
     with pytest.raises(ValueError, match="sbatch --parsable"):
-        slurm.submit(tmp_path / "job.sbatch")
+        commands.submit_script(tmp_path / "job.sbatch")
     assert len((tmp_path / "count").read_text().split()) == times
 
 
-def test_a_job_that_is_queued_already_needs_no_second_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program, said = tmp_path / "scontrol", tmp_path / "said"
-    program.write_text(f"#!/bin/bash\ncat {said} >&2; exit 1\n")
+def test_requeue_of_a_queued_job_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, error = tmp_path / "scontrol", tmp_path / "error"
+    program.write_text(f"#!/bin/bash\ncat {error} >&2; exit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    said.write_text("Job is pending execution for job 17\n")
-    slurm.requeue("17")
-    said.write_text("Job is not requeueable for job 17\n")
+    error.write_text("Job is pending execution for job 17\n")
+    commands.requeue_job("17")
+    error.write_text("Job is not requeueable for job 17\n")
     with pytest.raises(ValueError, match="not requeueable"):
-        slurm.requeue("17")
+        commands.requeue_job("17")

@@ -1,4 +1,4 @@
-"""Node lists: written short and read back."""
+"""SLURM's node lists are expanded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT = st.text("abcxyz-", min_size=1, max_size=4)
 
 @st.composite
 def ranges(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A bracket, and its numbers."""
+    """A bracket and the numbers it stands for."""
     short, numbers = [], []
     for _ in range(draw(st.integers(1, 3))):
         first = draw(st.integers(0, 120))
@@ -27,7 +27,7 @@ def ranges(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 @st.composite
 def names(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A name with up to two brackets, and the nodes it stands for."""
+    """A name with up to two brackets and the nodes it stands for."""
     short, nodes = draw(TEXT), [""]
     nodes = [short]
     for _ in range(draw(st.integers(0, 2))):
@@ -39,13 +39,13 @@ def names(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @given(st.lists(names(), min_size=1, max_size=3))
-def test_every_node_is_there_in_order(listed: list[tuple[str, list[str]]]) -> None:
+def test_all_nodes_are_returned_in_order(listed: list[tuple[str, list[str]]]) -> None:
     expected = [node for _, nodes in listed for node in nodes]
     assert expand_nodes(",".join(short for short, _ in listed)) == expected
 
 
 @given(names(), names())
-def test_a_list_is_its_names_side_by_side(
+def test_list_is_the_concatenation_of_its_names(
     one: tuple[str, list[str]], other: tuple[str, list[str]]
 ) -> None:
     both = expand_nodes(f"{one[0]},{other[0]}")
@@ -68,6 +68,6 @@ def test_examples(nodelist: str, nodes: list[str]) -> None:
 @pytest.mark.parametrize(
     "text", ["n[1", "n]1", "n[]", "n[a]", "n[3-1]", "n1,,n2", "n1 n2", "", ","]
 )
-def test_other_text_is_refused(text: str) -> None:
+def test_invalid_node_lists_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="node list"):
         expand_nodes(text)

@@ -1,4 +1,4 @@
-"""What is decided from how a job ended, and how that is read from srun's words; no cluster."""
+"""Restart decisions, ends of attempts parsed from srun's output, and target files; no cluster."""
 
 from __future__ import annotations
 
@@ -13,65 +13,65 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.launchers.job import Job
-from tvr.launchers.monitoring.targets import remove_targets, targets_of
-from tvr.launchers.restart_policy import Ended, Policy, decide
+from tvr.launchers.monitoring.targets import remove_targets, targets_file
+from tvr.launchers.restart_policy import AttemptEnd, RestartPolicy, decide_restart
 from tvr.launchers.run_status import (
-    ToldFailure,
-    notice_for,
+    ReportedFailure,
+    is_superseded,
+    notice_seconds,
     read_progress,
-    taken_over,
-    told_failure,
+    reported_failure,
 )
-from tvr.launchers.slurm import commands as slurm
-from tvr.launchers.slurm.allocation import allocation
-from tvr.launchers.slurm.attempt_log import Attempt, Attempts
-from tvr.launchers.slurm.commands import TaskEnd, first_bad_end
-from tvr.launchers.slurm.step import ended_as
-from tvr.launchers.slurm.task_main import place
+from tvr.launchers.slurm import commands
+from tvr.launchers.slurm.allocation import read_allocation
+from tvr.launchers.slurm.attempt_log import Attempt, AttemptLog
+from tvr.launchers.slurm.commands import StepFailure, first_step_failure
+from tvr.launchers.slurm.step import attempt_end
+from tvr.launchers.slurm.task_main import torch_environment
 from tvr.trainer.errors import Fenced
 from tvr.trainer.fencing import begin_attempt
 
-POLICY = Policy(max_failures=3, max_restarts=5, back_off_s=10)
-DONE = Ended(code=0, reason="done", node=None, saved_step=9)
-FAILED = Ended(code=3, reason="the reason", node=None, saved_step=0)
-PREEMPTED = Ended(code=75, reason="told to leave", node=None, saved_step=0)
+POLICY = RestartPolicy(max_failures=3, max_restarts=5, back_off_s=10)
+DONE = AttemptEnd(code=0, reason="done", node=None, saved_step=9)
+FAILED = AttemptEnd(code=3, reason="the reason", node=None, saved_step=0)
+PREEMPTED = AttemptEnd(code=75, reason="preempted", node=None, saved_step=0)
 
 
-def at(ended: Ended, step: int, node: str | None = None) -> Ended:
-    return replace(ended, saved_step=step, node=node)
+def at(end: AttemptEnd, step: int, node: str | None = None) -> AttemptEnd:
+    return replace(end, saved_step=step, node=node)
 
 
 @pytest.mark.parametrize(
-    ("attempts", "again", "text"),
+    ("attempts", "restart", "message"),
     [
         ([DONE], False, "done"),
         ([PREEMPTED, FAILED, DONE], False, "done"),
-        ([replace(FAILED, code=2)], False, "the reason; not started again: the same line"),
-        ([replace(FAILED, over=True)], False, "the reason; not started again: another job has"),
-        ([FAILED], True, "the reason; starts again in 10 s"),
-        ([FAILED, FAILED], True, "the reason; starts again in 20 s"),
+        ([replace(FAILED, code=2)], False, "the reason; no restart: the same command"),
+        ([replace(FAILED, superseded=True)], False, "the reason; no restart: another job has"),
+        ([FAILED], True, "the reason; restarting in 10 s"),
+        ([FAILED, FAILED], True, "the reason; restarting in 20 s"),
         ([FAILED] * 3, False, "the reason; stopped after 3 failures without a new checkpoint"),
-        ([FAILED, FAILED, at(FAILED, 5)], True, "the reason; starts again in 10 s"),
-        ([FAILED, PREEMPTED, FAILED], True, "the reason; starts again in 20 s"),
-        ([FAILED, FAILED, PREEMPTED], True, "told to leave; starts again"),
-        ([PREEMPTED] * 6, False, "told to leave; stopped after 5 restarts (--max-restarts)"),
+        ([FAILED, FAILED, at(FAILED, 5)], True, "the reason; restarting in 10 s"),
+        ([FAILED, PREEMPTED, FAILED], True, "the reason; restarting in 20 s"),
+        ([FAILED, FAILED, PREEMPTED], True, "preempted; restarting"),
+        ([PREEMPTED] * 6, False, "preempted; stopped after 5 restarts (--max-restarts)"),
         ([at(FAILED, n) for n in range(6)], False, "the reason; stopped after 5 restarts"),
     ],
 )
-def test_decisions(attempts: list[Ended], again: bool, text: str) -> None:
-    decision = decide(attempts, POLICY)
-    assert (decision.again, decision.code) == (again, attempts[-1].code)
-    assert decision.text.startswith(text)
+def test_restart_decisions(attempts: list[AttemptEnd], restart: bool, message: str) -> None:
+    decision = decide_restart(attempts, POLICY)
+    assert (decision.restart, decision.code) == (restart, attempts[-1].code)
+    assert decision.message.startswith(message)
 
 
 @pytest.mark.parametrize(
     ("nodes", "excluded"),
     [("ab", ()), ("aa", ("a",)), ("aba", ("a",)), ("abab", ("a", "b")), ("a-a", ("a",))],
 )
-def test_a_node_that_failed_twice_is_left_out(nodes: str, excluded: tuple[str, ...]) -> None:
+def test_node_that_failed_twice_is_excluded(nodes: str, excluded: tuple[str, ...]) -> None:
     attempts = [at(FAILED, step, node) for step, node in enumerate(nodes)]
-    attempts = [PREEMPTED if ended.node == "-" else ended for ended in attempts]
-    decision = decide(attempts, replace(POLICY, max_failures=9))
+    attempts = [PREEMPTED if end.node == "-" else end for end in attempts]
+    decision = decide_restart(attempts, replace(POLICY, max_failures=9))
     assert decision.exclude == excluded
 
 
@@ -80,16 +80,16 @@ def test_a_node_that_failed_twice_is_left_out(nodes: str, excluded: tuple[str, .
     st.integers(1, 5),
     st.integers(0, 8),
 )
-def test_no_job_comes_again_for_ever(attempts: list[Ended], failures: int, restarts: int) -> None:
-    policy = Policy(max_failures=failures, max_restarts=restarts, back_off_s=1)
-    decision = decide(attempts, policy)
-    assert decision.again <= (len(attempts) <= restarts)
-    assert decision.again or len(attempts) > min(restarts, failures - 1)
+def test_restarts_are_bounded(attempts: list[AttemptEnd], failures: int, restarts: int) -> None:
+    policy = RestartPolicy(max_failures=failures, max_restarts=restarts, back_off_s=1)
+    decision = decide_restart(attempts, policy)
+    assert decision.restart <= (len(attempts) <= restarts)
+    assert decision.restart or len(attempts) > min(restarts, failures - 1)
     assert 0 <= decision.wait_s <= 600
 
 
 @pytest.mark.parametrize(
-    ("words", "end", "code"),
+    ("errors", "failure", "code"),
     [
         ("srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Terminated", ("n2", 1), None),
         ("x\nsrun: error: n2: tasks 2-3,7: Exited with exit code 75\n", ("n2", 2), 75),
@@ -98,21 +98,21 @@ def test_no_job_comes_again_for_ever(attempts: list[Ended], failures: int, resta
         ("srun: error: Timed out waiting for job step to complete", None, None),
     ],
 )
-def test_the_first_bad_end_is_read_from_srun(
-    words: str, end: tuple[str, int | None] | None, code: int | None
+def test_first_failure_is_parsed_from_srun(
+    errors: str, failure: tuple[str, int | None] | None, code: int | None
 ) -> None:
-    found = first_bad_end(words)
-    assert (found and (found.node, found.rank)) == end
+    found = first_step_failure(errors)
+    assert (found and (found.node, found.rank)) == failure
     assert (found and found.exit_code) == code
 
 
 @pytest.mark.parametrize(
-    "words", ["Unable to contact slurm controller", "Socket timed out on send/recv operation"]
+    "error", ["Unable to contact slurm controller", "Socket timed out on send/recv operation"]
 )
-@pytest.mark.parametrize(("refusals", "waited"), [(0, []), (2, [5, 10]), (99, [5, 10, 20])])
-def test_a_controller_that_is_away_is_asked_again(
-    refusals: int,
-    words: str,
+@pytest.mark.parametrize(("failures", "waited"), [(0, []), (2, [5, 10]), (99, [5, 10, 20])])
+def test_command_is_retried_while_the_controller_is_unreachable(
+    failures: int,
+    error: str,
     waited: list[int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,63 +121,73 @@ def test_a_controller_that_is_away_is_asked_again(
     count.write_text("0")
     program.write_text(
         f"#!/bin/bash\nn=$(< '{count}'); echo $((n + 1)) > '{count}'\n"
-        f"((n >= {refusals})) && echo 'NodeName=n1 NodeAddr=10.0.0.1 Port=1' && exit 0\n"
-        f"echo 'error: {words}' >&2; exit 1\n"
+        f"((n >= {failures})) && echo 'NodeName=n1 NodeAddr=10.0.0.1 Port=1' && exit 0\n"
+        f"echo 'error: {error}' >&2; exit 1\n"
     )
     program.chmod(0o755)
     waits: list[int] = []
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "WAITS_S", (5, 10, 20))
-    monkeypatch.setattr(slurm.time, "sleep", waits.append)
-    if refusals < 99:
-        assert slurm.node_field("n1", "NodeAddr") == "10.0.0.1"
+    monkeypatch.setattr(commands, "RETRY_WAITS_S", (5, 10, 20))
+    monkeypatch.setattr(commands.time, "sleep", waits.append)
+    if failures < 99:
+        assert commands.node_field("n1", "NodeAddr") == "10.0.0.1"
     else:
-        with pytest.raises(ValueError, match=f"scontrol --oneliner: error: {words}"):
-            slurm.node_field("n1", "NodeAddr")
+        with pytest.raises(ValueError, match=f"scontrol --oneliner: error: {error}"):
+            commands.node_field("n1", "NodeAddr")
     assert waits == waited
 
 
-def bad(what: str, rank: int | None = 1) -> TaskEnd:
-    return TaskEnd(node="n2", rank=rank, what=what)
+def failure(description: str, rank: int | None = 1) -> StepFailure:
+    return StepFailure(node="n2", rank=rank, description=description)
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "noticed", "expected"),
+    ("step_failure", "code", "noticed", "expected"),
     [
         (None, 0, True, (0, "done", None)),
         (None, 1, False, (3, "last line", None)),
-        (bad("Exited with exit code 75"), 75, True, (75, "last line", None)),
-        (bad("Exited with exit code 2"), 2, False, (2, "last line", None)),
-        (bad("Exited with exit code 3"), 143, False, (3, "last line", "n2")),
-        (bad("Exited with exit code 1"), 1, False, (3, "last line", "n2")),
-        (bad("Killed"), 143, True, (3, "rank 1 on n2: Killed", "n2")),
+        (failure("Exited with exit code 75"), 75, True, (75, "last line", None)),
+        (failure("Exited with exit code 2"), 2, False, (2, "last line", None)),
+        (failure("Exited with exit code 3"), 143, False, (3, "last line", "n2")),
+        (failure("Exited with exit code 1"), 1, False, (3, "last line", "n2")),
+        (failure("Killed"), 143, True, (3, "rank 1 on n2: Killed", "n2")),
         (
-            bad("User defined signal 1"),
+            failure("User defined signal 1"),
             138,
             True,
             (75, "rank 1 on n2: User defined signal 1", None),
         ),
         (
-            bad("User defined signal 1"),
+            failure("User defined signal 1"),
             138,
             False,
             (3, "rank 1 on n2: User defined signal 1", "n2"),
         ),
-        (bad("Terminated"), 143, False, (75, "rank 1 on n2: Terminated", None)),
-        (bad("the node failed", None), 0, False, (3, "node n2: the node failed", "n2")),
-        (bad("the node failed", None), 1, False, (3, "node n2: the node failed", "n2")),
+        (failure("Terminated"), 143, False, (75, "rank 1 on n2: Terminated", None)),
+        (failure("the node failed", None), 0, False, (3, "node n2: the node failed", "n2")),
+        (failure("the node failed", None), 1, False, (3, "node n2: the node failed", "n2")),
     ],
 )
-def test_how_an_attempt_ended(
-    end: TaskEnd | None, code: int, noticed: bool, expected: tuple[int, str, str | None]
+def test_end_of_an_attempt_is_classified(
+    step_failure: StepFailure | None,
+    code: int,
+    noticed: bool,
+    expected: tuple[int, str, str | None],
 ) -> None:
-    ended = ended_as(end, code=code, said="last line", blamed=None, noticed=noticed, saved_step=7)
-    assert (ended.code, ended.reason, ended.node) == expected
-    assert ended.saved_step == 7
+    end = attempt_end(
+        step_failure,
+        code=code,
+        message="last line",
+        failed_node=None,
+        noticed=noticed,
+        saved_step=7,
+    )
+    assert (end.code, end.reason, end.node) == expected
+    assert end.saved_step == 7
 
 
 @pytest.mark.parametrize(
-    ("what", "node"),
+    ("description", "node"),
     [
         ("Exited with exit code 3", "n1"),
         ("Exited with exit code 2", None),
@@ -185,42 +195,49 @@ def test_how_an_attempt_ended(
         ("Terminated", "n2"),
     ],
 )
-def test_the_node_of_the_rank_that_failed_first_is_blamed(what: str, node: str | None) -> None:
-    ended = ended_as(bad(what), code=3, said="a line", blamed="n1", noticed=False, saved_step=0)
-    assert ended.node == node
+def test_node_of_the_rank_at_fault_is_recorded(description: str, node: str | None) -> None:
+    end = attempt_end(
+        failure(description),
+        code=3,
+        message="a line",
+        failed_node="n1",
+        noticed=False,
+        saved_step=0,
+    )
+    assert end.node == node
 
 
-def test_of_several_ends_of_an_attempt_the_first_counts(tmp_path: Path) -> None:
-    attempts = Attempts(tmp_path, "17")
+def test_first_recorded_end_of_an_attempt_counts(tmp_path: Path) -> None:
+    attempts = AttemptLog(tmp_path, "17")
     assert attempts.read() == []
-    attempts.begin(0, ["n1", "n2"], 5.0)
-    attempts.end(0, FAILED)
-    attempts.begin(1, ["n3"], 6.0)
+    attempts.record_start(0, ["n1", "n2"], 5.0)
+    attempts.record_end(0, FAILED)
+    attempts.record_start(1, ["n3"], 6.0)
     with (tmp_path / "attempts" / "17.jsonl").open("a") as file:
-        file.write('{"restart": 0, "code"')  # torn by a crash
-    attempts.end(0, DONE)  # by an orphan
+        file.write('{"restart": 0, "code"')  # cut by a crash
+    attempts.record_end(0, DONE)  # by an orphan
     assert attempts.read() == [
-        Attempt(restart=0, nodes=("n1", "n2"), began_s=5.0, ended=FAILED),
-        Attempt(restart=1, nodes=("n3",), began_s=6.0, ended=None),
+        Attempt(restart=0, nodes=("n1", "n2"), began_s=5.0, end=FAILED),
+        Attempt(restart=1, nodes=("n3",), began_s=6.0, end=None),
     ]
 
 
-def test_ranks_meet_at_a_port_that_job_and_restart_give() -> None:
+def test_port_depends_on_job_and_restart() -> None:
     slurms = {
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_PARTITION": "main",
     }
-    first = allocation(slurms)
-    again = allocation({**slurms, "SLURM_RESTART_COUNT": "1"})
-    assert (first.nodes, first.restart, again.restart) == (("n1", "n2"), 0, 1)
+    first = read_allocation(slurms)
+    second = read_allocation({**slurms, "SLURM_RESTART_COUNT": "1"})
+    assert (first.nodes, first.restart, second.restart) == (("n1", "n2"), 0, 1)
     assert 20000 <= first.port < 32000
-    assert first.port == allocation(slurms).port != again.port
+    assert first.port == read_allocation(slurms).port != second.port
     array = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "7"}
-    assert (first.name, allocation({**slurms, **array}).name) == ("123456", "123456_7")
+    assert (first.full_id, read_allocation({**slurms, **array}).full_id) == ("123456", "123456_7")
 
 
-def test_a_task_is_told_who_it_is() -> None:
+def test_task_environment_is_translated_for_torch() -> None:
     slurms = {
         "SLURM_PROCID": "5",
         "SLURM_NTASKS": "8",
@@ -228,21 +245,21 @@ def test_a_task_is_told_who_it_is() -> None:
         "SLURM_NTASKS_PER_NODE": "4",
         "SLURM_CPUS_PER_TASK": "6",
     }
-    ours = place(slurms)
-    del ours["PATH"]
-    assert ours == {
+    variables = torch_environment(slurms)
+    del variables["PATH"]
+    assert variables == {
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
         "OMP_NUM_THREADS": "6",
     }
-    assert place({**slurms, "OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
+    assert torch_environment({**slurms, "OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
 
 
-def test_progress_is_read_from_a_log_that_may_be_torn(tmp_path: Path) -> None:
+def test_progress_is_read_from_an_incomplete_log(tmp_path: Path) -> None:
     assert read_progress(tmp_path).saved_step == 0
-    assert notice_for(read_progress(tmp_path)) == 300
+    assert notice_seconds(read_progress(tmp_path)) == 300
     events = [
         {"event": "step", "step": 1, "loss": 2.0, "step_s": 4.0},
         {"event": "saved", "step": 1, "seconds": 25.5},
@@ -254,21 +271,21 @@ def test_progress_is_read_from_a_log_that_may_be_torn(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '["no event"]', lines[0][:20]]))
     progress = read_progress(tmp_path)
     assert (progress.saved_step, progress.longest_save_s, progress.longest_step_s) == (1, 25.5, 4.0)
-    assert (progress.step, progress.evaluation) == (events[2], events[4])
-    assert notice_for(progress) == 160
+    assert progress.step == events[2]
+    assert notice_seconds(progress) == 160
 
 
-def test_what_failed_is_told_by_the_newest_file_of_this_attempt(tmp_path: Path) -> None:
-    assert told_failure(tmp_path, 0.0) is None
+def test_newest_failure_report_of_the_attempt_is_read(tmp_path: Path) -> None:
+    assert reported_failure(tmp_path, 0.0) is None
     folder = tmp_path / "failures"
     folder.mkdir()
     for age_s, text in ((50, "old"), (20, "ValueError:\n no"), (10, "")):
-        told = {"rank": 1, "host": "n2", "code": 3, "error": text, "of": 0}
+        report = {"rank": 1, "host": "n2", "code": 3, "error": text, "of": 0}
         path = folder / f"{age_s}.json"
-        path.write_text(json.dumps(told) if text else "")
+        path.write_text(json.dumps(report) if text else "")
         os.utime(path, (1000 - age_s, 1000 - age_s))
-    assert told_failure(tmp_path, 960.0) == ToldFailure(0, "rank 1 on n2: ValueError: no")
-    assert told_failure(tmp_path, 985.0) is None
+    assert reported_failure(tmp_path, 960.0) == ReportedFailure(0, "rank 1 on n2: ValueError: no")
+    assert reported_failure(tmp_path, 985.0) is None
 
 
 def job_of(run_dir: Path, folder: Path, *words: str, array: str | None = None) -> Job:
@@ -283,11 +300,11 @@ def job_of(run_dir: Path, folder: Path, *words: str, array: str | None = None) -
     )
 
 
-def test_targets_are_joined_in_one_file(tmp_path: Path) -> None:
+def test_targets_are_merged_into_one_file(tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "a [run]", tmp_path / "sd"
     job = job_of(run_dir, folder)
-    targets = targets_of(job, None, time.time() - 60)
-    elsewhere = targets_of(job_of(tmp_path / "elsewhere" / "a [run]", folder), None, 0.0)
+    targets = targets_file(job, None, time.time() - 60)
+    elsewhere = targets_file(job_of(tmp_path / "elsewhere" / "a [run]", folder), None, 0.0)
     assert targets is not None
     assert elsewhere is not None
     assert elsewhere.path != targets.path
@@ -298,7 +315,7 @@ def test_targets_are_joined_in_one_file(tmp_path: Path) -> None:
     groups = {name: [{"targets": [f"{name}:1"], "labels": {}}] for name in ("n1", "n2", "n3")}
     for name, group in groups.items():
         (run_dir / "metrics" / f"{name}.json").write_text(json.dumps(group))
-    os.utime(run_dir / "metrics" / "n3.json", (0, 0))  # of an earlier attempt
+    os.utime(run_dir / "metrics" / "n3.json", (0, 0))  # from an earlier attempt
     targets.refresh()
     assert json.loads(targets.path.read_text()) == groups["n1"] + groups["n2"]
     targets.remove()
@@ -306,14 +323,14 @@ def test_targets_are_joined_in_one_file(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == [elsewhere.path]
 
 
-def test_each_task_of_an_array_has_targets_of_its_own(tmp_path: Path) -> None:
+def test_each_array_task_has_its_own_targets_file(tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "array", tmp_path / "sd"
     job = job_of(run_dir, folder, "--run-dir", "runs/%a", array="0-1")
     for task in ("0", "1"):
         metrics = tmp_path / "runs" / task / "metrics"
         metrics.mkdir(parents=True)
         (metrics / "n1.json").write_text(json.dumps([{"targets": [f"n1:{task}"]}]))
-    first, second = (targets_of(job, task, 0.0) for task in ("0", "1"))
+    first, second = (targets_file(job, task, 0.0) for task in ("0", "1"))
     assert first is not None
     assert second is not None
     first.refresh()
@@ -326,7 +343,7 @@ def test_each_task_of_an_array_has_targets_of_its_own(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_restart_that_comes_late_takes_no_number(
+def test_late_restart_gets_no_attempt_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -339,19 +356,19 @@ def test_a_restart_that_comes_late_takes_no_number(
     third.check()
     with pytest.raises(Fenced, match="attempt 1 at"):
         first.check()
-    monkeypatch.setenv("SLURM_JOB_ID", "18")  # a job of its own, by `tvr launch resume`
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, submitted by `tvr launch resume`
     assert begin_attempt(tmp_path).number == 3
 
 
-def test_a_run_is_another_jobs_once_that_has_begun_later(
+def test_run_is_superseded_once_a_later_job_has_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not taken_over(tmp_path, "17", 0.0)
+    assert not is_superseded(tmp_path, "17", 0.0)
     for job_id, began_s in (("17", 100), ("18", 200)):
         monkeypatch.setenv("SLURM_JOB_ID", job_id)
         attempt = begin_attempt(tmp_path)
         os.utime(tmp_path / "attempts" / f"{attempt.number:06d}.json", (began_s, began_s))
-        assert not taken_over(tmp_path, job_id, 0.0)
-    assert taken_over(tmp_path, "17", 100.0)
-    # One that is tried again later, and does not get as far as that, has failed by itself.
-    assert not taken_over(tmp_path, "17", 300.0)
+        assert not is_superseded(tmp_path, job_id, 0.0)
+    assert is_superseded(tmp_path, "17", 100.0)
+    # A later restart of job 17 that fails before it begins an attempt is not superseded.
+    assert not is_superseded(tmp_path, "17", 300.0)

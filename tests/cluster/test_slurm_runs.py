@@ -1,5 +1,4 @@
-"""Jobs of one run: what a submission leaves, and what it must not touch; SLURM's commands are
-stand-ins that note what they are given."""
+"""Submission, cancellation and resubmission of a run's jobs, with fake SLURM commands."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tvr.launchers.job import Job, read_job, read_record
-from tvr.launchers.slurm import submit as runs
+from tvr.launchers.job import Job, read_job, read_job_record
+from tvr.launchers.slurm.submit import cancel_jobs, resubmit_job, submit_job
 
 SBATCH = """#!/bin/bash
 [[ -e '{folder}/refuse' ]] && echo 'sbatch: error: Invalid qos' >&2 && exit 1
@@ -32,33 +31,33 @@ echo CANCELLED > "{folder}/jobs/$1"
 
 
 @dataclass(frozen=True, slots=True)
-class Slurm:
-    """Its jobs, as files."""
+class FakeSlurm:
+    """Fake SLURM whose jobs are files."""
 
     folder: Path
 
-    def ended(self, job_id: str) -> None:
+    def finish(self, job_id: str) -> None:
         (self.folder / "jobs" / job_id).write_text("COMPLETED")
 
-    def refuses(self) -> None:
+    def reject_jobs(self) -> None:
         (self.folder / "refuse").touch()
 
     def record(self, job_id: str) -> Job:
-        """What a job reads, by its script."""
+        """The record that a job's script names."""
         script = (self.folder / f"script.{job_id}").read_text()
-        (path,) = re.findall(r"tvr\.launchers\.batch (\S+)", script)
-        return read_record(Path(path))
+        (path,) = re.findall(r"tvr\.launchers\.slurm\.batch_main (\S+)", script)
+        return read_job_record(Path(path))
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     folder = tmp_path / "slurm"
     (folder / "jobs").mkdir(parents=True)
     for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (folder / name).write_text(text.format(folder=folder))
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return Slurm(folder)
+    return FakeSlurm(folder)
 
 
 @pytest.fixture
@@ -76,27 +75,27 @@ def files(folder: Path) -> dict[Path, str]:
     return {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_job_keeps_what_it_was_submitted_with(slurm: Slurm, job: Job) -> None:
-    first, two = runs.submit(job), replace(job, nodes=2, dependency="afterany:1")
-    second = runs.submit(two)
+def test_each_job_has_its_own_record(slurm: FakeSlurm, job: Job) -> None:
+    first, two = submit_job(job), replace(job, nodes=2, dependency="afterany:1")
+    second = submit_job(two)
     assert (first, second) == ("1", "2")
     assert (slurm.record(first), slurm.record(second)) == (job, two)
     assert read_job(Path(job.run_dir)) == two
-    script = (job.folder / "job.sbatch").read_text()
+    script = (job.launch_dir / "job.sbatch").read_text()
     assert script == (slurm.folder / f"script.{second}").read_text()
-    slurm.ended(first)
-    assert runs.cancel(Path(job.run_dir)) == second
-    third = runs.resume(Path(job.run_dir))
+    slurm.finish(first)
+    assert cancel_jobs(Path(job.run_dir)) == second
+    third = resubmit_job(Path(job.run_dir))
     assert slurm.record(third) == replace(two, dependency=None)
 
 
-def test_a_refused_job_leaves_a_run_as_it_was(slurm: Slurm, job: Job) -> None:
-    runs.submit(job)
-    before = files(job.folder)
-    slurm.refuses()
+def test_rejected_job_changes_no_file(slurm: FakeSlurm, job: Job) -> None:
+    submit_job(job)
+    before = files(job.launch_dir)
+    slurm.reject_jobs()
     with pytest.raises(ValueError, match="Invalid qos"):
-        runs.submit(replace(job, nodes=2, dependency="afterany:1"))
-    assert files(job.folder) == before
+        submit_job(replace(job, nodes=2, dependency="afterany:1"))
+    assert files(job.launch_dir) == before
 
 
 @pytest.mark.parametrize(
@@ -116,36 +115,36 @@ def test_a_refused_job_leaves_a_run_as_it_was(slurm: Slurm, job: Job) -> None:
         ("", False),
     ],
 )
-def test_a_second_job_of_a_run_must_wait_for_all_that_go_on(
-    dependency: str, waits: bool, slurm: Slurm, job: Job
+def test_second_job_of_a_run_must_wait_for_all_unfinished_ones(
+    dependency: str, waits: bool, slurm: FakeSlurm, job: Job
 ) -> None:
-    runs.submit(job)
-    runs.submit(replace(job, name="other", dependency="afterany:1"))
+    submit_job(job)
+    submit_job(replace(job, name="other", dependency="afterany:1"))
     third = replace(job, dependency=dependency or None)
     if waits:
-        assert runs.submit(third) == "3"
+        assert submit_job(third) == "3"
         return
     with pytest.raises(ValueError, match=r"job 1, 2 of .* --dependency afterany:1:2"):
-        runs.submit(third)
-    slurm.ended("1")
-    slurm.ended("2")
-    assert runs.submit(third) == "3"
+        submit_job(third)
+    slurm.finish("1")
+    slurm.finish("2")
+    assert submit_job(third) == "3"
 
 
-def test_one_at_a_time_is_for_jobs_of_one_name(slurm: Slurm, job: Job) -> None:
-    one_at_a_time = replace(job, dependency="singleton")
-    assert [runs.submit(job), runs.submit(one_at_a_time)] == ["1", "2"]
+def test_singleton_waits_only_for_jobs_of_the_same_name(slurm: FakeSlurm, job: Job) -> None:
+    singleton = replace(job, dependency="singleton")
+    assert [submit_job(job), submit_job(singleton)] == ["1", "2"]
     with pytest.raises(ValueError, match="job 1, 2 of"):
-        runs.submit(replace(one_at_a_time, name="other"))
+        submit_job(replace(singleton, name="other"))
 
 
 @pytest.mark.parametrize(("given", "notice_s"), [(True, 90), (False, 60)])
-def test_resume_keeps_the_users_notice_and_measures_its_own(
-    given: bool, notice_s: int, slurm: Slurm, job: Job
+def test_resume_keeps_a_given_notice_and_updates_a_measured_one(
+    given: bool, notice_s: int, slurm: FakeSlurm, job: Job
 ) -> None:
-    runs.submit(replace(job, notice_s=90, notice_given=given))
-    slurm.ended("1")
+    submit_job(replace(job, notice_s=90, notice_given=given))
+    slurm.finish("1")
     log = [{"event": "saved", "step": 1, "seconds": 25.5}, {"event": "step", "step_s": 4.0}]
-    (job.folder.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    again = slurm.record(runs.resume(Path(job.run_dir)))
-    assert (again.notice_s, again.notice_given) == (notice_s, given)
+    (job.launch_dir.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    resubmitted = slurm.record(resubmit_job(Path(job.run_dir)))
+    assert (resubmitted.notice_s, resubmitted.notice_given) == (notice_s, given)

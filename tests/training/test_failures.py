@@ -71,7 +71,7 @@ def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
     assert "ChildFailedError" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith("tvr launch: rank 1 (")
-    assert last.endswith("failed first, with exit code 3; what it said is above")
+    assert last.endswith("failed first with exit code 3; see its output above")
     (word,) = (run_dir / "failures").iterdir()
     said = json.loads(word.read_text())
     assert (said["rank"], said["code"]) == (1, 3)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Nodes: 2, ranks on each: 4. By `tvr launch slurm`.
+# Nodes: 2, ranks per node: 4. Written by `tvr launch slurm`.
 #SBATCH --job-name="a"
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -14,7 +14,8 @@ set -euo pipefail
 
 export TVR_GPUS_PER_NODE=4
 
-# Finds where ranks meet, passes the notice on, decides whether the job comes again.
+# batch_main sets the rendezvous address, forwards the preemption notice to the
+# ranks, and decides whether the job restarts.
 exec /venv/bin/python -m tvr.launchers.slurm.batch_main /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \
     apptainer exec --nv --bind=/disk/runs/a:/disk/runs/a --bind=/disk:/disk --bind=/data:/data --pwd=/disk '/images/tvr 1.sif' \

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Nodes: 1, ranks on each: 1. By `tvr launch slurm`.
+# Nodes: 1, ranks per node: 1. Written by `tvr launch slurm`.
 #SBATCH --job-name="a"
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -12,7 +12,8 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
-# Finds where ranks meet, passes the notice on, decides whether the job comes again.
+# batch_main sets the rendezvous address, forwards the preemption notice to the
+# ranks, and decides whether the job restarts.
 exec /venv/bin/python -m tvr.launchers.slurm.batch_main /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log \
     /venv/bin/python -m tvr.launchers.slurm.task_main \

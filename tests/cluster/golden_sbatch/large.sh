@@ -1,5 +1,5 @@
 #!/bin/bash
-# Nodes: 8, ranks on each: 8. By `tvr launch slurm`.
+# Nodes: 8, ranks per node: 8. Written by `tvr launch slurm`.
 #SBATCH --job-name="a"
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -25,7 +25,8 @@ export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export TVR_GPUS_PER_NODE=8
 
-# Finds where ranks meet, passes the notice on, decides whether the job comes again.
+# batch_main sets the rendezvous address, forwards the preemption notice to the
+# ranks, and decides whether the job restarts.
 exec /venv/bin/python -m tvr.launchers.slurm.batch_main /disk/runs/a/launch/jobs/RECORD.json \
     srun --export=ALL --wait=0 --kill-on-bad-exit=1 --open-mode=append --output=/disk/runs/a/launch/%j.rank-%5t.log --cpus-per-task=12 \
     /venv/bin/python -m tvr.launchers.slurm.task_main \
