@@ -1,9 +1,9 @@
-"""Demo clips: two coloured shapes that move, captioned by what they do.
+"""Demo clips: two coloured shapes that move, with captions that describe the motion.
 
-Every caption is assembled from the same few words, so that most wrong clips differ from the right
-one by a single word, and the clip with the two colours exchanged shares all of them. That is the
-hard-negative regime in miniature: telling the clips apart takes binding (which colour belongs to
-which shape) and order (which of the two moves first), not a bag of words.
+All captions use the same few words. Many clips differ from another clip by a single word, and the
+clip with the two colours exchanged has exactly the same words. This gives hard negatives in a small
+setting: a model must learn binding (which colour belongs to which shape) and order (which shape
+moves first); a bag of words is not enough.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES: dict[str, float] = {"small": 0.10, "large": 0.17}  # half extent, in frame sides
+SIZES: dict[str, float] = {"small": 0.10, "large": 0.17}  # half the extent, in frame sides
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left": (-1, 0),
     "right": (1, 0),
     "up": (0, -1),
     "down": (0, 1),
 }
-SPEEDS: dict[str, float] = {"slowly": 0.25, "quickly": 0.6}  # way in frame sides
+SPEEDS: dict[str, float] = {"slowly": 0.25, "quickly": 0.6}  # distance moved, in frame sides
 ORDERS = ("then", "while")
 
 FRAME_SIDE = 64
 NUM_FRAMES = 12
 FRAME_RATE_HZ = 6
-APART = 0.3  # least distance of the two objects at the start, in frame sides
+MIN_DISTANCE = 0.3  # between the objects at the start, in frame sides
 ANNOTATIONS = "captions.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mover:
-    """One object: what it looks like and how it moves."""
+class MovingObject:
+    """Appearance and motion of one object."""
 
     colour: str
     shape: str
@@ -59,14 +59,17 @@ class Mover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Two objects of different colour and shape; `order` says if the second waits for the first."""
+    """Two objects of different colour and shape.
 
-    first: Mover
-    second: Mover
+    With order "then", the second object moves after the first; with "while", both move at once.
+    """
+
+    first: MovingObject
+    second: MovingObject
     order: str
 
     def exchanged(self) -> Scene:
-        """The same scene with the two objects' colours exchanged: the same bag of words."""
+        """Returns the scene with the two objects' colours exchanged; its words are the same."""
         return replace(
             self,
             first=replace(self.first, colour=self.second.colour),
@@ -74,14 +77,17 @@ class Scene:
         )
 
     def identity(self) -> object:
-        """Equal for scenes that look alike: of two that move at once, neither is the first."""
+        """Returns a value that is equal for scenes that look alike.
+
+        The order of two objects that move at once is not visible.
+        """
         if self.order == "while":
             return frozenset((self.first, self.second))
         return (self.first, self.second)
 
 
 def scene_captions(scene: Scene) -> tuple[str, ...]:
-    """Three wordings of one scene; each holds all its attributes."""
+    """Returns three captions of a scene, each with all its attributes."""
     first, second = _phrase(scene.first), _phrase(scene.second)
     a, b = _verb(scene.first), _verb(scene.second)
     if scene.order == "then":
@@ -98,49 +104,58 @@ def scene_captions(scene: Scene) -> tuple[str, ...]:
 
 
 def demo_scenes(num_train: int, num_test: int, seed: int) -> dict[str, list[Scene]]:
-    """Scenes of the splits `train`, `test`, and `exchanged`: `test` with its colours exchanged.
+    """Draws the scenes of the splits `train`, `test` and `exchanged`.
 
-    No training scene looks like a test scene or like the exchanged counterpart of one.
+    `exchanged` is `test` with the two objects' colours exchanged. No training scene looks like a
+    scene of the other splits.
 
     Raises:
-        ValueError: if there are not that many different scenes.
+        ValueError: there are not enough distinct scenes.
     """
-    test = draw_scenes(num_test, seed, taken=set())
+    test = draw_scenes(num_test, seed, excluded=set())
     exchanged = [scene.exchanged() for scene in test]
-    unseen = {scene.identity() for scene in [*test, *exchanged]}
+    held_out = {scene.identity() for scene in [*test, *exchanged]}
     return {
-        "train": draw_scenes(num_train, seed + 1, taken=unseen),
+        "train": draw_scenes(num_train, seed + 1, excluded=held_out),
         "test": test,
         "exchanged": exchanged,
     }
 
 
-def draw_scenes(count: int, seed: int, *, taken: set[object]) -> list[Scene]:
-    """Draws `count` different scenes; about half differ from the one before by one attribute.
+def draw_scenes(count: int, seed: int, *, excluded: set[object]) -> list[Scene]:
+    """Draws distinct scenes; about half differ from the previous one by a single attribute.
 
-    `taken` holds identities that may not be drawn.
+    Args:
+        count: Number of scenes.
+        seed: Seed of the generator.
+        excluded: Identities of scenes that may not be drawn.
 
     Raises:
-        ValueError: if there are not that many different scenes.
+        ValueError: there are not enough distinct scenes.
     """
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []
-    seen = set(taken)
+    seen = set(excluded)
     for _ in range(100 * count):
         if len(scenes) == count:
             break
-        near = bool(scenes) and rng.random() < 0.5
-        scene = _one_attribute_away(scenes[-1], rng) if near else _any(rng)
+        is_near = bool(scenes) and rng.random() < 0.5
+        scene = _one_attribute_away(scenes[-1], rng) if is_near else _random_scene(rng)
         if scene.identity() not in seen:
             seen.add(scene.identity())
             scenes.append(scene)
     if len(scenes) < count:
-        raise ValueError(f"{count} scenes were asked for, only {len(scenes)} different ones found")
+        raise ValueError(
+            f"{count} scenes were requested, but only {len(scenes)} distinct ones were found"
+        )
     return scenes
 
 
 def render(scene: Scene, seed: int) -> np.ndarray:
-    """Draws the scene as uint8 frames (12, 64, 64, 3); places and background depend on `seed`."""
+    """Renders a scene to uint8 frames (12, 64, 64, 3).
+
+    The positions of the objects and the background depend on `seed`.
+    """
     rng = np.random.default_rng(seed)
     starts = _start_positions(scene, rng)
     background = rng.integers(15, 50) + rng.normal(0.0, 3.0, (FRAME_SIDE, FRAME_SIDE, 1))
@@ -148,24 +163,24 @@ def render(scene: Scene, seed: int) -> np.ndarray:
     for index in range(NUM_FRAMES):
         time = index / (NUM_FRAMES - 1)
         image = np.broadcast_to(background, (FRAME_SIDE, FRAME_SIDE, 3)).astype(np.float64)
-        for mover, start, done in zip(
+        for obj, start, done in zip(
             (scene.first, scene.second), starts, _progress(scene.order, time), strict=True
         ):
-            centre = start + done * SPEEDS[mover.speed] * np.array(DIRECTIONS[mover.direction])
-            cover = _coverage(mover, centre)[..., None]
-            image = image * (1 - cover) + cover * np.array(COLOURS[mover.colour], np.float64)
+            centre = start + done * SPEEDS[obj.speed] * np.array(DIRECTIONS[obj.direction])
+            cover = _coverage(obj, centre)[..., None]
+            image = image * (1 - cover) + cover * np.array(COLOURS[obj.colour], np.float64)
         frames[index] = np.clip(image, 0, 255).astype(np.uint8)
     return frames
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
-    """Encodes frames (N, H, W, 3) as an H.264 mp4; the name appears only when it is complete."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with av.open(str(aside), "w", format="mp4") as container:
+    """Encodes frames (N, H, W, 3) as an H.264 MP4; the file appears only when it is complete."""
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with av.open(str(partial_path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE_HZ))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.thread_count = 1
-        # cpu-independent: x264 with AVX-512 gives other bytes on each run otherwise.
+        # Without cpu-independent, x264 with AVX-512 gives different bytes on each run.
         stream.options = {
             "crf": "18",
             "preset": "veryfast",
@@ -174,18 +189,29 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    aside.replace(path)
+    partial_path.replace(path)
 
 
 def write_clips(
     folder: Path, scenes: list[Scene], *, prefix: str, seed: int, workers: int, all_wordings: bool
 ) -> Iterator[str]:
-    """Renders `folder`/PREFIX-00000.mp4 ... and captions.jsonl; yields keys as they finish.
+    """Renders the clips `folder`/PREFIX-00000.mp4 ... and their annotations, captions.jsonl.
 
-    A clip has all its wordings as captions, or one, in turn (so that test captions are as many as
-    test clips). The number of a clip picks the objects' places: scene i and its exchanged twin i,
-    rendered with the same seed to another folder, differ in nothing but the colours. The annotation
-    file comes last, so that its presence means that every clip is there.
+    Scene i of two folders written with the same seed has the same positions and background, so
+    that a clip and its exchanged counterpart differ in their colours only. The annotation file is
+    written last: it exists only if all clips are complete.
+
+    Args:
+        folder: Folder to create.
+        scenes: Scene of each clip.
+        prefix: Prefix of the keys.
+        seed: Seed of the rendering.
+        workers: Number of processes.
+        all_wordings: Annotate each clip with all its captions; otherwise with one of them, in
+            rotation, so that there are as many captions as clips.
+
+    Yields:
+        The key of each clip, when it is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(index, f"{prefix}-{index:05d}", scene) for index, scene in enumerate(scenes)]
@@ -193,12 +219,13 @@ def write_clips(
         yield from pool.map(partial(_write_one, folder, seed), jobs, chunksize=8)
     lines = []
     for index, key, scene in jobs:
-        wordings = scene_captions(scene)
-        said = wordings if all_wordings else (wordings[index % len(wordings)],)
-        lines.append(json.dumps({"key": key, "video": f"{key}.mp4", "captions": said}) + "\n")
-    aside = folder / f".{ANNOTATIONS}.partial"
-    aside.write_text("".join(lines))
-    aside.replace(folder / ANNOTATIONS)
+        captions = scene_captions(scene)
+        if not all_wordings:
+            captions = (captions[index % len(captions)],)
+        lines.append(json.dumps({"key": key, "video": f"{key}.mp4", "captions": captions}) + "\n")
+    partial_path = folder / f".{ANNOTATIONS}.partial"
+    partial_path.write_text("".join(lines))
+    partial_path.replace(folder / ANNOTATIONS)
 
 
 def _write_one(folder: Path, seed: int, job: tuple[int, str, Scene]) -> str:
@@ -207,19 +234,19 @@ def _write_one(folder: Path, seed: int, job: tuple[int, str, Scene]) -> str:
     return key
 
 
-def _phrase(mover: Mover) -> str:
-    return f"{mover.size} {mover.colour} {mover.shape}"
+def _phrase(obj: MovingObject) -> str:
+    return f"{obj.size} {obj.colour} {obj.shape}"
 
 
-def _verb(mover: Mover) -> str:
-    return f"moves {mover.direction} {mover.speed}"
+def _verb(obj: MovingObject) -> str:
+    return f"moves {obj.direction} {obj.speed}"
 
 
-def _any(rng: np.random.Generator) -> Scene:
+def _random_scene(rng: np.random.Generator) -> Scene:
     colours = rng.permutation(list(COLOURS))[:2]
     shapes = rng.permutation(SHAPES)[:2]
-    movers = [
-        Mover(
+    movings = [
+        MovingObject(
             colour=str(colour),
             shape=str(shape),
             size=str(rng.choice(list(SIZES))),
@@ -228,53 +255,53 @@ def _any(rng: np.random.Generator) -> Scene:
         )
         for colour, shape in zip(colours, shapes, strict=True)
     ]
-    return Scene(first=movers[0], second=movers[1], order=str(rng.choice(ORDERS)))
+    return Scene(first=movings[0], second=movings[1], order=str(rng.choice(ORDERS)))
 
 
 def _one_attribute_away(scene: Scene, rng: np.random.Generator) -> Scene:
-    other = _any(rng)
+    other = _random_scene(rng)
     names = ("colour", "shape", "size", "direction", "speed")
     side = ("first", "second")[rng.integers(2)]
     name = names[rng.integers(len(names))]
-    mover = replace(getattr(scene, side), **{name: getattr(getattr(other, side), name)})
-    near = replace(scene, **{side: mover})
+    obj = replace(getattr(scene, side), **{name: getattr(getattr(other, side), name)})
+    near = replace(scene, **{side: obj})
     clash = near.first.colour == near.second.colour or near.first.shape == near.second.shape
-    return _any(rng) if clash else near
+    return _random_scene(rng) if clash else near
 
 
 def _start_positions(scene: Scene, rng: np.random.Generator) -> list[np.ndarray]:
     for _ in range(100):
-        starts = [_start_position(mover, rng) for mover in (scene.first, scene.second)]
-        if np.abs(starts[0] - starts[1]).max() > APART:
+        starts = [_start_position(obj, rng) for obj in (scene.first, scene.second)]
+        if np.abs(starts[0] - starts[1]).max() > MIN_DISTANCE:
             return starts
-    raise ValueError(f"no two places {APART} apart for {scene}")
+    raise ValueError(f"no two positions at a distance of {MIN_DISTANCE} for {scene}")
 
 
-def _start_position(mover: Mover, rng: np.random.Generator) -> np.ndarray:
-    margin = SIZES[mover.size] + 0.02
-    way = SPEEDS[mover.speed] * np.array(DIRECTIONS[mover.direction])
-    low = margin - np.minimum(way, 0.0)
-    high = np.maximum(1.0 - margin - np.maximum(way, 0.0), low)
+def _start_position(obj: MovingObject, rng: np.random.Generator) -> np.ndarray:
+    margin = SIZES[obj.size] + 0.02
+    displacement = SPEEDS[obj.speed] * np.array(DIRECTIONS[obj.direction])
+    low = margin - np.minimum(displacement, 0.0)
+    high = np.maximum(1.0 - margin - np.maximum(displacement, 0.0), low)
     return rng.uniform(low, high)
 
 
 def _progress(order: str, time: float) -> tuple[float, float]:
-    """How much of its way each object has made at `time` in [0, 1]."""
+    """Share of its distance that each object has moved at `time` in [0, 1]."""
     if order == "while":
         return time, time
     return min(1.0, 2 * time), max(0.0, 2 * time - 1)
 
 
-def _coverage(mover: Mover, centre: np.ndarray) -> np.ndarray:
-    """The share of each pixel that the object covers, from its signed distance: smooth edges."""
+def _coverage(obj: MovingObject, centre: np.ndarray) -> np.ndarray:
+    """Share of each pixel that the object covers, from its signed distance (smooth edges)."""
     axis = (np.arange(FRAME_SIDE) + 0.5) / FRAME_SIDE
     x, y = axis[None, :] - centre[0], axis[:, None] - centre[1]
-    radius = SIZES[mover.size]
-    if mover.shape == "circle":
+    radius = SIZES[obj.size]
+    if obj.shape == "circle":
         distance = np.hypot(x, y) - radius
-    elif mover.shape == "square":
+    elif obj.shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - 0.89 * radius
-    elif mover.shape == "triangle":
+    elif obj.shape == "triangle":
         distance = np.maximum(0.894 * np.abs(x) - 0.447 * (y + radius), y - 0.9 * radius)
     else:
         arms = np.minimum(

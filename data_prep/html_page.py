@@ -1,4 +1,4 @@
-"""What the HTML pages are made of: one style, charts as inline SVG, pictures as data URLs."""
+"""Building blocks of HTML pages: a shared style, charts as inline SVG, pictures as data URLs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
 
-# matplotlib knows no CSS: it draws with these stand-ins, which are then replaced in its SVG by the
-# page's colours, so that charts read on light and on dark.
+# matplotlib does not support CSS variables. It draws with these placeholder colours, which
+# `figure_svg` replaces with the page's colours, so that charts are legible in light and dark mode.
 INK, GRID = "#010203", "#010204"
 SERIES = ("#010211", "#010212", "#010213")
 CSS_COLOURS = {
@@ -29,8 +29,8 @@ FRAME_GAP = 1
 
 
 def page_template(folder: Path, name: str) -> Template:
-    """A template that may include page.css.jinja."""
-    # Everything that comes from data is escaped; undefined names are errors, not empty text.
+    """Loads a Jinja template from `folder`; it may include page.css.jinja."""
+    # All data is escaped; an undefined name is an error instead of an empty string.
     environment = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
@@ -42,26 +42,30 @@ def page_template(folder: Path, name: str) -> Template:
 
 
 def chart_settings(name: str) -> AbstractContextManager[None]:
-    """The settings under which a figure becomes `figure_svg(figure, name)`."""
-    # Text stays text (it takes the page's font), and the same numbers give the same file.
+    """Context with the matplotlib settings for drawing a figure that `figure_svg` converts."""
+    # Text stays text, in the page's font, and equal numbers give equal bytes.
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10})
 
 
 def figure_svg(figure: Figure, name: str) -> str:
-    """An `<svg>` that fits the page; `name` says what is seen, and keeps its ids apart from those
-    of other charts on the page."""
+    """Converts a figure to an `<svg>` element in the page's style.
+
+    Args:
+        figure: Drawn within `chart_settings(name)`.
+        name: Accessible label; must be unique on the page, because the element ids depend on it.
+    """
     text = StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    for stand_in, css in CSS_COLOURS.items():
-        svg = svg.replace(stand_in, css)
-    # The patches behind figure and axes are opaque white.
+    for placeholder, css in CSS_COLOURS.items():
+        svg = svg.replace(placeholder, css)
+    # The backgrounds of figure and axes are opaque white.
     svg = re.sub(r"fill: #ffffff(; stroke: #[0-9a-f]{6})?", "fill: none", svg)
-    # Names of groups are the same in every chart, and a page may have each once; nothing uses them.
+    # Group ids repeat in every chart, ids must be unique on a page, and nothing refers to them.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # The page decides the font and, given only the view box, the size.
+    # The page sets the font and, from the view box, the size.
     svg = re.sub(r" font-family: [^;]*;", "", svg)
     return re.sub(
         r'<svg[^>]*(viewBox="[^"]*")[^>]*>',
@@ -72,7 +76,7 @@ def figure_svg(figure: Figure, name: str) -> str:
 
 
 def picture_strip(frames: Sequence[Image.Image], max_height: int = FRAME_HEIGHT) -> str:
-    """One picture or more side by side, at most `max_height` pixels high, as a data URL."""
+    """Joins pictures side by side, at most `max_height` pixels high; returns a JPEG data URL."""
     height = min(max_height, *(frame.height for frame in frames))
     sized = [
         frame.convert("RGB").resize((max(1, frame.width * height // frame.height), height))

@@ -25,9 +25,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from tvr.data_prep.check import sequential_reads as scan
 from tvr.data_prep.check.captions import LONG_WORDS, CaptionStatistics
-from tvr.data_prep.check.sequential_reads import JOBS
+from tvr.data_prep.check.sequential_reads import JOBS, OnBytes
 from tvr.data_prep.check.stats import dataset_statistics, read_facts
 from tvr.data_prep.check.verify import VerifyReport, leak_problems, verify_dataset
 from tvr.data_prep.cli_errors import STRICT, run_command
@@ -39,67 +38,67 @@ Against = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class VerifyArguments:
-    """Checks a packed data set against its manifest, every byte and every sample, and that it has
-    no sample in common with others; exit code 3 for problems."""
+    """Verifies a packed data set against its manifest, every byte and every sample. Can also check
+    that it shares no sample with other data sets. Exit code 3 if there are problems."""
 
     url: Annotated[str, tyro.conf.Positional]
     """Folder or fsspec URL of the data set."""
     against: Against = ()
-    """A data set that must have no sample in common with it, such as the training set of a test
-    set: by key, video_id or content. May be given several times."""
+    """Data set that must share no sample with this one, such as the training set of a test set.
+    Samples are compared by key, video_id and content. May be given several times."""
     compare_captions: bool = True
-    """Read the samples of those as well, to count captions in common (which are no problem)."""
+    """Read the samples of those data sets as well, to count captions in common (not a problem)."""
     decode: int = 32
-    """Samples to decode as well, spread evenly; 0 = none."""
+    """Samples, evenly spaced, whose frames are decoded as well; 0 = none."""
     jobs: int = JOBS
-    """Shards to read at a time."""
+    """Shards to read in parallel."""
     max_shown: int = 50
-    """Problems to list."""
+    """Problems to print."""
     json: str | None = None
-    """File for the whole report; - = standard output, instead of text."""
+    """File for the whole report as JSON; - = standard output, instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class StatsArguments:
-    """Writes one HTML page about a packed data set: samples to look at, histograms, totals."""
+    """Writes one HTML page about a packed data set: sample frames, histograms, totals."""
 
     url: Annotated[str, tyro.conf.Positional]
     """Folder or fsspec URL of the data set."""
     out: str = "stats.html"
     """File to write."""
     against: Against = ()
-    """A data set that must have no sample in common with it. May be given several times."""
+    """Data set that must share no sample with this one. May be given several times."""
     samples: int | None = None
-    """Samples to read, spread evenly; default: all."""
+    """Samples to read, evenly spaced; default: all."""
     pictures: int = 12
-    """Samples to show, spread evenly; 0 = none."""
+    """Samples to show, evenly spaced; 0 = none."""
     jobs: int = JOBS
-    """Shards to read at a time."""
+    """Shards to read in parallel."""
 
 
 def verify(argv: Sequence[str]) -> int:
-    """`tvr verify`: returns the exit code."""
+    """Runs `tvr verify`; returns the exit code."""
     return run_command(
         "tvr verify", lambda: _verify(tyro.cli(VerifyArguments, prog="tvr verify", args=argv))
     )
 
 
 def stats(argv: Sequence[str]) -> int:
-    """`tvr stats`: returns the exit code."""
+    """Runs `tvr stats`; returns the exit code."""
     return run_command(
         "tvr stats", lambda: _stats(tyro.cli(StatsArguments, prog="tvr stats", args=argv))
     )
 
 
 def _verify(arguments: VerifyArguments) -> int:
-    with _bar() as progress:
+    with _progress_bar() as on_bytes:
         report = verify_dataset(
             arguments.url,
             decode=arguments.decode,
             against=arguments.against,
             compare_captions=arguments.compare_captions,
             jobs=arguments.jobs,
-            progress=progress,
+            on_bytes=on_bytes,
         )
     text = json.dumps(asdict(report), indent=1)
     if arguments.json == "-":
@@ -107,11 +106,11 @@ def _verify(arguments: VerifyArguments) -> int:
     else:
         if arguments.json is not None:
             write_atomically(Path(arguments.json), text + "\n")
-        _tell(report, arguments.max_shown)
+        _print_report(report, arguments.max_shown)
     return 3 if report.problems else 0
 
 
-def _tell(report: VerifyReport, max_shown: int) -> None:
+def _print_report(report: VerifyReport, max_shown: int) -> None:
     print(
         f"{report.url}: {report.num_samples} samples in {report.num_shards} shards,"
         f" {report.num_bytes / 1e6:.1f} MB hashed, {report.num_decoded} samples decoded:"
@@ -119,8 +118,10 @@ def _tell(report: VerifyReport, max_shown: int) -> None:
     )
     print("\n".join(_caption_lines(report.captions)))
     for common in report.common_captions:
-        unread = f" ({common.num_unread} of its samples not read)" if common.num_unread else ""
-        print(f"captions also in {common.url}: {common.num_captions:,}{unread}")
+        unread = (
+            f" ({common.num_unread} of its samples could not be read)" if common.num_unread else ""
+        )
+        print(f"captions in common with {common.url}: {common.num_captions:,}{unread}")
     if not report.problems:
         return
     table = Table("where", "problem")
@@ -136,53 +137,55 @@ def _caption_lines(captions: CaptionStatistics) -> Iterator[str]:
     if words is None:
         return
     yield (
-        f"captions: {captions.num_captions:,}, of {words.least:.0f} to {words.most:.0f} words,"
-        f" median {words.median:g}, 95 % up to {words.p95:g};"
-        f" {100 * captions.num_long / captions.num_captions:.1f} % of more than {LONG_WORDS}"
+        f"captions: {captions.num_captions:,}, {words.least:.0f} to {words.most:.0f} words,"
+        f" median {words.median:g}, 95th percentile {words.p95:g};"
+        f" {100 * captions.num_long / captions.num_captions:.1f} % longer than {LONG_WORDS} words"
     )
     yield (
-        f"captions empty: {captions.num_empty:,}, repeated within a video:"
-        f" {captions.num_repeated:,}, of several videos: {captions.num_shared:,}"
+        f"empty captions: {captions.num_empty:,}, repeated within a video:"
+        f" {captions.num_repeated:,}, shared by several videos: {captions.num_shared:,}"
     )
 
 
 def _stats(arguments: StatsArguments) -> int:
-    # Takes a second, which verify need not.
+    # Importing matplotlib takes a second, and `tvr verify` does not need it.
     from tvr.data_prep.check.stats_page import shown_samples, stats_page
 
     if arguments.pictures < 0:
         raise ValueError(f"pictures={arguments.pictures} must be 0 or more")
     manifest = read_manifest(arguments.url)
-    found = {
+    problems_by_url = {
         other: list(leak_problems(manifest, other, read_manifest(other)))
         for other in arguments.against
     }
-    with _bar() as progress:
-        tally = read_facts(
+    with _progress_bar() as on_bytes:
+        facts = read_facts(
             arguments.url,
             manifest,
             samples=arguments.samples,
             jobs=arguments.jobs,
-            progress=progress,
+            on_bytes=on_bytes,
         )
-    statistics = dataset_statistics(manifest, tally)
+    statistics = dataset_statistics(manifest, facts)
     shown = shown_samples(arguments.url, manifest, arguments.pictures)
-    write_atomically(Path(arguments.out), stats_page(arguments.url, statistics, shown, found))
+    write_atomically(
+        Path(arguments.out), stats_page(arguments.url, statistics, shown, problems_by_url)
+    )
     print(
         f"{arguments.url}: {statistics.num_read:,} of {statistics.num_samples:,} samples read,"
         f" {statistics.num_captions:,} captions of {statistics.num_videos:,} videos;"
         f" see {arguments.out}"
     )
     if unread := sum(statistics.unread.values()):
-        print(f"{unread:,} samples could not be read: `tvr verify` names them")
-    for other, problems in found.items():
-        print(f"in common with {other}: {len(problems):,} pairs of samples")
+        print(f"{unread:,} samples could not be read; `tvr verify` lists them")
+    for other, problems in problems_by_url.items():
+        print(f"samples in common with {other}: {len(problems):,} pairs")
     return 0
 
 
 @contextmanager
-def _bar() -> Iterator[scan.Progress]:
-    """A bar of bytes on stderr, where that is a terminal."""
+def _progress_bar() -> Iterator[OnBytes]:
+    """Shows the bytes read on stderr, if it is a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""A distribution drawn as a histogram."""
+"""Draws a distribution as a histogram."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tvr.data_prep.check.distribution import Distribution, readable
 from tvr.data_prep.html_page import GRID, INK, SERIES, chart_settings, figure_svg
 
 
-def histogram_svg(values: Distribution, *, name: str, x_label: str, of_what: str) -> str:
-    """An `<svg>`: how many `of_what` have each value, with the median as a line."""
+def histogram_svg(values: Distribution, *, name: str, x_label: str, y_label: str) -> str:
+    """Draws a histogram with a line at the median; returns an `<svg>` element."""
     with chart_settings(name):
-        return figure_svg(_figure(values, x_label, of_what), name)
+        return figure_svg(_figure(values, x_label, y_label), name)
 
 
-def _figure(values: Distribution, x_label: str, of_what: str) -> Figure:
+def _figure(values: Distribution, x_label: str, y_label: str) -> Figure:
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(values.counts, values.edges, fill=True, color=SERIES[0], alpha=0.75)
@@ -33,12 +33,12 @@ def _figure(values: Distribution, x_label: str, of_what: str) -> Figure:
     else:
         label = x_label
     axes.set_xlabel(label, color=INK)
-    axes.set_ylabel(of_what, color=INK)
+    axes.set_ylabel(y_label, color=INK)
     axes.tick_params(colors=INK, length=0)
     axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
-    wide = values.edges[-1] - values.edges[0] > 4
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=wide))
+    has_wide_range = values.edges[-1] - values.edges[0] > 4
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=has_wide_range))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: readable(value)))

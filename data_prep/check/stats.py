@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers."""
+"""Statistics of a data set: totals from its manifest, and distributions from its samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tvr.data_prep.check.distribution import Distribution, distribution
 from tvr.data_prep.check.sequential_reads import (
     CHUNK_BYTES,
     JOBS,
-    Progress,
+    OnBytes,
     ReadMeter,
     SequentialShard,
     map_shards,
@@ -31,7 +31,7 @@ from tvr.data_prep.video.frame_sampling import segment_centres
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleFacts:
-    """What one sample says of itself and of its source."""
+    """Properties of one sample and of its source video."""
 
     video_id: str
     captions: tuple[str, ...]
@@ -44,7 +44,11 @@ class SampleFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetStatistics:
-    """Totals and sizes are of the whole data set, the rest is of the samples that were read."""
+    """Statistics of a data set.
+
+    Totals and sizes describe the whole data set; captions, durations, frame rates and source sizes
+    describe the samples that were read.
+    """
 
     layout: Layout
     num_frames: int
@@ -55,15 +59,15 @@ class DatasetStatistics:
     num_captions: int
     num_bytes: int
     refused: dict[str, int]
-    """Clips left out when packing, by reason."""
+    """Clips refused when packing, by reason."""
     num_empty_captions: int
-    """Dropped when packing."""
+    """Empty captions dropped when packing."""
     captions_per_video: Distribution | None
     sample_bytes: Distribution | None
     samples_per_shard: Distribution | None
     num_read: int
     unread: dict[str, int]
-    """Samples that should have been read and could not be, by reason."""
+    """Samples that could not be read, by reason."""
     captions: CaptionStatistics
     duration_s: Distribution | None
     frame_rate_hz: Distribution | None
@@ -75,7 +79,7 @@ class DatasetStatistics:
 
 @dataclass(slots=True)
 class FactsAccumulator:
-    """SampleFacts of many samples, in bounded memory: 24 bytes a sample and 20 a caption."""
+    """Facts of many samples, in 24 bytes per sample and 20 bytes per caption."""
 
     captions: CaptionAccumulator = field(default_factory=CaptionAccumulator)
     duration_s: array[float] = field(default_factory=lambda: array("d"))
@@ -85,7 +89,7 @@ class FactsAccumulator:
     unread: Counter[str] = field(default_factory=Counter)
 
     def add(self, facts: SampleFacts) -> None:
-        """Counts one sample."""
+        """Adds one sample."""
         self.captions.add(facts.video_id, facts.captions)
         self.duration_s.append(facts.duration_s)
         self.frame_rate_hz.append(facts.frame_rate_hz)
@@ -93,7 +97,7 @@ class FactsAccumulator:
         self.height.append(facts.height)
 
     def merge(self, other: FactsAccumulator) -> None:
-        """Counts what another tally did."""
+        """Adds the samples of another accumulator."""
         self.captions.merge(other.captions)
         self.duration_s.extend(other.duration_s)
         self.frame_rate_hz.extend(other.frame_rate_hz)
@@ -108,30 +112,41 @@ def read_facts(
     *,
     samples: int | None = None,
     jobs: int = JOBS,
-    progress: Progress | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> FactsAccumulator:
-    """Reads every sample, or `samples` of them, spread evenly; `jobs` shards at a time."""
+    """Reads the facts of a data set's samples.
+
+    Args:
+        url: Folder or fsspec URL of the data set.
+        manifest: Index of the data set.
+        samples: Samples to read, evenly spaced; None = all.
+        jobs: Shards to read in parallel.
+        on_bytes: Called after each read.
+
+    Raises:
+        ValueError: `samples` or `jobs` is out of range.
+    """
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples} must be 1 or more")
     total = manifest.num_samples
     rows = np.array(segment_centres(total, total if samples is None else samples))
     if len(rows) == total:
-        num_bytes, ahead = sum(shard.shard_bytes for shard in manifest.files), CHUNK_BYTES
-    else:  # nothing that is wanted lies beside a sample
-        num_bytes, ahead = int(manifest.samples.length[rows].sum()), 0
-    meter = ReadMeter(num_bytes, progress)
-    read = partial(_read_shard, Storage(url), manifest, rows, meter, ahead)
-    tally = FactsAccumulator()
-    for found in map_shards(jobs, read, range(len(manifest.files)), meter):
-        tally.merge(found)
-    return tally
+        num_bytes, read_ahead = sum(shard.shard_bytes for shard in manifest.files), CHUNK_BYTES
+    else:  # single samples: reading ahead would read samples that are not selected
+        num_bytes, read_ahead = int(manifest.samples.length[rows].sum()), 0
+    meter = ReadMeter(num_bytes, on_bytes)
+    read = partial(_read_shard, Storage(url), manifest, rows, meter, read_ahead)
+    merged = FactsAccumulator()
+    for facts in map_shards(jobs, read, range(len(manifest.files)), meter):
+        merged.merge(facts)
+    return merged
 
 
-def dataset_statistics(manifest: Manifest, tally: FactsAccumulator) -> DatasetStatistics:
-    """Of a data set, some or all samples of which were counted."""
+def dataset_statistics(manifest: Manifest, facts: FactsAccumulator) -> DatasetStatistics:
+    """Computes the statistics of a data set from its manifest and the facts of its samples."""
     samples = manifest.samples
     video_ids, videos = np.unique(samples.video_id, return_inverse=True)
-    width, height = (np.array(side, dtype=np.float64) for side in (tally.width, tally.height))
+    width, height = (np.array(side, dtype=np.float64) for side in (facts.width, facts.height))
     return DatasetStatistics(
         layout=manifest.layout,
         num_frames=manifest.num_frames,
@@ -145,35 +160,42 @@ def dataset_statistics(manifest: Manifest, tally: FactsAccumulator) -> DatasetSt
         sample_bytes=distribution(samples.length),
         samples_per_shard=distribution(np.array(manifest.shard_sizes), whole=True),
         num_read=len(width),
-        unread=dict(sorted(tally.unread.items())),
-        captions=tally.captions.statistics(),
-        duration_s=distribution(np.array(tally.duration_s)),
-        frame_rate_hz=distribution(np.array(tally.frame_rate_hz)),
+        unread=dict(sorted(facts.unread.items())),
+        captions=facts.captions.statistics(),
+        duration_s=distribution(np.array(facts.duration_s)),
+        frame_rate_hz=distribution(np.array(facts.frame_rate_hz)),
         short_side=distribution(np.minimum(width, height), whole=True),
         aspect=distribution(width / height),
     )
 
 
 def _read_shard(
-    store: Storage, manifest: Manifest, rows: np.ndarray, meter: ReadMeter, ahead: int, number: int
+    store: Storage,
+    manifest: Manifest,
+    rows: np.ndarray,
+    meter: ReadMeter,
+    read_ahead: int,
+    number: int,
 ) -> FactsAccumulator:
-    tally = FactsAccumulator()
-    file = SequentialShard(store, manifest.files[number], meter, ahead=ahead)
+    facts = FactsAccumulator()
+    file = SequentialShard(store, manifest.files[number], meter, read_ahead=read_ahead)
     wanted = np.intersect1d(rows, manifest.rows_of_file(number)).tolist()
     for done, row in enumerate(wanted):
         try:
-            tally.add(_facts(str(manifest.samples.key[row]), read_members(file, manifest, row)))
+            facts.add(
+                _parse_facts(str(manifest.samples.key[row]), read_members(file, manifest, row))
+            )
         except BadSample as error:
-            tally.unread[error.reason] += 1
+            facts.unread[error.reason] += 1
         except OSError as error:
-            # Was tried again already; so would be every other sample of this shard.
+            # The store has already retried; every other sample of the shard would fail as well.
             missing = isinstance(error, FileNotFoundError)
-            tally.unread["missing_shard" if missing else "read_error"] += len(wanted) - done
+            facts.unread["missing_shard" if missing else "read_error"] += len(wanted) - done
             break
-    return tally
+    return facts
 
 
-def _facts(key: str, members: dict[str, bytes]) -> SampleFacts:
+def _parse_facts(key: str, members: dict[str, bytes]) -> SampleFacts:
     meta = parse_meta(key, members)
     try:
         fields = json.loads(members["json"])

@@ -1,4 +1,4 @@
-"""Writes stats.html, one page that needs nothing else: what a data set holds, to look at."""
+"""The page of `tvr stats`: one self-contained HTML file that describes a data set."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import decode_jpeg
 
 PICTURE_HEIGHT = 120
-MOST_LEAKS = 100
-# The first frame, the middle one and, a share just below 1 of the last third, the last.
+MAX_LEAKS = 100
+# Offsets within three equal segments that select the first, the middle and the last frame.
 FIRST_MIDDLE_LAST = (0.0, 0.5, 1 - 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownSample:
-    """A sample to look at: its pictures as one data URL, or why there are none."""
+    """A sample to display."""
 
     key: str
     captions: tuple[str, ...]
     pictures: str
+    """Data URL of a strip of frames; empty if the sample could not be read."""
     problem: str
+    """Why the sample could not be read; empty if it was."""
 
 
 def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]:
-    """`count` samples spread evenly over the data set: the middles of as many equal parts."""
+    """Reads `count` samples, evenly spaced over the data set, for display."""
     store, shown = Storage(url), []
     for row in segment_frames(manifest.num_samples, count) if count else ():
         key = str(manifest.samples.key[row])
@@ -49,9 +51,8 @@ def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]
         captions: tuple[str, ...] = ()
         pictures = problem = ""
         try:
-            members = read_members(
-                SequentialShard(store, shard, ReadMeter(0, None), ahead=0), manifest, row
-            )
+            file = SequentialShard(store, shard, ReadMeter(0, None), read_ahead=0)
+            members = read_members(file, manifest, row)
             captions = parse_meta(key, members).texts
             pictures = picture_strip(_pictures(key, members), PICTURE_HEIGHT)
         except (BadSample, OSError) as error:
@@ -66,7 +67,14 @@ def stats_page(
     shown: Sequence[ShownSample],
     leaks: Mapping[str, Sequence[Problem]],
 ) -> str:
-    """The page. `leaks` are those with each other data set that this one was held against."""
+    """Renders the page.
+
+    Args:
+        name: Title of the page.
+        statistics: Statistics of the data set.
+        shown: Samples to display.
+        leaks: For each other data set, the samples in common with it.
+    """
     return page_template(Path(__file__).parent, "stats.html.jinja").render(
         name=name,
         statistics=statistics,
@@ -75,9 +83,9 @@ def stats_page(
         readable=readable,
         shown=shown,
         charts=list(_charts(statistics)),
-        rows=[(title, unit, values) for title, unit, _, values in _measured(statistics)],
+        rows=[(title, unit, values) for title, unit, _, values in _distributions(statistics)],
         leaks=leaks,
-        most_leaks=MOST_LEAKS,
+        max_leaks=MAX_LEAKS,
     )
 
 
@@ -90,27 +98,27 @@ def _pictures(key: str, members: dict[str, bytes]) -> list[Image.Image]:
     return [Image.fromarray(decode_jpeg(members[n], key=key, member=n)) for n in chosen]
 
 
-def _measured(statistics: DatasetStatistics) -> Iterator[tuple[str, str, str, Distribution]]:
-    """Title, unit, what is counted, values."""
-    each = (
+def _distributions(statistics: DatasetStatistics) -> Iterator[tuple[str, str, str, Distribution]]:
+    """Yields (title, unit, counted objects, values) of each distribution."""
+    candidates = (
         ("Caption length", "words", "captions", statistics.captions.words),
-        ("Captions of a video", "captions", "videos", statistics.captions_per_video),
+        ("Captions per video", "captions", "videos", statistics.captions_per_video),
         ("Duration", "s", "samples", statistics.duration_s),
         ("Frame rate", "frames/s", "samples", statistics.frame_rate_hz),
         ("Short side of the source", "pixels", "samples", statistics.short_side),
-        ("Aspect of the source", "width / height", "samples", statistics.aspect),
-        ("Size of a sample", "bytes", "samples", statistics.sample_bytes),
-        ("Samples in a shard", "samples", "shards", statistics.samples_per_shard),
+        ("Aspect ratio of the source", "width / height", "samples", statistics.aspect),
+        ("Sample size", "bytes", "samples", statistics.sample_bytes),
+        ("Samples per shard", "samples", "shards", statistics.samples_per_shard),
     )
-    for title, unit, of_what, values in each:
+    for title, unit, counted, values in candidates:
         if values is not None:
-            yield title, unit, of_what, values
+            yield title, unit, counted, values
 
 
 def _charts(statistics: DatasetStatistics) -> Iterator[tuple[str, Markup]]:
-    for title, unit, of_what, values in _measured(statistics):
+    for title, unit, counted, values in _distributions(statistics):
         if values.most == values.least:
-            continue  # the table says it all
-        svg = histogram_svg(values, name=title, x_label=unit, of_what=of_what)
-        # Our own drawing of numbers: nothing in it to escape.
+            continue  # the table shows a constant well enough
+        svg = histogram_svg(values, name=title, x_label=unit, y_label=counted)
+        # Safe: the drawing contains only numbers and the titles above.
         yield title, Markup(svg)

@@ -1,4 +1,4 @@
-"""Checks a data set against its manifest, and that it has nothing in common with others."""
+"""Verifies a data set against its manifest, and checks that it shares no sample with others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tvr.data_prep.check.check_shard import (
     Problem,
     ShardFindings,
     check_shard,
-    place,
     read_captions,
+    sample_location,
 )
-from tvr.data_prep.check.sequential_reads import JOBS, Progress, ReadMeter, map_shards
+from tvr.data_prep.check.sequential_reads import JOBS, OnBytes, ReadMeter, map_shards
 from tvr.data_prep.dataset.leakage import repeated_content, shared_samples
 from tvr.data_prep.dataset.manifest import BAD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from tvr.data_prep.storage.storage import Storage
@@ -25,26 +25,31 @@ from tvr.data_prep.video.frame_sampling import segment_centres
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonCaptions:
-    """What is no problem: two videos may be described by the same words."""
+    """Captions shared with another data set. They are no problem: two videos may be alike."""
 
     url: str
+    """The other data set."""
     num_captions: int
     """Distinct captions that are in both data sets."""
     num_unread: int
-    """Samples of the other one whose captions could not be read."""
+    """Samples of the other data set whose captions could not be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What was checked and what was found; no problems means the data set is the one that was
-    packed, and has no sample in common with those it was held against."""
+    """Result of a verification.
+
+    Without problems, the data set equals the one that was packed, and shares no sample with the
+    data sets it was compared with.
+    """
 
     url: str
     num_shards: int
     num_samples: int
     num_bytes: int
-    """Read and hashed."""
+    """Bytes read and hashed."""
     num_decoded: int
+    """Samples whose frames were decoded."""
     captions: CaptionStatistics
     common_captions: tuple[CommonCaptions, ...]
     problems: tuple[Problem, ...]
@@ -57,65 +62,79 @@ def verify_dataset(
     against: Sequence[str] = (),
     compare_captions: bool = True,
     jobs: int = JOBS,
-    progress: Progress | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> VerifyReport:
-    """Reads every byte once: shard presence, size and sha256; each sample's range, members and
-    JSON; duplicates; refused clips as listed; captions.
+    """Verifies a packed data set; reads every byte once.
 
-    Of `decode` samples spread evenly over the data set (0 = none) the frames are decoded as well.
-    Frame counts and sizes are not judged. A sample whose key, video_id or content is in one of the
-    data sets `against` is a problem. That takes their manifests; `compare_captions` reads their
-    samples too, and counts captions in common. `jobs` shards are read at a time.
+    It checks that each shard exists and has the size and sha256 of the manifest, that each sample
+    has its byte range, members and JSON, that no sample is duplicated, that the list of refused
+    clips agrees with the manifest, and that words lie within their captions. It does not judge
+    frame counts or frame sizes.
 
-    Raises as `read_manifest` when there is no readable index.
+    Args:
+        url: Folder or fsspec URL of the data set.
+        decode: Samples, evenly spaced over the data set, whose frames are decoded; 0 = none.
+        against: Other data sets. A sample with the key, video_id or content of one of their samples
+            is a problem. This check reads their manifests only.
+        compare_captions: Read the samples of the other data sets as well, to count the captions in
+            common.
+        jobs: Shards to read in parallel.
+        on_bytes: Called after each read.
+
+    Raises:
+        ValueError: `decode` or `jobs` is out of range.
+        FileNotFoundError, OSError, ShardCorrupt: no readable index, see `read_manifest`.
     """
     if decode < 0:
         raise ValueError(f"decode={decode} must be 0 or more samples")
     manifest = read_manifest(url)
     others = {other: read_manifest(other) for other in against}
     read = [manifest, *(others.values() if compare_captions else ())]
-    meter = ReadMeter(sum(s.shard_bytes for each in read for s in each.files), progress)
+    meter = ReadMeter(sum(s.shard_bytes for each in read for s in each.files), on_bytes)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
-    scan = _scan(manifest, partial(check_shard, Storage(url), manifest, rows, meter), jobs, meter)
-    problems = [*_duplicates(manifest), *_totals(url, manifest), *scan.problems]
+    check = partial(check_shard, Storage(url), manifest, rows, meter)
+    findings = _read_all(manifest, check, jobs, meter)
+    problems = [*_duplicates(manifest), *_total_problems(url, manifest), *findings.problems]
     common = []
     for other, theirs in others.items():
         problems += leak_problems(manifest, other, theirs)
         if compare_captions:
-            found = _scan(
-                theirs, partial(read_captions, Storage(other), theirs, meter), jobs, meter
-            )
-            num_captions = scan.captions.num_also_in(found.captions)
+            read_other = partial(read_captions, Storage(other), theirs, meter)
+            other_findings = _read_all(theirs, read_other, jobs, meter)
             common.append(
-                CommonCaptions(url=other, num_captions=num_captions, num_unread=found.num_unread)
+                CommonCaptions(
+                    url=other,
+                    num_captions=findings.captions.num_also_in(other_findings.captions),
+                    num_unread=other_findings.num_unread,
+                )
             )
     return VerifyReport(
         url=url,
         num_shards=len(manifest.files),
         num_samples=manifest.num_samples,
-        num_bytes=scan.num_bytes,
+        num_bytes=findings.num_bytes,
         num_decoded=len(rows),
-        captions=scan.captions.statistics(),
+        captions=findings.captions.statistics(),
         common_captions=tuple(common),
         problems=tuple(problems),
     )
 
 
 def leak_problems(manifest: Manifest, other: str, theirs: Manifest) -> Iterator[Problem]:
-    """A problem for each pair of a sample and one of the data set at `other` that are the same."""
+    """Yields a problem for each sample that equals a sample of the data set at `other`."""
     for shared in shared_samples(manifest.samples, theirs.samples):
-        same = " and ".join(shared.by)
-        what = f"same {same} as {theirs.samples.key[shared.other_row]} of {other}"
-        yield Problem(where=place(manifest, shared.row), what=what)
+        columns = " and ".join(shared.by)
+        what = f"same {columns} as {theirs.samples.key[shared.other_row]} of {other}"
+        yield Problem(where=sample_location(manifest, shared.row), what=what)
 
 
-def _scan(
+def _read_all(
     manifest: Manifest, read: Callable[[int], ShardFindings], jobs: int, meter: ReadMeter
 ) -> ShardFindings:
-    whole = ShardFindings()
-    for scan in map_shards(jobs, read, range(len(manifest.files)), meter):
-        whole.merge(scan)
-    return whole
+    merged = ShardFindings()
+    for findings in map_shards(jobs, read, range(len(manifest.files)), meter):
+        merged.merge(findings)
+    return merged
 
 
 def _duplicates(manifest: Manifest) -> Iterator[Problem]:
@@ -132,11 +151,11 @@ def _duplicates(manifest: Manifest) -> Iterator[Problem]:
             f"same content as {samples.key[first]}, but video_id {str(samples.video_id[row])!r}"
             f" instead of {str(samples.video_id[first])!r}"
         )
-        yield Problem(where=place(manifest, row), what=what)
+        yield Problem(where=sample_location(manifest, row), what=what)
 
 
-def _totals(url: str, manifest: Manifest) -> Iterator[Problem]:
-    """Where the manifest's totals are not those of its columns and of the list of refused clips."""
+def _total_problems(url: str, manifest: Manifest) -> Iterator[Problem]:
+    """Compares the manifest's totals with its columns and with the list of refused clips."""
     num_captions = int(manifest.samples.num_captions.sum())
     if num_captions != manifest.num_captions:
         what = f"{manifest.num_captions} captions, {num_captions} in its columns"
@@ -147,7 +166,7 @@ def _totals(url: str, manifest: Manifest) -> Iterator[Problem]:
     except OSError as error:
         yield Problem(where=BAD_NAME, what=f"{type(error).__name__}: {error}")
     except (ValueError, KeyError, TypeError) as error:
-        yield Problem(where=BAD_NAME, what=f"not as packed: {error!r}")
+        yield Problem(where=BAD_NAME, what=f"damaged or edited: {error!r}")
     else:
         if listed != manifest.bad:
             what = f"{_counts(listed)} listed, {_counts(manifest.bad)} in {MANIFEST_NAME}"

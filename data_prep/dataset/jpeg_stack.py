@@ -1,7 +1,7 @@
-"""How a beton holds one sample: a stack of JPEG frames, then its JSON.
+"""Byte format of one sample in a beton: a stack of JPEG frames, followed by the sample's JSON.
 
-All numbers are little-endian, 4 bytes: the number of frames, the bytes of each; then the frames as
-they were packed, end to end. The rest of the range is the JSON.
+All numbers are little-endian uint32. The stack holds the number of frames, the size of each frame
+in bytes, and the frames as they were packed. The rest of the byte range is the JSON.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from tvr.data_prep.records import BadSample
 
 
 def stack_bytes(jpegs: Sequence[bytes]) -> bytes:
-    """The stack of a sample's frames."""
+    """Encodes the frames of a sample as a stack."""
     sizes = [len(jpeg) for jpeg in jpegs]
     return struct.pack(f"<{1 + len(sizes)}I", len(sizes), *sizes) + b"".join(jpegs)
 
 
 def split_stack(content: bytes, key: str) -> dict[str, bytes]:
-    """A sample's range -> its members by extension, as in a shard. Raises BadSample."""
+    """Splits a sample's byte range into members by file extension, as in a shard.
+
+    Raises:
+        BadSample: the range is too short for its stack.
+    """
     try:
         (count,) = struct.unpack_from("<I", content)
         sizes = struct.unpack_from(f"<{count}I", content, 4)
@@ -31,11 +35,13 @@ def split_stack(content: bytes, key: str) -> dict[str, bytes]:
         members[name] = content[start : start + size]
         start += size
     if start > len(content):
-        raise BadSample(key, "missing_member", f"{len(content)} bytes for a stack of {start}")
+        raise BadSample(
+            key, "missing_member", f"the stack needs {start} bytes, the range has {len(content)}"
+        )
     return {**members, "json": content[start:]}
 
 
 def stack_names(count: int) -> list[str]:
-    """The extensions of a stack's frames, in order, as packing names them."""
+    """Returns the member names of `count` frames in order, as packing assigns them."""
     digits = max(2, len(str(count - 1)))
     return [f"{index:0{digits}d}.jpg" for index in range(count)]

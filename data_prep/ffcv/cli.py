@@ -1,4 +1,4 @@
-"""The command line of `tvr pack --format beton`. Exit codes as `tvr pack`."""
+"""The command line of `tvr pack --format beton`; exit codes as `tvr pack`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tvr.data_prep.ffcv.writer import write_beton
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class BetonArguments:
-    """Writes a packed data set of JPEG frames as one FFCV file, which decodes faster. Training
-    takes its folder like any other data set and sees the same batches."""
+    """Converts a packed data set of JPEG frames to one FFCV file, a beton, which decodes faster.
+
+    Training reads the new folder like any other data set and sees the same batches."""
 
     format: Literal["beton"]
     source: str
@@ -25,11 +26,11 @@ class BetonArguments:
     out: str
     """Local folder to write."""
     overwrite: bool = False
-    """Replace a complete data set at `out`."""
+    """Replace a complete beton at `out`."""
 
 
 def pack_beton(argv: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Runs `tvr pack --format beton`; returns the exit code."""
     prog = "tvr pack"
     return run_command(prog, lambda: _pack(tyro.cli(BetonArguments, prog=prog, args=argv)))
 
@@ -43,11 +44,11 @@ def _pack(arguments: BetonArguments) -> int:
             arguments.source,
             arguments.out,
             overwrite=arguments.overwrite,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     assert manifest.beton is not None
     print(
-        f"wrote {manifest.num_samples} clips with {manifest.num_captions} captions into"
+        f"wrote {manifest.num_samples} clips with {manifest.num_captions} captions to"
         f" {manifest.beton.name}, {manifest.beton.shard_bytes / 1e6:.1f} MB, at {arguments.out}"
     )
     return 0

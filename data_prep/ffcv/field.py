@@ -1,8 +1,10 @@
-"""FFCV's side of a beton: the field that holds a sample's JPEG frames, and its decoder.
+"""FFCV field for a sample's JPEG frames, and its decoder.
 
-FFCV's own JPEG decoder asks libjpeg-turbo for the fast, inexact transform and looks at no error.
-This one asks the same library for the exact transform, which gives the pixels of simplejpeg and
-Pillow, and tells what it could not decode. Importing it needs FFCV.
+FFCV's own JPEG decoder uses libjpeg-turbo's fast, inexact transform and ignores errors. This one
+uses the exact transform of the same library, which gives the same pixels as simplejpeg and Pillow,
+and reports the samples that it could not decode.
+
+Importing this module requires FFCV, see `optional_import`.
 """
 
 # pyright: reportMissingImports=false
@@ -22,7 +24,7 @@ from numba import njit, prange
 
 from tvr.data_prep.dataset.jpeg_stack import stack_bytes
 
-# All pointers are void: numba passes addresses as integers.
+# All pointers are void pointers, because numba passes addresses as integers.
 _void_p, _int, _ulong = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
 _turbojpeg = ctypes.CDLL("libturbojpeg.so.0")
 _init = _turbojpeg.tjInitDecompress
@@ -35,11 +37,11 @@ _destroy.restype, _destroy.argtypes = _int, [_void_p]
 _crc32 = ctypes.CDLL("libz.so.1").crc32
 _crc32.restype, _crc32.argtypes = _ulong, [_ulong, _void_p, ctypes.c_uint]
 
-_RGB, _EXACT = 0, 0  # TJPF_RGB; no flag: the slow integer transform, smooth upsampling
+_RGB, _EXACT = 0, 0  # TJPF_RGB; no flags = accurate integer transform, smooth upsampling
 
 
 class JpegStackField(Field):
-    """The JPEG frames of a sample, all of one size, byte for byte as packed."""
+    """The JPEG frames of a sample, stored byte for byte as packed; all have the same size."""
 
     @property
     def metadata_type(self) -> np.dtype:
@@ -61,7 +63,13 @@ class JpegStackField(Field):
         return np.zeros(1, dtype=ARG_TYPE)[0]
 
     def encode(self, destination: Any, field: Any, malloc: Any) -> None:  # type: ignore[override]
-        """`field`: (JPEGs, height, width); 0 x 0 marks a stack that the decoder leaves alone."""
+        """Writes one sample.
+
+        Args:
+            destination: Metadata row to fill.
+            field: (JPEGs, height, width); the decoder skips a sample of 0 x 0 pixels.
+            malloc: FFCV's allocator.
+        """
         jpegs, height, width = field
         content = stack_bytes(jpegs)
         ptr, buffer = malloc(len(content))
@@ -80,10 +88,10 @@ class JpegStackField(Field):
 
 
 class JpegStackDecoder(Operation):
-    """Gives (frames (n, bytes) uint8, crc32 (n,), decoded (n,) bool) of n samples.
+    """Decodes n samples to (frames (n, bytes) uint8, crc32 (n,), is_decoded (n,) bool).
 
-    A row of `frames` holds a sample's (F, H, W, 3) and zeros behind them. Each batch is memory of
-    its own: FFCV's buffers are written again while a batch is still in use.
+    A row of `frames` holds a sample's (F, H, W, 3) pixels, zero-padded. Each batch gets newly
+    allocated memory, because FFCV reuses its own buffers while a batch is still in use.
     """
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
@@ -101,7 +109,7 @@ class JpegStackDecoder(Operation):
 
 
 class TextDecoder(BytesDecoder):
-    """Gives the bytes (n, bytes) uint8 of n samples; as above in memory of its own."""
+    """Copies the bytes (n, bytes) uint8 of n samples into newly allocated memory."""
 
     def declare_state_and_memory(self, previous_state: State) -> Any:
         self._row_bytes = int(self.metadata["size"].max())
@@ -120,17 +128,17 @@ class TextDecoder(BytesDecoder):
 def _decode_rows(rows, metadata, file, row_bytes):  # type: ignore[no-untyped-def]
     frames = np.empty((len(rows), row_bytes), dtype=np.uint8)
     crc32 = np.zeros(len(rows), dtype=np.uint32)
-    decoded = np.zeros(len(rows), dtype=np.bool_)
+    is_decoded = np.zeros(len(rows), dtype=np.bool_)
     for i in prange(len(rows)):
         row = metadata[rows[i]]
         start, size = np.int64(row["ptr"]), np.int64(row["size"])
         if 0 <= start and 0 <= size and start + size <= file.size:
             crc32[i] = _crc32(0, file.ctypes.data + start, size)
             count, height, width = np.int64(row["frames"]), row["height"], row["width"]
-            decoded[i] = _decode_stack(
+            is_decoded[i] = _decode_stack(
                 file, start, size, count, np.int64(height), np.int64(width), frames[i]
             )
-    return frames, crc32, decoded
+    return frames, crc32, is_decoded
 
 
 @njit(nogil=True)
@@ -143,8 +151,8 @@ def _copy_rows(rows, metadata, file, row_bytes):  # type: ignore[no-untyped-def]
     return texts
 
 
-# Inlined: as a function of its own numba 0.68 compiles it for one beton, and for a second one of
-# other sizes in the same process fails with a KeyError among its own signatures.
+# Inlined: as a separate function, numba 0.68 compiles it for the first beton and fails with a
+# KeyError for a second beton of other sizes in the same process.
 @njit(nogil=True, inline="always")
 def _decode_stack(file, start, size, count, height, width, out):  # type: ignore[no-untyped-def]
     frame_bytes = 3 * height * width
@@ -169,6 +177,6 @@ def _decode_stack(file, start, size, count, height, width, out):  # type: ignore
 @njit(nogil=True, inline="always")
 def _uint32(file, at):  # type: ignore[no-untyped-def]
     value = np.int64(0)
-    for place in range(4):
-        value += np.int64(file[at + place]) << (8 * place)
+    for index in range(4):
+        value += np.int64(file[at + index]) << (8 * index)
     return value

@@ -1,9 +1,10 @@
 """FFCV's Loader as the source of a rank's training batches.
 
-Its threads read and decode whole batches ahead; what happens to a sample thereafter is the code of
-every other source, and so are the order, the draws and the rules for bad samples: a sample that
-FFCV's side does not give intact is read again by the reader, which says what is wrong with it.
-Importing it needs FFCV.
+FFCV's threads read and decode whole batches ahead. All later processing, the order, the random
+choices and the handling of bad samples use the same code as for shards. A sample that FFCV does not
+deliver intact is read again by `SampleReader`, which determines the error.
+
+Importing this module requires FFCV, see `optional_import`.
 """
 
 # pyright: reportMissingImports=false
@@ -28,13 +29,18 @@ from tvr.data_prep.ffcv.field import JpegStackDecoder, JpegStackField, TextDecod
 from tvr.data_prep.ffcv.optional_import import max_threads
 from tvr.data_prep.reading.batch_buffers import BatchSlot
 from tvr.data_prep.reading.order import SampleOrder
-from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.reading.worker import BatchCollator, PositionBatches, TrainingDataset
+from tvr.data_prep.reading.sample_reader import SampleReader, StoredFrames
+from tvr.data_prep.reading.worker import (
+    BatchCollator,
+    DrawnBatch,
+    PositionBatches,
+    TrainingDataset,
+)
 from tvr.data_prep.records import Batch, ShardCorrupt
 from tvr.data_prep.storage.storage import Storage
 
-# The endless stream is given to FFCV in epochs of about so many samples: it wants the order of an
-# epoch as a list, and starts each with an empty queue.
+# FFCV needs the order of an epoch as a list, and starts each epoch with an empty queue. The endless
+# stream is therefore divided into FFCV epochs of about this many samples.
 EPOCH_SAMPLES = 1 << 14
 POLL_S = 1.0
 
@@ -42,54 +48,64 @@ POLL_S = 1.0
 def beton_batches(
     reader: SampleReader,
     order: SampleOrder,
-    rows: TrainingDataset,
-    runs: PositionBatches,
-    join: BatchCollator,
+    dataset: TrainingDataset,
+    positions: PositionBatches,
+    collator: BatchCollator,
     threads: int,
 ) -> Iterator[Batch]:
-    """A batch for each run of stream positions, read and decoded by `threads` threads of FFCV (one
-    at least, and no more than the machine's cores).
+    """Yields a batch for each range of stream positions, decoded by FFCV.
 
-    Raises, at the call, ValueError for a remote data set and ShardCorrupt for a file that is not
-    there or not whole.
+    Args:
+        reader: Reader of the beton's data set.
+        order: Order of the samples.
+        dataset: Draws the sample of a position.
+        positions: Positions of each batch.
+        collator: Joins samples into a batch.
+        threads: Threads of FFCV; at least one is used, and at most one per core.
+
+    Raises:
+        ValueError: the data set is remote.
+        ShardCorrupt: the file is missing or truncated.
     """
     path = _checked_path(reader)
-    epochs = _Epochs(order, runs, max(1, EPOCH_SAMPLES // runs.length))
+    epochs = _Epochs(order, positions, max(1, EPOCH_SAMPLES // positions.length))
     with _torch_threads_kept():
         loader = Loader(
             path,
-            batch_size=runs.length,
+            batch_size=positions.length,
             num_workers=max(1, min(threads, max_threads())),
             os_cache=True,
             order=epochs,
-            seed=0,  # else it draws one from numpy's global generator
+            seed=0,  # otherwise FFCV draws a seed from numpy's global generator
             pipelines={"frames": [JpegStackDecoder()], "text": [TextDecoder()]},
             custom_fields={"frames": JpegStackField},
         )
-    return _batches(loader, epochs, reader, rows, join)
+    return _batches(loader, epochs, reader, dataset, collator)
 
 
 class _Epochs(TraversalOrder):
-    """The rows of one run of stream positions after another, as epochs of `length` runs."""
+    """Divides the stream into FFCV epochs of `length` batches each."""
 
-    def __init__(self, order: SampleOrder, runs: PositionBatches, length: int) -> None:
+    def __init__(self, order: SampleOrder, positions: PositionBatches, length: int) -> None:
         self._order = order
-        self._runs = iter(runs)
+        self._batches = iter(positions)
         self._length = length
         self._epoch = -1
         self.positions: list[list[int]] = []
-        """Of each batch of the epoch asked for last."""
+        """Stream positions of each batch of the current epoch."""
         self.rows: list[list[int]] = []
+        """Manifest rows of each batch of the current epoch."""
 
     def __call__(self, loader: Loader) -> _Epochs:
-        return self  # FFCV calls what it is given as the order
+        return self  # FFCV calls its `order` argument to create the order
 
     def sample_order(self, epoch: int) -> Any:
-        if epoch != self._epoch:  # the first one is asked for twice
+        if epoch != self._epoch:  # FFCV requests the first epoch twice
             self._epoch = epoch
-            self.positions = list(islice(self._runs, self._length))
+            self.positions = list(islice(self._batches, self._length))
             self.rows = [
-                [self._order.locate(position).sample for position in run] for run in self.positions
+                [self._order.locate(position).sample for position in batch]
+                for batch in self.positions
             ]
         return np.array(self.rows, dtype=np.uint64).ravel()
 
@@ -98,42 +114,46 @@ def _batches(
     loader: Loader,
     epochs: _Epochs,
     reader: SampleReader,
-    rows: TrainingDataset,
-    join: BatchCollator,
+    dataset: TrainingDataset,
+    collator: BatchCollator,
 ) -> Iterator[Batch]:
     while True:
         for index, result in enumerate(_decoded(loader)):
             (frames, _, _), _ = result
-            reader.hold(_intact(loader, reader, epochs.rows[index], result), _room(reader, frames))
-            batch = join([rows[position] for position in epochs.positions[index]])
-            assert isinstance(batch, Batch), "no rooms are lent here: FFCV's frames have their own"
+            intact = _intact(loader, reader, epochs.rows[index], result)
+            drawn = [
+                dataset.draw(position, predecoded=intact) for position in epochs.positions[index]
+            ]
+            batch = collator(DrawnBatch(drawn, _slot(reader, frames)))
+            assert isinstance(batch, Batch), "a collator without slots returns batches"
             yield batch
 
 
-def _room(reader: SampleReader, frames: np.ndarray) -> BatchSlot | None:
-    """The frames of a batch as they lie, where every sample is stored in the size wanted."""
+def _slot(reader: SampleReader, frames: np.ndarray) -> BatchSlot | None:
+    """The memory of a decoded batch, if all samples are stored in the requested size."""
     shape = (reader.num_frames, reader.image_size, reader.image_size, 3)
-    whole = frames.shape[1] == math.prod(shape)
-    return BatchSlot(torch.from_numpy(frames).view(-1, *shape)) if whole else None
+    is_whole = frames.shape[1] == math.prod(shape)
+    return BatchSlot(torch.from_numpy(frames).view(-1, *shape)) if is_whole else None
 
 
 def _intact(
     loader: Loader, reader: SampleReader, rows: list[int], result: Any
-) -> dict[int, tuple[bytes, np.ndarray]]:
-    """JSON and frames (F, H, W, 3) of the rows that FFCV's side decoded from the packed bytes."""
+) -> dict[int, StoredFrames]:
+    """The samples by manifest row that FFCV decoded from undamaged bytes."""
     (frames, crc32, decoded), texts = result
-    stacks, sizes = (loader.reader.metadata[name] for name in ("f0", "f1"))  # by order of fields
+    stacks, sizes = (loader.reader.metadata[name] for name in ("f0", "f1"))  # by field order
     samples = {}
     for index, row in enumerate(rows):
         text = texts[index, : sizes["size"][row]].tobytes()
         if decoded[index] and zlib.crc32(text, crc32[index]) == reader.manifest.samples.crc32[row]:
             shape = (*(int(stacks[name][row]) for name in ("frames", "height", "width")), 3)
-            samples[row] = text, frames[index, : math.prod(shape)].reshape(shape)
+            stored = frames[index, : math.prod(shape)].reshape(shape)
+            samples[row] = StoredFrames(json=text, frames=stored)
     return samples
 
 
 def _decoded(loader: Loader) -> Iterator[Any]:
-    """What FFCV gives for the batches of its next epoch."""
+    """Yields FFCV's results for the batches of its next epoch."""
     with _torch_threads_kept():
         epoch = iter(loader)
         result = _next(epoch)
@@ -142,25 +162,25 @@ def _decoded(loader: Loader) -> Iterator[Any]:
             yield result
             result = _next(epoch)
     finally:
-        epoch.close()  # else its thread would live on, waiting for somebody to take a batch
+        epoch.close()  # otherwise its thread waits forever for a consumer
 
 
 def _next(epoch: EpochIterator) -> Any:
-    """The next batch or None. FFCV's own `next` would wait for ever for a thread that has died."""
+    """Returns the next result or None; FFCV's own `next` never returns if its thread has died."""
     while True:
-        alive = epoch.is_alive()
+        is_running = epoch.is_alive()
         try:
-            taken = epoch.output_queue.get(timeout=POLL_S)
+            received = epoch.output_queue.get(timeout=POLL_S)
         except Empty:
-            if not alive:
+            if not is_running:
                 raise RuntimeError("FFCV's thread failed; its traceback is on stderr") from None
         else:
-            return None if taken is None else taken[1]
+            return None if received is None else received[1]
 
 
 @contextmanager
 def _torch_threads_kept() -> Iterator[None]:
-    """FFCV gives torch its own number of threads when a loader or an epoch starts."""
+    """Restores torch's number of threads, which FFCV changes when a loader or an epoch starts."""
     num_threads = torch.get_num_threads()
     try:
         yield
@@ -179,8 +199,8 @@ def _checked_path(reader: SampleReader) -> str:
     path = store.path(beton.name)
     num_bytes = os.path.getsize(path) if os.path.exists(path) else 0
     if num_bytes != beton.shard_bytes:
-        # A shorter file would end the process: memory behind a file's end cannot be read.
+        # Reading mapped memory beyond the end of a truncated file would kill the process.
         raise ShardCorrupt(
-            f"{path}: {num_bytes} of {beton.shard_bytes} bytes are there; make it again"
+            f"{path}: the file has {num_bytes} of {beton.shard_bytes} bytes; write the beton again"
         )
     return path

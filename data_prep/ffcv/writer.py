@@ -1,8 +1,8 @@
-"""A data set of shards in the frames layout -> a beton, FFCV's one-file form.
+"""Converts a data set of shards in the frames layout to a beton, FFCV's single-file format.
 
-The beton's folder has the index of the data set that it was made from, so that its samples come in
-the same order; byte ranges and checksums are those in the `.beton` file. Whoever knows a range
-reads the sample without FFCV (jpeg_stack.py).
+The folder of the beton contains the index of the source data set, so that the sample order is the
+same; byte ranges and checksums refer to the `.beton` file. A sample's byte range can be read
+without FFCV, see `dataset.jpeg_stack`.
 """
 
 # pyright: reportMissingImports=false
@@ -35,28 +35,38 @@ from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.storage.storage import Storage
 
 PARTIAL = "writing.beton.partial"
-# FFCV's pages: a power of two, none smaller than 2 MiB; a sample lies in one page.
+# FFCV's page size is a power of two and at least 2 MiB; a sample must fit into one page.
 PAGE_BYTES = 1 << 23
 MAX_PAGE_BYTES = 1 << 31
 
-Progress = Callable[[int, int], None]
-"""Is told the samples written so far and the samples to write."""
+OnSample = Callable[[int, int], None]
+"""Called with the number of samples written so far and the total."""
 
 
 def write_beton(
-    source: str, url: str, *, overwrite: bool = False, progress: Progress | None = None
+    source: str, url: str, *, overwrite: bool = False, on_progress: OnSample | None = None
 ) -> Manifest:
-    """Writes the samples of the data set at `source` to a local folder; every byte of a sample is
-    checked on the way and kept.
+    """Converts the data set at `source` to a beton in a local folder.
 
-    The file has a temporary name until it is complete, `manifest.json` comes last.
+    JPEG bytes are copied without re-encoding, and checked. The file has a temporary name until it
+    is complete; `manifest.json` is written last.
+
+    Args:
+        source: Folder or fsspec URL of a data set of shards in the frames layout.
+        url: Local folder to write.
+        overwrite: Replace a complete beton at `url`.
+        on_progress: Called after each sample.
+
+    Returns:
+        The manifest of the new data set.
 
     Raises:
-        BadSample: the source has one; a beton without it would come in another order.
-        FileExistsError: a complete data set is there that is no beton, or `overwrite` is false.
+        BadSample: the source contains one; leaving it out would change the sample order.
+        FileExistsError: `url` holds a complete beton and `overwrite` is false, or it holds another
+            data set.
         ImportError: FFCV is not installed.
-        ValueError: a source that is no data set of shards in the frames layout, a remote `url`, or
-            a sample too large for a page of FFCV.
+        ValueError: the source is not a data set of shards in the frames layout, `url` is remote, or
+            a sample exceeds FFCV's page size.
     """
     import_ffcv(f"writing a beton to {url}")
     store = Storage(url)
@@ -67,14 +77,16 @@ def write_beton(
     reader = SampleReader(source, num_frames=1, image_size=1)
     if reader.manifest.layout != "frames" or reader.manifest.beton:
         kind = "a beton" if reader.manifest.beton else f"layout {reader.manifest.layout}"
-        raise ValueError(f"{source} is {kind}; a beton is made of shards in the layout frames")
+        raise ValueError(
+            f"{source} is {kind}; a beton needs a source of shards in the layout frames"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / PARTIAL
     try:
-        ranges = _write_file(partial, reader, progress or (lambda done, total: None))
+        ranges = _write_file(partial, reader, on_progress or (lambda done, total: None))
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # Named by its content: the file of a beton being replaced stays until the index names ours.
+        # Named by content, so that the file being replaced stays until the new index is published.
         beton = Shard(
             name=f"{digest[:16]}.beton",
             num_samples=len(reader),
@@ -94,7 +106,7 @@ def write_beton(
         partial.unlink(missing_ok=True)
     for path in (*folder.glob("*.beton"), *folder.glob("samples*.npz")):
         if path.name not in (beton.name, samples_name(generation)):
-            path.unlink()  # of the beton that was replaced
+            path.unlink()  # belongs to the replaced beton
     return manifest
 
 
@@ -103,14 +115,14 @@ def _next_generation(url: str, folder: Path, overwrite: bool) -> int:
         return 0
     fields = read_manifest_json(url)
     if not overwrite or not fields.get("beton"):
-        way = " or allow it with --overwrite" if fields.get("beton") else ""
+        hint = " or pass --overwrite" if fields.get("beton") else ""
         kind = "beton" if fields.get("beton") else "data set of shards"
-        raise FileExistsError(f"{url} holds a complete {kind}; write elsewhere{way}")
+        raise FileExistsError(f"{url} holds a complete {kind}; choose another folder{hint}")
     return int(fields.get("generation", 0)) + 1
 
 
-def _write_file(path: Path, reader: SampleReader, progress: Progress) -> dict[str, np.ndarray]:
-    """Writes the `.beton` file; returns the columns that say where its samples lie."""
+def _write_file(path: Path, reader: SampleReader, on_progress: OnSample) -> dict[str, np.ndarray]:
+    """Writes the `.beton` file; returns its columns offset, length and crc32."""
     from ffcv.fields import BytesField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
@@ -119,7 +131,7 @@ def _write_file(path: Path, reader: SampleReader, progress: Progress) -> dict[st
 
     fields = {"frames": JpegStackField(), "text": BytesField()}
     page_bytes = _page_bytes(reader)
-    # Not its `from_indexed_dataset`: that waits for ever when a process of its own fails.
+    # Not `DatasetWriter.from_indexed_dataset`, which never returns if one of its processes fails.
     writer: Any = DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=1)
     writer.num_samples = len(reader)
     writer.prepare()
@@ -131,28 +143,29 @@ def _write_file(path: Path, reader: SampleReader, progress: Progress) -> dict[st
             for row, (sample, checksum) in enumerate(_samples(reader)):
                 handle_sample(sample, row, metadata.dtype.names, metadata, allocator, fields)
                 crc32[row] = checksum
-                progress(row + 1, len(reader))
+                on_progress(row + 1, len(reader))
         writer.finalize(allocator.allocations)
     finally:
-        del metadata  # else the shared memory cannot be closed
+        del metadata  # otherwise the shared memory cannot be closed
         writer.metadata_sm.close()
         writer.metadata_sm.unlink()
-    places = np.array(allocator.allocations, dtype=np.int64).reshape(len(reader), 2, 3)
-    return {"offset": places[:, 0, 1], "length": places[:, :, 2].sum(axis=1), "crc32": crc32}
+    # For each sample and field: (sample, offset, size).
+    ranges = np.array(allocator.allocations, dtype=np.int64).reshape(len(reader), 2, 3)
+    return {"offset": ranges[:, 0, 1], "length": ranges[:, :, 2].sum(axis=1), "crc32": crc32}
 
 
 def _page_bytes(reader: SampleReader) -> int:
-    # A sample's members in a shard, with their headers, are more than its two fields here.
+    # An upper bound: in a shard, a sample's members have tar headers as well.
     largest = int(reader.manifest.samples.length.max())
     page_bytes = max(PAGE_BYTES, 1 << (largest - 1).bit_length())
     if page_bytes > MAX_PAGE_BYTES:
         key = reader.key(int(reader.manifest.samples.length.argmax()))
-        raise ValueError(f"sample {key}: {largest} bytes; FFCV holds at most {MAX_PAGE_BYTES}")
+        raise ValueError(f"sample {key}: {largest} bytes; FFCV allows at most {MAX_PAGE_BYTES}")
     return page_bytes
 
 
 def _samples(reader: SampleReader) -> Iterator[tuple[Any, int]]:
-    """For each sample the values of its fields, and their crc32."""
+    """Yields each sample's field values and their crc32."""
     for row in range(len(reader)):
         key, members = reader.key(row), reader.members(row)
         jpegs = [members[name] for name in parse_meta(key, members).jpegs]
@@ -163,7 +176,10 @@ def _samples(reader: SampleReader) -> Iterator[tuple[Any, int]]:
 
 
 def _common_size(jpegs: list[bytes]) -> tuple[int, int]:
-    """(height, width) of all frames; (0, 0) where there is none, which training then finds bad."""
+    """Common (height, width) of all frames.
+
+    Returns (0, 0) if there is none; training then treats the sample as bad.
+    """
     try:
         sizes = {tuple(map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])) for jpeg in jpegs}
     except ValueError:

@@ -1,6 +1,7 @@
-"""What a training sample shows this time: which of its frames, and which part of their pictures.
+"""Random frame sampling and random crops for training samples.
 
-Pure functions of (seed, stream position), as the order is; part of its contract.
+Every draw is a pure function of (seed, stream position). The draws are part of the contract of
+`order`: changing them changes the data that a resumed run sees.
 """
 
 from __future__ import annotations
@@ -16,39 +17,46 @@ from tvr.data_prep.video.images import resize
 
 FrameSampling = Literal["centre", "random"]
 
-# Width over height of a crop, as where CLIP was trained.
-LEAST_RATIO, LARGEST_RATIO = 3 / 4, 4 / 3
+# Bounds of a crop's width / height, as in the training of CLIP.
+MIN_RATIO, MAX_RATIO = 3 / 4, 4 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crop:
-    """A part of a picture of any size; see `crop_box`."""
+    """A random crop, independent of the picture's size; `crop_box` turns it into pixels."""
 
     share: float
-    """Of the area of the largest square, above 0 and at most 1."""
+    """Area as a share of the largest square in the picture, in (0, 1]."""
     shape: float
-    """From the narrowest (0) to the widest (1), as the rest in [0, 1)."""
+    """Aspect ratio, from the narrowest (0) to the widest (1) allowed, in [0, 1)."""
     down: float
+    """Vertical position, from the top (0) to the bottom (1), in [0, 1)."""
     right: float
+    """Horizontal position, from the left (0) to the right (1), in [0, 1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """One draw; all frames of a clip share the crop."""
+    """The random choices for one sample; all frames of the clip share the crop."""
 
     offsets: tuple[float, ...] | None
-    """Place of each frame in its segment, see `segment_frames`; None: the middles."""
+    """Position of each frame within its segment, see `segment_frames`; None = the middles."""
     crop: Crop | None
-    """None: the square at the centre."""
+    """None = the centre square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """How views are drawn."""
+    """Settings of the random frame sampling and cropping.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     frame_sampling: FrameSampling = "centre"
+    """random = a random frame in each segment; centre = the middle frame."""
     crop_scale: float = 1.0
-    """Least area of a crop as a share of the largest square's; 1: no crop is drawn."""
+    """Smallest area of a crop as a share of the largest square's; 1 = no random crops."""
 
     def __post_init__(self) -> None:
         if self.frame_sampling not in get_args(FrameSampling):
@@ -62,7 +70,7 @@ class Augmentation:
             )
 
     def draw(self, seed: int, position: int, num_frames: int) -> View | None:
-        """The view at a stream position; None where nothing is drawn."""
+        """Draws the view of a stream position; None if nothing is random."""
         offsets = crop = None
         if self.frame_sampling == "random":
             offsets = tuple(uniforms("frames", seed, position, num_frames).tolist())
@@ -78,7 +86,7 @@ NO_AUGMENTATION = Augmentation()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """A part of a picture, in pixels."""
+    """A rectangle in a picture, in pixels."""
 
     top: int
     left: int
@@ -87,17 +95,18 @@ class Box:
 
 
 def crop_box(crop: Crop, height: int, width: int) -> Box:
-    """Where a crop lies in a picture.
+    """Places a crop in a picture of `height` x `width` pixels.
 
-    The ratio of its sides is log-even within 3/4 to 4/3 and what the picture allows, its place even
-    within the picture. From a square picture these are the crops of torchvision's
-    RandomResizedCrop, drawn without repeated tries. From a wide one that takes the same crop each
-    time, since none of 0.9 of its area is narrow enough: hence the square's area here.
+    The aspect ratio is log-uniform between 3/4 and 4/3, as far as the picture allows. The position
+    is uniform. For a square picture the crops follow torchvision's RandomResizedCrop without its
+    rejection loop. For a wide picture, torchvision falls back to one fixed crop, because no crop of
+    90 % of the picture's area is narrow enough; areas are therefore relative to the largest square.
     """
     area = crop.share * min(height, width) ** 2
-    least = max(LEAST_RATIO, area / height**2)
-    largest = min(LARGEST_RATIO, width**2 / area)
-    ratio = math.exp(math.log(least) + crop.shape * (math.log(largest) - math.log(least)))
+    narrowest = max(MIN_RATIO, area / height**2)
+    widest = min(MAX_RATIO, width**2 / area)
+    log_range = math.log(widest) - math.log(narrowest)
+    ratio = math.exp(math.log(narrowest) + crop.shape * log_range)
     box_height = min(height, max(1, round(math.sqrt(area / ratio))))
     box_width = min(width, max(1, round(math.sqrt(area * ratio))))
     return Box(
@@ -109,7 +118,7 @@ def crop_box(crop: Crop, height: int, width: int) -> Box:
 
 
 def crop_frames(frames: np.ndarray, box: Box, image_size: int) -> np.ndarray:
-    """The box of each (F, H, W, 3) uint8 frame, resized to (F, image_size, image_size, 3)."""
-    # Cut before: given a box, Pillow also weighs the pixels around it.
+    """Crops each (F, H, W, 3) uint8 frame and resizes it to (F, image_size, image_size, 3)."""
+    # Crop first: Pillow's resize with a box also reads the pixels around the box.
     rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
     return resize(frames[:, rows, columns], image_size, image_size)

@@ -1,9 +1,10 @@
-"""Memory in which loader workers decode their batches and the parent reads them, batch after batch.
+"""Shared memory into which loader workers decode frames, reused from batch to batch.
 
-A worker's batch usually comes in fresh shared memory, whose pages the kernel has to find, clear and
-drop again: on the machine where it was measured that took a worker half as long as the decoding of
-JPEGs. Here the memory is made once, before the workers are forked, so that both sides see it; only
-its number passes between them. It is anonymous: no limit of /dev/shm applies.
+By default a worker returns each batch in newly allocated shared memory, and the kernel has to
+allocate, clear and free its pages. On the machine where this was measured, that took a worker half
+as long as decoding the JPEGs. Here the memory is allocated once, before the workers are forked, so
+that workers and parent map the same pages and only a slot number is sent between them. The memory
+is anonymous, so the size limit of /dev/shm does not apply.
 """
 
 from __future__ import annotations
@@ -20,66 +21,74 @@ from torch.utils.data import get_worker_info
 
 from tvr.data_prep.records import Batch
 
-# Of each worker: those of the batches it may make ahead (torch's prefetch_factor is 2), that which
-# it is making, and one that the parent still reads. With none left a batch gets memory of its own.
+# Two prefetched batches (torch's prefetch_factor), one in preparation, and one in use by the
+# parent. A worker without a free slot allocates memory for its batch.
 SLOTS_PER_WORKER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSlot:
-    """Where the frames of one batch may lie."""
+    """Memory for the frames of one batch."""
 
     frames: Tensor
     """(B, F, S, S, 3) uint8, uninitialised."""
     number: int | None = None
-    """Of lent memory; none: it is the batch's own."""
+    """Number in the pool; None = memory that belongs to this batch alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchInSlot:
-    """A batch on its way to the parent, without its frames, which lie in a room."""
+    """A batch sent from a worker to its parent; its frames stay in a slot of the pool."""
 
     batch: Batch
-    number: int
+    """Without frames."""
+    slot_number: int
 
 
 class BatchSlots:
-    """Slots of `shape` (B, F, S, S, 3) for the workers of one loader; made before they start."""
+    """Pool of batch slots for the workers of one loader; create it before the workers start.
+
+    Args:
+        workers: Number of loader workers.
+        shape: Frames of a full batch, (B, F, S, S, 3).
+    """
 
     def __init__(self, workers: int, shape: tuple[int, ...]) -> None:
         self._shape = shape
         self._num_bytes = math.prod(shape)
-        # Pages of rooms that are never used are never made.
+        # Unused pages are never allocated.
         self._memory = mmap.mmap(-1, workers * SLOTS_PER_WORKER * max(1, self._num_bytes))
-        self._taken = mmap.mmap(-1, max(1, workers * SLOTS_PER_WORKER))
+        self._is_lent = mmap.mmap(-1, max(1, workers * SLOTS_PER_WORKER))
 
-    def take(self, count: int) -> BatchSlot:
-        """A room for a batch of `count` in the worker that asks; of its own where none is free."""
+    def lend(self, count: int) -> BatchSlot:
+        """Lends the calling worker a slot for `count` samples; allocates one if none is free."""
         worker = get_worker_info()
         if worker is not None and count == self._shape[0]:
-            # The lowest free one, so that few are ever used. Nobody else takes this worker's.
-            for number in range(worker.id * SLOTS_PER_WORKER, (worker.id + 1) * SLOTS_PER_WORKER):
-                if not self._taken[number]:
-                    self._taken[number] = 1
+            # Prefer the lowest free slot, so that few pages are touched. No other worker uses
+            # this worker's slots, so no lock is needed.
+            first = worker.id * SLOTS_PER_WORKER
+            for number in range(first, first + SLOTS_PER_WORKER):
+                if not self._is_lent[number]:
+                    self._is_lent[number] = 1
                     return BatchSlot(torch.from_numpy(self._array(number)), number)
         return private_slot((count, *self._shape[1:]))
 
-    def send(self, batch: Batch, room: BatchSlot | None) -> Batch | BatchInSlot:
-        """What a worker gives its parent."""
-        if room is None or room.number is None:
+    def send(self, batch: Batch, slot: BatchSlot | None) -> Batch | BatchInSlot:
+        """Prepares a batch for sending to the parent; called in a worker."""
+        if slot is None or slot.number is None:
             return batch
-        if batch.frames.data_ptr() != room.frames.data_ptr():
-            self._give_back(room.number)
+        if batch.frames.data_ptr() != slot.frames.data_ptr():
+            self._release(slot.number)
             return batch
-        return BatchInSlot(replace(batch, frames=batch.frames.new_empty(0)), room.number)
+        return BatchInSlot(replace(batch, frames=batch.frames.new_empty(0)), slot.number)
 
     def receive(self, sent: Batch | BatchInSlot) -> Batch:
-        """In the parent: the batch. Its room is free again once no tensor shares its memory."""
+        """Restores a sent batch in the parent; frees its slot when no tensor uses the memory."""
         if isinstance(sent, Batch):
             return sent
-        array = self._array(sent.number)
-        # A tensor's storage holds the array that it was made from, and so do all views of it.
-        weakref.finalize(array, self._give_back, sent.number).atexit = False
+        array = self._array(sent.slot_number)
+        # The storage of a tensor, shared by all its views, keeps the source array alive.
+        weakref.finalize(array, self._release, sent.slot_number).atexit = False
         return replace(sent.batch, frames=torch.from_numpy(array).permute(0, 1, 4, 2, 3))
 
     def _array(self, number: int) -> np.ndarray:
@@ -87,14 +96,14 @@ class BatchSlots:
         flat = np.frombuffer(self._memory, np.uint8, self._num_bytes, offset)
         return flat.reshape(self._shape)
 
-    def _give_back(self, number: int) -> None:
-        self._taken[number] = 0
+    def _release(self, number: int) -> None:
+        self._is_lent[number] = 0
 
 
 def private_slot(shape: tuple[int, ...]) -> BatchSlot:
-    """Memory for one batch; in a worker it passes to the parent without a copy."""
+    """Allocates memory for one batch; a worker's batch reaches the parent without a copy."""
     if get_worker_info() is None:
         return BatchSlot(torch.empty(shape, dtype=torch.uint8))
-    # As torch's default_collate; a tensor moved to shared memory afterwards would be copied there.
+    # As torch's default_collate does: moving a tensor to shared memory later would copy it.
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
     return BatchSlot(torch.empty(0, dtype=torch.uint8).set_(storage).view(shape))

@@ -1,4 +1,4 @@
-"""Samples -> Batch: padding, masks and token ids."""
+"""Joins samples into a batch: padding, masks and token ids."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from tvr.data_prep.records import Batch, Caption, Replacement, Sample, hash_video_id
 
 Tokenize = Callable[[Sequence[Caption]], tuple[Tensor, Tensor]]
-"""Captions -> token ids (A, T) and word_mask (A, T), 0 = padding, 1 = token and 2 = token of a
-content word, with a fixed T."""
+"""Maps A captions to token ids (A, T) and a word_mask (A, T) with a fixed T. The mask is 0 for
+padding, 1 for a token, and 2 for a token of a content word."""
 
 
 def collate(
@@ -24,21 +24,31 @@ def collate(
     image_size: int,
     *,
     replaced: Sequence[Replacement] = (),
-    room: Tensor | None = None,
+    buffer: Tensor | None = None,
 ) -> Batch:
-    """Joins B samples, each with its chosen captions, into one Batch (see there for shapes).
+    """Joins B samples, each with its chosen captions, into one `Batch`.
 
-    Samples with fewer frames than `num_frames` are padded with zeros under frame_mask 0. No samples
-    give a batch of 0 rows. `room` (B, num_frames, image_size, image_size, 3) is not copied where
-    the frames of all samples, and zeros behind them, lie in it in this order.
+    A sample with fewer frames than `num_frames` is padded with zeros under frame_mask 0. No samples
+    give a batch of 0 rows.
+
+    Args:
+        samples: B samples with frames (num_frames or fewer, image_size, image_size, 3).
+        captions_per_sample: Captions to use of each sample.
+        positions: Stream position (or manifest row) of each sample.
+        tokenize: Tokeniser.
+        num_frames: Frames per row of the batch.
+        image_size: Height and width of the frames in pixels.
+        replaced: Bad samples to report with the batch.
+        buffer: (B, num_frames, image_size, image_size, 3) uint8. If it already holds the frames of
+            all samples in this order, zero-padded, the batch uses it without a copy.
 
     Raises:
-        ValueError: a sample without frames, with too many or of another size; a caption without a
-            single token.
+        ValueError: a sample without frames, with too many frames, or with frames of another size;
+            a caption without a token.
     """
     captions = [caption for chosen in captions_per_sample for caption in chosen]
     rows = [row for row, chosen in enumerate(captions_per_sample) for _ in chosen]
-    frames, frame_mask = _padded(samples, num_frames, image_size, room)
+    frames, frame_mask = _padded(samples, num_frames, image_size, buffer)
     token_ids, word_mask = _tokens(captions, rows, samples, tokenize)
     return Batch(
         positions=_long(np.array(positions, dtype=np.int64)),
@@ -57,7 +67,7 @@ def collate(
 
 
 def _padded(
-    samples: Sequence[Sample], num_frames: int, image_size: int, room: Tensor | None
+    samples: Sequence[Sample], num_frames: int, image_size: int, buffer: Tensor | None
 ) -> tuple[Tensor, np.ndarray]:
     shape = (num_frames, image_size, image_size, 3)
     frame_mask = np.zeros((len(samples), num_frames), dtype=np.int64)
@@ -69,18 +79,19 @@ def _padded(
                 f" {num_frames} frames of {image_size} x {image_size} x 3"
             )
         frame_mask[row, :count] = 1
-    if room is not None and _is_filled(room, samples, shape):
-        return room, frame_mask
+    if buffer is not None and _holds_frames(buffer, samples, shape):
+        return buffer, frame_mask
     frames = np.zeros((len(samples), *shape), dtype=np.uint8)
     for row, sample in enumerate(samples):
         frames[row, : len(sample.frames)] = sample.frames
     return torch.from_numpy(frames), frame_mask
 
 
-def _is_filled(room: Tensor, samples: Sequence[Sample], shape: tuple[int, ...]) -> bool:
-    return room.shape == (len(samples), *shape) and all(
-        sample.frames.flags.c_contiguous and sample.frames.ctypes.data == place.data_ptr()
-        for sample, place in zip(samples, room, strict=True)
+def _holds_frames(buffer: Tensor, samples: Sequence[Sample], shape: tuple[int, ...]) -> bool:
+    """True if each sample's frames are a view of its row of the buffer."""
+    return buffer.shape == (len(samples), *shape) and all(
+        sample.frames.flags.c_contiguous and sample.frames.ctypes.data == row.data_ptr()
+        for sample, row in zip(samples, buffer, strict=True)
     )
 
 
@@ -92,8 +103,9 @@ def _tokens(
     token_ids, word_mask = tokenize(captions)
     if token_ids.shape != word_mask.shape or len(token_ids) != len(captions):
         raise ValueError(
-            f"tokenize gave ids {tuple(token_ids.shape)} and word_mask {tuple(word_mask.shape)} for"
-            f" {len(captions)} captions; expected two of ({len(captions)}, T)"
+            f"tokenize returned ids {tuple(token_ids.shape)} and word_mask"
+            f" {tuple(word_mask.shape)} for {len(captions)} captions; expected two of"
+            f" ({len(captions)}, T)"
         )
     empty = torch.nonzero(word_mask.sum(dim=1) == 0).flatten().tolist()
     if empty:

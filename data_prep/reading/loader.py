@@ -1,14 +1,14 @@
-"""Streams of batches over a packed data set, by stream position.
+"""Batches of a packed data set, for training and for evaluation.
 
-A position names one sample (order.py), so a batch is a run of positions and the whole state of a
-stream is the step. torch's DataLoader does the parallel part: it returns batches in the order asked
-for, whatever its workers do.
+A stream position names one sample (see `order`), so a batch is a range of positions, and the state
+of a stream is one integer: the step. torch's DataLoader reads in parallel and returns batches in
+the order of its sampler, whichever worker finishes first.
 
-Workers are forked. They then share the manifest's columns with the parent instead of holding a copy
-each, see memory:// data sets, and start in milliseconds. Fork is safe here although the parent has
-threads (gloo, the autograd engine): a worker runs only numpy, Pillow, libav with one thread, and
-the tokeniser; torch limits itself to one thread in workers; nothing touches CUDA or a process
-group; and connections are opened anew (reader.py).
+Workers are forked. They share the manifest's columns with the parent instead of copying them,
+they can read memory:// data sets, and they start in milliseconds. Forking is safe although the
+parent has threads (gloo, the autograd engine): a worker runs only numpy, Pillow, single-threaded
+libav and the tokeniser; torch limits itself to one thread in workers; no worker uses CUDA or a
+process group; and the store opens new connections after a fork.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import check_words
-from tvr.data_prep.ffcv.optional_import import import_ffcv
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots
 from tvr.data_prep.reading.collate import Tokenize
@@ -33,7 +32,7 @@ from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import (
     BatchCollator,
-    DrawnSample,
+    DrawnBatch,
     EvaluationDataset,
     PositionBatches,
     TrainingDataset,
@@ -64,33 +63,48 @@ def train_batches(
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches of `micro_batch` pairs for one rank, one caption a video, from the start of a
-    step.
+    """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
 
-    Step k consumes stream positions [k G, (k + 1) G), its micro-step m the run [k G + m W b, ...)
-    of W b, and rank r the r-th run of b therein, for G = global_batch, W = world_size, b =
-    micro_batch. An epoch ends inside a batch. A bad sample is replaced by `SampleOrder.substitute`
-    and reported in Batch.replaced; `max_bad` limits the different bad samples this rank meets,
-    those of `known_bad` (keys with reasons) included, and `max_bad_in_a_row` those with no sample
-    between them that was read as planned.
-    `views` says what is drawn anew each time. `word_drop` leaves out fillers of captions, see
-    `drop_words`; the data set must be packed with words. `decoder` and `cache_bytes` (per worker)
-    as in SampleReader; `shard_cache` likewise, per node.
+    With G = global_batch, W = world_size and b = micro_batch: step k consumes the stream positions
+    [k G, (k + 1) G); its micro-step m consumes W b of them, from k G + m W b; rank r takes the r-th
+    range of b positions. An epoch may end inside a batch.
 
-    Raises, at the call:
-        FileNotFoundError, ShardCorrupt: see read_manifest.
-        ValueError: sizes that do not fit together or that the data set cannot give.
-    Raises, from the iterator:
-        TooManyBadSamples: the budget is spent.
+    A bad sample is replaced by `SampleOrder.substitute` and reported in `Batch.replaced`.
+
+    Args:
+        url: Folder or fsspec URL of the data set.
+        seed: Seed of the order and of all random choices.
+        global_batch: Pairs per step on all ranks together.
+        micro_batch: Pairs per batch.
+        rank: This rank.
+        world_size: Number of ranks.
+        start_step: First step, from 0.
+        workers: Loader processes; 0 = load in this process. For a beton: threads of FFCV.
+        num_frames: Frames per sample.
+        image_size: Height and width of the frames in pixels.
+        tokenize: Tokeniser.
+        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included.
+        max_bad_in_a_row: Limit for consecutive failures; None = no limit. Only a sample read as
+            planned resets the count.
+        known_bad: Reason by key of bad samples that this run found before a restart.
+        augmentation: Random frames and crops.
+        decoder: Video decoder, for the video layout.
+        word_drop: Drop uninformative words from captions, see `drop_words`; the data set must be
+            packed with words.
+        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`.
+        shard_cache: Folder of this node for shards of a remote data set.
+
+    Returns:
+        An iterator that raises `TooManyBadSamples` when a limit is exceeded.
+
+    Raises:
+        FileNotFoundError, ShardCorrupt: see `read_manifest`.
+        ImportError: the data set is a beton and FFCV is not installed.
+        ValueError: sizes that do not fit together, or that the data set cannot provide.
     """
-    run = micro_batch * world_size
+    pairs_per_micro_step = micro_batch * world_size
     _check_rank(rank, world_size, micro_batch, workers)
-    if global_batch < run or global_batch % run:
-        nearest = max(1, round(global_batch / run)) * run
-        raise ValueError(
-            f"global_batch={global_batch} must be a multiple of micro_batch x world_size ="
-            f" {micro_batch} x {world_size}; the nearest is {nearest}"
-        )
+    _check_global_batch(global_batch, micro_batch, world_size)
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
     reader = SampleReader(
@@ -105,16 +119,23 @@ def train_batches(
     if word_drop:
         check_words(url, reader.manifest, needed_by="data.word_drop")
     order = SampleOrder(reader.manifest.shard_sizes, seed)
-    rows = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
-    join = BatchCollator(reader, tokenize)
-    runs = PositionBatches(start_step * global_batch + rank * micro_batch, run, micro_batch, None)
+    first = start_step * global_batch + rank * micro_batch
+    positions = PositionBatches(first, pairs_per_micro_step, micro_batch, None)
     if reader.manifest.beton is None:
-        batches = _received(reader, rows, runs, join, workers)
+        slots = _batch_slots(reader, micro_batch, workers)
+        dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop, slots=slots)
+        loader = _loader(dataset, positions, BatchCollator(reader, tokenize, slots), workers)
+        batches = _received_batches(loader, slots)
     else:
+        # FFCV is an optional package: import it only for a beton.
+        from tvr.data_prep.ffcv.optional_import import import_ffcv
+
         import_ffcv(f"training from {url}")
         from tvr.data_prep.ffcv.loader import beton_batches
 
-        batches = beton_batches(reader, order, rows, runs, join, workers)
+        dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
+        collator = BatchCollator(reader, tokenize)
+        batches = beton_batches(reader, order, dataset, positions, collator, workers)
     budget = BadSampleBudget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row, known=known_bad)
     return _within_budget(batches, budget, micro_batch)
 
@@ -134,13 +155,20 @@ def evaluation_batches(
     decoder: Decoder = "pyav",
     shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once over all ranks in manifest order, with all its captions; the last batch may
-    be short.
+    """This rank's share of a data set in manifest order, each sample once with all its captions.
 
-    Rank r takes samples [N r // W, N (r + 1) // W), so ranks may differ by one sample, and so in
-    their number of batches. A bad sample is left out, reported in the `replaced` of its batch (or
-    of a neighbour, where no row is left) and limited per rank by `max_bad` and `max_bad_in_a_row`;
-    a rank whose samples are all bad raises TooManyBadSamples. Raises as `train_batches`.
+    Rank r reads the rows [N r // W, N (r + 1) // W), so the shares of two ranks may differ by one
+    sample, and so may their numbers of batches. The last batch may be short. A bad sample is left
+    out and reported in the `replaced` of its batch, or of a neighbouring batch if its own is empty.
+
+    Args: see `train_batches`.
+
+    Returns:
+        An iterator that raises `TooManyBadSamples` when a limit is exceeded, or when all samples of
+        this rank are bad.
+
+    Raises:
+        FileNotFoundError, ShardCorrupt, ValueError: as `train_batches`.
     """
     _check_rank(rank, world_size, micro_batch, workers)
     reader = SampleReader(
@@ -151,22 +179,29 @@ def evaluation_batches(
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
-    runs = PositionBatches(first, micro_batch, micro_batch, end)
-    loader = _loader(EvaluationDataset(reader, end), runs, BatchCollator(reader, tokenize), workers)
+    positions = PositionBatches(first, micro_batch, micro_batch, end)
+    loader = _loader(
+        EvaluationDataset(reader, end), positions, BatchCollator(reader, tokenize), workers
+    )
     budget = BadSampleBudget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
     return _without_empty(_within_budget(loader, budget, 0), budget)
 
 
 def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
-    """One sample by key, for looking at. Raises ValueError for an unknown key, BadSample, and as
-    read_manifest."""
+    """Reads one sample by key, for inspection.
+
+    Raises:
+        ValueError: the key is not in the data set.
+        BadSample: the sample cannot be used.
+        FileNotFoundError, ShardCorrupt: see `read_manifest`.
+    """
     return read_samples(url, [key], num_frames=num_frames, image_size=image_size)[0]
 
 
 def read_samples(
     url: str, keys: Sequence[str], *, num_frames: int, image_size: int
 ) -> list[Sample]:
-    """As `read_sample` for several keys, reading the manifest once."""
+    """Reads several samples by key and the manifest once; raises as `read_sample`."""
     reader = SampleReader(url, num_frames=num_frames, image_size=image_size)
     rows = {reader.key(row): row for row in range(len(reader))}
     unknown = [key for key in keys if key not in rows]
@@ -175,51 +210,51 @@ def read_samples(
     return [reader.read(rows[key]) for key in keys]
 
 
-def _received(
-    reader: SampleReader,
-    rows: Dataset[DrawnSample],
-    runs: PositionBatches,
-    join: BatchCollator,
-    workers: int,
-) -> Iterator[Batch]:
-    """The loader's batches, whose frames lie in memory that is used again where they can."""
-    if not workers or not reader.decodes_into_place:
-        yield from _loader(rows, runs, join, workers)
-        return
+def _batch_slots(reader: SampleReader, micro_batch: int, workers: int) -> BatchSlots | None:
+    if not workers or not reader.decodes_into_buffers:
+        return None
     size = reader.image_size
-    rooms = reader.rooms = BatchSlots(workers, (runs.length, reader.num_frames, size, size, 3))
-    for sent in _loader(rows, runs, join, workers):
-        yield rooms.receive(sent)
+    return BatchSlots(workers, (micro_batch, reader.num_frames, size, size, 3))
 
 
 def _loader(
-    rows: Dataset[DrawnSample], runs: PositionBatches, join: BatchCollator, workers: int
+    dataset: Dataset[DrawnBatch], positions: PositionBatches, collator: BatchCollator, workers: int
 ) -> DataLoader:
     return DataLoader(
-        rows,
-        # An iterable of index lists is all that torch needs, whatever its annotation says.
-        batch_sampler=runs,  # type: ignore[arg-type]
-        collate_fn=join,
+        dataset,
+        # torch accepts any iterable of index lists, contrary to its annotation.
+        batch_sampler=positions,  # type: ignore[arg-type]
+        # Its argument is the result of `__getitems__`, not a list of items as torch annotates.
+        collate_fn=collator,  # type: ignore[arg-type]
         num_workers=workers,
-        # Without one of its own the loader would draw its workers' seeds from the global generator.
+        # Without a generator, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_exit_on_sigterm_of_parent if workers else None,
     )
 
 
+def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[Batch]:
+    """Yields the loader's batches; takes frames that workers left in a slot from there."""
+    for sent in loader:
+        yield sent if slots is None else slots.receive(sent)
+
+
 def _exit_on_sigterm_of_parent(worker: int) -> None:
-    """A loader process leaves by SIGTERM of its rank alone: batch systems send it to all processes
-    of a job, whose ranks finish a step and save. Without this torch's handler ends the process."""
+    """Makes a worker exit on SIGTERM only if its own rank sent the signal.
+
+    Batch systems send SIGTERM to every process of a job, and the ranks need their workers to finish
+    the step. Without this function, torch's signal handler ends the worker.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     rank = os.getppid()
 
-    def leave() -> None:
+    def wait_for_parent() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
             pass
         os._exit(0)
 
-    threading.Thread(target=leave, name="leave", daemon=True).start()
+    threading.Thread(target=wait_for_parent, name="sigterm", daemon=True).start()
 
 
 def _within_budget(
@@ -233,8 +268,11 @@ def _within_budget(
 
 
 def _spend(budget: BadSampleBudget, batch: Batch) -> None:
-    """Counts in the order of positions. A substitute ends no row of failures: it comes from
-    anywhere in the data set, and says nothing about the place that is being read."""
+    """Counts bad samples in the order of positions.
+
+    A good substitute does not reset the consecutive-failure count: it comes from anywhere in the
+    data set, so it does not show that the shard in use is readable.
+    """
     bad: dict[int, list[Replacement]] = {}
     for entry in batch.replaced:
         bad.setdefault(entry.position, []).append(entry)
@@ -246,35 +284,41 @@ def _spend(budget: BadSampleBudget, batch: Batch) -> None:
 
 
 def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:
-    """Drops batches of 0 rows; what they report goes to the batch before or, at the start, after
-    them."""
-    held: Batch | None = None
-    orphans: tuple[Replacement, ...] = ()
+    """Drops batches of 0 rows; a neighbouring batch reports their bad samples."""
+    pending: Batch | None = None
+    unreported: tuple[Replacement, ...] = ()
     for batch in batches:
-        if not batch.keys and held is not None:
-            held = replace(held, replaced=held.replaced + batch.replaced)
+        if not batch.keys and pending is not None:
+            pending = replace(pending, replaced=pending.replaced + batch.replaced)
         elif not batch.keys:
-            orphans += batch.replaced
+            unreported += batch.replaced
         else:
-            if held is not None:
-                yield held
-            held, orphans = replace(batch, replaced=orphans + batch.replaced), ()
-    if held is not None:
-        yield held
-    elif orphans:
-        raise budget.exhausted_error()  # not one good sample, and no batch to report it in
+            if pending is not None:
+                yield pending
+            pending, unreported = replace(batch, replaced=unreported + batch.replaced), ()
+    if pending is not None:
+        yield pending
+    elif unreported:
+        raise budget.exhausted_error()  # all samples are bad: no batch can report them
 
 
 def _check_augmentation(augmentation: Augmentation, reader: SampleReader, cache_bytes: int) -> None:
-    if (
-        cache_bytes
-        and augmentation.frame_sampling == "random"
-        and reader.manifest.layout == "video"
-    ):
+    draws_frames = augmentation.frame_sampling == "random"
+    if cache_bytes and draws_frames and reader.manifest.layout == "video":
         raise ValueError(
             f"cache_bytes={cache_bytes} (data.cache_mib) must be 0 for the video layout of"
-            f" {reader.url} where frame_sampling=random (data.frame_sampling) decodes other frames"
-            " each time"
+            f" {reader.url} because frame_sampling=random (data.frame_sampling) decodes different"
+            " frames each time"
+        )
+
+
+def _check_global_batch(global_batch: int, micro_batch: int, world_size: int) -> None:
+    unit = micro_batch * world_size
+    if global_batch < unit or global_batch % unit:
+        nearest = max(1, round(global_batch / unit)) * unit
+        raise ValueError(
+            f"global_batch={global_batch} must be a multiple of micro_batch x world_size ="
+            f" {micro_batch} x {world_size}; the nearest is {nearest}"
         )
 
 

@@ -1,9 +1,10 @@
-"""Whole shards of a remote data set in a local folder, fetched once for all processes of a node.
+"""Cache of whole remote shards in a folder on the node's disk, shared by all its processes.
 
-Files are named by their sha256, so that data sets, runs and versions of a data set share a folder.
-A shard is written under a temporary name and published by renaming once its checksum is right. The
-locks are the system's, which it drops when their holder dies; what a killed process leaves behind
-is removed by the next one that needs room.
+Each shard is downloaded once for all processes of the node. Files are named by their sha256, so
+that data sets, runs and versions of a data set can share a folder. A download goes to a temporary
+file, which is renamed once its checksum is verified. Locks are file locks (flock): the operating
+system releases them when a process dies. The next process that needs space deletes the temporary
+files of killed processes.
 """
 
 from __future__ import annotations
@@ -22,34 +23,43 @@ from tvr.data_prep.dataset.manifest import Shard
 from tvr.data_prep.reading.order import WINDOW_SHARDS
 from tvr.data_prep.storage.storage import Storage
 
-# One request; a shard that breaks off is asked again from there.
+# Size of one request; a failed request is retried without downloading the shard from the start.
 CHUNK_BYTES = 1 << 25
-# How long a shard with a wrong checksum is not fetched again: its store may be repaired.
-REFUSED_S = 3600.0
+# A shard with a wrong checksum is not downloaded again for this long; the store may be repaired.
+REJECTED_S = 3600.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheFolder:
-    """Where shards of remote data sets are kept, and how many bytes of them."""
+    """A local folder for shards of remote data sets."""
 
     path: str
     max_bytes: int
+    """Limit for all files in the folder together."""
 
 
 class ShardCache:
-    """The shards of one data set in a folder that any number of processes share."""
+    """The shards of one data set in a cache folder, which any number of processes may share.
+
+    Args:
+        folder: Cache folder; created if missing.
+        store: Storage of the data set.
+        shards: Shards of the data set; shard numbers index this sequence.
+
+    Raises:
+        ValueError: the folder is too small for one window of shards, see `order`.
+    """
 
     def __init__(self, folder: CacheFolder, store: Storage, shards: Sequence[Shard]) -> None:
-        """Raises ValueError where the folder cannot hold the shards that are read in turns."""
         largest = sorted(shard.shard_bytes for shard in shards)[-WINDOW_SHARDS:]
         self.window_bytes = sum(largest)
         if folder.max_bytes < self.window_bytes:
             raise ValueError(
-                f"the shard cache {folder.path} of {folder.max_bytes} bytes must hold"
-                f" {self.window_bytes}: samples come from {len(largest)} shards in turns; allow"
-                " more (data.shard_cache_gib), or pack smaller shards"
+                f"the shard cache {folder.path} of {folder.max_bytes} bytes must hold at least"
+                f" {self.window_bytes} bytes, because training reads {len(largest)} shards in turn;"
+                " raise the limit (data.shard_cache_gib), or pack smaller shards"
             )
         self._folder = Path(folder.path)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -59,31 +69,35 @@ class ShardCache:
         self._disk_failed = False
 
     def read(self, shard: int, offset: int, length: int) -> bytes | None:
-        """A range of a shard, which is fetched first if need be; None where it cannot be kept here.
+        """Reads a byte range of a shard, which is downloaded first if it is not cached.
 
-        Raises as `Storage.read_range`.
+        Returns:
+            The bytes, or None if the shard cannot be cached here.
+
+        Raises:
+            OSError: the store fails, see `Storage.read_range`.
         """
         for _ in range(2):
             try:
-                # Opened for each read: a file held open keeps its room after it was removed.
+                # Opened for each read: an open file would occupy disk space after its removal.
                 descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 if not self.fetch(shard):
                     return None
                 continue
             try:
-                os.utime(descriptor)  # used last now
+                os.utime(descriptor)  # marks the shard as the most recently used
                 return os.pread(descriptor, length, offset)
             finally:
                 os.close(descriptor)
-        return None  # fetched and removed at once: others need the room more
+        return None  # another process evicted the shard right after its download
 
     def has(self, shard: int) -> bool:
-        """Whether the shard is here."""
+        """True if the shard is cached."""
         return self._path(shard).exists()
 
     def drop(self, shard: int) -> None:
-        """Removes a shard whose copy here turned out to be damaged."""
+        """Deletes a cached shard whose bytes are damaged."""
         self._path(shard).unlink(missing_ok=True)
 
     def fetch(
@@ -94,14 +108,24 @@ class ShardCache:
         attempts: int | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Whether the shard is here now. It is not where its checksum is wrong at the store, where
-        there is no room, or where another process fetches it and `wait` is false.
+        """Downloads a shard unless it is cached.
 
-        Raises as `Storage.read_range`.
+        Args:
+            shard: Number of the shard.
+            wait: Wait if another process is downloading the shard.
+            attempts: Attempts per request; None = the store's default.
+            stopped: Called between requests; True abandons the download.
+
+        Returns:
+            True if the shard is cached now. False if the store's copy has a wrong checksum, if
+            there is no space, or if another process downloads it and `wait` is false.
+
+        Raises:
+            OSError: the store fails, see `Storage.read_range`.
         """
         if self.has(shard):
             return True
-        if self._disk_failed or self._is_refused(shard):
+        if self._disk_failed or self._is_rejected(shard):
             return False
         partial = self._path(shard).with_suffix(".partial")
         descriptor = self._claim(partial, shard, wait)
@@ -123,8 +147,11 @@ class ShardCache:
         return self._folder / f"{self._shards[shard].sha256}.tar"
 
     def _claim(self, partial: Path, shard: int, wait: bool) -> int | None:
-        """A locked descriptor of the temporary file; None where the shard came meanwhile, or will
-        come from another process that is not waited for."""
+        """Locks the temporary file of a shard.
+
+        Returns None if the shard was published meanwhile, or if another process holds the lock and
+        `wait` is false.
+        """
         while not self._path(shard).exists():
             descriptor = _locked(partial, os.O_RDWR | os.O_CREAT, wait)
             if descriptor is None:
@@ -138,22 +165,14 @@ class ShardCache:
         return None
 
     def _reserve(self, descriptor: int, num_bytes: int) -> bool:
-        """Makes room by removing what was used least recently, and takes it by the file's size."""
-        with self._alone():
-            claimed = 0
-            for path in self._folder.glob("*.partial"):
-                # Only a dead process's file can be locked here.
-                dead = _locked(path, os.O_RDWR, wait=False)
-                if dead is not None:
-                    path.unlink()
-                    _release(dead)
-                else:
-                    claimed += _size(path)
-            kept = sorted(self._folder.glob("*.tar"), key=_last_use)
-            used = claimed + sum(_size(path) for path in kept)
-            if claimed + num_bytes > self._max_bytes:
+        """Evicts the least recently used shards, then reserves space by extending the file."""
+        with self._folder_lock():
+            reserved = self._delete_stale_partials()
+            cached = sorted(self._folder.glob("*.tar"), key=_last_use)
+            used = reserved + sum(_size(path) for path in cached)
+            if reserved + num_bytes > self._max_bytes:
                 return False
-            for path in kept:
+            for path in cached:
                 if used + num_bytes <= self._max_bytes:
                     break
                 used -= _size(path)
@@ -161,10 +180,23 @@ class ShardCache:
             os.ftruncate(descriptor, num_bytes)
         return True
 
+    def _delete_stale_partials(self) -> int:
+        """Deletes temporary files of dead processes; returns the bytes that live ones reserved."""
+        reserved = 0
+        for path in self._folder.glob("*.partial"):
+            # A live process holds the lock of its file.
+            stale = _locked(path, os.O_RDWR, wait=False)
+            if stale is not None:
+                path.unlink()
+                _release(stale)
+            else:
+                reserved += _size(path)
+        return reserved
+
     def _download(
         self, descriptor: int, shard: int, attempts: int | None, stopped: Callable[[], bool]
     ) -> bool:
-        """Whether the whole shard arrived with the right checksum and could be written."""
+        """Downloads a shard into a file; False if stopped, unwritable, or of a wrong checksum."""
         name, end = self._shards[shard].name, self._shards[shard].shard_bytes
         digest = hashlib.sha256()
         for start in range(0, end, CHUNK_BYTES):
@@ -176,35 +208,35 @@ class ShardCache:
                 _write(descriptor, content, start)
             except OSError as error:
                 self._disk_failed = True
-                log.warning("%s: shards are no longer kept here: %s", self._folder, error)
+                log.warning("%s: the shard cache is disabled: %s", self._folder, error)
                 return False
         if digest.hexdigest() != self._shards[shard].sha256:
-            self._refuse(shard)
+            self._reject(shard)
             return False
-        os.fsync(descriptor)  # a name must not outlive its content when the machine fails
+        os.fsync(descriptor)  # in a crash, a published name must not outlive its content
         return True
 
-    def _refuse(self, shard: int) -> None:
-        self._refusal(shard).touch()
+    def _reject(self, shard: int) -> None:
+        self._rejection(shard).touch()
         log.warning(
-            "%s: sha256 on arrival differs from the manifest's; not kept, its samples are read and"
-            " checked one by one",
+            "%s: the downloaded shard's sha256 differs from the manifest's; the shard is not"
+            " cached, and its samples are read and checked one by one",
             self._store.path(self._shards[shard].name),
         )
 
-    def _is_refused(self, shard: int) -> bool:
+    def _is_rejected(self, shard: int) -> bool:
         try:
-            return time.time() - self._refusal(shard).stat().st_mtime < REFUSED_S
+            return time.time() - self._rejection(shard).stat().st_mtime < REJECTED_S
         except FileNotFoundError:
             return False
 
-    def _refusal(self, shard: int) -> Path:
+    def _rejection(self, shard: int) -> Path:
         return self._path(shard).with_suffix(".refused")
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _folder_lock(self) -> Iterator[None]:
         descriptor = _locked(self._folder / "lock", os.O_RDWR | os.O_CREAT, wait=True)
-        assert descriptor is not None, "nothing removes this file"
+        assert descriptor is not None, "the lock file is never deleted"
         try:
             yield
         finally:
@@ -212,7 +244,7 @@ class ShardCache:
 
 
 def _locked(path: Path, flags: int, wait: bool) -> int | None:
-    """An exclusively locked descriptor of the file now at `path`, or None."""
+    """Opens and locks a file exclusively; None if it is locked, or is not the file at `path`."""
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
     except FileNotFoundError:
@@ -223,12 +255,12 @@ def _locked(path: Path, flags: int, wait: bool) -> int | None:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
-    os.close(descriptor)  # held by another process, or renamed or removed while we waited
+    os.close(descriptor)  # locked by another process, or renamed or deleted while waiting
     return None
 
 
 def _release(descriptor: int) -> None:
-    # Unlocked by name: a process forked meanwhile holds a copy of the descriptor.
+    # Unlock explicitly: closing is not enough if a forked process holds a copy of the descriptor.
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 

@@ -1,32 +1,70 @@
-"""Random access to packed samples: a byte range of a shard, checked, then parsed by webdataset."""
+"""Random access to the samples of a packed data set.
+
+A read fetches a sample's byte range (`shard_bytes`), checks and parses it, decodes its frames, and
+crops them. Decoded samples may be cached (`sample_cache`), and frames may be decoded directly into
+a batch (`batch_buffers`).
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from tvr.data_prep.dataset.jpeg_stack import stack_names
-from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.dataset.manifest import Manifest, read_manifest
 from tvr.data_prep.dataset.sample_codec import SampleMeta, decode_members, parse_meta, parse_range
 from tvr.data_prep.reading.augment import View, crop_box, crop_frames
-from tvr.data_prep.reading.batch_buffers import BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.node_cache import CacheFolder
+from tvr.data_prep.reading.sample_cache import DecodedSampleCache
 from tvr.data_prep.reading.shard_bytes import ShardReader
 from tvr.data_prep.records import Sample
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import fit_square
 
-# In evaluation, where the next shard is read when this one is done.
+# Number of shards to prefetch in evaluation, which reads the shards in order.
 PREFETCHED_SHARDS = 2
+
+DecodedFrames = tuple[SampleMeta, np.ndarray, tuple[float, ...]]
+"""Metadata, frames (F, H, W, 3) uint8, and the time of each frame in seconds."""
+
+
+class StoredFrames(NamedTuple):
+    """A sample that another component has read, checked and decoded."""
+
+    json: bytes
+    frames: np.ndarray
+    """All stored frames, (F, H, W, 3) uint8."""
+
+
+NOT_PREDECODED: Mapping[int, StoredFrames] = {}
 
 
 class SampleReader:
-    """Reads any sample of a data set by its manifest row; one per process, made before or after a
-    fork."""
+    """Reads any sample of a data set by its manifest row.
+
+    Each process uses its own reader; a reader created before a fork works in the child.
+
+    Args:
+        url: Folder or fsspec URL of the data set.
+        num_frames: Frames per sample; a shorter clip gives fewer.
+        image_size: Height and width of a frame in pixels.
+        decoder: Video decoder, for the video layout.
+        cache_bytes: Bytes of decoded frames to cache in this process. The cache holds samples as
+            `read` returns them or, if `read` gets views, as they are stored. It pays off if the
+            data set fits: 400 clips of 6 JPEG frames of 48 x 48 are read at 14,000 samples/s
+            instead of 600, in one process on a 2-core machine.
+        shard_cache: Folder on a local disk for whole shards of a remote data set; ignored for a
+            local data set.
+
+    Raises:
+        ValueError: the data set cannot provide these sizes, or the decoder is not available.
+        FileNotFoundError, OSError, ShardCorrupt: see `read_manifest`.
+    """
 
     def __init__(
         self,
@@ -38,112 +76,101 @@ class SampleReader:
         cache_bytes: int = 0,
         shard_cache: CacheFolder | None = None,
     ) -> None:
-        """`decoder` is for the video layout. `cache_bytes` > 0 keeps that many bytes of decoded
-        frames per process, least recently used out first: as `read` returns them or, where samples
-        are read by views, as they are stored. Worth it where a data set fits: 400 clips of 6 JPEG
-        frames of 48 x 48 came at 14,000 a second instead of 600, in one process on a 2-core
-        machine. `shard_cache` keeps whole shards of a remote data set on a local disk; a local data
-        set needs none.
-
-        Raises ValueError for sizes the data set cannot give, as `frame_sampler`, and as
-        `read_manifest`.
-        """
         self.manifest = read_manifest(url)
-        stored = self.manifest.num_frames
-        if num_frames < 1 or image_size < 1:
-            raise ValueError(
-                f"num_frames={num_frames} and image_size={image_size} must be at least 1"
-            )
-        if self.manifest.layout == "frames" and num_frames > stored:
-            raise ValueError(
-                f"num_frames={num_frames} must be from 1 to {stored}, the frames stored per sample"
-                f" in {url}; pack again with a larger --num-frames to use more"
-            )
+        _check_sizes(url, self.manifest, num_frames, image_size)
         self.url = url
         self.num_frames = num_frames
         self.image_size = image_size
-        self._files = ShardReader(url, self.manifest, shard_cache)
+        self._reads: Counter[str] = Counter()
+        self._shards = ShardReader(url, self.manifest, shard_cache, self._reads)
         self._sample_frames = frame_sampler(decoder)
         if self.manifest.beton is not None:
             cache_bytes = 0  # FFCV decodes every batch anew
         self._cache = DecodedSampleCache(cache_bytes)
-        self._keeps_samples = cache_bytes > 0
-        self._held: dict[int, tuple[bytes, np.ndarray]] = {}
-        self.room: BatchSlot | None = None
-        """Where the frames of the batch being read may lie."""
-        self.rooms: BatchSlots | None = None
-        """Of a loader whose workers read by this reader."""
-        self._places: Iterator[np.ndarray] = iter(())
+        self._has_cache = cache_bytes > 0
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def key(self, row: int) -> str:
-        """The key of a manifest row."""
+        """Returns the key of a manifest row."""
         return str(self.manifest.samples.key[row])
 
     @property
-    def fetches_ahead(self) -> bool:
-        """Whether shards are kept here, with room for those that come next."""
-        return self._files.ahead is not None
+    def prefetches(self) -> bool:
+        """True if shards are cached on this node and the cache has room for prefetched ones."""
+        return self._shards.prefetcher is not None
 
-    def next_shards(self, row: int, end: int) -> tuple[int, ...]:
-        """The shards read after that of a row, where rows are read in order up to `end`."""
+    @property
+    def decodes_into_buffers(self) -> bool:
+        """True if `read` can decode frames directly into a batch."""
+        return self.manifest.layout == "frames" and not self._has_cache
+
+    def following_shards(self, row: int, end: int) -> tuple[int, ...]:
+        """Returns the shards to read next when rows are read in order, from `row` up to `end`."""
         shards = self.manifest.samples.shard
         here, last = int(shards[row]), int(shards[end - 1])
         return tuple(range(here + 1, min(here + PREFETCHED_SHARDS, last) + 1))
 
-    def take_reads(self) -> dict[str, int]:
-        """How many samples were read since the last call, by READ_SOURCES."""
-        reads = dict(self._files.reads)
-        self._files.reads.clear()
-        return reads
-
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetches shards in the background; they are needed soon."""
-        if self._files.ahead is not None:
-            self._files.ahead.want(shards)
+        """Downloads shards in the background; does nothing without a shard cache."""
+        if self._shards.prefetcher is not None:
+            self._shards.prefetcher.prefetch(shards)
 
-    @property
-    def decodes_into_place(self) -> bool:
-        """Whether frames are decoded to where their batch lies, if they are stored in its size."""
-        return self.manifest.layout == "frames" and not self._keeps_samples
+    def pop_read_counts(self) -> dict[str, int]:
+        """Returns the number of samples read since the last call, by READ_SOURCES."""
+        counts = dict(self._reads)
+        self._reads.clear()
+        return counts
 
-    def make_room(self, count: int) -> None:
-        """Makes room for a batch of the next `count` samples."""
-        if self.decodes_into_place:
-            shape = (count, self.num_frames, self.image_size, self.image_size, 3)
-            self.room = private_slot(shape) if self.rooms is None else self.rooms.take(count)
-            self._places = iter(self.room.frames.numpy())
+    def read(
+        self,
+        row: int,
+        view: View | None = None,
+        *,
+        out: np.ndarray | None = None,
+        predecoded: Mapping[int, StoredFrames] = NOT_PREDECODED,
+    ) -> Sample:
+        """Reads one sample with frames (num_frames or fewer, image_size, image_size, 3).
 
-    def hold(self, decoded: dict[int, tuple[bytes, np.ndarray]], room: BatchSlot | None) -> None:
-        """Takes samples that somebody else read, checked and decoded: the JSON and all stored
-        frames by row, instead of those held before; `room` is where they lie."""
-        self._held, self.room, self._places = decoded, room, iter(())
+        Call a reader either always or never with a view: the cache holds one kind of sample.
 
-    def read(self, row: int, view: View | None = None) -> Sample:
-        """Frames at (num_frames or fewer, image_size, image_size, 3): those a view shows, or the
-        middle ones' squares at the centre. Raises BadSample.
+        Args:
+            row: Manifest row.
+            view: Random choices; None = middle frames and centre squares.
+            out: (num_frames, image_size, image_size, 3) uint8. If the stored JPEG frames have this
+                size, they are decoded into it and the sample's frames are a view of it.
+            predecoded: Samples by manifest row that need not be read again.
 
-        One reader is asked for views always or never: what it keeps is of one kind.
+        Raises:
+            BadSample: the sample cannot be used.
         """
-        kept = self._cache.get(row)
-        if kept is not None:
-            self._files.reads["memory"] += 1
+        cached = self._cache.get(row)
+        if cached is not None:
+            self._reads["memory"] += 1
         else:
-            kept = self._load(row, view)
-            self._cache.put(row, kept)
-        return kept if view is None else self._shown(kept, view)
+            cached = self._load(row, view, out, predecoded)
+            self._cache.put(row, cached)
+        return cached if view is None else self._apply_view(cached, view)
 
     def decode(
-        self, row: int, num_frames: int, offsets: Sequence[float] | None
-    ) -> tuple[SampleMeta, np.ndarray, tuple[float, ...]]:
-        """A sample's frames (num_frames or fewer, H, W, 3) as stored, those that `segment_frames`
-        names, with their times. Raises BadSample."""
+        self,
+        row: int,
+        num_frames: int,
+        offsets: Sequence[float] | None,
+        *,
+        out: np.ndarray | None = None,
+        predecoded: Mapping[int, StoredFrames] = NOT_PREDECODED,
+    ) -> DecodedFrames:
+        """Reads the frames that `segment_frames` selects, in their stored size; see `read`.
+
+        Raises:
+            BadSample: the sample cannot be used.
+        """
         key = self.key(row)
-        if row in self._held:
-            self._files.reads["beton"] += 1
-            return self._chosen(key, *self._held[row], num_frames, offsets)
+        if row in predecoded:
+            self._reads["beton"] += 1
+            return _select_frames(key, predecoded[row], num_frames, offsets)
         members = self.members(row)
         meta = parse_meta(key, members)
         return meta, *decode_members(
@@ -153,28 +180,38 @@ class SampleReader:
             num_frames,
             offsets=offsets,
             sample=self._sample_frames,
-            place=next(self._places, None),
+            place=out,
         )
 
-    def _chosen(
-        self,
-        key: str,
-        text: bytes,
-        frames: np.ndarray,
-        num_frames: int,
-        offsets: Sequence[float] | None,
-    ) -> tuple[SampleMeta, np.ndarray, tuple[float, ...]]:
-        meta = parse_meta(key, {"json": text, **dict.fromkeys(stack_names(len(frames)), b"")})
-        chosen = segment_frames(len(frames), num_frames, offsets)
-        if len(frames) > num_frames:
-            frames = frames[chosen]
-        return meta, frames, tuple(meta.frame_times_s[i] for i in chosen)
+    def members(self, row: int) -> dict[str, bytes]:
+        """Reads a sample's members by file extension, and checks their bytes.
 
-    def _load(self, row: int, view: View | None) -> Sample:
+        Raises:
+            BadSample: the bytes are missing or differ from what was packed.
+        """
+        samples = self.manifest.samples
+        shard, offset, length, crc32 = (
+            int(column[row])
+            for column in (samples.shard, samples.offset, samples.length, samples.crc32)
+        )
+        content = self._shards.read(shard, offset, length, crc32, self.key(row))
+        return parse_range(self.manifest, row, content)
+
+    def _load(
+        self,
+        row: int,
+        view: View | None,
+        out: np.ndarray | None,
+        predecoded: Mapping[int, StoredFrames],
+    ) -> Sample:
+        """Reads a sample in the form that the cache holds."""
         num_frames, offsets = self.num_frames, None if view is None else view.offsets
-        if self._keeps_samples and offsets is not None:
+        if self._has_cache and offsets is not None:
+            # Another view of this sample may need other frames: load all of them.
             num_frames, offsets = max(num_frames, self.manifest.num_frames), None
-        meta, frames, times_s = self.decode(row, num_frames, offsets)
+        meta, frames, times_s = self.decode(
+            row, num_frames, offsets, out=out, predecoded=predecoded
+        )
         return Sample(
             key=self.key(row),
             video_id=meta.video_id,
@@ -183,8 +220,8 @@ class SampleReader:
             frame_times_s=times_s,
         )
 
-    def _shown(self, kept: Sample, view: View) -> Sample:
-        frames, times_s = kept.frames, kept.frame_times_s
+    def _apply_view(self, sample: Sample, view: View) -> Sample:
+        frames, times_s = sample.frames, sample.frame_times_s
         if len(frames) > self.num_frames:
             chosen = segment_frames(len(frames), self.num_frames, view.offsets)
             frames, times_s = frames[chosen], tuple(times_s[i] for i in chosen)
@@ -192,36 +229,27 @@ class SampleReader:
             frames = fit_square(frames, self.image_size)
         else:
             frames = crop_frames(frames, crop_box(view.crop, *frames.shape[1:3]), self.image_size)
-        return replace(kept, frames=frames, frame_times_s=times_s)
+        return replace(sample, frames=frames, frame_times_s=times_s)
 
-    def members(self, row: int) -> dict[str, bytes]:
-        """Checked members of a sample by extension. Raises BadSample."""
-        samples = self.manifest.samples
-        shard, offset, length, crc32 = (
-            int(column[row])
-            for column in (samples.shard, samples.offset, samples.length, samples.crc32)
+
+def _check_sizes(url: str, manifest: Manifest, num_frames: int, image_size: int) -> None:
+    if num_frames < 1 or image_size < 1:
+        raise ValueError(f"num_frames={num_frames} and image_size={image_size} must be at least 1")
+    stored = manifest.num_frames
+    if manifest.layout == "frames" and num_frames > stored:
+        raise ValueError(
+            f"num_frames={num_frames} must be from 1 to {stored}, the frames stored per sample"
+            f" in {url}; pack again with a larger --num-frames to use more"
         )
-        content = self._files.read(shard, offset, length, crc32, self.key(row))
-        return parse_range(self.manifest, row, content)
 
 
-class DecodedSampleCache:
-    """Decoded samples, bounded by the bytes of their frames."""
-
-    def __init__(self, max_bytes: int) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"cache_bytes={max_bytes} must be 0 (no cache) or more")
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._samples: OrderedDict[int, Sample] = OrderedDict()
-
-    def get(self, row: int) -> Sample | None:
-        if row in self._samples:
-            self._samples.move_to_end(row)
-        return self._samples.get(row)
-
-    def put(self, row: int, sample: Sample) -> None:
-        self._samples[row] = sample
-        self._bytes += sample.frames.nbytes
-        while self._bytes > self._max_bytes:
-            self._bytes -= self._samples.popitem(last=False)[1].frames.nbytes
+def _select_frames(
+    key: str, stored: StoredFrames, num_frames: int, offsets: Sequence[float] | None
+) -> DecodedFrames:
+    frames = stored.frames
+    names = dict.fromkeys(stack_names(len(frames)), b"")
+    meta = parse_meta(key, {"json": stored.json, **names})
+    chosen = segment_frames(len(frames), num_frames, offsets)
+    if len(frames) > num_frames:
+        frames = frames[chosen]
+    return meta, frames, tuple(meta.frame_times_s[i] for i in chosen)

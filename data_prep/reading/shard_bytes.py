@@ -1,4 +1,4 @@
-"""Byte ranges of a data set's shards: local, from the node's cache, or from the store."""
+"""Byte ranges of a data set's shards: from local files, the node's shard cache, or the store."""
 
 from __future__ import annotations
 
@@ -17,40 +17,56 @@ MAX_OPEN_SHARDS = 64
 
 
 class ShardReader:
-    """Byte ranges of shards. Local files stay open: on shared file systems opening costs more than
-    reading."""
+    """Reads byte ranges of shards.
 
-    def __init__(self, url: str, manifest: Manifest, folder: CacheFolder | None) -> None:
-        self.reads: Counter[str] = Counter()
-        """By READ_SOURCES."""
+    Local files stay open, because opening a file on a shared file system costs more than reading
+    from it.
+
+    Args:
+        url: Folder or fsspec URL of the data set.
+        manifest: Index of the data set.
+        folder: Shard cache for a remote data set; None = read every range from the store.
+        reads: Counter to update, by READ_SOURCES.
+    """
+
+    def __init__(
+        self, url: str, manifest: Manifest, folder: CacheFolder | None, reads: Counter[str]
+    ) -> None:
+        self._reads = reads
         self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self.ahead: ShardPrefetcher | None = None
+        self.prefetcher: ShardPrefetcher | None = None
         self._store = Storage(url)
         self._manifest = manifest
         self._cache: ShardCache | None = None
         if folder is not None and not self._store.is_local and manifest.beton is None:
             self._cache = ShardCache(folder, self._store, manifest.shards)
-            # With less room the next shards would push out those being read.
+            # In a smaller cache, prefetched shards would evict the ones in use.
             if folder.max_bytes >= 2 * self._cache.window_bytes:
-                self.ahead = ShardPrefetcher(self._cache)
+                self.prefetcher = ShardPrefetcher(self._cache)
 
     def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
-        """The range, or what there is of it. Only a copy in the cache is checked against `crc32`,
-        since the store may have better bytes."""
+        """Reads the byte range of sample `key`; a truncated file gives fewer bytes.
+
+        A range from the shard cache is compared with `crc32`: if it differs, the cached shard is
+        dropped and the range is read from the store. The caller checks all other ranges.
+
+        Raises:
+            BadSample: the shard is missing or cannot be read.
+        """
         name = self._manifest.file_of_shard(shard).name
         try:
             if self._store.is_local:
-                self.reads["local"] += 1
+                self._reads["local"] += 1
                 return self._read_local(name, offset, length)
             if self._cache is not None:
                 source = "shard_cache" if self._cache.has(shard) else "fetched"
                 content = self._cache.read(shard, offset, length)
                 if content is not None and zlib.crc32(content) == crc32:
-                    self.reads[source] += 1
+                    self._reads[source] += 1
                     return content
                 if content is not None:
                     self._cache.drop(shard)
-            self.reads["store"] += 1
+            self._reads["store"] += 1
             return self._store.read_range(name, offset, offset + length)
         except FileNotFoundError as error:
             raise BadSample(key, "missing_shard", self._store.path(name)) from error
@@ -63,12 +79,12 @@ class ShardReader:
         except OSError as error:
             if error.errno != errno.ESTALE or name not in self._descriptors:
                 raise
-            # A network file system forgot the open file, for example after its server restarted.
+            # A network file system invalidates open files, for example when its server restarts.
             os.close(self._descriptors.pop(name))
             return os.pread(self._descriptor(name), length, offset)
 
     def _descriptor(self, name: str) -> int:
-        # Safe to share with forked workers: pread has no file position.
+        # Forked workers may share a descriptor: pread does not move a file position.
         if name not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
@@ -77,7 +93,7 @@ class ShardReader:
         return self._descriptors[name]
 
     def __del__(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
+        if self.prefetcher is not None:
+            self.prefetcher.close()
         for descriptor in self._descriptors.values():
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Leaves out words that tell little, anew each time a caption is read in training."""
+"""Drops uninformative words from a caption, drawn anew each time training reads the caption."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from tvr.data_prep.records import Caption, Word, WordKind
 
 
 def drop_words(caption: Caption, seed: int, position: int) -> Caption:
-    """The caption less k of its droppable words, each with all its occurrences.
+    """Removes k randomly chosen droppable word forms, each with all its occurrences.
 
-    k is uniform in 0 ... min(droppable forms, half of all forms rounded down), so that at least
-    half of them stay. A pure function of (seed, stream position, caption).
+    k is uniform in 0 ... min(droppable forms, half of all forms, rounded down), so at least half of
+    the forms stay. The result is a pure function of (seed, stream position, caption).
 
-    Raises ValueError for a caption that was packed without words.
+    Raises:
+        ValueError: the caption was packed without words.
     """
     words = caption.known_words()
     forms = {_form(caption, word): word.kind for word in words}
     droppable = [form for form, kind in forms.items() if kind == WordKind.DROPPABLE]
     draws = uniforms("words", seed, position, 1 + len(droppable))
-    most = min(len(droppable), len(forms) // 2)
-    chosen = np.argsort(draws[1:], kind="stable")[: int(draws[0] * (most + 1))]
+    max_dropped = min(len(droppable), len(forms) // 2)
+    chosen = np.argsort(draws[1:], kind="stable")[: int(draws[0] * (max_dropped + 1))]
     return _without(caption, words, {droppable[index] for index in chosen})
 
 
 def _form(caption: Caption, word: Word) -> str:
-    """What equal words have in common."""
+    """Case-folded text of a word; equal for all occurrences of the word."""
     return caption.text[word.start : word.end].casefold()
 
 
 def _without(caption: Caption, words: tuple[Word, ...], forms: set[str]) -> Caption:
-    """A word goes with the space after it, or at the caption's end with the one before it."""
+    """Removes words and the space after each, or the space before at the caption's end."""
     text, kept, copied = "", [], 0
     for word in words:
         text += caption.text[copied : word.start]

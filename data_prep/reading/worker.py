@@ -1,37 +1,56 @@
-"""What a loader's worker does: stream positions -> samples with captions -> a Batch."""
+"""The work of a loader worker: stream positions -> samples with captions -> a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from tvr.data_prep.reading.augment import Augmentation
-from tvr.data_prep.reading.batch_buffers import BatchInSlot
+from tvr.data_prep.reading.batch_buffers import BatchInSlot, BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.collate import Tokenize, collate
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
-from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import BadSample, Batch, Caption, Replacement, Sample
 
-# A row that is still bad after this many substitutes means the data set is bad, not the row.
+# If this many samples in a row are bad, the data set is bad, and the position stays empty.
 MAX_ATTEMPTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawnSample:
-    """What one position gave: a sample with the captions to use, unless all tries were bad."""
+    """The sample read for one stream position, with the captions to use."""
 
     position: int
     sample: Sample | None
+    """None if the sample, and in training all its substitutes, are bad."""
     captions: tuple[Caption, ...]
     replaced: tuple[Replacement, ...]
+    """Bad samples found at this position."""
 
 
-class TrainingDataset(Dataset[DrawnSample]):
-    """Stream position -> sample, as this position's view shows it, and one caption, less some of
-    its words with `word_drop`."""
+@dataclass(frozen=True, slots=True)
+class DrawnBatch:
+    """The samples of one batch before collation."""
+
+    samples: Sequence[DrawnSample]
+    slot: BatchSlot | None = None
+    """Memory that the frames may have been decoded into."""
+
+
+class TrainingDataset(Dataset[DrawnBatch]):
+    """Maps stream positions to augmented samples, each with one caption.
+
+    Args:
+        reader: Source of the samples.
+        order: Order of the samples.
+        augmentation: Random frames and crops.
+        word_drop: Drop uninformative words from captions.
+        slots: Memory to decode batches into; None = allocate memory for each batch.
+    """
 
     def __init__(
         self,
@@ -40,32 +59,53 @@ class TrainingDataset(Dataset[DrawnSample]):
         augmentation: Augmentation,
         *,
         word_drop: bool,
+        slots: BatchSlots | None = None,
     ) -> None:
         self._reader = reader
         self._order = order
         self._augmentation = augmentation
         self._word_drop = word_drop
+        self._slots = slots
 
-    def __getitems__(self, positions: Sequence[int]) -> list[DrawnSample]:
-        """The samples of a batch; torch's loader asks for them at once."""
-        self._reader.make_room(len(positions))
-        return [self[position] for position in positions]
+    def __getitems__(self, positions: Sequence[int]) -> DrawnBatch:
+        """Draws a whole batch; torch's DataLoader calls this method."""
+        slot = self._slot(len(positions))
+        if slot is None:
+            return DrawnBatch([self.draw(position) for position in positions])
+        rows = slot.frames.numpy()
+        return DrawnBatch(
+            [self.draw(position, out=row) for position, row in zip(positions, rows, strict=True)],
+            slot,
+        )
 
-    def __getitem__(self, position: int) -> DrawnSample:
-        place = self._order.locate(position)
-        if self._reader.fetches_ahead:
-            self._reader.prefetch(self._order.next_window_shards(place))
+    def draw(
+        self,
+        position: int,
+        *,
+        out: np.ndarray | None = None,
+        predecoded: Mapping[int, StoredFrames] = NOT_PREDECODED,
+    ) -> DrawnSample:
+        """Reads the sample of a stream position, or a substitute if it is bad.
+
+        Args:
+            position: Stream position.
+            out: Memory to decode into, see `SampleReader.read`.
+            predecoded: Samples that need not be read, see `SampleReader.read`.
+        """
+        location = self._order.locate(position)
+        if self._reader.prefetches:
+            self._reader.prefetch(self._order.next_window_shards(location))
         view = self._augmentation.draw(self._order.seed, position, self._reader.num_frames)
         replaced: list[Replacement] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                sample = self._reader.read(place.sample, view)
+                sample = self._reader.read(location.sample, view, out=out, predecoded=predecoded)
             except BadSample as error:
                 replaced.append(_replacement(position, error))
-                place = self._order.substitute(position, attempt)
+                location = self._order.substitute(position, attempt)
                 continue
             choice = caption_choice(
-                self._order.seed, place.epoch, place.sample, len(sample.captions)
+                self._order.seed, location.epoch, location.sample, len(sample.captions)
             )
             caption = sample.captions[choice]
             if self._word_drop:
@@ -75,32 +115,47 @@ class TrainingDataset(Dataset[DrawnSample]):
             )
         return DrawnSample(position=position, sample=None, captions=(), replaced=tuple(replaced))
 
+    def _slot(self, count: int) -> BatchSlot | None:
+        reader = self._reader
+        if not reader.decodes_into_buffers:
+            return None
+        if self._slots is not None:
+            return self._slots.lend(count)
+        return private_slot((count, reader.num_frames, reader.image_size, reader.image_size, 3))
 
-class EvaluationDataset(Dataset[DrawnSample]):
-    """Manifest row, below `end`, -> sample and all its captions."""
+
+class EvaluationDataset(Dataset[DrawnBatch]):
+    """Maps manifest rows below `end` to samples with all their captions."""
 
     def __init__(self, reader: SampleReader, end: int) -> None:
         self._reader = reader
         self._end = end
 
-    def __getitem__(self, position: int) -> DrawnSample:
-        if self._reader.fetches_ahead:
-            self._reader.prefetch(self._reader.next_shards(position, self._end))
+    def __getitems__(self, rows: Sequence[int]) -> DrawnBatch:
+        """Reads a whole batch; torch's DataLoader calls this method."""
+        return DrawnBatch([self.draw(row) for row in rows])
+
+    def draw(self, row: int) -> DrawnSample:
+        """Reads the sample of a manifest row; a bad sample is left out."""
+        if self._reader.prefetches:
+            self._reader.prefetch(self._reader.following_shards(row, self._end))
         try:
-            sample = self._reader.read(position)
+            sample = self._reader.read(row)
         except BadSample as error:
-            return DrawnSample(
-                position=position,
-                sample=None,
-                captions=(),
-                replaced=(_replacement(position, error),),
-            )
-        return DrawnSample(position=position, sample=sample, captions=sample.captions, replaced=())
+            replaced = (_replacement(row, error),)
+            return DrawnSample(position=row, sample=None, captions=(), replaced=replaced)
+        return DrawnSample(position=row, sample=sample, captions=sample.captions, replaced=())
 
 
 class PositionBatches:
-    """Batch sampler: runs of `length` positions starting at first, first + stride, ... below `end`
-    (None: no end)."""
+    """Batch sampler: `length` positions from `first`, from first + stride, and so on.
+
+    Args:
+        first: First position of the first batch.
+        stride: Distance between the first positions of two batches.
+        length: Positions per batch; the last batch may be shorter.
+        end: Positions are below `end`; None = no end.
+    """
 
     def __init__(self, first: int, stride: int, length: int, end: int | None) -> None:
         self.length = length
@@ -117,14 +172,17 @@ class PositionBatches:
 
 
 class BatchCollator:
-    """The loader's collate function; with rooms, what it gives is for `BatchSlots.receive`."""
+    """Collate function of the loader; with slots, `BatchSlots.receive` restores its results."""
 
-    def __init__(self, reader: SampleReader, tokenize: Tokenize) -> None:
-        self._tokenize = tokenize
+    def __init__(
+        self, reader: SampleReader, tokenize: Tokenize, slots: BatchSlots | None = None
+    ) -> None:
         self._reader = reader
+        self._tokenize = tokenize
+        self._slots = slots
 
-    def __call__(self, drawn: list[DrawnSample]) -> Batch | BatchInSlot:
-        good = [(each.sample, each) for each in drawn if each.sample is not None]
+    def __call__(self, drawn: DrawnBatch) -> Batch | BatchInSlot:
+        good = [(each.sample, each) for each in drawn.samples if each.sample is not None]
         reader = self._reader
         batch = collate(
             [sample for sample, _ in good],
@@ -133,11 +191,11 @@ class BatchCollator:
             self._tokenize,
             reader.num_frames,
             reader.image_size,
-            replaced=[entry for each in drawn for entry in each.replaced],
-            room=None if reader.room is None else reader.room.frames,
+            replaced=[entry for each in drawn.samples for entry in each.replaced],
+            buffer=None if drawn.slot is None else drawn.slot.frames,
         )
-        batch = replace(batch, reads=reader.take_reads())
-        return batch if reader.rooms is None else reader.rooms.send(batch, reader.room)
+        batch = replace(batch, reads=reader.pop_read_counts())
+        return batch if self._slots is None else self._slots.send(batch, drawn.slot)
 
 
 def _replacement(position: int, error: BadSample) -> Replacement:

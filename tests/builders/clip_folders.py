@@ -1,4 +1,4 @@
-"""Local folders as a CLIP is published in: its config.json, a small tokeniser, random weights."""
+"""Folders in the format of a published CLIP: config.json, a small tokeniser, random weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from tvr.trainer.model.tokenizer import train_tokenizer
 
-# Of openai/clip-vit-*: width, feed-forward width, layers and heads of text and image; what both
-# project to; side of a patch; and the parameters of both towers, the logit scale left out.
+# Each openai/clip-vit-*: (width, feed-forward width, layers, heads) of the text and of the image
+# tower, projection width, patch size, and parameters of both towers without the logit scale.
 SHAPES = {
     "base-patch32": ((512, 2048, 12, 8), (768, 3072, 12, 12), 512, 32, 151_277_312),
     "base-patch16": ((512, 2048, 12, 8), (768, 3072, 12, 12), 512, 16, 149_620_736),
@@ -21,7 +21,7 @@ CAPTIONS = ("a man plays the guitar on a stage", "two dogs run after a red ball 
 
 
 def write_clip(folder: Path, name: str, *, weights: bool = False) -> str:
-    """Writes config.json and a tokeniser, with `weights` random ones too; gives the folder."""
+    """Writes config.json, a tokeniser and, with `weights`, random weights; returns the folder."""
     tokenizer = train_tokenizer(CAPTIONS, folder, vocab_size=560, max_words=77)
     text, vision, projection, patch, _ = SHAPES[name]
     common = {"projection_dim": projection}

@@ -1,4 +1,4 @@
-"""An HTML page, parsed, and that it needs nothing from outside."""
+"""A parser for HTML pages, and a check that a page is self-contained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Collects tags with their attributes and the visible text."""
+    """Collects the tags of a page with their attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -25,8 +25,8 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def assert_needs_nothing(html: str) -> None:
-    """No script, no link, and whatever is pointed at lies in the page, once."""
+def assert_self_contained(html: str) -> None:
+    """Asserts that a page has no script, no external reference, and no broken internal one."""
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     assert not re.findall(r"https?:|@import", html)

@@ -1,4 +1,4 @@
-"""A data set of rendered shapes and a model small enough to train in seconds."""
+"""A small data set of the demo's clips, and settings of a model that trains in seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from builders.batches import damage_sample
 
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.dataset.manifest import read_manifest
@@ -23,7 +25,7 @@ IMAGE_SIZE = 16
 def make_tiny_data(
     folder: Path, *, num_train: int = 48, num_test: int = 10, words: bool = False
 ) -> None:
-    """Packs `train`, `test` and `exchanged` under `folder`, and a tokeniser beside them."""
+    """Packs the splits `train`, `test` and `exchanged` into `folder`, and trains a tokeniser."""
     splits = demo_scenes(num_train, num_test, seed=7)
     for split, scenes in splits.items():
         clips = folder / "clips" / split
@@ -41,24 +43,21 @@ def make_tiny_data(
             samples_per_shard=10,
             words=words,
         )
-    said = [caption for scene in splits["train"] for caption in scene_captions(scene)]
-    train_tokenizer(said, folder / "tokenizer", vocab_size=560, max_words=MAX_WORDS)
+    texts = [caption for scene in splits["train"] for caption in scene_captions(scene)]
+    train_tokenizer(texts, folder / "tokenizer", vocab_size=560, max_words=MAX_WORDS)
 
 
 def damaged_data(data: Path, folder: Path, *, rows: Sequence[int]) -> tuple[Path, list[str]]:
-    """A copy of the training data with a byte of some samples flipped, and their keys."""
+    """Copies the training data and flips a byte of some samples; returns their keys as well."""
     shutil.copytree(data / "train", folder)
     samples = read_manifest(str(folder)).samples
     for row in rows:
-        shard = folder / f"shard-{int(samples.shard[row]):06d}.tar"
-        content = bytearray(shard.read_bytes())
-        content[int(samples.offset[row]) + 600] ^= 1
-        shard.write_bytes(content)
+        damage_sample(folder, row)
     return folder, [str(samples.key[row]) for row in rows]
 
 
 def tiny_config(folder: Path, **overrides: Any) -> Config:
-    """Settings for `make_tiny_data`'s folder; overrides are nested, as in a --config file."""
+    """Settings for the folder of `make_tiny_data`; overrides are nested, as in a --config file."""
     base = Config(
         data=DataConfig(
             train=str(folder / "train"),
@@ -83,6 +82,6 @@ def tiny_config(folder: Path, **overrides: Any) -> Config:
 
 
 def with_ranks(config: Config, ranks: int) -> Config:
-    """The same global batch, shared out among that many ranks."""
+    """Divides the same global batch among `ranks` ranks."""
     micro_batch = config.train.global_batch // ranks
     return replace(config, train=replace(config.train, micro_batch=micro_batch))

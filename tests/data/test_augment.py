@@ -1,14 +1,15 @@
-"""What training draws anew for a clip: frames and crops, the same for any ranks and workers."""
+"""Random frames and crops of training: the same for any number of ranks and workers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, get_args
 
 import numpy as np
 import pytest
-from builders.clip_files import tokenize, write_clips
+from builders.batches import evaluation, training
+from builders.clip_files import write_clips
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,47 +24,29 @@ from tvr.data_prep.reading.augment import (
     crop_box,
     crop_frames,
 )
-from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.order import SampleOrder, uniforms
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Batch
-from tvr.data_prep.video.decoders import describe_decoder, frame_sampler
+from tvr.data_prep.video.decoders import decoder_line, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_centres, segment_frames
 from tvr.data_prep.video.images import fit_square
 
-# torch warns of more workers than cores; the views must hold on a machine of one core as well.
+# torch warns if there are more workers than cores; the views must not depend on the cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-DRAWN = Augmentation(frame_sampling="random", crop_scale=0.5)
+RANDOM = Augmentation(frame_sampling="random", crop_scale=0.5)
 NUM_SAMPLES = 7
+train = partial(training, micro_batch=4, num_frames=3, augmentation=RANDOM)
 
 
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Data sets of clips of 8 frames."""
-    folder = tmp_path_factory.mktemp("views")
+    folder = tmp_path_factory.mktemp("augment")
     clips = write_clips(folder, NUM_SAMPLES, num_frames=8)
     for layout in get_args(Layout):
         pack_shards(clips, str(folder / layout), layout=layout, num_frames=8, samples_per_shard=5)
     return {layout: str(folder / layout) for layout in get_args(Layout)}
-
-
-def train(url: str, **changes: Any) -> Iterator[Batch]:
-    defaults: dict[str, Any] = {
-        "seed": 7,
-        "global_batch": 8,
-        "micro_batch": 4,
-        "rank": 0,
-        "world_size": 1,
-        "start_step": 0,
-        "workers": 0,
-        "num_frames": 3,
-        "image_size": 16,
-        "tokenize": tokenize,
-        "max_bad": 0,
-        "augmentation": DRAWN,
-    }
-    return train_batches(url, **(defaults | changes))
 
 
 def pixels(batches: list[Batch]) -> dict[int, np.ndarray]:
@@ -101,9 +84,9 @@ def test_batches_do_not_depend_on_ranks_workers_or_restarts(
 
 
 @pytest.mark.parametrize("layout", ["frames", "video"])
-def test_frames_are_those_that_were_drawn(urls: dict[str, str], layout: str) -> None:
-    views = Augmentation(frame_sampling="random")
-    batches = list(islice(train(urls[layout], augmentation=views, image_size=32), 8))
+def test_batches_hold_the_drawn_frames(urls: dict[str, str], layout: str) -> None:
+    augmentation = Augmentation(frame_sampling="random")
+    batches = list(islice(train(urls[layout], augmentation=augmentation, image_size=32), 8))
     order, seen = SampleOrder([5, 2], seed=7), set()
     reader = SampleReader(urls[layout], num_frames=8, image_size=32)
     for position, frames in pixels(batches).items():
@@ -111,64 +94,56 @@ def test_frames_are_those_that_were_drawn(urls: dict[str, str], layout: str) -> 
         chosen = segment_frames(8, 3, uniforms("frames", 7, position, 3).tolist())
         assert np.array_equal(frames, reader.read(row).frames[chosen])
         seen.add((row, *chosen))
-    assert len(seen) > 2 * NUM_SAMPLES  # a clip seen again shows other frames
-    assert len({chosen for _, *places in seen for chosen in places}) == 8
+    assert len(seen) > 2 * NUM_SAMPLES  # a clip shows other frames in the next epoch
+    assert len({frame for _, *chosen in seen for frame in chosen}) == 8
 
 
-def test_times_go_with_the_frames(urls: dict[str, str]) -> None:
+def test_times_belong_to_the_frames(urls: dict[str, str]) -> None:
     view = View(offsets=(0.0, 0.5, 0.999), crop=None)
     for url in urls.values():
         reader = SampleReader(url, num_frames=3, image_size=32)
         assert reader.read(0, view).frame_times_s == (0.0, 0.4, 0.7)
-        kept = SampleReader(url, num_frames=3, image_size=32, cache_bytes=1 << 20)
+        cached = SampleReader(url, num_frames=3, image_size=32, cache_bytes=1 << 20)
         if reader.manifest.layout == "frames":
-            assert [kept.read(0, view).frame_times_s for _ in range(2)] == [(0.0, 0.4, 0.7)] * 2
+            assert [cached.read(0, view).frame_times_s for _ in range(2)] == [(0.0, 0.4, 0.7)] * 2
 
 
 @pytest.mark.parametrize(
-    ("layout", "views"),
+    ("layout", "augmentation"),
     [
-        ("frames", DRAWN),
+        ("frames", RANDOM),
         ("frames", Augmentation(frame_sampling="random")),
         ("frames", Augmentation(crop_scale=0.9)),
         ("video", Augmentation(crop_scale=0.9)),
     ],
 )
-def test_the_cache_keeps_what_no_draw_changes(
-    urls: dict[str, str], layout: str, views: Augmentation, monkeypatch: pytest.MonkeyPatch
+def test_the_cache_decodes_each_sample_once(
+    urls: dict[str, str], layout: str, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pixels(list(islice(train(urls[layout], augmentation=views), 8)))
+    expected = pixels(list(islice(train(urls[layout], augmentation=augmentation), 8)))
     decoded: list[int] = []
     decode = SampleReader.decode
     monkeypatch.setattr(
         SampleReader,
         "decode",
-        lambda self, row, *rest: decoded.append(row) or decode(self, row, *rest),
+        lambda self, row, *rest, **options: (
+            decoded.append(row) or decode(self, row, *rest, **options)
+        ),
     )
-    batches = list(islice(train(urls[layout], augmentation=views, cache_bytes=1 << 20), 8))
+    batches = list(islice(train(urls[layout], augmentation=augmentation, cache_bytes=1 << 20), 8))
     assert same(pixels(batches), expected)
     assert sorted(decoded) == list(range(NUM_SAMPLES))
 
 
-def test_the_cache_is_refused_where_it_could_keep_nothing(urls: dict[str, str]) -> None:
+def test_the_cache_is_refused_if_frames_differ_each_time(urls: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"cache_bytes=9 .* must be 0 .* frame_sampling=random"):
         train(urls["video"], cache_bytes=9)
 
 
-def test_evaluation_draws_nothing(urls: dict[str, str]) -> None:
-    settings: dict[str, Any] = {
-        "micro_batch": 4,
-        "rank": 0,
-        "world_size": 1,
-        "workers": 0,
-        "num_frames": 3,
-        "image_size": 32,
-        "tokenize": tokenize,
-        "max_bad": 0,
-    }
+def test_evaluation_uses_middle_frames_and_centre_squares(urls: dict[str, str]) -> None:
     for url in urls.values():
         reader = SampleReader(url, num_frames=8, image_size=32)
-        for row, frames in pixels(list(evaluation_batches(url, **settings))).items():
+        for row, frames in pixels(evaluation(url, num_frames=3, image_size=32)).items():
             assert np.array_equal(frames, reader.read(row).frames[segment_centres(8, 3)])
 
 
@@ -178,7 +153,7 @@ crops = st.builds(Crop, share=st.floats(0.05, 1), shape=shares, down=shares, rig
 
 
 @given(crops, sides, sides)
-def test_a_crop_lies_in_the_picture(crop: Crop, height: int, width: int) -> None:
+def test_a_crop_lies_within_the_picture(crop: Crop, height: int, width: int) -> None:
     box = crop_box(crop, height, width)
     assert box.height >= 1
     assert box.width >= 1
@@ -187,14 +162,16 @@ def test_a_crop_lies_in_the_picture(crop: Crop, height: int, width: int) -> None
 
 
 @given(crops, st.integers(100, 500), st.integers(100, 500))
-def test_a_crop_has_its_area_and_shape(crop: Crop, height: int, width: int) -> None:
+def test_a_crop_has_the_requested_area_and_aspect_ratio(
+    crop: Crop, height: int, width: int
+) -> None:
     box = crop_box(crop, height, width)
     assert box.height * box.width / min(height, width) ** 2 == pytest.approx(crop.share, rel=0.05)
-    assert 0.72 < box.width / box.height < 1.39  # 3/4 to 4/3, up to the rounding to pixels
+    assert 0.72 < box.width / box.height < 1.39  # 3/4 to 4/3, up to rounding to pixels
 
 
 @given(st.floats(0.01, 1), st.integers(0, 2**62), st.integers(0, 2**62))
-def test_drawn_shares_are_in_range(crop_scale: float, seed: int, position: int) -> None:
+def test_drawn_areas_are_in_range(crop_scale: float, seed: int, position: int) -> None:
     view = Augmentation(crop_scale=crop_scale).draw(seed, position, 4)
     if view is not None:
         assert view.offsets is None
@@ -203,9 +180,9 @@ def test_drawn_shares_are_in_range(crop_scale: float, seed: int, position: int) 
     assert (view is None) == (crop_scale == 1)
 
 
-def test_crops_are_spread_over_the_picture() -> None:
-    views = Augmentation(crop_scale=0.5)
-    drawn = [views.draw(3, position, 4) for position in range(2000)]
+def test_crops_are_uniform_over_the_picture() -> None:
+    augmentation = Augmentation(crop_scale=0.5)
+    drawn = [augmentation.draw(3, position, 4) for position in range(2000)]
     boxes = [crop_box(view.crop, 90, 160) for view in drawn if view and view.crop]
     assert len(boxes) == 2000
     areas = np.array([box.height * box.width for box in boxes]) / 90**2
@@ -218,8 +195,8 @@ def test_crops_are_spread_over_the_picture() -> None:
     assert centres.max() > 115
 
 
-def test_views_are_part_of_the_contract() -> None:
-    """Other numbers here break the order of resumed runs."""
+def test_golden_views() -> None:
+    """Golden values: changing them changes the data of resumed runs."""
     view = Augmentation(frame_sampling="random", crop_scale=0.9).draw(7, 123, 2)
     assert view is not None
     assert view.crop is not None
@@ -232,7 +209,7 @@ GOLDEN_BOX = Box(top=5, left=27, height=204, width=268)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-def test_a_square_crop_of_a_square_is_the_square_at_the_centre(
+def test_cropping_the_whole_of_a_square_equals_fit_square(
     side: int, image_size: int, seed: int
 ) -> None:
     frames = np.random.default_rng(seed).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
@@ -272,13 +249,15 @@ def test_torchcodec_gives_the_same_batches(urls: dict[str, str]) -> None:
     for workers in (0, 2):
         batches = train(urls["video"], decoder="torchcodec", workers=workers)
         assert same(pixels(list(islice(batches, 4))), expected)
-    assert "decoded by torchcodec" in describe_decoder("torchcodec")
+    assert "decoded by torchcodec" in decoder_line("torchcodec")
 
 
-def test_the_decoder_in_use_is_told(monkeypatch: pytest.MonkeyPatch, urls: dict[str, str]) -> None:
-    assert describe_decoder("pyav").startswith("videos: decoded by PyAV ")
+def test_the_decoder_in_use_is_reported(
+    monkeypatch: pytest.MonkeyPatch, urls: dict[str, str]
+) -> None:
+    assert decoder_line("pyav").startswith("videos: decoded by PyAV ")
     monkeypatch.setitem(__import__("sys").modules, "tvr.data_prep.video.decode_torchcodec", None)
-    assert "not to be decoded: decoder=torchcodec (data.decoder) needs" in describe_decoder(
+    assert "not to be decoded: decoder=torchcodec (data.decoder) needs" in decoder_line(
         "torchcodec"
     )
     with pytest.raises(ValueError, match=r"data\.decoder"):

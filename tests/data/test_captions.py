@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.data_prep.check.captions import LONG_WORDS, CaptionAccumulator
-from tvr.data_prep.check.distribution import MOST_BINS, distribution
+from tvr.data_prep.check.distribution import MAX_BINS, distribution
 
 captions = st.sampled_from(
     ["", " ", "a", "b c", "a  b", "A b", "x " * LONG_WORDS, "x " * (LONG_WORDS + 1)]
@@ -79,7 +79,7 @@ def check(values: list[float] | list[int], *, whole: bool) -> None:
     low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
     assert found.p95 == pytest.approx(low + (high - low) * (at - math.floor(at)))
     edges = found.edges
-    assert len(edges) == len(found.counts) + 1 <= MOST_BINS + 1
+    assert len(edges) == len(found.counts) + 1 <= MAX_BINS + 1
     assert list(edges) == sorted(edges)
     inside = [value for value in values if value <= edges[-1]]
     assert min(values) >= edges[0]

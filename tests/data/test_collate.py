@@ -1,4 +1,4 @@
-"""Batches: padding, masks and refusals."""
+"""Collation: padding, masks and refused samples."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_padding_masks_and_rows() -> None:
     assert batch.word_mask.sum(dim=1).tolist() == [2, 1, 2]
     assert batch.positions.tolist() == [9, 4]
     assert batch.replaced == (replaced,)
-    again = pickle.loads(pickle.dumps(batch))  # as a worker sends it
+    again = pickle.loads(pickle.dumps(batch))  # as when a worker sends it
     assert torch.equal(again.frames, batch.frames)
 
 
-def test_channels_come_before_rows_and_columns() -> None:
+def test_channels_precede_height_and_width() -> None:
     frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     record = Sample(
         key="a",
@@ -63,7 +63,7 @@ def test_channels_come_before_rows_and_columns() -> None:
     assert batch.frames[0, 1, 2, 3, 0] == frames[1, 3, 0, 2]
 
 
-def test_no_samples_give_no_rows() -> None:
+def test_no_samples_give_a_batch_of_no_rows() -> None:
     batch = collate([], [], [], tokenize, 3, 4)
     assert (batch.frames.shape, batch.token_ids.shape) == ((0, 3, 3, 4, 4), (0, 0))
 
@@ -87,38 +87,38 @@ def one_row_too_many(captions: Any) -> Any:
         (sample("k", 3), ["a"], one_row_too_many, r"ids \(2, 2\) and .* for 1 captions"),
     ],
 )
-def test_what_would_be_an_empty_mask_is_refused(
+def test_samples_that_give_an_empty_mask_are_refused(
     record: Sample, captions: list[str], tokenizer: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         collate([record], [plain_captions(*captions)], [0], tokenizer, 3, 4)
 
 
-def test_bad_sample_survives_pickling_and_bounds_its_reasons() -> None:
+def test_bad_sample_can_be_pickled_and_has_a_known_reason() -> None:
     error = pickle.loads(pickle.dumps(BadSample("k", "checksum", "d")))
     assert (error.key, error.reason, str(error)) == ("k", "checksum", "k: checksum: d")
     with pytest.raises(ValueError, match="reason='odd' is not one of missing_file"):
         BadSample("k", "odd", "d")
 
 
-def test_frames_in_their_room_are_not_copied() -> None:
-    room = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)
-    room[0], room[1, :2] = 5, 6
+def test_frames_in_the_buffer_are_not_copied() -> None:
+    buffer = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8)
+    buffer[0], buffer[1, :2] = 5, 6
 
-    def placed(key: str, row: int, count: int) -> Sample:
-        frames = room[row].numpy()[:count]
+    def in_buffer(key: str, row: int, count: int) -> Sample:
+        frames = buffer[row].numpy()[:count]
         times = tuple(float(i) for i in range(count))
-        said = (Caption(text="a"),)
-        return Sample(key=key, video_id=key, captions=said, frames=frames, frame_times_s=times)
+        captions = (Caption(text="a"),)
+        return Sample(key=key, video_id=key, captions=captions, frames=frames, frame_times_s=times)
 
-    samples = [placed("a", 0, 3), placed("b", 1, 2)]
+    samples = [in_buffer("a", 0, 3), in_buffer("b", 1, 2)]
     arguments = ([plain_captions("a")] * 2, [0, 1], tokenize, 3, 4)
-    batch = collate(samples, *arguments, room=room)
-    assert batch.frames.data_ptr() == room.data_ptr()
+    batch = collate(samples, *arguments, buffer=buffer)
+    assert batch.frames.data_ptr() == buffer.data_ptr()
     copied = collate(samples, *arguments)
-    assert copied.frames.data_ptr() != room.data_ptr()
+    assert copied.frames.data_ptr() != buffer.data_ptr()
     assert torch.equal(batch.frames, copied.frames)
-    for others in (samples[::-1], [samples[0], sample("c", 3)]):  # after a substitute, say
-        mixed = collate(others, *arguments, room=room)
-        assert mixed.frames.data_ptr() != room.data_ptr()
+    for others in (samples[::-1], [samples[0], sample("c", 3)]):  # for example after a substitution
+        mixed = collate(others, *arguments, buffer=buffer)
+        assert mixed.frames.data_ptr() != buffer.data_ptr()
         assert [int(row.sum()) for row in mixed.frames] == [int(s.frames.sum()) for s in others]

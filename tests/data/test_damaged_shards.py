@@ -1,5 +1,5 @@
-"""Every kind of damage on real files: what is readable comes once, the rest is named, on any ranks
-and workers and after any restart."""
+"""Every kind of damage on real files: each readable sample is read once and each bad one reported,
+for any number of ranks and workers and after any restart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from builders.clip_files import numbered_video, sound_only, tokenize
+from builders.batches import Row, damage_sample, evaluation, rows_of, training
+from builders.clip_files import numbered_video, sound_only
 from builders.http_store import HttpStorage, serve_folder
 from fsspec.core import url_to_fs
 
@@ -25,7 +26,6 @@ from tvr.data_prep.dataset.manifest import (
     write_manifest,
 )
 from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample, tar_bytes
-from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 
@@ -34,12 +34,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 NUM_SAMPLES, GLOBAL_BATCH = 20, 4
 STEPS = NUM_SAMPLES // GLOBAL_BATCH  # of one epoch
 KEYS = [f"c{row:02d}" for row in range(NUM_SAMPLES)]
-SETTINGS: dict[str, Any] = {"num_frames": 4, "image_size": 16, "tokenize": tokenize}
 
 
 def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard: int = 5) -> str:
-    """A data set of MP4s; `members` replaces those of some keys, None leaves them out. Unlike
-    `pack_shards` this refuses nothing."""
+    """Writes a data set of MP4s without the checks of `pack_shards`.
+
+    `members` gives other videos for some keys; None omits the video.
+    """
     folder.mkdir()
     url = str(folder)
     shards, parts = [], []
@@ -71,7 +72,7 @@ def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard
 
 
 def overwrite(folder: Path, key: str, at: int, content: bytes) -> None:
-    """Replaces bytes of one sample, counted from its first."""
+    """Overwrites bytes of one sample; `at` counts from its first byte."""
     manifest = read_manifest(str(folder))
     row = KEYS.index(key)
     with (folder / manifest.shards[int(manifest.samples.shard[row])].name).open("r+b") as file:
@@ -79,11 +80,8 @@ def overwrite(folder: Path, key: str, at: int, content: bytes) -> None:
         file.write(content)
 
 
-def flip_a_byte(folder: Path) -> None:
-    manifest = read_manifest(str(folder))
-    shard = (folder / "shard-000001.tar").read_bytes()
-    at = 1600  # in the MP4, after two headers and the JSON
-    overwrite(folder, "c07", at, bytes([shard[int(manifest.samples.offset[7]) + at] ^ 1]))
+def flip_bit_in_mp4(folder: Path) -> None:
+    damage_sample(folder, KEYS.index("c07"), 1600)  # after two tar headers and the JSON
 
 
 def cut_inside_c07(folder: Path) -> None:
@@ -94,32 +92,32 @@ def cut_inside_c07(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """A damage and what the stream should say of it."""
+    """Damage to a data set, and the bad samples that it causes."""
 
     bad: dict[str, str]
     """Reason by key."""
     members: dict[str, bytes | None] = field(default_factory=dict)
-    harm: Callable[[Path], object] = lambda folder: None
+    damage: Callable[[Path], object] = lambda folder: None
 
 
 SHARD_1 = KEYS[5:10]
 FAULTS = {
-    "truncated tar": Fault(dict.fromkeys(KEYS[7:10], "checksum"), harm=cut_inside_c07),
+    "truncated tar": Fault(dict.fromkeys(KEYS[7:10], "checksum"), damage=cut_inside_c07),
     "corrupt header in mid-tar": Fault(
-        {"c07": "checksum"}, harm=lambda folder: overwrite(folder, "c07", 0, b"\xff" * 512)
+        {"c07": "checksum"}, damage=lambda folder: overwrite(folder, "c07", 0, b"\xff" * 512)
     ),
-    "flipped byte": Fault({"c07": "checksum"}, harm=flip_a_byte),
+    "flipped bit": Fault({"c07": "checksum"}, damage=flip_bit_in_mp4),
     "missing member": Fault({"c07": "missing_member"}, {"c07": None}),
     "unreadable mp4": Fault({"c07": "unreadable"}, {"c07": b"no video" * 100}),
     "audio-only mp4": Fault({"c07": "no_frames"}, {"c07": sound_only()}),
     "one-frame mp4": Fault({}, {"c07": numbered_video(1, first=99)}),
     "zero-byte shard": Fault(
         dict.fromkeys(SHARD_1, "checksum"),
-        harm=lambda folder: (folder / "shard-000001.tar").write_bytes(b""),
+        damage=lambda folder: (folder / "shard-000001.tar").write_bytes(b""),
     ),
     "missing shard": Fault(
         dict.fromkeys(SHARD_1, "missing_shard"),
-        harm=lambda folder: (folder / "shard-000001.tar").unlink(),
+        damage=lambda folder: (folder / "shard-000001.tar").unlink(),
     ),
 }
 
@@ -129,13 +127,13 @@ def faulty(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[st
     """URL of a damaged data set and the reasons by key."""
     fault = FAULTS[request.param]
     url = write_data(tmp_path / "data", fault.members)
-    fault.harm(tmp_path / "data")
+    fault.damage(tmp_path / "data")
     return url, fault.bad
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
-    """A data set behind HTTP whose every third request is answered by 503."""
+    """A data set behind an HTTP server that fails every third request with status 503."""
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     write_data(tmp_path / "data", {})
     with serve_folder(tmp_path) as store:
@@ -143,18 +141,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStora
         yield store
 
 
-Row = tuple[int, str, str, int]
-
-
 def streamed(
     url: str, *, world_size: int, workers: int, steps: int = STEPS, **changes: Any
 ) -> tuple[list[Row], list[Replacement]]:
-    """(position, key, caption, sum of the frames) of some steps of all ranks, and what was
-    replaced, in the order of positions."""
-    settings: dict[str, Any] = {"seed": 3, "start_step": 0, "max_bad": 10, **SETTINGS, **changes}
+    """The rows of some steps of all ranks and the replacements, in the order of positions."""
+    settings = {"seed": 3, "max_bad": 10, **changes}
     batches: list[Batch] = []
     for rank in range(world_size):
-        stream = train_batches(
+        stream = training(
             url,
             global_batch=GLOBAL_BATCH,
             micro_batch=GLOBAL_BATCH // world_size,
@@ -164,19 +158,12 @@ def streamed(
             **settings,
         )
         batches += islice(stream, steps)
-    rows = [
-        (position, key, caption, int(frames.sum()))
-        for batch in batches
-        for position, key, caption, frames in zip(
-            batch.positions.tolist(), batch.keys, batch.captions, batch.frames, strict=True
-        )
-    ]
     replaced = [entry for batch in batches for entry in batch.replaced]
-    return sorted(rows), sorted(replaced, key=lambda entry: entry.position)
+    return sorted(rows_of(batches)), sorted(replaced, key=lambda entry: entry.position)
 
 
 def check_one_epoch(rows: list[Row], replaced: list[Replacement], bad: dict[str, str]) -> None:
-    """Every readable sample once where it was planned, every bad one named and replaced."""
+    """Checks that each readable sample is read once and each bad sample reported and replaced."""
     assert [position for position, *_ in rows] == list(range(NUM_SAMPLES))
     assert {entry.key: entry.reason for entry in replaced} == bad
     positions = {entry.position for entry in replaced}
@@ -186,7 +173,7 @@ def check_one_epoch(rows: list[Row], replaced: list[Replacement], bad: dict[str,
     assert not {key for _, key, *_ in rows} & set(bad)
 
 
-def test_each_fault_costs_what_it_damaged_and_nothing_else(
+def test_each_fault_costs_only_the_damaged_samples(
     faulty: tuple[str, dict[str, str]],
 ) -> None:
     url, bad = faulty
@@ -213,20 +200,14 @@ def test_the_budget_of_each_fault_is_exact(
         streamed(url, world_size=1, workers=workers, max_bad=len(bad) - 1)
 
 
-def test_evaluation_leaves_out_what_is_damaged(faulty: tuple[str, dict[str, str]]) -> None:
+def test_evaluation_leaves_out_damaged_samples(faulty: tuple[str, dict[str, str]]) -> None:
     url, bad = faulty
     for workers in (0, 2):
         batches = [
             batch
             for rank in range(2)
-            for batch in evaluation_batches(
-                url,
-                micro_batch=3,
-                rank=rank,
-                world_size=2,
-                workers=workers,
-                max_bad=len(bad),
-                **SETTINGS,
+            for batch in evaluation(
+                url, micro_batch=3, rank=rank, world_size=2, workers=workers, max_bad=len(bad)
             )
         ]
         keys = [key for batch in batches for key in batch.keys]
@@ -234,35 +215,33 @@ def test_evaluation_leaves_out_what_is_damaged(faulty: tuple[str, dict[str, str]
         assert {e.key: e.reason for batch in batches for e in batch.replaced} == bad
 
 
-def test_the_same_faults_behind_http_with_shards_kept(
+def test_the_same_faults_over_http_with_a_shard_cache(
     faulty: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
     url, _ = faulty
     rows, replaced = streamed(url, world_size=1, workers=0)
-    named = [(entry.position, entry.key, entry.reason) for entry in replaced]
+    expected = [(entry.position, entry.key, entry.reason) for entry in replaced]
     with serve_folder(tmp_path) as store:
         for workers in (0, 2):
             folder = CacheFolder(path=str(tmp_path / f"cache{workers}"), max_bytes=1 << 30)
-            again, others = streamed(
+            actual, others = streamed(
                 f"{store.url}/data", world_size=2, workers=workers, shard_cache=folder
             )
-            assert again == rows
-            assert [(entry.position, entry.key, entry.reason) for entry in others] == named
+            assert actual == rows
+            assert [(entry.position, entry.key, entry.reason) for entry in others] == expected
 
 
 def test_a_single_frame_is_a_sample(tmp_path: Path) -> None:
     url = write_data(tmp_path / "data", FAULTS["one-frame mp4"].members)
-    (batch,) = evaluation_batches(
-        url, micro_batch=NUM_SAMPLES, rank=0, world_size=1, workers=0, max_bad=0, **SETTINGS
-    )
+    (batch,) = evaluation(url, micro_batch=NUM_SAMPLES)
     assert batch.frame_mask.tolist()[7] == [1, 0, 0, 0]
     assert batch.frame_mask.tolist()[8] == [1, 1, 1, 1]
 
 
-# It leaves the file open, too.
+# webdataset also leaves the file open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_plain_webdataset_loses_what_follows_a_corrupt_header(tmp_path: Path) -> None:
-    """The reason for reading by byte range: in one shard of 20 it loses 15 without a word."""
+def test_plain_webdataset_loses_the_samples_after_a_corrupt_header(tmp_path: Path) -> None:
+    """The reason to read by byte range: webdataset silently loses 15 samples of a shard of 20."""
     url = write_data(tmp_path / "data", {}, samples_per_shard=NUM_SAMPLES)
     shard = tmp_path / "data" / "shard-000000.tar"
     overwrite(tmp_path / "data", "c05", 0, b"\xff" * 512)
@@ -272,14 +251,14 @@ def test_plain_webdataset_loses_what_follows_a_corrupt_header(tmp_path: Path) ->
     check_one_epoch(rows, replaced, {"c05": "checksum"})
 
 
-def test_a_store_that_fails_every_third_read_costs_nothing(
+def test_a_store_that_fails_every_third_read_costs_no_sample(
     store: HttpStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{store.url}/data"
     rows, replaced = streamed(url, world_size=1, workers=0, max_bad=0)
     check_one_epoch(rows, replaced, {})
     assert rows == streamed(str(store.folder / "data"), world_size=1, workers=0)[0]
-    # Two clients share the server's count, so that each may meet a 503 at every attempt.
+    # Two clients share the server's count, so every attempt of one client may fail.
     monkeypatch.setattr("tvr.data_prep.storage.storage.ATTEMPTS", 50)
     for world_size, workers in ((1, 2), (2, 0), (2, 2)):
         again = streamed(url, world_size=world_size, workers=workers, max_bad=0)
@@ -291,11 +270,11 @@ def test_a_store_that_fails_every_third_read_costs_nothing(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_store_that_is_never_asked_again_costs_samples(
+def test_without_retries_a_failing_store_costs_samples(
     store: HttpStorage, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     url = f"{store.url}/data"
-    store.fails = lambda number: number > 2 and number % 3 == 0  # the manifest comes
+    store.fails = lambda number: number > 2 and number % 3 == 0  # the manifest is read
     monkeypatch.setattr("tvr.data_prep.storage.storage.ATTEMPTS", 1)
     rows, replaced = streamed(url, world_size=1, workers=workers, max_bad=NUM_SAMPLES)
     assert [position for position, *_ in rows] == list(range(NUM_SAMPLES))
@@ -311,7 +290,7 @@ def test_a_store_that_is_never_asked_again_costs_samples(
         streamed(url, world_size=1, workers=workers, max_bad=NUM_SAMPLES, max_bad_in_a_row=6)
 
 
-def test_a_truncated_shard_behind_http_is_a_checksum(store: HttpStorage) -> None:
+def test_a_truncated_shard_over_http_is_a_checksum_error(store: HttpStorage) -> None:
     cut_inside_c07(store.folder / "data")
     rows, replaced = streamed(f"{store.url}/data", world_size=1, workers=0)
     check_one_epoch(rows, replaced, dict.fromkeys(KEYS[7:10], "checksum"))

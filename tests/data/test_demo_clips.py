@@ -1,4 +1,4 @@
-"""The demo's clips: unlike scenes, captions that say what is seen, movements that can be seen."""
+"""The demo's clips: distinct scenes, complete captions, and rendered motion that matches them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 
-from tvr.data_prep import demo_clips as shapes
+from tvr.data_prep import demo_clips
 from tvr.data_prep.demo_clips import (
     ANNOTATIONS,
     COLOURS,
@@ -22,7 +22,7 @@ from tvr.data_prep.demo_clips import (
     FRAME_SIDE,
     NUM_FRAMES,
     SPEEDS,
-    Mover,
+    MovingObject,
     Scene,
     demo_scenes,
     draw_scenes,
@@ -38,7 +38,7 @@ def splits() -> dict[str, list[Scene]]:
     return demo_scenes(600, 120, seed=5)
 
 
-def mover(**changes: str) -> Mover:
+def moving_object(**changes: str) -> MovingObject:
     usual = {
         "colour": "red",
         "shape": "circle",
@@ -46,15 +46,15 @@ def mover(**changes: str) -> Mover:
         "direction": "left",
         "speed": "slowly",
     }
-    return Mover(**(usual | changes))
+    return MovingObject(**(usual | changes))
 
 
-def scene(*, order: str = "while", second: Mover | None = None, **first: str) -> Scene:
-    other = second or mover(colour="blue", shape="square", direction="up", speed="quickly")
-    return Scene(first=mover(**first), second=other, order=order)
+def scene(*, order: str = "while", second: MovingObject | None = None, **first: str) -> Scene:
+    other = second or moving_object(colour="blue", shape="square", direction="up", speed="quickly")
+    return Scene(first=moving_object(**first), second=other, order=order)
 
 
-def test_what_is_trained_on_looks_like_nothing_that_is_tested(
+def test_no_training_scene_looks_like_a_test_scene(
     splits: dict[str, list[Scene]],
 ) -> None:
     assert {name: len(scenes) for name, scenes in splits.items()} == {
@@ -65,11 +65,11 @@ def test_what_is_trained_on_looks_like_nothing_that_is_tested(
     train, test, exchanged = (
         {one.identity() for one in splits[name]} for name in ("train", "test", "exchanged")
     )
-    assert (len(train), len(test), len(exchanged)) == (600, 120, 120)  # none twice
+    assert (len(train), len(test), len(exchanged)) == (600, 120, 120)  # all distinct
     assert not train & (test | exchanged)
 
 
-def test_no_training_scene_is_a_test_scene_with_its_objects_named_in_the_other_order(
+def test_no_training_scene_is_a_test_scene_with_its_objects_swapped(
     splits: dict[str, list[Scene]],
 ) -> None:
     def mirrored(one: Scene) -> Scene:
@@ -79,7 +79,7 @@ def test_no_training_scene_is_a_test_scene_with_its_objects_named_in_the_other_o
     at_once = [one for one in splits["test"] + splits["exchanged"] if one.order == "while"]
     assert len(at_once) > 50
     assert not train & {mirrored(one) for one in at_once}
-    # Of two that move at once none is the first; of two that take turns, one is.
+    # The order of the objects is visible only if they move in turn.
     both = scene(order="while")
     assert both.identity() == mirrored(both).identity()
     turns = scene(order="then")
@@ -87,17 +87,17 @@ def test_no_training_scene_is_a_test_scene_with_its_objects_named_in_the_other_o
     assert turns.identity() != both.identity()
 
 
-def test_an_exchanged_scene_is_another_with_the_same_words(splits: dict[str, list[Scene]]) -> None:
+def test_an_exchanged_scene_differs_and_has_the_same_words(splits: dict[str, list[Scene]]) -> None:
     for one, other in zip(splits["test"], splits["exchanged"], strict=True):
         assert other.identity() != one.identity()
         assert other.exchanged() == one
         assert (other.first.colour, other.second.colour) == (one.second.colour, one.first.colour)
-        for said, exchanged in zip(scene_captions(one), scene_captions(other), strict=True):
-            assert said != exchanged
-            assert Counter(said.split()) == Counter(exchanged.split())
+        for caption, exchanged in zip(scene_captions(one), scene_captions(other), strict=True):
+            assert caption != exchanged
+            assert Counter(caption.split()) == Counter(exchanged.split())
 
 
-def test_captions_say_everything_and_nothing_else(splits: dict[str, list[Scene]]) -> None:
+def test_captions_contain_all_attributes_and_nothing_else(splits: dict[str, list[Scene]]) -> None:
     glue = {"a", "then", "first", "afterwards", "after", "while", "and", "at", "the", "same"}
     for one in splits["test"]:
         attributes = [
@@ -114,13 +114,15 @@ def test_captions_say_everything_and_nothing_else(splits: dict[str, list[Scene]]
             assert words == Counter(attributes)
 
 
-def test_captions_order_the_objects_as_they_move() -> None:
+def test_captions_name_the_objects_in_the_order_of_motion() -> None:
     plain, first, after = scene_captions(scene(order="then"))
     for caption in (plain, first):
         assert caption.index("red circle") < caption.index("blue square")
     assert after.startswith("a small blue square moves up quickly after a small red circle")
-    said = {caption for one in (scene(order="then"), scene()) for caption in scene_captions(one)}
-    assert len(said) == 6  # "then" and "while" are never said alike
+    distinct = {
+        caption for one in (scene(order="then"), scene()) for caption in scene_captions(one)
+    }
+    assert len(distinct) == 6  # captions for "then" and "while" never coincide
 
 
 def test_the_two_objects_of_a_scene_differ(splits: dict[str, list[Scene]]) -> None:
@@ -129,14 +131,14 @@ def test_the_two_objects_of_a_scene_differ(splits: dict[str, list[Scene]]) -> No
         assert one.first.shape != one.second.shape
 
 
-def test_all_attributes_occur_and_neighbours_in_the_list_are_often_near(
+def test_all_attributes_occur_and_consecutive_scenes_are_often_similar(
     splits: dict[str, list[Scene]],
 ) -> None:
     train = splits["train"]
     for name, values in (
         ("colour", COLOURS),
-        ("shape", shapes.SHAPES),
-        ("size", shapes.SIZES),
+        ("shape", demo_clips.SHAPES),
+        ("size", demo_clips.SIZES),
         ("direction", DIRECTIONS),
         ("speed", SPEEDS),
     ):
@@ -155,34 +157,34 @@ def test_all_attributes_occur_and_neighbours_in_the_list_are_often_near(
     assert sum(near) > 100
 
 
-def test_scenes_follow_the_seed(splits: dict[str, list[Scene]]) -> None:
+def test_scenes_depend_on_the_seed(splits: dict[str, list[Scene]]) -> None:
     assert demo_scenes(600, 120, seed=5) == splits
     other = demo_scenes(600, 120, seed=6)
     assert other["test"] != splits["test"]
     assert other["train"] != splits["train"]
 
 
-def test_more_scenes_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requesting_too_many_scenes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, first_two in (("COLOURS", 2), ("SIZES", 1), ("DIRECTIONS", 1), ("SPEEDS", 1)):
-        values = list(getattr(shapes, name).items())[:first_two]
-        monkeypatch.setattr(shapes, name, dict(values))
-    monkeypatch.setattr(shapes, "SHAPES", ("circle", "square"))
-    # Two looks in either order, one after the other (4) or at once (2).
-    assert len({one.identity() for one in draw_scenes(6, 0, taken=set())}) == 6
-    with pytest.raises(ValueError, match="7 scenes were asked for, only 6 different ones found"):
-        draw_scenes(7, 0, taken=set())
-    taken = {draw_scenes(1, 0, taken=set())[0].identity()}
-    with pytest.raises(ValueError, match="only 5 different"):
-        draw_scenes(6, 0, taken=taken)
+        values = list(getattr(demo_clips, name).items())[:first_two]
+        monkeypatch.setattr(demo_clips, name, dict(values))
+    monkeypatch.setattr(demo_clips, "SHAPES", ("circle", "square"))
+    # Two appearances in both orders: in turn (4), or at once (2).
+    assert len({one.identity() for one in draw_scenes(6, 0, excluded=set())}) == 6
+    with pytest.raises(ValueError, match="7 scenes were requested, but only 6 distinct ones"):
+        draw_scenes(7, 0, excluded=set())
+    excluded = {draw_scenes(1, 0, excluded=set())[0].identity()}
+    with pytest.raises(ValueError, match="only 5 distinct"):
+        draw_scenes(6, 0, excluded=excluded)
 
 
 def painted(frames: np.ndarray, colour: str) -> np.ndarray:
-    """(N, H, W) bool: the pixels that are wholly of this colour."""
+    """(N, H, W) bool: the pixels of exactly this colour."""
     return (frames == np.array(COLOURS[colour], np.uint8)).all(axis=3)
 
 
 def path_of(frames: np.ndarray, colour: str) -> np.ndarray | None:
-    """(N, 2) centre x, y in frame sides of an object; none where the other one ever covers it."""
+    """(N, 2) centre (x, y) of an object in frame sides; None if the other object ever covers it."""
     mask = painted(frames, colour)
     area = mask.sum(axis=(1, 2))
     if area.min() < 0.9 * area.max():
@@ -193,7 +195,7 @@ def path_of(frames: np.ndarray, colour: str) -> np.ndarray | None:
 
 
 def paths(one: Scene, wanted: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Both objects' ways in some renderings where neither covers the other."""
+    """Paths of both objects in renderings where neither covers the other."""
     found = []
     for seed in range(200):
         frames = render(one, seed)
@@ -202,10 +204,10 @@ def paths(one: Scene, wanted: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
             found.append((both[0], both[1]))
         if len(found) == wanted:
             return found
-    raise AssertionError(f"{one} is never seen whole")
+    raise AssertionError(f"the objects of {one} always overlap")
 
 
-def test_rendering_has_its_shape_and_follows_the_seed() -> None:
+def test_rendering_has_the_documented_shape_and_depends_on_the_seed() -> None:
     one = scene()
     frames = render(one, 3)
     assert (frames.shape, frames.dtype) == ((NUM_FRAMES, FRAME_SIDE, FRAME_SIDE, 3), np.uint8)
@@ -215,25 +217,25 @@ def test_rendering_has_its_shape_and_follows_the_seed() -> None:
 
 @pytest.mark.parametrize("direction", sorted(DIRECTIONS))
 @pytest.mark.parametrize("order", ["then", "while"])
-def test_objects_move_where_and_as_far_as_it_is_said(direction: str, order: str) -> None:
-    for speed, way in SPEEDS.items():
+def test_objects_move_in_the_captioned_direction_and_distance(direction: str, order: str) -> None:
+    for speed, distance in SPEEDS.items():
         one = scene(order=order, direction=direction, speed=speed)
         for first, second in paths(one):
-            expected = way * np.array(DIRECTIONS[direction])
+            expected = distance * np.array(DIRECTIONS[direction])
             assert np.allclose(first[-1] - first[0], expected, atol=0.02)
             assert np.allclose(second[-1] - second[0], [0, -SPEEDS["quickly"]], atol=0.02)
             along = (first - first[0]) @ np.array(DIRECTIONS[direction])
-            assert (np.diff(along) > -0.01).all()  # never backwards
+            assert (np.diff(along) > -0.01).all()  # the object never moves backwards
     assert SPEEDS["quickly"] > 2 * SPEEDS["slowly"]
 
 
-def test_taking_turns_and_moving_at_once_look_different() -> None:
+def test_moving_in_turn_and_at_once_look_different() -> None:
     for order in ("then", "while"):
         one = scene(order=order, speed="quickly")
         for first, second in paths(one):
             middle = NUM_FRAMES // 2
-            early = [abs(way[middle - 1] - way[0]).max() for way in (first, second)]
-            late = [abs(way[-1] - way[middle]).max() for way in (first, second)]
+            early = [abs(path[middle - 1] - path[0]).max() for path in (first, second)]
+            late = [abs(path[-1] - path[middle]).max() for path in (first, second)]
             if order == "then":
                 assert early[0] > 0.4
                 assert early[1] < 0.02
@@ -245,15 +247,15 @@ def test_taking_turns_and_moving_at_once_look_different() -> None:
 
 
 def alone(**looks: str) -> np.ndarray:
-    """(H, W) bool: the first object where the other one has not reached it."""
-    other = mover(colour="blue", shape="triangle", direction="up")
+    """(H, W) bool: pixels of the first object, from the rendering that shows most of it."""
+    other = moving_object(colour="blue", shape="triangle", direction="up")
     masks = [painted(render(scene(second=other, **looks), seed), "red")[0] for seed in range(5)]
     return max(masks, key=lambda mask: mask.sum())
 
 
-def test_sizes_and_shapes_can_be_told_apart() -> None:
+def test_sizes_and_shapes_are_distinguishable() -> None:
     fill = {}
-    for shape in shapes.SHAPES:
+    for shape in demo_clips.SHAPES:
         small, large = (alone(shape=shape, size=size) for size in ("small", "large"))
         assert large.sum() > 2 * small.sum()
         rows, columns = large.any(axis=1), large.any(axis=0)
@@ -268,7 +270,7 @@ def test_sizes_and_shapes_can_be_told_apart() -> None:
     assert 0.4 < fill["cross"] < 0.65
 
 
-def test_an_exchanged_clip_differs_in_its_colours_only(splits: dict[str, list[Scene]]) -> None:
+def test_an_exchanged_clip_differs_only_in_its_colours(splits: dict[str, list[Scene]]) -> None:
     for seed, (one, other) in enumerate(
         zip(splits["test"][:20], splits["exchanged"][:20], strict=True)
     ):
@@ -280,7 +282,7 @@ def test_an_exchanged_clip_differs_in_its_colours_only(splits: dict[str, list[Sc
         ):
             assert np.array_equal(painted(frames, ours), painted(twin, theirs))
         if "white" in (one.first.colour, one.second.colour):
-            continue  # its smooth edges are as grey as the background
+            continue  # the edges of a white object are as grey as the background
         background = np.ptp(frames.astype(int), axis=3) == 0
         assert background.mean() > 0.5
         assert np.array_equal(frames[background], twin[background])
@@ -300,7 +302,7 @@ def decoded(path: Path) -> np.ndarray:
     return np.stack(frames)
 
 
-def test_clips_are_videos_of_what_was_rendered(
+def test_clips_decode_to_the_rendered_frames(
     splits: dict[str, list[Scene]], tmp_path: Path
 ) -> None:
     scenes = splits["test"][:4]
@@ -311,7 +313,7 @@ def test_clips_are_videos_of_what_was_rendered(
         assert frames.shape == (NUM_FRAMES, FRAME_SIDE, FRAME_SIDE, 3)
         for each in (one.first, one.second):
             distance = np.abs(frames.astype(int) - COLOURS[each.colour]).max(axis=3)
-            # Video stores colour at half the resolution, so an object's edges are blurred.
+            # Video stores colour at half the resolution, so the edges of objects are blurred.
             assert all((distance[index] < 40).sum() > 10 for index in (0, -1)), each
     with av.open(str(tmp_path / "clips" / "test-00000.mp4")) as container:
         stream = container.streams.video[0]
@@ -330,7 +332,7 @@ def test_writing_twice_gives_the_same_bytes(splits: dict[str, list[Scene]], tmp_
         assert content != (tmp_path / "twins" / name).read_bytes()
 
 
-def test_annotations_hold_all_wordings_or_one_in_turn(
+def test_annotations_hold_all_captions_or_one_in_rotation(
     splits: dict[str, list[Scene]], tmp_path: Path
 ) -> None:
     scenes = splits["test"][:4]
@@ -339,15 +341,17 @@ def test_annotations_hold_all_wordings_or_one_in_turn(
         written(folder, scenes, prefix="x", training=training)
         lines = [json.loads(line) for line in (folder / ANNOTATIONS).read_text().splitlines()]
         for index, (line, one) in enumerate(zip(lines, scenes, strict=True)):
-            said = list(scene_captions(one)) if training else [scene_captions(one)[index % 3]]
+            texts = list(scene_captions(one)) if training else [scene_captions(one)[index % 3]]
             assert line == {
                 "key": f"x-{index:05d}",
                 "video": f"x-{index:05d}.mp4",
-                "captions": said,
+                "captions": texts,
             }
 
 
-def test_the_annotation_file_comes_last(splits: dict[str, list[Scene]], tmp_path: Path) -> None:
+def test_the_annotation_file_is_written_last(
+    splits: dict[str, list[Scene]], tmp_path: Path
+) -> None:
     folder = tmp_path / "clips"
     clips = write_clips(
         folder, splits["test"][:12], prefix="x", seed=1, workers=1, all_wordings=False
@@ -358,14 +362,14 @@ def test_the_annotation_file_comes_last(splits: dict[str, list[Scene]], tmp_path
     assert len(list(folder.glob("*.mp4"))) == 12
 
 
-def test_a_clip_whose_writing_broke_off_has_no_name(tmp_path: Path) -> None:
+def test_an_interrupted_clip_has_only_a_temporary_name(tmp_path: Path) -> None:
     frames = render(scene(), 0)
 
     class Interrupted:
         shape = frames.shape
 
         def __iter__(self) -> Iterator[np.ndarray]:
-            for _ in range(20):  # far enough that the encoder has given packets
+            for _ in range(20):  # enough for the encoder to emit packets
                 yield from frames
             raise KeyboardInterrupt
 
@@ -373,6 +377,6 @@ def test_a_clip_whose_writing_broke_off_has_no_name(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_clip(tmp_path / "clip.mp4", clip)
     assert not (tmp_path / "clip.mp4").exists()
-    assert list(tmp_path.iterdir()) != []  # it was on its way, under another name
+    assert list(tmp_path.iterdir()) != []  # the partial file has a temporary name
     write_clip(tmp_path / "clip.mp4", frames)
     assert len(decoded(tmp_path / "clip.mp4")) == NUM_FRAMES

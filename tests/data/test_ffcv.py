@@ -1,4 +1,4 @@
-"""A beton is its shards in another file: the same batches, the same rules, complete or absent."""
+"""A beton gives the batches of its shards, handles bad samples alike, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.batches import damage_sample, training
 from builders.clip_files import make_dataset, tokenize
 
 from tvr.data_prep.check.verify import verify_dataset
@@ -25,7 +26,7 @@ from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.ffcv.writer import write_beton
 from tvr.data_prep.packing import pack_clip
 from tvr.data_prep.reading.augment import Augmentation
-from tvr.data_prep.reading.loader import evaluation_batches, read_sample, train_batches
+from tvr.data_prep.reading.loader import evaluation_batches, read_sample
 from tvr.data_prep.records import BadSample, Batch, ShardCorrupt, TooManyBadSamples
 
 pytestmark = [
@@ -34,12 +35,13 @@ pytestmark = [
 ]
 
 NUM_SAMPLES = 13
+train = partial(training, image_size=32, max_bad=1)
 RANDOM_VIEWS = Augmentation(frame_sampling="random", crop_scale=0.5)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """13 clips of 4 frames of 32 x 32 (c05: broken JPEGs under the right checksum)."""
+    """13 clips of 4 frames of 32 x 32; c05 has truncated JPEGs and a valid checksum."""
     folder = tmp_path_factory.mktemp("shards")
     encode, count = pack_clip.encode_jpeg, iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
@@ -61,23 +63,6 @@ def beton(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-def train(url: str, **changes: Any) -> Iterator[Batch]:
-    defaults: dict[str, Any] = {
-        "seed": 7,
-        "global_batch": 8,
-        "micro_batch": 2,
-        "rank": 0,
-        "world_size": 1,
-        "start_step": 0,
-        "workers": 0,
-        "num_frames": 4,
-        "image_size": 32,
-        "tokenize": tokenize,
-        "max_bad": 1,
-    }
-    return train_batches(url, **(defaults | changes))
-
-
 def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
@@ -85,7 +70,7 @@ def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
             value, wanted = getattr(batch, name), getattr(other, name)
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, wanted), name
-            elif name == "reads":  # as many, from elsewhere
+            elif name == "reads":  # as many samples, but from another source
                 assert sum(value.values()) == sum(wanted.values())
             else:
                 assert value == wanted, name
@@ -105,11 +90,11 @@ def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
         ),
     ],
 )
-def test_batches_are_those_of_the_shards(
+def test_batches_equal_those_of_the_shards(
     shards: str, beton: str, changes: dict[str, Any], num_batches: int
 ) -> None:
     expected = list(islice(train(shards, **(changes | {"workers": 0})), num_batches))
-    # Kept to the end, so that memory used twice would show.
+    # All batches are kept, so that reused memory would be detected.
     assert_same(list(islice(train(beton, **changes), num_batches)), expected)
 
 
@@ -126,23 +111,23 @@ def test_a_second_beton_of_other_sizes_in_one_process(
     )
 
 
-def test_epochs_of_ffcv_do_not_show(
+def test_batches_do_not_depend_on_the_length_of_ffcv_epochs(
     shards: str, beton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tvr.data_prep.ffcv import loader as beton_stream
+    from tvr.data_prep.ffcv import loader as ffcv_loader
 
-    monkeypatch.setattr(beton_stream, "EPOCH_SAMPLES", 6)  # three batches
+    monkeypatch.setattr(ffcv_loader, "EPOCH_SAMPLES", 6)  # three batches
     assert_same(list(islice(train(beton), 8)), list(islice(train(shards), 8)))
 
 
-def test_evaluation_and_looking_need_no_ffcv(
+def test_evaluation_and_inspection_do_not_need_ffcv(
     shards: str, beton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ffcv", None)
     settings = {"num_frames": 4, "image_size": 32}
-    of_all = {"rank": 0, "world_size": 1, "workers": 1, "max_bad": 1, "micro_batch": 4}
+    common = {"rank": 0, "world_size": 1, "workers": 1, "max_bad": 1, "micro_batch": 4}
     ours, theirs = (
-        list(evaluation_batches(url, **of_all, **settings, tokenize=tokenize))
+        list(evaluation_batches(url, **common, **settings, tokenize=tokenize))
         for url in (beton, shards)
     )
     assert_same(ours, theirs)
@@ -152,29 +137,20 @@ def test_evaluation_and_looking_need_no_ffcv(
         train(beton)
 
 
-def test_damage_is_met_by_the_same_rules(shards: str, beton: str, tmp_path: Path) -> None:
+def test_damage_is_handled_as_in_shards(shards: str, beton: str, tmp_path: Path) -> None:
     copies = [
         Path(shutil.copytree(url, tmp_path / Path(url).parent.name)) for url in (shards, beton)
     ]
     for folder in copies:
-        manifest = read_manifest(str(folder))
-        for row, back in ((2, 20), (9, 1500)):  # in the JSON of a beton, and in its frames
-            samples = manifest.samples
-            at = int(samples.offset[row] + samples.length[row]) - back
-            with (folder / manifest.file_of_shard(int(samples.shard[row])).name).open(
-                "r+b"
-            ) as file:
-                file.seek(at)
-                byte = file.read(1)[0]
-                file.seek(at)
-                file.write(bytes([byte ^ 1]))
+        damage_sample(folder, 2, -20)  # in the JSON of a beton
+        damage_sample(folder, 9, -1500)  # in the frames of a beton
     tar, ffcv = (list(islice(train(str(url), max_bad=3), 14)) for url in copies)
-    met = [
+    replaced = [
         [(entry.position, entry.key, entry.reason) for batch in batches for entry in batch.replaced]
         for batches in (tar, ffcv)
     ]
-    assert met[0] == met[1]
-    assert {(key, reason) for _, key, reason in met[1]} == {
+    assert replaced[0] == replaced[1]
+    assert {(key, reason) for _, key, reason in replaced[1]} == {
         ("c02", "checksum"),
         ("c05", "unreadable"),
         ("c09", "checksum"),
@@ -188,29 +164,29 @@ def test_damage_is_met_by_the_same_rules(shards: str, beton: str, tmp_path: Path
     assert any("sha256" in problem.what for problem in problems)
 
 
-def test_verify_reads_all_of_it(beton: str) -> None:
+def test_verify_reads_the_whole_file(beton: str) -> None:
     report = verify_dataset(beton, decode=0)
     (file,) = Path(beton).glob("*.beton")
     assert report.num_bytes == file.stat().st_size
     assert (report.num_samples, report.num_shards, report.problems) == (NUM_SAMPLES, 1, ())
 
 
-def test_a_missing_or_short_file_is_named(beton: str, tmp_path: Path) -> None:
+def test_a_missing_or_truncated_file_is_reported(beton: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(beton, tmp_path / "short"))
     (file,) = folder.glob("*.beton")
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(ShardCorrupt, match=rf"{file.name}: \d+ of \d+ bytes are there"):
+    with pytest.raises(ShardCorrupt, match=rf"{file.name}: the file has \d+ of \d+ bytes"):
         train(str(folder))
     file.unlink()
-    with pytest.raises(ShardCorrupt, match=rf"{file.name}: 0 of \d+ bytes"):
+    with pytest.raises(ShardCorrupt, match=rf"{file.name}: the file has 0 of \d+ bytes"):
         train(str(folder))
 
 
-def test_stopping_early_leaves_no_thread_and_torch_as_it_was(beton: str) -> None:
-    threads, of_torch = set(threading.enumerate()), torch.get_num_threads()
+def test_stopping_early_ends_all_threads_and_restores_torch(beton: str) -> None:
+    threads, torch_threads = set(threading.enumerate()), torch.get_num_threads()
     batches = train(beton, workers=2)
     next(batches)
-    assert torch.get_num_threads() == of_torch
+    assert torch.get_num_threads() == torch_threads
     batches.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 30
     while set(threading.enumerate()) - threads and time.monotonic() < deadline:
@@ -218,7 +194,7 @@ def test_stopping_early_leaves_no_thread_and_torch_as_it_was(beton: str) -> None
     assert not set(threading.enumerate()) - threads
 
 
-def test_writing_is_complete_or_absent(shards: str, beton: str, tmp_path: Path) -> None:
+def test_a_beton_is_complete_or_absent(shards: str, beton: str, tmp_path: Path) -> None:
     url = str(tmp_path / "killed")
     child = get_context("fork").Process(target=_die_after, args=(shards, url, 8))
     child.start()
@@ -229,24 +205,25 @@ def test_writing_is_complete_or_absent(shards: str, beton: str, tmp_path: Path) 
         train(url)
     write_beton(shards, url)
     names = {path.name for path in Path(beton).iterdir()}
-    assert {
-        path.name for path in Path(url).iterdir()
-    } == names  # the same bytes, too: named by them
+    # The file name contains the sha256, so equal names mean equal bytes.
+    assert {path.name for path in Path(url).iterdir()} == names
     with pytest.raises(FileExistsError, match="--overwrite"):
         write_beton(shards, url)
     with pytest.raises(FileExistsError, match="data set of shards"):
         write_beton(shards, shards, overwrite=True)
     other = make_dataset(tmp_path / "other", 3)
     write_beton(other, url, overwrite=True)
-    assert len(list(Path(url).iterdir())) == 4  # nothing of the old one
+    assert len(list(Path(url).iterdir())) == 4  # no file of the replaced beton is left
     assert len(read_manifest(url).samples) == 3
 
 
 def _die_after(shards: str, url: str, num_samples: int) -> None:
-    write_beton(shards, url, progress=lambda done, _: os._exit(9) if done == num_samples else None)
+    write_beton(
+        shards, url, on_progress=lambda done, _: os._exit(9) if done == num_samples else None
+    )
 
 
-def test_what_cannot_become_a_beton_is_refused(
+def test_invalid_sources_and_targets_are_refused(
     shards: str, beton: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = Path(shutil.copytree(shards, tmp_path / "damaged"))

@@ -171,7 +171,7 @@ def test_the_command_line(train: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert check_cli.verify([test, "--against", train, "--against", copy]) == 3
     printed = capsys.readouterr().out
     assert "2 problems" in printed
-    assert f"captions also in {train}: 1" in printed
+    assert f"captions in common with {train}: 1" in printed
     out = tmp_path / "report.json"
     assert check_cli.verify(["--against", train, test, "--json", str(out)]) == 3
     capsys.readouterr()

@@ -1,5 +1,5 @@
-"""The stream: one order for every world size, worker count and restart; bad samples replaced and
-bounded."""
+"""Batches of the loader: the same order for every world size, number of workers and restart; bad
+samples are replaced and counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.clip_files import make_dataset, plain_captions, read_number, tokenize
+from builders.batches import damage_sample, evaluation, rows_of, training
+from builders.clip_files import make_dataset, plain_captions, read_number
 
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.reading.loader import (
-    evaluation_batches,
-    read_sample,
-    read_samples,
-    train_batches,
-)
+from tvr.data_prep.reading.loader import read_sample, read_samples
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
-from tvr.data_prep.reading.sample_reader import DecodedSampleCache, SampleReader
-from tvr.data_prep.records import Batch, TooManyBadSamples
+from tvr.data_prep.reading.sample_cache import DecodedSampleCache
+from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.records import TooManyBadSamples
 
-# torch warns of more workers than cores; the order must hold on a machine of one core as well.
+# torch warns if there are more workers than cores; the order must not depend on the cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 NUM_SAMPLES = 13
@@ -40,56 +36,14 @@ def frames_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_dataset(tmp_path_factory.mktemp("frames"), NUM_SAMPLES)
 
 
-def train(url: str, **changes: Any) -> Iterator[Batch]:
-    defaults: dict[str, Any] = {
-        "seed": 7,
-        "global_batch": 8,
-        "micro_batch": 2,
-        "rank": 0,
-        "world_size": 1,
-        "start_step": 0,
-        "workers": 0,
-        "num_frames": 4,
-        "image_size": 16,
-        "tokenize": tokenize,
-        "max_bad": 0,
-    }
-    return train_batches(url, **(defaults | changes))
-
-
-def evaluate(url: str, **changes: Any) -> list[Batch]:
-    defaults: dict[str, Any] = {
-        "micro_batch": 4,
-        "rank": 0,
-        "world_size": 1,
-        "workers": 0,
-        "num_frames": 4,
-        "image_size": 16,
-        "tokenize": tokenize,
-        "max_bad": 0,
-    }
-    return list(evaluation_batches(url, **(defaults | changes)))
-
-
-def seen(batches: list[Batch]) -> list[tuple[int, str, str, int]]:
-    """(position, key, caption, sum of the frames) of every row."""
-    return [
-        (position, key, caption, int(frames.sum()))
-        for batch in batches
-        for position, key, caption, frames in zip(
-            batch.positions.tolist(), batch.keys, batch.captions, batch.frames, strict=True
-        )
-    ]
-
-
 def global_sequence(url: str, world_size: int, steps: int, **changes: Any) -> list[tuple]:
-    """Rows of the first steps of all ranks together in the order of positions."""
+    """Rows of the first steps of all ranks together, in the order of positions."""
     micro_batch = 8 // world_size // 2
     ranks = [
-        train(url, rank=rank, world_size=world_size, micro_batch=micro_batch, **changes)
+        training(url, rank=rank, world_size=world_size, micro_batch=micro_batch, **changes)
         for rank in range(world_size)
     ]
-    rows = [seen([next(rank) for rank in ranks]) for _ in range(2 * steps)]
+    rows = [rows_of([next(rank) for rank in ranks]) for _ in range(2 * steps)]
     return [row for micro_step in rows for row in micro_step]
 
 
@@ -106,28 +60,32 @@ def test_the_order_does_not_depend_on_ranks_or_workers(frames_url: str) -> None:
     for world_size in (2, 4):
         assert global_sequence(frames_url, world_size=world_size, steps=5) == expected
     for workers in (1, 2):
-        assert seen(list(islice(train(frames_url, workers=workers), 20))) == expected
+        assert rows_of(list(islice(training(frames_url, workers=workers), 20))) == expected
     with_both = global_sequence(frames_url, world_size=2, steps=5, workers=1)
     assert with_both == expected
 
 
 @pytest.mark.parametrize("start_step", [1, 3, 500])
-def test_resuming_gives_the_tail(frames_url: str, start_step: int) -> None:
-    resumed = seen(list(islice(train(frames_url, start_step=start_step, workers=1), 6)))
+def test_a_resumed_run_continues_the_sequence(frames_url: str, start_step: int) -> None:
+    resumed = rows_of(list(islice(training(frames_url, start_step=start_step, workers=1), 6)))
     assert [row[0] for row in resumed] == list(range(start_step * 8, start_step * 8 + 12))
     if start_step < 10:
-        full = seen(list(islice(train(frames_url), start_step * 4 + 6)))
+        full = rows_of(list(islice(training(frames_url), start_step * 4 + 6)))
         assert resumed == full[start_step * 8 :]
 
 
-def test_a_late_start_reads_nothing_before_its_own_batch(
+def test_a_late_start_reads_only_its_own_batch(
     frames_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
     drawn: list[int] = []
     read_row, draw = SampleReader.read, SampleOrder._draw
     monkeypatch.setattr(
-        SampleReader, "read", lambda self, row, view: read.append(row) or read_row(self, row, view)
+        SampleReader,
+        "read",
+        lambda self, row, *rest, **options: (
+            read.append(row) or read_row(self, row, *rest, **options)
+        ),
     )
     monkeypatch.setattr(
         SampleOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)
@@ -135,7 +93,7 @@ def test_a_late_start_reads_nothing_before_its_own_batch(
     for start_step in (0, 10, 1_000_000):
         read.clear()
         drawn.clear()
-        stream = train(frames_url, start_step=start_step)
+        stream = training(frames_url, start_step=start_step)
         assert (read, drawn) == ([], [])
         batch = next(stream)
         assert batch.positions.tolist() == [start_step * 8, start_step * 8 + 1]
@@ -143,18 +101,18 @@ def test_a_late_start_reads_nothing_before_its_own_batch(
         assert drawn == [start_step * 8 // NUM_SAMPLES]
 
 
-def test_captions_follow_the_contract(frames_url: str) -> None:
+def test_captions_are_chosen_as_the_contract_says(frames_url: str) -> None:
     order = SampleOrder(read_manifest(frames_url).shard_sizes, seed=7)
-    rows = seen(list(islice(train(frames_url), 40)))
+    rows = rows_of(list(islice(training(frames_url), 40)))
     for position, _, caption, _ in rows:
-        place = order.locate(position)
-        choice = caption_choice(7, place.epoch, place.sample, place.sample % 3 + 1)
-        assert caption == f"caption {choice} of clip {place.sample}"
+        location = order.locate(position)
+        choice = caption_choice(7, location.epoch, location.sample, location.sample % 3 + 1)
+        assert caption == f"caption {choice} of clip {location.sample}"
     assert len({caption for _, _, caption, _ in rows}) > NUM_SAMPLES
 
 
 def test_batch_shapes_and_masks(frames_url: str) -> None:
-    batch = next(train(frames_url, micro_batch=8))
+    batch = next(training(frames_url, micro_batch=8))
     assert (batch.frames.shape, batch.frames.dtype) == ((8, 4, 3, 16, 16), torch.uint8)
     assert batch.frame_mask.tolist() == [[1, 1, 1, 1]] * 8
     assert (batch.token_ids.shape, batch.word_mask.shape) == ((8, 8), (8, 8))
@@ -163,9 +121,9 @@ def test_batch_shapes_and_masks(frames_url: str) -> None:
     assert batch.replaced == ()
 
 
-def test_fewer_stored_frames_are_padded_and_more_are_sampled(tmp_path: Path) -> None:
+def test_missing_frames_are_padded_and_surplus_frames_are_sampled(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 3, num_frames=9)  # the videos have 4 frames
-    batch = evaluate(url, num_frames=9)[0]
+    batch = evaluation(url, num_frames=9)[0]
     assert batch.frame_mask.tolist() == [[1] * 4 + [0] * 5] * 3
     assert batch.frames[:, :4].flatten(2).amax(dim=2).any()
     assert not batch.frames[:, 4:].any()
@@ -174,11 +132,11 @@ def test_fewer_stored_frames_are_padded_and_more_are_sampled(tmp_path: Path) -> 
     assert np.array_equal(frames, whole[[1, 3]])
 
 
-def test_the_video_layout_samples_when_read(tmp_path: Path) -> None:
+def test_the_video_layout_samples_frames_on_reading(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 3, layout="video")
     frames = read_sample(url, "c01", num_frames=2, image_size=32)
     assert frames.frame_times_s == (0.1, 0.3)
-    batch = evaluate(url, num_frames=6)[0]
+    batch = evaluation(url, num_frames=6)[0]
     assert batch.frame_mask.tolist() == [[1] * 4 + [0] * 2] * 3
     assert read_number(np.pad(frames.frames[1], ((0, 0), (16, 16), (0, 0)))) & 0b01100110 == 2
 
@@ -189,7 +147,9 @@ def test_evaluation_reads_each_sample_once_with_all_captions(frames_url: str) ->
             batches = [
                 batch
                 for rank in range(world_size)
-                for batch in evaluate(frames_url, rank=rank, world_size=world_size, workers=workers)
+                for batch in evaluation(
+                    frames_url, rank=rank, world_size=world_size, workers=workers
+                )
             ]
             keys = [key for batch in batches for key in batch.keys]
             assert keys == [f"c{row:02d}" for row in range(NUM_SAMPLES)]
@@ -205,13 +165,13 @@ def test_evaluation_reads_each_sample_once_with_all_captions(frames_url: str) ->
             ]
 
 
-def test_the_cache_changes_nothing_and_keeps_its_bound(frames_url: str) -> None:
-    plain = seen(list(islice(train(frames_url), 20)))
+def test_the_cache_changes_no_sample_and_respects_its_limit(frames_url: str) -> None:
+    plain = rows_of(list(islice(training(frames_url), 20)))
     one_sample = 4 * 16 * 16 * 3
     for cache_bytes in (1, 3 * one_sample, 100 * one_sample):
-        batches = list(islice(train(frames_url, cache_bytes=cache_bytes), 20))
-        assert seen(batches) == plain
-    # The largest one keeps all: a sample is read once, and then remembered.
+        batches = list(islice(training(frames_url, cache_bytes=cache_bytes), 20))
+        assert rows_of(batches) == plain
+    # The largest cache holds all samples, so each is read once.
     keys = [key for batch in batches for key in batch.keys]
     reads = sum((Counter(batch.reads) for batch in batches), Counter())
     assert reads == {"local": len(set(keys)), "memory": len(keys) - len(set(keys))}
@@ -223,20 +183,22 @@ def test_the_cache_changes_nothing_and_keeps_its_bound(frames_url: str) -> None:
     cache.put(2, samples[2])
     assert [cache.get(row) for row in range(3)] == [samples[0], None, samples[2]]
     with pytest.raises(ValueError, match="cache_bytes=-1 must be 0"):
-        train(frames_url, cache_bytes=-1)
+        training(frames_url, cache_bytes=-1)
 
 
-def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_open_files_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tvr.data_prep.reading.shard_bytes.MAX_OPEN_SHARDS", 2)
     url = make_dataset(tmp_path, NUM_SAMPLES, samples_per_shard=2)
     before = set(os.listdir("/dev/fd"))
-    stream = train(url)
-    rows = seen(list(islice(stream, 20)))
+    stream = training(url)
+    rows = rows_of(list(islice(stream, 20)))
     assert len(set(os.listdir("/dev/fd")) - before) == 2
     assert len({key for _, key, *_ in rows}) == NUM_SAMPLES
 
 
-def test_global_random_states_are_left_alone(frames_url: str) -> None:
+def test_global_random_states_do_not_change(frames_url: str) -> None:
     def states() -> tuple:
         return (
             torch.get_rng_state().tolist(),
@@ -246,45 +208,43 @@ def test_global_random_states_are_left_alone(frames_url: str) -> None:
 
     before = states()
     for workers in (0, 1):
-        list(islice(train(frames_url, workers=workers), 3))
-        evaluate(frames_url, workers=workers)
+        list(islice(training(frames_url, workers=workers), 3))
+        evaluation(frames_url, workers=workers)
     assert states() == before
 
 
 @pytest.fixture
 def damaged_url(frames_url: str, tmp_path: Path) -> str:
-    """A copy where c02 has a flipped byte and the last shard lost all of c12 and a part of c11."""
+    """A copy in which c02 has a flipped bit, and the last shard ends within c11."""
     url = str(tmp_path / "damaged")
     shutil.copytree(frames_url, url)
+    damage_sample(Path(url), 2)
     columns = read_manifest(url).samples
-    first, last = (Path(url) / f"shard-00000{number}.tar" for number in (0, 2))
-    content = bytearray(first.read_bytes())
-    content[int(columns.offset[2]) + 600] ^= 1
-    first.write_bytes(content)
+    last = Path(url) / "shard-000002.tar"
     last.write_bytes(last.read_bytes()[: int(columns.offset[11]) + 1000])
     return url
 
 
-def test_bad_samples_are_replaced_by_the_rule(frames_url: str, damaged_url: str) -> None:
-    sound = seen(list(islice(train(frames_url), 20)))
-    batches = list(islice(train(damaged_url, max_bad=3), 20))
+def test_bad_samples_are_replaced_deterministically(frames_url: str, damaged_url: str) -> None:
+    sound = rows_of(list(islice(training(frames_url), 20)))
+    batches = list(islice(training(damaged_url, max_bad=3), 20))
     order = SampleOrder(read_manifest(damaged_url).shard_sizes, seed=7)
     bad = {"c02", "c11", "c12"}
     replaced = [entry for batch in batches for entry in batch.replaced]
     assert {entry.key for entry in replaced} == bad
     assert {entry.reason for entry in replaced} == {"checksum"}
     assert {entry.position for entry in replaced} == {row[0] for row in sound if row[1] in bad}
-    for before, after in zip(sound, seen(batches), strict=True):
+    for before, after in zip(sound, rows_of(batches), strict=True):
         if before[1] not in bad:
             assert after == before
             continue
         tries = [f"c{order.substitute(before[0], attempt).sample:02d}" for attempt in range(1, 9)]
         assert after[1] == next(key for key in tries if key not in bad)
     for changes in ({"workers": 2}, {"workers": 1}):
-        again = list(islice(train(damaged_url, max_bad=3, **changes), 20))
-        assert seen(again) == seen(batches)
+        again = list(islice(training(damaged_url, max_bad=3, **changes), 20))
+        assert rows_of(again) == rows_of(batches)
         assert [entry for batch in again for entry in batch.replaced] == replaced
-    assert global_sequence(damaged_url, world_size=2, steps=5, max_bad=3) == seen(batches)
+    assert global_sequence(damaged_url, world_size=2, steps=5, max_bad=3) == rows_of(batches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -293,12 +253,12 @@ def test_the_budget_stops_training(damaged_url: str, workers: int) -> None:
         r"3 bad samples in .* on rank 0, max_bad=2 allowed \(3 checksum\); last: .*c\d\d: check"
     )
     with pytest.raises(TooManyBadSamples, match=message):
-        list(islice(train(damaged_url, max_bad=2, workers=workers), 60))
+        list(islice(training(damaged_url, max_bad=2, workers=workers), 60))
 
 
-def test_failures_in_a_row_have_a_budget_of_their_own() -> None:
+def test_consecutive_failures_have_a_separate_limit() -> None:
     budget = BadSampleBudget(100, "in x", 2)
-    for _ in range(3):  # of a sample that counts once in all, but fails each time
+    for _ in range(3):  # each sample counts once for max_bad, but each failure for max_bad_in_a_row
         budget.record_bad("a", "checksum", "")
         budget.record_bad("b", "checksum", "")
         budget.record_good()
@@ -312,17 +272,19 @@ def test_failures_in_a_row_have_a_budget_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_failures_in_a_row_stop_the_stream(frames_url: str, tmp_path: Path, workers: int) -> None:
+def test_consecutive_failures_stop_the_stream(
+    frames_url: str, tmp_path: Path, workers: int
+) -> None:
     url = str(tmp_path / "data")
     shutil.copytree(frames_url, url)
     (tmp_path / "data" / "shard-000001.tar").unlink()  # c05 to c09
     limits: dict[str, Any] = {"max_bad": 100, "workers": workers}
-    keys = [key for batch in evaluate(url, max_bad_in_a_row=5, **limits) for key in batch.keys]
+    keys = [key for batch in evaluation(url, max_bad_in_a_row=5, **limits) for key in batch.keys]
     assert len(keys) == NUM_SAMPLES - 5
     with pytest.raises(TooManyBadSamples, match=r"5 bad .* 5 in a row, max_bad_in_a_row=4 allowed"):
-        evaluate(url, max_bad_in_a_row=4, **limits)
-    # In training substitutes do not end a row of failures, samples read as planned do.
-    batches = list(islice(train(url, **limits), 20))
+        evaluation(url, max_bad_in_a_row=4, **limits)
+    # In training, a good substitute does not reset the count; a sample read as planned does.
+    batches = list(islice(training(url, **limits), 20))
     bad = {entry.position for batch in batches for entry in batch.replaced}
     longest = run = 0
     for position in range(40):
@@ -330,54 +292,54 @@ def test_failures_in_a_row_stop_the_stream(frames_url: str, tmp_path: Path, work
         run = run + len(tries) if position in bad else 0
         longest = max(longest, run)
     assert longest > 2
-    list(islice(train(url, max_bad_in_a_row=longest, **limits), 20))
+    list(islice(training(url, max_bad_in_a_row=longest, **limits), 20))
     with pytest.raises(TooManyBadSamples, match=rf"{longest} in a row"):
-        list(islice(train(url, max_bad_in_a_row=longest - 1, **limits), 20))
+        list(islice(training(url, max_bad_in_a_row=longest - 1, **limits), 20))
 
 
-def test_one_bad_sample_is_counted_once_over_many_epochs(damaged_url: str) -> None:
-    batches = list(islice(train(damaged_url, max_bad=3), 60))
+def test_a_bad_sample_is_counted_once_over_many_epochs(damaged_url: str) -> None:
+    batches = list(islice(training(damaged_url, max_bad=3), 60))
     assert sum(len(batch.replaced) for batch in batches) > 3
 
 
-def test_a_missing_shard_is_a_reason_too(frames_url: str, tmp_path: Path) -> None:
+def test_a_missing_shard_has_its_own_reason(frames_url: str, tmp_path: Path) -> None:
     url = str(tmp_path / "data")
     shutil.copytree(frames_url, url)
     (tmp_path / "data" / "shard-000001.tar").unlink()
-    batches = list(islice(train(url, max_bad=5), 8))
+    batches = list(islice(training(url, max_bad=5), 8))
     assert {entry.reason for batch in batches for entry in batch.replaced} == {"missing_shard"}
     for shard in (0, 2):
         (tmp_path / "data" / f"shard-00000{shard}.tar").unlink()
     with pytest.raises(TooManyBadSamples, match="13 missing_shard"):
-        list(islice(train(url, max_bad=1000), 8))
+        list(islice(training(url, max_bad=1000), 8))
 
 
 def test_evaluation_leaves_bad_samples_out(damaged_url: str) -> None:
     for workers in (0, 1):
-        batches = evaluate(damaged_url, max_bad=3, workers=workers)
+        batches = evaluation(damaged_url, max_bad=3, workers=workers)
         keys = [key for batch in batches for key in batch.keys]
         assert keys == [f"c{row:02d}" for row in range(NUM_SAMPLES) if row not in (2, 11, 12)]
         replaced = [(e.position, e.key) for batch in batches for e in batch.replaced]
         assert replaced == [(2, "c02"), (11, "c11"), (12, "c12")]
     with pytest.raises(TooManyBadSamples, match="max_bad=2"):
-        evaluate(damaged_url, max_bad=2)
+        evaluation(damaged_url, max_bad=2)
 
 
-def test_evaluation_gives_no_empty_batch_and_loses_no_report(damaged_url: str) -> None:
-    batches = evaluate(damaged_url, max_bad=3, micro_batch=1)
+def test_evaluation_yields_no_empty_batch_and_reports_every_bad_sample(damaged_url: str) -> None:
+    batches = evaluation(damaged_url, max_bad=3, micro_batch=1)
     assert all(len(batch.keys) == 1 for batch in batches)
     assert [(b.keys[0], e.key) for b in batches for e in b.replaced] == [
         ("c01", "c02"),
         ("c10", "c11"),
         ("c10", "c12"),
     ]
-    (start,) = evaluate(damaged_url, max_bad=3, micro_batch=1, rank=1, world_size=6)  # rows 2, 3
+    (start,) = evaluation(damaged_url, max_bad=3, micro_batch=1, rank=1, world_size=6)  # rows 2, 3
     assert (start.keys, [entry.key for entry in start.replaced]) == (("c03",), ["c02"])
     with pytest.raises(TooManyBadSamples, match="last: c02"):
-        evaluate(damaged_url, max_bad=3, rank=2, world_size=13)  # row 2 alone
+        evaluation(damaged_url, max_bad=3, rank=2, world_size=13)  # row 2 alone
 
 
-def test_reading_by_key(frames_url: str) -> None:
+def test_samples_are_read_by_key(frames_url: str) -> None:
     samples = read_samples(frames_url, ["c05", "c01"], num_frames=4, image_size=16)
     assert [sample.key for sample in samples] == ["c05", "c01"]
     assert list(samples[0].captions) == plain_captions(
@@ -405,14 +367,14 @@ def test_reading_by_key(frames_url: str) -> None:
         ({"seed": -1}, "seed=-1 must be from 0"),
     ],
 )
-def test_bad_arguments_fail_at_the_call(
+def test_bad_arguments_raise_at_the_call(
     frames_url: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        train(frames_url, **changes)
+        training(frames_url, **changes)
 
 
-def test_no_data_set_fails_at_the_call(tmp_path: Path) -> None:
-    for read in (train, evaluate):
+def test_a_missing_data_set_raises_at_the_call(tmp_path: Path) -> None:
+    for read in (training, evaluation):
         with pytest.raises(FileNotFoundError, match="no data set there"):
             read(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Loader processes and the SIGTERM that batch systems send to all processes of a job."""
+"""Loader workers ignore the SIGTERM that batch systems send to all processes of a job."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def numbers(workers: int) -> DataLoader:
     )
 
 
-def test_a_loader_stays_when_others_send_sigterm_and_leaves_by_its_ranks() -> None:
+def test_a_worker_exits_on_sigterm_only_from_its_rank() -> None:
     batches = iter(numbers(2))
-    got = [next(batches) for _ in range(20)]
-    loaders = multiprocessing.active_children()
-    for loader in loaders:
-        # From another process, as a batch system's daemon does.
-        subprocess.run(["kill", "-TERM", str(loader.pid)], check=True)
-    got += batches
-    assert torch.cat(got).tolist() == list(range(200))
+    received = [next(batches) for _ in range(20)]
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        # From another process, like the daemon of a batch system.
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    received += batches
+    assert torch.cat(received).tolist() == list(range(200))
     batches = iter(numbers(1))
     next(batches)
-    (loader,) = multiprocessing.active_children()
-    assert loader.pid is not None
-    os.kill(loader.pid, signal.SIGTERM)
-    loader.join(30)
-    assert loader.exitcode == 0
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(30)
+    assert worker.exitcode == 0

@@ -1,4 +1,4 @@
-"""Shards kept on the node: fetched once, checked on arrival, bounded, and safe against a kill."""
+"""The shard cache of a node: one download per shard, verified, bounded, and robust to kills."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.clip_files import make_dataset, tokenize
+from builders.batches import evaluation, rows_of, training
+from builders.clip_files import make_dataset
 from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
-from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
 from tvr.data_prep.reading.order import SampleOrder
+from tvr.data_prep.reading.prefetch import THREAD_NAME
 from tvr.data_prep.reading.sample_reader import PREFETCHED_SHARDS, SampleReader
 from tvr.data_prep.reading.worker import EvaluationDataset
 from tvr.data_prep.records import Batch
@@ -31,12 +32,11 @@ from tvr.data_prep.storage.storage import Storage
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 NUM_SAMPLES = 12
-SETTINGS: dict[str, Any] = {"num_frames": 4, "image_size": 16, "tokenize": tokenize}
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
-    """6 shards of 2 samples, read in windows of 2 shards where the order is asked for."""
+    """A data set of 6 shards with 2 samples each, serve_folder over HTTP."""
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     make_dataset(tmp_path, NUM_SAMPLES, samples_per_shard=2)
     with serve_folder(tmp_path) as store:
@@ -48,58 +48,49 @@ def opened(
 ) -> tuple[ShardCache, Manifest]:
     url = f"{store.url}/data"
     manifest = read_manifest(url)
-    kept = CacheFolder(path=str(folder), max_bytes=max_bytes)
-    return ShardCache(kept, Storage(url), manifest.shards), manifest
+    limit = CacheFolder(path=str(folder), max_bytes=max_bytes)
+    return ShardCache(limit, Storage(url), manifest.shards), manifest
 
 
 def shards_asked(store: HttpStorage) -> Counter[str]:
     return Counter(name.removeprefix("data/") for name in store.requests if name.endswith(".tar"))
 
 
-def kept(folder: Path) -> set[str]:
+def cached(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.tar")}
 
 
-def keys_and_frames(batches: list[Batch]) -> list[tuple[str, int]]:
-    return [
-        (key, int(frames.sum()))
-        for batch in batches
-        for key, frames in zip(batch.keys, batch.frames, strict=True)
-    ]
-
-
 def train(url: str, steps: int, workers: int = 0, **changes: Any) -> list[Batch]:
-    defaults: dict[str, Any] = {"seed": 1, "rank": 0, "world_size": 1, "start_step": 0}
-    settings = defaults | {"max_bad": 0} | SETTINGS | changes
-    batches = train_batches(url, global_batch=4, micro_batch=4, workers=workers, **settings)
-    return list(islice(batches, steps))
+    """The first batches of a stream, which is closed afterwards."""
+    settings: dict[str, Any] = {"seed": 1, "global_batch": 4, "micro_batch": 4, "workers": workers}
+    return list(islice(training(url, **(settings | changes)), steps))
+
+
+def join_prefetch_thread() -> None:
+    for thread in prefetch_threads():
+        thread.join()
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_shard_is_fetched_once_and_the_stream_is_the_same(
+def test_each_shard_is_fetched_once_and_batches_are_the_same(
     store: HttpStorage, tmp_path: Path, workers: int
 ) -> None:
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
-    plain = keys_and_frames(train(str(tmp_path / "data"), 6))
+    plain = rows_of(train(str(tmp_path / "data"), 6))
     url = f"{store.url}/data"
     batches = train(url, 6, workers, shard_cache=folder)
-    assert keys_and_frames(batches) == plain
+    assert rows_of(batches) == plain
     reads = Counter[str]()
     for batch in batches:
         reads.update(batch.reads)
     assert reads.total() == 6 * 4
     assert 0 < reads["shard_cache"] == reads.total() - reads["fetched"]
     for rank in range(2):
-        batches = evaluation_batches(
-            url,
-            micro_batch=4,
-            rank=rank,
-            world_size=2,
-            workers=workers,
-            max_bad=0,
-            shard_cache=folder,
-            **SETTINGS,
-        )
+        batches = evaluation(url, rank=rank, world_size=2, workers=workers, shard_cache=folder)
         assert sum(len(batch.keys) for batch in batches) == NUM_SAMPLES // 2
     names = [shard.name for shard in read_manifest(url).shards]
     assert shards_asked(store) == dict.fromkeys(names, 1)
@@ -113,7 +104,7 @@ def fetch_all(url: str, folder: CacheFolder) -> None:
         assert cache.fetch(shard)
 
 
-def test_processes_share_what_one_of_them_fetched(store: HttpStorage, tmp_path: Path) -> None:
+def test_processes_share_downloaded_shards(store: HttpStorage, tmp_path: Path) -> None:
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     context = multiprocessing.get_context("fork")
     processes = [
@@ -128,7 +119,7 @@ def test_processes_share_what_one_of_them_fetched(store: HttpStorage, tmp_path: 
     assert len(shards_asked(store)) == 6
 
 
-def test_the_bound_holds_and_the_least_recently_used_goes_first(
+def test_the_limit_holds_and_the_least_recently_used_shard_is_evicted(
     store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr.data_prep.reading.node_cache.WINDOW_SHARDS", 2)
@@ -142,22 +133,24 @@ def test_the_bound_holds_and_the_least_recently_used_goes_first(
         os.utime(folder / name[shard], (shard, shard))
     assert cache.read(0, 0, 512)  # shard 1 is now the least recently used
     assert cache.fetch(3)
-    assert kept(folder) == {name[0], name[2], name[3]}
+    assert cached(folder) == {name[0], name[2], name[3]}
     for shard in (4, 5, 0, 1, 2, 3):
         assert cache.read(shard, 0, 512)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= max_bytes
-    with pytest.raises(ValueError, match=r"bytes must hold \d+: samples come from 2 shards"):
+    with pytest.raises(
+        ValueError, match=r"bytes must hold at least \d+ bytes, because training reads 2 shards"
+    ):
         opened(store, folder, max(sizes))
 
 
-def test_a_damaged_shard_is_not_kept_but_its_samples_are_read(
+def test_a_damaged_shard_is_not_cached_but_its_samples_are_read(
     store: HttpStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, folder = f"{store.url}/data", tmp_path / "cache"
     manifest = read_manifest(url)
     damaged = tmp_path / "data" / "shard-000002.tar"
     content = bytearray(damaged.read_bytes())
-    content[int(manifest.samples.offset[5]) + 700] ^= 1  # of c05; c04 is sound
+    content[int(manifest.samples.offset[5]) + 700] ^= 1  # in c05; c04 is intact
     damaged.write_bytes(content)
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
     with caplog.at_level(logging.WARNING, logger="tvr.data_prep.reading.node_cache"):
@@ -165,19 +158,22 @@ def test_a_damaged_shard_is_not_kept_but_its_samples_are_read(
         train(url, 3, shard_cache=limit, max_bad=1)
     assert {(e.key, e.reason) for batch in batches for e in batch.replaced} == {("c05", "checksum")}
     assert "c04" in {key for batch in batches for key in batch.keys}
-    assert f"{manifest.shards[2].sha256}.tar" not in kept(folder)
-    assert len(kept(folder)) == 5
+    assert f"{manifest.shards[2].sha256}.tar" not in cached(folder)
+    assert len(cached(folder)) == 5
     (message,) = caplog.messages
-    assert "data/shard-000002.tar: sha256 on arrival differs from the manifest's" in message
+    assert (
+        "data/shard-000002.tar: the downloaded shard's sha256 differs from the manifest's"
+        in message
+    )
 
 
-def test_a_copy_that_decayed_is_replaced_by_the_store(store: HttpStorage, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_replaced_from_the_store(store: HttpStorage, tmp_path: Path) -> None:
     url, folder = f"{store.url}/data", tmp_path / "cache"
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
-    plain = keys_and_frames(train(url, 3, shard_cache=limit))
+    plain = rows_of(train(url, 3, shard_cache=limit))
     for path in folder.glob("*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
-    assert keys_and_frames(train(url, 3, shard_cache=limit)) == plain
+    assert rows_of(train(url, 3, shard_cache=limit)) == plain
     for path in folder.glob("*.tar"):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
 
@@ -188,7 +184,7 @@ def die_while_fetching(url: str, folder: CacheFolder) -> None:
     cache.fetch(0, stopped=lambda: os.kill(os.getpid(), signal.SIGKILL) is None)
 
 
-def test_a_killed_process_leaves_nothing_in_the_way(store: HttpStorage, tmp_path: Path) -> None:
+def test_a_killed_process_blocks_no_other(store: HttpStorage, tmp_path: Path) -> None:
     url, folder = f"{store.url}/data", tmp_path / "cache"
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
     process = multiprocessing.get_context("fork").Process(
@@ -199,27 +195,27 @@ def test_a_killed_process_leaves_nothing_in_the_way(store: HttpStorage, tmp_path
     assert process.exitcode == -signal.SIGKILL
     assert len(list(folder.glob("*.partial"))) == 1
     cache, _ = opened(store, folder)
-    assert cache.fetch(1)  # cleans up for another shard
+    assert cache.fetch(1)  # reserving space for another shard deletes the stale file
     assert list(folder.glob("*.partial")) == []
     assert cache.fetch(0)
 
 
-def test_a_shard_being_fetched_elsewhere_is_not_waited_for_ahead_of_time(
+def test_prefetch_does_not_wait_for_a_download_of_another_process(
     store: HttpStorage, tmp_path: Path
 ) -> None:
     cache, _ = opened(store, tmp_path / "cache")
-    seen: list[bool] = []
+    results: list[bool] = []
 
-    def meanwhile() -> bool:
-        seen.append(opened(store, tmp_path / "cache")[0].fetch(0, wait=False))
+    def fetch_meanwhile() -> bool:
+        results.append(opened(store, tmp_path / "cache")[0].fetch(0, wait=False))
         return False
 
-    assert cache.fetch(0, stopped=meanwhile)
-    assert seen == [False]
+    assert cache.fetch(0, stopped=fetch_meanwhile)
+    assert results == [False]
     assert cache.fetch(0, wait=False)
 
 
-def test_without_room_on_the_disk_samples_come_from_the_store(
+def test_on_a_full_disk_samples_are_read_from_the_store(
     store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, content: bytes, at: int) -> int:
@@ -229,10 +225,10 @@ def test_without_room_on_the_disk_samples_come_from_the_store(
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     batches = train(f"{store.url}/data", 3, shard_cache=folder)
     assert sum(len(batch.keys) for batch in batches) == NUM_SAMPLES
-    assert kept(tmp_path / "cache") == set()
+    assert cached(tmp_path / "cache") == set()
 
 
-def test_the_next_window_is_fetched_ahead(
+def test_the_next_window_is_prefetched(
     store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr.data_prep.reading.node_cache.WINDOW_SHARDS", 2)
@@ -241,60 +237,42 @@ def test_the_next_window_is_fetched_ahead(
     )
     url, folder = f"{store.url}/data", tmp_path / "cache"
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
-    (batch,) = train(url, 1, shard_cache=limit)  # closes: the thread is done or stopped
-    assert [thread.name for thread in threading.enumerate() if "ahead" in thread.name] == []
-    stream = train_batches(
-        url,
-        seed=1,
-        global_batch=4,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        workers=0,
-        max_bad=0,
-        shard_cache=limit,
-        **SETTINGS,
-    )
+    (batch,) = train(url, 1, shard_cache=limit)  # closing the stream ends the thread
+    assert prefetch_threads() == []
+    stream = training(url, seed=1, global_batch=4, micro_batch=4, shard_cache=limit)
     assert next(stream).keys == batch.keys
-    for thread in threading.enumerate():
-        if thread.name == "shards-ahead":
-            thread.join()
-    assert len(kept(folder)) == 4  # the window of the first batch and the one after
+    join_prefetch_thread()
+    assert len(cached(folder)) == 4  # the window of the first batch and the next one
     before = shards_asked(store)
     next(stream)
-    for thread in threading.enumerate():
-        if thread.name == "shards-ahead":
-            thread.join()
-    assert len(kept(folder)) == 6
+    join_prefetch_thread()
+    assert len(cached(folder)) == 6
     assert set((shards_asked(store) - before).values()) == {1}
 
 
-def test_evaluation_fetches_the_next_shards_of_its_rows(store: HttpStorage, tmp_path: Path) -> None:
+def test_evaluation_prefetches_the_following_shards(store: HttpStorage, tmp_path: Path) -> None:
     url, limit = f"{store.url}/data", CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     reader = SampleReader(url, num_frames=4, image_size=16, shard_cache=limit)
     shards = reader.manifest.samples.shard.tolist()
-    end = shards.index(5)  # of a rank that reads all shards but the last
-    rows = EvaluationDataset(reader, end)
+    end = shards.index(5)  # a rank that reads all shards but the last
+    dataset = EvaluationDataset(reader, end)
     asked = []
     for row in range(end):
-        assert rows[row].sample is not None
-        for thread in threading.enumerate():
-            if thread.name == "shards-ahead":
-                thread.join()
-        asked.append(len(kept(tmp_path / "cache")))
+        assert dataset.draw(row).sample is not None
+        join_prefetch_thread()
+        asked.append(len(cached(tmp_path / "cache")))
     assert asked == [min(shards[row] + 1 + PREFETCHED_SHARDS, 5) for row in range(end)]
 
 
-def test_fetching_ahead_ends_with_the_reader(
+def test_prefetch_stops_with_the_reader(
     store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = threading.Event()
+    started = threading.Event()
     fetched: list[int] = []
 
     def until_stopped(self: ShardCache, shard: int, **settings: Any) -> bool:
         fetched.append(shard)
-        begun.set()
+        started.set()
         while not settings["stopped"]():
             time.sleep(0.001)
         return False
@@ -304,24 +282,24 @@ def test_fetching_ahead_ends_with_the_reader(
     reader = SampleReader(f"{store.url}/data", num_frames=4, image_size=16, shard_cache=folder)
     reader.prefetch([3, 1])
     reader.prefetch([4])
-    begun.wait()
+    started.wait()
     del reader
-    assert [thread.name for thread in threading.enumerate() if "ahead" in thread.name] == []
+    assert prefetch_threads() == []
     assert fetched == [3]
 
 
-def test_a_local_data_set_is_not_copied(store: HttpStorage, tmp_path: Path) -> None:
+def test_a_local_data_set_is_not_cached(store: HttpStorage, tmp_path: Path) -> None:
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1)
     assert len(train(str(tmp_path / "data"), 3, shard_cache=folder)) == 3
     assert not (tmp_path / "cache").exists()
 
 
-def test_shards_ahead_are_those_that_the_order_reads_next() -> None:
+def test_next_window_shards_are_read_next() -> None:
     order = SampleOrder([2] * 5, seed=4, window_shards=2)
     for position in range(40):
-        place = order.locate(position)
+        location = order.locate(position)
         window_start = {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8, 9: 8}[position % 10]
         following = position - position % 10 + min(window_start + 4, 10)
         length = 2 if following % 10 == 8 else 4
         expected = {order.locate(following + step).shard for step in range(length)}
-        assert set(order.next_window_shards(place)) == expected
+        assert set(order.next_window_shards(location)) == expected

@@ -1,4 +1,4 @@
-"""The sample order: the contract's properties, and golden positions that no release may change."""
+"""The sample order: properties of the contract, and golden positions that must not change."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def test_an_epoch_is_a_permutation(
 ) -> None:
     order = SampleOrder(sizes, seed, window_shards)
     total = sum(sizes)
-    places = [order.locate(epoch * total + step) for step in range(total)]
-    assert sorted(place.sample for place in places) == list(range(total))
-    assert {place.epoch for place in places} == {epoch}
-    for place in places:
-        assert 0 <= place.index < sizes[place.shard]
-        assert place.sample == sum(sizes[: place.shard]) + place.index
+    locations = [order.locate(epoch * total + step) for step in range(total)]
+    assert sorted(location.sample for location in locations) == list(range(total))
+    assert {location.epoch for location in locations} == {epoch}
+    for location in locations:
+        assert 0 <= location.index < sizes[location.shard]
+        assert location.sample == sum(sizes[: location.shard]) + location.index
 
 
 @given(shard_sizes, seeds, st.lists(st.integers(0, 200), min_size=1, max_size=20))
-def test_a_position_gives_the_same_sample_in_any_history(
+def test_a_position_gives_the_same_sample_after_any_history(
     sizes: list[int], seed: int, positions: list[int]
 ) -> None:
     walked = SampleOrder(sizes, seed)
@@ -38,7 +38,9 @@ def test_a_position_gives_the_same_sample_in_any_history(
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 100))
-def test_a_window_is_read_before_the_next(window_shards: int, size: int, epoch: int) -> None:
+def test_a_window_is_read_completely_before_the_next(
+    window_shards: int, size: int, epoch: int
+) -> None:
     order = SampleOrder([size] * 8, seed=3, window_shards=window_shards)
     shards = [order.locate(epoch * 8 * size + step).shard for step in range(8 * size)]
     for start in range(0, 8 * size, window_shards * size):
@@ -48,13 +50,13 @@ def test_a_window_is_read_before_the_next(window_shards: int, size: int, epoch: 
 @given(
     st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 50), st.integers(1, 4)
 )
-def test_ranks_together_consume_consecutive_positions(
+def test_all_ranks_together_consume_consecutive_positions(
     world_size: int, micro_batch: int, micro_steps: int, start_step: int, steps: int
 ) -> None:
-    run = world_size * micro_batch
-    first = start_step * run * micro_steps
+    pairs = world_size * micro_batch
+    first = start_step * pairs * micro_steps
     streams = [
-        iter(PositionBatches(first + rank * micro_batch, run, micro_batch, None))
+        iter(PositionBatches(first + rank * micro_batch, pairs, micro_batch, None))
         for rank in range(world_size)
     ]
     consumed = [
@@ -63,48 +65,51 @@ def test_ranks_together_consume_consecutive_positions(
         for stream in streams
         for position in next(stream)
     ]
-    assert consumed == list(range(first, first + steps * micro_steps * run))
+    assert consumed == list(range(first, first + steps * micro_steps * pairs))
 
 
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 7))
-def test_evaluation_runs_cover_each_row_once(total: int, world_size: int, micro_batch: int) -> None:
+def test_evaluation_batches_cover_each_row_once(
+    total: int, world_size: int, micro_batch: int
+) -> None:
     rows = [
         row
         for rank in range(world_size)
-        for run in PositionBatches(
+        for batch in PositionBatches(
             total * rank // world_size,
             micro_batch,
             micro_batch,
             total * (rank + 1) // world_size,
         )
-        for row in run
+        for row in batch
     ]
     assert rows == list(range(total))
 
 
-def test_epochs_seeds_and_captions_vary() -> None:
+def test_order_and_captions_depend_on_epoch_and_seed() -> None:
     order = SampleOrder([50, 50], seed=0)
     first, second = ([order.locate(e * 100 + i).sample for i in range(100)] for e in (0, 1))
     other_seed = [SampleOrder([50, 50], seed=1).locate(i).sample for i in range(100)]
     assert first != second
     assert first != other_seed
+    # Each caption is expected 100 times; the bounds are 3 standard deviations away.
     choices = [caption_choice(0, epoch, 7, 5) for epoch in range(500)]
-    assert all(70 < choices.count(caption) < 130 for caption in range(5))  # 100 each, 3 deviations
+    assert all(70 < choices.count(caption) < 130 for caption in range(5))
     assert caption_choice(0, 3, 7, 1) == 0
 
 
-def test_substitutes_stay_in_the_epoch_and_spread() -> None:
+def test_substitutes_keep_the_epoch_and_cover_the_data_set() -> None:
     order = SampleOrder([4, 6], seed=5)
-    places = [order.substitute(23, attempt) for attempt in range(1, 60)]
-    assert {place.epoch for place in places} == {2}
-    assert {place.sample for place in places} == set(range(10))
+    locations = [order.substitute(23, attempt) for attempt in range(1, 60)]
+    assert {location.epoch for location in locations} == {2}
+    assert {location.sample for location in locations} == set(range(10))
 
 
 def test_golden_positions() -> None:
-    """An order break: changing these numbers changes what every resumed run sees next."""
+    """Golden values: changing them changes the data of every resumed run (an order break)."""
     order = SampleOrder([5, 3, 7, 4], seed=1234, window_shards=2)
-    places = [order.locate(position) for position in range(20)]
-    assert [(place.epoch, place.shard, place.index) for place in places] == [
+    locations = [order.locate(position) for position in range(20)]
+    assert [(location.epoch, location.shard, location.index) for location in locations] == [
         *((0, 0, 4), (0, 3, 1), (0, 0, 3), (0, 3, 2), (0, 0, 0), (0, 3, 0), (0, 3, 3)),
         *((0, 0, 1), (0, 0, 2), (0, 2, 2), (0, 2, 1), (0, 1, 0), (0, 1, 2), (0, 2, 0)),
         *((0, 2, 5), (0, 2, 3), (0, 2, 4), (0, 1, 1), (0, 2, 6), (1, 2, 4)),
@@ -133,7 +138,7 @@ def test_bad_arguments(sizes: list[int], seed: int, window_shards: int, message:
         SampleOrder(sizes, seed, window_shards)
 
 
-def test_golden_uniforms_hold() -> None:
+def test_golden_uniforms() -> None:
     assert uniforms("crop", 3, 10**6, 3).tolist() == [
         0.4586799048841659,
         0.3506211843683208,
@@ -143,7 +148,7 @@ def test_golden_uniforms_hold() -> None:
 
 
 @given(st.sampled_from(["crop", "frames", "words"]), seeds, st.integers(0, 10**12))
-def test_uniforms_lie_below_one_and_differ_by_purpose(purpose: str, seed: int, at: int) -> None:
+def test_uniforms_are_below_one_and_differ_by_purpose(purpose: str, seed: int, at: int) -> None:
     drawn = uniforms(purpose, seed, at, 64)
     assert drawn.min() >= 0.0
     assert drawn.max() < 1.0

@@ -1,6 +1,6 @@
-"""The promise of the stream, over real shards: for any number of shards, samples, ranks (1 to 5),
-workers (0 to 3) and restart points, an epoch yields each sample exactly once and the sequence of
-global batches is the same; a late start costs what an early one does."""
+"""The sample sequence over real shards: for any number of shards, samples, ranks (1 to 5), workers
+(0 to 3) and restarts, an epoch yields each sample exactly once and the global batches are the same;
+a start at a late step costs no more than a start at an early one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from tvr.data_prep.dataset.manifest import Manifest, concat_samples, shard_name, write_manifest
 from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample, tar_bytes
-from tvr.data_prep.reading import worker as draw
+from tvr.data_prep.reading import worker
 from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
 from tvr.data_prep.reading.sample_reader import SampleReader
@@ -29,7 +29,7 @@ from tvr.data_prep.records import Batch
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.images import encode_jpeg
 
-# torch warns of more workers than cores; the order must hold on a machine of one core as well.
+# torch warns if there are more workers than cores; the order must not depend on the cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 GLOBAL_BATCH = 60  # a multiple of every number of ranks
@@ -39,7 +39,7 @@ SIDE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A run begun or begun again: on how many ranks, and how the batch is cut."""
+    """A start or restart of a run: its ranks, workers and micro-batch, and the steps it runs."""
 
     world_size: int
     micro_batch: int
@@ -50,17 +50,19 @@ class Start:
 @st.composite
 def starts(pick: st.DrawFn) -> Start:
     world_size = pick(st.integers(1, 5))
-    a_rank = GLOBAL_BATCH // world_size
+    pairs_per_rank = GLOBAL_BATCH // world_size
     return Start(
         world_size=world_size,
-        micro_batch=pick(st.sampled_from([b for b in range(1, a_rank + 1) if a_rank % b == 0])),
+        micro_batch=pick(
+            st.sampled_from([b for b in range(1, pairs_per_rank + 1) if pairs_per_rank % b == 0])
+        ),
         workers=pick(st.integers(0, 3)),
         steps=pick(st.integers(1, 2)),
     )
 
 
 def write_shards(folder: Path, sizes: list[int]) -> str:
-    """Shards of these sizes; sample i is a grey picture of its own with i % 3 + 1 captions."""
+    """Writes shards of these sizes; sample i shows grey level i and has i % 3 + 1 captions."""
     folder.mkdir()
     written = []
     number = 0
@@ -127,29 +129,34 @@ def rows(batch: Batch) -> list[tuple[int, str, str, int]]:
 
 
 def global_batches(url: str, start: Start, start_step: int) -> list[list[tuple]]:
-    """The rows of each step: of its micro-steps in turn, of the ranks in turn."""
-    a_step = GLOBAL_BATCH // (start.world_size * start.micro_batch)
+    """The rows of each step, by micro-step and then by rank."""
+    micro_steps_per_step = GLOBAL_BATCH // (start.world_size * start.micro_batch)
     ranks = [
-        [rows(b) for b in islice(stream(url, start, rank, start_step), start.steps * a_step)]
+        [
+            rows(b)
+            for b in islice(
+                stream(url, start, rank, start_step), start.steps * micro_steps_per_step
+            )
+        ]
         for rank in range(start.world_size)
     ]
     micro_steps = [
         [row for batch in batches for row in batch] for batches in zip(*ranks, strict=True)
     ]
     return [
-        [row for micro_step in micro_steps[at : at + a_step] for row in micro_step]
-        for at in range(0, len(micro_steps), a_step)
+        [row for micro_step in micro_steps[at : at + micro_steps_per_step] for row in micro_step]
+        for at in range(0, len(micro_steps), micro_steps_per_step)
     ]
 
 
 def expected(order: SampleOrder, step: int) -> list[tuple[int, str, str, int]]:
-    """What step k consists of, by the contract alone."""
+    """The rows of a step according to the contract."""
     found = []
     for position in range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH):
-        place = order.locate(position)
-        captions = captions_of(place.sample)
-        choice = caption_choice(SEED, place.epoch, place.sample, len(captions))
-        found.append((position, f"c{place.sample}", captions[choice], place.sample))
+        location = order.locate(position)
+        captions = captions_of(location.sample)
+        choice = caption_choice(SEED, location.epoch, location.sample, len(captions))
+        found.append((position, f"c{location.sample}", captions[choice], location.sample))
     return found
 
 
@@ -167,7 +174,7 @@ EACH = [Start(world_size=ranks, micro_batch=1, workers=ranks % 4, steps=1) for r
 @example(sizes=[6] * 20, first_step=0, restarts=[MOST, LEAST, MOST])
 @example(sizes=[1], first_step=1_000_000, restarts=[MOST, LEAST])
 @example(sizes=[3, 1, 5], first_step=10, restarts=EACH)
-def test_each_sample_once_an_epoch_and_the_same_global_batches(
+def test_each_sample_is_read_once_per_epoch_in_the_same_global_batches(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     first_step: int,
@@ -179,7 +186,7 @@ def test_each_sample_once_an_epoch_and_the_same_global_batches(
     run: list[list[tuple]] = []
     for start in restarts:
         run += global_batches(url, start, first_step + len(run))
-    while len(run) * GLOBAL_BATCH < 2 * total:  # at least one epoch from end to end
+    while len(run) * GLOBAL_BATCH < 2 * total:  # at least one whole epoch
         run += global_batches(url, restarts[-1], first_step + len(run))
     for done, batch in enumerate(run):
         assert batch == expected(order, first_step + done)
@@ -201,22 +208,22 @@ def test_a_start_at_any_step_costs_the_same(
 ) -> None:
     calls: Counter[str] = Counter()
 
-    def counted(owner: Any, name: str) -> None:
-        plain = getattr(owner, name)
+    def count_calls(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
         def wrapped(*args: Any, **keywords: Any) -> Any:
             calls[name] += 1
-            return plain(*args, **keywords)
+            return original(*args, **keywords)
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    counted(SampleReader, "read")
-    counted(SampleOrder, "locate")
-    counted(SampleOrder, "substitute")
-    counted(SampleOrder, "_draw")
-    counted(draw, "caption_choice")
-    counted(os, "pread")
-    counted(Storage, "_read")
+    count_calls(SampleReader, "read")
+    count_calls(SampleOrder, "locate")
+    count_calls(SampleOrder, "substitute")
+    count_calls(SampleOrder, "_draw")
+    count_calls(worker, "caption_choice")
+    count_calls(os, "pread")
+    count_calls(Storage, "_read")
     start = Start(world_size=world_size, micro_batch=6, workers=0, steps=1)
     costs = []
     for start_step in (10, 10**6, 10**9):
@@ -237,12 +244,12 @@ def test_a_start_at_any_step_costs_the_same(
 
 
 @pytest.mark.parametrize("start_step", [10, 1_000_000])
-def test_workers_read_from_their_first_batch_on(
+def test_workers_read_only_from_the_first_batch(
     many_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_step: int
 ) -> None:
-    """Also what they read ahead is bounded, wherever a run begins."""
-    noted = tmp_path / "positions"
-    descriptor = os.open(noted, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """Workers read ahead by a bounded number of batches, whatever the first step."""
+    log_file = tmp_path / "positions"
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     locate = SampleOrder.locate
     monkeypatch.setattr(
         SampleOrder,
@@ -251,12 +258,12 @@ def test_workers_read_from_their_first_batch_on(
     )
     start = Start(world_size=2, micro_batch=6, workers=3, steps=1)
     batches = stream(many_shards, start, 1, start_step)
-    taken = [position for b in islice(batches, 4) for position in b.positions.tolist()]
+    received = [position for b in islice(batches, 4) for position in b.positions.tolist()]
     del batches
     os.close(descriptor)
     first = start_step * GLOBAL_BATCH + 6
     own = [p for run in range(first, first + 12 * (4 + 2 * 3), 12) for p in range(run, run + 6)]
-    assert taken == own[:24]
-    positions = sorted(int(line) for line in noted.read_text().split())
-    assert set(taken) <= set(positions) <= set(own)
+    assert received == own[:24]
+    positions = sorted(int(line) for line in log_file.read_text().split())
+    assert set(received) <= set(positions) <= set(own)
     assert len(positions) == len(set(positions))

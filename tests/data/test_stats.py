@@ -1,4 +1,4 @@
-"""`tvr stats`: the numbers against a naive count, and a page that shows the right samples."""
+"""`tvr stats`: statistics against a naive count, and the samples that the page shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders.clip_files import make_dataset, read_number
-from builders.html_page import Page, assert_needs_nothing
+from builders.html_page import Page, assert_self_contained
 from builders.http_store import serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +38,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_dataset(tmp_path_factory.mktemp("frames"), 13)
 
 
-def described(url: str, **settings: Any) -> DatasetStatistics:
+def statistics_of(url: str, **settings: Any) -> DatasetStatistics:
     manifest = read_manifest(url)
     return dataset_statistics(manifest, read_facts(url, manifest, **settings))
 
@@ -55,7 +55,7 @@ facts = st.builds(
 
 
 def manifest_of(samples: list[tuple[SampleFacts, int]]) -> Manifest:
-    """Of samples with their lengths, three a shard, of which one clip was refused."""
+    """A manifest of samples with these lengths, three per shard; one clip was refused."""
     shard = np.arange(len(samples), dtype=np.int32) // 3
     length = np.array([length for _, length in samples])
     zeros = np.zeros(len(samples), dtype=np.int64)
@@ -92,15 +92,15 @@ def manifest_of(samples: list[tuple[SampleFacts, int]]) -> Manifest:
     st.lists(st.tuples(facts, st.integers(1, 9).map(lambda n: 512 * n)), min_size=1, max_size=9),
     st.integers(0, 9),
 )
-def test_statistics_are_those_of_a_naive_count(
+def test_statistics_equal_a_naive_count(
     samples: list[tuple[SampleFacts, int]], border: int
 ) -> None:
-    tally, rest = FactsAccumulator(), FactsAccumulator()
+    first, rest = FactsAccumulator(), FactsAccumulator()
     for index, (each, _) in enumerate(samples):
-        (tally if index < border else rest).add(each)
+        (first if index < border else rest).add(each)
     rest.unread["checksum"] += 1
-    tally.merge(rest)
-    found = dataset_statistics(manifest_of(samples), tally)
+    first.merge(rest)
+    found = dataset_statistics(manifest_of(samples), first)
     all_facts = [each for each, _ in samples]
     assert found.num_samples == found.num_read == len(samples)
     assert found.num_videos == len({each.video_id for each in all_facts})
@@ -110,26 +110,28 @@ def test_statistics_are_those_of_a_naive_count(
     per_video = Counter[str]()
     for each in all_facts:
         per_video[each.video_id] += len(each.captions)
-    same(found.captions_per_video, list(per_video.values()))
-    same(found.captions.words, [len(text.split()) for text in texts])
-    same(found.duration_s, [each.duration_s for each in all_facts])
-    same(found.frame_rate_hz, [each.frame_rate_hz for each in all_facts])
-    same(found.short_side, [min(each.width, each.height) for each in all_facts])
-    same(found.aspect, [each.width / each.height for each in all_facts])
-    same(found.sample_bytes, [length for _, length in samples])
-    same(found.samples_per_shard, [len(samples[at : at + 3]) for at in range(0, len(samples), 3)])
+    assert_summarises(found.captions_per_video, list(per_video.values()))
+    assert_summarises(found.captions.words, [len(text.split()) for text in texts])
+    assert_summarises(found.duration_s, [each.duration_s for each in all_facts])
+    assert_summarises(found.frame_rate_hz, [each.frame_rate_hz for each in all_facts])
+    assert_summarises(found.short_side, [min(each.width, each.height) for each in all_facts])
+    assert_summarises(found.aspect, [each.width / each.height for each in all_facts])
+    assert_summarises(found.sample_bytes, [length for _, length in samples])
+    assert_summarises(
+        found.samples_per_shard, [len(samples[at : at + 3]) for at in range(0, len(samples), 3)]
+    )
     assert (found.refused, found.unread) == ({"unreadable": 1}, {"checksum": 1})
 
 
-def same(found: Distribution | None, values: list[Any]) -> None:
+def assert_summarises(found: Distribution | None, values: list[Any]) -> None:
     assert found is not None
     assert (found.count, found.least, found.most) == (len(values), min(values), max(values))
     assert found.mean == pytest.approx(sum(values) / len(values))
     assert sum(found.counts) + found.num_beyond == len(values)
 
 
-def test_what_is_said_of_packed_clips(url: str) -> None:
-    found = described(url)
+def test_statistics_of_packed_clips(url: str) -> None:
+    found = statistics_of(url)
     assert (found.num_samples, found.num_read, found.num_videos) == (13, 13, 13)
     for values, expected in (
         (found.duration_s, 0.4),
@@ -144,37 +146,39 @@ def test_what_is_said_of_packed_clips(url: str) -> None:
     assert (found.samples_per_shard.count, found.samples_per_shard.least) == (3, 3)
 
 
-def test_a_part_is_spread_evenly_and_read_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int, int]] = []
+def test_selected_samples_are_evenly_spaced_and_read_alone(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested: list[tuple[str, int, int]] = []
     read_range = Storage.read_range
 
-    def noted(self: Storage, name: str, start: int, end: int, *more: Any) -> bytes:
-        asked.append((name, start, end))
+    def recorded(self: Storage, name: str, start: int, end: int, *more: Any) -> bytes:
+        requested.append((name, start, end))
         return read_range(self, name, start, end, *more)
 
-    monkeypatch.setattr(Storage, "read_range", noted)
-    told: list[tuple[int, int]] = []
-    found = described(url, samples=3, jobs=1, progress=lambda *each: told.append(each))
+    monkeypatch.setattr(Storage, "read_range", recorded)
+    reported: list[tuple[int, int]] = []
+    found = statistics_of(url, samples=3, jobs=1, on_bytes=lambda *each: reported.append(each))
     samples = read_manifest(url).samples
-    assert [(name, start, end - start) for name, start, end in asked] == [
+    assert [(name, start, end - start) for name, start, end in requested] == [
         (f"shard-00000{row // 5}.tar", int(samples.offset[row]), int(samples.length[row]))
         for row in (2, 6, 10)
     ]
     assert (found.num_read, found.num_samples, found.captions.num_captions) == (3, 13, 6)
-    assert told[-1] == (sum(end - start for _, start, end in asked),) * 2
-    assert "of 3 samples, spread evenly over the 13" in text_of(found, url)
+    assert reported[-1] == (sum(end - start for _, start, end in requested),) * 2
+    assert "describe 3 samples, evenly spaced over all 13" in text_of(found, url)
     with pytest.raises(ValueError, match="samples=0 must be 1 or more"):
-        described(url, samples=0)
+        statistics_of(url, samples=0)
 
 
-def test_over_a_store_that_fails_every_third_read(
+def test_a_store_that_fails_every_third_read_gives_the_same_statistics(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
-    expected = described(url)
+    expected = statistics_of(url)
     with serve_folder(Path(url)) as store:
         store.fail_every_third_of_a_file()
-        assert described(store.url, jobs=3) == expected
+        assert statistics_of(store.url, jobs=3) == expected
         shown = shown_samples(store.url, read_manifest(store.url), 4)
     assert shown == shown_samples(url, read_manifest(url), 4)
 
@@ -185,23 +189,21 @@ def text_of(statistics: DatasetStatistics, url: str) -> str:
 
 
 def pictures(source: str) -> list[int]:
-    """The numbers in a strip of three pictures of 64 x 32."""
+    """The numbers shown by a strip of three pictures of 64 x 32."""
     strip = np.asarray(Image.open(BytesIO(base64.b64decode(source.partition(",")[2]))))
     assert strip.shape == (32, 3 * 64 + 2, 3)
     return [read_number(strip[:, left : left + 64]) for left in (0, 65, 130)]
 
 
 @pytest.mark.parametrize("layout", ["frames", "video"])
-def test_the_page_shows_first_middle_and_last_frame_of_spread_samples(
-    tmp_path: Path, layout: str
-) -> None:
+def test_the_page_shows_first_middle_and_last_frames(tmp_path: Path, layout: str) -> None:
     url = make_dataset(tmp_path, 9, layout=layout)
     out = tmp_path / "page.html"
     assert check_cli.stats([url, "--out", str(out), "--pictures", "3"]) == 0
     html = out.read_text()
-    assert_needs_nothing(html)
+    assert_self_contained(html)
     images = Page(html).named("img")
-    # Clip i shows the numbers from 8 i on, in four frames.
+    # The four frames of clip i show the numbers from 8 i.
     assert [pictures(str(image["src"])) for image in images] == [
         [8 * clip, 8 * clip + 2, 8 * clip + 3] for clip in (1, 4, 7)
     ]
@@ -211,14 +213,14 @@ def test_the_page_shows_first_middle_and_last_frame_of_spread_samples(
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
 
-def test_charts_are_drawn_of_what_varies(url: str) -> None:
-    page = Page(stats_page("name", described(url), [], {}))
+def test_charts_show_only_values_that_vary(url: str) -> None:
+    page = Page(stats_page("name", statistics_of(url), [], {}))
     labels = [svg["aria-label"] for svg in page.named("svg")]
-    assert labels == ["Captions of a video", "Samples in a shard"]
+    assert labels == ["Captions per video", "Samples per shard"]
     assert "Frame rate" in page.text
 
 
-def test_what_was_refused_and_what_cannot_be_read(url: str, tmp_path: Path) -> None:
+def test_refused_and_unreadable_samples_are_counted(url: str, tmp_path: Path) -> None:
     damaged = str(tmp_path / "damaged")
     shutil.copytree(url, damaged)
     (tmp_path / "damaged" / "shard-000000.tar").unlink()
@@ -243,11 +245,11 @@ def test_what_was_refused_and_what_cannot_be_read(url: str, tmp_path: Path) -> N
     assert "Duration" not in text
 
 
-def test_everything_from_the_data_is_escaped(url: str) -> None:
-    evil = '<script>alert("x")</script>'
+def test_all_text_from_the_data_is_escaped(url: str) -> None:
+    hostile = '<script>alert("x")</script>'
     (sample,) = shown_samples(url, read_manifest(url), 1)
-    bad = replace(sample, key=evil, captions=(evil,), problem=evil)
-    html = stats_page(evil, described(url), [bad], {evil: []})
+    bad = replace(sample, key=hostile, captions=(hostile,), problem=hostile)
+    html = stats_page(hostile, statistics_of(url), [bad], {hostile: []})
     assert "<script" not in html
     assert Page(html).text.count("alert") == 6
 
@@ -261,7 +263,7 @@ def test_the_command_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     assert f"{copy}: 10 of 13 samples read, 25 captions of 13 videos; see {out}" in printed.out
     assert "3 samples could not be read" in printed.out
-    assert f"in common with {url}: 13 pairs of samples" in printed.out
+    assert f"samples in common with {url}: 13 pairs" in printed.out
     assert printed.err == ""
     text = Page(out.read_text()).text
     assert "Pairs of equal samples: 13" in text

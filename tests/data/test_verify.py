@@ -1,4 +1,4 @@
-"""Verification and checked reads: every kind of damage is named."""
+"""Verification and checked reads: every kind of damage is reported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.batches import damage_sample, flip_bit
 from builders.clip_files import make_dataset
 
 from tvr.data_prep.check.verify import VerifyReport, verify_dataset
@@ -22,29 +23,23 @@ def found(report: VerifyReport) -> list[str]:
     return [f"{problem.where} / {problem.what}" for problem in report.problems]
 
 
-def flip(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 0x10
-    path.write_bytes(content)
-
-
-def test_a_sound_data_set(tmp_path: Path) -> None:
+def test_an_undamaged_data_set_has_no_problems(tmp_path: Path) -> None:
     report = verify_dataset(make_dataset(tmp_path, 7), decode=3)
     assert (report.num_shards, report.num_samples, report.num_decoded) == (2, 7, 3)
     assert report.num_bytes == sum(file.stat().st_size for file in tmp_path.glob("data/*.tar"))
     assert found(report) == []
 
 
-def test_a_flipped_byte_names_the_sample_and_the_shard(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_reported_for_the_sample_and_the_shard(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 7)
-    flip(tmp_path / "data" / "shard-000000.tar", int(read_manifest(url).samples.offset[3]) + 700)
+    damage_sample(tmp_path / "data", 3, 700)
     problems = found(verify_dataset(url))
     assert len(problems) == 2
     assert problems[0].startswith("shard-000000.tar: c03 / checksum: crc32")
     assert problems[1] == "shard-000000.tar / sha256 differs from the manifest's"
 
 
-def test_a_truncated_and_a_missing_shard(tmp_path: Path) -> None:
+def test_truncated_and_missing_shards_are_reported(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 12)
     first = tmp_path / "data" / "shard-000000.tar"
     keep = int(read_manifest(url).samples.offset[3]) + 100
@@ -56,11 +51,11 @@ def test_a_truncated_and_a_missing_shard(tmp_path: Path) -> None:
         *("shard-000000.tar", "shard-000000.tar", "shard-000001.tar"),
     ]
     assert "the file is truncated" in problems[0]
-    assert f"{keep} bytes, packed were" in problems[2]
+    assert f"{keep} bytes, expected" in problems[2]
     assert "FileNotFoundError" in problems[4]
 
 
-def test_bytes_after_the_last_sample_count(tmp_path: Path) -> None:
+def test_bytes_after_the_last_sample_are_checked(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 3)
     with (tmp_path / "data" / "shard-000000.tar").open("ab") as file:
         file.write(b"more")
@@ -70,7 +65,7 @@ def test_bytes_after_the_last_sample_count(tmp_path: Path) -> None:
     ]
 
 
-def test_a_manifest_that_disagrees_with_the_shards(tmp_path: Path) -> None:
+def test_differences_between_manifest_and_shards_are_reported(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 3)
     manifest = read_manifest(url)
     columns = manifest.samples
@@ -92,14 +87,14 @@ def test_a_manifest_that_disagrees_with_the_shards(tmp_path: Path) -> None:
     assert len(problems) == 6
 
 
-def test_the_list_of_refused_clips_agrees(tmp_path: Path) -> None:
+def test_the_list_of_refused_clips_must_agree_with_the_manifest(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 2)
     bad = tmp_path / "data" / "bad.jsonl"
     listed = '{"key": "x", "reason": "unreadable", "detail": ""}\n'
     for text, expected in (
         (listed, "1 unreadable listed, none in manifest.json"),
-        ("{", "not as packed: JSONDecodeError"),
-        ('{"key": "x"}', "not as packed: KeyError"),
+        ("{", "damaged or edited: JSONDecodeError"),
+        ('{"key": "x"}', "damaged or edited: KeyError"),
     ):
         bad.write_text(text)
         (problem,) = found(verify_dataset(url))
@@ -114,10 +109,10 @@ def test_the_list_of_refused_clips_agrees(tmp_path: Path) -> None:
     ]
 
 
-def test_any_number_of_jobs_finds_the_same(tmp_path: Path) -> None:
+def test_the_number_of_jobs_does_not_change_the_report(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 12)
     for number in (0, 2):
-        flip(tmp_path / "data" / f"shard-00000{number}.tar", 3000)
+        flip_bit(tmp_path / "data" / f"shard-00000{number}.tar", 3000)
     reports = [verify_dataset(url, jobs=jobs) for jobs in (1, 2, 7)]
     assert reports[0] == reports[1] == reports[2]
     assert len(reports[0].problems) == 4
@@ -125,7 +120,7 @@ def test_any_number_of_jobs_finds_the_same(tmp_path: Path) -> None:
         verify_dataset(url, jobs=0)
 
 
-def test_frames_that_do_not_decode_are_found_only_by_decoding(tmp_path: Path) -> None:
+def test_undecodable_frames_are_found_only_by_decoding(tmp_path: Path) -> None:
     """A sample packed from damaged bytes passes every checksum."""
     url = make_dataset(tmp_path, 1)
     json_text = b'{"captions":["x"],"video_id":"c00","frame_times_s":[0.0]}'
@@ -148,15 +143,15 @@ def test_frames_that_do_not_decode_are_found_only_by_decoding(tmp_path: Path) ->
         ("t 1", "[[[0,1,0],[2,5,1]]]", ""),
         ("t 1", "[[]]", ""),
         (None, "null", ""),
-        ("t 1", "[[[0,1,0],[2,6,1]]]", "word at [2, 6) of 5 characters, from 1 on"),
-        ("t 1", "[[[0,3,0],[2,5,1]]]", "word at [2, 5) of 5 characters, from 3 on"),
-        ("t 1", "[[[-1,1,0]]]", "word at [-1, 1) of 5 characters, from 0 on"),
-        ("t 1", "[[[2,2,0]]]", "word at [2, 2) of 5 characters, from 0 on"),
+        ("t 1", "[[[0,1,0],[2,6,1]]]", "word [2, 6) must lie within [1, 5)"),
+        ("t 1", "[[[0,3,0],[2,5,1]]]", "word [2, 5) must lie within [3, 5)"),
+        ("t 1", "[[[-1,1,0]]]", "word [-1, 1) must lie within [0, 5)"),
+        ("t 1", "[[[2,2,0]]]", "word [2, 2) must lie within [0, 5)"),
         ("t 1", "null", "words missing"),
-        (None, "[[[0,1,0]]]", "words without a tagger"),
+        (None, "[[[0,1,0]]]", "words without a tagger in the manifest"),
     ],
 )
-def test_words_lie_in_their_caption(
+def test_words_must_lie_within_their_caption(
     tmp_path: Path, tagger: str | None, words: str, expected: str
 ) -> None:
     url = make_dataset(tmp_path, 1)
@@ -190,7 +185,9 @@ GOOD_JSON = b'{"captions":["x"],"video_id":"v","frame_times_s":[0.0, 0.1]}'
         ({"json": GOOD_JSON.replace(b'"x"', b""), "mp4": b""}, "no_caption", "no caption"),
     ],
 )
-def test_missing_and_damaged_members(members: dict[str, bytes], reason: str, detail: str) -> None:
+def test_missing_and_damaged_members_are_refused(
+    members: dict[str, bytes], reason: str, detail: str
+) -> None:
     content = tar_bytes("k", members)
     assert parse_members(content, "k", len(content), zlib.crc32(content)) == members
     with pytest.raises(BadSample, match=detail) as caught:
@@ -206,14 +203,16 @@ def test_missing_and_damaged_members(members: dict[str, bytes], reason: str, det
         (lambda content: b"", "checksum"),
     ],
 )
-def test_a_range_that_is_not_the_packed_one(damage: Callable[[bytes], bytes], reason: str) -> None:
+def test_a_byte_range_that_differs_from_the_packed_one_is_refused(
+    damage: Callable[[bytes], bytes], reason: str
+) -> None:
     content = tar_bytes("k", {"json": GOOD_JSON, "00.jpg": b"1", "01.jpg": b"2"})
     with pytest.raises(BadSample) as caught:
         parse_members(damage(content), "k", len(content), zlib.crc32(content))
     assert caught.value.reason == reason
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make one with `tvr pack`"):
         verify_dataset(str(tmp_path))
     with pytest.raises(ValueError, match="decode=-1 must be 0 or more"):

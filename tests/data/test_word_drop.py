@@ -1,4 +1,4 @@
-"""Word drop: what goes, how often, and the same on every rank, worker and restart."""
+"""Word drop: the dropped words, their frequency, and the same draws for any ranks and restarts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.batches import training
 from builders.clip_files import make_dataset, write_clips
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.reading.order import caption_choice
 from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import Batch, Caption, Clip, Word, WordKind
 from tvr.trainer.model.tokenizer import Tokenizer, train_tokenizer
 
-# torch warns of more workers than cores; the order must hold on a machine of one core as well.
+# torch warns if there are more workers than cores; the order must not depend on the cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def caption(marked: str) -> Caption:
-    """From a text whose words are marked *content and (droppable)."""
+    """Parses a text whose words are marked as *content or (droppable)."""
     text, words = "", []
     for part in marked.split():
         kind = WordKind.DROPPABLE if part[0] == "(" else WordKind(int(part[0] == "*"))
@@ -43,7 +43,7 @@ def dropped(marked: str, num_positions: int = 400) -> Counter[str]:
     return Counter(drop_words(whole, 3, position).text for position in range(num_positions))
 
 
-def test_words_go_with_all_their_occurrences_and_one_space() -> None:
+def test_a_word_is_dropped_with_all_its_occurrences_and_one_space() -> None:
     assert set(dropped("(A) *dog (and) (a) *cat, (and) *birds")) == {
         "A dog and a cat, and birds",
         "dog and cat, and birds",
@@ -53,7 +53,7 @@ def test_words_go_with_all_their_occurrences_and_one_space() -> None:
     assert set(dropped("*hands (on), (off)")) == {"hands on, off", "hands , off", "hands on,"}
 
 
-def test_keywords_and_content_stay() -> None:
+def test_plain_and_content_words_are_never_dropped() -> None:
     for text in dropped("(the) *cat sits under (a) *table"):
         assert [word for word in text.split() if word not in ("the", "a")] == [
             "cat",
@@ -66,33 +66,33 @@ def test_keywords_and_content_stay() -> None:
 @pytest.mark.parametrize(
     ("marked", "most"),
     [
-        ("(a) (b) (c) *d *e *f *g *h", 3),  # of three droppable forms
+        ("(a) (b) (c) *d *e *f *g *h", 3),  # three droppable forms
         ("(a) (b) (c) (d) *e", 2),  # half of five forms
         ("(a) (a) (a) (b)", 1),  # half of two forms: occurrences do not count
         ("(a)", 0),
         ("*dogs *run", 0),
     ],
 )
-def test_how_many_go_is_uniform(marked: str, most: int) -> None:
+def test_the_number_of_dropped_words_is_uniform(marked: str, most: int) -> None:
     whole, draws = caption(marked), 6000
     forms = set(whole.text.split())
-    gone = Counter(
+    num_dropped = Counter(
         len(forms) - len({*drop_words(whole, 1, position).text.split()})
         for position in range(draws)
     )
-    assert set(gone) == set(range(most + 1))
+    assert set(num_dropped) == set(range(most + 1))
     expected = draws / (most + 1)
-    assert all(abs(count - expected) < 4 * math.sqrt(expected) for count in gone.values())
+    assert all(abs(count - expected) < 4 * math.sqrt(expected) for count in num_dropped.values())
 
 
-def test_each_droppable_word_goes_equally_often() -> None:
+def test_each_droppable_word_is_dropped_equally_often() -> None:
     counts = Counter(
         word
         for text, n in dropped("(a) (b) (c) *d *e *f", 6000).items()
         for word in text.split() * n
     )
     assert counts["d"] == counts["e"] == counts["f"] == 6000
-    # k of 0 ... 3 goes, each word with k / 3: half of the time.
+    # k is uniform in 0 ... 3 and drops each word with probability k / 3: half of the time.
     assert all(abs(counts[word] - 3000) < 4 * math.sqrt(1500) for word in "abc")
 
 
@@ -102,31 +102,31 @@ def test_each_droppable_word_goes_equally_often() -> None:
     ),
     st.integers(0, 2**40),
 )
-def test_half_of_the_forms_stay_where_their_spans_say(
+def test_at_least_half_of_the_forms_stay_and_spans_are_correct(
     parts: list[tuple[str, str]], position: int
 ) -> None:
     marks: dict[str, str] = {}  # a form has one kind in a caption
     for word, mark in parts:
         marks.setdefault(word.casefold(), mark)
-    said = [word for word, _ in parts]
-    whole = caption(" ".join(marks[word.casefold()].strip() + word for word in said))
+    all_words = [word for word, _ in parts]
+    whole = caption(" ".join(marks[word.casefold()].strip() + word for word in all_words))
     less = drop_words(whole, 5, position)
     kept = [less.text[word.start : word.end] for word in less.known_words()]
     assert kept == less.text.split()
-    gone = set(marks) - {word.casefold() for word in kept}
-    assert kept == [word for word in said if word.casefold() not in gone]
-    assert 2 * len(gone) <= len(marks)
-    assert all(marks[form] == "(" for form in gone)
+    dropped_forms = set(marks) - {word.casefold() for word in kept}
+    assert kept == [word for word in all_words if word.casefold() not in dropped_forms]
+    assert 2 * len(dropped_forms) <= len(marks)
+    assert all(marks[form] == "(" for form in dropped_forms)
 
 
-def test_the_draw_is_of_seed_and_position() -> None:
+def test_the_draw_depends_on_seed_and_position() -> None:
     whole = caption("(a) *b (c) *d (e) *f (g) *h")
 
     def texts(seed: int) -> list[str]:
         return [drop_words(whole, seed, position).text for position in range(50)]
 
     assert texts(1) == texts(1) != texts(2)
-    # Part of the order of samples: a change breaks resumed runs.
+    # Golden values: changing them changes the data of resumed runs.
     assert texts(1)[:4] == ["b c d f h", "a b d f g h", "b d f g h", "b d f g h"]
 
 
@@ -142,26 +142,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Clip]]:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
-    said = ["caption of clip"] * 9
-    trained = train_tokenizer(said, folder, vocab_size=600, max_words=8)
+    texts = ["caption of clip"] * 9
+    trained = train_tokenizer(texts, folder, vocab_size=600, max_words=8)
     return Tokenizer(trained.backend, trained.max_words, content_words=True)
 
 
 def stream(url: str, tokenizer: Tokenizer, **changes: Any) -> Iterator[Batch]:
-    defaults: dict[str, Any] = {
-        "seed": 7,
-        "global_batch": 6,
-        "micro_batch": 6,
-        "rank": 0,
-        "world_size": 1,
-        "start_step": 0,
-        "workers": 0,
-        "num_frames": 1,
-        "image_size": 8,
-        "max_bad": 0,
-        "word_drop": True,
-    }
-    return train_batches(url, tokenize=tokenizer, **(defaults | changes))
+    settings = {"global_batch": 6, "micro_batch": 6, "num_frames": 1, "image_size": 8}
+    return training(url, tokenize=tokenizer, **({"word_drop": True} | settings | changes))
 
 
 def rows(batches: list[Batch]) -> dict[int, tuple[str, str, list[int], list[int]]]:
@@ -179,7 +167,7 @@ def rows(batches: list[Batch]) -> dict[int, tuple[str, str, list[int], list[int]
     }
 
 
-def test_the_same_on_every_rank_worker_and_restart(
+def test_draws_are_the_same_for_any_ranks_workers_and_restarts(
     data: tuple[str, list[Clip]], tokenizer: Tokenizer
 ) -> None:
     url, _ = data
@@ -195,24 +183,24 @@ def test_the_same_on_every_rank_worker_and_restart(
         ]
         assert rows(two) == expected
     resumed = rows(list(islice(stream(url, tokenizer, start_step=2, workers=2), 4)))
-    assert resumed == {place: row for place, row in expected.items() if place >= 12}
+    assert resumed == {position: row for position, row in expected.items() if position >= 12}
 
 
-def test_redrawn_each_epoch_from_the_caption_of_the_contract(
+def test_each_epoch_draws_anew_from_the_chosen_caption(
     data: tuple[str, list[Clip]], tokenizer: Tokenizer
 ) -> None:
     url, clips = data
     texts: dict[str, set[str]] = {}
     for position, (key, text, _, mask) in rows(list(islice(stream(url, tokenizer), 30))).items():
         sample = int(key.removeprefix("c"))
-        said = clips[sample].captions
-        whole = said[caption_choice(7, position // 9, sample, len(said))]
+        captions = clips[sample].captions
+        whole = captions[caption_choice(7, position // 9, sample, len(captions))]
         assert set(text.split()) <= set(whole.split())
         assert {"caption", "clip"} <= set(text.split())
         assert mask[:2] == [1, 2]  # the start, "caption"
         assert mask.count(2) == 2  # "caption" and "clip"
         texts.setdefault(key, set()).add(text)
-    # Forms of which all clips tell: "0" (twice in this one) and "of".
+    # The droppable forms, common to all clips, are "0" (twice in this caption) and "of".
     assert texts["c00"] == {
         "caption 0 of clip 0",
         "caption 0 clip 0",
@@ -223,7 +211,9 @@ def test_redrawn_each_epoch_from_the_caption_of_the_contract(
     assert all(text in clips[int(key[1:])].captions for key, text, _, _ in plain.values())
 
 
-def test_a_data_set_without_words_is_refused_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_data_set_without_words_is_refused_at_the_call(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     url = make_dataset(tmp_path, 2)
     with pytest.raises(ValueError, match=r"data\.word_drop needs .* packed without words"):
         stream(url, tokenizer)

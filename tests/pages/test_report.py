@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.html_page import Page, assert_needs_nothing
+from builders.html_page import Page, assert_self_contained
 from PIL import Image
 
 from tvr.trainer.monitoring.run_log import read_log
@@ -152,7 +152,7 @@ def test_without_thumbnails_clips_are_named(full_run: Path, thumbnails: Any) -> 
 
 
 def test_needs_nothing_from_outside(full_run: Path) -> None:
-    assert_needs_nothing(write_report(full_run, thumbnails=frames).read_text())
+    assert_self_contained(write_report(full_run, thumbnails=frames).read_text())
 
 
 def test_escapes_everything_from_the_data(tmp_path: Path) -> None:
