@@ -40,7 +40,7 @@ from tvr.trainer.run_dir import (
     write_evaluation,
 )
 
-# Collectives time out this much after train.timeout_s, when the watchdog ends a job by itself.
+# Collectives time out this much later than train.timeout_s, at which the watchdog ends the job.
 TIMEOUT_MARGIN_S = 60.0
 
 
@@ -74,7 +74,7 @@ def train(
         TrainingFailed: any other failure after the first step began.
     """
     with (
-        # First, so that the watchdog, not a collective's time-out, reports a rank that hangs.
+        # Collectives time out after the watchdog, which names the rank that the others wait for.
         join_world(config.train.timeout_s + TIMEOUT_MARGIN_S) as world,
         catching_stop_signals() as notice,
         # Entered before failure reporting, so that a failure is reported before the final scrape.
@@ -136,7 +136,7 @@ class _Loop:
             for step in range(done + 1, last + 1):
                 with self._as_training_failure(step):
                     self._train_step(step, batches, progress)
-                    self._save_or_leave(step)
+                    self._save_or_stop(step)
                     evaluation = self._evaluate_if_due(step, progress) or evaluation
         with self.watchdog.phase("checkpoint"):
             error = self._finish_saves(last)
@@ -172,17 +172,17 @@ class _Loop:
             self.monitor.logged(record)
         progress.step(step, record)
 
-    def _save_or_leave(self, step: int) -> None:
+    def _save_or_stop(self, step: int) -> None:
         """Saves a checkpoint if one is due, and ends a job that was asked to stop."""
         last = self.run.config.train.steps
         with self.watchdog.phase("checkpoint"):
-            leave = self._sync_flags()
+            stop = self._sync_flags()
             # Saves come before evaluations, whose failure must not cost the steps before it.
-            if leave or _is_due(step, self.run.config.checkpoint.every, last):
-                state, is_last = self.run.saved_state(step), leave or step == last
+            if stop or _is_due(step, self.run.config.checkpoint.every, last):
+                state, is_last = self.run.saved_state(step), stop or step == last
                 self._record(self.saver.save(state, self.run.state_dict, is_last=is_last))
-            if leave and step < last:
-                self._leave(step)
+            if stop and step < last:
+                self._stop(step)
         self.run.step.watch.lap("save")
 
     def _sync_flags(self) -> bool:
@@ -196,13 +196,14 @@ class _Loop:
             self._record(self.saver.advance())
         return any(flags & 2 for flags in flags_by_rank)
 
-    def _leave(self, step: int) -> None:
+    def _stop(self, step: int) -> None:
+        """Ends a job that was asked to stop, once its checkpoint is written."""
         error = self._finish_saves(step)
         name = self.notice.signal.name if self.notice.signal else "another rank"
         if error is not None:
-            raise NotSaved(f"step {step} is not saved: {error}; asked to leave by {name}")
+            raise NotSaved(f"step {step} is not saved: {error}; asked to stop by {name}")
         self.run.log.write("preempted", {"step": step, "by": name})
-        raise Preempted(f"step {step} is saved; asked to leave by {name}")
+        raise Preempted(f"step {step} is saved; asked to stop by {name}")
 
     def _finish_saves(self, step: int) -> str | None:
         """Waits for saves in flight; returns the error of the save of `step`, if it failed."""

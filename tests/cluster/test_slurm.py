@@ -244,7 +244,7 @@ def test_notice_to_the_batch_shell_saves_and_restarts(
     assert [event["step"] for event in jobs.events(job.run_dir, "resumed")] == [saved]
     assert jobs.losses(job.run_dir) == losses
     assert [end.code for end in job.ends] == [75, 0]
-    assert job.ends[0].reason == (f"tvr train: step {saved} is saved; asked to leave by SIGUSR1")
+    assert job.ends[0].reason == (f"tvr train: step {saved} is saved; asked to stop by SIGUSR1")
 
 
 def test_killed_rank_loses_only_the_steps_since_the_last_checkpoint(

@@ -190,7 +190,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
         assert "log.jsonl gets no more lines, which wait for room" in errors
         assert "log.jsonl has all its lines again" in errors
         assert re.search(
-            r"step \d+ is not saved: rank \d: .*No space left.*; asked to leave by", errors
+            r"step \d+ is not saved: rank \d: .*No space left.*; asked to stop by", errors
         )
         found = find_newest_intact(storage, ALONE)
         assert found.newest is not None

@@ -31,7 +31,7 @@ def told_to_leave(
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
     assert job.returncode == 75, errors
     left = jobs.events(run_dir, "preempted")[-1]["step"]
-    assert f"step {left} is saved; asked to leave by" in errors
+    assert f"step {left} is saved; asked to stop by" in errors
     assert (run_dir / "checkpoints" / f"step-{left:08d}").is_dir()
     return left
 
