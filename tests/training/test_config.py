@@ -164,9 +164,9 @@ def test_flags_override_the_file_and_the_file_the_recipe(
 
 def test_hardware_and_code_paths_are_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert show_config([]) == 0
-    told = capsys.readouterr().err
-    assert "runs on: " in told
-    assert "checkpoints: written in the background, if copies of the state fit" in told
+    printed = capsys.readouterr().err
+    assert "runs on: " in printed
+    assert "checkpoints: written in the background, if copies of the state fit" in printed
     assert show_config(["--checkpoint.no-background"]) == 0
     assert "checkpoints: steps wait for the disk" in capsys.readouterr().err
 

@@ -75,18 +75,18 @@ def test_a_second_call_repeats_nothing(
     evaluation = (out / "run" / "evaluation.json").read_text()
     capfd.readouterr()
     assert demo(["--out", str(out), *FLAGS]) == 0
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     for stage in (*STAGES, "tokenizer", "run"):
-        assert f"{stage}: complete" in said
-    assert "rendered" not in said
-    assert "8 captions, 8 videos" in said
-    assert "text to video" in said
-    assert "binding accuracy" in said
-    assert f"report: {out / 'run' / 'report.html'}" in said
+        assert f"{stage}: complete" in printed
+    assert "rendered" not in printed
+    assert "8 captions, 8 videos" in printed
+    assert "text to video" in printed
+    assert "binding accuracy" in printed
+    assert f"report: {out / 'run' / 'report.html'}" in printed
     after = files(out)
-    kept = {name for name in before if name.startswith(("clips/", "data/", "tokenizer/"))}
-    assert len(kept) > 40
-    assert {name for name in kept if after[name] != before[name]} == set()
+    reused = {name for name in before if name.startswith(("clips/", "data/", "tokenizer/"))}
+    assert len(reused) > 40
+    assert {name for name in reused if after[name] != before[name]} == set()
     checkpoint = [name for name in before if "step-00000002/" in name]
     assert checkpoint
     assert all(after[name] == before[name] for name in checkpoint)
@@ -95,7 +95,7 @@ def test_a_second_call_repeats_nothing(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--train-clips", "25"), "demo of other sizes (train_clips was 24, is 25)"),
         (("--test-clips", "9"), "demo of other sizes (test_clips was 8, is 9)"),
@@ -110,14 +110,14 @@ def test_other_sizes_or_data_are_refused(
     first_call: tuple[Path, int],
     capfd: pytest.CaptureFixture[str],
     flags: tuple[str, str],
-    said: str,
+    message: str,
 ) -> None:
     out, _ = first_call
     before = files(out)
     assert demo(["--out", str(out), *FLAGS, *flags]) == 2
-    message = capfd.readouterr().err
-    assert message.startswith("tvr demo: error: ")
-    assert said in message
+    error = capfd.readouterr().err
+    assert error.startswith("tvr demo: error: ")
+    assert message in error
     after = files(out)
     changed = {name for name in {*before, *after} if after.get(name) != before.get(name)}
     assert changed <= {"settings.json"}  # rewritten by every call

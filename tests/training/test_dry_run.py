@@ -83,14 +83,14 @@ def test_a_dry_run_computes_runs_a_step_and_writes_nothing(
 def test_preflight_problems_are_printed(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said() -> str:
+    def problems() -> str:
         assert tvr_train(line_for(tiny_config(data), tmp_path)) == 0
         return capsys.readouterr().out.split("problems that would stop a run on this machine")[1]
 
-    assert said().split("one step of")[0].split()[-1] == "nothing"
+    assert problems().split("one step of")[0].split()[-1] == "nothing"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("no folder")
-    assert "run/checkpoints cannot be used for checkpoints" in said().replace("\n", "")
+    assert "run/checkpoints cannot be used for checkpoints" in problems().replace("\n", "")
 
 
 def test_the_gradient_cache_counts_all_pairs_as_negatives(
@@ -116,7 +116,7 @@ def test_without_data_the_given_samples_are_used(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "flags", "said"),
+    ("overrides", "flags", "message"),
     [
         ({}, ("--samples", "9"), "--samples 9 is for a training set that does not exist"),
         ({}, ("--ranks", "3"), "train.global_batch=8 must be a multiple"),
@@ -133,11 +133,11 @@ def test_settings_that_cannot_run_end_with_code_2(
     capsys: pytest.CaptureFixture[str],
     overrides: dict[str, Any],
     flags: tuple[str, ...],
-    said: str,
+    message: str,
 ) -> None:
     assert tvr_train(line_for(tiny_config(data, **overrides), tmp_path, *flags)) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.startswith("tvr train: error: ")
 
 

@@ -248,6 +248,6 @@ def test_a_broken_compile_cache_is_reported_with_its_folder(tmp_path: Path) -> N
     files = list(tmp_path.glob("*/*.main.so"))
     for file in files:
         file.write_bytes(b"")
-    (said,) = spawn(run_compiled, 1, tmp_path)
-    assert any(f"{file}: file too short" in said for file in files)
-    assert said.endswith(f"remove {tmp_path}")
+    (message,) = spawn(run_compiled, 1, tmp_path)
+    assert any(f"{file}: file too short" in message for file in files)
+    assert message.endswith(f"remove {tmp_path}")

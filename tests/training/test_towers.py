@@ -248,12 +248,17 @@ def test_bottom_layers_are_frozen(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "kept"), [("text", ("text",)), ("image", ("image",)), ("both", ("text", "image"))]
+    ("what", "frozen_sides"),
+    [("text", ("text",)), ("image", ("image",)), ("both", ("text", "image"))],
 )
-def test_whole_towers_are_frozen(tokenizer: Tokenizer, what: str, kept: tuple[str, ...]) -> None:
+def test_whole_towers_are_frozen(
+    tokenizer: Tokenizer, what: str, frozen_sides: tuple[str, ...]
+) -> None:
     names = trained_names(built(tokenizer, freeze=what))
     for side in ("text", "image"):
-        assert any(name.startswith(f"{side}_tower.") for name in names) == (side not in kept)
+        assert any(name.startswith(f"{side}_tower.") for name in names) == (
+            side not in frozen_sides
+        )
     assert any(name.startswith("frame_weight") for name in names)
 
 

@@ -174,7 +174,7 @@ def test_accumulation_uses_the_same_samples_in_smaller_batches(data: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--data.train", "nowhere"), "nowhere"),
         (("--model.tokenizer", "nowhere"), "tokenizer folder nowhere"),
@@ -185,12 +185,12 @@ def test_accumulation_uses_the_same_samples_in_smaller_batches(data: Path, tmp_p
     ],
 )
 def test_bad_settings_end_with_code_2_and_a_line_that_names_them(
-    data: Path, tmp_path: Path, flags: tuple[str, ...], said: str
+    data: Path, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
     refused = train(tiny_config(data), tmp_path / "run", flags=flags)
     assert refused.returncode == 2
     assert refused.stderr.startswith("tvr train: error: ")
-    assert said in refused.stderr
+    assert message in refused.stderr
 
 
 def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     (replaced,) = events(tmp_path / "run", "replaced")
     assert (replaced["key"], replaced["reason"]) == (key, "checksum")
-    left_out = [(met["step"], met["key"]) for met in events(tmp_path / "run", "left_out")]
+    left_out = [(event["step"], event["key"]) for event in events(tmp_path / "run", "left_out")]
     assert left_out == [(3, key), (6, key)]
     seen = [name for step in keys_by_step(tmp_path / "run") for name in step]
     assert len(seen) == 48
