@@ -27,7 +27,7 @@ from tvr.data_prep.reading.augment import (
 from tvr.data_prep.reading.order import SampleOrder, uniforms
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Batch
-from tvr.data_prep.video.decoders import decoder_line, frame_sampler
+from tvr.data_prep.video.decoders import describe_decoder, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_centres, segment_frames
 from tvr.data_prep.video.images import fit_square
 
@@ -249,15 +249,15 @@ def test_torchcodec_gives_the_same_batches(urls: dict[str, str]) -> None:
     for workers in (0, 2):
         batches = train(urls["video"], decoder="torchcodec", workers=workers)
         assert same(pixels(list(islice(batches, 4))), expected)
-    assert "decoded by torchcodec" in decoder_line("torchcodec")
+    assert "decoded by torchcodec" in describe_decoder("torchcodec")
 
 
 def test_the_decoder_in_use_is_reported(
     monkeypatch: pytest.MonkeyPatch, urls: dict[str, str]
 ) -> None:
-    assert decoder_line("pyav").startswith("videos: decoded by PyAV ")
+    assert describe_decoder("pyav").startswith("videos: decoded by PyAV ")
     monkeypatch.setitem(__import__("sys").modules, "tvr.data_prep.video.decode_torchcodec", None)
-    assert "not to be decoded: decoder=torchcodec (data.decoder) needs" in decoder_line(
+    assert "not to be decoded: decoder=torchcodec (data.decoder) needs" in describe_decoder(
         "torchcodec"
     )
     with pytest.raises(ValueError, match=r"data\.decoder"):
