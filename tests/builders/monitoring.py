@@ -1,4 +1,4 @@
-"""The files of `tvr launch monitor`, read back: rules, queries, and what these select."""
+"""Reads the files of `tvr launch monitor`: rules, queries and their selectors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from promql_parser import VectorSelector
 from tvr.launchers.monitoring.write import monitoring_files
 
 RULES = ("recording.yml", "alerts.yml")
-# What Grafana fills in.
+# Values for Grafana's variables.
 VARIABLES = {"$run": ".+", "$__rate_interval": "10s", "$__range": "1m"}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A query, and whose it is."""
+class LocatedQuery:
+    """A query and its location, a panel or a rule."""
 
-    where: str
+    location: str
     expr: str
 
 
@@ -39,7 +39,7 @@ def rules(folder: Path) -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def name_of(rule: dict[str, Any]) -> str:
+def rule_name(rule: dict[str, Any]) -> str:
     return rule.get("record") or rule["alert"]
 
 
@@ -48,21 +48,23 @@ def dashboards(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def panel_queries(folder: Path) -> list[Asked]:
-    """As Prometheus gets them."""
+def panel_queries(folder: Path) -> list[LocatedQuery]:
+    """Queries of all panels, with values for Grafana's variables."""
     return [
-        Asked(f"{dashboard['uid']}: {panel['title']} {target['refId']}", filled(target["expr"]))
+        LocatedQuery(
+            f"{dashboard['uid']}: {panel['title']} {target['refId']}", with_values(target["expr"])
+        )
         for dashboard in dashboards(folder)
         for panel in dashboard["panels"]
         for target in panel["targets"]
     ]
 
 
-def rule_queries(folder: Path) -> list[Asked]:
-    return [Asked(name_of(rule), rule["expr"]) for rule in rules(folder)]
+def rule_queries(folder: Path) -> list[LocatedQuery]:
+    return [LocatedQuery(rule_name(rule), rule["expr"]) for rule in rules(folder)]
 
 
-def filled(expr: str) -> str:
+def with_values(expr: str) -> str:
     for name, value in VARIABLES.items():
         expr = re.sub(re.escape(name) + r"\b", value, expr)
     assert "$" not in expr, expr
@@ -70,7 +72,7 @@ def filled(expr: str) -> str:
 
 
 def selectors(expr: str) -> Iterator[VectorSelector]:
-    """What a query selects; ValueError where it is no PromQL."""
+    """Vector selectors of a query; ValueError if it is not PromQL."""
     found: list[VectorSelector] = []
 
     def visit(node: Any) -> None:

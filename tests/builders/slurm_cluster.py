@@ -19,7 +19,7 @@ import pytest
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 # A requeued job waits `cred_expire` seconds for its next start. Nodes share this machine and claim
 # more cores than it has (config_overrides).
@@ -160,8 +160,8 @@ class Cluster:
 
     def job(self, job_id: str) -> dict[str, str]:
         """Fields of `scontrol show job`."""
-        words = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        fields = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def until_ended(self, job_id: str, timeout_s: float = TIMEOUT_S) -> str:
         """Waits for the end of a job and returns its final state."""

@@ -74,7 +74,7 @@ def test_ranks_on_two_hosts_have_their_environment(folder: Path) -> None:
     command = [sys.executable, str(folder / "rank.py"), str(folder), "exit"]
     assert launch(launch_arguments(folder, *command)) == 0
     assert sorted((folder / "calls").read_text().split()) == ["one", "two"]
-    environments = [" ".join(words[1:]) for words in rank_files(folder)]
+    environments = [" ".join(fields[1:]) for fields in rank_files(folder)]
     assert environments == [f"0 2 it's on {os.getcwd()}"] * 2
 
 
@@ -106,17 +106,17 @@ def test_exit_code_is_returned(folder: Path) -> None:
 
 def test_arguments_survive_the_remote_shell(folder: Path) -> None:
     hosts = [Host(name="one", ranks=2), Host(name="two", ranks=3)]
-    words = host_command(
+    line = host_command(
         hosts, 1, ["tvr", "a b", "it's", "$x"], address="one", port=7, environment={"A": "b c"}
     )
-    assert words[:3] == ["ssh", "-o", "BatchMode=yes"]
-    assert any(word.startswith("ServerAliveInterval=") for word in words)
-    there = shlex.split(words[-1])
-    assert words[-2] == "two"
-    assert there[:5] == ["cd", os.getcwd(), "&&", "exec", "env"]
-    module = there.index("tvr.launchers.ssh.host_main")
-    assert there[5] == "A=b c"
-    assert there[module + 1 :] == ["1", "2", "3", "one", "7", "tvr", "a b", "it's", "$x"]
+    assert line[:3] == ["ssh", "-o", "BatchMode=yes"]
+    assert any(word.startswith("ServerAliveInterval=") for word in line)
+    remote = shlex.split(line[-1])
+    assert line[-2] == "two"
+    assert remote[:5] == ["cd", os.getcwd(), "&&", "exec", "env"]
+    module = remote.index("tvr.launchers.ssh.host_main")
+    assert remote[5] == "A=b c"
+    assert remote[module + 1 :] == ["1", "2", "3", "one", "7", "tvr", "a b", "it's", "$x"]
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ import yaml
 from builders.monitoring import (
     RULES,
     dashboards,
-    filled,
-    name_of,
     panel_queries,
+    rule_name,
     rule_queries,
     rules,
     selectors,
+    with_values,
     write_files,
 )
 
@@ -81,7 +81,7 @@ BREAK = {
 def test_a_broken_rule_fails_its_unit_test(tmp_path: Path) -> None:
     tests = yaml.safe_load((SHIPPED / RULE_TESTS).read_text())
     cases = {
-        f"{name_of(rule)} {how}".replace(":", "-"): (rule, change(rule))
+        f"{rule_name(rule)} {how}".replace(":", "-"): (rule, change(rule))
         for rule in ALL_RULES
         for how, change in BREAK.items()
         if "alert" in rule or how != "too late"
@@ -92,7 +92,7 @@ def test_a_broken_rule_fails_its_unit_test(tmp_path: Path) -> None:
         groups = {"groups": [{"name": "all", "rules": changed}]}
         (tmp_path / case / "all.yml").write_text(json.dumps(groups))
         # Only the tests of this rule, of which one must fail.
-        rule_tests = [test for test in tests["tests"] if name_of(broken) in json.dumps(test)]
+        rule_tests = [test for test in tests["tests"] if rule_name(broken) in json.dumps(test)]
         some = {**tests, "rule_files": ["all.yml"], "tests": rule_tests}
         (tmp_path / case / RULE_TESTS).write_text(json.dumps(some))
     output = promtool(
@@ -101,10 +101,10 @@ def test_a_broken_rule_fails_its_unit_test(tmp_path: Path) -> None:
     parts = dict(zip(cases, output.split("Unit Testing:")[1:], strict=True))
     for case, (broken, _) in cases.items():
         assert "FAILED" in parts[case], case
-        assert name_of(broken) in parts[case].partition("FAILED")[2]
+        assert rule_name(broken) in parts[case].partition("FAILED")[2]
 
 
-@pytest.mark.parametrize("rule", ALERTS, ids=name_of)
+@pytest.mark.parametrize("rule", ALERTS, ids=rule_name)
 def test_alert_has_a_runbook(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert "$labels.run" in rule["annotations"]["summary"]
@@ -112,7 +112,7 @@ def test_alert_has_a_runbook(rule: dict[str, Any]) -> None:
     assert len(runbook) > 80
     titles = {dashboard.title for dashboard in DASHBOARDS}
     assert set(re.findall(r'dashboard\s"([^"]+)"', runbook)) <= titles
-    assert set(re.findall(r"\bTvr\w+", runbook)) <= {name_of(alert) for alert in ALERTS}
+    assert set(re.findall(r"\bTvr\w+", runbook)) <= {rule_name(alert) for alert in ALERTS}
     assert set(re.findall(r"`tvr (\w+)", runbook)) <= set(COMMANDS)
     settings = {
         f"{section}.{field.name}"
@@ -125,26 +125,26 @@ def test_alert_has_a_runbook(rule: dict[str, Any]) -> None:
 
 def test_queries_use_existing_metrics_and_labels(written: Path) -> None:
     table = {metric.name: metric for metric in METRICS}
-    recorded = {name_of(rule) for rule in ALL_RULES if "record" in rule}
-    for asked in (*panel_queries(written), *rule_queries(written)):
-        for selector in selectors(asked.expr):
+    recorded = {rule_name(rule) for rule in ALL_RULES if "record" in rule}
+    for query in (*panel_queries(written), *rule_queries(written)):
+        for selector in selectors(query.expr):
             name, matchers = selector.name, selector.matchers.matchers
             if name not in table:
-                assert name in recorded | set(PROMETHEUS_LABELS), f"{asked.where}: {name}"
+                assert name in recorded | set(PROMETHEUS_LABELS), f"{query.location}: {name}"
                 allowed = PROMETHEUS_LABELS.get(name, {"part"}) | TARGET_LABELS
-                assert {matcher.name for matcher in matchers} <= allowed, asked
+                assert {matcher.name for matcher in matchers} <= allowed, query
                 continue
             metric = table[name]
-            assert {m.name for m in matchers} <= {*metric.label_names, *TARGET_LABELS}, asked
+            assert {m.name for m in matchers} <= {*metric.label_names, *TARGET_LABELS}, query
             for matcher in matchers:
                 if matcher.name in metric.labels:
                     values = set(matcher.value.split("|"))
-                    assert values <= set(metric.labels[matcher.name]), asked
+                    assert values <= set(metric.labels[matcher.name]), query
 
 
 def test_every_metric_is_used(written: Path) -> None:
-    asked = [*panel_queries(written), *rule_queries(written)]
-    shown = {selector.name for each in asked for selector in selectors(each.expr)}
+    queries = [*panel_queries(written), *rule_queries(written)]
+    shown = {selector.name for query in queries for selector in selectors(query.expr)}
     assert {metric.name for metric in METRICS} - shown == set()
 
 
@@ -169,7 +169,7 @@ def test_dashboards_are_complete(written: Path) -> None:
             # Two series with one legend could not be distinguished.
             assert_unique(target["legendFormat"] for target in panel["targets"])
             for target in panel["targets"]:
-                assert list(selectors(filled(target["expr"])))
+                assert list(selectors(with_values(target["expr"])))
                 selects_runs = "$run" in target["expr"]
                 assert selects_runs == (dashboard["title"] != "tvr: fleet"), panel["title"]
         cells = Counter(

@@ -28,9 +28,9 @@ import pytest
 from builders import jobs
 from builders.http_store import HttpStorage, serve_folder
 from builders.monitoring import (
-    Asked,
-    name_of,
+    LocatedQuery,
     panel_queries,
+    rule_name,
     rule_queries,
     rules,
     selectors,
@@ -76,7 +76,7 @@ class Scenario:
     """Firing alerts of `a` before any further fault, with their summaries."""
     series: list[Series] = field(default_factory=list)
     """Series of all jobs at that time."""
-    answers: dict[Asked, list[Series]] = field(default_factory=dict)
+    answers: dict[LocatedQuery, list[Series]] = field(default_factory=dict)
     """Answers to the queries of panels and recording rules at that time."""
     fired: set[str] = field(default_factory=set)
     """Alerts that fired with the expected summary."""
@@ -181,9 +181,11 @@ def observe(scenario: Scenario, prom: Prometheus) -> None:
     # Jobs that start at the same time take cores from it, which may fire alerts for a moment.
     wait_until(is_healthy, "only the bad samples fire an alert")
     scenario.series = prom.query('{job="tvr"}')
-    recorded = [asked for asked in rule_queries(scenario.files) if asked.where.startswith("run:")]
-    for asked in (*panel_queries(scenario.files), *recorded):
-        scenario.answers[asked] = prom.query(asked.expr)
+    recorded = [
+        query for query in rule_queries(scenario.files) if query.location.startswith("run:")
+    ]
+    for query in (*panel_queries(scenario.files), *recorded):
+        scenario.answers[query] = prom.query(query.expr)
 
 
 def settings(data: Path) -> Config:
@@ -361,13 +363,13 @@ def test_every_applicable_metric_has_a_plausible_value(scenario: Scenario) -> No
 
 def test_every_query_of_panels_and_recording_rules_returns_data(scenario: Scenario) -> None:
     assert len(scenario.answers) > 60
-    empty = {asked for asked, answer in scenario.answers.items() if not answer}
+    empty = {query for query, answer in scenario.answers.items() if not answer}
     # There is no GPU, and no data from an hour before.
-    without = {a for a in empty if {s.name for s in selectors(a.expr)} & ABSENT_METRICS}
-    without |= {a for a in empty if "offset 1h" in a.expr}
+    without = {query for query in empty if {s.name for s in selectors(query.expr)} & ABSENT_METRICS}
+    without |= {query for query in empty if "offset 1h" in query.expr}
     assert empty - without == set()
-    for asked, answer in scenario.answers.items():
-        assert not any(math.isnan(found.value) for found in answer), asked
+    for query, answer in scenario.answers.items():
+        assert not any(math.isnan(found.value) for found in answer), query
 
 
 def test_healthy_run_fires_only_the_bad_sample_alert(scenario: Scenario) -> None:
@@ -375,7 +377,7 @@ def test_healthy_run_fires_only_the_bad_sample_alert(scenario: Scenario) -> None
 
 
 def test_every_alert_fires_for_its_cause_and_ends_with_it(scenario: Scenario) -> None:
-    alerts = {name_of(rule) for rule in rules(scenario.files) if "alert" in rule}
+    alerts = {rule_name(rule) for rule in rules(scenario.files) if "alert" in rule}
     assert scenario.fired == alerts
     assert scenario.resolved == alerts
 

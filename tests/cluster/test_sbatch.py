@@ -130,12 +130,17 @@ def test_script_passes_environment_and_arguments_unchanged(name: str, tmp_path: 
     result = subprocess.run(
         ["/bin/bash", "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    words, variables = json.loads(result.stdout)
-    task = words.index("tvr.launchers.slurm.task_main")
-    assert words[1:5] == ["-m", "tvr.launchers.slurm.batch_main", str(job.record_path("1")), "srun"]
-    assert words[task + 1 :] == [word.replace("%a", "5") for word in job.command]
+    arguments, variables = json.loads(result.stdout)
+    task = arguments.index("tvr.launchers.slurm.task_main")
+    assert arguments[1:5] == [
+        "-m",
+        "tvr.launchers.slurm.batch_main",
+        str(job.record_path("1")),
+        "srun",
+    ]
+    assert arguments[task + 1 :] == [argument.replace("%a", "5") for argument in job.command]
     assert dict(variables) | job.environment == dict(variables)
-    output = next(word for word in words if word.startswith("--output="))
+    output = next(argument for argument in arguments if argument.startswith("--output="))
     assert output.replace("%%", "%").startswith(f"--output={job.launch_dir}/%j")
 
 

@@ -218,7 +218,7 @@ def test_two_nodes_give_the_losses_of_one_machine(
 def test_demo_on_two_nodes_equals_demo_on_one_machine(cluster: Cluster, folder: Path) -> None:
     """Fewer clips and steps; tests/benchmarks/demo_on_slurm.py runs the whole demo."""
     out = folder / "demo"
-    fewer = "--train-clips 384 --test-clips 32 --train.steps 12 --train.eval-every 0".split()
+    fewer = "--train-clips 256 --test-clips 32 --train.steps 8 --train.eval-every 0".split()
     line = [sys.executable, "-m", "tvr.launchers.cli", "demo", "--out", str(out), *fewer]
     ended = subprocess.run(line, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -227,7 +227,7 @@ def test_demo_on_two_nodes_equals_demo_on_one_machine(cluster: Cluster, folder: 
     job = launch(cluster, run_dir, *TWO_NODES, "--cpus-per-rank", "1", command=command)
     job.until_done()
     losses = jobs.losses(run_dir)
-    assert len(losses) == 12
+    assert len(losses) == 8
     assert losses == jobs.losses(out / "run")
     assert _read(run_dir / "evaluation.json") == _read(out / "run" / "evaluation.json")
 
@@ -281,11 +281,11 @@ def test_job_that_always_fails_stops_and_logs_the_reason(
 
 def test_job_preempted_by_slurm_has_not_failed(cluster: Cluster, folder: Path) -> None:
     # Same as a preemption with PreemptMode=REQUEUE; the command reports nothing.
-    script = 'n=${SLURM_RESTART_COUNT:-0}; touch "$1-$n"; ((n >= 3)) || exec sleep 100'
+    script = 'n=${SLURM_RESTART_COUNT:-0}; touch "$1-$n"; ((n >= 2)) || exec sleep 100'
     began = folder / "began here"
     command = ["bash", "-c", script, "bash", str(began)]
-    job = launch(cluster, folder / "taken away", command=command)
-    for restart in range(3):
+    job = launch(cluster, folder / "requeued", command=command)
+    for restart in range(2):
         job.until(
             lambda n=restart: Path(f"{began}-{n}").exists() and job.state == "RUNNING",
             f"attempt {restart}",
@@ -294,19 +294,8 @@ def test_job_preempted_by_slurm_has_not_failed(cluster: Cluster, folder: Path) -
         how = ["scancel", "--signal=TERM"] if restart == 1 else ["scontrol", "requeue"]
         cluster.run(*how, job.job_id)
     job.until_done()
-    assert [(end.code, end.node) for end in job.ends] == [(75, None)] * 3 + [(0, None)]
+    assert [(end.code, end.node) for end in job.ends] == [(75, None)] * 2 + [(0, None)]
     assert cluster.job(job.job_id)["ExcNodeList"] == "(null)"
-
-
-def test_superseded_job_stops_and_blames_no_node(cluster: Cluster, folder: Path) -> None:
-    run_dir = folder / "superseded"
-    script = 'mkdir attempts; echo \'{"job": "0", "restart": 0}\' > attempts/000002.json'
-    report = 'echo "attempt 1 is over: another one began" >&2; exit 3'
-    command = ["bash", "-c", f'cd "$1"; {script}; {report}', "bash", str(run_dir)]
-    job = launch(cluster, run_dir, command=command)
-    assert cluster.until_ended(job.job_id) == "FAILED"
-    assert (job.restarts, [(end.node, end.superseded) for end in job.ends]) == (0, [(None, True)])
-    assert "no restart: another job has taken over the run" in job.output
 
 
 def test_time_limit_saves_and_restarts(expiring: LaunchedJob, losses: list[float]) -> None:
@@ -417,28 +406,6 @@ def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) 
     cluster.run("scancel", second)
     third.until_done()
     assert first.restarts == 0
-
-
-def test_ranks_run_in_a_container(
-    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Fake apptainer: prints its arguments, and runs the command without the image.
-    program = folder / "bin" / "apptainer"
-    program.parent.mkdir()
-    program.write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$@"\nuntil [[ $1 == *.sif ]]; do shift; done\nexec "${@:2}"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    image = ["--container", "/images/a b.sif", "--container-runtime", "apptainer"]
-    options = (*image, "--container-python", sys.executable, "--container-mounts", "/data:/d")
-    job = launch(cluster, folder / "in an image", *options, command=["tvr", "--version"])
-    job.until_done()
-    lines = tvr("logs", str(job.run_dir), "--rank", "0").splitlines()
-    assert lines[0] == "exec"
-    assert f"--bind={job.run_dir}:{job.run_dir}" in lines
-    assert {"--bind=/data:/d", f"--pwd={os.getcwd()}", "/images/a b.sif"} <= set(lines)
-    assert lines[-1].startswith("tvr ")
 
 
 @pytest.mark.parametrize("nodelist", ["n[1-3]", "gpu[08-10,12],login", "r[1-2]n[3-4]", "a[9-11]"])

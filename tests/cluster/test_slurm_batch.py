@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from tvr.launchers.job import Job, to_json
+from tvr.launchers.job import Container, Job, to_json
 from tvr.launchers.restart_policy import AttemptEnd, RestartPolicy
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.attempt_log import AttemptLog
+from tvr.launchers.slurm.script import sbatch_script
 
 # Commands for job 17. Files hold the nodes, the state of the job, and the commands that fail.
 FAKE_COMMANDS = {
@@ -47,9 +48,9 @@ class BatchShell:
     def attempts(self) -> AttemptLog:
         return AttemptLog(self.folder / "launch", "17")
 
-    def run(self, restart: int) -> tuple[int, list[str], list[str]]:
-        """Returns the exit code, the calls that change SLURM's state, and the log messages."""
-        job = Job(
+    @property
+    def job(self) -> Job:
+        return Job(
             command=("x",),
             run_dir=str(self.folder),
             directory=str(self.folder),
@@ -58,21 +59,28 @@ class BatchShell:
             exclude=("n4",),
             policy=self.policy,
         )
+
+    def write_record(self, job: Job) -> Path:
         record = self.folder / "launch" / "record.json"
         record.write_text(to_json(job))
-        (self.folder / "calls").write_text("")
+        return record
+
+    def execute(self, *line: str, restart: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs a command with the environment that SLURM gives to the batch shell."""
         variables = {"JOB_ID": "17", "JOB_NODELIST": "n1", "JOB_PARTITION": "main"}
         variables |= {"RESTART_COUNT": str(restart)} if restart else {}
-        result = subprocess.run(
-            [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record), "srun"],
-            cwd=self.folder,
-            env={
-                "PATH": f"{self.folder}:{os.environ['PATH']}",
-                **{f"SLURM_{name}": value for name, value in variables.items()},
-            },
-            capture_output=True,
-            text=True,
+        environment = {f"SLURM_{name}": value for name, value in variables.items()}
+        environment["PATH"] = f"{self.folder}:{os.environ['PATH']}"
+        return subprocess.run(
+            line, cwd=self.folder, env=environment, capture_output=True, text=True
         )
+
+    def run(self, restart: int) -> tuple[int, list[str], list[str]]:
+        """Returns the exit code, the calls that change SLURM's state, and the log messages."""
+        record = self.write_record(self.job)
+        (self.folder / "calls").write_text("")
+        batch_main = [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record)]
+        result = self.execute(*batch_main, "srun", restart=restart)
         calls = [
             line
             for line in (self.folder / "calls").read_text().splitlines()
@@ -171,6 +179,49 @@ def test_node_that_restarted_or_is_down_has_failed(
 def test_ranks_that_slurm_killed_count_as_preempted(shell: BatchShell) -> None:
     (shell.folder / "state").write_text("PENDING")
     assert shell.run(0) == (75, ["ran"], ["job 17 is PENDING: this attempt does not requeue it"])
+
+
+def test_superseded_job_stops_and_blames_no_node(shell: BatchShell) -> None:
+    # What the trainer writes when a second job starts on the run folder.
+    record = 'mkdir attempts; echo \'{"job": "0", "restart": 0}\' > attempts/000002.json'
+    srun = 'echo "srun: error: n1: task 0: Exited with exit code 3" >&2; exit 3'
+    (shell.folder / "srun").write_text(f"#!/bin/bash\n{record}\n{srun}\n")
+    reason = "rank 0 on n1: Exited with exit code 3"
+    message = f"{reason}; no restart: another job has taken over the run"
+    assert shell.run(0) == (3, [], [message])
+    (attempt,) = shell.attempts.read()
+    assert attempt.end == replace(FAILED, reason=reason, node=None, superseded=True)
+
+
+def test_ranks_run_in_a_container(shell: BatchShell) -> None:
+    # Drops srun's options and runs one rank.
+    variables = "PROCID=0 NTASKS=1 LOCALID=0 NTASKS_PER_NODE=1".split()
+    (shell.folder / "srun").write_text(
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
+        f'exec env {" ".join(f"SLURM_{variable}" for variable in variables)} "$@"\n'
+    )
+    # Prints its arguments, and runs the command without the image.
+    apptainer = shell.folder / "apptainer"
+    apptainer.write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@"\nuntil [[ $1 == *.sif ]]; do shift; done\nexec "${@:2}"\n'
+    )
+    apptainer.chmod(0o755)
+    image = Container(
+        image="/images/a b.sif",
+        runtime="apptainer",
+        mounts=("/data:/d",),
+        python=sys.executable,
+    )
+    job = replace(shell.job, command=("tvr", "--version"), container=image)
+    script = sbatch_script(job, shell.write_record(job))
+    result = shell.execute("bash", "-c", script)
+    assert (result.returncode, result.stderr) == (0, "tvr launch: done\n")
+    lines = result.stdout.splitlines()
+    folder = shell.folder
+    assert lines[0] == "exec"
+    assert {f"--bind={folder}:{folder}", "--bind=/data:/d", f"--pwd={folder}"} <= set(lines)
+    assert "/images/a b.sif" in lines
+    assert lines[-1].startswith("tvr ")
 
 
 def test_scontrol_error_is_logged_and_the_end_is_recorded(shell: BatchShell) -> None:

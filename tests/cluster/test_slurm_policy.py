@@ -288,9 +288,9 @@ def test_newest_failure_report_of_the_attempt_is_read(tmp_path: Path) -> None:
     assert reported_failure(tmp_path, 985.0) is None
 
 
-def job_of(run_dir: Path, folder: Path, *words: str, array: str | None = None) -> Job:
+def job_of(run_dir: Path, folder: Path, *options: str, array: str | None = None) -> Job:
     return Job(
-        command=("tvr", "train", *words),
+        command=("tvr", "train", *options),
         run_dir=str(run_dir),
         directory=str(run_dir.parent),
         python="python3",
