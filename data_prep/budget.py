@@ -1,4 +1,4 @@
-"""The budget for bad samples, shared by packing and streaming."""
+"""The budget for bad samples, shared by packing and reading."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Mapping
 
 from tvr.data_prep.records import TooManyBadSamples
 
-EXAMPLES = 5
+NUM_EXAMPLES = 5
 
 
 class BadSampleBudget:
-    """Counts bad samples by reason and raises TooManyBadSamples at the first one beyond `max_bad`,
-    or beyond `max_bad_in_a_row` (None: no limit).
+    """Counts bad samples by reason and raises TooManyBadSamples beyond a limit.
 
-    A sample counts once for `max_bad`, however often it is met: a run of many epochs must not spend
-    its budget on one bad clip. Every failure counts for `max_bad_in_a_row`, which is about a store
-    that is down. `known` are bad samples that count already, each with its reason: those that a run
-    met before it was started again.
+    A sample counts once towards `max_bad`, however often it fails: a run of many epochs must not
+    spend its budget on one bad clip. Every failure counts towards `max_bad_in_a_row`, which detects
+    a storage that is down.
+
+    Args:
+        max_bad: Allowed number of different bad samples.
+        what: Activity that the error message names, such as "while packing URL".
+        max_bad_in_a_row: Allowed number of consecutive failures; None means no limit.
+        known: Reasons by key of bad samples from earlier starts of the run; they count already.
     """
 
     def __init__(
@@ -38,34 +42,40 @@ class BadSampleBudget:
         self.max_bad_in_a_row = max_bad_in_a_row
         self.what = what
         self.by_reason: Counter[str] = Counter((known or {}).values())
-        self._seen: set[str] = set(known or {})
-        self._last: list[str] = []
-        self._in_a_row = 0
+        self._counted_keys: set[str] = set(known or {})
+        self._examples: list[str] = []
+        self._num_in_a_row = 0
 
     def record_bad(self, key: str, reason: str, detail: str) -> None:
-        """Counts one bad sample. Raises TooManyBadSamples when that is one too many."""
-        self._in_a_row += 1
-        if key not in self._seen:
-            self._seen.add(key)
+        """Counts a bad sample.
+
+        Raises:
+            TooManyBadSamples: this sample exceeds a limit.
+        """
+        self._num_in_a_row += 1
+        if key not in self._counted_keys:
+            self._counted_keys.add(key)
             self.by_reason[reason] += 1
-            self._last = [*self._last, f"{key}: {reason}: {detail}"][-EXAMPLES:]
+            self._examples = [*self._examples, f"{key}: {reason}: {detail}"][-NUM_EXAMPLES:]
             if self.by_reason.total() > self.max_bad:
                 raise self.exhausted_error()
-        if self.max_bad_in_a_row is not None and self._in_a_row > self.max_bad_in_a_row:
+        if self.max_bad_in_a_row is not None and self._num_in_a_row > self.max_bad_in_a_row:
             raise self.exhausted_error()
 
     def record_good(self) -> None:
-        """A sample was read as asked for: what fails next is the first in a row."""
-        self._in_a_row = 0
+        """Resets the consecutive-failure count."""
+        self._num_in_a_row = 0
 
     def exhausted_error(self) -> TooManyBadSamples:
-        """The error that names the counts by reason and the last examples."""
+        """Returns the error with the counts by reason and the last examples."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.by_reason.most_common())
-        if self.max_bad_in_a_row is not None and self._in_a_row > self.max_bad_in_a_row:
-            limit = f"{self._in_a_row} in a row, max_bad_in_a_row={self.max_bad_in_a_row} allowed"
+        if self.max_bad_in_a_row is not None and self._num_in_a_row > self.max_bad_in_a_row:
+            limit = (
+                f"{self._num_in_a_row} in a row, max_bad_in_a_row={self.max_bad_in_a_row} allowed"
+            )
         else:
             limit = f"max_bad={self.max_bad} allowed"
         return TooManyBadSamples(
             f"{self.by_reason.total()} bad samples {self.what}, {limit}"
-            f" ({counts or 'none counted'}); last: {' | '.join(self._last) or 'none'}"
+            f" ({counts or 'none counted'}); last: {' | '.join(self._examples) or 'none'}"
         )

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.cli_errors import STRICT, run_command
-from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join
+from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join_url
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.pack_metrics import serve_metrics
 from tvr.data_prep.packing.progress import show_progress
@@ -28,19 +28,20 @@ from tvr.data_prep.records import Clip, TooManyBadSamples
 class PackArguments:
     """Packs annotated videos into WebDataset shards with a manifest.
 
-    A packed data set becomes an FFCV file with `tvr pack --format beton` (see its --help)."""
+    `tvr pack --format beton` converts a packed data set to an FFCV file (see its --help)."""
 
     format: Literal["webdataset"] = "webdataset"
-    """Of the data set to write."""
+    """Format of the data set to write."""
     annotations: str
-    """JSONL, CSV or Parquet file (path or fsspec URL); with --dataset the folder of its files."""
+    """JSONL, CSV or Parquet file (path or fsspec URL); with --dataset the folder of the
+    benchmark's files."""
     out: str
     """Folder or fsspec URL of the data set to write."""
     layout: Layout
-    """frames: JPEGs sampled now; video: the MP4 itself, sampled when read."""
+    """frames: JPEGs, sampled while packing; video: MP4 files, sampled when read."""
     videos: str | None = None
-    """Folder or URL that relative video paths start from, or in which videos are searched by name;
-    default: the annotations' folder."""
+    """Folder or URL of relative video paths and of videos looked up by name; default: the folder
+    of the annotations."""
     dataset: Dataset | None = None
     """Benchmark whose published files are in the folder --annotations."""
     split: str | None = None
@@ -49,34 +50,33 @@ class PackArguments:
     num_frames: int = 12
     """Frames per clip (layout frames)."""
     short_side: int | None = None
-    """Pixels of the shorter side; default: as the source."""
+    """Pixels of the shorter side; default: size of the source."""
     jpeg_quality: int = 90
     """1 to 100 (layout frames)."""
     samples_per_shard: int = 1000
     """Clips per tar file."""
     max_bad: int = 0
-    """Clips that may be refused (missing, unreadable, without caption) before packing gives up."""
+    """Bad clips (missing, unreadable, without caption) that packing tolerates."""
     reencode: bool = False
-    """Re-encode to H.264 (layout video); otherwise MP4 files are copied after decoding them
-    once."""
+    """Re-encode to H.264 (layout video); default: decode MP4 files once and copy them."""
     keyframe_interval: int = 16
     """Frames between keyframes when re-encoding."""
     processes: int | None = None
-    """Processes that read and convert clips; default: one for each CPU available."""
+    """Processes that read and convert clips; default: one for each available CPU."""
     task: str | None = None
-    """i/n with 0 <= i < n: pack this share of the shards only; the last task to end completes the
-    data set."""
+    """i/n with 0 <= i < n: pack only this share of the shards; the last task completes the data
+    set."""
     words: bool = True
-    """Find the words of captions (English) that `data.word_drop` and `data.content_words` need."""
+    """Tag the words of English captions, as `data.word_drop` and `data.content_words` need."""
     metrics_port: int | None = None
-    """Port at which Prometheus finds how far the packing is (`tvr metrics`); 0: any free one."""
+    """Port of the Prometheus metrics of packing (see `tvr metrics`); 0: any free port."""
     overwrite: bool = False
-    """Replace a complete data set at `out`, or an unfinished packing of something else."""
+    """Replace a complete data set at `out`, or an unfinished packing of other clips or settings."""
 
 
 def pack(argv: Sequence[str]) -> int:
-    """`tvr pack`: returns the exit code."""
-    if _asks_for_beton(argv):
+    """Runs `tvr pack` and returns the exit code."""
+    if _is_beton_format(argv):
         from tvr.data_prep.ffcv.cli import pack_beton
 
         return pack_beton(argv)
@@ -85,8 +85,8 @@ def pack(argv: Sequence[str]) -> int:
     )
 
 
-def _asks_for_beton(argv: Sequence[str]) -> bool:
-    # Its other options are not those of packing videos.
+def _is_beton_format(argv: Sequence[str]) -> bool:
+    # The format comes first: the two formats have different options.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--format")
     return parser.parse_known_args(argv)[0].format == "beton"
@@ -122,15 +122,15 @@ def _pack(arguments: PackArguments) -> int:
         )
     if manifest is None:
         print(
-            f"task {arguments.task} packed its shards; the data set at {arguments.out} is complete"
-            " when the last task is"
+            f"task {arguments.task} packed its shards; the last task completes the data set at"
+            f" {arguments.out}"
         )
         return 0
-    _tell(manifest, arguments.out)
+    _print_summary(manifest, arguments.out)
     return 0
 
 
-def _tell(manifest: Manifest, out: str) -> None:
+def _print_summary(manifest: Manifest, out: str) -> None:
     megabytes = sum(shard.shard_bytes for shard in manifest.shards) / 1e6
     print(
         f"packed {manifest.num_samples} clips with {manifest.num_captions} captions into"
@@ -140,24 +140,24 @@ def _tell(manifest: Manifest, out: str) -> None:
         print(f"dropped {manifest.num_empty_captions} empty captions")
     if manifest.bad:
         counts = ", ".join(f"{count} {reason}" for reason, count in manifest.bad.items())
-        listed = join(out, BAD_NAME)
-        print(f"left out {sum(manifest.bad.values())} clips ({counts}), listed in {listed}")
+        list_url = join_url(out, BAD_NAME)
+        print(f"left out {sum(manifest.bad.values())} clips ({counts}), listed in {list_url}")
 
 
 def _task(text: str | None) -> tuple[int, int]:
-    """ "1/8" -> (1, 8); without a task (0, 1)."""
+    """Parses --task: "1/8" gives (1, 8), and None gives (0, 1)."""
     if text is None:
         return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
         raise ValueError(f"task={text!r} must be i/n with 0 <= i < n, such as 0/8 (--task)")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _clips(arguments: PackArguments) -> Sequence[Clip]:
     if arguments.dataset is None:
         if arguments.split is not None:
-            raise ValueError(f"split={arguments.split!r} is of a benchmark: name it with --dataset")
+            raise ValueError(f"split={arguments.split!r} needs a benchmark: set --dataset")
         return read_annotations(arguments.annotations, videos=arguments.videos)
     selection = read_benchmark(
         arguments.dataset,
@@ -165,11 +165,11 @@ def _clips(arguments: PackArguments) -> Sequence[Clip]:
         annotations=arguments.annotations,
         videos=arguments.videos or arguments.annotations,
     )
-    # Before the hours that packing may take.
+    # Printed before packing, which may take hours.
     print("\n".join(selection.summary()), flush=True)
     if missing := selection.without_file[max(arguments.max_bad, 0) :]:
         raise TooManyBadSamples(
-            f"{len(selection.without_file)} videos of {selection.name} without a file, more than"
+            f"{len(selection.without_file)} videos of {selection.name} have no file, more than"
             f" max_bad={arguments.max_bad}; the last is {missing[-1]}; nothing was packed"
         )
     return selection.clips

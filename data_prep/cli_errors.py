@@ -12,13 +12,19 @@ from tvr.data_prep.records import BadSample, ShardCorrupt, TooManyBadSamples
 from tvr.launchers.exit_codes import EXIT_USAGE
 
 STRICT = ConfigDict(extra="forbid", strict=True)
-# What a user's input can cause; anything else is a bug and keeps its traceback. ImportError: a URL
-# whose file system needs an extra package, which fsspec names.
+# Errors that a user's input can cause; any other exception is a bug and keeps its traceback.
+# ImportError: fsspec names the package that a URL's file system needs.
 USER_ERRORS = (ValueError, OSError, BadSample, TooManyBadSamples, ShardCorrupt, ImportError)
 
 
 def run_command(command: str, action: Callable[[], int]) -> int:
-    """Runs a command; what its user caused becomes one line on stderr and exit code 2."""
+    """Runs a command and returns its exit code.
+
+    An error of USER_ERRORS becomes one line on stderr and exit code 2.
+
+    Args:
+        command: Name that starts the error line, such as "tvr pack".
+    """
     try:
         return action()
     except USER_ERRORS as error:
@@ -27,7 +33,7 @@ def run_command(command: str, action: Callable[[], int]) -> int:
 
 
 def print_error(command: str, error: Exception) -> None:
-    """One line on stderr; ranks of a job say which they are."""
+    """Prints an error as one line on stderr, with the rank if the process has one."""
     rank = os.environ.get("RANK")
     where = "" if rank is None else f" [rank {rank}]"
     print(f"{command}: error{where}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,5 +1,5 @@
-"""The records that travel from annotations to batches, one type per stage, and the errors callers
-act on."""
+"""Records that pass from annotations to batches, one type per stage, and the errors that callers
+handle."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ if TYPE_CHECKING:
     # Importing torch takes seconds; commands that only read records start without it.
     from torch import Tensor
 
-# Every reason a sample can be refused for; bounded, so that it can be a metric label.
+# Reasons for which a sample is refused. The set is fixed because it is a metric label.
 BAD_SAMPLE_REASONS = (
     "missing_file",  # the source video does not exist or cannot be opened
     "unreadable",  # damaged or unknown video, JPEG or JSON
-    "no_frames",  # no video stream, or one without a single picture
+    "no_frames",  # no video stream, or a stream without frames
     "no_caption",  # no caption with a visible character
-    "not_mp4",  # copying was asked for, and the container is another one
+    "not_mp4",  # the video is to be copied but its container is not MP4
     "missing_shard",  # the whole shard file is absent
     "read_error",  # the storage failed to deliver the bytes
     "checksum",  # the bytes differ from what was packed
-    "missing_member",  # a tar member that the layout demands is absent
+    "missing_member",  # a tar member that the layout requires is absent
 )
-
 
 UNDECODABLE_REASONS = ("unreadable", "no_frames")
 
-# Where the bytes of a sample can come from.
+# Sources of a sample's bytes.
 READ_SOURCES = (
-    "memory",  # decoded before, and kept (data.cache_mib)
-    "local",  # a file on this machine
-    "beton",  # FFCV
-    "shard_cache",  # a remote shard that was kept here
-    "fetched",  # a remote shard that was fetched for it
-    "store",  # a range of a remote shard
+    "memory",  # decoded frames cached in memory (data.cache_mib)
+    "local",  # a local file
+    "beton",  # an FFCV file
+    "shard_cache",  # a remote shard in the node's cache
+    "fetched",  # a remote shard downloaded for this read
+    "store",  # a byte range of a remote shard
 )
 
 
@@ -47,23 +46,23 @@ class Clip:
     """One annotated video before packing."""
 
     key: str
-    """Unique name in the data set: letters, digits, "_" and "-"."""
+    """Unique within the data set; letters, digits, "_" and "-"."""
     video: str
     """Path or fsspec URL."""
     captions: tuple[str, ...]
-    """In annotation order; empty ones are dropped (and counted) when packing."""
+    """In annotation order. Packing drops and counts empty captions."""
     video_id: str
-    """Clips of equal video_id show the same video and never count as each other's negatives."""
+    """Clips with equal video_id show the same video and are never negatives of each other."""
     origin: str = ""
-    """Where it was annotated, "file:line", for error messages."""
+    """Location of the annotation, "file:line", for error messages."""
     start_s: float = 0.0
-    """The clip is the part of the video from here, in seconds."""
+    """Start of the clip in its video, in seconds."""
     end_s: float | None = None
-    """Up to here; None = to the video's end."""
+    """End of the clip in its video, in seconds; None = end of the video."""
 
     @property
     def span(self) -> tuple[float, float | None] | None:
-        """The cut range in seconds; None = the whole video."""
+        """(start_s, end_s) of the clip; None = the whole video."""
         whole = self.start_s == 0 and self.end_s is None
         return None if whole else (self.start_s, self.end_s)
 
@@ -72,17 +71,17 @@ PACKED_WITHOUT_WORDS = "packed without words; pack the data set again with `tvr 
 
 
 class WordKind(IntEnum):
-    """What a word may be used for; the numbers are stored in shards."""
+    """Kind of a word. Shards store the numbers."""
 
     PLAIN = 0
     CONTENT = 1
     """A noun, adjective or full verb: value 2 in a word mask."""
     DROPPABLE = 2
-    """A word that tells little of its video: training may leave it out."""
+    """A word with little information about its video; word drop may remove it."""
 
 
 class Word(NamedTuple):
-    """A word's characters [start, end) in its caption."""
+    """Character range [start, end) of a word in its caption."""
 
     start: int
     end: int
@@ -91,14 +90,14 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caption:
-    """A packed caption: HTML entities resolved, one space between words."""
+    """A packed caption: HTML entities resolved, words separated by one space."""
 
     text: str
     words: tuple[Word, ...] | None = None
-    """In order; None = packed without words."""
+    """Words in order; None = packed without words."""
 
     def known_words(self) -> tuple[Word, ...]:
-        """The words; raises ValueError for a caption packed without them."""
+        """Returns the words. Raises ValueError for a caption packed without words."""
         if self.words is None:
             raise ValueError(f"caption {self.text!r}: {PACKED_WITHOUT_WORDS}")
         return self.words
@@ -106,22 +105,23 @@ class Caption:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """One decoded clip: frames (F, H, W, 3) uint8 RGB with F >= 1, and the second each was shown
-    at."""
+    """One decoded clip."""
 
     key: str
     video_id: str
     captions: tuple[Caption, ...]
     frames: np.ndarray
+    """(F, H, W, 3) uint8 RGB, F >= 1."""
     frame_times_s: tuple[float, ...]
+    """Presentation time of each frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
-    """A bad sample that the stream met: replaced in training, left out in evaluation."""
+    """A bad sample in a batch: replaced in training, left out in evaluation."""
 
     position: int
-    """Stream position in training, manifest row in evaluation."""
+    """Position in the sample order in training, manifest row in evaluation."""
     key: str
     """Key of the bad sample."""
     reason: str
@@ -131,19 +131,20 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """B videos with A captions; A == B in training. Masks are 1 for real and 0 for padding; a word
-    mask is 2 on content words, where they are told apart.
+    """B videos with A captions.
 
-    In training `caption_video` is arange(B); in evaluation every caption of each video is present.
+    Masks are 1 for real entries and 0 for padding. With `data.content_words` the word mask is 2 on
+    content words. In training A == B and `caption_video` is arange(B). In evaluation the batch
+    holds every caption of each video.
     """
 
     positions: Tensor
-    """(B,) stream positions; manifest rows in evaluation."""
+    """(B,) positions in the sample order; manifest rows in evaluation."""
     keys: tuple[str, ...]
     video_ids: Tensor
-    """(B,) stable 63-bit hash of each video_id."""
+    """(B,) stable 63-bit hashes, see `hash_video_id`."""
     frames: Tensor
-    """(B, F, 3, H, W) uint8 RGB; channels come last in memory, as decoders write them."""
+    """(B, F, 3, H, W) uint8 RGB; a view of channels-last memory, the decoders' output."""
     frame_mask: Tensor
     """(B, F), at least one 1 per row."""
     captions: tuple[str, ...]
@@ -152,10 +153,10 @@ class Batch:
     word_mask: Tensor
     """(A, T), at least one 1 per row."""
     caption_video: Tensor
-    """(A,) the row of the caption's video in this batch."""
+    """(A,) row of each caption's video in this batch."""
     replaced: tuple[Replacement, ...] = field(default=())
     reads: Mapping[str, int] = field(default_factory=dict)
-    """Samples that were read for it, by READ_SOURCES."""
+    """Number of samples read for this batch, by source (READ_SOURCES)."""
 
 
 def hash_video_id(video_id: str) -> int:
@@ -164,12 +165,12 @@ def hash_video_id(video_id: str) -> int:
 
 
 class BadSample(Exception):
-    """One sample cannot be used; `reason` is one of BAD_SAMPLE_REASONS."""
+    """A sample cannot be used; `reason` is one of BAD_SAMPLE_REASONS."""
 
     def __init__(self, key: str, reason: str, detail: str) -> None:
         if reason not in BAD_SAMPLE_REASONS:
             raise ValueError(f"reason={reason!r} is not one of {', '.join(BAD_SAMPLE_REASONS)}")
-        super().__init__(key, reason, detail)  # all three in args, so that it survives pickling
+        super().__init__(key, reason, detail)  # pickling rebuilds the error from these args
         self.key = key
         self.reason = reason
         self.detail = detail
@@ -179,8 +180,8 @@ class BadSample(Exception):
 
 
 class TooManyBadSamples(Exception):
-    """The budget for bad samples is spent; the message names the counts and the last examples."""
+    """More samples are bad than allowed; the message has the counts and the last examples."""
 
 
 class ShardCorrupt(Exception):
-    """The data set's own index is damaged or disagrees with itself: nothing can be read from it."""
+    """The data set's index is damaged or inconsistent; no sample can be read."""

@@ -1,4 +1,4 @@
-"""The files that benchmarks were given out in: lists of video ids, and captions by video id."""
+"""Reads the published files of benchmarks: lists of video ids, and captions by video id."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from tvr.data_prep.annotations.safe_pickle import load_plain_pickle, plain_text
 
 
 def read_ids(url: str) -> dict[str, str]:
-    """Video id -> where it is in a list: a .txt of lines, a .csv with a column video_id, or a .json
-    that is a list or an object of captions by id."""
+    """Reads a list of video ids.
+
+    The list is a .txt file with one id a line, a .csv file with a column video_id, or a .json list
+    or object with the ids as keys.
+
+    Returns:
+        The location of each id, "file:line", by id in file order.
+
+    Raises:
+        ValueError: the file is malformed, or an id is not unique.
+    """
     if url.endswith(".csv"):
         rows = [(f"{url}:{number}", row["video_id"]) for number, row in _csv_rows(url, "video_id")]
     elif url.endswith(".json"):
@@ -33,7 +42,7 @@ def read_ids(url: str) -> dict[str, str]:
 
 
 def msrvtt_captions(url: str) -> dict[str, list[str]]:
-    """MSRVTT_data.json: {"sentences": [{"caption", "video_id", ...}]}, about 20 a video."""
+    """Reads MSRVTT_data.json: {"sentences": [{"caption", "video_id", ...}]}, about 20 a video."""
     sentences = _read_json(url, dict).get("sentences")
     if not isinstance(sentences, list):
         raise ValueError(f"{url}: sentences must be a list, found {type(sentences).__name__}")
@@ -47,13 +56,13 @@ def msrvtt_captions(url: str) -> dict[str, list[str]]:
 
 
 def jsfusion_captions(url: str) -> dict[str, list[str]]:
-    """MSRVTT_JSFUSION_test.csv: one sentence a video, the one that 1k-A is scored with."""
+    """Reads MSRVTT_JSFUSION_test.csv: the one sentence a video that split 1k-A evaluates."""
     rows = _csv_rows(url, "video_id", "sentence")
     return {row["video_id"]: [row["sentence"]] for _, row in rows}
 
 
 def msvd_captions(url: str) -> dict[str, list[str]]:
-    """raw-captions.pkl: {id: [[word, ...], ...]}, about 41 a video."""
+    """Reads raw-captions.pkl: {id: [[word, ...], ...]}, about 41 captions a video."""
     with fsspec.open(url, "rb") as file:
         value = load_plain_pickle(file.read(), url)  # type: ignore[union-attr]
     if not isinstance(value, dict):
@@ -69,7 +78,7 @@ def msvd_captions(url: str) -> dict[str, list[str]]:
 
 
 def didemo_captions(url: str) -> dict[str, list[str]]:
-    """*_data.json: [{"video", "description", ...}]; a video's descriptions are one paragraph."""
+    """Reads *_data.json: [{"video", "description", ...}]; joins a video's descriptions."""
     sentences: dict[str, list[str]] = {}
     for number, entry in enumerate(_read_json(url, list)):
         where = f"{url}: [{number}]"
@@ -80,7 +89,7 @@ def didemo_captions(url: str) -> dict[str, list[str]]:
 
 
 def activitynet_captions(url: str) -> dict[str, list[str]]:
-    """train.json, val_1.json: {id: {"sentences": [...], ...}}, one paragraph a video."""
+    """Reads train.json or val_1.json: {id: {"sentences": [...]}}; joins a video's sentences."""
     captions: dict[str, list[str]] = {}
     for name, entry in _read_json(url, dict).items():
         sentences = entry.get("sentences") if isinstance(entry, dict) else None
@@ -97,12 +106,12 @@ def _sentence(words: Any, where: str) -> str:
 
 
 def _paragraph(sentences: list[str]) -> str:
-    """All sentences as one caption."""
+    """Joins sentences to one caption."""
     return " ".join(" ".join(sentences).split())
 
 
 def _csv_rows(url: str, *columns: str) -> list[tuple[int, dict[str, str]]]:
-    """(line, row) of a CSV file; other columns than these are allowed."""
+    """Returns (line, row) of a CSV file with at least `columns`."""
     reader = csv.DictReader(text_lines(url), strict=True)
     rows = []
     try:

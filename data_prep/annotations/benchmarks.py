@@ -1,7 +1,7 @@
-"""Published benchmarks: annotation files as they were given out -> the clips of one split.
+"""Reads the clips of one split of a benchmark from its published annotation files.
 
-The file names and layouts are those that CLIP4Clip and its successors read. A split is a list of
-video ids and a file of captions. A clip's video_id is the published id, and its key that id as
+The file names and layouts are those that CLIP4Clip and its successors use. A split is a list of
+video ids and a file of captions. A clip's video_id is the published id; its key is that id as
 `clip_keys.key_of` spells it.
 """
 
@@ -23,73 +23,76 @@ from tvr.data_prep.annotations.benchmark_files import (
 )
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule
 from tvr.data_prep.annotations.video_lookup import VideoFiles
-from tvr.data_prep.dataset.manifest import join
+from tvr.data_prep.dataset.manifest import join_url
 from tvr.data_prep.records import Clip
 
 Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet"]
-MAX_NAMED = 10
+MAX_LISTED_IDS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Where the videos and the captions of a split are."""
+class BenchmarkSplit:
+    """The files of a split."""
 
     published: int
-    """Videos, as papers on retrieval count them."""
+    """Number of videos that retrieval papers report."""
     lists: tuple[str, ...]
-    """File of video ids; the first that is there serves."""
+    """Alternative files of video ids; the first one that exists is read."""
     captions: str
-    """File of captions, possibly of other splits too."""
+    """File of captions; it may also hold other splits."""
     read: Callable[[str], dict[str, list[str]]]
-    """URL of that file -> the captions of every video in it."""
+    """Reads `captions` from a URL and returns the captions by video id."""
     file_prefix: str = ""
-    """What ids begin with and some collections of files leave out."""
+    """Prefix of the ids that some collections omit from the file names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The clips of a split in the order of its list, and all that is not as published."""
+    """The clips of a split in list order, and the differences from the published split."""
 
     name: str
     published: int
     clips: tuple[Clip, ...]
-    """Also those without a file, which packing refuses as missing_file, and counts."""
+    """All clips; packing refuses clips without a file as missing_file."""
     without_file: tuple[str, ...]
-    """Ids of clips whose file is not there."""
+    """Ids of clips without a video file."""
     without_captions: tuple[str, ...]
-    """Listed ids that are no clips, since nobody described them."""
+    """Listed ids without captions; they are not clips."""
     not_listed: tuple[str, ...]
-    """Captioned ids that the list does not name."""
+    """Captioned ids that are not in the list."""
 
     def summary(self) -> list[str]:
-        """The size of the split against the published one, and a line for each difference."""
+        """Returns lines with the split's size, the published size and each difference."""
         size, published = len(self.clips), self.published
-        told = "as published" if size == published else f"published {published:,}"
+        comparison = "as published" if size == published else f"published {published:,}"
         difference = "" if size == published else f" ({size - published:+,})"
-        lines = [f"{self.name}: {size:,} videos, {told}{difference}"]
-        for what, ids in (
+        lines = [f"{self.name}: {size:,} videos, {comparison}{difference}"]
+        for title, ids in (
             ("without a video file", self.without_file),
             ("listed without captions, left out", self.without_captions),
             ("captioned but not in this list, left out", self.not_listed),
         ):
             if ids:
-                more = f" and {len(ids) - MAX_NAMED:,} more" if len(ids) > MAX_NAMED else ""
-                lines.append(f"{what}: {len(ids):,} ({', '.join(ids[:MAX_NAMED])}{more})")
+                more = (
+                    f" and {len(ids) - MAX_LISTED_IDS:,} more" if len(ids) > MAX_LISTED_IDS else ""
+                )
+                lines.append(f"{title}: {len(ids):,} ({', '.join(ids[:MAX_LISTED_IDS])}{more})")
         return lines
 
 
 def read_benchmark(
     dataset: Dataset, split: str | None, *, annotations: str, videos: str
 ) -> Selection:
-    """Reads a split from the folders (paths or fsspec URLs) of its annotations and its videos.
+    """Reads a split from its folders of annotations and videos (paths or fsspec URLs).
 
     Raises:
-        FileNotFoundError: no such folder, or an annotation file is not in it.
-        ValueError: an unknown name, a malformed file, or two ids with one key.
+        FileNotFoundError: a folder or an annotation file does not exist.
+        ValueError: the dataset or split is unknown, a file is malformed, or two ids have the
+            same key.
     """
     source = _split(dataset, split)
-    list_url = _first_there(annotations, source.lists)
-    captions_url = _first_there(annotations, (source.captions,))
+    list_url = _first_existing(annotations, source.lists)
+    captions_url = _first_existing(annotations, (source.captions,))
     origins, captions = read_ids(list_url), source.read(captions_url)
     files = VideoFiles(videos)
     clips: dict[str, Clip] = {}
@@ -125,7 +128,7 @@ def read_benchmark(
     )
 
 
-def _split(dataset: Dataset, split: str | None) -> Split:
+def _split(dataset: Dataset, split: str | None) -> BenchmarkSplit:
     if dataset not in BENCHMARKS:
         raise ValueError(f"dataset={dataset!r} must be one of {', '.join(BENCHMARKS)}")
     if split not in BENCHMARKS[dataset]:
@@ -136,22 +139,22 @@ def _split(dataset: Dataset, split: str | None) -> Split:
     return BENCHMARKS[dataset][split]
 
 
-def _first_there(folder: str, names: tuple[str, ...]) -> str:
+def _first_existing(folder: str, names: tuple[str, ...]) -> str:
     fs, root = url_to_fs(folder)
     for name in names:
-        if fs.exists(join(root, name)):
-            return join(folder, name)
+        if fs.exists(join_url(root, name)):
+            return join_url(folder, name)
     raise FileNotFoundError(f"annotations={folder!r}: no file {' or '.join(names)} in that folder")
 
 
-def _msrvtt(published: int, *lists: str) -> Split:
-    return Split(
+def _msrvtt(published: int, *lists: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
         published=published, lists=lists, captions="MSRVTT_data.json", read=msrvtt_captions
     )
 
 
-def _msvd(published: int, split: str) -> Split:
-    return Split(
+def _msvd(published: int, split: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
         published=published,
         lists=(f"{split}_list.txt",),
         captions="raw-captions.pkl",
@@ -159,8 +162,8 @@ def _msvd(published: int, split: str) -> Split:
     )
 
 
-def _didemo(published: int, split: str) -> Split:
-    return Split(
+def _didemo(published: int, split: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
         published=published,
         lists=(f"{split}_list.txt",),
         captions=f"{split}_data.json",
@@ -168,8 +171,8 @@ def _didemo(published: int, split: str) -> Split:
     )
 
 
-def _activitynet(published: int, ids: str, captions: str) -> Split:
-    return Split(
+def _activitynet(published: int, ids: str, captions: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
         published=published,
         lists=(ids, captions),
         captions=captions,
@@ -178,17 +181,18 @@ def _activitynet(published: int, ids: str, captions: str) -> Split:
     )
 
 
-BENCHMARKS: dict[Dataset, dict[str, Split]] = {
+BENCHMARKS: dict[Dataset, dict[str, BenchmarkSplit]] = {
     "msrvtt": {
         "train-9k": _msrvtt(9_000, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt"),
         "train-7k": _msrvtt(7_010, "MSRVTT_train.7k.csv"),
-        "test-1ka": Split(
+        "test-1ka": BenchmarkSplit(
             published=1_000,
             lists=("MSRVTT_JSFUSION_test.csv",),
             captions="MSRVTT_JSFUSION_test.csv",
             read=jsfusion_captions,
         ),
-        # Miech's split. Its training list holds 453 videos of test-1ka: it stands in for no other.
+        # Miech's split. Its training list contains 453 videos of test-1ka, so it cannot replace the
+        # training list of another split.
         "train-1kb": _msrvtt(6_656, "train_list_miech.txt"),
         "test-1kb": _msrvtt(1_000, "test_list_miech.txt"),
     },

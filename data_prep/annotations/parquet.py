@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, read with pyarrow where that is installed."""
+"""Reads rows of a Parquet file with pyarrow, an optional dependency."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import fsspec
 
 
 def parquet_rows(url: str) -> Iterator[dict[str, Any]]:
-    """The rows as dicts without their null fields, a batch in memory at a time.
+    """Yields the rows as dicts without null fields; one batch is in memory at a time.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ImportError: pyarrow is not installed.
-        ValueError: not a Parquet file.
+        ValueError: the file is not a Parquet file.
     """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(
-            f"{url}: Parquet is read with pyarrow, which is not installed; the extra is called"
-            " parquet: pip install -e '.[parquet]'"
+            f"{url}: reading Parquet needs pyarrow, which is not installed; install it with"
+            " pip install -e '.[parquet]'"
         ) from error
     try:
         with fsspec.open(url, "rb") as file:

@@ -1,5 +1,7 @@
-"""Annotation files -> clips: JSONL with one video or one caption a line, CSV or Parquet with one
-caption a row."""
+"""Reads clips from annotation files.
+
+JSONL has one video or one caption a line; CSV and Parquet have one caption a row.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,29 @@ from tvr.data_prep.records import Clip
 
 
 def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
-    """Reads clips in file order from a .jsonl, .csv (also .gz) or .parquet file at a path or fsspec
-    URL.
+    """Reads clips in file order from a .jsonl, .csv (both also .gz) or .parquet file.
 
-    JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id",
-    "start", "end"}.
-    Or {"clip_name": ..., "caption": ...}: the video is searched by that name among the videos, and
-    the lines of one name are merged in file order.
-    CSV: columns video, caption, optional key, video_id, start, end; rows of one clip are merged in
-    file order.
-    Parquet: the same, and a column captions of lists instead of or beside caption.
-    "start" and "end" cut the clip out of its video, in seconds. Relative video paths resolve
-    against `videos`, or else the annotation file's folder. Without "key" the video's file name is
-    used, of a cut with its milliseconds as NAME_START_END, without "video_id" the key. Empty
-    captions are kept here; packing counts them.
+    - JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id",
+      "start", "end"}. Or {"clip_name": ..., "caption": ...}: the video is looked up by that name
+      in `videos`, and the lines of one name are merged in file order.
+    - CSV: columns video, caption, optional key, video_id, start, end. Rows of one clip are merged
+      in file order.
+    - Parquet: the columns of CSV; a column captions of lists may replace or complement caption.
+
+    "start" and "end" are seconds and cut the clip out of its video. The default of "key" is the
+    video's file name, for a cut NAME_START_END with milliseconds; the default of "video_id" is the
+    key. Empty captions are kept; packing drops and counts them.
+
+    Args:
+        url: Path or fsspec URL of the annotation file.
+        videos: Folder of relative video paths; default: the folder of the annotation file.
 
     Raises:
-        FileNotFoundError: no such annotation file, or folder of videos to search.
-        ImportError: a .parquet file without pyarrow.
-        ValueError: malformed file, named as file:line; an annotation without clips; a duplicate
-            key.
+        FileNotFoundError: the annotation file, or the folder in which to look up names, does not
+            exist.
+        ImportError: the file is Parquet and pyarrow is not installed.
+        ValueError: the file is malformed (the message has file:line), has no clips, or has a
+            duplicate key.
     """
     base = videos if videos is not None else _parent(url)
     drafts: dict[str, Draft] = {}
@@ -42,11 +47,11 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         else:
             raise ValueError(
                 f"{row.origin}: duplicate key {row.key!r}, first at {first.origin}; give each clip"
-                ' its own "key" (without one it comes from the video\'s file name)'
+                ' its own "key" (the default is the video\'s file name)'
             )
     if not drafts:
         raise ValueError(
-            f"{url}: empty annotation, no clip in it; expected one JSON object or CSV row a clip"
+            f"{url}: empty annotation without clips; expected one JSON object or CSV row a clip"
         )
     files = VideoFiles(base) if any(draft.by_name for draft in drafts.values()) else None
     return [_clip(draft, base, files) for draft in drafts.values()]
@@ -85,6 +90,6 @@ def _resolve(video: str, base: str) -> str:
 
 
 def _parent(url: str) -> str:
-    """The folder of a file at a path or URL; "" for the current one."""
+    """Returns the folder of a file at a path or URL; "" for the current folder."""
     folder, slash, _ = url.rpartition("/")
     return folder + "/" if slash else ""

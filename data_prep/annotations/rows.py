@@ -1,4 +1,4 @@
-"""Rows of annotation files, one by one, as the formats have them."""
+"""Reads the rows of annotation files in every format."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from tvr.data_prep.annotations.parquet import parquet_rows
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
 CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
-# The lines of the DMAE authors' code. It needs neither sen_id nor retrieval_key nor label to tell
-# captions and videos apart, and neither does this.
+# Fields of the DMAE authors' files. Neither their code nor this one needs sen_id, retrieval_key and
+# label to identify captions and videos.
 NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
 FORMATS = ("jsonl", "csv", "parquet")
 
 
 @dataclass(slots=True, kw_only=True)
 class Draft:
-    """What one row says of a clip."""
+    """The content of one row."""
 
     key: str
     video: str
     video_id: str
     origin: str
     by_name: bool = False
-    """`video` is a name to search for."""
+    """True if `video` is a name to look up in the folder of videos."""
     captions: list[str] = field(default_factory=list)
     start_s: float = 0.0
     end_s: float | None = None
 
     @property
     def source(self) -> tuple[object, ...]:
-        """What a clip shows."""
+        """The fields that determine the clip's content."""
         return self.video, self.by_name, self.start_s, self.end_s
 
 
 def annotation_rows(url: str) -> Iterator[Draft]:
-    """The rows of a file in its order. Raises as `read_annotations`."""
+    """Yields the rows of a file in order. Raises as `read_annotations`."""
     readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
     return readers[file_format(url)](url)
 
 
 def file_format(url: str) -> str:
-    """One of FORMATS, by the file's name. Raises ValueError."""
+    """Returns the format, of FORMATS, by the file's name. Raises ValueError for another name."""
     name = url.removesuffix(".gz")
     for extension in FORMATS:
         if name.endswith("." + extension) and not (extension == "parquet" and name != url):
@@ -61,7 +61,7 @@ def file_format(url: str) -> str:
 
 
 def text_lines(url: str) -> Iterator[str]:
-    """Text lines, without the byte-order mark that spreadsheets write."""
+    """Yields text lines, without the byte-order mark that spreadsheets write."""
     try:
         with fsspec.open(url, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
             yield from file
@@ -86,7 +86,7 @@ def _jsonl_rows(url: str) -> Iterator[Draft]:
 
 
 def _named_draft(row: dict[str, Any], origin: str) -> Draft:
-    """A line of the authors' JSONL: one caption of a video that is named without its file."""
+    """Parses a line of the authors' JSONL: one caption of a video given by name."""
     _check_fields(row, NAMED_ALLOWED, origin)
     name, caption = row["clip_name"], row.get("caption")
     if not isinstance(name, str) or not name or not isinstance(caption, str):
@@ -99,7 +99,7 @@ def _named_draft(row: dict[str, Any], origin: str) -> Draft:
 
 def _parquet_rows(url: str) -> Iterator[Draft]:
     for number, row in enumerate(parquet_rows(url), start=1):
-        # A row without caption is an empty caption, as in CSV.
+        # A null caption is an empty caption, as in CSV.
         yield _draft(row if "captions" in row else {"caption": "", **row}, f"{url}: row {number}")
 
 
@@ -121,7 +121,7 @@ def _csv_rows(url: str) -> Iterator[Draft]:
                 {name: value for name, value in row.items() if value or name == "caption"}, origin
             )
     except csv.Error as error:
-        # line_num is the last line of the last whole row.
+        # line_num is the last line of the last complete row.
         raise ValueError(f"{url}:{reader.line_num + 1}: not CSV: {error}") from error
 
 
@@ -154,7 +154,7 @@ def _draft(row: dict[str, Any], origin: str) -> Draft:
 
 
 def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
-    """The cut of a row in seconds; CSV has it as text."""
+    """Returns the cut of a row in seconds; CSV stores it as text."""
     seconds: dict[str, float] = {}
     for name in ("start", "end"):
         value = row.get(name)

@@ -1,4 +1,4 @@
-"""Reads pickles of lists, dicts and text, and nothing that could run code."""
+"""Reads pickles of lists, dicts and text, and refuses any content that could run code."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any, NoReturn
 
 
 class _Refused(pickle.UnpicklingError):
-    """The pickle asks for more than containers and text."""
+    """The pickle refers to a class, a function or an external object."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    # Every class and function that a pickle names comes through here before it could be called.
+    # The unpickler looks up every class and function here before it can call it.
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
         raise _Refused(f"it asks for {module_name}.{global_name}")
 
     def persistent_load(self, pid: Any) -> NoReturn:
-        raise _Refused(f"it asks for the outside object {pid!r}")
+        raise _Refused(f"it asks for the external object {pid!r}")
 
 
 def load_plain_pickle(content: bytes, url: str) -> Any:
-    """The containers, numbers and texts of a pickle; Python 2's texts come as bytes.
+    """Loads a pickle of containers, numbers and texts; Python 2's texts are returned as bytes.
 
     Raises:
-        ValueError: damaged, or it holds anything else, which is named and not loaded.
+        ValueError: the pickle is damaged, or refers to anything else. Nothing of that is loaded.
     """
     try:
-        # Decoding is left to the reader: Python 2 stored whatever bytes its program held.
+        # Python 2 stored bytes of any encoding; the caller decodes them.
         return _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     except _Refused as error:
         raise ValueError(
             f"{url}: refused: {error}; only lists, tuples, dicts and text are read from a pickle"
         ) from error
-    # The machine behind a pickle answers damage with whatever its operations raise.
+    # Damaged pickles can raise any exception.
     except Exception as error:
         raise ValueError(f"{url}: damaged pickle: {error!r}") from error
 
 
 def plain_text(value: Any, where: str) -> str:
-    """A text of a pickle; bytes are UTF-8 or else Latin-1.
+    """Returns a text of a pickle; bytes are decoded as UTF-8, or as Latin-1 if that fails.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `value` is not a text.
     """
     if isinstance(value, str):
         return value

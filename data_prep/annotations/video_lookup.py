@@ -1,4 +1,4 @@
-"""Finds a video's file by its id in a folder that is listed once."""
+"""Finds video files by id in a folder that is listed once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import posixpath
 
 from fsspec.core import url_to_fs
 
-# Tried in this order where an id has files of several kinds.
+# Tried in this order if an id has several files.
 SUFFIXES = (
     *(".mp4", ".avi", ".mkv", ".webm", ".mov"),
     *(".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".3g2", ".mts", ".flv"),  # DiDeMo's, from Flickr
@@ -14,7 +14,7 @@ SUFFIXES = (
 
 
 class VideoFiles:
-    """The files of a folder (path or fsspec URL) and of its sub-folders, one level down."""
+    """The files of a folder (path or fsspec URL) and of its direct sub-folders."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -24,10 +24,14 @@ class VideoFiles:
             raise FileNotFoundError(f"videos={url!r}: no such folder")
 
     def find(self, name: str) -> str | None:
-        """The file of video `name`, None where there is none. A name may begin with folders.
+        """Returns the URL of a video's file, or None.
 
-        `name` itself, then with each suffix of SUFFIXES added, then with one in the place of its
-        own. A file of the folder hides those of the same name in sub-folders.
+        Looks for `name` itself, then for `name` with each of SUFFIXES appended, then for `name`
+        with its suffix replaced by each of SUFFIXES. A file in the folder takes precedence over
+        files of the same name in sub-folders.
+
+        Args:
+            name: Name of the video; it may start with sub-folders.
 
         Raises:
             ValueError: two sub-folders hold a file of that name.
@@ -48,13 +52,13 @@ class VideoFiles:
         return None
 
     def expected(self, name: str) -> str:
-        """Where the file of a video that has none might have been, for messages."""
+        """Returns a URL at which a missing video's file was expected, for error messages."""
         file = name if name.endswith(SUFFIXES) else name + SUFFIXES[0]
         return posixpath.join(self.url, file)
 
 
 def _listing(url: str) -> dict[str, list[str]]:
-    """File name -> its URLs: one, or one in each sub-folder that has it."""
+    """Returns the URLs of each file name: one in the folder, or one in each sub-folder."""
     files, folders = _entries(url)
     found: dict[str, list[str]] = {}
     for folder in folders:
@@ -64,14 +68,14 @@ def _listing(url: str) -> dict[str, list[str]]:
 
 
 def _entries(url: str) -> tuple[list[str], list[str]]:
-    """The names of the files and of the folders in a folder; none if there is no such folder."""
+    """Returns the names of files and folders in a folder; empty if the folder does not exist."""
     fs, root = url_to_fs(url)
     if not fs.isdir(root):
         return [], []
     files, folders = [], []
     for entry in fs.ls(root, detail=True):
         name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-        # Links have a type of their own.
+        # Symbolic links have their own type.
         is_folder = entry["type"] != "file" and fs.isdir(entry["name"])
         (folders if is_folder else files).append(name)
     return sorted(files), sorted(folders)

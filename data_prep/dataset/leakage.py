@@ -1,4 +1,4 @@
-"""Samples that show the same: within a data set, and in a training and a test set."""
+"""Finds samples with the same video within a data set, and shared by two data sets."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ COLUMNS = ("key", "video_id", "content")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedSample:
-    """A sample of one data set that is in another as well."""
+    """A sample of one data set that is also in another one."""
 
     row: int
     other_row: int
     by: tuple[str, ...]
-    """The columns in which the two are equal, of COLUMNS."""
+    """Columns, of COLUMNS, in which the two samples are equal."""
 
 
 def shared_samples(samples: SampleTable, others: SampleTable) -> list[SharedSample]:
-    """Every pair of samples of the two data sets with equal key, video_id or content."""
+    """Returns every pair of samples of two data sets with equal key, video_id or content."""
     by: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     for name in COLUMNS:
         ours, theirs = getattr(samples, name), getattr(others, name)
@@ -41,8 +41,10 @@ def shared_samples(samples: SampleTable, others: SampleTable) -> list[SharedSamp
 
 
 def repeated_content(samples: SampleTable) -> Iterator[tuple[int, int]]:
-    """(row, first row of equal content) where their video_ids differ: training would push apart
-    what is the same."""
+    """Yields (row, first row) of samples with equal content but different video_id.
+
+    Training would treat two samples of the same video as negatives of each other.
+    """
     _, first_rows, groups = np.unique(samples.content, return_index=True, return_inverse=True)
     firsts = first_rows[groups]
     for row in np.flatnonzero(samples.video_id != samples.video_id[firsts]).tolist():

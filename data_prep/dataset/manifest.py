@@ -1,9 +1,8 @@
-"""A data set's index: `manifest.json` (totals, shards) and `samples.npz` (one column per sample
-property).
+"""A data set's index: `manifest.json` (totals and shards) and `samples.npz` (columns of samples).
 
-`manifest.json` is written last and names the sha256 of `samples.npz`: where it exists, the data set
-is complete. A data set that replaces another one has its generation in the names of its files, so
-that both can lie in one folder until `manifest.json` changes over.
+`manifest.json` is written last and holds the sha256 of `samples.npz`, so a data set with a
+`manifest.json` is complete. A data set that replaces another one has a generation number in its
+file names. Both share the folder until the new `manifest.json` replaces the old one.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from fsspec.core import url_to_fs
 from tvr.data_prep.records import PACKED_WITHOUT_WORDS, ShardCorrupt
 from tvr.data_prep.storage.storage import Storage, write_file
 
-# Raise it with every change of what is stored, and say so in the change log as a shard-format
-# break.
+# Increase it with every change of the stored format, and list the change in CHANGELOG as a
+# shard-format break.
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BAD_NAME = "bad.jsonl"
@@ -32,7 +31,7 @@ Layout = Literal["video", "frames"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One file of samples: a tar archive, or the beton of a whole data set."""
+    """A file of samples: a tar archive, or the FFCV file (beton) of a whole data set."""
 
     name: str
     num_samples: int
@@ -42,16 +41,19 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SampleTable:
-    """One row per sample in shard order; columns keep a million samples in tens of megabytes."""
+    """One row per sample, in shard order.
+
+    Columns keep a million samples in tens of megabytes.
+    """
 
     key: np.ndarray  # str
     video_id: np.ndarray  # str
-    shard: np.ndarray  # int32, row of the shard
+    shard: np.ndarray  # int32, index in Manifest.shards
     offset: np.ndarray  # int64, first byte in the shard, a multiple of 512
-    length: np.ndarray  # int64, bytes of its tar members, a multiple of 512
-    crc32: np.ndarray  # uint32 of that range
+    length: np.ndarray  # int64, bytes of the sample's tar members, a multiple of 512
+    crc32: np.ndarray  # uint32 of these bytes
     num_captions: np.ndarray  # int32
-    content: np.ndarray  # uint64 hash of the source's bytes and of the cut range
+    content: np.ndarray  # uint64, see `content_hash`
 
     def __len__(self) -> int:
         return len(self.key)
@@ -59,30 +61,30 @@ class SampleTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Manifest:
-    """What a data set holds."""
+    """Index of a data set."""
 
     layout: Layout
     num_frames: int
-    """Frames stored per sample (a shorter video stores fewer); 0 in the video layout, where all are
-    stored."""
+    """Frames stored per sample, fewer for a shorter video; 0 in the video layout, which stores all
+    frames."""
     short_side: int | None
-    """Pixels; None = as the source."""
+    """Pixels of the shorter side; None = size of the source."""
     num_captions: int
     num_empty_captions: int
-    """Empty captions dropped from clips that kept others."""
+    """Empty captions dropped from clips with other captions."""
     bad: dict[str, int]
-    """Clips left out when packing, by reason; listed in bad.jsonl."""
+    """Clips refused by packing, by reason; bad.jsonl lists them."""
     shards: tuple[Shard, ...]
     samples: SampleTable
     tagger: str | None = None
-    """What found the captions' words, with its version; None = packed without words."""
+    """Name and version of the tagger of the captions' words; None = packed without words."""
     fingerprint: str = ""
-    """Of the clips and settings it was packed from; see plan."""
+    """Fingerprint of the clips and settings, see `PackPlan`."""
     generation: int = 0
-    """How many data sets lay in the folder before it."""
+    """Number of data sets that the folder held before this one."""
     beton: Shard | None = None
-    """The one file that holds the samples instead of the shards it was made from; those still give
-    the order."""
+    """FFCV file that holds all samples. `shards` then lists the tar shards it was made from, which
+    still determine the sample order."""
 
     @property
     def num_samples(self) -> int:
@@ -90,37 +92,37 @@ class Manifest:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Samples in each shard: what the sample order is a function of."""
+        """Samples in each shard; the sample order is a function of these."""
         return tuple(shard.num_samples for shard in self.shards)
 
     @property
     def files(self) -> tuple[Shard, ...]:
-        """The files that hold the samples, in the order of their rows."""
+        """The files that hold the samples, in row order."""
         return self.shards if self.beton is None else (self.beton,)
 
     def rows_of_file(self, file: int) -> list[int]:
-        """The samples that lie in a file."""
+        """Returns the rows of the samples in a file, by its index in `files`."""
         if self.beton is not None:
             return list(range(self.num_samples))
         return np.flatnonzero(self.samples.shard == file).tolist()
 
     def file_of_shard(self, shard: int) -> Shard:
-        """The file that the byte ranges of a shard's samples are of."""
+        """Returns the file that holds the samples of a shard."""
         return self.shards[shard] if self.beton is None else self.beton
 
 
 def shard_name(number: int, generation: int) -> str:
-    """The file of a planned shard."""
+    """Returns the file name of a shard."""
     return f"shard-{number:06d}.tar" if not generation else f"shard-{generation}-{number:06d}.tar"
 
 
 def samples_name(generation: int) -> str:
-    """The file of the columns."""
+    """Returns the file name of the columns."""
     return "samples.npz" if not generation else f"samples-{generation}.npz"
 
 
 def concat_samples(parts: Sequence[SampleTable]) -> SampleTable:
-    """The rows of one shard after another; `shard` counts them."""
+    """Concatenates the rows of shards and sets `shard` to the index of each part."""
     columns = {name: [getattr(part, name) for part in parts] for name in SampleTable.__slots__}
     columns["shard"] = [
         np.full(len(part), number, dtype=np.int32) for number, part in enumerate(parts)
@@ -128,25 +130,25 @@ def concat_samples(parts: Sequence[SampleTable]) -> SampleTable:
     return SampleTable(**{name: np.concatenate(column) for name, column in columns.items()})
 
 
-def join(url: str, name: str) -> str:
-    """The URL of a file inside the data set at `url`."""
+def join_url(url: str, name: str) -> str:
+    """Returns the URL of a file in the folder `url`."""
     return f"{url.rstrip('/')}/{name}"
 
 
 def read_manifest(url: str) -> Manifest:
-    """Reads and checks the index of the data set at a folder path or fsspec URL.
+    """Reads and checks the index of a data set at a folder path or fsspec URL.
 
     Raises:
-        FileNotFoundError: there is no complete data set.
-        OSError: the store does not deliver it.
-        ValueError: written in another format version, or it holds no samples.
+        FileNotFoundError: there is no complete data set at `url`.
+        OSError: the storage fails.
+        ValueError: the data set has another format version, or no samples.
         ShardCorrupt: the index is damaged.
     """
     fields = read_manifest_json(url)
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{join(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
+            f"{join_url(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
             f" {FORMAT_VERSION}; pack the data set again"
         )
     try:
@@ -167,13 +169,19 @@ def read_manifest(url: str) -> Manifest:
             beton=Shard(**fields["beton"]) if fields.get("beton") else None,
         )
     except (KeyError, TypeError) as error:
-        raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: damaged or edited: {error!r}") from error
+        raise ShardCorrupt(
+            f"{join_url(url, MANIFEST_NAME)}: damaged or edited: {error!r}"
+        ) from error
     _check_agreement(manifest, url)
     return manifest
 
 
 def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
-    """Refuses, with a ValueError, a data set whose captions were packed without words."""
+    """Raises ValueError if the data set was packed without words.
+
+    Args:
+        needed_by: Setting that the error names.
+    """
     if manifest.tagger is None:
         raise ValueError(
             f"{needed_by} needs the words of captions, and {url} was {PACKED_WITHOUT_WORDS}"
@@ -181,7 +189,7 @@ def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
-    """Writes the columns, then `manifest.json`, each whole or not at all."""
+    """Writes the columns, then `manifest.json`, each atomically."""
     buffer = io.BytesIO()
     columns = {name: getattr(manifest.samples, name) for name in SampleTable.__slots__}
     np.savez_compressed(buffer, allow_pickle=False, **columns)
@@ -203,14 +211,14 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         "beton": asdict(manifest.beton) if manifest.beton else None,
     }
     fs, root = url_to_fs(url)
-    write_file(fs, join(root, samples), buffer.getvalue())
+    write_file(fs, join_url(root, samples), buffer.getvalue())
     text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
-    write_file(fs, join(root, MANIFEST_NAME), text.encode())
+    write_file(fs, join_url(root, MANIFEST_NAME), text.encode())
 
 
 def read_manifest_json(url: str) -> dict:
-    """`manifest.json` of whatever version, unchecked. Raises as `read_manifest`."""
-    location = join(url, MANIFEST_NAME)
+    """Reads `manifest.json` of any version without checks. Raises as `read_manifest`."""
+    location = join_url(url, MANIFEST_NAME)
     try:
         content = Storage(url).read(MANIFEST_NAME)
     except FileNotFoundError as error:
@@ -228,7 +236,7 @@ def read_manifest_json(url: str) -> dict:
 
 
 def _read_samples(url: str, name: str, sha256: str) -> SampleTable:
-    location = join(url, name)
+    location = join_url(url, name)
     try:
         content = Storage(url).read(name)
     except FileNotFoundError as error:
@@ -241,7 +249,7 @@ def _read_samples(url: str, name: str, sha256: str) -> SampleTable:
 
 def _check_agreement(manifest: Manifest, url: str) -> None:
     if manifest.layout not in get_args(Layout):
-        raise ShardCorrupt(f"{join(url, MANIFEST_NAME)}: layout={manifest.layout!r}")
+        raise ShardCorrupt(f"{join_url(url, MANIFEST_NAME)}: layout={manifest.layout!r}")
     if manifest.num_samples == 0:
         raise ValueError(f"{url}: the data set holds no samples")
     counts = np.bincount(manifest.samples.shard, minlength=len(manifest.shards))

@@ -1,4 +1,4 @@
-"""A sample's stored bytes -> its JSON and its frames."""
+"""Decodes a sample's stored bytes to its metadata and frames."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from tvr.data_prep.video.images import decode_jpeg
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleMeta:
-    """A sample less its pictures."""
+    """A sample's metadata."""
 
     captions: tuple[Caption, ...]
     video_id: str
     frame_times_s: tuple[float, ...]
-    """Of the stored JPEG frames; empty in the video layout."""
+    """Times of the stored JPEG frames; empty in the video layout."""
     jpegs: tuple[str, ...]
     """Names of the JPEG members in order."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The captions without their words."""
+        """The texts of the captions."""
         return tuple(caption.text for caption in self.captions)
 
 
 def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes]:
-    """Splits the byte range of a sample of a data set into its members, as `parse_members`."""
+    """Checks a sample's byte range and splits it into members by extension. Raises BadSample."""
     samples = manifest.samples
     key, length, crc32 = str(samples.key[row]), int(samples.length[row]), int(samples.crc32[row])
     split = split_tar if manifest.beton is None else split_stack
@@ -48,9 +48,9 @@ def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes
 
 
 def split_tar(content: bytes, key: str) -> dict[str, bytes]:
-    """A sample's range of a shard -> its members by extension. Raises BadSample."""
-    # webdataset annotates its file argument as a TarFile, which it is not. group_by_keys copies the
-    # shard's URL into each group; there is none for a range in memory.
+    """Splits a sample's byte range of a tar shard into members by extension. Raises BadSample."""
+    # webdataset annotates its file argument as TarFile but reads any file object. group_by_keys
+    # needs the shard's URL, and a range in memory has none.
     files = (
         {**file, "__url__": ""}
         for file in tar_file_iterator(cast(tarfile.TarFile, io.BytesIO(content)))
@@ -70,8 +70,14 @@ def parse_members(
     crc32: int,
     split: Callable[[bytes, str], dict[str, bytes]] = split_tar,
 ) -> dict[str, bytes]:
-    """Splits a sample's byte range into members by extension; refuses bytes that are not the packed
-    ones."""
+    """Checks a sample's byte range against its packed length and CRC, and splits it into members.
+
+    Args:
+        split: Function from (bytes, key) to members by extension.
+
+    Raises:
+        BadSample: the bytes differ from the packed ones, or a member is missing.
+    """
     if len(content) != length:
         raise BadSample(
             key, "checksum", f"{len(content)} of {length} bytes are there: the file is truncated"
@@ -84,7 +90,7 @@ def parse_members(
 
 
 def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
-    """Reads the JSON member and checks that the frames it promises are there. Raises BadSample."""
+    """Parses the JSON member and checks that its frames are present. Raises BadSample."""
     if "json" not in members:
         raise BadSample(key, "missing_member", "json")
     try:
@@ -122,10 +128,22 @@ def decode_members(
     *,
     offsets: Sequence[float] | None = None,
     sample: FrameSampler = sample_frames,
-    place: np.ndarray | None = None,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Frames (F, H, W, 3) uint8 as stored and their times, F <= num_frames; JPEGs that fit into
-    `place` (num_frames, H, W, 3) lie there, with zeros behind them. Raises BadSample."""
+    """Decodes a sample's frames at their stored size.
+
+    Args:
+        offsets: Position within each segment, see `segment_frames`.
+        sample: Decoder of the video layout.
+        out: (num_frames, H, W, 3) uint8 buffer. JPEGs of this size are decoded into it, and its
+            remaining frames are set to zero.
+
+    Returns:
+        Frames (F, H, W, 3) uint8 with F <= num_frames, and the time of each in seconds.
+
+    Raises:
+        BadSample: a frame cannot be decoded, or the JPEGs differ in size.
+    """
     if "mp4" in members:
         return sample(members["mp4"], num_frames, offsets=offsets, key=key)
     chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
@@ -135,13 +153,13 @@ def decode_members(
             members[meta.jpegs[i]],
             key=key,
             member=meta.jpegs[i],
-            place=None if place is None else place[at],
+            out=None if out is None else out[at],
         )
         for at, i in enumerate(chosen)
     ]
     if len({picture.shape for picture in pictures}) > 1:
         raise BadSample(key, "unreadable", "its JPEG frames differ in size")
-    if place is None or pictures[0].shape != place.shape[1:]:
+    if out is None or pictures[0].shape != out.shape[1:]:
         return np.stack(pictures), times_s
-    place[len(pictures) :] = 0
-    return place[: len(pictures)], times_s
+    out[len(pictures) :] = 0
+    return out[: len(pictures)], times_s

@@ -1,4 +1,4 @@
-"""Writes samples into a tar shard through webdataset's writer."""
+"""Writes samples to a tar shard in webdataset's format."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ END_OF_TAR = bytes(1024)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TarSample:
-    """One sample as its shard stores it."""
+    """A sample in the form that its shard stores."""
 
     key: str
     video_id: str
     stored: bytes
-    """Of `tar_bytes`."""
+    """Tar members, from `tar_bytes`."""
     num_captions: int
     num_empty_captions: int = 0
-    """Dropped when packing."""
+    """Empty captions that packing dropped."""
     content: int
-    """Of `content_hash`."""
+    """From `content_hash`."""
 
 
 class ShardWriter:
-    """Fills one tar file at a path of an fsspec file system; without samples there is no file."""
+    """Writes one tar file on an fsspec file system; without samples it creates no file."""
 
     def __init__(self, fs: Any, path: str) -> None:
         self._fs = fs
@@ -48,7 +48,7 @@ class ShardWriter:
         self._rows: list[tuple[str, str, int, int, int, int, int]] = []
 
     def append(self, sample: TarSample) -> None:
-        """Writes one sample."""
+        """Appends one sample."""
         if self._file is None:
             self._file = self._fs.open(self._path, "wb")
         row = (
@@ -59,12 +59,12 @@ class ShardWriter:
         self._rows.append(row)
 
     def finish(self, name: str) -> tuple[Shard, SampleTable]:
-        """Completes the file; its description under the name it will have, and its rows."""
+        """Completes the file. Returns its description under its final name `name`, and its rows."""
         if self._file is not None:
             self._write(END_OF_TAR)
             if isinstance(self._fs, LocalFileSystem):
                 self._file.flush()
-                os.fsync(self._file.fileno())  # a name must not outlive its content in a crash
+                os.fsync(self._file.fileno())  # after a crash the renamed file must be whole
             self.close()
         shard = Shard(
             name=name,
@@ -75,7 +75,7 @@ class ShardWriter:
         return shard, self._columns()
 
     def close(self) -> None:
-        """Closes the file, complete or not."""
+        """Closes the file, even if it is incomplete."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -101,7 +101,10 @@ class ShardWriter:
 
 
 def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
-    """The tar members of one sample, sorted, without date and owner, without the archive's end."""
+    """Returns the tar members of one sample, sorted, with a fixed date and owner.
+
+    The blocks that end an archive are not included.
+    """
     buffer = io.BytesIO()
     with TarWriter(buffer, user="tvr", group="tvr", mode=0o444, encoder=False, mtime=0) as writer:
         writer.write({"__key__": key, **members})
@@ -110,8 +113,11 @@ def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
 
 
 def content_hash(source: bytes, span: tuple[float, float | None] | None) -> int:
-    """64 bits that tell what a clip shows: blake2b over the source file's bytes, and over the cut
-    range in seconds where there is one."""
+    """Returns a 64-bit hash of a clip's content: blake2b of the source file and the cut range.
+
+    Args:
+        span: Cut range in seconds; None = the whole source.
+    """
     digest = hashlib.blake2b(source, digest_size=8)
     if span is not None:
         start_s, end_s = span

@@ -1,6 +1,6 @@
-"""Where Prometheus finds the metrics of a process while it runs, and a file of the last values.
+"""Serves the metrics of a running process to Prometheus.
 
-The text is made once a second at most, however often it is asked for, by the thread that answers.
+The response is rendered in the request's thread, at most once a second.
 """
 
 from __future__ import annotations
@@ -19,85 +19,92 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from tvr.launchers.atomic_write import write_atomically
 
-FRESH_S = 1.0
-# So long a process that was ever asked waits at its end for the last values to be fetched.
+CACHE_S = 1.0
+# Time that a scraped process stays at its end for a final scrape.
 LINGER_S = 8.0
-EVERYWHERE = ("", "0.0.0.0", "::")
+ALL_INTERFACES = ("", "0.0.0.0", "::")
 
 
 class PortInUse(ValueError):
-    """Another process serves there now, which need not be so elsewhere or later."""
+    """Another process uses the port now; another node or a later start may succeed."""
 
 
 class MetricsEndpoint:
-    """Serves `text()` over HTTP, any path, until it is closed."""
+    """Serves metrics over HTTP, on any path, until it is closed.
 
-    def __init__(self, text: Callable[[], bytes], address: str, port: int) -> None:
-        """Port 0: any that is free.
+    Args:
+        render: Returns the metrics in Prometheus text format.
+        address: Interface to listen on; "" and "0.0.0.0" mean all.
+        port: Port to listen on; 0 means any free port.
 
-        Raises:
-            PortInUse: another process has it.
-            ValueError: the address is not this machine's, or there is no such port.
-        """
-        self._text = text
+    Raises:
+        PortInUse: another process uses the port.
+        ValueError: the address does not belong to this machine, or the port is out of range.
+    """
+
+    def __init__(self, render: Callable[[], bytes], address: str, port: int) -> None:
+        self._render = render
         self._lock = threading.Lock()
-        self._made_at, self._made = -FRESH_S, b""
-        self._end_by = 0.0
-        self._asked, self._closing, self._told_last = (threading.Event() for _ in range(3))
+        self._rendered_at, self._rendered = -CACHE_S, b""
+        self._close_by = 0.0
+        self._scraped, self._is_final, self._final_scraped = (threading.Event() for _ in range(3))
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                is_last = endpoint._closing.is_set()
+                is_final = endpoint._is_final.is_set()
                 content = endpoint.content()
                 self.send_response(200)
                 self.send_header("Content-Type", CONTENT_TYPE_LATEST)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
-                (endpoint._told_last if is_last else endpoint._asked).set()
+                (endpoint._final_scraped if is_final else endpoint._scraped).set()
 
             def log_message(self, format: str, *args: object) -> None:
-                """Nothing: a line for each scrape would be among the job's own."""
+                """Does nothing: lines of scrapes would fill the job's log."""
 
         try:
             self._server = _Server((address, port), Handler)
         except (OSError, OverflowError) as error:
-            is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            raise (PortInUse if is_taken else ValueError)(
+            is_in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            raise (PortInUse if is_in_use else ValueError)(
                 f"metrics cannot be served at {address or '*'}:{port} of {socket.gethostname()}"
-                f" ({error}); give another address or port, or port 0 for any that is free"
+                f" ({error}); choose another address or port, or port 0 for any free port"
             ) from None
-        host = socket.gethostname() if address in EVERYWHERE else address
+        host = socket.gethostname() if address in ALL_INTERFACES else address
         self.target = f"{host}:{self._server.server_port}"
-        """As Prometheus names it."""
+        """HOST:PORT, as Prometheus names the target."""
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="metrics", daemon=True
         )
         self._thread.start()
 
     def content(self) -> bytes:
-        """The text, at most a second old."""
+        """Returns the metrics in text format, at most CACHE_S old."""
         with self._lock:
             now = time.monotonic()
-            if now - self._made_at >= FRESH_S:
-                self._made_at, self._made = now, self._text()
-            return self._made
+            if now - self._rendered_at >= CACHE_S:
+                self._rendered_at, self._rendered = now, self._render()
+            return self._rendered
 
     def mark_final(self) -> None:
-        """From now on what is told are the last values."""
+        """Declares the current values final; starts the wait of `close` for a final scrape."""
         with self._lock:
-            self._made_at = -FRESH_S
-            self._end_by = time.monotonic() + LINGER_S
-            self._closing.set()
+            self._rendered_at = -CACHE_S
+            self._close_by = time.monotonic() + LINGER_S
+            self._is_final.set()
 
     def close(self) -> None:
-        """Ends it; if somebody ever asked, once the last values are fetched too, or LINGER_S after
-        the first word that they are the last."""
-        if not self._closing.is_set():
+        """Stops serving.
+
+        An endpoint that was ever scraped waits for a scrape of the final values, at most LINGER_S
+        after `mark_final`.
+        """
+        if not self._is_final.is_set():
             self.mark_final()
-        if self._asked.is_set():
-            self._told_last.wait(max(0.0, self._end_by - time.monotonic()))
+        if self._scraped.is_set():
+            self._final_scraped.wait(max(0.0, self._close_by - time.monotonic()))
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -112,24 +119,26 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        # Not HTTPServer's, which asks the resolver for the host's full name.
+        # HTTPServer.server_bind would look up the host's full name in DNS.
         TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: who asked went away."""
+        """Does nothing: the client closed the connection."""
 
 
 def job_label(folder: str | Path) -> str:
-    """What its metrics are called, as the label `run`: PARENT/NAME of the folder, or URL, that it
-    writes. The names alone meet: every demo writes a folder `run`."""
-    where = str(folder)
-    if "://" not in where:
-        where = Path(where).resolve().as_posix()
-    return "/".join(where.split("://")[-1].rstrip("/").split("/")[-2:])
+    """Returns the value of the label `run`: PARENT/NAME of the job's output folder or URL.
+
+    NAME alone is ambiguous: every demo writes a folder `run`.
+    """
+    path = str(folder)
+    if "://" not in path:
+        path = Path(path).resolve().as_posix()
+    return "/".join(path.split("://")[-1].rstrip("/").split("/")[-2:])
 
 
 def write_scrape_target(path: Path, target: str, labels: Mapping[str, str]) -> None:
-    """A file for Prometheus's file_sd."""
+    """Writes a target file for Prometheus's file-based service discovery."""
     groups = [{"targets": [target], "labels": dict(labels)}]
     write_atomically(path, (json.dumps(groups) + "\n").encode())

@@ -1,8 +1,8 @@
-"""A metric as a row of a table, the values of such a table, and their text for Prometheus.
+"""Tables of metrics, their values, and their Prometheus text format.
 
-What a label can say stands in the table, so that the series are known beforehand: their values lie
-in a line of numbers, one place each, which the processes of a node can share. Setting one is an
-assignment; names and text are for who reads.
+A table fixes every label value, so all series are known in advance. Their values are stored in one
+array with a slot per series, which the processes of a node can share. Setting a value is one
+assignment; names are looked up and text is rendered only by readers.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
 MetricArray = np.ndarray
-"""(series of a table,) float64; NaN where there is no value."""
+"""(series of a table,) float64; NaN = no value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One row; `name` ends with the unit, a counter's with `_total`."""
+    """A metric; `name` ends with the unit, that of a counter with `_total`."""
 
     name: str
     kind: Literal["gauge", "counter"]
     unit: str
-    """In base units; empty for a plain number."""
+    """Base unit; empty for a plain number."""
     meaning: str
     per: Literal["run", "node", "rank"] = "run"
-    """run: told by rank 0 alone; node: the sum over a node's ranks; rank: a series for each rank,
+    """run: reported by rank 0 only; node: sum over a node's ranks; rank: one series for each rank,
     with the label `rank`."""
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Every value that each label can have; without `rank`."""
+    """All values of each label, without `rank`."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -42,18 +42,18 @@ class Metric:
 
     @property
     def series(self) -> list[tuple[str, ...]]:
-        """The combinations of label values."""
+        """All combinations of label values."""
         return list(product(*self.labels.values()))
 
 
 class MetricTable:
-    """Metrics, and the place of each of their series in a line of numbers."""
+    """Metrics, and the slot of each series in a MetricArray."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.metrics = tuple(metrics)
         names = [(metric.name, *labels) for metric in metrics for labels in metric.series]
-        self.slots = {name: place for place, name in enumerate(names)}
-        assert len(self.slots) == len(names), "two metrics of one name"
+        self.slots = {name: slot for slot, name in enumerate(names)}
+        assert len(self.slots) == len(names), "two metrics have the same name"
         self._counters = [
             self.slots[metric.name, *labels]
             for metric in metrics
@@ -62,21 +62,21 @@ class MetricTable:
         ]
 
     def clear(self, numbers: MetricArray) -> None:
-        """Counters at 0, gauges without value."""
+        """Sets counters to 0 and gauges to no value."""
         numbers[:] = np.nan
         numbers[self._counters] = 0
 
     def text(self, ranks: Mapping[int, MetricArray]) -> bytes:
-        """The values of a node's ranks in the text format."""
+        """Renders the values of a node's ranks in Prometheus text format."""
         registry = CollectorRegistry()
-        # Of one moment: steps go on while the text is made.
+        # A snapshot: training continues while the text is rendered.
         now = {rank: numbers.copy() for rank, numbers in ranks.items()}
         registry.register(_Collected(self, now))
         return generate_latest(registry)
 
 
 class MetricValues:
-    """One rank's values, for the one who writes them."""
+    """Write access to one rank's values."""
 
     def __init__(self, table: MetricTable, numbers: MetricArray) -> None:
         self._slots = table.slots
@@ -84,23 +84,25 @@ class MetricValues:
         table.clear(numbers)
 
     def set(self, name: str, value: float | None, *labels: str) -> None:
-        """None: there is no value."""
+        """Sets a metric; None means no value."""
         self._numbers[self._slots[name, *labels]] = np.nan if value is None else value
 
     def add(self, name: str, value: float, *labels: str) -> None:
+        """Adds to a metric."""
         self._numbers[self._slots[name, *labels]] += value
 
     def count(self, name: str, total: float, *labels: str) -> None:
-        """A counter that is kept elsewhere."""
+        """Sets a counter to a total that is counted elsewhere."""
         self._numbers[self._slots[name, *labels]] = total
 
     def get(self, name: str, *labels: str) -> float:
+        """Returns the value of a metric; NaN means no value."""
         return float(self._numbers[self._slots[name, *labels]])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Collected:
-    """What a registry asks for families."""
+    """Collector that a registry calls for metric families."""
 
     table: MetricTable
     ranks: Mapping[int, MetricArray]
@@ -116,8 +118,8 @@ class _Collected:
 
     def _samples(self, metric: Metric) -> Iterator[tuple[tuple[str, ...], float]]:
         for labels in metric.series:
-            place = self.table.slots[metric.name, *labels]
-            found = {rank: float(numbers[place]) for rank, numbers in self.ranks.items()}
+            slot = self.table.slots[metric.name, *labels]
+            found = {rank: float(numbers[slot]) for rank, numbers in self.ranks.items()}
             known = {rank: value for rank, value in found.items() if not np.isnan(value)}
             if metric.per == "rank":
                 yield from (((*labels, str(rank)), value) for rank, value in known.items())

@@ -1,10 +1,12 @@
-"""Clips -> WebDataset tar shards with a manifest, by any number of processes and tasks. The same
-clips and settings give the same bytes."""
+"""Packs clips into WebDataset tar shards with a manifest, in any number of processes and tasks.
+
+The same clips and settings give the same bytes.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -13,25 +15,25 @@ from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import Layout, Manifest, concat_samples, read_manifest
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack_clip import RefusedClip
-from tvr.data_prep.packing.plan import PackSettings, Plan, make_plan
+from tvr.data_prep.packing.plan import PackPlan, PackSettings, make_plan
 from tvr.data_prep.packing.shard_record import ShardRecord
 from tvr.data_prep.packing.words import WordTagger, tagger_name
-from tvr.data_prep.packing.worker_pool import Outcome, packed_clips
+from tvr.data_prep.packing.worker_pool import PackedClip, pack_clips
 from tvr.data_prep.records import Clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackProgress:
-    """How far a packing is."""
+    """Progress of one packing task."""
 
     num_done: int
-    """Clips of this task in shards that were complete already, and those packed now."""
+    """Clips in shards that were already complete, plus clips packed or refused by this call."""
     num_clips: int
-    """Of this task."""
+    """Clips of the task."""
     num_bytes: int
-    """Packed now."""
+    """Sample bytes packed by this call."""
     refused: Mapping[str, int] = field(default_factory=dict)
-    """Clips refused now, by reason."""
+    """Clips refused by this call, by reason."""
 
 
 def pack_shards(
@@ -53,25 +55,37 @@ def pack_shards(
     num_tasks: int = 1,
     on_progress: Callable[[PackProgress], object] = lambda progress: None,
 ) -> Manifest | None:
-    """Writes `shard-NNNNNN.tar`, `samples.npz`, `bad.jsonl` and, last, `manifest.json` to a folder
-    or fsspec URL. There is no data set before that; one that is overwritten stays until then.
+    """Packs clips into a data set.
 
-    frames layout: `num_frames` JPEGs a clip. video layout: the source MP4's bytes after decoding
-    them once, or with `reencode` an H.264 copy with a keyframe every `keyframe_interval` frames.
-    `short_side` in pixels. `words` finds the words of captions, for `data.word_drop` and
-    `data.content_words`. A shard holds the good ones of `samples_per_shard` clips.
+    Writes `shard-NNNNNN.tar`, `samples.npz`, `bad.jsonl` and, last, `manifest.json`. The data set
+    exists once `manifest.json` does; a data set that is overwritten stays readable until then.
 
-    A packing that was ended goes on where it stopped if the same clips and settings come again. Of
-    several tasks, each makes its share of the shards; the one that finds all complete publishes the
-    data set, the others return None. With one task that is this call, whoever made the shards.
+    An interrupted packing resumes if the call is repeated with the same clips and settings. With
+    several tasks, each task packs its share of the shards, and the task that completes the last
+    shard publishes the data set.
+
+    Args:
+        url: Output folder, a path or fsspec URL.
+        layout: "frames" stores `num_frames` JPEGs a clip. "video" stores the source MP4 after
+            decoding it once, or with `reencode` an H.264 copy with a keyframe every
+            `keyframe_interval` frames.
+        short_side: Pixels of the shorter side; None keeps the source's size.
+        samples_per_shard: Clips per shard; a shard with bad clips holds fewer samples.
+        max_bad: Clips, over all tasks, that may be refused.
+        words: Tag the words of captions, as `data.word_drop` and `data.content_words` need.
+        overwrite: Replace a complete data set, or an unfinished packing with another plan.
+        task: Number of this task, from 0 to `num_tasks` - 1.
+
+    Returns:
+        The manifest of the published data set; None if other tasks have shards left.
 
     Raises:
-        TooManyBadSamples: more than `max_bad` clips of all tasks were refused; no data set comes
-            of it, though complete shards wait for a larger `max_bad`.
-        FileExistsError: another complete data set is there and `overwrite` is false.
-        ValueError: a setting out of range, a bad or duplicate key, an unfinished packing of
-            something else in the folder, or no usable clip.
-        ChildProcessError: a clip's process was killed twice.
+        TooManyBadSamples: more than `max_bad` clips were refused. Nothing is published; complete
+            shards stay, so that a larger `max_bad` resumes.
+        FileExistsError: `url` holds another complete data set and `overwrite` is false.
+        ValueError: a setting is out of range, a key is invalid or not unique, `url` holds an
+            unfinished packing with another plan, or no clip is usable.
+        ChildProcessError: a clip's packing process was killed twice.
     """
     settings = PackSettings(
         layout=layout,
@@ -85,95 +99,98 @@ def pack_shards(
     )
     budget = BadSampleBudget(max_bad, f"while packing {url}")
     plan = make_plan(clips, settings)
-    _check(plan, url, processes, task, num_tasks)
-    folder = OutputDir(url, plan)
-    if folder.claim(overwrite=overwrite):
+    _check_arguments(plan, url, processes, task, num_tasks)
+    output = OutputDir(url, plan)
+    if output.claim(overwrite=overwrite):
         return read_manifest(url)
-    run = _Run(plan, folder, budget, on_progress)
+    packing = _PackTask(plan, output, budget, on_progress)
     try:
-        with folder.completed_by_others():
-            if run.make(plan.share(task, num_tasks), processes):
-                return run.published()
+        with output.ignore_files_removed_by_publisher():
+            if packing.pack_missing(plan.task_shards(task, num_tasks), processes):
+                return packing.publish_if_complete()
         return read_manifest(url)
     except BaseException:
         if num_tasks == 1:
-            folder.abandon()
+            output.discard_if_empty()
         raise
 
 
-def _check(plan: Plan, url: str, processes: int, task: int, num_tasks: int) -> None:
+def _check_arguments(plan: PackPlan, url: str, processes: int, task: int, num_tasks: int) -> None:
     if not plan.clips:
         raise ValueError(f"no usable clip to pack to {url}: no clip at all")
     if not 0 <= task < num_tasks:
         raise ValueError(f"task={task} must be from 0 to {num_tasks - 1}, num_tasks={num_tasks}")
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
-    here = next(
-        (place for place in (url, *(c.video for c in plan.clips)) if "memory://" in place), ""
-    )
-    if here and processes > 1:
+    urls = (url, *(clip.video for clip in plan.clips))
+    in_memory = next((each for each in urls if "memory://" in each), "")
+    if in_memory and processes > 1:
         raise ValueError(
-            f"processes={processes} must be 1 (--processes 1) with {here}: other processes have"
-            " other memories"
+            f"processes={processes} must be 1 (--processes 1) with {in_memory}: processes do not"
+            " share memory:// files"
         )
 
 
-class _Run:
-    """What one task does."""
+class _PackTask:
+    """Packs the shards of one task and publishes the data set when all shards are complete."""
 
     def __init__(
         self,
-        plan: Plan,
-        folder: OutputDir,
+        plan: PackPlan,
+        output: OutputDir,
         budget: BadSampleBudget,
         on_progress: Callable[[PackProgress], object],
     ) -> None:
         self._plan = plan
-        self._folder = folder
+        self._output = output
         self._budget = budget
         self._on_progress = on_progress
-        self._counted: set[int] = set()
+        self._counted_shards: set[int] = set()
         self._num_done = self._num_clips = self._num_bytes = 0
         self._refused: Counter[str] = Counter()
 
-    def make(self, share: range, processes: int) -> bool:
-        """Makes those shards of a share that are missing; False where the data set was completed
-        meanwhile."""
-        complete = self._complete()
-        sizes = {number: len(self._plan.shard_clips(number)) for number in share}
-        missing = [number for number in share if number not in complete]
-        to_do = sum(sizes[number] for number in missing)
+    def pack_missing(self, shards: range, processes: int) -> bool:
+        """Packs the incomplete ones of `shards`.
+
+        Returns False if another process has completed the data set meanwhile.
+        """
+        complete = self._complete_shards()
+        sizes = {number: len(self._plan.shard_clips(number)) for number in shards}
+        missing = [number for number in shards if number not in complete]
+        num_missing = sum(sizes[number] for number in missing)
         self._num_clips = sum(sizes.values())
-        self._num_done = self._num_clips - to_do
-        self._tell()
+        self._num_done = self._num_clips - num_missing
+        self._report_progress()
         clips = chain.from_iterable(self._plan.shard_clips(number) for number in missing)
-        processes = min(processes, max(1, to_do))
+        processes = min(processes, max(1, num_missing))
         settings = self._plan.settings
-        # Of all clips, so that each task weighs words alike.
+        # Built from all clips, so that every task computes the same word weights.
         tagger = WordTagger(self._plan.clips) if settings.words and missing else None
-        with closing(packed_clips(clips, settings, processes, tagger)) as outcomes:
+        with closing(pack_clips(clips, settings, processes, tagger)) as packed:
             for number in missing:
-                if not self._folder.write_shard(
-                    number, self._told(islice(outcomes, sizes[number]))
-                ):
-                    return False
-                self._spend(self._folder.known_records())
+                with self._output.open_shard(number) as shard:
+                    for outcome in islice(packed, sizes[number]):
+                        self._count(outcome)
+                        shard.append(outcome)
+                    if not shard.commit():
+                        return False
+                self._count_bad(self._output.recorded_shards())
         return True
 
-    def published(self) -> Manifest | None:
-        """The data set, published now if all its shards are there."""
-        records = list(self._complete().values())
+    def publish_if_complete(self) -> Manifest | None:
+        """Publishes the data set if all shards are complete; None if some are missing."""
+        records = list(self._complete_shards().values())
         if len(records) < self._plan.num_shards:
-            return None if self._folder.goes_on() else read_manifest(self._folder.url)
+            return None if self._output.is_active() else read_manifest(self._output.url)
         bad = [entry for record in records for entry in record.bad]
         manifest = self._manifest([record for record in records if record.samples], bad)
-        self._folder.publish(manifest, bad)
+        self._output.publish(manifest, bad)
         return manifest
 
     def _manifest(self, records: list[ShardRecord], bad: list[RefusedClip]) -> Manifest:
         refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
         if not records:
-            raise ValueError(f"no usable clip to pack to {self._folder.url}; refused: {refused}")
+            raise ValueError(f"no usable clip to pack to {self._output.url}; refused: {refused}")
         settings = self._plan.settings
         samples = concat_samples([record.samples for record in records])
         return Manifest(
@@ -187,34 +204,32 @@ class _Run:
             samples=samples,
             tagger=tagger_name() if settings.words else None,
             fingerprint=self._plan.fingerprint,
-            generation=self._folder.generation,
+            generation=self._output.generation,
         )
 
-    def _complete(self) -> dict[int, ShardRecord]:
-        records = self._folder.records()
-        self._spend(records)
+    def _complete_shards(self) -> dict[int, ShardRecord]:
+        records = self._output.complete_shards()
+        self._count_bad(records)
         return records
 
-    def _spend(self, records: dict[int, ShardRecord]) -> None:
-        """Counts the bad clips of complete shards, whoever made them, against the budget."""
-        for number in sorted(records.keys() - self._counted):
-            self._counted.add(number)
+    def _count_bad(self, records: dict[int, ShardRecord]) -> None:
+        """Charges the bad clips of complete shards, of any task, to the budget."""
+        for number in sorted(records.keys() - self._counted_shards):
+            self._counted_shards.add(number)
             for entry in records[number].bad:
                 self._budget.record_bad(entry.key, entry.reason, entry.detail)
 
-    def _told(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """The outcomes, counted."""
-        for outcome in outcomes:
-            self._num_done += 1
-            if isinstance(outcome, RefusedClip):
-                self._refused[outcome.reason] += 1
-                self._budget.record_bad(outcome.key, outcome.reason, outcome.detail)
-            else:
-                self._num_bytes += len(outcome.stored)
-            self._tell()
-            yield outcome
+    def _count(self, outcome: PackedClip) -> None:
+        """Counts one clip and reports the progress."""
+        self._num_done += 1
+        if isinstance(outcome, RefusedClip):
+            self._refused[outcome.reason] += 1
+            self._budget.record_bad(outcome.key, outcome.reason, outcome.detail)
+        else:
+            self._num_bytes += len(outcome.stored)
+        self._report_progress()
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         self._on_progress(
             PackProgress(
                 num_done=self._num_done,

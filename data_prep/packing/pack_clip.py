@@ -1,4 +1,4 @@
-"""One clip -> the bytes that its shard stores, or the reason why it is left out."""
+"""Converts one clip to the bytes that its shard stores, or to the reason for refusing it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tvr.data_prep.dataset.shard_writer import TarSample, content_hash, tar_byte
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger, clean_captions
 from tvr.data_prep.records import BadSample, Caption, Clip
-from tvr.data_prep.storage.storage import PERMANENT, Storage
+from tvr.data_prep.storage.storage import PERMANENT_ERRORS, Storage
 from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, sample_frames
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
@@ -18,7 +18,7 @@ from tvr.data_prep.video.reencode import reencode_video
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefusedClip:
-    """A clip that is left out; one line of bad.jsonl."""
+    """A clip that is not packed; one line of bad.jsonl."""
 
     key: str
     reason: str
@@ -29,7 +29,7 @@ class RefusedClip:
 def pack_clip(
     clip: Clip, settings: PackSettings, tagger: WordTagger | None = None
 ) -> TarSample | RefusedClip:
-    """Reads, checks and converts one clip; the same clip gives the same bytes."""
+    """Reads, checks and converts one clip. The same clip gives the same bytes."""
     captions = _captions(clip, tagger)
     try:
         if not captions:
@@ -38,7 +38,7 @@ def pack_clip(
         source = _read_source(clip)
         members = _members(clip, source, captions, settings)
     except BadSample as error:
-        return refused(clip, error.reason, error.detail)
+        return refuse_clip(clip, error.reason, error.detail)
     return TarSample(
         key=clip.key,
         video_id=clip.video_id,
@@ -56,8 +56,8 @@ def _captions(clip: Clip, tagger: WordTagger | None) -> tuple[Caption, ...]:
     return tuple(Caption(text=text) for text in texts)
 
 
-def refused(clip: Clip, reason: str, detail: str) -> RefusedClip:
-    """A clip that is left out, with where it came from."""
+def refuse_clip(clip: Clip, reason: str, detail: str) -> RefusedClip:
+    """Returns the refusal of a clip, with the clip's source in `detail`."""
     source = f"{clip.video} of {clip.origin}" if clip.origin else clip.video
     return RefusedClip(key=clip.key, reason=reason, detail=f"{detail} [{source}]")
 
@@ -100,14 +100,14 @@ def _members(
 def _meta(
     clip: Clip, captions: tuple[Caption, ...], info: VideoInfo, times_s: tuple[float, ...]
 ) -> dict[str, Any]:
-    """The sample's JSON member."""
+    """Returns the fields of the sample's JSON member."""
     return {
         "captions": [caption.text for caption in captions],
-        # Of each caption [start, end, kind], see Word; null = packed without words.
+        # One list of [start, end, kind] per caption, see Word; null = packed without words.
         "words": [caption.words for caption in captions] if captions[0].words is not None else None,
         "video_id": clip.video_id,
-        "frame_times_s": times_s,  # of the stored frames; empty where the video itself is stored
-        "span_s": clip.span,  # that was cut out of the source; null: all of it is here
+        "frame_times_s": times_s,  # of the stored frames; empty in the video layout
+        "span_s": clip.span,  # cut out of the source; null = the whole source
         "source_size": [info.width, info.height],
         "fps": round(info.frame_rate_hz, 6),
         "duration_s": info.duration_s,  # of the source
@@ -118,6 +118,6 @@ def _read_source(clip: Clip) -> bytes:
     try:
         return Storage(clip.video).read_root()
     except OSError as error:
-        gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, PERMANENT)
+        gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, PERMANENT_ERRORS)
         reason = "missing_file" if gone else "read_error"
         raise BadSample(clip.key, reason, f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a packing job tells Prometheus while it runs: `tvr pack --metrics-port`."""
+"""Prometheus metrics of a running packing job: `tvr pack --metrics-port`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACK_METRICS = (
         name="tvr_pack_done_clips",
         kind="gauge",
         unit="clips",
-        meaning="Clips of this task that are done, those of earlier starts included.",
+        meaning="Clips of this task that are done, including those of earlier starts.",
     ),
     Metric(
         name="tvr_pack_planned_clips",
@@ -54,49 +54,49 @@ PACK_METRICS = (
         name="tvr_pack_last_clip_timestamp_seconds",
         kind="gauge",
         unit="seconds",
-        meaning="When the last clip was done, in Unix time.",
+        meaning="Unix time at which the last clip was done.",
     ),
 )
-PACKING = MetricTable(PACK_METRICS)
+PACK_TABLE = MetricTable(PACK_METRICS)
 
 
 @contextmanager
 def serve_metrics(show: OnProgress, port: int | None) -> Iterator[OnProgress]:
-    """`show`, and while the block runs the same numbers at a port of this machine; none: only
-    `show`.
+    """Yields a progress callback that calls `show` and updates the metrics of a local endpoint.
+
+    Args:
+        port: Port of the endpoint, 0 for any free port; None yields `show` itself.
 
     Raises:
-        ValueError: the port is taken.
+        ValueError: the port is in use.
     """
     if port is None:
         yield show
         return
-    numbers = np.empty(len(PACKING.slots))
-    endpoint = MetricsEndpoint(lambda: PACKING.text({0: numbers}), "0.0.0.0", port)
+    numbers = np.empty(len(PACK_TABLE.slots))
+    endpoint = MetricsEndpoint(lambda: PACK_TABLE.text({0: numbers}), "0.0.0.0", port)
     print(f"metrics: http://{endpoint.target}/metrics", flush=True)
     try:
-        yield _Told(MetricValues(PACKING, numbers), show)
+        yield _MetricsUpdater(MetricValues(PACK_TABLE, numbers), show)
     finally:
         endpoint.close()
 
 
-class _Told:
+class _MetricsUpdater:
     def __init__(self, values: MetricValues, show: OnProgress) -> None:
         self._values = values
         self._show = show
-        self._before: PackProgress | None = None
+        self._last: PackProgress | None = None
 
     def __call__(self, progress: PackProgress) -> None:
         self._show(progress)
-        values, before = self._values, self._before or progress
+        values, last = self._values, self._last or progress
         values.set("tvr_pack_done_clips", progress.num_done)
         values.set("tvr_pack_planned_clips", progress.num_clips)
-        values.add("tvr_pack_clips_total", progress.num_done - before.num_done)
-        values.add("tvr_pack_bytes_total", progress.num_bytes - before.num_bytes)
+        values.add("tvr_pack_clips_total", progress.num_done - last.num_done)
+        values.add("tvr_pack_bytes_total", progress.num_bytes - last.num_bytes)
         for reason, count in progress.refused.items():
-            values.add(
-                "tvr_pack_refused_clips_total", count - before.refused.get(reason, 0), reason
-            )
-        if self._before is not None:
+            values.add("tvr_pack_refused_clips_total", count - last.refused.get(reason, 0), reason)
+        if self._last is not None:
             values.set("tvr_pack_last_clip_timestamp_seconds", time.time())
-        self._before = progress
+        self._last = progress

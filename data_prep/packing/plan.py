@@ -1,8 +1,9 @@
-"""What a packing will write, before anything is read: which clip goes to which shard, and a
-fingerprint of all that its bytes depend on.
+"""The plan of a packing: the clips of each shard, and a fingerprint of everything that determines
+the data set's bytes.
 
-Pure functions of the clip list and the settings. Processes, tasks, restarts and clips that turn out
-to be bad change nothing here, so that anyone can make any shard, with the same bytes.
+The plan is a pure function of the clip list and the settings. It depends neither on processes and
+tasks, nor on restarts, nor on clips that turn out to be bad. Any process can therefore pack any
+shard, with the same bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from tvr.data_prep.dataset.manifest import FORMAT_VERSION, Layout
 from tvr.data_prep.records import Clip
 from tvr.data_prep.video.frame_sampling import check_span
 
-# Packages whose versions pictures, videos and words are a function of.
-WRITERS = ("av", "pillow", "HanTa")
+# Packages whose versions determine the stored pictures, videos and words.
+WRITER_PACKAGES = ("av", "pillow", "HanTa")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackSettings:
-    """What every sample of a data set is made with; see `pack_shards`."""
+    """Settings of all samples of a data set; see `pack_shards`."""
 
     layout: Layout
     num_frames: int
@@ -59,35 +60,35 @@ class PackSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """All shards of a packing."""
+class PackPlan:
+    """Clips and settings of a packing."""
 
     clips: tuple[Clip, ...]
     settings: PackSettings
     record: dict[str, Any]
-    """All that the data set's bytes are a function of, less the bytes of the sources; JSON."""
+    """Everything that determines the data set's bytes except the source videos; JSON values."""
     fingerprint: str
-    """Of `record`."""
+    """sha256 of `record`."""
 
     @property
     def num_shards(self) -> int:
         return -(-len(self.clips) // self.settings.samples_per_shard)
 
     def shard_clips(self, number: int) -> Sequence[Clip]:
-        """The clips of a shard, less than `samples_per_shard` in the last one only."""
+        """Returns the clips of a shard: `samples_per_shard`, fewer in the last shard."""
         first = number * self.settings.samples_per_shard
         return self.clips[first : first + self.settings.samples_per_shard]
 
-    def share(self, task: int, num_tasks: int) -> range:
-        """The shards that one of several tasks makes."""
+    def task_shards(self, task: int, num_tasks: int) -> range:
+        """Returns the numbers of the shards that a task packs."""
         return range(task, self.num_shards, num_tasks)
 
 
-def make_plan(clips: Iterable[Clip], settings: PackSettings) -> Plan:
-    """Clips `samples_per_shard` to a shard in their order.
+def make_plan(clips: Iterable[Clip], settings: PackSettings) -> PackPlan:
+    """Assigns `samples_per_shard` clips to each shard, in order.
 
     Raises:
-        ValueError: a bad or duplicate key, or a cut that the layout cannot make.
+        ValueError: a key is invalid or not unique, or the layout cannot store a cut.
     """
     clips = tuple(clips)
     digest = hashlib.sha256()
@@ -101,20 +102,20 @@ def make_plan(clips: Iterable[Clip], settings: PackSettings) -> Plan:
         check_span(clip.span)
         if clip.span is not None and settings.layout == "video" and not settings.reencode:
             raise ValueError(
-                f"{where}: clip {clip.key!r} is cut out of its video, which in layout=video needs"
-                " reencode=True (--reencode): a copy is the whole file"
+                f"{where}: clip {clip.key!r} is cut out of its video; layout=video needs"
+                " reencode=True (--reencode) for that, because a copy is the whole file"
             )
         origins[clip.key] = where
-        digest.update(json.dumps(_fields(clip)).encode() + b"\n")
+        digest.update(json.dumps(_clip_fields(clip)).encode() + b"\n")
     record = {
         "format_version": FORMAT_VERSION,
         "num_clips": len(clips),
         "clips": digest.hexdigest(),
         **asdict(settings),
-        **{name: version(name) for name in WRITERS},
+        **{name: version(name) for name in WRITER_PACKAGES},
     }
     text = json.dumps(record, sort_keys=True)
-    return Plan(
+    return PackPlan(
         clips=clips,
         settings=settings,
         record=record,
@@ -122,19 +123,19 @@ def make_plan(clips: Iterable[Clip], settings: PackSettings) -> Plan:
     )
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What the records of two plans differ in."""
-    told = []
+def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Describes the differences between the records of two plans."""
+    differences = []
     for name in {**before, **now}:
         if name == "clips" and before.get(name) != now.get(name):
-            told.append("the clips' keys, paths, captions, cuts, origins or order differ")
+            differences.append("the clips' keys, paths, captions, cuts, origins or order differ")
         elif before.get(name) != now.get(name):
-            told.append(f"{name} was {before.get(name)!r}, is {now.get(name)!r}")
-    return "; ".join(told)
+            differences.append(f"{name} was {before.get(name)!r}, is {now.get(name)!r}")
+    return "; ".join(differences)
 
 
-def _fields(clip: Clip) -> tuple[Any, ...]:
-    """All that a sample, or its line in the list of bad ones, is made from."""
+def _clip_fields(clip: Clip) -> tuple[Any, ...]:
+    """Returns the fields that determine a sample, or its line in bad.jsonl."""
     return (
         *(clip.key, clip.video, clip.captions, clip.video_id, clip.origin),
         *(clip.start_s, clip.end_s),

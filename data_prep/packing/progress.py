@@ -1,5 +1,4 @@
-"""How far a packing is, on stderr: a bar where that is a terminal, else a line every half minute,
-so that a batch job's log shows life."""
+"""Shows the progress of packing on stderr: a bar on a terminal, a line every 30 s in a log."""
 
 from __future__ import annotations
 
@@ -22,65 +21,70 @@ OnProgress = Callable[[PackProgress], None]
 
 @contextmanager
 def show_progress(
-    what: str, *, line_every_s: float = LINE_EVERY_S, clock: Callable[[], float] = time.monotonic
+    title: str, *, line_every_s: float = LINE_EVERY_S, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[OnProgress]:
-    """A function to call with each progress."""
+    """Yields a callback that shows each PackProgress passed to it.
+
+    Args:
+        title: Start of each line, or label of the bar.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(what, line_every_s, clock)
+        yield _LineLog(title, line_every_s, clock)
         return
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()),
     )
     with Progress(*columns, console=console) as bar:
-        yield _Bar(what, bar, clock)
+        yield _Bar(title, bar, clock)
 
 
 @dataclass(slots=True)
 class _Rates:
-    """Clips and bytes a second since the first progress."""
+    """Rates since the first progress; clips that were complete before do not count."""
 
     start_s: float
     start: PackProgress
 
     def text(self, progress: PackProgress, now_s: float) -> str:
+        """Returns clips and megabytes a second."""
         seconds = max(now_s - self.start_s, 1e-9)
         return (
-            f"{self.clips(progress, seconds):.1f} clips/s,"
+            f"{self.clips_per_s(progress, seconds):.1f} clips/s,"
             f" {progress.num_bytes / 1e6 / seconds:.1f} MB/s"
         )
 
-    def left(self, progress: PackProgress, now_s: float) -> str:
-        rate = self.clips(progress, max(now_s - self.start_s, 1e-9))
+    def time_left(self, progress: PackProgress, now_s: float) -> str:
+        rate = self.clips_per_s(progress, max(now_s - self.start_s, 1e-9))
         return str(timedelta(seconds=round((progress.num_clips - progress.num_done) / rate)))
 
-    def clips(self, progress: PackProgress, seconds: float) -> float:
+    def clips_per_s(self, progress: PackProgress, seconds: float) -> float:
         return (progress.num_done - self.start.num_done) / seconds
 
 
-class _Lines:
-    def __init__(self, what: str, every_s: float, clock: Callable[[], float]) -> None:
-        self._what = what
+class _LineLog:
+    def __init__(self, title: str, every_s: float, clock: Callable[[], float]) -> None:
+        self._title = title
         self._every_s = every_s
         self._clock = clock
         self._rates: _Rates | None = None
-        self._said_s = 0.0
+        self._last_line_s = 0.0
 
     def __call__(self, progress: PackProgress) -> None:
         now_s = self._clock()
         if self._rates is None:
-            self._rates, self._said_s = _Rates(now_s, progress), now_s
-        elif now_s - self._said_s >= self._every_s:
-            self._said_s = now_s
-            rates, left = self._rates.text(progress, now_s), self._rates.left(progress, now_s)
+            self._rates, self._last_line_s = _Rates(now_s, progress), now_s
+        elif now_s - self._last_line_s >= self._every_s:
+            self._last_line_s = now_s
+            rates, left = self._rates.text(progress, now_s), self._rates.time_left(progress, now_s)
             done = f"{progress.num_done:,} of {progress.num_clips:,} clips"
-            print(f"{self._what}: {done}, {rates}, {left} left", file=sys.stderr, flush=True)
+            print(f"{self._title}: {done}, {rates}, {left} left", file=sys.stderr, flush=True)
 
 
 class _Bar:
-    def __init__(self, what: str, bar: Progress, clock: Callable[[], float]) -> None:
-        self._what = what
+    def __init__(self, title: str, bar: Progress, clock: Callable[[], float]) -> None:
+        self._title = title
         self._bar = bar
         self._clock = clock
         self._rates: _Rates | None = None
@@ -89,9 +93,9 @@ class _Bar:
         now_s = self._clock()
         if self._rates is None:
             self._rates = _Rates(now_s, progress)
-            # Not from 0: rich would take what was complete already for speed.
+            # Starts at the completed clips: rich would count them into the speed otherwise.
             self._task = self._bar.add_task(
-                self._what, total=progress.num_clips, completed=progress.num_done, rate=""
+                self._title, total=progress.num_clips, completed=progress.num_done, rate=""
             )
         else:
             rate = self._rates.text(progress, now_s)

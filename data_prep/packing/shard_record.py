@@ -1,4 +1,4 @@
-"""The record of one complete shard, which a packing that goes on is made from."""
+"""The record of a complete shard, from which an interrupted packing resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from tvr.data_prep.dataset.manifest import SampleTable, Shard
 from tvr.data_prep.packing.pack_clip import RefusedClip
 
-DTYPES = {
+COLUMN_DTYPES = {
     "key": np.str_,
     "video_id": np.str_,
     "shard": np.int32,
@@ -25,48 +25,49 @@ DTYPES = {
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A complete shard; without samples, since all its clips are bad, it has no file."""
+    """A complete shard. If all its clips are bad, `samples` is empty and the shard has no file."""
 
     shard: Shard
     samples: SampleTable
-    """Its rows, as if it were the only shard."""
+    """Rows of this shard, with `shard` 0."""
     num_empty_captions: int
     bad: tuple[RefusedClip, ...]
-    """In clip order."""
+    """Refused clips in plan order."""
 
 
 def record_name(number: int) -> str:
-    """The file of a planned shard's record."""
+    """Returns the file name of a shard's record."""
     return f"shard-{number:06d}.json"
 
 
 def packing_id(fingerprint: str, generation: int) -> str:
-    """Tells records apart that may lie in one folder."""
+    """Identifies the packing to which a record belongs."""
     return f"{fingerprint} {generation}"
 
 
-def record_bytes(record: ShardRecord, packing: str) -> bytes:
-    """The record as JSON."""
+def encode_record(record: ShardRecord, packing: str) -> bytes:
+    """Returns the record as JSON."""
     fields = {
         "packing": packing,
         "shard": asdict(record.shard),
-        "samples": {name: getattr(record.samples, name).tolist() for name in DTYPES},
+        "samples": {name: getattr(record.samples, name).tolist() for name in COLUMN_DTYPES},
         "num_empty_captions": record.num_empty_captions,
         "bad": [asdict(entry) for entry in record.bad],
     }
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
-def read_record(content: bytes, packing: str) -> ShardRecord | None:
-    """None where it is another packing's, or damaged: the shard is made again then."""
+def decode_record(content: bytes, packing: str) -> ShardRecord | None:
+    """Parses a record. Returns None if it is damaged or belongs to another packing."""
     try:
         fields = json.loads(content)
         if fields["packing"] != packing:
             return None
         columns = {
-            name: np.array(fields["samples"][name], dtype=dtype) for name, dtype in DTYPES.items()
+            name: np.array(fields["samples"][name], dtype=dtype)
+            for name, dtype in COLUMN_DTYPES.items()
         }
         return ShardRecord(
             shard=Shard(**fields["shard"]),
@@ -75,5 +76,5 @@ def read_record(content: bytes, packing: str) -> ShardRecord | None:
             bad=tuple(RefusedClip(**entry) for entry in fields["bad"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        log.warning("a shard's record is damaged, the shard is packed again: %r", error)
+        log.warning("a shard's record is damaged, packing the shard again: %r", error)
         return None

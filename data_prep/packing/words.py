@@ -1,17 +1,17 @@
-"""Words of captions: which ones carry content, and which ones training may leave out.
+"""Finds the words of captions: content words, and words that word drop may remove.
 
-Parts of speech are tagged once, when a data set is packed, by HanTa's English model, which its
-wheel carries (BNC tags). How many of the 569 words of 80 hand-tagged captions
-(tests/tagged_captions.txt: lower case, typos, clitics, verbs that are nouns elsewhere) are rightly
-told to carry content or not, and captions a second on one core:
+Packing tags parts of speech once, with HanTa's English model (BNC tags), which is part of HanTa's
+wheel. Accuracy of "content word or not" on the 569 words of 80 hand-tagged captions
+(tests/data/tagged_captions.txt: lower case, typos, clitics, verbs that are nouns elsewhere), and
+captions a second on one core:
 
     HanTa 1.2.1                      99.6 %     4,000
     spaCy 3.8 with en_core_web_sm    99.3 %     1,500   (its model as third parties upload it)
     TextBlob 0.20, PatternTagger     98.2 %     2,000
     denckring-en-pos 0.6             97.9 %    20,000
 
-A word is letters and digits, inner hyphens and apostrophes included, without a clitic at its end
-("man" in "man's", "does" in "doesn't").
+A word consists of letters and digits and may contain hyphens and apostrophes. A clitic at its end
+does not belong to it ("man" in "man's", "does" in "doesn't").
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from HanTa.HanoverTagger import HanoverTagger
 from tvr.data_prep.records import Caption, Clip, Word, WordKind
 
 # Nouns, names, adjectives, full verbs. Forms of be, have and do, modals, determiners and pronouns
-# have other tags, so that of the usual stop words only these remain.
+# have other tags, so only these of the usual stop words have a content tag.
 CONTENT_TAGS = ("NN", "NP", "AJ", "VV")
 STOP_WORDS = frozenset({"other", "others", "own", "same", "such"})
 
@@ -44,23 +44,32 @@ _MAX_LETTERS = 40
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """Captions as they are stored: HTML entities resolved (twice, as CLIP does), one space between
-    words, empty ones left out."""
+    """Returns the captions as they are stored.
+
+    HTML entities are resolved twice, as CLIP does; words are separated by one space; empty captions
+    are dropped.
+    """
     texts = (" ".join(html.unescape(html.unescape(caption)).split()) for caption in captions)
     return tuple(text for text in texts if text)
 
 
 class WordTagger:
-    """Finds the words of a data set's captions; the same for the same clips on every machine.
+    """Finds the words of a data set's captions, with the same result on every machine.
 
-    `clips` are those of the whole split, also where only a part of it is packed. The weight of a
-    word in a clip is tf x idf: its share of all words in the clip's captions, times
-    ln((1 + N) / (1 + n)) where n of N clips have it; a word of every clip weighs 0. Droppable are,
-    in a caption, at most the five forms of lowest weight (the earliest of equals) among those below
-    0.1 with no occurrence that carries content or a clitic. So fillers may go; content words and
-    telling adverbs and prepositions stay. The authors have the same five and 0.1, but the idf of a
-    Chinese table, to which all English words but a few fillers (weight 0) are equal: there, too,
-    fillers go first, and few others go.
+    The weight of a word in a clip is tf x idf: the word's share of all words in the clip's
+    captions, times ln((1 + N) / (1 + n)) if n of N clips contain it. A word of every clip has
+    weight 0.
+
+    In each caption, at most five word forms are droppable: those of the lowest weight below 0.1
+    (the earliest among equals) of which no occurrence is a content word or has a clitic. Word drop
+    thus removes fillers, and keeps content words and informative adverbs and prepositions.
+
+    The authors use the same limits, five and 0.1, with the idf of a Chinese table. That table gives
+    weight 0 to a few English fillers and equal weights to all other English words, so it also
+    drops fillers first, and few other words.
+
+    Args:
+        clips: Clips of the whole split, also if only a part of it is packed.
     """
 
     def __init__(self, clips: Iterable[Clip]) -> None:
@@ -71,7 +80,7 @@ class WordTagger:
             self._clips_with.update(set(_forms(clean_captions(clip.captions))))
 
     def tag(self, texts: Sequence[str]) -> tuple[Caption, ...]:
-        """One clip's captions, as `clean_captions` gives them, with their words."""
+        """Returns one clip's captions with their words; `texts` come from `clean_captions`."""
         counts = Counter(_forms(texts))
         weights = {form: self._weight(form, n / counts.total()) for form, n in counts.items()}
         return tuple(Caption(text=text, words=self._words(text, weights)) for text in texts)
@@ -81,47 +90,48 @@ class WordTagger:
 
     def _words(self, text: str, weights: dict[str, float]) -> tuple[Word, ...]:
         tokens = list(_tokens(text))
-        content = self._content(tokens)
-        stay = {each.form for each, tells in zip(tokens, content, strict=True) if tells}
-        stay |= {each.form for each in tokens if each.clitic}
-        forms = dict.fromkeys(each.form for each in tokens if each.is_word)
-        light = [form for form in forms if form not in stay and weights[form] < KEYWORD_WEIGHT]
-        lightest = set(sorted(light, key=weights.__getitem__)[:MAX_DROPPABLE])
+        content = self._is_content(tokens)
+        kept = {token.form for token, is_content in zip(tokens, content, strict=True) if is_content}
+        kept |= {token.form for token in tokens if token.clitic}
+        forms = dict.fromkeys(token.form for token in tokens if token.is_word)
+        light = [form for form in forms if form not in kept and weights[form] < KEYWORD_WEIGHT]
+        droppable = set(sorted(light, key=weights.__getitem__)[:MAX_DROPPABLE])
         return tuple(
-            Word(each.start, each.end, _kind(tells, each.form in lightest))
-            for each, tells in zip(tokens, content, strict=True)
-            if each.is_word
+            Word(token.start, token.end, _kind(is_content, token.form in droppable))
+            for token, is_content in zip(tokens, content, strict=True)
+            if token.is_word
         )
 
-    def _content(self, tokens: Sequence[_Token]) -> list[bool]:
-        parts = [part for each in tokens for part in (each.stem, each.clitic) if part]
+    def _is_content(self, tokens: Sequence[_Token]) -> list[bool]:
+        """Returns for each token whether it is a content word."""
+        parts = [part for token in tokens for part in (token.stem, token.clitic) if part]
         parts = [part.replace("\u2019", "'")[-_MAX_LETTERS:] for part in parts]
         tags = iter(_model().tag_sent(parts, taglevel=0, casesensitive=False))
-        found = []
-        for each in tokens:
+        content = []
+        for token in tokens:
             tag = next(tags)
-            if each.clitic:
+            if token.clitic:
                 next(tags)
-            is_content = tag.startswith(CONTENT_TAGS) and each.form not in STOP_WORDS
-            found.append(each.is_word and is_content)
-        return found
+            has_content_tag = tag.startswith(CONTENT_TAGS) and token.form not in STOP_WORDS
+            content.append(token.is_word and has_content_tag)
+        return content
 
 
 def tagger_name() -> str:
-    """The tagger and its version, on which the words found depend."""
+    """Returns the tagger's name and version, on which the words depend."""
     return f"HanTa {version('HanTa')}"
 
 
 @cache
 def _model() -> HanoverTagger:
-    # Not a WordTagger's own, which goes to other processes: each loads the model, in 0.2 s.
+    # Not a field of WordTagger, which is sent to other processes: each loads the model in 0.2 s.
     return HanoverTagger("morphmodel_en.pgz")
 
 
-def _kind(content: bool, light: bool) -> WordKind:
-    if content:
+def _kind(is_content: bool, is_droppable: bool) -> WordKind:
+    if is_content:
         return WordKind.CONTENT
-    return WordKind.DROPPABLE if light else WordKind.PLAIN
+    return WordKind.DROPPABLE if is_droppable else WordKind.PLAIN
 
 
 class _Token(NamedTuple):
@@ -133,12 +143,12 @@ class _Token(NamedTuple):
 
     @property
     def form(self) -> str:
-        """What equal words have in common."""
+        """Case-folded stem, by which words are compared."""
         return self.stem.casefold()
 
 
 def _tokens(text: str) -> Iterator[_Token]:
-    """Words and single other signs, the spaces left out."""
+    """Yields words and single other characters; skips white space."""
     for match in _TOKEN.finditer(text):
         start, end = match.span()
         clitic = _CLITIC.search(match.group())
@@ -149,4 +159,4 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 def _forms(texts: Iterable[str]) -> Iterator[str]:
-    return (each.form for text in texts for each in _tokens(text) if each.is_word)
+    return (token.form for text in texts for token in _tokens(text) if token.is_word)

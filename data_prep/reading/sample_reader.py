@@ -180,7 +180,7 @@ class SampleReader:
             num_frames,
             offsets=offsets,
             sample=self._sample_frames,
-            place=out,
+            out=out,
         )
 
     def members(self, row: int) -> dict[str, bytes]:

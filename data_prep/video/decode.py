@@ -1,4 +1,4 @@
-"""Exact frame sampling from video files with PyAV."""
+"""Samples exact frames from video files with PyAV."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_index import (
     FrameIndex,
     Source,
-    decoded_frames,
-    decoded_timeline,
-    opened,
-    packet_timeline,
-    with_timeline,
+    decode_frames,
+    index_decoded_frames,
+    index_packets,
+    open_video,
+    with_frame_index,
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
-    """What the container says of its video stream; `num_frames` counts the packets that are
-    shown."""
+    """Properties of a container's video stream."""
 
     container: str
     """libav's name, such as "mov,mp4,m4a,3gp,3g2,mj2"."""
     num_frames: int
+    """Packets that are presented."""
     width: int
     """Pixels as stored, before any rotation."""
     height: int
@@ -48,55 +48,59 @@ def sample_frames(
     offsets: Sequence[float] | None = None,
     key: str = "video",
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Decodes one frame out of each of `num_frames` equal segments of the video, or of a span of
-    it, upright: those that `segment_frames` names.
+    """Decodes one frame from each of `num_frames` equal segments of a video or a span of it.
 
-    Returns uint8 RGB (F, H, W, 3) and the second each is shown at, counted from the first frame of
-    the span. F is `num_frames`, or less where there are fewer: then every frame there is.
+    Args:
+        offsets: Position within each segment, see `segment_frames`.
+        key: Name of the sample in error messages.
+
+    Returns:
+        Upright frames (F, H, W, 3) uint8 RGB, and the time of each in seconds from the first frame
+        of the span. F is `num_frames`, or the number of frames in the span if that is smaller.
 
     Raises:
-        BadSample: "unreadable" (damaged, truncated, unknown format) or "no_frames" (in the span).
-        ValueError: a span or offsets out of range.
+        BadSample: "unreadable" (damaged, truncated, unknown format), "no_frames" (in the span) or
+            "missing_file".
+        ValueError: a span or offsets are out of range.
     """
     check_span(span)
 
-    def sample(timeline: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
-        chosen, times_s = choose(timeline, num_frames, span, offsets, key)
-        scaler = VideoReformatter()  # a new one for each frame takes four times as long
+    def sample(frame_index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
+        chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
+        scaler = VideoReformatter()  # one per frame would take four times as long
         frames = {
             index: upright(frame, scaler)
-            for index, frame in decoded_frames(source, timeline, sorted(set(chosen)), key)
+            for index, frame in decode_frames(source, frame_index, sorted(set(chosen)), key)
         }
         if len({frame.shape for frame in frames.values()}) > 1:
             raise BadSample(key, "unreadable", "the picture size changes within the video")
         return np.stack([frames[index] for index in chosen]), times_s
 
-    return with_timeline(source, key, sample)
+    return with_frame_index(source, key, sample)
 
 
-def choose(
-    timeline: FrameIndex,
+def choose_frames(
+    frame_index: FrameIndex,
     num_frames: int,
     span: Span | None,
     offsets: Sequence[float] | None,
     key: str,
 ) -> tuple[list[int], tuple[float, ...]]:
-    """The frames that `sample_frames` takes, with their times."""
-    within, times_s = timeline.within(span, key), timeline.times_s
+    """Returns the indices and times of the frames that `sample_frames` samples."""
+    within, times_s = frame_index.within(span, key), frame_index.times_s
     chosen = [within[i] for i in segment_frames(len(within), num_frames, offsets)]
     return chosen, tuple(round(times_s[i] - times_s[within[0]], 6) for i in chosen)
 
 
 def check_frames(source: Source, *, key: str = "video") -> None:
-    """Decodes every frame once. Raises BadSample as `sample_frames` does, for damage anywhere."""
-    decoded_timeline(source, key)
+    """Decodes every frame once. Raises BadSample as `sample_frames`, for damage anywhere."""
+    index_decoded_frames(source, key)
 
 
 def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
-    """Reads the container's packets without decoding them. Raises BadSample as `sample_frames`
-    does."""
-    num_frames = packet_timeline(source, key).num_frames
-    with opened(source, key) as (container, stream):
+    """Reads the container's packets without decoding them. Raises BadSample as `sample_frames`."""
+    num_frames = index_packets(source, key).num_frames
+    with open_video(source, key) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         return VideoInfo(
             container=container.format.name,
@@ -109,9 +113,9 @@ def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
 
 
 def upright(frame: VideoFrame, scaler: VideoReformatter) -> np.ndarray:
-    """RGB (H, W, 3) with the container's rotation (counter-clockwise degrees) applied."""
+    """Converts a frame to RGB (H, W, 3) uint8 and applies the container's rotation."""
     picture = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(picture, k=round(frame.rotation / 90) % 4)
+    return np.rot90(picture, k=round(frame.rotation / 90) % 4)  # counter-clockwise degrees
 
 
 def _duration_s(container: InputContainer, stream: VideoStream) -> float:

@@ -1,7 +1,7 @@
-"""The frames that `decode.sample_frames` gives, by torchcodec.
+"""Samples the same frames as `decode.sample_frames`, with torchcodec.
 
-It decodes with the FFmpeg libraries of the system, PyAV with its own. Only 0.13.0 is known to load
-beside this torch: later wheels are built against CUDA.
+torchcodec uses the system's FFmpeg libraries; PyAV brings its own. Only version 0.13.0 is known to
+load with this project's torch: later wheels are built against CUDA.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video.decode import choose
-from tvr.data_prep.video.frame_index import FrameIndex, Source, packet_timeline
+from tvr.data_prep.video.decode import choose_frames
+from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
 from tvr.data_prep.video.frame_sampling import Span, check_span
 
 
@@ -25,36 +25,42 @@ def sample_frames(
     offsets: Sequence[float] | None = None,
     key: str = "video",
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """As `decode.sample_frames`, for MP4 and its like.
+    """Samples frames as `decode.sample_frames`, from MP4 and similar containers.
 
-    Raises BadSample("unreadable") also where torchcodec's frames are not those of the container's
-    index. A damaged picture goes unnoticed, though: this is for bytes that were checked before, as
-    those of a data set are.
+    Damaged pictures are not detected. Use it only for videos that were checked before, such as
+    those of a data set.
+
+    Raises:
+        BadSample: as `decode.sample_frames`; "unreadable" also if torchcodec's frames differ from
+            the container's index.
+        ValueError: a span or offsets are out of range.
     """
     check_span(span)
-    timeline = packet_timeline(source, key)
-    chosen, times_s = choose(timeline, num_frames, span, offsets, key)
+    frame_index = index_packets(source, key)
+    chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
     wanted = sorted(set(chosen))
-    frames = _decode(source, timeline, wanted, key)
+    frames = _decode(source, frame_index, wanted, key)
     return frames[np.searchsorted(wanted, chosen)], times_s
 
 
-def _decode(source: Source, timeline: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
-    if timeline.pts is None:
-        raise BadSample(key, "unreadable", "torchcodec needs time stamps, and there are none")
+def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
+    if frame_index.pts is None:
+        raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
-        # One thread, as for PyAV. By default the whole index is read, and seeking is exact.
+        # One thread, as for PyAV. By default torchcodec reads the whole index and seeks exactly.
         decoder = VideoDecoder(
             source if isinstance(source, bytes) else str(source),
-            stream_index=timeline.stream,
+            stream_index=frame_index.stream,
             dimension_order="NHWC",
             num_ffmpeg_threads=1,
         )
         batch = decoder.get_frames_at(wanted)
     except (RuntimeError, ValueError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
-    expected_s = [float(timeline.pts[index] * timeline.unit_s) for index in wanted]
-    given_s = batch.pts_seconds.numpy()
-    if len(decoder) != timeline.num_frames or not np.allclose(given_s, expected_s, 0, 1e-6):
-        raise BadSample(key, "unreadable", "torchcodec gives frames of other times than asked for")
+    expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in wanted]
+    returned_s = batch.pts_seconds.numpy()
+    if len(decoder) != frame_index.num_frames or not np.allclose(returned_s, expected_s, 0, 1e-6):
+        raise BadSample(
+            key, "unreadable", "torchcodec returned frames of other times than requested"
+        )
     return batch.data.numpy()

@@ -1,4 +1,4 @@
-"""Which library decodes the videos of a data set."""
+"""Selects the library that decodes videos: `data.decoder`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Decoder = Literal["pyav", "torchcodec"]
 
 
 class FrameSampler(Protocol):
-    """`decode.sample_frames`, or what equals it."""
+    """Signature of `decode.sample_frames` and its equivalents."""
 
     def __call__(
         self,
@@ -31,11 +31,11 @@ class FrameSampler(Protocol):
 
 
 def describe_decoder(decoder: Decoder) -> str:
-    """What decodes, or why it cannot."""
+    """Returns a line with the decoder and its version, or the reason why it cannot be used."""
     try:
         frame_sampler(decoder)
     except ValueError as error:
-        return f"videos: not to be decoded: {error}"
+        return f"videos: cannot be decoded: {error}"
     if decoder == "pyav":
         return f"videos: decoded by PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"
     from torchcodec import ffmpeg_major_version  # pyright: ignore[reportPrivateImportUsage]
@@ -44,14 +44,18 @@ def describe_decoder(decoder: Decoder) -> str:
 
 
 def frame_sampler(decoder: Decoder) -> FrameSampler:
-    """Raises ValueError where torchcodec is asked for and does not load."""
+    """Returns the function that samples frames with a decoder.
+
+    Raises:
+        ValueError: the decoder is unknown, or torchcodec cannot be loaded.
+    """
     if decoder == "pyav":
         return decode.sample_frames
     if decoder != "torchcodec":
         raise ValueError(f"decoder={decoder!r} must be pyav or torchcodec")
     try:
         from tvr.data_prep.video.decode_torchcodec import sample_frames
-    except (ImportError, RuntimeError) as error:  # the latter where FFmpeg is missing
+    except (ImportError, RuntimeError) as error:  # RuntimeError: FFmpeg is missing
         raise ValueError(
             "decoder=torchcodec (data.decoder) needs pip install 'tvr[torchcodec]' and the shared"
             f" libraries of FFmpeg 4 to 8 (apt-get install ffmpeg): {str(error).splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""When the frames of a video are shown, and the frames themselves, with PyAV."""
+"""Indexes the frames of a video by presentation time, and decodes frames by index, with PyAV."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_sampling import Span, frames_within
 
-# Containers with an index, as libav calls them.
+# libav's names of containers with an exact index.
 SEEKABLE = {"mov", "matroska"}
 
 Source = bytes | str | PathLike[str]
@@ -31,32 +31,34 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameIndex:
-    """The frames that a video shows, in the order it shows them."""
+    """The frames of a video in presentation order."""
 
     pts: tuple[int, ...] | None
-    """Their time stamps, strictly ascending; None: the container has none to rely on."""
+    """Presentation time stamps, strictly ascending; None = the container has no reliable ones."""
     num_frames: int
     keyframes: tuple[int, ...]
-    """Frames at which decoding may start, besides the first one."""
+    """Frames besides the first one at which decoding can start."""
     unit_s: Fraction
-    """Of a time stamp; without any, the time from one frame to the next."""
+    """Seconds per time stamp unit; seconds per frame if `pts` is None."""
     rate_hz: Fraction
-    """On average."""
+    """Average frame rate."""
     stream: int
-    """Its number in the container."""
+    """Index of the video stream in the container."""
 
     def ticks(self, index: int) -> int:
-        """When a frame is shown, in units since the first one: many containers do not start at
-        0."""
+        """Returns a frame's time in units of `unit_s` since the first frame.
+
+        The first frame of many containers is not at 0.
+        """
         return index if self.pts is None else self.pts[index] - self.pts[0]
 
     @property
     def times_s(self) -> list[float]:
-        """The same for all frames, in seconds to the microsecond."""
+        """Times of all frames in seconds since the first frame, rounded to microseconds."""
         return [round(float(self.ticks(i) * self.unit_s), 6) for i in range(self.num_frames)]
 
     def within(self, span: Span | None, key: str) -> range:
-        """The frames of a span. Raises BadSample("no_frames") where there are none."""
+        """Returns the frames in a span. Raises BadSample("no_frames") if there are none."""
         found = frames_within(self.times_s, span)
         if not found:
             detail = f"none of {self.num_frames} frames, the last at {self.times_s[-1]} s, is in"
@@ -65,24 +67,25 @@ class FrameIndex:
 
 
 class FrameIndexMismatch(Exception):
-    """The decoder's frames are not those of the timeline."""
+    """The decoder's frames differ from the index."""
 
 
 @contextmanager
-def opened(source: Source, key: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream that is no cover picture; libav's errors become
-    BadSample."""
+def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens a container and its first video stream that is not a cover picture.
+
+    libav's errors become BadSample.
+    """
     file = io.BytesIO(source) if isinstance(source, bytes) else fspath(source)
     try:
-        # Tags in another encoding than UTF-8 are common and of no interest here.
+        # Tags in encodings other than UTF-8 are common, and unused here.
         with av.open(file, "r", metadata_errors="replace") as container:
             streams = [
                 s for s in container.streams.video if not s.disposition & Disposition.attached_pic
             ]
             if not streams:
                 raise BadSample(key, "no_frames", "the file has no video stream")
-            # Loader workers are the parallelism; a decoder's own threads would only compete with
-            # them.
+            # Loader workers already use all cores; decoder threads would compete with them.
             streams[0].codec_context.thread_count = 1
             yield container, streams[0]
     except av.error.FFmpegError as error:
@@ -90,29 +93,27 @@ def opened(source: Source, key: str) -> Iterator[tuple[InputContainer, VideoStre
         raise BadSample(key, reason, f"{error.strerror} ({type(error).__name__})") from error
 
 
-def with_timeline(source: Source, key: str, act: Callable[[FrameIndex], Result]) -> Result:
-    """Calls `act` with the index of the packets and, if that raises FrameIndexMismatch, with that
-    of the decoder.
+def with_frame_index(source: Source, key: str, act: Callable[[FrameIndex], Result]) -> Result:
+    """Calls `act` with the packets' index, and on FrameIndexMismatch with the decoder's index.
 
-    Field-coded pictures may have two packets a frame, and leading ones may be undecodable: what the
-    decoder gives is the truth, but only decoding all of it tells.
+    Field-coded pictures may have two packets a frame, and leading packets may be undecodable. The
+    decoder's index is exact, but needs a decode of the whole video.
     """
     try:
-        return act(packet_timeline(source, key))
+        return act(index_packets(source, key))
     except FrameIndexMismatch:
         pass
     try:
-        return act(decoded_timeline(source, key))
+        return act(index_decoded_frames(source, key))
     except FrameIndexMismatch as error:
-        raise BadSample(key, "unreadable", f"each decoding gives other frames: {error}") from error
+        raise BadSample(key, "unreadable", f"two decodes give different frames: {error}") from error
 
 
-def packet_timeline(source: Source, key: str) -> FrameIndex:
-    """Reads the container's packets without decoding them. Raises BadSample for a file that lacks
-    some."""
+def index_packets(source: Source, key: str) -> FrameIndex:
+    """Indexes the container's packets without decoding. Raises BadSample if packets are missing."""
     shown = []
     num_packets = 0
-    with opened(source, key) as (container, stream):
+    with open_video(source, key) as (container, stream):
         for packet in container.demux(stream):
             if packet.size:
                 num_packets += 1
@@ -120,93 +121,95 @@ def packet_timeline(source: Source, key: str) -> FrameIndex:
                     shown.append((packet.pts, packet.is_keyframe))
             if packet.is_corrupt:
                 raise BadSample(key, "unreadable", f"packet {num_packets} is truncated or damaged")
-        # An MP4 index lists every packet before one is read; a file cut between two packets just
-        # ends early.
-        promised = len(stream.index_entries)
-        if num_packets < promised:
+        # The MP4 index lists every packet, so a file cut between two packets is detected.
+        num_indexed = len(stream.index_entries)
+        if num_packets < num_indexed:
             raise BadSample(
-                key, "unreadable", f"truncated: {num_packets} of {promised} packets are there"
+                key, "unreadable", f"truncated: {num_packets} of {num_indexed} packets are present"
             )
         if not shown:
             raise BadSample(key, "no_frames", "the video stream has no packets")
         if all(pts is not None for pts, _ in shown):
             shown.sort()
-        # Others, such as transport streams, find a time only roughly.
+        # Other containers, such as transport streams, seek only approximately.
         seeks = bool(SEEKABLE & set(container.format.name.split(",")))
         keyframes = tuple(index for index, (_, is_key) in enumerate(shown) if is_key and seeks)
-        return _timeline(stream, [pts for pts, _ in shown], keyframes)
+        return _build_index(stream, [pts for pts, _ in shown], keyframes)
 
 
-def decoded_timeline(source: Source, key: str) -> FrameIndex:
-    """Decodes all frames. Raises BadSample for a damaged one."""
-    with opened(source, key) as (container, stream):
-        stamps = [frame.pts for frame in _sound(container.decode(stream), key)]
+def index_decoded_frames(source: Source, key: str) -> FrameIndex:
+    """Indexes all frames by decoding them. Raises BadSample for a damaged frame."""
+    with open_video(source, key) as (container, stream):
+        stamps = [frame.pts for frame in _reject_damaged(container.decode(stream), key)]
         if not stamps:
-            raise BadSample(key, "no_frames", "the decoder gave no picture")
-        return _timeline(stream, stamps, ())
+            raise BadSample(key, "no_frames", "the decoder returned no picture")
+        return _build_index(stream, stamps, ())
 
 
-def decoded_frames(
-    source: Source, timeline: FrameIndex, wanted: Iterable[int], key: str
+def decode_frames(
+    source: Source, frame_index: FrameIndex, wanted: Iterable[int], key: str
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """The wanted frames, ascending, each with its index.
+    """Yields the wanted frames, each with its index.
 
-    Decoding starts anew at a keyframe wherever that skips some, and every frame's time stamp is
-    held against the timeline: a seek alone gives wrong pictures around B-frames.
+    Decoding seeks to a keyframe where that skips frames. Every frame's time stamp is compared with
+    the index, because a seek alone gives wrong pictures around B-frames.
+
+    Args:
+        wanted: Frame indices in ascending order.
 
     Raises:
-        FrameIndexMismatch: the decoder's frames are other ones.
+        FrameIndexMismatch: the decoder's frames differ from the index.
         BadSample: a frame is damaged.
     """
-    with opened(source, key) as (container, stream):
+    with open_video(source, key) as (container, stream):
         frames = container.decode(stream)
-        decoded, sought = -1, False  # index of the last frame, and whether it was counted from 0
+        decoded, has_seeked = -1, False  # index of the last decoded frame
         for index in wanted:
-            start = _keyframe_before(timeline, index)
+            start = _keyframe_before(frame_index, index)
             if start > decoded + 1:
-                frames = _frames_from(container, stream, timeline, start)
-                decoded, sought = start - 1, True
+                frames = _frames_from(container, stream, frame_index, start)
+                decoded, has_seeked = start - 1, True
             frame = None
             for frame in islice(frames, index - decoded):
                 decoded += 1
-                if frame.is_corrupt and not sought:
+                if frame.is_corrupt and not has_seeked:
                     raise _damaged(decoded, key)
-                if frame.is_corrupt or not _fits(timeline, decoded, frame):
-                    raise FrameIndexMismatch(f"frame {decoded} is another one")
+                if frame.is_corrupt or not _fits(frame_index, decoded, frame):
+                    raise FrameIndexMismatch(f"frame {decoded} differs")
             if frame is None or decoded < index:
                 raise FrameIndexMismatch(f"frame {index} is missing")
             yield index, frame
-        if timeline.pts is None:  # their number is all there is to compare
-            count = decoded + 1 + sum(1 for _ in _sound(frames, key))
-            if count != timeline.num_frames:
-                raise FrameIndexMismatch(f"{count} frames instead of {timeline.num_frames}")
+        if frame_index.pts is None:  # only the number of frames can be compared
+            count = decoded + 1 + sum(1 for _ in _reject_damaged(frames, key))
+            if count != frame_index.num_frames:
+                raise FrameIndexMismatch(f"{count} frames instead of {frame_index.num_frames}")
 
 
-def _keyframe_before(timeline: FrameIndex, index: int) -> int:
-    place = bisect_right(timeline.keyframes, index)
-    return timeline.keyframes[place - 1] if place else 0
+def _keyframe_before(frame_index: FrameIndex, index: int) -> int:
+    count = bisect_right(frame_index.keyframes, index)
+    return frame_index.keyframes[count - 1] if count else 0
 
 
 def _frames_from(
-    container: InputContainer, stream: VideoStream, timeline: FrameIndex, start: int
+    container: InputContainer, stream: VideoStream, frame_index: FrameIndex, start: int
 ) -> Iterator[VideoFrame]:
-    assert timeline.pts is not None, "keyframes are told by their time stamps"
-    pts = timeline.pts[start]
+    assert frame_index.pts is not None, "keyframes have time stamps"
+    pts = frame_index.pts[start]
     container.seek(pts, stream=stream)
-    # Pictures shown before the keyframe may refer to what was skipped.
+    # Frames presented before the keyframe may refer to skipped frames.
     return dropwhile(
         lambda frame: frame.pts is not None and frame.pts < pts, container.decode(stream)
     )
 
 
-def _fits(timeline: FrameIndex, index: int, frame: VideoFrame) -> bool:
-    if index >= timeline.num_frames:
+def _fits(frame_index: FrameIndex, index: int, frame: VideoFrame) -> bool:
+    if index >= frame_index.num_frames:
         return False
-    return timeline.pts is None or frame.pts == timeline.pts[index]
+    return frame_index.pts is None or frame.pts == frame_index.pts[index]
 
 
-def _sound(frames: Iterable[VideoFrame], key: str) -> Iterator[VideoFrame]:
-    """Refuses a damaged frame: libav fills the hole with invented pixels."""
+def _reject_damaged(frames: Iterable[VideoFrame], key: str) -> Iterator[VideoFrame]:
+    """Raises BadSample for a damaged frame, which libav fills with invented pixels."""
     for index, frame in enumerate(frames):
         if frame.is_corrupt:
             raise _damaged(index, key)
@@ -217,12 +220,12 @@ def _damaged(index: int, key: str) -> BadSample:
     return BadSample(key, "unreadable", f"frame {index} is damaged")
 
 
-def _timeline(
+def _build_index(
     stream: VideoStream, stamps: Sequence[int | None], keyframes: Sequence[int]
 ) -> FrameIndex:
-    """`stamps` in the order of showing, or of the file where they are not to be relied on."""
+    """Builds an index; `stamps` are in presentation order, or in file order if some are None."""
     pts = tuple(stamp for stamp in stamps if stamp is not None)
-    # AVI has none; what libav makes up for its frames does not even ascend.
+    # AVI has no time stamps, and those that libav invents for it do not ascend.
     is_usable = (
         len(pts) == len(stamps)
         and stream.time_base is not None

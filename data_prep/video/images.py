@@ -1,6 +1,6 @@
 """Frame sizes and JPEG: Pillow resizes and encodes, simplejpeg decodes.
 
-Both hold libjpeg-turbo and give the same pixels; simplejpeg takes 0.6 of the time.
+Both use libjpeg-turbo and decode to the same pixels; simplejpeg needs 0.6 of the time.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tvr.data_prep.records import BadSample
 
 
 def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) of the same shape whose shorter side is `short_side` pixels."""
+    """Returns (width, height) scaled so that the shorter side is `short_side` pixels."""
     shorter = min(width, height)
     return max(1, round(width * short_side / shorter)), max(1, round(height * short_side / shorter))
 
 
 def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 with the shorter side at `short_side` pixels; bicubic,
+    """Resizes frames (F, H, W, 3) uint8 to a shorter side of `short_side` pixels; bicubic,
     antialiased."""
     return resize(frames, *short_side_size(frames.shape[2], frames.shape[1], short_side))
 
 
 def resize(frames: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Frames (F, height, width, 3) uint8 of (F, H, W, 3); bicubic, antialiased."""
+    """Resizes frames (F, H, W, 3) uint8 to (F, height, width, 3); bicubic, antialiased."""
     if (height, width) == frames.shape[1:3]:
         return frames
     images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
@@ -36,7 +36,7 @@ def resize(frames: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def fit_square(frames: np.ndarray, image_size: int) -> np.ndarray:
-    """Frames (F, image_size, image_size, 3): short side resized, then the centre cropped."""
+    """Resizes the shorter side to `image_size` and crops the centre square."""
     frames = resize_short_side(frames, image_size)
     top = (frames.shape[1] - image_size) // 2
     left = (frames.shape[2] - image_size) // 2
@@ -44,20 +44,27 @@ def fit_square(frames: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:
-    """JPEG bytes of one (H, W, 3) uint8 frame."""
+    """Encodes one (H, W, 3) uint8 frame as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()
 
 
 def decode_jpeg(
-    content: bytes, *, key: str, member: str, place: np.ndarray | None = None
+    content: bytes, *, key: str, member: str, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """(H, W, 3) uint8, in `place` if that is the picture's shape. Raises BadSample("unreadable")
-    naming the tar member."""
+    """Decodes a JPEG to (H, W, 3) uint8.
+
+    Args:
+        member: Tar member that the error names.
+        out: Buffer that receives the picture if it has the picture's height and width.
+
+    Raises:
+        BadSample: "unreadable".
+    """
     try:
-        if place is not None and simplejpeg.decode_jpeg_header(content)[:2] == place.shape[:2]:
-            return simplejpeg.decode_jpeg(content, buffer=place)
+        if out is not None and simplejpeg.decode_jpeg_header(content)[:2] == out.shape[:2]:
+            return simplejpeg.decode_jpeg(content, buffer=out)
         return simplejpeg.decode_jpeg(content)
     except ValueError as error:  # truncated, damaged, or another format
         raise BadSample(key, "unreadable", f"{member}: {error}") from error

@@ -257,7 +257,7 @@ def test_the_decoder_in_use_is_reported(
 ) -> None:
     assert describe_decoder("pyav").startswith("videos: decoded by PyAV ")
     monkeypatch.setitem(__import__("sys").modules, "tvr.data_prep.video.decode_torchcodec", None)
-    assert "not to be decoded: decoder=torchcodec (data.decoder) needs" in describe_decoder(
+    assert "cannot be decoded: decoder=torchcodec (data.decoder) needs" in describe_decoder(
         "torchcodec"
     )
     with pytest.raises(ValueError, match=r"data\.decoder"):

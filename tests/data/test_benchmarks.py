@@ -215,7 +215,7 @@ def test_a_benchmark_is_packed_and_what_is_missing_is_named(
     assert cli.pack([*line, "--split", "train-9k"]) == 2
     printed = capsys.readouterr()
     assert "without a video file: 1 (video1)" in printed.out
-    message = "1 videos of msrvtt train-9k without a file, more than max_bad=0; the last is video1"
+    message = "1 videos of msrvtt train-9k have no file, more than max_bad=0; the last is video1"
     assert message in printed.err
     assert not out.exists()  # told before the work, not after hours of it
 
@@ -243,7 +243,7 @@ def test_wrong_usage_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert codes == [2] * 4
     expected = [
-        "split='train' is of a benchmark: name it with --dataset",
+        "split='train' needs a benchmark: set --dataset",
         "split=None of dataset msvd must be one of train, val, test",
         f"annotations='{tmp_path}': no file val_list.txt in that folder",
         "videos='/no/such': no such folder",

@@ -14,7 +14,7 @@ import pytest
 from builders.counter_files import TICKS_PER_S, Make, make_video, number_of
 
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video import frame_index as timeline
+from tvr.data_prep.video import frame_index
 from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.decoders import Decoder, FrameSampler, frame_sampler
 from tvr.data_prep.video.frame_sampling import Span
@@ -181,8 +181,8 @@ def test_a_cut_holds_the_frames_of_its_span(name: str) -> None:
 
 def test_frames_that_are_not_wanted_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    fits = timeline._fits
-    monkeypatch.setattr(timeline, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
+    fits = frame_index._fits
+    monkeypatch.setattr(frame_index, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
     name = "30 s gop 16"
     check(sample_frames, name, (20.0, 25.0), 6, 0)
     assert len(set(decoded)) < 130
@@ -226,10 +226,10 @@ def test_torchcodec_refuses_quietly(capfd: pytest.CaptureFixture[str]) -> None:
     for broken in (b"", b"no video" * 50, content[: len(content) // 2]):
         with pytest.raises(BadSample, match="k: unreadable"):
             sample(broken, 4, key="k")
-    with pytest.raises(BadSample, match="there are none"):
+    with pytest.raises(BadSample, match="the video has none"):
         sample(video("bare h264"), 4, key="k")
     # Its keyframes are none: what a seek to them gives is known by its time.
-    with pytest.raises(BadSample, match="of other times than asked for"):
+    with pytest.raises(BadSample, match="of other times than requested"):
         sample(video("intra refresh"), 12, key="k")
     with pytest.raises(BadSample, match="missing_file"):
         sample("/nonexistent.mp4", 4, key="k")

@@ -27,7 +27,7 @@ from builders.http_store import HttpStorage, serve_folder
 from tvr.data_prep import cli
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
-from tvr.data_prep.packing import output_dir as packing_folder
+from tvr.data_prep.packing import output_dir
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack import PackProgress, pack_shards
 from tvr.data_prep.packing.progress import show_progress
@@ -188,7 +188,7 @@ def test_another_packing_in_the_folder_is_refused_and_named(tmp_path: Path) -> N
     before = contents(tmp_path / "data")
     assert {"shard-000000.tar", ".packing/plan.json"} <= set(before)
     for change, message in (
-        ({"num_frames": 4}, r"\(num_frames was 3, is 4\); pack elsewhere, .*--overwrite"),
+        ({"num_frames": 4}, r"\(num_frames was 3, is 4\); pack to another folder, .*--overwrite"),
         ({"samples_per_shard": 3, "short_side": 8}, "short_side was None, is 8; samples_per_shard"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -283,7 +283,7 @@ def test_published_by_another(
             pack_shards(clips, url, max_bad=3, **FRAMES)
         raise FileNotFoundError("samples.npz.partial")
 
-    monkeypatch.setattr(packing_folder, "write_manifest", overtaken)
+    monkeypatch.setattr(output_dir, "write_manifest", overtaken)
     manifest = pack_shards(clips, url, max_bad=3, **FRAMES)
     assert manifest.samples.num_captions.sum() == manifest.num_captions
     pack_shards(clips, url, max_bad=3, **FRAMES)
@@ -298,7 +298,7 @@ def test_lost_on_the_way(
     def lost(url: str, manifest: Manifest) -> None:
         raise FileNotFoundError("samples.npz.partial")
 
-    monkeypatch.setattr(packing_folder, "write_manifest", lost)
+    monkeypatch.setattr(output_dir, "write_manifest", lost)
     with pytest.raises(FileNotFoundError, match=r"samples\.npz"):
         pack_shards(bad_clips_packed[0], str(tmp_path / "data"), max_bad=3, **FRAMES)
 
@@ -388,7 +388,7 @@ def test_a_killed_task_is_run_again(tmp_path: Path, capsys: pytest.CaptureFixtur
     kill_after(second, tmp_path / "data", 1, 0.02, group=True)
     first = command(annotations, tmp_path / "data", "--processes", "1", "--task", "0/2")
     assert cli.pack(first[4:]) == 0
-    assert capsys.readouterr().out.startswith("task 0/2 packed its shards; the data set")
+    assert capsys.readouterr().out.startswith("task 0/2 packed its shards; the last task completes the data set")
     assert cli.pack(second[4:]) == 0
     assert "packed 58 clips" in capsys.readouterr().out
     assert cli.pack(command(annotations, tmp_path / "one", "--processes", "1")[4:]) == 0
@@ -457,7 +457,7 @@ def test_a_clip_whose_process_dies(
         assert manifest.samples.key.tolist() == [f"c{i:02d}" for i in (0, 1, 2, 3, 5, 6)]
         (bad,) = map(json.loads, (tmp_path / "data" / "bad.jsonl").read_text().splitlines())
         assert (bad["key"], bad["reason"]) == ("c04", "unreadable")
-        assert bad["detail"].startswith("the decoder ends its process with SIGSEGV [")
+        assert bad["detail"].startswith("the decoder crashed twice with SIGSEGV [")
     else:
         assert (manifest.num_samples, manifest.bad) == (7, {})
 

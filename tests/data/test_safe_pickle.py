@@ -73,5 +73,5 @@ def test_a_damaged_pickle_is_named(tmp_path: Path, content: bytes) -> None:
 def test_an_object_kept_elsewhere_is_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(b"Pthing\n.")
-    with pytest.raises(ValueError, match="refused: it asks for the outside object 'thing'"):
+    with pytest.raises(ValueError, match="refused: it asks for the external object 'thing'"):
         msvd_captions(url)

@@ -147,7 +147,7 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
     assert [fetched(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
     closing = threading.Thread(target=endpoint.close)
     closing.start()
-    assert endpoint._closing.wait(10)
+    assert endpoint._is_final.wait(10)
     assert fetched(url) == "second"
     closing.join(10)
     assert not closing.is_alive()
@@ -157,7 +157,7 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
 
 def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = MetricsEndpoint(lambda: b"", "127.0.0.1", 0)
-    monkeypatch.setattr(endpoint._told_last, "wait", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(endpoint._final_scraped, "wait", lambda _: pytest.fail("it waits"))
     endpoint.close()
 
 
@@ -249,7 +249,7 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
         closing = threading.Thread(target=monitor.end, kwargs={"well": True})
         closing.start()
         if server is not None and server._endpoint is not None:
-            assert server._endpoint._closing.wait(10)
+            assert server._endpoint._is_final.wait(10)
             last = samples(fetched(f"http://{server._endpoint.target}"))
         closing.join(30)
         world.barrier()
