@@ -1,7 +1,8 @@
-"""Small videos whose pictures carry their own frame number, and data sets packed from them."""
+"""Small videos whose frames show their own frame number, and data sets packed from them."""
 
 from __future__ import annotations
 
+import functools
 import io
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tvr.data_prep.records import Caption, Clip
 BLOCK = 16
 
 
+@functools.cache
 def numbered_video(
     num_frames: int,
     *,
@@ -27,9 +29,10 @@ def numbered_video(
     faststart: bool = False,
     container: str = "mp4",
 ) -> bytes:
-    """H.264 at 10 frames/s, 64 x 32 pixels: 4 x 2 blocks, each one bit of first + frame index."""
+    """Returns an H.264 video, 64 x 32 pixels, 10 frames/s; frame i shows the number first + i."""
     options = {"movflags": "faststart"} if faststart else {}
-    with tempfile.NamedTemporaryFile() as file:  # libav reopens it to move the index forward
+    # libav reopens the file to move the index to its start.
+    with tempfile.NamedTemporaryFile() as file:
         _encode(file.name, num_frames, first, gop, bframes, container, options)
         return Path(file.name).read_bytes()
 
@@ -56,25 +59,25 @@ def _encode(
 
 
 def number_picture(number: int) -> np.ndarray:
-    """(32, 64, 3) uint8: white blocks for the set bits, the lowest bit top left."""
-    bits = [(number >> place) & 1 for place in range(8)]
+    """Returns (32, 64, 3) uint8: 4 x 2 blocks, white for set bits, the lowest bit top left."""
+    bits = [(number >> bit) & 1 for bit in range(8)]
     blocks = np.array(bits, dtype=np.uint8).reshape(2, 4) * 255
     return np.repeat(np.kron(blocks, np.ones((BLOCK, BLOCK), np.uint8))[..., None], 3, axis=2)
 
 
 def read_number(picture: np.ndarray) -> int:
-    """The number in a picture of `number_picture` at any size."""
+    """Reads the number from a picture of `number_picture`, resized or not."""
     height, width = picture.shape[0] // 2, picture.shape[1] // 4
     blocks = [
         picture[row * height : (row + 1) * height, column * width : (column + 1) * width].mean()
         for row in range(2)
         for column in range(4)
     ]
-    return sum(1 << place for place, value in enumerate(blocks) if value > 127)
+    return sum(1 << bit for bit, value in enumerate(blocks) if value > 127)
 
 
 def sound_only() -> bytes:
-    """An MP4 with one audio stream and no video."""
+    """Returns an MP4 with one audio stream and no video."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         stream = output.add_stream("aac", rate=8000)
@@ -88,7 +91,7 @@ def sound_only() -> bytes:
 
 
 def write_clips(folder: Path, num_clips: int, *, num_frames: int = 4) -> list[Clip]:
-    """Clips c00, c01, ...; clip i shows the numbers from 8 i on and has i % 3 + 1 captions."""
+    """Writes clips c00, c01, ...; clip i shows numbers from 8 i on and has i % 3 + 1 captions."""
     clips = []
     for index in range(num_clips):
         path = folder / f"c{index:02d}.mp4"
@@ -108,13 +111,22 @@ def make_dataset(folder: Path, num_clips: int, **settings: Any) -> str:
     return url
 
 
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """Returns the bytes of every file below a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def plain_captions(*texts: str) -> list[Caption]:
-    """Captions without words."""
+    """Returns captions without words."""
     return [Caption(text=text) for text in texts]
 
 
 def tokenize(captions: Sequence[Caption]) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """One token a word, by length, padded to 8."""
+    """Tokenises a word to its length; pads to 8 tokens."""
     token_ids = torch.zeros(len(captions), 8, dtype=torch.long)
     for row, caption in enumerate(captions):
         lengths = [len(word) for word in caption.text.split()][:8]

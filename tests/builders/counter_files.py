@@ -1,5 +1,4 @@
-"""Videos of every make whose pictures show their own number in blocks that any codec leaves
-readable."""
+"""Videos of many encodings whose frames show their own number in blocks that survive any codec."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ TICKS_PER_S = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Make:
-    """How a video is encoded and stored."""
+class Encoding:
+    """Codec, container and time stamps of a video."""
 
     frames: int = 40
     width: int = 64
@@ -30,61 +29,64 @@ class Make:
     container: str = "mp4"
     muxer: Mapping[str, str] = field(default_factory=dict)
     ticks: Sequence[int] = ()
-    """When each frame is shown, in thousandths of a second; default: 25 frames a second."""
+    """Time of each frame in milliseconds; default: 25 frames a second."""
     shift: int = 0
-    """Ticks added to all packets' time stamps; frames below 0 are then not shown."""
-    turned: int = 0
-    """Degrees by which a player turns the picture clockwise."""
+    """Milliseconds added to all packets' time stamps; frames before 0 are not presented."""
+    rotation: int = 0
+    """Degrees by which a player rotates the picture clockwise."""
 
     @property
     def times(self) -> list[int]:
-        """Ticks of all frames from the first one on."""
+        """Ticks of all frames."""
         return list(self.ticks) or [40 * i for i in range(self.frames)]
 
     @property
     def first(self) -> int:
-        """The number of the first frame that is shown."""
+        """Index of the first frame that is presented."""
         return sum(tick + self.shift < 0 for tick in self.times) if self.shift < 0 else 0
 
 
-def make_video(make: Make) -> bytes:
-    """The file's bytes; frame i shows the number i."""
+def make_video(encoding: Encoding) -> bytes:
+    """Returns a video file; frame i shows the number i."""
     with tempfile.NamedTemporaryFile() as file:
-        with av.open(file.name, "w", format=make.container, options=dict(make.muxer)) as output:
-            stream = output.add_stream(make.codec, rate=25, options=dict(make.options))
-            stream.width, stream.height, stream.pix_fmt = make.width, make.height, make.pixels
+        with av.open(
+            file.name, "w", format=encoding.container, options=dict(encoding.muxer)
+        ) as output:
+            stream = output.add_stream(encoding.codec, rate=25, options=dict(encoding.options))
+            stream.width, stream.height = encoding.width, encoding.height
+            stream.pix_fmt = encoding.pixels
             stream.codec_context.thread_count = 1
-            if make.container != "avi":  # which knows a frame rate only
+            if encoding.container != "avi":  # AVI stores a frame rate only
                 stream.codec_context.time_base = Fraction(1, TICKS_PER_S)
-            for index, tick in enumerate(make.times):
-                frame = av.VideoFrame.from_ndarray(picture(index, make), format="rgb24")
+            for index, tick in enumerate(encoding.times):
+                frame = av.VideoFrame.from_ndarray(picture(index, encoding), format="rgb24")
                 frame.pts, frame.time_base = tick, Fraction(1, TICKS_PER_S)
-                _mux(output, stream.encode(frame), make.shift)
-            _mux(output, stream.encode(None), make.shift)
+                _mux(output, stream.encode(frame), encoding.shift)
+            _mux(output, stream.encode(None), encoding.shift)
         content = Path(file.name).read_bytes()
-    return _turned(content, make) if make.turned else content
+    return _rotate(content, encoding) if encoding.rotation else content
 
 
-def picture(number: int, make: Make) -> np.ndarray:
-    """(height, width, 3) uint8: white blocks for the set bits, the lowest one top left."""
-    bits = np.array([(number >> place) & 1 for place in range(COLUMNS * ROWS)], dtype=np.uint8)
-    rows = np.arange(make.height) * ROWS // make.height
-    columns = np.arange(make.width) * COLUMNS // make.width
+def picture(number: int, encoding: Encoding) -> np.ndarray:
+    """Returns (height, width, 3) uint8: white blocks for set bits, the lowest bit top left."""
+    bits = np.array([(number >> bit) & 1 for bit in range(COLUMNS * ROWS)], dtype=np.uint8)
+    rows = np.arange(encoding.height) * ROWS // encoding.height
+    columns = np.arange(encoding.width) * COLUMNS // encoding.width
     blocks = bits.reshape(ROWS, COLUMNS)[rows][:, columns] * 255
     return np.repeat(blocks[..., None], 3, axis=2)
 
 
-def number_of(frame: np.ndarray, make: Make) -> int:
-    """The number that an upright (H, W, 3) picture shows."""
-    stored = np.rot90(frame, make.turned // 90)  # counter-clockwise
+def number_of(frame: np.ndarray, encoding: Encoding) -> int:
+    """Reads the number from an upright frame (H, W, 3)."""
+    stored = np.rot90(frame, encoding.rotation // 90)  # counter-clockwise
     height, width, _ = stored.shape
-    assert (width, height) == (make.width, make.height)
+    assert (width, height) == (encoding.width, encoding.height)
     centres = stored[
         (2 * np.arange(ROWS)[:, None] + 1) * height // (2 * ROWS),
         (2 * np.arange(COLUMNS)[None] + 1) * width // (2 * COLUMNS),
     ].mean(axis=2)
     assert ((centres < 80) | (centres > 175)).all(), "a block is neither black nor white"
-    return sum(1 << place for place, value in enumerate(centres.ravel()) if value > 127)
+    return sum(1 << bit for bit, value in enumerate(centres.ravel()) if value > 127)
 
 
 def _mux(output: av.container.OutputContainer, packets: list[av.Packet], shift: int) -> None:
@@ -95,15 +97,15 @@ def _mux(output: av.container.OutputContainer, packets: list[av.Packet], shift: 
         output.mux(packet)
 
 
-def _turned(content: bytes, make: Make) -> bytes:
-    """The MP4 with the display matrix of a clockwise turn in its track header."""
+def _rotate(content: bytes, encoding: Encoding) -> bytes:
+    """Writes the display matrix of a clockwise rotation to the MP4's track header."""
     video = bytearray(content)
     matrix = video.index(b"tkhd") + 4 + 4 + 20 + 8 + 8  # version, times and ids, reserved, layer
-    one, width, height = 1 << 16, make.width << 16, make.height << 16
+    one, width, height = 1 << 16, encoding.width << 16, encoding.height << 16
     turn = {
         90: (0, one, 0, -one, 0, 0, height, 0),
         180: (-one, 0, 0, 0, -one, 0, width, height),
         270: (0, -one, 0, one, 0, 0, 0, width),
-    }[make.turned]
+    }[encoding.rotation]
     video[matrix : matrix + 36] = struct.pack(">9i", *turn, 1 << 30)
     return bytes(video)

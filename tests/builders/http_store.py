@@ -1,4 +1,4 @@
-"""A folder served over HTTP on the loopback interface, with byte ranges and with faults."""
+"""Serves a folder over HTTP on the loopback interface, with byte ranges and injected failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fsspec.implementations.http import HTTPFileSystem
 
 
 class HttpStorage:
-    """What the server was asked, and which requests it fails: `fails` gets their number from 1."""
+    """State of the server: its requests, and the rule by which they fail.
+
+    `fails` gets the number of a request, from 1, and returns True if it fails with `status`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,7 +27,7 @@ class HttpStorage:
         self._lock = threading.Lock()
 
     def fail_every_third_of_a_file(self) -> None:
-        """Readers at a time, one a file, cannot take all the failures from each other."""
+        """Fails every third request of each file, so that parallel readers all see failures."""
 
         def fails(number: int) -> bool:
             name = self.requests[number - 1]
@@ -33,6 +36,7 @@ class HttpStorage:
         self.fails = fails
 
     def answer(self, name: str, byte_range: str | None) -> tuple[int, bytes]:
+        """Returns the status and body of the response to a request."""
         with self._lock:
             self.requests.append(name)
             number = len(self.requests)
@@ -44,15 +48,15 @@ class HttpStorage:
         content = file.read_bytes()
         if byte_range is None:
             return 200, content
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", byte_range)
-        assert found is not None, byte_range
-        first, last = (int(group) for group in found.groups())
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", byte_range)
+        assert match is not None, byte_range
+        first, last = (int(group) for group in match.groups())
         return (206, content[first : last + 1]) if first < len(content) else (416, b"")
 
 
 @contextmanager
 def serve_folder(folder: Path) -> Iterator[HttpStorage]:
-    """Serves a folder for the duration of the context."""
+    """Serves a folder while the context is open."""
     store = HttpStorage(folder)
 
     class Handler(BaseHTTPRequestHandler):

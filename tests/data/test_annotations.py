@@ -1,4 +1,4 @@
-"""Annotation files: formats, path rules, and errors that name file and line."""
+"""Annotation files: formats, path rules, and errors that name the file and line."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_gzip_on_another_file_system() -> None:
     assert read_annotations(url)[0].video == "memory://annotations/v.mp4"
 
 
-def test_lines_of_the_authors_name_a_video_to_search_for(tmp_path: Path) -> None:
+def test_lines_of_the_authors_name_a_video_to_look_up(tmp_path: Path) -> None:
     (tmp_path / "data/mp4").mkdir(parents=True)
     (tmp_path / "data/mp4/video1.avi").touch()
     (tmp_path / "video2.mp4").touch()
@@ -153,7 +153,7 @@ def test_parquet_errors_name_the_row(
         read_annotations(write_parquet(tmp_path, columns))
 
 
-def test_parquet_that_is_none_or_not_there(tmp_path: Path) -> None:
+def test_invalid_and_missing_parquet_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet: not Parquet"):
         read_annotations(write(tmp_path, "a.parquet", "video,caption\n" * 9))
     with pytest.raises(FileNotFoundError, match=r"annotation file .*b\.parquet does not exist"):

@@ -1,4 +1,4 @@
-"""Benchmarks, on small files in the published layouts."""
+"""Benchmarks, on small files with the published layouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tvr.data_prep.check import cli as check_cli
 
 
 def msrvtt(folder: Path, ids: list[str]) -> None:
-    """Two captions a video; the list of 9k names all but the last, the 1k-A test the last."""
+    """Writes two captions a video; train-9k lists all videos but the last, test-1ka the last."""
     sentences = [
         {"caption": f"{word} {name}", "video_id": name, "sen_id": 2 * row + number}
         for row, name in enumerate(ids)
@@ -33,7 +33,7 @@ def msrvtt(folder: Path, ids: list[str]) -> None:
 
 
 def msvd(folder: Path, captions: Any, ids: list[str], split: str = "test") -> None:
-    # Protocol 2 is what Python 2 wrote.
+    # Python 2 wrote protocol 2.
     (folder / "raw-captions.pkl").write_bytes(pickle.dumps(captions, protocol=2))
     (folder / f"{split}_list.txt").write_bytes("\r\n".join(ids).encode())
 
@@ -46,7 +46,7 @@ def captions_of(selection: Selection) -> dict[str, tuple[str, ...]]:
     return {clip.video_id: clip.captions for clip in selection.clips}
 
 
-def test_msrvtt_takes_all_captions_in_training_and_one_in_the_test(tmp_path: Path) -> None:
+def test_msrvtt_has_all_captions_in_training_and_one_in_the_test(tmp_path: Path) -> None:
     msrvtt(tmp_path, ["video2", "video0", "video7"])
     training = read(tmp_path, "msrvtt", "train-9k")
     assert captions_of(training) == {
@@ -58,7 +58,7 @@ def test_msrvtt_takes_all_captions_in_training_and_one_in_the_test(tmp_path: Pat
     assert captions_of(read(tmp_path, "msrvtt", "test-1ka")) == {"video7": ("one, as scored",)}
 
 
-def test_msrvtt_reads_the_list_without_header_where_the_csv_is_not_there(tmp_path: Path) -> None:
+def test_msrvtt_reads_the_list_without_header_if_the_csv_is_missing(tmp_path: Path) -> None:
     msrvtt(tmp_path, ["video2", "video0", "video7"])
     (tmp_path / "MSRVTT_train.9k.csv").unlink()
     (tmp_path / "train_list_jsfusion.txt").write_text("video7\nvideo2")  # no last newline
@@ -109,7 +109,7 @@ def test_activitynet_joins_sentences_and_needs_no_list(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(captions))
     videos = tmp_path / "videos"
     videos.mkdir()
-    (videos / "a.mkv").touch()  # some collections leave out the "v_"
+    (videos / "a.mkv").touch()  # some collections omit the "v_"
     selection = read(tmp_path, "activitynet", "train", str(videos))
     assert captions_of(selection) == {"v_a": ("One. Two.",), "v_b": ("",)}
     assert selection.clips[0].video == f"{videos}/a.mkv"
@@ -135,7 +135,9 @@ def test_ids_of_one_key_are_refused(tmp_path: Path) -> None:
         ("didemo", None, "split=None of dataset didemo must be one of train, val, test; set it"),
     ],
 )
-def test_names_are_checked(tmp_path: Path, dataset: Any, split: str | None, message: str) -> None:
+def test_unknown_names_are_refused(
+    tmp_path: Path, dataset: Any, split: str | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, dataset, split)
 
@@ -152,7 +154,9 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("name", "text", "message"), MALFORMED)
-def test_malformed_lists_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_the_error_names_a_malformed_list(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_ids(str(tmp_path / name))
@@ -174,7 +178,7 @@ def test_malformed_lists_are_named(tmp_path: Path, name: str, text: str, message
         ("activitynet", "val", "val_1.json", {"v_a": {"sentences": [1]}}, r"v_a: sentences=\[1\]"),
     ],
 )
-def test_malformed_captions_are_named(
+def test_the_error_names_malformed_captions(
     tmp_path: Path, dataset: Dataset, split: str, name: str, value: Any, message: str
 ) -> None:
     for listed in ("MSRVTT_train.9k.csv", "val_list.txt"):
@@ -200,7 +204,7 @@ def test_annotations_and_videos_may_be_urls() -> None:
     assert selection.without_file == ()
 
 
-def test_a_benchmark_is_packed_and_what_is_missing_is_named(
+def test_a_benchmark_is_packed_and_missing_videos_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations, videos, out = tmp_path / "annotations", tmp_path / "videos", tmp_path / "data"
@@ -217,7 +221,7 @@ def test_a_benchmark_is_packed_and_what_is_missing_is_named(
     assert "without a video file: 1 (video1)" in printed.out
     message = "1 videos of msrvtt train-9k have no file, more than max_bad=0; the last is video1"
     assert message in printed.err
-    assert not out.exists()  # told before the work, not after hours of it
+    assert not out.exists()  # reported before packing, not after hours
 
     assert cli.pack([*line, "--split", "train-9k", "--max-bad", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[:4] == [

@@ -1,4 +1,4 @@
-"""Statistics of captions and of numbers, against a naive count."""
+"""Statistics of captions and of numbers equal a naive count."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tally(described: list[tuple[str, list[str]]]) -> CaptionAccumulator:
 
 
 @given(videos, st.integers(0, 8))
-def test_captions_are_counted_as_by_hand(
+def test_statistics_equal_a_naive_count(
     described: list[tuple[str, list[str]]], border: int
 ) -> None:
     counted = tally(described[:border])
@@ -52,7 +52,7 @@ def test_captions_are_counted_as_by_hand(
 
 
 @given(videos, videos)
-def test_captions_in_common_are_counted_as_by_hand(
+def test_common_captions_equal_a_naive_count(
     ours: list[tuple[str, list[str]]], theirs: list[tuple[str, list[str]]]
 ) -> None:
     sets = [{text for _, texts in described for text in texts} for described in (ours, theirs)]
@@ -60,7 +60,7 @@ def test_captions_in_common_are_counted_as_by_hand(
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=60))
-def test_whole_numbers_have_bins_of_whole_numbers(values: list[int]) -> None:
+def test_integers_have_bins_of_integers(values: list[int]) -> None:
     check(values, whole=True)
 
 

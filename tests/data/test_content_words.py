@@ -1,4 +1,4 @@
-"""Value 2 of a word mask: exactly on the tokens of content words, in training and evaluation."""
+"""Word masks have value 2 exactly on the tokens of content words, in training and evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tvr.trainer.evaluation.saved_run import evaluate_run, load_run
 from tvr.trainer.model.model import model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer, clip_tokenizer, train_tokenizer
 
-SAID = [
+CAPTIONS = [
     "a man is playing the guitar on a stage",
     "the man's dog isn't playing",
     "small red circles, then large blue squares",
@@ -39,22 +39,25 @@ MAX_WORDS = 40
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def small(folder: Path) -> Tokenizer:
-    return train_tokenizer(4 * SAID, folder, vocab_size=600, max_words=MAX_WORDS)
+def small_tokenizer(folder: Path) -> Tokenizer:
+    return train_tokenizer(4 * CAPTIONS, folder, vocab_size=600, max_words=MAX_WORDS)
 
 
-def clips_own(folder: Path) -> Tokenizer:
+def clip_vocabulary_tokenizer(folder: Path) -> Tokenizer:
     return clip_tokenizer(folder, max_words=MAX_WORDS)
 
 
 needs_clip = pytest.mark.skipif(
-    find_spec("open_clip") is None, reason="open_clip_torch, which has CLIP's vocabulary, is absent"
+    find_spec("open_clip") is None, reason="open_clip_torch with CLIP's vocabulary is not installed"
 )
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(small, id="small"), pytest.param(clips_own, id="clip", marks=needs_clip)],
+    params=[
+        pytest.param(small_tokenizer, id="small"),
+        pytest.param(clip_vocabulary_tokenizer, id="clip", marks=needs_clip),
+    ],
 )
 def tokenizer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -62,21 +65,21 @@ def tokenizer(
     return replace(request.param(tmp_path_factory.mktemp("tokenizer")), content_words=True)
 
 
-def of(words: list[tuple[str, bool]]) -> Caption:
-    """The words with one space between them; those marked true are content."""
+def caption_of(words: list[tuple[str, bool]]) -> Caption:
+    """Joins words with spaces; words marked True are content words."""
     spans, text = [], ""
-    for word, tells in words:
+    for word, is_content in words:
         text += " " if text else ""
-        spans.append(Word(len(text), len(text) + len(word), WordKind(int(tells))))
+        spans.append(Word(len(text), len(text) + len(word), WordKind(int(is_content))))
         text += word
     return Caption(text=text, words=tuple(spans))
 
 
-# Everything but spaces and control characters: letters of all scripts, marks, digits, emoji.
+# All characters except spaces and control characters: letters, marks, digits, emoji.
 visible = st.text(st.characters(exclude_categories=("Z", "C")), min_size=1, max_size=6)
 
 
-words = st.one_of(visible, st.sampled_from(" ".join(SAID).split()))
+words = st.one_of(visible, st.sampled_from(" ".join(CAPTIONS).split()))
 
 
 @given(st.lists(st.tuples(words, st.booleans()), min_size=1, max_size=7))
@@ -88,34 +91,36 @@ words = st.one_of(visible, st.sampled_from(" ".join(SAID).split()))
 def test_two_is_exactly_on_the_tokens_of_content_words(
     tokenizer: Tokenizer, words: list[tuple[str, bool]]
 ) -> None:
-    # The words' tokens, each word encoded by itself: no offsets in this.
+    # Tokens of each word encoded separately, which needs no offsets.
     pieces = [tokenizer.backend.encode(word, add_special_tokens=False) for word, _ in words]
-    ids, mask = tokenizer([of(words)])
+    ids, mask = tokenizer([caption_of(words)])
     expected = [
-        2 if tells else 1 for (_, tells), some in zip(words, pieces, strict=True) for _ in some
+        2 if is_content else 1
+        for (_, is_content), some in zip(words, pieces, strict=True)
+        for _ in some
     ]
-    room = MAX_WORDS - 2
-    together = [piece for some in pieces for piece in some][:room]
+    max_tokens = MAX_WORDS - 2
+    together = [piece for some in pieces for piece in some][:max_tokens]
     assert ids[0, 1 : 1 + len(together)].tolist() == together
-    padding = [0] * (room - len(together))
-    assert mask[0].tolist() == [1, *expected[:room], 1, *padding]
+    padding = [0] * (max_tokens - len(together))
+    assert mask[0].tolist() == [1, *expected[:max_tokens], 1, *padding]
 
 
 @pytest.mark.parametrize("position", range(6))
-def test_spans_follow_the_words_that_word_drop_leaves(tokenizer: Tokenizer, position: int) -> None:
-    clip = Clip(key="k", video="v.mp4", captions=tuple(SAID), video_id="k")
-    caption = drop_words(WordTagger([clip]).tag(SAID)[0], 0, position)
+def test_masks_follow_the_words_after_word_drop(tokenizer: Tokenizer, position: int) -> None:
+    clip = Clip(key="k", video="v.mp4", captions=tuple(CAPTIONS), video_id="k")
+    caption = drop_words(WordTagger([clip]).tag(CAPTIONS)[0], 0, position)
     ids, mask = tokenizer([caption])
     two = ids[0][mask[0] == 2].tolist()
     assert tokenizer.backend.decode(two).split() == ["man", "playing", "guitar", "stage"]
 
 
-def test_the_mask_is_of_ones_unless_asked_and_needs_words(tokenizer: Tokenizer) -> None:
-    caption = of([("red", True), ("or", False)])
-    asked, plainly = tokenizer([caption]), replace(tokenizer, content_words=False)([caption])
-    assert torch.equal(asked[0], plainly[0])
-    assert torch.equal(asked[1].clamp(max=1), plainly[1])
-    assert (int(asked[1].max()), int(plainly[1].max())) == (2, 1)
+def test_the_mask_has_twos_only_with_content_words_and_needs_words(tokenizer: Tokenizer) -> None:
+    caption = caption_of([("red", True), ("or", False)])
+    with_content, without = tokenizer([caption]), replace(tokenizer, content_words=False)([caption])
+    assert torch.equal(with_content[0], without[0])
+    assert torch.equal(with_content[1].clamp(max=1), without[1])
+    assert (int(with_content[1].max()), int(without[1].max())) == (2, 1)
     with pytest.raises(ValueError, match="caption 'red': packed without words"):
         tokenizer(plain_captions("red"))
 
@@ -154,22 +159,22 @@ def test_evaluation_counts_content_words_as_training_does(data: Path, tmp_path: 
     stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())["queries"]
     assert evaluate_run(tmp_path / "run", None).queries == stored
     model, tokenizer, _ = load_run(tmp_path / "run", config)
-    plainly = evaluate(model.eval(), config, replace(tokenizer, content_words=False), ALONE)
-    # Captions are whole, and the similarities others.
-    assert [query["caption"] for query in plainly.queries] == [query["caption"] for query in stored]
-    assert plainly.queries != stored
+    without = evaluate(model.eval(), config, replace(tokenizer, content_words=False), ALONE)
+    # The captions are complete, and the similarities differ.
+    assert [query["caption"] for query in without.queries] == [query["caption"] for query in stored]
+    assert without.queries != stored
     batch = next(training_batches(config, tokenizer, ALONE))
     assert set(batch.word_mask.unique().tolist()) == {0, 1, 2}
     frames, frame_mask, ids, mask = model_inputs(batch, ALONE.device)
     with torch.no_grad():
         twice, once = (model(frames, frame_mask, ids, m) for m in (mask, mask.clamp(max=1)))
-    assert torch.equal(twice.words, once.words)  # to the tower a token is a token
+    assert torch.equal(twice.words, once.words)  # the text tower ignores the kind of a token
     assert torch.equal(twice.sentence, once.sentence)
     assert torch.equal(twice.word_mask, mask)
 
 
 @pytest.mark.parametrize("setting", ["word_drop", "content_words"])
-def test_a_data_set_without_words_ends_the_run_before_it_begins(
+def test_a_data_set_without_words_ends_the_run_at_its_start(
     setting: str, data: Path, tmp_path: Path
 ) -> None:
     make_tiny_data(tmp_path / "bare", num_train=12)

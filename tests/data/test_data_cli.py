@@ -33,7 +33,7 @@ def test_pack_and_verify(
     assert "packed 1 clips with 2 captions into 1 shards" in printed.out
     assert "dropped 1 empty captions" in printed.out
     assert f"left out 1 clips (1 unreadable), listed in {out}/bad.jsonl" in printed.out
-    assert printed.err == ""  # no progress bar where nobody looks
+    assert printed.err == ""  # no progress bar without a terminal
     assert check_cli.verify([str(out)]) == 0
     assert "1 samples in 1 shards" in capsys.readouterr().out
     shard = out / "shard-000000.tar"

@@ -1,4 +1,4 @@
-"""Frame sampling: exact pictures, and refusal of what cannot be decoded."""
+"""Frame sampling: exact frames, and refusal of videos that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_segment_centres_are_spread_evenly(total: int, wanted: int) -> None:
     chosen = segment_centres(total, wanted)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(total, wanted)
-    assert chosen[0] + chosen[-1] in (total - 1, total)  # symmetric, up to the rounding of a half
+    assert chosen[0] + chosen[-1] in (total - 1, total)  # symmetric up to rounding
     for position, index in enumerate(chosen):
         centre = (position + 0.5) * total / len(chosen)
         assert index <= centre < index + 1
 
 
 @pytest.mark.parametrize("present", [1, 3])
-def test_a_short_video_gives_the_frames_it_has(present: int) -> None:
+def test_a_short_video_gives_all_its_frames(present: int) -> None:
     frames, times_s = sample_frames(numbered_video(present, first=5), 12)
     assert [read_number(frame) for frame in frames] == list(range(5, 5 + present))
     assert len(times_s) == present
@@ -70,7 +70,7 @@ def test_rotation_is_applied() -> None:
     quarter = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
     video[matrix : matrix + 36] = quarter  # x' = 32 - y, y' = x: clockwise
     frames, _ = sample_frames(bytes(video), 1)
-    upright = np.rot90(number_picture(2), k=-1)  # the middle one of the numbers 1, 2, 3
+    upright = np.rot90(number_picture(2), k=-1)  # the middle of the numbers 1, 2, 3
     assert frames.shape[1:] == (64, 32, 3)
     assert np.abs(frames[0].astype(int) - upright).mean() < 8
     again, _ = sample_frames(reencode_video(bytes(video), short_side=None, keyframe_interval=4), 1)
@@ -95,8 +95,8 @@ def test_odd_sizes() -> None:
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
-def test_packets_that_give_no_picture_do_not_shift_the_choice(container: str) -> None:
-    """The first keyframe is gone, so frames 3 to 7 cannot be decoded: 16 of 21 packets count."""
+def test_undecodable_packets_do_not_shift_the_choice(container: str) -> None:
+    """Without the first keyframe frames 3 to 7 cannot be decoded: 16 of 21 packets count."""
     whole, buffer = numbered_video(24, gop=8, bframes=0), io.BytesIO()
     with (
         av.open(io.BytesIO(whole), "r") as source,
@@ -113,7 +113,7 @@ def test_packets_that_give_no_picture_do_not_shift_the_choice(container: str) ->
 
 
 def noise_with_a_flipped_bit() -> bytes:
-    """libav decodes all of it, hiding the damage from the flip to the end of that picture."""
+    """Returns a video that libav decodes, with the damaged rest of one picture concealed."""
     buffer, noise = io.BytesIO(), np.random.default_rng(0)
     with av.open(buffer, "w", format="mp4") as output:
         stream = output.add_stream("libx264", rate=10)
@@ -154,27 +154,29 @@ def broken_videos() -> dict[str, tuple[bytes, str]]:
 
 
 def described_and_reencoded(video: bytes) -> bytes:
-    describe_video(video, key="k")  # as packing does: only the index shows a cut between packets
+    describe_video(video, key="k")  # as packing does: only the index reveals a cut between packets
     return reencode_video(video, short_side=None, keyframe_interval=8, key="k")
 
 
 @pytest.mark.parametrize("name", list(broken_videos()))
-def test_broken_videos_are_refused_quietly(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_videos_are_refused_without_output(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     video, reason = broken_videos()[name]
     with pytest.raises(BadSample) as caught:
         sample_frames(video, 4, key="k")
     assert (caught.value.key, caught.value.reason) == ("k", reason)
     with pytest.raises(BadSample):
         described_and_reencoded(video)
-    assert capfd.readouterr() == ("", "")  # libav's own messages would flood a run's log
+    assert capfd.readouterr() == ("", "")  # libav's messages would fill a run's log
 
 
-def test_a_missing_path_is_named() -> None:
+def test_a_missing_file_is_refused() -> None:
     with pytest.raises(BadSample, match="k: missing_file"):
         sample_frames("/nonexistent/v.mp4", 1, key="k")
 
 
-def test_describe_reads_the_header() -> None:
+def test_describe_video() -> None:
     info = describe_video(numbered_video(30))
     assert (info.num_frames, info.width, info.height) == (30, 64, 32)
     assert (info.frame_rate_hz, info.duration_s) == (10.0, 3.0)
@@ -192,7 +194,7 @@ def test_reencode_keeps_frames_times_and_bytes(gop: int) -> None:
     with av.open(io.BytesIO(small), "r") as container:
         keyframes = [p.is_keyframe for p in container.demux(container.streams.video[0]) if p.size]
     gaps = np.diff(np.flatnonzero([*keyframes, True]))
-    assert gaps.max() == 8  # neither the source's keyframes nor too few
+    assert gaps.max() == 8  # independent of the source's keyframes
     assert reencode_video(video, short_side=16, keyframe_interval=8) == small
 
 
@@ -213,7 +215,7 @@ def test_sizes_and_jpeg() -> None:
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("size", [(40, 56), (33, 17)])
-def test_pixels_are_those_of_pillow(subsampling: int, size: tuple[int, int]) -> None:
+def test_pixels_equal_those_of_pillow(subsampling: int, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(subsampling).integers(0, 256, (*size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=90, subsampling=subsampling)

@@ -1,5 +1,4 @@
-"""Every decoder gives exactly the frames asked for: each shows its own number, and none may be
-wrong."""
+"""Every decoder returns exactly the requested frames; each frame shows its own number."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from builders.counter_files import TICKS_PER_S, Make, make_video, number_of
+from builders.counter_files import TICKS_PER_S, Encoding, make_video, number_of
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import frame_index
@@ -40,93 +39,95 @@ def x264_params(params: str) -> dict[str, str]:
 
 
 UNEVEN = np.cumsum([0, *np.random.default_rng(1).integers(5, 400, 39)]).tolist()
-NOT_MOVED = {"avoid_negative_ts": "disabled"}
+UNSHIFTED = {"avoid_negative_ts": "disabled"}
 INDEXED = {
-    "long gop": Make(options=x264(g=250, bf=3)),
-    "gop 8": Make(options=x264(g=8, bf=2)),
-    "no b-frames": Make(options=x264(g=8, bf=0)),
-    "b-pyramid": Make(frames=100, options=x264_params("keyint=30:bframes=8:b-adapt=0:ref=5")),
-    "open gop": Make(options=x264_params("open-gop=1:keyint=8:min-keyint=4:bframes=3:b-adapt=0")),
-    "hevc open gop": Make(
+    "long gop": Encoding(options=x264(g=250, bf=3)),
+    "gop 8": Encoding(options=x264(g=8, bf=2)),
+    "no b-frames": Encoding(options=x264(g=8, bf=0)),
+    "b-pyramid": Encoding(frames=100, options=x264_params("keyint=30:bframes=8:b-adapt=0:ref=5")),
+    "open gop": Encoding(
+        options=x264_params("open-gop=1:keyint=8:min-keyint=4:bframes=3:b-adapt=0")
+    ),
+    "hevc open gop": Encoding(
         codec="libx265",
         options={
             "preset": "ultrafast",
             "x265-params": "log-level=none:keyint=10:bframes=3:open-gop=1:pools=none",
         },
     ),
-    "variable rate": Make(ticks=UNEVEN, options=x264(g=8)),
-    "variable rate mkv": Make(ticks=UNEVEN, container="matroska"),
-    "turned 90": Make(turned=90),
-    "turned 180": Make(turned=180),
-    "turned 270": Make(turned=270),
-    "odd size": Make(width=77, height=51, pixels="yuv444p"),
-    "odd size vp9": Make(
+    "variable rate": Encoding(ticks=UNEVEN, options=x264(g=8)),
+    "variable rate mkv": Encoding(ticks=UNEVEN, container="matroska"),
+    "rotated 90": Encoding(rotation=90),
+    "rotated 180": Encoding(rotation=180),
+    "rotated 270": Encoding(rotation=270),
+    "odd size": Encoding(width=77, height=51, pixels="yuv444p"),
+    "odd size vp9": Encoding(
         width=77,
         height=51,
         codec="libvpx-vp9",
         container="webm",
         options={"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "g": "12"},
     ),
-    "10 bit": Make(pixels="yuv420p10le"),
-    "full range": Make(pixels="yuvj420p"),
-    "interlaced": Make(options=x264_params("interlaced=1:tff=1:keyint=12")),
-    "30 s": Make(frames=750),
-    "30 s gop 16": Make(frames=750, options=x264(g=16)),
-    "one frame": Make(frames=1),
-    "three frames": Make(frames=3),
-    "edit list": Make(options=x264(g=8), shift=-240, muxer=NOT_MOVED),
-    "edit list long gop": Make(options=x264(g=250), shift=-240, muxer=NOT_MOVED),
-    "late start": Make(options=x264(g=8), shift=5000),
-    "fragments": Make(options=x264(g=8), muxer={"movflags": "frag_keyframe+empty_moov"}),
-    "matroska": Make(options=x264(g=8), container="matroska"),
+    "10 bit": Encoding(pixels="yuv420p10le"),
+    "full range": Encoding(pixels="yuvj420p"),
+    "interlaced": Encoding(options=x264_params("interlaced=1:tff=1:keyint=12")),
+    "30 s": Encoding(frames=750),
+    "30 s gop 16": Encoding(frames=750, options=x264(g=16)),
+    "one frame": Encoding(frames=1),
+    "three frames": Encoding(frames=3),
+    "edit list": Encoding(options=x264(g=8), shift=-240, muxer=UNSHIFTED),
+    "edit list long gop": Encoding(options=x264(g=250), shift=-240, muxer=UNSHIFTED),
+    "late start": Encoding(options=x264(g=8), shift=5000),
+    "fragments": Encoding(options=x264(g=8), muxer={"movflags": "frag_keyframe+empty_moov"}),
+    "matroska": Encoding(options=x264(g=8), container="matroska"),
 }
 OTHERS = {
-    "intra refresh": Make(options=x264_params("intra-refresh=1:keyint=10:bframes=0")),
-    "transport stream": Make(options=x264(g=8), container="mpegts", shift=5000),
-    "flash": Make(options=x264(g=8), container="flv"),
-    "avi": Make(codec="mpeg4", container="avi", options={"bf": "2", "g": "12"}),
-    "avi without time stamps": Make(options=x264(g=8, bf=2), container="avi"),
-    "bare h264": Make(options=x264(g=8), container="h264"),
+    "intra refresh": Encoding(options=x264_params("intra-refresh=1:keyint=10:bframes=0")),
+    "transport stream": Encoding(options=x264(g=8), container="mpegts", shift=5000),
+    "flash": Encoding(options=x264(g=8), container="flv"),
+    "avi": Encoding(codec="mpeg4", container="avi", options={"bf": "2", "g": "12"}),
+    "avi without time stamps": Encoding(options=x264(g=8, bf=2), container="avi"),
+    "bare h264": Encoding(options=x264(g=8), container="h264"),
 }
-MAKES = INDEXED | OTHERS
-video = functools.cache(lambda name: make_video(MAKES[name]))
+ENCODINGS = INDEXED | OTHERS
+video = functools.cache(lambda name: make_video(ENCODINGS[name]))
 
 
 def expected(
-    make: Make, num_frames: int, span: Span | None, offsets: Sequence[float] | None
+    encoding: Encoding, num_frames: int, span: Span | None, offsets: Sequence[float] | None
 ) -> tuple[list[int], list[float]]:
-    """Numbers and times by the definition, in exact arithmetic."""
+    """Computes the frames and times from the definition, in exact arithmetic."""
     start, end = span or (0, None)
-    ticks = make.times
+    ticks = encoding.times
     shown = [
         index
-        for index in range(make.first, len(ticks))
-        if round(start * TICKS_PER_S) <= ticks[index] - ticks[make.first]
-        and (end is None or ticks[index] - ticks[make.first] < round(end * TICKS_PER_S))
+        for index in range(encoding.first, len(ticks))
+        if round(start * TICKS_PER_S) <= ticks[index] - ticks[encoding.first]
+        and (end is None or ticks[index] - ticks[encoding.first] < round(end * TICKS_PER_S))
     ]
     if len(shown) > num_frames:
         shares = [Fraction(offset) for offset in offsets or [0.5] * num_frames]
-        places = [(i + share) * len(shown) / num_frames for i, share in enumerate(shares)]
-        chosen = [shown[int(place)] for place in places]
+        positions = [(i + share) * len(shown) / num_frames for i, share in enumerate(shares)]
+        chosen = [shown[int(position)] for position in positions]
     else:
         chosen = shown
     return chosen, [(ticks[index] - ticks[shown[0]]) / TICKS_PER_S for index in chosen]
 
 
 def check(sample: FrameSampler, name: str, span: Span | None, num_frames: int, seed: int) -> int:
-    """Samples at the middles and at random; the number of frames looked at."""
+    """Samples at the middles and at random offsets; returns the number of checked frames."""
     seen = 0
     for offsets in (None, np.random.default_rng(seed).random(num_frames).tolist()):
         frames, times_s = sample(video(name), num_frames, span=span, offsets=offsets)
-        numbers, seconds = expected(MAKES[name], num_frames, span, offsets)
-        assert [number_of(frame, MAKES[name]) for frame in frames] == numbers
+        numbers, seconds = expected(ENCODINGS[name], num_frames, span, offsets)
+        assert [number_of(frame, ENCODINGS[name]) for frame in frames] == numbers
         assert times_s == pytest.approx(seconds, abs=2e-6)
         seen += len(frames)
     return seen
 
 
-def spans(make: Make) -> list[Span | None]:
-    duration_s = (make.times[-1] - make.times[make.first]) / TICKS_PER_S
+def spans(encoding: Encoding) -> list[Span | None]:
+    duration_s = (encoding.times[-1] - encoding.times[encoding.first]) / TICKS_PER_S
     if duration_s < 1:
         return [None, (0.0, duration_s + 0.001)]
     third = round(duration_s / 3, 3)
@@ -135,23 +136,25 @@ def spans(make: Make) -> list[Span | None]:
 
 @pytest.mark.parametrize(
     ("decoder", "name"),
-    [pytest.param("pyav", name) for name in MAKES]
+    [pytest.param("pyav", name) for name in ENCODINGS]
     + [pytest.param("torchcodec", name, marks=torchcodec.marks) for name in INDEXED],
 )
 def test_no_frame_is_wrong(decoder: Decoder, name: str) -> None:
     sample, seen = frame_sampler(decoder), 0
-    for place, span in enumerate(spans(MAKES[name])):
+    for seed, span in enumerate(spans(ENCODINGS[name])):
         for num_frames in (1, 7, 12):
-            seen += check(sample, name, span, num_frames, place)
+            seen += check(sample, name, span, num_frames, seed)
     assert seen > 3
 
 
 @pytest.mark.parametrize("name", ["gop 8", "variable rate", "edit list", "late start", "30 s"])
 @decoders
 def test_all_frames_in_order(decoder: Decoder, name: str) -> None:
-    make = MAKES[name]
+    encoding = ENCODINGS[name]
     frames, _ = frame_sampler(decoder)(video(name), 2000)
-    assert [number_of(frame, make) for frame in frames] == list(range(make.first, len(make.times)))
+    assert [number_of(frame, encoding) for frame in frames] == list(
+        range(encoding.first, len(encoding.times))
+    )
 
 
 @pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
@@ -160,26 +163,26 @@ def test_both_decoders_give_the_same_pixels(name: str) -> None:
     ours, ours_s = sample_frames(video(name), 12)
     theirs, theirs_s = frame_sampler("torchcodec")(video(name), 12)
     assert ours_s == theirs_s
-    # Of odd 4:2:0 pictures the libraries' versions may round the last colours differently.
+    # FFmpeg versions round the last colours of odd 4:2:0 pictures differently.
     allowed = 1 if name == "odd size vp9" else 0
     assert np.abs(ours.astype(int) - theirs).max() <= allowed
 
 
-@pytest.mark.parametrize("name", list(MAKES))
+@pytest.mark.parametrize("name", list(ENCODINGS))
 def test_a_cut_holds_the_frames_of_its_span(name: str) -> None:
-    make, span = MAKES[name], spans(MAKES[name])[1]
+    encoding, span = ENCODINGS[name], spans(ENCODINGS[name])[1]
     cut = reencode_video(video(name), short_side=None, keyframe_interval=8, span=span)
-    numbers, times_s = expected(make, 2000, span, None)
+    numbers, times_s = expected(encoding, 2000, span, None)
     frames, again_s = sample_frames(cut, 2000)
-    upright = Make(width=frames.shape[2], height=frames.shape[1], turned=0)
-    stored = [np.rot90(frame, make.turned // 90) for frame in frames]
-    even = Make(width=make.width // 2 * 2, height=make.height // 2 * 2)
+    upright = Encoding(width=frames.shape[2], height=frames.shape[1], rotation=0)
+    stored = [np.rot90(frame, encoding.rotation // 90) for frame in frames]
+    even = Encoding(width=encoding.width // 2 * 2, height=encoding.height // 2 * 2)
     assert [number_of(frame, even) for frame in stored] == numbers
     assert again_s == pytest.approx(times_s, abs=0.001)
     assert (upright.width % 2, upright.height % 2) == (0, 0)
 
 
-def test_frames_that_are_not_wanted_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_frames_after_the_last_keyframe_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     fits = frame_index._fits
     monkeypatch.setattr(frame_index, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
@@ -191,10 +194,12 @@ def test_frames_that_are_not_wanted_are_not_decoded(monkeypatch: pytest.MonkeyPa
 
 
 @decoders
-def test_frames_that_the_index_promises_and_nobody_decodes(decoder: Decoder) -> None:
-    """Without its first keyframe the video starts 5 frames late: refused, or counted as it is, but
-    never a wrong frame."""
-    make, buffer = MAKES["gop 8"], io.BytesIO()
+def test_indexed_frames_that_cannot_be_decoded(decoder: Decoder) -> None:
+    """Without its first keyframe the video starts 5 frames late.
+
+    It is refused, or sampled from the frames that decode, but no frame is wrong.
+    """
+    encoding, buffer = ENCODINGS["gop 8"], io.BytesIO()
     with (
         av.open(io.BytesIO(video("gop 8")), "r") as source,
         av.open(buffer, "w", format="mp4") as output,
@@ -209,10 +214,10 @@ def test_frames_that_the_index_promises_and_nobody_decodes(decoder: Decoder) -> 
             frame_sampler(decoder)(buffer.getvalue(), 40, key="k")
     else:
         frames, _ = sample_frames(buffer.getvalue(), 40)
-        assert [number_of(frame, make) for frame in frames] == list(range(8, 40))
+        assert [number_of(frame, encoding) for frame in frames] == list(range(8, 40))
 
 
-def test_a_decoder_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tvr.data_prep.video.decode_torchcodec", None)
     with pytest.raises(ValueError, match=r"needs pip install 'tvr\[torchcodec\]' .* FFmpeg"):
         frame_sampler("torchcodec")
@@ -221,14 +226,14 @@ def test_a_decoder_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
-def test_torchcodec_refuses_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+def test_torchcodec_refuses_without_output(capfd: pytest.CaptureFixture[str]) -> None:
     sample, content = frame_sampler("torchcodec"), video("long gop")
     for broken in (b"", b"no video" * 50, content[: len(content) // 2]):
         with pytest.raises(BadSample, match="k: unreadable"):
             sample(broken, 4, key="k")
     with pytest.raises(BadSample, match="the video has none"):
         sample(video("bare h264"), 4, key="k")
-    # Its keyframes are none: what a seek to them gives is known by its time.
+    # Its marked keyframes cannot start a decode; the time stamps after a seek reveal this.
     with pytest.raises(BadSample, match="of other times than requested"):
         sample(video("intra refresh"), 12, key="k")
     with pytest.raises(BadSample, match="missing_file"):

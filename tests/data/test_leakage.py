@@ -1,4 +1,4 @@
-"""Samples that two data sets share, or one holds twice: found in each way, and only then."""
+"""Finds samples that two data sets share, and videos that one data set holds under two ids."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tvr.data_prep.records import Clip
 
 
 def pack(folder: Path, *clips: tuple[str, str, int, str]) -> str:
-    """Packs (key, video_id, number that the pictures show, caption); returns the URL."""
+    """Packs clips of (key, video_id, number of the first frame, caption); returns the URL."""
     folder.mkdir()
-    made = []
+    packed_clips = []
     for key, video_id, number, caption in clips:
         video = folder / f"{key}.mp4"
         video.write_bytes(numbered_video(2, first=number, bframes=0))
-        made.append(Clip(key=key, video=str(video), captions=(caption,), video_id=video_id))
+        packed_clips.append(Clip(key=key, video=str(video), captions=(caption,), video_id=video_id))
     url = str(folder / "data")
-    pack_shards(made, url, layout="frames", num_frames=2, samples_per_shard=2)
+    pack_shards(packed_clips, url, layout="frames", num_frames=2, samples_per_shard=2)
     return url
 
 
@@ -40,14 +40,14 @@ def train(tmp_path: Path) -> str:
     )
 
 
-def found(report: VerifyReport) -> list[str]:
+def problems(report: VerifyReport) -> list[str]:
     return [f"{problem.where} / {problem.what}" for problem in report.problems]
 
 
-def test_nothing_in_common_is_no_problem(train: str, tmp_path: Path) -> None:
+def test_data_sets_without_common_samples_have_no_problem(train: str, tmp_path: Path) -> None:
     test = pack(tmp_path / "test", ("d", "vd", 4, "four"), ("e", "ve", 5, "five"))
     report = verify_dataset(test, against=[train])
-    assert found(report) == []
+    assert problems(report) == []
     assert [common.num_captions for common in report.common_captions] == [0]
 
 
@@ -65,16 +65,16 @@ def test_a_sample_of_the_training_set_is_named_with_both_keys(
 ) -> None:
     test = pack(tmp_path / "test", ("d", "vd", 4, "four"), clip)
     expected = [f"shard-000000.tar: {clip[0]} / same {by} as b of {train}"]
-    assert found(verify_dataset(test, against=[train])) == expected
-    assert found(verify_dataset(test, against=[train], compare_captions=False)) == expected
-    assert found(verify_dataset(test)) == []
+    assert problems(verify_dataset(test, against=[train])) == expected
+    assert problems(verify_dataset(test, against=[train], compare_captions=False)) == expected
+    assert problems(verify_dataset(test)) == []
 
 
-def test_several_data_sets_are_held_against_it_each(train: str, tmp_path: Path) -> None:
+def test_a_data_set_is_compared_with_several_others(train: str, tmp_path: Path) -> None:
     other = pack(tmp_path / "other", ("o", "vo", 7, "two"), ("p", "vd", 8, "eight"))
     test = pack(tmp_path / "test", ("d", "vd", 4, "two"), ("c", "ve", 5, "five"))
     report = verify_dataset(test, against=[train, other])
-    assert found(report) == [
+    assert problems(report) == [
         f"shard-000000.tar: c / same key as c of {train}",
         f"shard-000000.tar: d / same video_id as p of {other}",
     ]
@@ -84,20 +84,20 @@ def test_several_data_sets_are_held_against_it_each(train: str, tmp_path: Path) 
     ]
 
 
-def test_equal_captions_are_told_and_no_problem(train: str, tmp_path: Path) -> None:
+def test_equal_captions_are_counted_but_no_problem(train: str, tmp_path: Path) -> None:
     test = pack(
         tmp_path / "test", ("d", "vd", 4, "two"), ("e", "ve", 5, "three"), ("f", "vf", 6, "x")
     )
     report = verify_dataset(test, against=[train])
-    assert (found(report), report.common_captions[0].num_captions) == ([], 2)
+    assert (problems(report), report.common_captions[0].num_captions) == ([], 2)
     assert verify_dataset(test, against=[train], compare_captions=False).common_captions == ()
 
 
-def test_what_cannot_be_read_of_the_other_set_is_counted(train: str, tmp_path: Path) -> None:
+def test_unreadable_captions_of_the_other_set_are_counted(train: str, tmp_path: Path) -> None:
     test = pack(tmp_path / "test", ("d", "vd", 4, "two"), ("e", "ve", 5, "three"))
     (Path(train) / "shard-000000.tar").unlink()  # a and b
     report = verify_dataset(test, against=[train])
-    assert found(report) == []
+    assert problems(report) == []
     assert [(each.num_captions, each.num_unread) for each in report.common_captions] == [(1, 2)]
     second = Path(train) / "shard-000001.tar"
     second.write_bytes(second.read_bytes()[:700])
@@ -113,7 +113,7 @@ def test_one_video_under_two_ids_is_a_problem(tmp_path: Path) -> None:
         ("c", "vc", 1, "three"),
         ("d", "vb", 2, "four"),  # two clips of one video
     )
-    assert found(verify_dataset(url)) == [
+    assert problems(verify_dataset(url)) == [
         "shard-000001.tar: c / same content as a, but video_id 'vc' instead of 'va'"
     ]
 
@@ -155,7 +155,7 @@ def test_shared_samples_are_all_equal_pairs(
 
 
 @given(rows)
-def test_repeated_content_is_told_once_a_row(samples: list[tuple[str, str, int]]) -> None:
+def test_repeated_content_is_reported_once_a_row(samples: list[tuple[str, str, int]]) -> None:
     naive = []
     for row, (_, video_id, content) in enumerate(samples):
         first = next(at for at, (_, _, other) in enumerate(samples) if other == content)

@@ -1,12 +1,12 @@
-"""Packing: what a data set holds, that bad clips are counted, and that nothing half-made is
-published."""
+"""Packing: the content of a data set, the count of bad clips, and no partial data set."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from builders.clip_files import (
     tokenize,
     write_clips,
 )
+from fsspec.core import url_to_fs
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.check.verify import verify_dataset
-from tvr.data_prep.dataset.manifest import read_manifest, write_manifest
+from tvr.data_prep.dataset.manifest import Manifest, read_manifest, write_manifest
 from tvr.data_prep.dataset.shard_writer import content_hash
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.reading.loader import evaluation_batches, read_sample
@@ -40,12 +41,31 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", LAYOUTS)
-@pytest.mark.parametrize("place", ["folder", "memory"])
-def test_round_trip(tmp_path: Path, settings: dict[str, Any], place: str) -> None:
-    clips = write_clips(tmp_path, 7)
-    url = str(tmp_path / "data") if place == "folder" else f"memory://{tmp_path.name}/data"
-    manifest = pack_shards(clips, url, samples_per_shard=3, **settings)
+@dataclass(frozen=True)
+class PackedClips:
+    """Seven clips, packed with one of LAYOUTS to a folder and to memory."""
+
+    clips: list[Clip]
+    folder: str
+    memory: str
+    manifest: Manifest
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def packed_clips(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> PackedClips:
+    folder = tmp_path_factory.mktemp("packed")
+    clips = write_clips(folder, 7)
+    urls = str(folder / "data"), f"memory://{folder.name}/data"
+    manifest, _ = (pack_shards(clips, url, samples_per_shard=3, **request.param) for url in urls)
+    return PackedClips(clips, *urls, manifest)
+
+
+@pytest.mark.parametrize("location", ["folder", "memory"])
+def test_round_trip(packed_clips: PackedClips, location: str) -> None:
+    clips, manifest = packed_clips.clips, packed_clips.manifest
+    url = packed_clips.folder if location == "folder" else packed_clips.memory
     assert manifest.shard_sizes == (3, 3, 1)
     assert manifest.num_captions == sum(len(clip.captions) for clip in clips)
     assert verify_dataset(url).problems == ()
@@ -66,16 +86,29 @@ def test_round_trip(tmp_path: Path, settings: dict[str, Any], place: str) -> Non
     assert [text for batch in batches for text in batch.captions] == [
         text for clip in clips for text in clip.captions
     ]
-    sample = read_sample(url, "c03", num_frames=4, image_size=32 if place == "folder" else 31)
+    sample = read_sample(url, "c03", num_frames=4, image_size=32 if location == "folder" else 31)
     assert (list(sample.captions), sample.video_id) == (plain_captions(*clips[3].captions), "c03")
     assert sample.frame_times_s == pytest.approx((0.0, 0.1, 0.2, 0.3))
+
+
+def test_the_same_clips_give_the_same_bytes(packed_clips: PackedClips) -> None:
+    contents = []
+    for url in (packed_clips.folder, packed_clips.memory):
+        fs, root = url_to_fs(url)
+        paths = fs.ls(root, detail=False)
+        contents.append({path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in paths})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {
+        *("bad.jsonl", "manifest.json", "samples.npz"),
+        *(f"shard-{number:06d}.tar" for number in range(3)),
+    }
 
 
 def test_shards_are_plain_webdataset(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 7, jpeg_quality=95)
     samples: list[dict[str, Any]] = []
     for path in sorted((tmp_path / "data").glob("*.tar")):
-        with path.open("rb") as stream:  # wds.WebDataset would leave it open
+        with path.open("rb") as stream:  # wds.WebDataset would leave the file open
             source = [{"url": str(path), "stream": stream}]
             samples += group_by_keys(tar_file_expander(source))
     assert [sample["__key__"] for sample in samples] == [f"c{i:02d}" for i in range(7)]
@@ -102,22 +135,7 @@ def test_shards_are_plain_webdataset(tmp_path: Path) -> None:
     assert not (columns.length % 512).any()
 
 
-@pytest.mark.parametrize("settings", LAYOUTS)
-def test_the_same_clips_give_the_same_bytes(tmp_path: Path, settings: dict[str, Any]) -> None:
-    clips = write_clips(tmp_path, 4)
-    contents = []
-    for name in ("one", "two"):
-        pack_shards(clips, str(tmp_path / name), samples_per_shard=3, **settings)
-        files = sorted((tmp_path / name).iterdir())
-        contents.append({file.name: file.read_bytes() for file in files})
-    assert contents[0] == contents[1]
-    assert set(contents[0]) == {
-        *("bad.jsonl", "manifest.json", "samples.npz"),
-        *("shard-000000.tar", "shard-000001.tar"),
-    }
-
-
-def test_content_tells_what_a_clip_shows(tmp_path: Path) -> None:
+def test_content_is_a_hash_of_the_source_and_the_cut(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 3)
     (tmp_path / "copy.mp4").write_bytes((tmp_path / "c01.mp4").read_bytes())
     copy = replace(clips[1], key="copy", video=str(tmp_path / "copy.mp4"), captions=("other",))
@@ -131,7 +149,7 @@ def test_content_tells_what_a_clip_shows(tmp_path: Path) -> None:
 
 
 def bad_clips(folder: Path) -> list[Clip]:
-    """One clip for every reason to refuse one, after a good one; the reason is the key."""
+    """Writes a good clip, then one clip for each reason of refusal; keys start with the reason."""
     whole = numbered_video(20, faststart=True)
     contents = {
         "unreadable": b"garbage" * 100,
@@ -162,16 +180,16 @@ def test_bad_clips_are_counted_and_listed(tmp_path: Path) -> None:
     assert manifest.bad == expected
     assert read_manifest(url).bad == expected
     assert manifest.samples.key.tolist() == ["c00"]
-    listed = [
+    entries = [
         json.loads(line) for line in (tmp_path / "data" / "bad.jsonl").read_text().splitlines()
     ]
-    assert [(entry["key"], entry["key"].startswith(entry["reason"])) for entry in listed] == [
+    assert [(entry["key"], entry["key"].startswith(entry["reason"])) for entry in entries] == [
         (clip.key, True) for clip in bad_clips(tmp_path)[1:]
     ]
-    assert "missing_file.mp4 of a.jsonl:1" in listed[0]["detail"]
+    assert "missing_file.mp4 of a.jsonl:1" in entries[0]["detail"]
 
 
-def test_beyond_the_budget_nothing_is_published(tmp_path: Path) -> None:
+def test_too_many_bad_clips_publish_nothing(tmp_path: Path) -> None:
     url = str(tmp_path / "data")
     with pytest.raises(TooManyBadSamples, match=r"6 bad .* max_bad=5 .*2 unreadable.* a\.jsonl:6"):
         pack_shards(bad_clips(tmp_path), url, layout="video", max_bad=5)
@@ -191,7 +209,7 @@ def test_an_empty_caption_among_good_ones_is_dropped_and_counted(tmp_path: Path)
     assert list(sample.captions) == plain_captions("two words", "x & y")
 
 
-def test_a_complete_data_set_stays_until_the_new_one_is_ready(tmp_path: Path) -> None:
+def test_a_complete_data_set_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     url = make_dataset(tmp_path, 7, samples_per_shard=2)
     before = {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
     clips = write_clips(tmp_path, 3)
@@ -202,7 +220,7 @@ def test_a_complete_data_set_stays_until_the_new_one_is_ready(tmp_path: Path) ->
         pack_shards([*clips, missing], url, layout="video", samples_per_shard=1, overwrite=True)
     assert {file: file.read_bytes() for file in before} == before
     assert read_sample(url, "c06", num_frames=1, image_size=8).key == "c06"
-    (tmp_path / "data" / "shard-000009.tar.partial").write_bytes(b"of a killed packing")
+    (tmp_path / "data" / "shard-000009.tar.partial").write_bytes(b"left by a killed packing")
     pack_shards(clips, url, layout="video", overwrite=True)
     names = sorted(file.name for file in (tmp_path / "data").iterdir())
     assert names == ["bad.jsonl", "manifest.json", "samples-1.npz", "shard-1-000000.tar"]
@@ -223,25 +241,32 @@ def test_a_complete_data_set_stays_until_the_new_one_is_ready(tmp_path: Path) ->
         ({"layout": "video", "max_bad": -1}, "max_bad=-1 must be 0 or more"),
     ],
 )
-def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         pack_shards(write_clips(tmp_path, 1), str(tmp_path / "data"), **settings)
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "x" * 81])
-def test_keys_that_would_break_the_shard(tmp_path: Path, key: str) -> None:
+def test_invalid_keys_are_refused(tmp_path: Path, key: str) -> None:
     clip = Clip(key=key, video="v.mp4", captions=("x",), video_id="x", origin="a.jsonl:7")
     with pytest.raises(ValueError, match=r"a\.jsonl:7: key=.* must be 1 to 80 letters"):
         pack_shards([clip], str(tmp_path / "data"), layout="video")
 
 
-def test_duplicates_and_no_clips_at_all(tmp_path: Path) -> None:
+def test_duplicate_keys_and_no_clips_are_refused(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 1)
     with pytest.raises(ValueError, match="duplicate key 'c00'"):
         pack_shards(clips * 2, str(tmp_path / "data"), layout="video")
     with pytest.raises(ValueError, match="no usable clip"):
         pack_shards([], str(tmp_path / "data"), layout="video")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(make_dataset(tmp_path_factory.mktemp("dataset"), 7))
 
 
 @pytest.mark.parametrize(
@@ -278,10 +303,10 @@ def test_duplicates_and_no_clips_at_all(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_index_is_named(
-    tmp_path: Path, name: str, damage: Any, error: type[Exception], message: str
+def test_the_error_names_a_damaged_index(
+    dataset: Path, tmp_path: Path, name: str, damage: Any, error: type[Exception], message: str
 ) -> None:
-    url = make_dataset(tmp_path, 7)
+    shutil.copytree(dataset, tmp_path / "data")
     path = tmp_path / "data" / name
     if damage is None:
         path.unlink()
@@ -290,7 +315,7 @@ def test_a_damaged_index_is_named(
         assert damaged != path.read_bytes()
         path.write_bytes(damaged)
     with pytest.raises(error, match=message):
-        read_manifest(url)
+        read_manifest(str(tmp_path / "data"))
 
 
 def test_columns_out_of_shard_order_are_refused(tmp_path: Path) -> None:
@@ -302,7 +327,7 @@ def test_columns_out_of_shard_order_are_refused(tmp_path: Path) -> None:
         read_manifest(url)
 
 
-def test_a_missing_source_on_another_file_system(tmp_path: Path) -> None:
+def test_a_missing_source_on_another_file_system_is_refused(tmp_path: Path) -> None:
     with fsspec.open("memory://sources/good.mp4", "wb") as file:
         file.write(numbered_video(3))  # type: ignore[union-attr]
     clips = [

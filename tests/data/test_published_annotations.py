@@ -1,5 +1,4 @@
-"""Benchmarks, on the published annotation files where they are; captions files that are not there
-are made up."""
+"""Benchmarks, on the published annotation files if present; missing caption files are made up."""
 
 from __future__ import annotations
 
@@ -93,25 +92,25 @@ def test_real_didemo_test(tmp_path: Path) -> None:
     assert all(KEY_PATTERN.fullmatch(clip.key) for clip in selection.clips)
     data = json.loads((folder / "test_data.json").read_text())
     clip = selection.clips[0]
-    told = [entry["description"] for entry in data if entry["video"] == clip.video_id]
-    assert len(told) > 1
-    assert clip.captions == (" ".join(" ".join(told).split()),)
+    descriptions = [entry["description"] for entry in data if entry["video"] == clip.video_id]
+    assert len(descriptions) > 1
+    assert clip.captions == (" ".join(" ".join(descriptions).split()),)
 
 
 @pytest.mark.parametrize(
-    ("split", "told"),
+    ("split", "summary"),
     [
         ("train", "didemo train: 8,392 videos, published 8,395 (-3)"),
         ("val", "didemo val: 1,065 videos, as published"),
     ],
 )
-def test_real_didemo_lists(tmp_path: Path, split: str, told: str) -> None:
+def test_real_didemo_lists(tmp_path: Path, split: str, summary: str) -> None:
     folder = linked(tmp_path, real("didemo", f"{split}_list.txt"))
     ids = list(read_ids(str(folder / f"{split}_list.txt")))
     data = [{"video": name, "description": text} for text in "abc" for name in ids]
     (folder / f"{split}_data.json").write_text(json.dumps(data))
     selection = read(folder, "didemo", split, tmp_path)
-    assert selection.summary()[0] == told
+    assert selection.summary()[0] == summary
     assert {clip.captions for clip in selection.clips} == {("a b c",)}
     assert [clip.video_id for clip in selection.clips] == ids
 

@@ -1,4 +1,4 @@
-"""Pickled captions: Python 2's and 3's are read, and nothing that could run code."""
+"""Pickled captions: pickles of Python 2 and 3 are read, pickles that could run code are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tvr.data_prep.annotations.benchmark_files import msvd_captions
 
 
 def test_msvd_reads_the_byte_texts_of_python_2(tmp_path: Path) -> None:
-    # {"v_1_2": [["caf\xc3\xa9", "\xe9"]]} in the operations that Python 2's cPickle used for str.
+    # {"v_1_2": [["caf\xc3\xa9", "\xe9"]]} with the opcodes that Python 2's cPickle used for str.
     content = b"(dp1\nS'v_1_2'\n(lp2\n(lp3\nS'caf\\xc3\\xa9'\naS'\\xe9'\naas."
     (tmp_path / "raw-captions.pkl").write_bytes(content)
     url = str(tmp_path / "raw-captions.pkl")
@@ -28,26 +28,26 @@ class RunsCommand:
         return os.system, (self.command,)
 
 
-class Stranger:
+class Unknown:
     pass
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_runs_nothing(tmp_path: Path, protocol: int) -> None:
+def test_a_pickle_runs_no_code(tmp_path: Path, protocol: int) -> None:
     trap = RunsCommand(f"touch {tmp_path}/ran")
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(pickle.dumps({"v_1_2": [[trap]]}, protocol=protocol))
     with pytest.raises(ValueError, match=r"raw-captions\.pkl: refused: it asks for \w+\.system;"):
         msvd_captions(url)
     assert not (tmp_path / "ran").exists()
-    pickle.loads(Path(url).read_bytes())  # the trap works
+    pickle.loads(Path(url).read_bytes())  # plain pickle runs the command
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"v": [[Stranger()]]}, "refused: it asks for"),
+        ({"v": [[Unknown()]]}, "refused: it asks for"),
         ({"v": [[3]]}, "v: expected text, found int"),
         ({"v": [{"a"}]}, "(expected text, found set|refused: it asks for)"),
         ({"v": "text"}, "v: expected a list, found str"),
@@ -55,7 +55,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path, protocol: int) -> None:
         ([["a"]], "expected a dict, found list"),
     ],
 )
-def test_a_pickle_of_other_things_is_refused(tmp_path: Path, value: Any, message: str) -> None:
+def test_a_pickle_of_other_types_is_refused(tmp_path: Path, value: Any, message: str) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(pickle.dumps(value))
     with pytest.raises(ValueError, match=message):
@@ -63,14 +63,14 @@ def test_a_pickle_of_other_things_is_refused(tmp_path: Path, value: Any, message
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04}", b"version https://", b"cos\n", b"0."])
-def test_a_damaged_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+def test_the_error_names_a_damaged_pickle(tmp_path: Path, content: bytes) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(content)
     with pytest.raises(ValueError, match=r"raw-captions\.pkl: damaged pickle"):
         msvd_captions(url)
 
 
-def test_an_object_kept_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_an_external_object_is_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(b"Pthing\n.")
     with pytest.raises(ValueError, match="refused: it asks for the external object 'thing'"):

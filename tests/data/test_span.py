@@ -1,4 +1,4 @@
-"""Spans and offsets: which frames of a video are taken, and the same ones after cutting."""
+"""Spans and offsets: the sampled frames, and the same frames from a cut video."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_bad_offsets(offsets: list[float]) -> None:
     ],
 )
 @pytest.mark.parametrize("offsets", [None, (0.0, 0.9, 0.3)])
-def test_a_span_is_as_a_video_of_its_own(
+def test_a_span_is_sampled_like_a_separate_video(
     span: Span | None, first: int, end: int, offsets: Sequence[float] | None
 ) -> None:
     expected = [first + i for i in segment_frames(end - first, 3, offsets)]
@@ -106,7 +106,7 @@ def test_frames_within_a_span() -> None:
     assert frames_within(np.array(times_s).tolist(), (0.6, 0.65)) == range(3, 3)
 
 
-def test_a_clock_that_starts_late_counts_from_the_first_frame() -> None:
+def test_times_count_from_the_first_frame_of_a_late_start() -> None:
     video = numbered_video(30, container="mpegts")
     with av.open(io.BytesIO(video)) as container:
         assert next(container.decode(video=0)).time > 0.1

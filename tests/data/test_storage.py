@@ -1,4 +1,4 @@
-"""Reads from a store that fails: what is asked again, how often, and what comes of it."""
+"""Reads from a failing storage: which errors are retried, how often, and what callers see."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStora
 
 
 def test_ranges_end_where_the_file_does(store: HttpStorage) -> None:
-    files = Storage(store.url)
-    assert files.read("file") == bytes(range(100))
-    assert files.read_range("file", 10, 20) == bytes(range(10, 20))
-    assert files.read_range("file", 90, 120) == bytes(range(90, 100))
-    assert files.read_range("file", 100, 120) == b""
+    storage = Storage(store.url)
+    assert storage.read("file") == bytes(range(100))
+    assert storage.read_range("file", 10, 20) == bytes(range(10, 20))
+    assert storage.read_range("file", 90, 120) == bytes(range(90, 100))
+    assert storage.read_range("file", 100, 120) == b""
 
 
 @pytest.mark.parametrize(
-    ("status", "asked"), [(503, ATTEMPTS), (500, ATTEMPTS), (429, ATTEMPTS), (403, 1), (404, 1)]
+    ("status", "num_requests"),
+    [(503, ATTEMPTS), (500, ATTEMPTS), (429, ATTEMPTS), (403, 1), (404, 1)],
 )
-def test_what_may_pass_is_asked_again(store: HttpStorage, status: int, asked: int) -> None:
+def test_only_transient_errors_are_retried(
+    store: HttpStorage, status: int, num_requests: int
+) -> None:
     store.fails, store.status = lambda number: True, status
     with pytest.raises(OSError, match=r"http://.*/file"):
         Storage(store.url).read("file")
-    assert len(store.requests) == asked
+    assert len(store.requests) == num_requests
 
 
 def test_the_last_attempt_may_succeed(store: HttpStorage) -> None:
@@ -50,7 +53,7 @@ def test_the_last_attempt_may_succeed(store: HttpStorage) -> None:
     assert len(store.requests) == ATTEMPTS
 
 
-def test_a_missing_file_is_told_from_a_failing_store(store: HttpStorage) -> None:
+def test_a_missing_file_differs_from_a_failing_storage(store: HttpStorage) -> None:
     with pytest.raises(FileNotFoundError):
         Storage(store.url).read("none")
     with pytest.raises(FileNotFoundError, match="no data set there"):
@@ -61,12 +64,12 @@ def test_a_missing_file_is_told_from_a_failing_store(store: HttpStorage) -> None
     assert not isinstance(caught.value, FileNotFoundError)
 
 
-def test_a_server_that_is_gone(store: HttpStorage) -> None:
+def test_an_unreachable_server_is_an_os_error(store: HttpStorage) -> None:
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:1/file: .*"):
         Storage("http://127.0.0.1:1").read("file")
 
 
-def test_a_store_that_ignores_ranges_is_named(
+def test_a_storage_that_ignores_ranges_is_refused(
     store: HttpStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = store.answer
@@ -75,7 +78,7 @@ def test_a_store_that_ignores_ranges_is_named(
         Storage(store.url).read_range("file", 0, 10)
 
 
-def test_waits_double_up_to_a_bound(store: HttpStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_double_up_to_a_limit(store: HttpStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0.5)
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
@@ -85,29 +88,28 @@ def test_waits_double_up_to_a_bound(store: HttpStorage, monkeypatch: pytest.Monk
     assert waits == [0.5, 1, 2, 4, 8, 8]
 
 
-def test_retries_are_logged_now_and_then(
+def test_retries_are_logged_at_powers_of_two(
     store: HttpStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.fails = lambda number: number % 2 == 1
-    files = Storage(store.url)
+    storage = Storage(store.url)
     with caplog.at_level(logging.WARNING, logger="tvr.data_prep.storage.storage"):
         for _ in range(20):
-            files.read("file")
-    assert files.num_retries == 20
+            storage.read("file")
+    assert storage.num_retries == 20
     retries = [line.split("retry ")[1].split(" ")[0] for line in caplog.messages]
     assert retries == ["1", "2", "4", "8", "16"]
     assert "/file: attempt 1 failed, trying again" in caplog.messages[0]
     assert "503" in caplog.messages[0]
 
 
-def test_a_retried_read_keeps_nothing_of_its_caller_alive(store: HttpStorage) -> None:
-    """Else abandoned streams and their workers end when, and in whatever thread, garbage is
-    collected."""
+def test_a_retried_read_keeps_no_reference_to_its_caller(store: HttpStorage) -> None:
+    """Otherwise abandoned loaders and their workers would live until a garbage collection."""
 
     def read() -> weakref.ref[HttpStorage]:
-        held = HttpStorage(Path())
+        local = HttpStorage(Path())
         Storage(store.url).read("file")
-        return weakref.ref(held)
+        return weakref.ref(local)
 
     store.fails = lambda number: number < ATTEMPTS
     gc.collect()
@@ -118,7 +120,7 @@ def test_a_retried_read_keeps_nothing_of_its_caller_alive(store: HttpStorage) ->
         gc.enable()
 
 
-def test_local_files_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_reads_are_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda wait_s: pytest.fail("waited"))
     with pytest.raises(OSError, match="IsADirectoryError"):
         Storage(str(tmp_path)).read("")
@@ -130,11 +132,11 @@ def test_a_sample_is_bad_only_after_the_last_attempt(store: HttpStorage, tmp_pat
     store.fails = lambda number: number % 3 == 0
     for key in ("c00", "c01", "c02"):
         assert read_sample(url, key, num_frames=4, image_size=16).key == key
-    sound = len(store.requests)
-    store.fails = lambda number: number > sound + 2  # the manifest comes, the shard does not
+    before = len(store.requests)
+    store.fails = lambda number: number > before + 2  # the manifest succeeds, the shard fails
     with pytest.raises(BadSample, match=r"c01: read_error: http://.*shard-000000.tar: .*503"):
         read_sample(url, "c01", num_frames=4, image_size=16)
-    assert len(store.requests) == sound + 2 + ATTEMPTS
+    assert len(store.requests) == before + 2 + ATTEMPTS
     store.fails = lambda number: False
     (tmp_path / "data" / "shard-000000.tar").unlink()
     with pytest.raises(BadSample, match="c01: missing_shard"):

@@ -1,4 +1,4 @@
-"""Video files are found by id, and the folder is listed once."""
+"""Finds video files by id, with one listing of the folder."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def touch(folder: Path, *names: str) -> None:
         ("1@N_d.mov", "1@N_d.mov"),
         ("1@N_e.mov", "1@N_e.mp4"),  # converted
         ("1@N_f.mov", "1@N_f.mov.mp4"),
-        ("1@N_g.", "1@N_g.mp4"),  # DiDeMo has names that end in a dot
-        ("h.i", None),  # ".i" is no suffix of videos
+        ("1@N_g.", "1@N_g.mp4"),  # DiDeMo has names that end with a dot
+        ("h.i", None),  # ".i" is not a video suffix
         ("sub/b", "sub/b.webm"),
         ("none/b", None),
         ("sub", None),
@@ -44,7 +44,7 @@ def test_find(tmp_path: Path, name: str, found: str | None) -> None:
     assert VideoFiles(str(videos)).find(name) == expected
 
 
-def test_one_name_in_two_sub_folders_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_name_in_two_sub_folders_is_refused_when_it_is_looked_up(tmp_path: Path) -> None:
     touch(tmp_path, "x/a.mp4", "y/a.mp4", "y/b.mp4")
     files = VideoFiles(str(tmp_path))
     assert files.find("b") == f"{tmp_path}/y/b.mp4"

@@ -1,4 +1,4 @@
-"""Words of captions: agreement with hand-made tags, tf-idf by hand, what is stored."""
+"""Words of captions: agreement with manual tags, tf-idf weights, and the stored words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvr.data_prep.reading.loader import read_samples
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Caption, Clip, WordKind
 
-SAID_ONCE = {
+TAGGED_CAPTIONS = {
     "a man is playing guitar on stage": "(a) *man is *playing *guitar (on) *stage",
     "a dog runs past a red car": "(a) *dog *runs past (a) *red *car",
     "a woman's dog isn't running, it runs": "(a) *woman *dog is *running it *runs",
@@ -38,17 +38,17 @@ def clips(*captions_of_each: tuple[str, ...]) -> list[Clip]:
 
 @pytest.fixture(scope="module")
 def tagger() -> WordTagger:
-    return WordTagger(clips(*((text,) for text in SAID_ONCE)))
+    return WordTagger(clips(*((text,) for text in TAGGED_CAPTIONS)))
 
 
 def marked(caption: Caption) -> str:
-    """The words of a caption, *content and (droppable)."""
+    """Returns a caption's words with *content and (droppable) marks."""
     forms = {WordKind.PLAIN: "{}", WordKind.CONTENT: "*{}", WordKind.DROPPABLE: "({})"}
     words = caption.known_words()
     return " ".join(forms[kind].format(caption.text[start:end]) for start, end, kind in words)
 
 
-def test_agreement_with_hand_made_tags(tagger: WordTagger) -> None:
+def test_agreement_with_manual_tags(tagger: WordTagger) -> None:
     lines = (Path(__file__).parent / "tagged_captions.txt").read_text(encoding="utf-8").splitlines()
     agreed = []
     for line in lines:
@@ -68,19 +68,19 @@ def test_agreement_with_hand_made_tags(tagger: WordTagger) -> None:
     assert sum(agreed) / len(agreed) > 0.98
 
 
-@pytest.mark.parametrize(("text", "words"), list(SAID_ONCE.items()))
+@pytest.mark.parametrize(("text", "words"), list(TAGGED_CAPTIONS.items()))
 def test_captions_of_one_data_set(tagger: WordTagger, text: str, words: str) -> None:
-    # Of 6 clips all say "a" (weight 0) and 3 "on": 1/7 ln(7/4) = 0.08 of 7 words. Words of one
-    # clip weigh 1/7 ln(7/2) = 0.18 and stay: "is", "past", "his".
+    # All 6 clips contain "a" (weight 0) and 3 contain "on": 1/7 ln(7/4) = 0.08 in 7 words. Words of
+    # a single clip weigh 1/7 ln(7/2) = 0.18 and are not droppable: "is", "past", "his".
     (caption,) = tagger.tag([text])
     assert marked(caption) == words
 
 
-def test_weights_are_over_all_captions_of_a_clip() -> None:
+def test_weights_count_all_captions_of_a_clip() -> None:
     same = ("the dog sleeps under the table",) * 7
     tagger = WordTagger(clips((*same, "there the dog sleeps"), ("the cat",), ("under the car",)))
     caption, *_, last = tagger.tag([*same, "there the dog sleeps"])
-    # The share of "there" is 1/46 and ln(4/2) makes 0.015; "under" is 7/46 ln(4/3) = 0.044.
+    # "there" weighs 1/46 ln(4/2) = 0.015, "under" 7/46 ln(4/3) = 0.044.
     assert marked(last) == "(there) (the) *dog *sleeps"
     assert marked(caption) == "(the) *dog *sleeps (under) (the) *table"
     alone = WordTagger(clips(("there the dog sleeps",), ("the cat",), ("a car",)))
@@ -89,23 +89,23 @@ def test_weights_are_over_all_captions_of_a_clip() -> None:
 
 
 def test_at_most_five_forms_and_the_lightest_first() -> None:
-    said = ("he is in it with her and by them for us",)
-    tagger = WordTagger(clips(said, said, said, ("by them for us",)))
-    (caption,) = tagger.tag(said)
-    # Of weight 0 are the last four; of the others, equal, the first.
+    texts = ("he is in it with her and by them for us",)
+    tagger = WordTagger(clips(texts, texts, texts, ("by them for us",)))
+    (caption,) = tagger.tag(texts)
+    # The last four weigh 0; the others weigh the same, so the first of them is the fifth.
     assert marked(caption) == "(he) is in it with her and (by) (them) (for) (us)"
 
 
-def test_a_form_with_content_or_a_clitic_anywhere_stays() -> None:
-    said = ("he can open the can and he's glad",)
-    tagger = WordTagger(clips(said, said))
-    (caption,) = tagger.tag(said)
+def test_a_form_with_content_or_a_clitic_anywhere_is_not_droppable() -> None:
+    texts = ("he can open the can and he's glad",)
+    tagger = WordTagger(clips(texts, texts))
+    (caption,) = tagger.tag(texts)
     assert marked(caption) == "he can *open (the) *can (and) he *glad"
 
 
 def test_captions_are_stored_clean() -> None:
-    said = (" a&nbsp;cat \t&amp;amp;  a dog", "", "&#32;", "caf\u00e9")
-    assert clean_captions(said) == ("a cat & a dog", "caf\u00e9")
+    texts = (" a&nbsp;cat \t&amp;amp;  a dog", "", "&#32;", "caf\u00e9")
+    assert clean_captions(texts) == ("a cat & a dog", "caf\u00e9")
 
 
 @given(st.text(max_size=60))
@@ -126,29 +126,31 @@ _CACHE: dict[str, WordTagger] = {}
 
 
 def _any_tagger() -> WordTagger:
-    # hypothesis calls a test many times and takes no fixture of a narrower scope.
+    # hypothesis refuses function-scoped fixtures, because it calls a test many times.
     return _CACHE.setdefault("any", _CACHE.get("any") or WordTagger(clips(("a man",))))
 
 
-def test_packing_stores_what_the_tagger_finds(tmp_path: Path) -> None:
-    made = write_clips(tmp_path, 4)
+def test_packing_stores_the_words_of_the_tagger(tmp_path: Path) -> None:
+    written = write_clips(tmp_path, 4)
     settings: dict[str, Any] = {"layout": "frames", "num_frames": 1, "samples_per_shard": 2}
-    pack_shards(made, str(tmp_path / "alone"), words=True, **settings)
-    for task in range(2):  # each weighs words over the clips of both
+    pack_shards(written, str(tmp_path / "alone"), words=True, **settings)
+    for task in range(2):  # each task weighs words over the clips of both
         several = {"processes": 2, "task": task, "num_tasks": 2}
-        pack_shards(made, str(tmp_path / "several"), words=True, **several, **settings)
+        pack_shards(written, str(tmp_path / "several"), words=True, **several, **settings)
     for shard in ("shard-000000.tar", "shard-000001.tar"):
         alone, several = ((tmp_path / name / shard).read_bytes() for name in ("alone", "several"))
         assert alone == several
     url = str(tmp_path / "several")
     assert read_manifest(url).tagger == "HanTa 1.2.1"
-    samples = read_samples(url, [clip.key for clip in made], num_frames=1, image_size=8)
-    tagger = WordTagger(made)
-    assert [sample.captions for sample in samples] == [tagger.tag(clip.captions) for clip in made]
+    samples = read_samples(url, [clip.key for clip in written], num_frames=1, image_size=8)
+    tagger = WordTagger(written)
+    assert [sample.captions for sample in samples] == [
+        tagger.tag(clip.captions) for clip in written
+    ]
     assert [marked(caption) for caption in samples[3].captions] == ["*caption (0) (of) *clip 3"]
 
 
-def test_pack_finds_words_unless_told_otherwise(tmp_path: Path) -> None:
+def test_pack_tags_words_by_default(tmp_path: Path) -> None:
     write_clips(tmp_path, 2)
     lines = [{"video": f"c0{index}.mp4", "caption": "a red car"} for index in range(2)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
