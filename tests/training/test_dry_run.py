@@ -19,7 +19,7 @@ from tvr.trainer.config import Config, to_json
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.memory.model_memory import (
-    AliveBytes,
+    AllocationTracker,
     activation_bytes,
     checkpoint_bytes,
     model_bytes,
@@ -217,12 +217,12 @@ def test_estimated_activations_bound_measured_ones(
     if again:
         checkpoint_activations(model)
     inputs = model_inputs(next(random_batches(config, tokenizer)), torch.device("cpu"))
-    with AliveBytes(model.parameters()) as alive:
+    with AllocationTracker(model.parameters()) as tracker:
         features = model(*inputs)
-        forward = alive.peak
+        forward = tracker.peak
         sum(x.sum() for x in features if x is not None and x.grad_fn).backward()  # pyright: ignore[reportAttributeAccessIssue]
     gradients = sum(4 * p.numel() for p in model.parameters())
-    measured = max(forward, alive.peak - gradients)
+    measured = max(forward, tracker.peak - gradients)
     assert measured > 5e6
     # An upper bound, because it counts attention scores as kept; close to it at this length.
     estimated = activation_bytes(config, tokenizer)

@@ -1,6 +1,6 @@
-"""The estimate of the similarity's memory meets what is measured, which grows by the promised law.
+"""The similarity's estimated memory equals the measured one, which grows as promised.
 
-Memory is measured in processes of its own, see `trainer.measure`: exact enough to be asserted.
+Each peak is measured in a process of its own (`tvr_bench.kernels_process`): exact enough to assert.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tvr_bench.kernels_task import Inputs, cpu_growth, make_inputs
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.objective import objective
-from tvr.trainer.memory.memory import ACCURACY, FLOOR, by_way, estimate
-from tvr.trainer.memory.sizes import Sizes
+from tvr.trainer.memory.similarity_memory import ACCURACY, FLOOR_BYTES, estimate_similarity
+from tvr.trainer.memory.similarity_sizes import SimilaritySizes, with_exchange
 from tvr.trainer.model.model import Features
 
 JOB = Job(
@@ -40,12 +40,12 @@ CASES = [
     replace(JOB, implementation="torch", chunk=32, lengths="ragged"),
     replace(JOB, implementation="torch", words=8, frames=32, texts=512, videos=512, width=128),
 ]
-# Next to no features, so that the pairs are what is seen.
+# Narrow features, so that the pairs dominate the memory.
 PAIRS = replace(JOB, width=16)
 
 
-def sizes_of(job: Job) -> Sizes:
-    return Sizes(
+def sizes_of(job: Job) -> SimilaritySizes:
+    return SimilaritySizes(
         texts=job.texts,
         videos=job.videos,
         words=job.words,
@@ -68,40 +68,44 @@ def measured(job: Job) -> int:
 
 
 @pytest.mark.parametrize("job", CASES, ids=lambda job: f"{job.implementation}-{job.videos}")
-def test_the_estimate_is_met(job: Job) -> None:
+def test_the_estimate_equals_the_measured_peak(job: Job) -> None:
     peak = measured(job)
-    assert peak > FLOOR
-    assert estimate(sizes_of(job)).above_inputs == pytest.approx(peak, rel=ACCURACY)
+    assert peak > FLOOR_BYTES
+    assert estimate_similarity(sizes_of(job)).above_inputs == pytest.approx(peak, rel=ACCURACY)
 
 
-def test_the_estimate_is_met_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_equals_the_measured_peak_on_three_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, value in HEAP_RETURNS_PAGES.items():
         monkeypatch.setenv(name, value)
     job = replace(JOB, texts=96, videos=96, lengths="ragged")
-    # In the order of their peaks, since a process knows only the highest so far.
-    ways: list[tuple[Any, Any]] = [("ring", "stream"), ("gather", "keep")]
-    # What the C library reads when a process starts.
-    for rank in spawn(peaks_of_rank, 3, job, ways, anew=True):
-        for way, peak in zip(ways, rank, strict=True):
-            sizes = by_way(replace(sizes_of(job), videos=3 * 96), *way)
-            assert peak > FLOOR
-            assert estimate(sizes).above_inputs == pytest.approx(peak, rel=ACCURACY)
+    # In the order of their peaks, since a process reports only the highest so far.
+    settings: list[tuple[Any, Any]] = [("ring", "stream"), ("gather", "keep")]
+    # New processes, since the C library reads the heap's settings at the start.
+    for peaks in spawn(peaks_of_rank, 3, job, settings, anew=True):
+        for (exchange, scores), peak in zip(settings, peaks, strict=True):
+            sizes = with_exchange(replace(sizes_of(job), videos=3 * 96), exchange, scores)
+            assert peak > FLOOR_BYTES
+            assert estimate_similarity(sizes).above_inputs == pytest.approx(peak, rel=ACCURACY)
 
 
-def peaks_of_rank(rank: int, world_size: int, job: Job, ways: list[tuple[Any, Any]]) -> list[int]:
-    """Of `objective`, after a small one that loads the libraries."""
+def peaks_of_rank(
+    rank: int, world_size: int, job: Job, settings: list[tuple[Any, Any]]
+) -> list[int]:
+    """Peaks of `objective` under each setting, after a small run that loads the libraries."""
     tiny = replace(job, texts=2, videos=2, width=16)
-    contrast(make_inputs(tiny), rank, world_size, *ways[0])
+    contrast(make_inputs(tiny), rank, world_size, *settings[0])
     inputs = make_inputs(job)
     peaks = []
-    for way in ways:
-        contrast(inputs, rank, world_size, *way)
+    for exchange, scores in settings:
+        contrast(inputs, rank, world_size, exchange, scores)
         peaks.append(cpu_growth())
     return peaks
 
 
 def contrast(x: Inputs, rank: int, world_size: int, exchange: Any, scores: Any) -> None:
-    """The loss of these features on all ranks, and its backward."""
+    """Runs forward and backward of the loss of these features on all ranks."""
     world = World(rank=rank, world_size=world_size, device=torch.device("cpu"))
     mine = Features(
         x.sentence, x.words, x.word_mask, x.frames, x.frame_mask, *x[5:7], margin_hinge=None
@@ -121,7 +125,7 @@ def bytes_per_pair(job: Job, pairs: tuple[int, int, int]) -> float:
     return (third - 2 * second + first) / (2 * (pairs[1] - pairs[0]) ** 2)
 
 
-# The loss looks at no more than 2**20 scores at once: up to 1024 pairs its scratch grows with them.
+# The loss processes at most 2**20 scores at a time: up to 1024 pairs its scratch still grows.
 @pytest.mark.parametrize("pairs", [(256, 512, 768), (512, 768, 1024)], ids=str)
 def test_a_pair_costs_at_most_96_bytes(pairs: tuple[int, int, int]) -> None:
     assert 50 < bytes_per_pair(PAIRS, pairs) < 96
@@ -131,37 +135,39 @@ def test_a_pair_costs_no_more_in_torch_tiles() -> None:
     assert bytes_per_pair(replace(PAIRS, implementation="torch", chunk=32), (128, 224, 320)) < 96
 
 
-# 4 bytes where the scores are kept, and more than 8 where places are.
+# Kept scores would cost 4 bytes, and kept indices more than 8.
 @pytest.mark.parametrize(("words", "frames"), [(8, 4), (4, 2)])
-def test_a_pair_costs_nothing_where_scores_are_streamed(words: int, frames: int) -> None:
+def test_a_pair_costs_no_memory_with_streamed_scores(words: int, frames: int) -> None:
     job = replace(PAIRS, implementation="streamed", chunk=64, words=words, frames=frames)
     assert abs(bytes_per_pair(job, (512, 1280, 2048))) < 2
 
 
-def test_parts_come_largest_first_and_make_up_the_peak() -> None:
-    found = estimate(sizes_of(JOB))
-    sizes = list(found.parts.values())
+def test_buffers_are_sorted_and_add_up_to_the_peak() -> None:
+    found = estimate_similarity(sizes_of(JOB))
+    sizes = list(found.buffers.values())
     assert sizes == sorted(sizes, reverse=True)
     assert min(sizes) > 0
     assert found.above_inputs == sum(sizes)
-    # Sentences, words and frames of width 512, a logit for each slot, and their 8-byte masks.
+    # Sentences, words and frames of width 512, a logit for each slot, and 8-byte masks.
     slots = 256 * (32 + 12)
     assert found.inputs == 4 * 512 * (256 + slots) + 12 * slots
     assert found.total == found.inputs + found.above_inputs
 
 
-def test_features_of_other_ranks_are_no_inputs() -> None:
-    sizes = Sizes(texts=8, videos=32, words=4, frames=2, width=16)
-    alone = estimate(replace(sizes, videos=8)).inputs
+def test_inputs_exclude_features_of_other_ranks() -> None:
+    sizes = SimilaritySizes(texts=8, videos=32, words=4, frames=2, width=16)
+    alone = estimate_similarity(replace(sizes, videos=8)).inputs
     for exchange in ("gather", "ring"):
-        assert estimate(replace(sizes, exchange=exchange, streamed=True)).inputs == alone
-    assert estimate(sizes).inputs > alone
+        assert estimate_similarity(replace(sizes, exchange=exchange, streamed=True)).inputs == alone
+    assert estimate_similarity(sizes).inputs > alone
 
 
 def test_a_ring_does_not_grow_with_the_ranks() -> None:
-    sizes = Sizes(texts=256, videos=1024, words=32, frames=12, width=512)
+    sizes = SimilaritySizes(texts=256, videos=1024, words=32, frames=12, width=512)
     peaks = [
-        estimate(by_way(replace(sizes, videos=256 * ranks), "ring", "stream")).above_inputs
+        estimate_similarity(
+            with_exchange(replace(sizes, videos=256 * ranks), "ring", "stream")
+        ).above_inputs
         for ranks in (3, 4, 64)
     ]
     assert peaks == [peaks[0]] * 3

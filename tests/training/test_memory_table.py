@@ -1,4 +1,4 @@
-"""`tvr show-config --memory`: the table, its knobs and refusals; the backend that would serve."""
+"""`tvr show-config --memory`: its table, flags and refusals; the reported backend."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 
 from tvr.kernels.backends import cpu_build
 from tvr.trainer.cli import show_config
-from tvr.trainer.memory.memory import estimate
-from tvr.trainer.memory.sizes import Sizes
+from tvr.trainer.memory.similarity_memory import estimate_similarity
+from tvr.trainer.memory.similarity_sizes import SimilaritySizes
 
 # The recipe `demo` on one rank.
-DEMO = Sizes(texts=64, videos=64, words=24, frames=6, width=128, word_share=1 - 1 / (64 * 24))
+DEMO = SimilaritySizes(
+    texts=64, videos=64, words=24, frames=6, width=128, word_share=1 - 1 / (64 * 24)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,25 +23,25 @@ def wide_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def shown(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, str]:
-    """The lines of the table by their names; what is said above it as "said"."""
+def memory_rows(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, str]:
+    """Runs the command; returns the table's values by row name, and all of stderr as "stderr"."""
     capsys.readouterr()
     assert show_config(["--memory", *flags]) == 0
     out, err = capsys.readouterr()
     json.loads(out)  # stdout holds the settings alone
     rows = (line.rsplit(maxsplit=1) for line in err.splitlines() if line.strip())
-    return {row[0].strip(): row[1] for row in rows if len(row) == 2} | {"said": err}
+    return {row[0].strip(): row[1] for row in rows if len(row) == 2} | {"stderr": err}
 
 
 def test_the_table_shows_the_parts_the_total_and_other_ways(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = shown(capsys)
-    assert "one rank of 1;" in rows["said"]
-    assert "64 texts x 64 videos, 24 words, 6 frames, width 128, compiled kernels" in rows["said"]
-    found = estimate(DEMO)
-    assert f"peak: {found.moment}" in rows
-    for name, size in found.parts.items():
+    rows = memory_rows(capsys)
+    assert "one rank of 1," in rows["stderr"]
+    assert "64 texts x 64 videos, 24 words, 6 frames, width 128, compiled kernels" in rows["stderr"]
+    found = estimate_similarity(DEMO)
+    assert f"peak: {found.phase}" in rows
+    for name, size in found.buffers.items():
         assert rows[name] == f"{size / 1e6:.1f}"
     assert rows["the features themselves"] == f"{found.inputs / 1e6:.1f}"
     assert rows["total"] == f"{found.total / 1e6:.1f}"
@@ -55,9 +57,11 @@ def test_the_table_shows_the_parts_the_total_and_other_ways(
 
 def test_the_table_follows_ranks_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--train.global-batch", "512", "--train.micro-batch", "32", "--ranks", "4"]
-    assert "32 texts x 128 videos" in shown(capsys, *flags)["said"]
-    assert "128 texts x 512 videos" in shown(capsys, *flags, "--train.gradient-cache")["said"]
-    rows = shown(capsys, *flags, "--train.gradient-cache", "--train.exchange", "ring")
+    assert "32 texts x 128 videos" in memory_rows(capsys, *flags)["stderr"]
+    assert (
+        "128 texts x 512 videos" in memory_rows(capsys, *flags, "--train.gradient-cache")["stderr"]
+    )
+    rows = memory_rows(capsys, *flags, "--train.gradient-cache", "--train.exchange", "ring")
     assert "other ranks' frames" in rows
     assert "total with exchange gather, scores keep" in rows
     assert "total with exchange ring, scores keep" not in rows
@@ -68,7 +72,7 @@ def test_the_width_is_read_from_the_folder_of_a_clip(
 ) -> None:
     shape = {"model_type": "clip", "text_config": {"projection_dim": 96}}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    assert "width 96," in shown(capsys, "--model.pretrained", str(tmp_path))["said"]
+    assert "width 96," in memory_rows(capsys, "--model.pretrained", str(tmp_path))["stderr"]
     assert show_config(["--memory", "--model.pretrained", str(tmp_path / "absent")]) == 2
     assert "holds no config.json" in capsys.readouterr().err
 
@@ -98,6 +102,6 @@ def test_the_backend_is_shown_with_its_reason(
     reason = "256 words or frames are more than 255"
     assert f"similarity: torch tiles, products by oneDNN; {reason}" in capsys.readouterr().err
     monkeypatch.setattr(cpu_build, "available_backend", lambda: ("torch", "no C++ compiler"))
-    rows = shown(capsys)
-    assert "similarity: torch tiles, products by oneDNN; no C++ compiler" in rows["said"]
-    assert "width 128, torch tiles" in rows["said"]
+    rows = memory_rows(capsys)
+    assert "similarity: torch tiles, products by oneDNN; no C++ compiler" in rows["stderr"]
+    assert "width 128, torch tiles" in rows["stderr"]

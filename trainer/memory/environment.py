@@ -1,4 +1,4 @@
-"""What a run would use on this machine: device, and the way its similarity is computed."""
+"""The device of this machine, and the backend that a run's similarity would use on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def device() -> str:
 
 
 def device_line() -> str:
-    """Device and collectives, and why not the faster ones."""
+    """One line that names the device and the collectives' backend."""
     if device() == "cuda":
         return (
             f"runs on: {torch.cuda.device_count()} CUDA devices, NCCL (torch {torch.__version__})"
@@ -26,10 +26,14 @@ def device_line() -> str:
 
 
 def similarity_backend(config: Config) -> tuple[str, str]:
-    """("compiled", where it lies) or ("torch", why); may compile for half a minute, once."""
-    # The rule asks for tensors. Their sizes and kind are those of a run's, of no text and video.
-    none = torch.empty(0, device=device())
-    slots = [none.new_empty(0, n) for n in (config.data.max_words, config.data.num_frames)]
+    """Selects the similarity's backend; the first call may compile the kernels for half a minute.
+
+    Returns:
+        ("compiled", path of the library), or ("torch", reason why it is not "compiled").
+    """
+    # The check takes tensors: empty ones here, of the run's numbers of words and frames.
+    empty = torch.empty(0, device=device())
+    slots = [empty.new_empty(0, n) for n in (config.data.max_words, config.data.num_frames)]
     words, frames = (x[..., None] for x in slots)
     texts = TokenSet(words, slots[0], slots[0] > 0)
     reason = unsupported_reason((texts,), FrameSet(frames, slots[1], None, None))
@@ -37,11 +41,11 @@ def similarity_backend(config: Config) -> tuple[str, str]:
 
 
 def similarity_line(config: Config) -> str:
-    """The backend of the similarity, and why not the compiled one."""
-    name, place_or_reason = similarity_backend(config)
+    """One line that names the similarity's backend, and why it is not the compiled one."""
+    name, path_or_reason = similarity_backend(config)
     library = "oneDNN" if uses_onednn(torch.empty(0, device=device())) else "torch's own library"
     if config.train.fast_similarity:
-        library = "bfloat16, as train.fast_similarity asks"
+        library = "bfloat16, set by train.fast_similarity"
     if name == "compiled":
-        return f"similarity: compiled kernels ({place_or_reason}), products by {library}"
-    return f"similarity: torch tiles, products by {library}; {place_or_reason}"
+        return f"similarity: compiled kernels ({path_or_reason}), products by {library}"
+    return f"similarity: torch tiles, products by {library}; {path_or_reason}"

@@ -1,7 +1,7 @@
-"""A configured model without its numbers: how many parameters, and what they take on a rank.
+"""Memory of a configured model on one rank, measured without allocating it.
 
-Built on torch's meta device, where tensors have shapes and no memory, so that a model that fits no
-machine at hand is measured as well.
+The model is built on torch's meta device, where tensors have shapes but no memory, so that a model
+larger than this machine can be measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tvr.trainer.config import Config, TrainConfig
+from tvr.trainer.config import Config, ModelConfig, TrainConfig
 from tvr.trainer.model.model import (
     TextVideoModel,
     build_meta_model,
@@ -26,27 +26,28 @@ from tvr.trainer.model.model import (
 from tvr.trainer.model.tokenizer import Tokenizer
 
 FP32, BF16 = 4, 2
-MOMENTS = 2
+ADAM_MOMENTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelBytes:
-    """What a model takes on each rank, in bytes; DeepSpeed's own buffers are not counted."""
+    """Memory of a model on each rank in bytes, without DeepSpeed's own buffers."""
 
     weights: int
     gradients: int
     optimiser: int
-    """AdamW's two moments, and the float32 weights where ZeRO keeps them apart."""
+    """AdamW's two moments, and the float32 weights if ZeRO keeps a copy."""
     activations: int
-    """The most that is alive in forward and backward of one micro-batch, without TPM-CL."""
+    """Peak of forward and backward of one micro-batch, without TPM-CL."""
 
     @property
     def states(self) -> int:
+        """Bytes that exist between steps."""
         return self.weights + self.gradients + self.optimiser
 
 
 def model_bytes(config: Config, tokenizer: Tokenizer, ranks: int) -> ModelBytes:
-    """What the configured model takes on one rank of `ranks`."""
+    """Memory of the configured model on one rank of `ranks`."""
     train = config.train
     model = build_meta_model(
         config.model, config.loss, tokenizer, num_frames=config.data.num_frames
@@ -54,21 +55,21 @@ def model_bytes(config: Config, tokenizer: Tokenizer, ranks: int) -> ModelBytes:
     whole = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     number, stage = _bytes_per_number(train), train.zero_stage
-    apart = FP32 * (MOMENTS + _has_master(train))
+    optimiser = FP32 * (ADAM_MOMENTS + _has_master(train))
     return ModelBytes(
         weights=number * whole // (ranks if stage == 3 else 1),
         gradients=number * trained // (ranks if stage >= 2 else 1),
-        optimiser=apart * trained // (ranks if stage >= 1 else 1),
+        optimiser=optimiser * trained // (ranks if stage >= 1 else 1),
         activations=activation_bytes(config, tokenizer),
     )
 
 
 def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
-    """The peak of what forward and backward of one micro-batch allocate, gradients apart.
+    """Peak bytes that forward and backward of one micro-batch allocate, without gradients.
 
-    Attention scores count as held, which fused attention does not hold: for many patches the
-    figure is high. TPM-CL is left out: its pieces are small beside the towers, and it looks at
-    values.
+    Attention scores are counted although fused attention does not keep them, so the result is too
+    high for many patches. TPM-CL is left out: it is small beside the towers, and it depends on
+    values, which the meta device does not have.
     """
     loss = replace(config.loss, tpm_cl=0)
     model = build_meta_model(config.model, loss, tokenizer, num_frames=config.data.num_frames)
@@ -86,22 +87,35 @@ def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
             torch.zeros(pairs, words, dtype=torch.int64),
             torch.ones(pairs, words, dtype=torch.int64),
         )
-    with AliveBytes(model.parameters()) as alive:
+    with AllocationTracker(model.parameters()) as tracker:
         features = model(*inputs)
-        forward = alive.peak
+        forward = tracker.peak
         total = torch.stack([x.float().sum() for x in features if x is not None and x.grad_fn])
         total.sum().backward()
-    # Gradients come as activations go: the peak is one or the other's.
-    return max(forward, alive.peak - gradients)
+    # Gradients appear while activations are freed: either end of the backward can be the peak.
+    return max(forward, tracker.peak - gradients)
 
 
 def checkpoint_bytes(model: TextVideoModel, train: TrainConfig) -> int:
-    """All ranks' files of one checkpoint, without random states and manifest."""
+    """Bytes of all ranks' files of one checkpoint, without random states and manifest."""
     whole = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # At stage 3 a rank's part of the float32 weights is all that there is of them.
+    # At stage 3 the partitioned float32 weights are the only copy that is saved.
     weights = 0 if train.zero_stage == 3 else _bytes_per_number(train) * whole
-    return weights + FP32 * (MOMENTS + _has_master(train)) * trained
+    return weights + FP32 * (ADAM_MOMENTS + _has_master(train)) * trained
+
+
+def embed_width(model: ModelConfig) -> int:
+    """Length of a feature vector; of a pretrained model it is read from its config.json.
+
+    Raises:
+        ValueError: The folder holds no CLIP or SigLIP.
+    """
+    if model.pretrained is None:
+        return model.towers.embed_width
+    from tvr.trainer.model.towers import pretrained_width
+
+    return pretrained_width(model.pretrained)
 
 
 def _bytes_per_number(train: TrainConfig) -> int:
@@ -109,38 +123,38 @@ def _bytes_per_number(train: TrainConfig) -> int:
 
 
 def _has_master(train: TrainConfig) -> bool:
-    """Whether ZeRO keeps float32 weights beside the model's."""
+    """Whether ZeRO keeps a float32 copy of the weights."""
     return train.zero_stage >= 1
 
 
-class AliveBytes(TorchDispatchMode):
-    """Adds up the bytes of what operations allocate, until it is let go of."""
+class AllocationTracker(TorchDispatchMode):
+    """Tracks the bytes that operations allocate; `peak` is their maximum so far."""
 
-    def __init__(self, there_before: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        """Storages of `existing` tensors, and of views of them, are not counted."""
         super().__init__()
-        self._now = self.peak = 0
-        # Views of parameters come out of operations, too.
-        self._known = {id(s): weakref.ref(s) for s in (t.untyped_storage() for t in there_before)}
+        self._allocated = self.peak = 0
+        self._known = {id(s): weakref.ref(s) for s in (t.untyped_storage() for t in existing)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # a check of masks, which have no values here, finds nothing
+            return 0  # checks of masks pass: meta tensors have no values
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._meet(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return result
 
-    def _meet(self, storage: Any) -> None:
+    def _count(self, storage: Any) -> None:
         key, size = id(storage), storage.nbytes()
         known = self._known.get(key)
         if known is not None and known() is storage:
             return
 
-        def gone(_: Any) -> None:
+        def on_free(_: Any) -> None:
             del self._known[key]
-            self._now -= size
+            self._allocated -= size
 
-        self._known[key] = weakref.ref(storage, gone)
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self._known[key] = weakref.ref(storage, on_free)
+        self._allocated += size
+        self.peak = max(self.peak, self._allocated)

@@ -1,4 +1,4 @@
-"""What one rank of a run holds at the worst moment of a step, and what its device has free."""
+"""Estimated memory of one rank at the peak of a step, and the free memory of its device."""
 
 from __future__ import annotations
 
@@ -8,48 +8,52 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from tvr.trainer.config import Config, TrainConfig
+from tvr.trainer.config import Config, TrainConfig, accumulation_steps
 from tvr.trainer.memory.environment import device, similarity_backend
-from tvr.trainer.memory.memory import configured, estimate
-from tvr.trainer.memory.memory_table import embed_width
-from tvr.trainer.memory.model_memory import ModelBytes, model_bytes
+from tvr.trainer.memory.model_memory import ModelBytes, embed_width, model_bytes
+from tvr.trainer.memory.similarity_memory import estimate_similarity
+from tvr.trainer.memory.similarity_sizes import SimilaritySizes, with_exchange
 from tvr.trainer.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """An estimate in bytes of what one rank holds at the worst moment of a step."""
+    """Estimated bytes of one rank at the peak of a step."""
 
     model: ModelBytes
     similarity: int
-    """Similarity and its loss, features included."""
-    copy: int
-    """Of the state, in host memory, while a checkpoint is written in the background."""
+    """Similarity and its loss, including the features."""
+    checkpoint_copy: int
+    """Copy of the states in host memory while a background checkpoint is written."""
     offloaded: int
-    """Of the states, in host memory."""
-    copy_here: bool
-    """Whether host memory is the device's."""
-    at_once: bool
-    """Whether the activations are still there when the loss is computed."""
+    """States that are offloaded to host memory."""
+    copy_on_device: bool
+    """Whether the device's memory is the host's, as on a CPU."""
+    keeps_activations: bool
+    """Whether the activations are still allocated when the loss is computed."""
 
     @property
     def states(self) -> int:
-        """What the device holds between steps, known to the byte but for DeepSpeed's buffers."""
+        """Bytes on the device between steps; exact but for DeepSpeed's own buffers."""
         return self.model.states - self.offloaded
 
     @property
     def total(self) -> int:
+        """Bytes on the device at the peak."""
         parts = (self.model.activations, self.similarity)
-        states = self.states + self.copy * self.copy_here
-        return states + (sum(parts) if self.at_once else max(parts))
+        states = self.states + self.checkpoint_copy * self.copy_on_device
+        return states + (sum(parts) if self.keeps_activations else max(parts))
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        model, when = self.model, "together" if self.at_once else "one after the other"
+        """The parts' names and sizes in MB, for a table."""
+        model = self.model
+        when = "together" if self.keeps_activations else "one after the other"
+        copy_place = "" if self.copy_on_device else ", in host memory"
         for name, size in (
             ("weights", model.weights),
             ("gradients", model.gradients),
             ("optimiser", model.optimiser),
-            (f"copy for a checkpoint{'' if self.copy_here else ', in host memory'}", self.copy),
+            (f"copy for a checkpoint{copy_place}", self.checkpoint_copy),
             ("of these offloaded to host memory", self.offloaded),
             ("activations of a micro-batch", model.activations),
             ("similarity and loss", self.similarity),
@@ -59,40 +63,72 @@ class RankMemory:
 
 
 def rank_memory(config: Config, tokenizer: Tokenizer, ranks: int) -> RankMemory:
-    """What one rank of `ranks` needs, the estimates of model and similarity put together."""
-    backend, _ = similarity_backend(config)
-    width = embed_width(config.model)
-    sizes = configured(config, ranks, width=width, backend=backend, device=device())
+    """Estimates the memory of one rank of `ranks` on this machine's kind of device.
+
+    Raises:
+        ValueError: The global batch does not fit the ranks, or a model folder cannot be used.
+    """
     model = model_bytes(config, tokenizer, ranks)
-    # At stage 3 a rank's part of the float32 weights is all of them that is saved.
+    # At stage 3 the partitioned float32 weights are the only copy that is saved.
     copy = model.optimiser + (0 if config.train.zero_stage == 3 else model.weights)
+    on_cuda = device() == "cuda"
     return RankMemory(
         model=model,
-        offloaded=_offloaded(config.train, model) if device() == "cuda" else 0,
-        copy=copy if config.checkpoint.background else 0,
-        copy_here=device() == "cpu",
-        similarity=estimate(sizes).total,
-        at_once=not config.train.gradient_cache,
+        offloaded=_offloaded_bytes(config.train, model) if on_cuda else 0,
+        checkpoint_copy=copy if config.checkpoint.background else 0,
+        copy_on_device=not on_cuda,
+        similarity=estimate_similarity(configured_sizes(config, ranks)).total,
+        keeps_activations=not config.train.gradient_cache,
     )
 
 
+def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
+    """Sizes of one loss of a run on `ranks` ranks, with the backend and device of this machine.
+
+    Captions are taken to fill all word slots but one: long, and still padded.
+
+    Raises:
+        ValueError: The global batch does not fit the ranks, or a model folder cannot be used.
+    """
+    train = config.train
+    micro_steps = accumulation_steps(train, ranks)
+    texts = train.micro_batch * (micro_steps if train.gradient_cache else 1)
+    words = config.data.max_words
+    backend, _ = similarity_backend(config)
+    sizes = SimilaritySizes(
+        texts=texts,
+        videos=texts * ranks,
+        words=words,
+        frames=config.data.num_frames,
+        width=embed_width(config.model),
+        interaction=config.model.interaction,
+        neighbour_frames=config.model.neighbour_frames,
+        backend=backend,
+        # Features are float32 in every precision, since they are normalised in float32.
+        bytes_per_number=4,
+        word_share=1 - 1 / (texts * words),
+        device=device(),
+    )
+    return with_exchange(sizes, train.exchange, train.scores)
+
+
 def free_bytes() -> int:
-    """Memory of this machine's device that a step could take now."""
+    """Free memory of this machine's device."""
     if device() == "cuda":
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
 
 
 def total_bytes() -> int:
-    """Memory of this machine's device, whoever has it now."""
+    """Total memory of this machine's device."""
     if device() == "cuda":
         return torch.cuda.mem_get_info()[1]
     return psutil.virtual_memory().total
 
 
-def _offloaded(train: TrainConfig, model: ModelBytes) -> int:
+def _offloaded_bytes(train: TrainConfig, model: ModelBytes) -> int:
     if train.offload == "none":
         return 0
-    # Gradients follow the optimiser that they are for.
+    # ZeRO keeps gradients beside the optimiser's states.
     optimiser = model.optimiser + model.gradients
     return optimiser if train.offload == "optimizer" else optimiser + model.weights

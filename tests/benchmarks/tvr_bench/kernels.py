@@ -22,8 +22,8 @@ from tvr_bench.kernels_report import Measurement, result, tables
 from tvr.data_prep.cli_errors import STRICT
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
 from tvr.trainer.config import Positive
-from tvr.trainer.memory.memory import estimate
-from tvr.trainer.memory.sizes import Sizes
+from tvr.trainer.memory.similarity_memory import estimate_similarity
+from tvr.trainer.memory.similarity_sizes import SimilaritySizes
 
 GIB = 2**30
 
@@ -115,7 +115,7 @@ def measure(job: Job, *, repeats: int, memory_limit: int) -> Measurement:
 
 
 def _naive_bytes(job: Job) -> int:
-    sizes = Sizes(
+    sizes = SimilaritySizes(
         texts=job.texts,
         videos=job.videos,
         words=job.words,
@@ -126,7 +126,7 @@ def _naive_bytes(job: Job) -> int:
         bytes_per_number=4 if job.dtype == "float32" else 2,
         device=job.device,
     )
-    return estimate(sizes).above_inputs
+    return estimate_similarity(sizes).above_inputs
 
 
 def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
