@@ -1,4 +1,4 @@
-"""Jobs of `tvr launch local` that tests signal and kill while they run."""
+"""Training jobs that tests signal and kill while they run, and readers of what the jobs wrote."""
 
 from __future__ import annotations
 
@@ -29,17 +29,23 @@ TIMEOUT_S = 180.0
 
 
 def command(config: Config, run_dir: Path, ranks: int) -> list[str]:
-    """`tvr launch local --ranks N -- tvr train`, the pairs of a loss shared out among the ranks."""
-    settings = run_dir.with_name(f"{run_dir.name}-{ranks}-{config.train.zero_stage}.json")
-    settings.write_text(to_json(with_ranks(config, ranks)))
+    """`tvr launch local --ranks N -- tvr train`, with the global batch split over the ranks."""
+    settings = write_settings(config, run_dir, ranks)
     train = ["tvr", "train", "--config", str(settings), "--run-dir", str(run_dir)]
     launch = [sys.executable, "-m", "tvr.launchers.cli", "launch", "local", "--ranks", str(ranks)]
     return [*launch, "--", *train]
 
 
+def write_settings(config: Config, run_dir: Path, ranks: int) -> Path:
+    """Writes the settings for this number of ranks to a file beside the run's folder."""
+    settings = run_dir.with_name(f"{run_dir.name}-{ranks}-{config.train.zero_stage}.json")
+    settings.write_text(to_json(with_ranks(config, ranks)))
+    return settings
+
+
 @contextmanager
 def running(config: Config, run_dir: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
-    """The job, which is killed if the test leaves it running."""
+    """Starts the job; kills it if it still runs at the end of the block."""
     job = subprocess.Popen(command(config, run_dir, ranks), stderr=subprocess.PIPE, text=True)
     try:
         yield job
@@ -50,22 +56,24 @@ def running(config: Config, run_dir: Path, ranks: int) -> Iterator[subprocess.Po
 
 
 def run(config: Config, run_dir: Path, ranks: int) -> tuple[int, str]:
-    """Exit code and error output of a job that is left alone."""
+    """Runs a job to its end; returns its exit code and error output."""
     with running(config, run_dir, ranks) as job:
         _, errors = job.communicate(timeout=TIMEOUT_S)
         return job.returncode, errors
 
 
 def train_rank(rank: int, world_size: int, settings: Path, run_dir: Path) -> None:
-    """`tvr train` on a rank of `spawn.started`, whose process has its exit code."""
+    """Runs `tvr train` on a rank of `spawn.started` and exits with its code."""
     end_process(tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]))
 
 
 def run_forked(
     settings: Path, run_dir: Path, ranks: int, disturb: Callable[[list[int]], None] | None = None
 ) -> list[int | None]:
-    """The exit codes of a run without a launcher, which starts at once; `disturb` gets the
-    processes of its ranks."""
+    """Runs ranks without a launcher, forked from a preloaded process; returns their exit codes.
+
+    `disturb` is called with the process ids of the ranks while they run.
+    """
     with started(train_rank, ranks, settings, run_dir, timeout_s=TIMEOUT_S) as (processes, _):
         if disturb is not None:
             disturb([process.pid for process in processes if process.pid is not None])
@@ -75,17 +83,17 @@ def run_forked(
 
 
 def wait_for(job: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
-    """Whether the condition came before the job's end; looked at without pause."""
+    """Polls without pause until the condition holds; returns False if the job ends first."""
     deadline = time.monotonic() + TIMEOUT_S
     while job.poll() is None:
         if condition():
             return True
-        assert time.monotonic() < deadline, "the job neither ends nor gets there"
+        assert time.monotonic() < deadline, "the job never reaches the condition"
     return False
 
 
 def rank_pid(run_dir: Path, rank: int) -> int | None:
-    """The process of a rank of the run's job."""
+    """Process id of a rank of the run's job; None if it does not run."""
     found: dict[int, int] = {}
     for process in psutil.process_iter():
         try:
@@ -96,7 +104,7 @@ def rank_pid(run_dir: Path, rank: int) -> int | None:
         if "tvr.launchers.rank_main" in line and str(run_dir) in line:
             if environment.get("RANK") == str(rank):
                 found[process.pid] = parent
-    # Its loader processes, which are forked, look alike.
+    # Loader processes are forks with the same command line.
     return next((pid for pid, parent in found.items() if parent not in found), None)
 
 
@@ -107,7 +115,7 @@ def signal_rank(
     number: int,
     condition: Callable[[], bool],
 ) -> None:
-    """Sends a rank the signal in the moment in which the condition holds."""
+    """Signals a rank as soon as the condition holds."""
     found: list[int] = []
 
     def is_there() -> bool:
@@ -115,45 +123,48 @@ def signal_rank(
         found.extend([] if pid is None else [pid])
         return bool(found)
 
-    # Looked up before, since that takes longer than a step.
+    # Found in advance, since the search takes longer than a step.
     assert wait_for(job, is_there), job.stderr and job.stderr.read()
     assert wait_for(job, condition), job.stderr and job.stderr.read()
     os.kill(found[0], number)
 
 
 def steps_logged(run_dir: Path) -> int:
-    """The newest step in the log."""
+    """Newest step in the log; 0 if there is none."""
     path = run_dir / "log.jsonl"
     log = read_log(path.read_text()) if path.exists() else None
     return log.steps[-1]["step"] if log and log.steps else 0
 
 
 def is_writing(run_dir: Path) -> bool:
-    """Whether a checkpoint lies half written."""
+    """True while a checkpoint is being written."""
     try:
         names = os.listdir(run_dir / "checkpoints")
-        # Old ones that are being removed also begin with a point.
+        # Checkpoints that are being removed are hidden folders, too.
         return any(name.startswith(".step-") and name.endswith(".partial") for name in names)
     except FileNotFoundError:
         return False
 
 
 def losses(run_dir: Path) -> list[float]:
+    """The loss of every logged step."""
     return [step["loss"] for step in read_log((run_dir / "log.jsonl").read_text()).steps]
 
 
 def final_weights(run_dir: Path, config: Config) -> dict[str, torch.Tensor]:
+    """The weights in the last step's checkpoint."""
     shards = run_dir / "checkpoints" / f"step-{config.train.steps:08d}" / "shards"
     return consolidated_weights(shards, config.train.zero_stage)
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The logged events of one kind."""
     lines = (run_dir / "log.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def global_batches(run_dir: Path) -> dict[int, list[str]]:
-    """The keys of each step, all ranks' side by side."""
+    """The sample keys of each step, in rank order."""
     batches: dict[int, list[str]] = {}
     for file in sorted((run_dir / "keys").iterdir()):
         for line in map(json.loads, file.read_text().splitlines()):
@@ -161,9 +172,9 @@ def global_batches(run_dir: Path) -> dict[int, list[str]]:
     return dict(sorted(batches.items()))
 
 
-def as_after_step(step: int, whole: Path, run_dir: Path) -> None:
-    """Copies a run as it would stand, had it been killed after it saved a step."""
-    shutil.copytree(whole, run_dir)
+def copy_run_at_step(step: int, source: Path, run_dir: Path) -> None:
+    """Copies a run in the state in which a kill after the save of `step` would leave it."""
+    shutil.copytree(source, run_dir)
     checkpoints = run_dir / "checkpoints"
     for folder in checkpoints.glob("step-*"):
         if folder.name > f"step-{step:08d}":
@@ -172,4 +183,5 @@ def as_after_step(step: int, whole: Path, run_dir: Path) -> None:
 
 
 def with_stage(config: Config, zero_stage: int) -> Config:
+    """The same settings with another ZeRO stage."""
     return replace(config, train=replace(config.train, zero_stage=zero_stage))

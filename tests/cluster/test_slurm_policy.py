@@ -351,7 +351,7 @@ def test_late_restart_gets_no_attempt_number(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     third = begin_attempt(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(Fenced, match="restart 1 of job 17 is over before it began"):
+    with pytest.raises(Fenced, match="restart 1 of job 17 starts too late"):
         begin_attempt(tmp_path)
     third.check()
     with pytest.raises(Fenced, match="attempt 1 at"):

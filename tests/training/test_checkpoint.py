@@ -1,4 +1,4 @@
-"""Checkpoints: which is found, what is refused, which stay, and how a save may fail."""
+"""Checkpoints: search, verification, retention, and saves that fail."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.file_damage import DAMAGE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def save(to: Saver, step: int) -> SaveResult:
     return saved
 
 
-def wait_for(writer: Saver) -> None:
+def wait_until_ready(writer: Saver) -> None:
     while not writer.is_ready:
         pass
 
@@ -72,13 +73,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_there_is_none_at_first(tmp_path: Path) -> None:
+def test_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         assert find_newest_intact(StorageFolder(str(folder)), ALONE).newest is None
         assert newest_checkpoint(StorageFolder(str(folder))) is None
 
 
-def test_a_checkpoint_is_a_folder_whose_manifest_covers_every_file(tmp_path: Path) -> None:
+def test_manifest_lists_every_file_of_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     ended = save(saver(folder, tmp_path), 3)
     assert (ended.step, ended.error) == (3, None)
@@ -107,7 +108,7 @@ def manifest_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("url", ["disk", "memory://checkpoints-{}"])
-def test_what_was_saved_is_read_back(tmp_path: Path, url: str) -> None:
+def test_saved_state_is_read_back(tmp_path: Path, url: str) -> None:
     storage = str(tmp_path / "disk") if url == "disk" else url.format(tmp_path.name)
     writer = saver(storage, tmp_path)
     for step in (3, 6):
@@ -120,24 +121,11 @@ def test_what_was_saved_is_read_back(tmp_path: Path, url: str) -> None:
     assert torch.equal(weight, torch.full((1000,), 6.0))
 
 
-DAMAGE = {
-    "gone": lambda path: path.unlink(),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "empty": lambda path: path.write_bytes(b""),
-    "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
-}
-
-
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize(
     "name", ["manifest.json", "random-rank-00000.pt", "shards/model.pt", "shards/optimiser.pt"]
 )
-def test_damage_to_any_file_is_named_and_the_one_before_is_used(
+def test_damage_to_any_file_is_reported_and_the_checkpoint_before_is_used(
     tmp_path: Path, name: str, kind: str
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -150,7 +138,7 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     assert found.newest.state.step == 3
     (lines,) = found.damaged.values()
     assert f"step-00000006/{name}" in " ".join(lines)
-    # Set aside it is kept, and no longer counts as one of those that stay.
+    # The renamed checkpoint stays, and retention no longer counts it.
     rename_damaged(StorageFolder(str(folder)), found)
     assert names(folder) == ["damaged-step-00000006", "latest", "step-00000003"]
     save(writer, 6)
@@ -159,13 +147,13 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
 
 
-def test_a_file_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> None:
+def test_unlisted_file_is_damage(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path)
     for step in (3, 6):
         save(writer, step)
     more = folder / "step-00000006" / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    more.write_bytes(b"what loads the others would load it, too")
+    more.write_bytes(b"the loader of the other shards would read this file, too")
     found = find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert found.newest is not None
     assert found.newest.state.step == 3
@@ -173,7 +161,7 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/model.pt"])
-def test_what_cannot_be_read_now_is_no_damage(
+def test_passing_read_error_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -194,13 +182,13 @@ def test_what_cannot_be_read_now_is_no_damage(
             patch.setattr(StorageFolder, method, stale(getattr(StorageFolder, method)))
         with pytest.raises(PreflightFailed, match=r"06 cannot be read now: .*Stale") as refused:
             find_newest_intact(StorageFolder(str(folder)), ALONE)
-    assert refused.value.rank == 0  # to be tried again
+    assert refused.value.rank == 0  # the launcher may start the job again
     found = find_newest_intact(StorageFolder(str(folder)), ALONE).newest
     assert found is not None
     assert found.state.step == 6
 
 
-def test_where_none_is_whole_all_are_named_and_nothing_begins_anew(tmp_path: Path) -> None:
+def test_all_damaged_checkpoints_are_reported_and_training_does_not_restart(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path)
     for step in (3, 6):
@@ -210,7 +198,7 @@ def test_where_none_is_whole_all_are_named_and_nothing_begins_anew(tmp_path: Pat
         find_newest_intact(StorageFolder(str(folder)), ALONE)
 
 
-def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
+def test_edited_manifest_is_damage(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(saver(folder, tmp_path), 3)
     path = folder / "step-00000003" / "manifest.json"
@@ -227,7 +215,9 @@ def test_a_field_changed_by_hand_is_damage(tmp_path: Path) -> None:
     st.booleans(),
     st.integers(1, 60),
 )
-def test_retention(steps: set[int], last: int, every: int, keep_best: bool, best: int) -> None:
+def test_retention_keeps_last_periodic_and_best(
+    steps: set[int], last: int, every: int, keep_best: bool, best: int
+) -> None:
     gone = Retention(last=last, every=every, best=keep_best).expired_steps(steps, best)
     kept = steps - set(gone)
     assert set(sorted(steps)[-last:]) <= kept
@@ -241,32 +231,32 @@ def test_retention(steps: set[int], last: int, every: int, keep_best: bool, best
         )
 
 
-def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
+def test_pruning_keeps_last_periodic_and_best_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path, retention=Retention(last=2, every=50, best=True))
     storage = StorageFolder(str(folder))
     for step, score in ((10, 30.0), (20, 44.0), (30, 44.0), (40, 20.0), (50, 1.0), (60, 2.0)):
         save(writer, step)
         record_evaluation(storage, step, score)
-    assert best_step(storage) == 30  # the newer one of two equal ones
+    assert best_step(storage) == 30  # the newer one of two equal scores
     save(writer, 70)
     kept = ["step-00000030", "step-00000050", "step-00000060", "step-00000070"]
     assert names(folder) == ["best.json", "latest", *kept]
 
 
-def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) -> None:
+def test_background_save_is_invisible_before_publication(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path, background=True)
     assert writer.save(state(3), lambda copy: stage(3.0)) == []
-    wait_for(writer)
+    wait_until_ready(writer)
     assert names(folder) == [".step-00000003.attempt-1.partial"]
     assert writer.advance() == []
-    wait_for(writer)
+    wait_until_ready(writer)
     (ended,) = writer.advance()
     assert ended.error is None
     assert not writer.is_ready
     assert names(folder) == ["latest", "step-00000003"]
-    # A save that comes too early waits for the one before.
+    # A save waits for an unfinished one.
     assert writer.save(state(6), lambda copy: stage(6.0)) == []
     (ended,) = writer.save(state(9), lambda copy: stage(9.0))
     assert (ended.step, ended.error) == (6, None)
@@ -276,7 +266,7 @@ def test_in_the_background_nothing_is_seen_before_publication(tmp_path: Path) ->
     assert writer.finish() == []
 
 
-def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> None:
+def test_changes_after_staging_are_not_saved(tmp_path: Path) -> None:
     staging = Staging()
     weight = torch.zeros(5)
     nested = {"a": [weight, {"b": (weight, 3)}], "step": 1}
@@ -287,7 +277,7 @@ def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> No
     assert first["a"][0].tolist() == first["a"][1]["b"][0].tolist() == [0.0] * 5
     assert first["step"] == 1
     assert staging.pop_files() == {}
-    # The memory is used again: fresh pages would cost more than the copy.
+    # The memory is reused, since new pages would cost more than the copy.
     staging.save(nested, "/somewhere/model.pt")
     second = staging.pop_files()["model.pt"]
     assert second["a"][0].data_ptr() == first["a"][0].data_ptr()
@@ -295,24 +285,23 @@ def test_what_training_changes_after_the_copy_is_not_saved(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("background", "free", "is_last", "gives_way"),
+    ("background", "free", "is_last", "low_priority"),
     [
         (True, 10**12, False, True),
-        (True, 10**12, True, False),  # nothing trains any more
+        (True, 10**12, True, False),  # no step follows
         (True, 0, False, False),  # the step waits
         (False, 10**12, False, False),
     ],
 )
-def test_old_checkpoints_go_beside_the_training(
+def test_old_checkpoints_are_removed_on_a_thread_of_low_priority(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     background: bool,
     free: int,
     is_last: bool,
-    gives_way: bool,
+    low_priority: bool,
 ) -> None:
-    """Unlinking a large one takes longer than the copy; the thread that does so gives way to
-    steps, where there are any."""
+    """Removing a large checkpoint takes longer than the copy, so it must not slow down steps."""
     seen: list[tuple[bool, int]] = []
 
     def removing(*_: Any) -> None:
@@ -329,11 +318,11 @@ def test_old_checkpoints_go_beside_the_training(
     seen.clear()
     writer.save(state(6), lambda copy: stage(6.0), is_last=is_last)
     writer.finish()
-    assert seen == [(False, max(NICENESS, before) if gives_way else before)]
+    assert seen == [(False, max(NICENESS, before) if low_priority else before)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
-def test_where_a_copy_does_not_fit_the_step_waits_and_it_is_told_once(
+def test_without_memory_for_a_copy_steps_wait_and_one_warning_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     free = SimpleNamespace(available=3000)  # the state takes 4000 bytes and more
@@ -357,8 +346,8 @@ def test_where_a_copy_does_not_fit_the_step_waits_and_it_is_told_once(
 
 
 @contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let files grow beyond, as a full disk or a quota does."""
+def limited_file_size(num_bytes: int) -> Iterator[None]:
+    """The kernel limits the size of files, as a full disk or a quota does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -370,14 +359,12 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_disk_without_room_costs_one_checkpoint_and_no_more(
-    tmp_path: Path, background: bool
-) -> None:
+def test_full_disk_costs_one_checkpoint_only(tmp_path: Path, background: bool) -> None:
     folder = tmp_path / "checkpoints"
     writer = saver(folder, tmp_path, background=background)
     writer.save(state(3), lambda copy: stage(3.0))
     writer.finish()
-    with files_of_at_most(2000):
+    with limited_file_size(2000):
         ended = [*writer.save(state(6), lambda copy: stage(6.0)), *writer.finish()]
     assert len(ended) == 1
     assert ended[0].error is not None
@@ -388,7 +375,7 @@ def test_a_disk_without_room_costs_one_checkpoint_and_no_more(
     assert names(folder) == ["latest", "step-00000003", "step-00000009"]
 
 
-def test_a_new_attempt_clears_what_a_dead_one_was_writing(tmp_path: Path) -> None:
+def test_new_attempt_removes_an_unfinished_save(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(saver(folder, tmp_path), 3)
     (folder / ".step-00000006.attempt-1.partial" / "shards").mkdir(parents=True)
@@ -396,7 +383,7 @@ def test_a_new_attempt_clears_what_a_dead_one_was_writing(tmp_path: Path) -> Non
     assert names(folder) == ["latest", "step-00000003"]
 
 
-def test_hidden_files_that_no_run_made_stay(tmp_path: Path) -> None:
+def test_other_hidden_files_stay(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / ".ssh").mkdir(parents=True)
     (folder / ".step-00000003.trash-7").mkdir()
@@ -406,7 +393,7 @@ def test_hidden_files_that_no_run_made_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
+def test_failed_removal_of_an_old_checkpoint_does_not_fail_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     storage = str(tmp_path / "checkpoints") if kind == "local" else f"memory://{tmp_path.name}"
@@ -415,7 +402,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
     remove = writer.storage.remove
 
     def busy(name: str) -> None:
-        remove(name)  # of its files some, or all
+        remove(name)  # removes some of the files, or all
         if name == "step-00000003":
             raise OSError(39, "Directory not empty")
 
@@ -426,13 +413,13 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
     assert found.name == "step-00000006"
 
 
-def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
+def test_fenced_attempt_cannot_publish(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     orphan = saver(folder, tmp_path, background=True)
     orphan.save(state(3), lambda copy: stage(3.0))
-    wait_for(orphan)
+    wait_until_ready(orphan)
     successor = saver(folder, tmp_path)
-    with pytest.raises(Fenced, match=r"attempt 1 at .* is over: another one began"):
+    with pytest.raises(Fenced, match=r"attempt 1 at .* is over: a newer attempt has begun"):
         orphan.finish()
     with pytest.raises(Fenced):
         orphan.save(state(6), lambda copy: stage(6.0))
@@ -440,11 +427,11 @@ def test_an_attempt_that_is_over_cannot_publish(tmp_path: Path) -> None:
     save(successor, 3)
     found = newest_checkpoint(StorageFolder(str(folder)))
     assert isinstance(found, Checkpoint)
-    assert found.state.attempt == 1  # of the state that was given
+    assert found.state.attempt == 1  # from the given state
     assert names(folder) == ["latest", "step-00000003"]
 
 
-def test_attempts_at_the_same_time_get_different_numbers(tmp_path: Path) -> None:
+def test_simultaneous_attempts_get_different_numbers(tmp_path: Path) -> None:
     taken: list[Attempt] = []
     threads = [
         threading.Thread(target=lambda: taken.append(begin_attempt(tmp_path))) for _ in range(8)

@@ -1,4 +1,4 @@
-"""Runs that meet damaged checkpoints and a disk without room: they say so, and go on."""
+"""Runs with damaged checkpoints or a full disk: they report it and continue."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import jobs
+from builders.file_damage import DAMAGE
 from builders.tiny import tiny_config, with_ranks
-from test_checkpoint import DAMAGE
 from test_metrics import fetched, samples
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
@@ -29,8 +29,8 @@ from tvr.trainer.loop import train
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 STEPS = 6
-# Above what the log and the settings take, below a rank's part of a checkpoint.
-NO_ROOM = 30_000
+# Bytes: room for the log and the settings, but not for a rank's files of a checkpoint.
+SMALL_FILE = 30_000
 FULL_STEPS = 80
 
 
@@ -44,8 +44,8 @@ def settings(data: Path, steps: int) -> Config:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     train(settings(data, STEPS), run_dir)
     return run_dir
 
@@ -57,31 +57,31 @@ FILES = ["manifest.json", "random-rank-00000.pt", "mp_rank_00_model_states.pt", 
     ("name", "kind"),
     [*((name, "one bit") for name in FILES), (FILES[3], "truncated"), (FILES[2], "gone")],
 )
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    data: Path, whole: Path, tmp_path: Path, name: str, kind: str
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
+    data: Path, uninterrupted: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     config, run_dir = settings(data, STEPS), tmp_path / "run"
-    jobs.as_after_step(4, whole, run_dir)
+    jobs.copy_run_at_step(4, uninterrupted, run_dir)
     folder = run_dir / "checkpoints" / "step-00000004"
     (path,) = folder.rglob(f"*{name}")
     DAMAGE[kind](path)
     train(config, run_dir)
-    (told,) = jobs.events(run_dir, "checkpoint_damaged")
-    assert any(str(path) in line for line in told["errors"])
+    (event,) = jobs.events(run_dir, "checkpoint_damaged")
+    assert any(str(path) in line for line in event["errors"])
     assert [event["step"] for event in jobs.events(run_dir, "resumed")] == [2]
-    assert jobs.losses(run_dir) == jobs.losses(whole)
-    ours, theirs = (jobs.final_weights(run, config) for run in (run_dir, whole))
+    assert jobs.losses(run_dir) == jobs.losses(uninterrupted)
+    ours, theirs = (jobs.final_weights(run, config) for run in (run_dir, uninterrupted))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + jobs.TIMEOUT_S
     while not condition():
-        assert time.monotonic() < deadline, "it does not come to that"
+        assert time.monotonic() < deadline, "the condition never holds"
         time.sleep(0.01)
 
 
-def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path) -> None:
+def test_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path) -> None:
     config, run_dir = with_ranks(settings(data, FULL_STEPS), 2), tmp_path / "run"
     file = tmp_path / "settings.json"
     file.write_text(to_json(config))
@@ -90,7 +90,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
     def fill_the_disk(pids: list[int]) -> None:
         until(lambda: jobs.steps_logged(run_dir) >= 4)
         before = resource.prlimit(pids[1], resource.RLIMIT_FSIZE)
-        resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (NO_ROOM, before[1]))
+        resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (SMALL_FILE, before[1]))
         until(lambda: bool(jobs.events(run_dir, "save_failed")))
         left.append(find_newest_intact(storage, ALONE).newest)
         resource.prlimit(pids[1], resource.RLIMIT_FSIZE, before)
@@ -113,12 +113,12 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A file system of its own with so much room."""
+    """Mounts a file system of this size."""
     folder.mkdir()
     line = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     mounted = subprocess.run(line, capture_output=True, text=True)
     if mounted.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"this machine allows no mount: {mounted.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -126,7 +126,7 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Not a byte is left."""
+    """Fills the disk to the last byte."""
     with (disk / "ballast").open("ab", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
@@ -134,13 +134,13 @@ def fill(disk: Path) -> None:
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """Until the block ends."""
+    """Keeps the disk full during the block."""
     fill(disk)
     yield
     (disk / "ballast").unlink()
 
 
-def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_path: Path) -> None:
+def test_run_survives_a_full_disk_and_logs_all_events_later(data: Path, tmp_path: Path) -> None:
     config = replace(
         settings(data, 1_000_000), metrics=MetricsConfig(address="127.0.0.1", endpoint="node")
     )
@@ -155,7 +155,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
             return {name: value for (name, *labels), value in found.items() if not labels}
 
         def nothing_is_written() -> bool:
-            # A save that fails leaves room.
+            # A failed save frees its space again.
             fill(disk)
             return values()["tvr_train_step"] > jobs.steps_logged(run_dir) + 20
 
@@ -197,7 +197,7 @@ def test_a_run_lives_on_a_full_disk_and_tells_all_of_it_later(data: Path, tmp_pa
         assert found.newest.state.step > before.newest.state.step
 
 
-def test_a_last_checkpoint_that_cannot_be_saved_is_a_failure(data: Path, tmp_path: Path) -> None:
+def test_unsaved_last_checkpoint_fails_the_run(data: Path, tmp_path: Path) -> None:
     config = replace(settings(data, 4), checkpoint=CheckpointConfig(every=0))
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
         run_dir = disk / "run"

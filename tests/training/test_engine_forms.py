@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from builders.carried import CPU, losses, model_of, save_state
+from builders.engine_states import CPU, save_engine_state, seeded_model, train_losses
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 from torch import Tensor
@@ -91,7 +91,7 @@ class PlainEngine:
 def run_steps(
     engine: Any, config: Config, world: World, first: int = 0, count: int = STEPS
 ) -> StepResults:
-    values = losses(engine, config, world, first, count)
+    values = train_losses(engine, config, world, first, count)
     return values, weights(engine, config.train.zero_stage)
 
 
@@ -99,13 +99,13 @@ def run_all_forms(rank: int, world_size: int, data: Path, folder: Path) -> dict[
     """Runs each form; returns losses and weights by stage and settings, plain torch as "plain"."""
     world, results = World(rank=rank, world_size=world_size, device=CPU), {}
     config = settings(data, 0, world_size)
-    results["plain"] = run_steps(PlainEngine(model_of(config), config, world), config, world)
+    results["plain"] = run_steps(PlainEngine(seeded_model(config), config, world), config, world)
     for stage, form in [*FORMS, *bf16_forms()]:
         config = settings(data, stage, world_size, **form)
-        engine = Engine(model_of(config), config.train, world)
+        engine = Engine(seeded_model(config), config.train, world)
         results[key(stage, form)] = run_steps(engine, config, world)
         if form in (OPTIMIZER, PARAMETERS, {}):
-            save_state(engine, folder / key(stage, form), world)
+            save_engine_state(engine, folder / key(stage, form), world)
             copied = tensors(engine.state_dict())
             live = tensors(engine.state_dict(copy=False))
             snapshot = [tensor.clone() for tensor in live]
@@ -120,7 +120,7 @@ def continue_moved(data: Path, folder: Path, world: World) -> dict[str, StepResu
     results = {}
     for stage, saved_form, form in MOVES:
         config = settings(data, stage, world.world_size, **form)
-        engine = Engine(model_of(config), config.train, world)
+        engine = Engine(seeded_model(config), config.train, world)
         engine.load_checkpoint(folder / key(stage, saved_form) / "shards")
         results[f"{key(stage, saved_form)} -> {form}"] = run_steps(
             engine, config, world, STEPS, MORE
@@ -150,7 +150,7 @@ def run_compiled_towers(rank: int, world_size: int, data: Path, folder: Path) ->
     world, results = World(rank=rank, world_size=world_size, device=CPU), {}
     for stage, form in [(0, {}), *COMPILED]:
         config = settings(data, stage, world_size, **form)
-        engine = Engine(model_of(config), config.train, world)
+        engine = Engine(seeded_model(config), config.train, world)
         tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
         engine.set_training(False)
         with torch.no_grad():

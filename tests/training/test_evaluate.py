@@ -1,4 +1,7 @@
-"""Evaluation: exact against the definition, the same on any number of ranks, honest about gaps."""
+"""Evaluation: equal to the definition, and the same on any number of ranks.
+
+Unreadable samples are left out and reported.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage(source: Path, url: Path, *, rows: tuple[int, ...]) -> None:
-    """A copy where these samples have a flipped byte each; there is one shard."""
+    """Copies a data set of one shard and flips a byte in each of these samples."""
     shutil.copytree(source, url)
     offsets = read_manifest(str(url)).samples.offset
     shard = url / "shard-000000.tar"
@@ -56,7 +59,7 @@ def damage(source: Path, url: Path, *, rows: tuple[int, ...]) -> None:
 
 
 def setting(folder: Path, *, micro_batch: int = 4, **data: Any) -> Config:
-    """`tiny_config` with room for all words, so that captions differ in length."""
+    """`tiny_config` with captions of different lengths: none is truncated."""
     return tiny_config(folder, data={"max_words": 40} | data, train={"micro_batch": micro_batch})
 
 
@@ -79,7 +82,7 @@ def whole_set(url: str, config: Config, tokenizer: Tokenizer) -> Batch:
 
 
 def by_definition(config: Config, split: str) -> tuple[Batch, Tensor]:
-    """All of a split in one batch, and its similarity by the naive kernel."""
+    """A whole split as one batch, and its similarity by the reference kernel."""
     model, tokenizer = untrained(config)
     batch = whole_set(split, config, tokenizer)
     with torch.no_grad():
@@ -97,7 +100,7 @@ def by_definition(config: Config, split: str) -> tuple[Batch, Tensor]:
     return batch, similarity
 
 
-def test_it_equals_the_definition(data: Path) -> None:
+def test_evaluation_equals_the_definition(data: Path) -> None:
     config = setting(data)
     result = evaluated(config)
     batch, similarity = by_definition(config, str(data / "test"))
@@ -127,7 +130,7 @@ def assert_queries(result: Evaluation, batch: Batch, similarity: Tensor) -> None
 
 
 def binding_by_definition(config: Config, data: Path) -> Tensor:
-    """(10,) bool: is a test caption nearer to its own clip than to the exchanged one?"""
+    """(10,) bool: does a test caption score higher with its own clip than with the counterpart?"""
     model, tokenizer = untrained(config)
     test, twins = (
         whole_set(str(data / split), config, tokenizer) for split in ("test", "exchanged")
@@ -153,7 +156,7 @@ def binding_by_definition(config: Config, data: Path) -> Tensor:
     return similar[0] > similar[1]
 
 
-def test_several_captions_of_a_video_are_queries_each(data: Path) -> None:
+def test_each_caption_of_a_video_is_a_query(data: Path) -> None:
     config = setting(data, test=str(data / "train"), test_exchanged=None)
     result = evaluated(config)
     batch, similarity = by_definition(config, str(data / "train"))
@@ -165,12 +168,12 @@ def test_several_captions_of_a_video_are_queries_each(data: Path) -> None:
     assert_queries(result, batch, similarity)
 
 
-def on_a_rank(rank: int, world_size: int, folder: Path) -> tuple[list[Evaluation], str]:
-    """Evaluations with few and many batches a rank, and the error of a set that is too small."""
+def evaluate_on_rank(rank: int, world_size: int, folder: Path) -> tuple[list[Evaluation], str]:
+    """Evaluations with few and many batches per rank, and the error for a set that is too small."""
     torch.set_num_threads(1)
     world = World(rank=rank, world_size=world_size, device=CPU)
     results = []
-    # 10 videos on 3 ranks: 3, 3 and 4; at 3 a batch the last rank has one batch more than others.
+    # 10 videos on 3 ranks: 3, 3 and 4. With batches of 3 the last rank has one batch more.
     for config in (
         setting(folder, micro_batch=3),
         setting(folder, micro_batch=100),
@@ -186,10 +189,10 @@ def on_a_rank(rank: int, world_size: int, folder: Path) -> tuple[list[Evaluation
     return results, "none"
 
 
-def test_three_ranks_find_what_one_finds(data: Path) -> None:
-    alone, message = on_a_rank(0, 1, data)
+def test_three_ranks_give_the_same_result_as_one(data: Path) -> None:
+    alone, message = evaluate_on_rank(0, 1, data)
     assert message == "none"
-    for results, said in spawn(on_a_rank, 3, data):
+    for results, said in spawn(evaluate_on_rank, 3, data):
         assert said == f"{data / 'two'} has too few readable videos for 3 ranks"
         for ours, theirs in zip(results, alone, strict=True):
             assert ours.summary() == theirs.summary()
@@ -201,10 +204,10 @@ def test_three_ranks_find_what_one_finds(data: Path) -> None:
                     assert found["similarity"] == pytest.approx(expected["similarity"], abs=1e-6)
 
 
-class Knowing:
-    """Encodes a caption and its own clip as the same unit vector, every other clip as another.
+class OracleModel:
+    """Encodes a caption and its own clip as the same unit vector, and each other clip as another.
 
-    With `prefers` "exchanged" it mixes up each test clip and its counterpart.
+    With `prefers="exchanged"` it confuses each test clip with its counterpart.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, *, prefers: str = "test") -> None:
@@ -212,14 +215,14 @@ class Knowing:
             whole_set(str(url), config, tokenizer)
             for url in (config.data.test, config.data.test_exchanged)
         )
-        self.place: dict[bytes, int] = {}
+        self.slot: dict[bytes, int] = {}
         liked, other = (test, twins) if prefers == "test" else (twins, test)
-        for place, frames in enumerate([*liked.frames, *other.frames]):
-            self.place[frames.numpy().tobytes()] = place
-        for place, token_ids in enumerate([*test.token_ids, *twins.token_ids]):
-            self.place[token_ids.numpy().tobytes()] = place
+        for slot, frames in enumerate([*liked.frames, *other.frames]):
+            self.slot[frames.numpy().tobytes()] = slot
+        for slot, token_ids in enumerate([*test.token_ids, *twins.token_ids]):
+            self.slot[token_ids.numpy().tobytes()] = slot
         self.width = 2 * len(test.keys)
-        assert len(self.place) == 2 * self.width  # no two clips or captions are alike
+        assert len(self.slot) == 2 * self.width  # no two clips or captions are alike
 
     def __call__(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
@@ -237,31 +240,31 @@ class Knowing:
         )
 
     def vectors(self, rows: Tensor) -> Tensor:
-        places = [self.place[row.numpy().tobytes()] for row in rows]
-        return torch.eye(self.width)[places]
+        slots = [self.slot[row.numpy().tobytes()] for row in rows]
+        return torch.eye(self.width)[slots]
 
 
-def test_a_model_that_knows_the_truth_gets_everything_right(data: Path) -> None:
+def test_oracle_model_gets_perfect_scores(data: Path) -> None:
     config = setting(data)
     tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
-    result = evaluate(Knowing(config, tokenizer), config, tokenizer, ALONE)
+    result = evaluate(OracleModel(config, tokenizer), config, tokenizer, ALONE)
     for direction in (result.metrics.text_to_video, result.metrics.video_to_text):
         assert (direction.recall_at_1, direction.median_rank, direction.mean_rank) == (100, 1, 1)
     assert result.binding_accuracy == 100.0
     assert [query["top"][0]["key"] for query in result.queries] == [
         query["key"] for query in result.queries
     ]
-    fooled = evaluate(Knowing(config, tokenizer, prefers="exchanged"), config, tokenizer, ALONE)
+    fooled = evaluate(OracleModel(config, tokenizer, prefers="exchanged"), config, tokenizer, ALONE)
     assert fooled.binding_accuracy == 0.0
 
 
-def test_a_tie_is_as_good_as_a_guess(data: Path) -> None:
+def test_tie_counts_half(data: Path) -> None:
     config = setting(data, test_exchanged=str(data / "test"))
     assert evaluated(config).binding_accuracy == 50.0
 
 
 def damaged(folder: Path, *, micro_batch: int = 4) -> Config:
-    """Unreadable: test clips 2 and 9, and of the exchanged ones 2 and 5."""
+    """Test clips 2 and 9 and counterparts 2 and 5 are unreadable."""
     return setting(
         folder,
         micro_batch=micro_batch,
@@ -282,7 +285,7 @@ def test_unreadable_samples_are_left_out_and_counted(data: Path) -> None:
     assert "4 unreadable samples were left out" in result.table()
 
 
-def test_the_binding_accuracy_is_over_the_clips_that_are_readable_with_their_twins(
+def test_binding_accuracy_covers_clips_readable_with_their_counterparts(
     data: Path,
 ) -> None:
     wins = binding_by_definition(setting(data), data)
@@ -296,30 +299,30 @@ def test_the_binding_accuracy_is_over_the_clips_that_are_readable_with_their_twi
     assert evaluated(one_sided).binding_accuracy == pytest.approx(expected)
 
 
-def test_the_budget_for_unreadable_samples_holds(data: Path) -> None:
+def test_budget_for_unreadable_samples_applies(data: Path) -> None:
     config = setting(data, test=str(data / "test-damaged"), test_exchanged=None, max_bad=1)
     with pytest.raises(TooManyBadSamples, match=r"max_bad=1 allowed .*test-00009: checksum"):
         evaluated(config)
 
 
-def test_without_a_test_set_there_is_nothing_to_do(data: Path) -> None:
+def test_missing_test_set_is_refused(data: Path) -> None:
     config = setting(data, test=None)
     with pytest.raises(ValueError, match=r"data\.test is not set"):
         evaluated(config)
 
 
-def test_a_counterpart_without_the_keys_is_refused(data: Path, tmp_path: Path) -> None:
+def test_counterpart_with_other_keys_is_refused(data: Path, tmp_path: Path) -> None:
     other = setting(data, test_exchanged=str(data / "train"))
     with pytest.raises(ValueError, match=r"train shares no readable key with .*test"):
         evaluated(other)
-    # A run says so before it trains, of other keys and of too few.
+    # A run refuses other keys, and too few, before it trains.
     for split in ("train", "two"):
         config = setting(data, test_exchanged=str(data / split))
         with pytest.raises(ValueError, match=rf"{split} must hold the same keys in the same order"):
             train(config, tmp_path / split)
 
 
-def test_the_table_says_what_the_summary_holds(data: Path) -> None:
+def test_table_shows_the_summary(data: Path) -> None:
     config = setting(data)
     result = evaluated(config)
     summary = result.summary()

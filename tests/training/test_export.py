@@ -1,4 +1,4 @@
-"""`tvr export`: the folder gives the run's similarities again, and plain transformers reads it."""
+"""`tvr export`: the folder reproduces the run's similarities, and transformers can load it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS = ("clip", "siglip")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs and what was exported of them: a fresh CLIP with LoRA, a SigLIP with frozen layers."""
+    """Two runs and their exports: a new CLIP with LoRA, and a SigLIP with frozen layers."""
     root = tmp_path_factory.mktemp("exported")
     make_tiny_data(root, num_train=16)
     clips = read_annotations(str(root / "clips" / "train" / ANNOTATIONS))
@@ -64,23 +64,23 @@ def features(model: TextVideoModel, config: Config, tokenizer: Tokenizer) -> Any
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_similarities_are_those_of_the_run(exported: Path, kind: str) -> None:
+def test_exported_model_reproduces_the_similarities(exported: Path, kind: str) -> None:
     config = read_config(exported / f"run-{kind}")
     model, tokenizer, _ = load_run(exported / f"run-{kind}", config)
-    again = load_exported(exported / kind)
+    exported_model = load_exported(exported / kind)
     words = load_tokenizer(exported / kind, MAX_WORDS)
     ours = features(model.eval(), config, tokenizer)
-    theirs = features(again, config, words)
+    theirs = features(exported_model, config, words)
     one, other = (similarity_rows(f, f, config.model) for f in (ours, theirs))
     assert one.shape == (10, 10)
     assert torch.allclose(one, other, rtol=0, atol=1e-6)
     assert one.std() > 1e-3
-    assert not any("lora" in name for name in again.state_dict())
-    assert not again.training
+    assert not any("lora" in name for name in exported_model.state_dict())
+    assert not exported_model.training
 
 
 @pytest.mark.parametrize(("kind", "whole"), [("clip", CLIPModel), ("siglip", SiglipModel)])
-def test_plain_transformers_gives_the_towers_features(
+def test_transformers_alone_gives_the_towers_features(
     exported: Path, kind: str, whole: Any
 ) -> None:
     model, found = whole.from_pretrained(exported / kind, output_loading_info=True)
@@ -102,7 +102,7 @@ def test_plain_transformers_gives_the_towers_features(
     images = processor.image_processor(
         pictures, return_tensors="pt", input_data_format="channels_first"
     )
-    # SigLIP is called as it was trained, without a mask.
+    # SigLIP was trained without an attention mask.
     given = ("input_ids",) if kind == "siglip" else ("input_ids", "attention_mask")
     ours = load_exported(exported / kind)
     ours.sequence_header = None
@@ -120,7 +120,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_card_tells_results_data_and_start(exported: Path, kind: str) -> None:
+def test_model_card_names_results_data_and_initial_weights(exported: Path, kind: str) -> None:
     card = (exported / kind / "README.md").read_text()
     results = json.loads((exported / f"run-{kind}" / "evaluation.json").read_text())
     assert f"# {kind}\n" in card
@@ -132,7 +132,9 @@ def test_the_card_tells_results_data_and_start(exported: Path, kind: str) -> Non
     assert ("started from `towers`" in card) == (kind == "siglip")
 
 
-def test_another_evaluation_is_not_in_the_card(exported: Path, tmp_path: Path) -> None:
+def test_model_card_leaves_out_the_evaluation_of_another_step(
+    exported: Path, tmp_path: Path
+) -> None:
     from tvr.trainer.evaluation.export import _results
 
     found = json.loads((exported / "run-clip" / "evaluation.json").read_text())
@@ -142,7 +144,7 @@ def test_another_evaluation_is_not_in_the_card(exported: Path, tmp_path: Path) -
     assert _results(tmp_path / "absent", found["step"]) is None
 
 
-def test_what_is_there_is_kept(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_folder_is_kept(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["export", "--run-dir", str(exported / "run-clip"), "--out", str(exported / "clip")]
     before = {path.name: path.read_bytes() for path in (exported / "clip").iterdir()}
     assert main(line) == 2
@@ -151,7 +153,7 @@ def test_what_is_there_is_kept(exported: Path, capsys: pytest.CaptureFixture[str
     assert not list(exported.glob(".*.partial"))
 
 
-def test_a_folder_of_something_else_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_folder_of_another_program_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was not written by tvr export: it has no tvr\.json"):
         load_exported(tmp_path)
     for path in (exported / "siglip").iterdir():
@@ -163,7 +165,7 @@ def test_a_folder_of_something_else_is_refused(exported: Path, tmp_path: Path) -
         load_exported(tmp_path)
 
 
-def test_a_run_without_a_checkpoint_leaves_nothing(
+def test_run_without_a_checkpoint_exports_nothing(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", "--run-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2

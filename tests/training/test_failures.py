@@ -1,4 +1,4 @@
-"""A rank that fails, dies or hangs ends its job, whose output names the cause once, and first."""
+"""A rank that fails, dies or hangs ends its job, and the output names the cause once and first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(data: Path) -> Config:
 def errors_of(
     config: Config, run_dir: Path, disturb: Callable[[], None] | None, number: int | None = None
 ) -> str:
-    """What a job of two ranks says, rank 1 of which is disturbed after a few steps."""
+    """The error output of a job of two ranks, whose rank 1 is disturbed after a few steps."""
     with jobs.running(config, run_dir, 2) as job:
         if number is not None:
             jobs.signal_rank(job, run_dir, 1, number, lambda: jobs.steps_logged(run_dir) >= 10)
@@ -48,9 +48,7 @@ def keys_of_rank_1(run_dir: Path) -> Path:
     return run_dir / "keys" / "rank-00001.jsonl"
 
 
-def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
-    config: Config, tmp_path: Path
-) -> None:
+def test_only_the_failing_rank_reports_its_exception(config: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
 
     def disturb() -> None:
@@ -63,7 +61,7 @@ def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
     errors = errors_of(config, run_dir, disturb)
     assert errors.count("IsADirectoryError") == 1
     assert errors.count("TrainingFailed: step ") == 1
-    # The traceback of the cause, and none of a lost connection after it.
+    # The cause has a traceback; the lost connection that follows has none.
     assert errors.index("IsADirectoryError") < errors.index(
         "tvr train: rank 0 exits because rank 1 on "
     )
@@ -72,13 +70,13 @@ def test_an_exception_on_one_rank_is_told_by_that_rank_alone(
     last = errors.splitlines()[-1]
     assert last.startswith("tvr launch: rank 1 (")
     assert last.endswith("failed first with exit code 3; see its output above")
-    (word,) = (run_dir / "failures").iterdir()
-    said = json.loads(word.read_text())
-    assert (said["rank"], said["code"]) == (1, 3)
-    assert said["error"].startswith("TrainingFailed: step ")
+    (file,) = (run_dir / "failures").iterdir()
+    report = json.loads(file.read_text())
+    assert (report["rank"], report["code"]) == (1, 3)
+    assert report["error"].startswith("TrainingFailed: step ")
 
 
-def test_a_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
+def test_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
     errors = errors_of(config, tmp_path / "run", None, signal.SIGKILL)
     assert errors.count("killed by SIGKILL") == 1
     assert errors.count("rank 0 exits because it lost another rank, which reported no error") == 1
@@ -86,15 +84,15 @@ def test_a_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
     assert errors.splitlines()[-1].startswith("tvr launch: rank 1 (")
 
 
-def test_a_stopped_rank_is_named_and_ends_with_the_others(config: Config, tmp_path: Path) -> None:
+def test_suspended_rank_is_named_and_ended(config: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     errors = errors_of(config, run_dir, None, signal.SIGSTOP)
     assert errors.count("does not respond") == 1
     assert "error [rank 0]: no rank has made progress for " in errors
     assert "rank 1 on " in errors
     assert "the other ranks wait in training after step " in errors
-    (word,) = (run_dir / "failures").iterdir()
-    assert json.loads(word.read_text())["of"] == 1
+    (file,) = (run_dir / "failures").iterdir()
+    assert json.loads(file.read_text())["of"] == 1
     assert "Traceback" not in errors
     (job,) = (run_dir / "stalls").iterdir()
     assert sorted(path.name for path in job.iterdir()) == ["rank-00000.json", "rank-00000.txt"]
@@ -102,11 +100,11 @@ def test_a_stopped_rank_is_named_and_ends_with_the_others(config: Config, tmp_pa
     assert jobs.rank_pid(run_dir, 1) is None
 
 
-def test_a_rank_that_hangs_is_named_with_its_line(config: Config, tmp_path: Path) -> None:
+def test_hanging_rank_is_named_with_its_line(config: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
 
     def disturb() -> None:
-        # To open it for writing waits for a reader, as a dead file server makes one wait.
+        # Opening a FIFO for writing blocks until a reader comes, as a dead file server would.
         os.mkfifo(tmp_path / "fifo")
         (tmp_path / "fifo").rename(keys_of_rank_1(run_dir))
 
@@ -114,28 +112,26 @@ def test_a_rank_that_hangs_is_named_with_its_line(config: Config, tmp_path: Path
     assert errors.count("is behind, in training after step ") == 1
     assert "rank 1 on " in errors
     assert "tvr.trainer.monitoring.run_log:" in errors
-    assert (
-        'trainer/monitoring/run_log.py", line' in errors
-    )  # the stacks of the one that is waited for
+    assert 'trainer/monitoring/run_log.py", line' in errors  # stack traces of the hanging rank
     (job,) = (run_dir / "stalls").iterdir()
     assert len(list(job.glob("rank-*.txt"))) == 2
 
 
-def test_one_rank_has_the_word_and_the_others_hear_it_once_it_has_spoken(tmp_path: Path) -> None:
-    mine, other = (FailureFile(tmp_path / "failures" / "job.json", rank) for rank in (1, 0))
+def test_first_rank_claims_the_failure_file_and_others_read_its_report(tmp_path: Path) -> None:
+    first, other = (FailureFile(tmp_path / "failures" / "job.json", rank) for rank in (1, 0))
     assert other.read() is None
-    assert [mine.claim(), other.claim(), mine.claim()] == [True, False, False]
+    assert [first.claim(), other.claim(), first.claim()] == [True, False, False]
     assert other.read() is None
-    mine.record("ValueError: no", 2)
-    said = other.wait()
+    first.record("ValueError: no", 2)
+    failure = other.wait()
     host = socket.gethostname()
-    assert said == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
-    assert peer_failure_line(0, said) == (
+    assert failure == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
+    assert peer_failure_line(0, failure) == (
         f"tvr train: rank 0 exits because rank 1 on {host} failed; see the error of that rank"
     )
 
 
-def test_where_no_word_can_be_written_everyone_speaks(tmp_path: Path) -> None:
+def test_every_rank_reports_if_no_file_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "failures").write_text("no folder")
     for rank in (0, 1):
         failures = FailureFile(tmp_path / "failures" / "job.json", rank)

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders.carried import CPU, engine_from, losses, model_of, save_state, universal_of
+from builders.engine_states import (
+    CPU,
+    convert_to_universal,
+    engine_from_universal,
+    save_engine_state,
+    seeded_model,
+    train_losses,
+)
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
@@ -40,11 +47,11 @@ def save_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, 
     for kind in KINDS:
         for stage in STAGES:
             config = settings(data, kind, stage, world_size)
-            engine = Engine(model_of(config), config.train, world)
-            losses(engine, config, world, 0, BEFORE)
-            save_state(engine, folder / f"{kind}-{stage}-{world_size}", world)
+            engine = Engine(seeded_model(config), config.train, world)
+            train_losses(engine, config, world, 0, BEFORE)
+            save_engine_state(engine, folder / f"{kind}-{stage}-{world_size}", world)
             if stage == 1:
-                beyond[kind] = losses(engine, config, world, BEFORE, AFTER)
+                beyond[kind] = train_losses(engine, config, world, BEFORE, AFTER)
     return beyond
 
 
@@ -57,12 +64,12 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path) -> Any:
         for stage in STAGES:
             config = settings(data, kind, stage, world_size)
             if (int(was_stage), int(was_ranks)) == (stage, world_size):
-                engine = Engine(model_of(config, seed=1), config.train, world)
+                engine = Engine(seeded_model(config, seed=1), config.train, world)
                 engine.load_checkpoint(source / "shards")
             else:
-                universal = universal_of(config, source, int(was_stage), world)
-                engine = engine_from(config, universal, world, seed=1)
-            results[source.name, stage] = losses(engine, config, world, BEFORE, AFTER)
+                universal = convert_to_universal(config, source, int(was_stage), world)
+                engine = engine_from_universal(config, universal, world, seed=1)
+            results[source.name, stage] = train_losses(engine, config, world, BEFORE, AFTER)
     return results
 
 
@@ -91,7 +98,7 @@ def test_a_state_continues_at_any_stage_and_number_of_ranks(
 def test_a_checkpoint_holds_all_weights_and_frozen_ones_unchanged(
     data: Path, saved: tuple[Path, Any], kind: str
 ) -> None:
-    model = model_of(settings(data, kind, 1, 1))
+    model = seeded_model(settings(data, kind, 1, 1))
     start = model.state_dict()
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("tower." in name for name in trains)

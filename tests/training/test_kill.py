@@ -1,5 +1,7 @@
-"""Ranks killed with SIGKILL at random steps and while a checkpoint is written: what comes out in
-the end is what an undisturbed run gives, bit for bit, with dropout on."""
+"""Ranks killed by SIGKILL at random steps and while a checkpoint is written.
+
+The resumed run ends as an uninterrupted one, bit for bit, with dropout on.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,19 @@ from builders.pretrained import save_clip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, tiny_config, with_ranks
 
 from tvr.trainer import loop
-from tvr.trainer.checkpoint import restore as resume
+from tvr.trainer.checkpoint import restore
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.model.tokenizer import load_tokenizer
 
-RANKS, STEPS, KILLS = 2, 32, 4
+RANKS, STEPS = 2, 16
+# Each stage kills one rank after a step and the other rank during a save; the stages alternate.
+KILLS = 2
 SEED = 2026
 
 
 @pytest.fixture(scope="module")
 def towers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Towers that drop three in ten of their attention weights."""
+    """Towers with an attention dropout of 0.3."""
     folder = tmp_path_factory.mktemp("towers")
     tokenizer = load_tokenizer(data / "tokenizer", MAX_WORDS)
     save_clip(folder, tokenizer, width=16, image_size=IMAGE_SIZE, dropout=0.3)
@@ -46,14 +50,14 @@ def settings(data: Path, towers: Path, zero_stage: int, **train: int) -> Config:
 
 
 def kill(pids: list[int], rank: int, run_dir: Path, step: int, *, in_a_save: bool) -> None:
-    """Kills a rank after a step, or while a later checkpoint is being written."""
+    """Kills a rank after a step, or during the next save after it."""
     deadline = time.monotonic() + jobs.TIMEOUT_S
     while True:
-        assert time.monotonic() < deadline, "the run neither ends nor gets there"
+        assert time.monotonic() < deadline, "the run never reaches the condition"
         if jobs.steps_logged(run_dir) < step or (in_a_save and not jobs.is_writing(run_dir)):
             time.sleep(0.002)
             continue
-        # Held still, so that what is seen is still so when the signal comes.
+        # Suspended, so that the condition still holds when the signal arrives.
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         hit = not in_a_save or jobs.is_writing(run_dir)
@@ -66,13 +70,13 @@ def kill(pids: list[int], rank: int, run_dir: Path, step: int, *, in_a_save: boo
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(
+def test_repeatedly_killed_run_ends_as_an_uninterrupted_one(
     data: Path, towers: Path, tmp_path: Path, zero_stage: int
 ) -> None:
     config = settings(data, towers, zero_stage)
     file = tmp_path / "settings.json"
     file.write_text(to_json(config))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     assert jobs.run_forked(file, whole, RANKS) == [0, 0]
     draw, span = random.Random(SEED + zero_stage), STEPS // KILLS - 1
     for attempt in range(KILLS):
@@ -96,17 +100,17 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_dropout_draws_by_the_random_state_that_is_saved(
+def test_dropout_follows_the_saved_random_state(
     data: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(data, towers, 1, steps=4, micro_batch=8)
     whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
     loop.train(with_ranks(config, 1), whole)
     for run_dir in (same, other):
-        jobs.as_after_step(2, whole, run_dir)
+        jobs.copy_run_at_step(2, whole, run_dir)
     loop.train(with_ranks(config, 1), same)
     assert jobs.losses(same) == jobs.losses(whole)
-    monkeypatch.setattr(resume, "set_random_state", lambda state: None)
+    monkeypatch.setattr(restore, "set_random_state", lambda state: None)
     loop.train(with_ranks(config, 1), other)
     assert jobs.losses(other)[:2] == jobs.losses(whole)[:2]
     for ours, theirs in zip(jobs.losses(other)[2:], jobs.losses(whole)[2:], strict=True):

@@ -1,5 +1,7 @@
-"""Jobs that are told to leave: on which signal, with which exit code, and how they go on on other
-numbers of ranks and at other ZeRO stages."""
+"""Jobs that a signal asks to stop: their exit code, and their resumption.
+
+The job resumes on other numbers of ranks and at another ZeRO stage.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +24,33 @@ def config(data: Path) -> Config:
     )
 
 
-def told_to_leave(
+def run_until_stopped(
     config: Config, run_dir: Path, ranks: int, *, rank: int, number: int, step: int
 ) -> int:
-    """Signals one rank once a step is logged; returns the step that was saved."""
+    """Signals one rank once `step` is logged; returns the step that the job saved."""
     with jobs.running(config, run_dir, ranks) as job:
         jobs.signal_rank(job, run_dir, rank, number, lambda: jobs.steps_logged(run_dir) >= step)
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
     assert job.returncode == 75, errors
-    left = jobs.events(run_dir, "preempted")[-1]["step"]
-    assert f"step {left} is saved; asked to stop by" in errors
-    assert (run_dir / "checkpoints" / f"step-{left:08d}").is_dir()
-    return left
+    saved = jobs.events(run_dir, "preempted")[-1]["step"]
+    assert f"step {saved} is saved; asked to stop by" in errors
+    assert (run_dir / "checkpoints" / f"step-{saved:08d}").is_dir()
+    return saved
 
 
-def test_other_ranks_and_another_stage_go_on_where_it_was_left(
+def test_stopped_job_resumes_on_other_ranks_and_at_another_stage(
     config: Config, tmp_path: Path
 ) -> None:
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    code, errors = jobs.run(config, whole, 2)
-    assert code == 0, errors
-    first = told_to_leave(config, moved, 2, rank=1, number=signal.SIGUSR1, step=3)
-    second = told_to_leave(config, moved, 1, rank=0, number=signal.SIGTERM, step=first + 2)
-    code, errors = jobs.run(jobs.with_stage(config, 3), moved, 2)
-    assert code == 0, errors
+    whole, moved = tmp_path / "uninterrupted", tmp_path / "moved"
+    assert jobs.run_forked(jobs.write_settings(config, whole, 2), whole, 2) == [0, 0]
+    first = run_until_stopped(config, moved, 2, rank=1, number=signal.SIGUSR1, step=3)
+    second = run_until_stopped(config, moved, 1, rank=0, number=signal.SIGTERM, step=first + 2)
+    settings = jobs.write_settings(jobs.with_stage(config, 3), moved, 2)
+    assert jobs.run_forked(settings, moved, 2) == [0, 0]
     assert [event["step"] for event in jobs.events(moved, "resumed")] == [first, second]
     assert jobs.losses(moved) == pytest.approx(jobs.losses(whole), rel=2e-3)
     assert jobs.losses(moved)[:first] == jobs.losses(whole)[:first]
-    # 48 samples, 8 a step: an epoch is 6 steps, and each sees every sample once.
+    # 48 samples, 8 per step: an epoch has 6 steps and reads every sample once.
     batches = jobs.global_batches(moved)
     assert list(batches) == list(range(1, 49))
     keys = [key for step in batches.values() for key in step]

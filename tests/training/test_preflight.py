@@ -1,4 +1,4 @@
-"""What is looked at before a run begins: each failure is named with its rank and host."""
+"""Checks before a run begins: each failure is reported with its rank and host."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def config(data: Path) -> Config:
 
 
 @pytest.mark.parametrize("url", [None, "memory://preflight"])
-def test_a_place_that_can_be_used_is_left_as_it_was(
-    config: Config, tmp_path: Path, url: str | None
-) -> None:
+def test_usable_storage_is_left_unchanged(config: Config, tmp_path: Path, url: str | None) -> None:
     config = replace(config, checkpoint=CheckpointConfig(url=url))
     preflight(config, tmp_path, ALONE)
     assert checkpoints_of(config, tmp_path).list_names() == []
@@ -66,7 +64,7 @@ Refusal: TypeAlias = tuple[list[str], int | None]
 
 
 def refusals(rank: int, world_size: int, config: Config, folder: Path) -> Refusal:
-    """What is refused, and the rank whose node is at fault; rank 1 has another batch size."""
+    """The failures and the rank at fault; rank 1 has another batch size."""
     world = World(rank=rank, world_size=world_size, device=CPU)
     world.check_connection(60.0)
     if rank == 1:
@@ -78,34 +76,34 @@ def refusals(rank: int, world_size: int, config: Config, folder: Path) -> Refusa
     return [], None
 
 
-def test_all_ranks_hear_of_every_failure_of_every_rank(config: Config, tmp_path: Path) -> None:
+def test_all_ranks_get_every_failure_of_every_rank(config: Config, tmp_path: Path) -> None:
     for rank in range(3):
         (tmp_path / str(rank)).mkdir()
     for rank in (1, 2):
         (tmp_path / str(rank) / "checkpoints").write_text("no folder")
     refusal, *others = spawn(refusals, 3, config, tmp_path)
     assert all(other == refusal for other in others)
-    (settings, *places), rank_at_fault = refusal
+    (settings, *errors), rank_at_fault = refusal
     assert rank_at_fault is None
     assert settings.startswith(f"rank 1 on {HOST}: the sha256 of its settings is ")
-    assert [line.split(" cannot be used for checkpoints")[0] for line in places] == [
+    assert [line.split(" cannot be used for checkpoints")[0] for line in errors] == [
         f"rank {rank} on {HOST}: {tmp_path / str(rank) / 'checkpoints'}" for rank in (1, 2)
     ]
 
 
-def meets_nobody(rank: int, world_size: int) -> None:
-    """Rank 1 does not come."""
+def check_without_rank_1(rank: int, world_size: int) -> None:
+    """Rank 1 joins the group but not its first collective."""
     if rank == 1:
         time.sleep(60)
     World(rank=rank, world_size=world_size, device=CPU).check_connection(0.5)
 
 
-def test_a_rank_that_does_not_come_is_missed_soon() -> None:
+def test_missing_rank_is_noticed_soon() -> None:
     with pytest.raises(RuntimeError, match=f"rank 0 on {HOST} cannot reach the other 1 on cpu"):
-        spawn(meets_nobody, 2)
+        spawn(check_without_rank_1, 2)
 
 
-def test_ranks_that_differ_from_most_are_named() -> None:
+def test_ranks_that_differ_from_the_majority_are_named() -> None:
     usual = {"torch": "2.13", SETTINGS: "a"}
     identities = [usual, usual | {"torch": "2.12", SETTINGS: "b"}, usual, usual | {SETTINGS: "c"}]
     assert find_differences(identities) == [
@@ -115,7 +113,7 @@ def test_ranks_that_differ_from_most_are_named() -> None:
     ]
 
 
-def test_checkpoints_that_do_not_fit_the_disk_are_refused(
+def test_checkpoints_larger_than_the_disk_are_refused(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "not" / "there"
@@ -134,14 +132,14 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused(
     check_disk(elsewhere, run_dir, model, ALONE)
 
 
-class Elsewhere(World):
-    """Rank 0 of two on one machine, whose other rank says what it says itself."""
+class TwoEqualRanks(World):
+    """Rank 0 of two on one machine; the other rank sends the same objects."""
 
     def all_gather_objects(self, mine: Any) -> list[Any]:
         return [mine, mine]
 
 
-def test_states_that_do_not_fit_the_memory_are_refused(
+def test_states_larger_than_the_memory_are_refused(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, tokenizer = with_ranks(config, 2), build_tokenizer(config.model, config.data)
@@ -151,13 +149,15 @@ def test_states_that_do_not_fit_the_memory_are_refused(
     def with_free(num_bytes: int, total: int = 4 * needs.total) -> None:
         monkeypatch.setattr(preflight_file, "free_bytes", lambda: num_bytes)
         monkeypatch.setattr(preflight_file, "total_bytes", lambda: total)
-        check_memory(config, tokenizer, Elsewhere(rank=0, world_size=2, device=CPU))
+        check_memory(config, tokenizer, TwoEqualRanks(rank=0, world_size=2, device=CPU))
 
     with_free(2 * needs.total)
     assert not caplog.records
     with_free(2 * needs.states)
     assert "a step may need" in caplog.text
-    with pytest.raises(PreflightFailed, match="weights, gradients and optimiser of 2 ranks") as no:
+    with pytest.raises(
+        PreflightFailed, match="weights, gradients and optimiser of 2 ranks of this machine need"
+    ) as no:
         with_free(2 * needs.states - 1)
     assert [line.split(":")[0] for line in no.value.lines] == [
         f"rank {rank} on {HOST}" for rank in range(2)
@@ -168,7 +168,7 @@ def test_states_that_do_not_fit_the_memory_are_refused(
     assert no.value.rank is None
 
 
-def test_what_is_offloaded_is_not_the_devices(
+def test_offloaded_state_does_not_count_as_device_memory(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def states(offload: str, kind: str) -> tuple[int, int]:
@@ -185,53 +185,51 @@ def test_what_is_offloaded_is_not_the_devices(
     assert states("parameters", "cpu") == (whole, weights)
 
 
-def without_room(*_: Any) -> Any:
+def raise_disk_full(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def on_a_full_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
-    """The exit code of `tvr train`; the checkpoints' disk is full on rank 1's node."""
+def train_on_a_full_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
+    """Exit code of `tvr train` if the checkpoints' disk is full on rank 1's node."""
     if rank == 1:
-        StorageFolder.open_write = without_room
+        StorageFolder.open_write = raise_disk_full
     return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
 
 
-def test_a_rank_whose_node_is_at_fault_says_so_and_the_job_may_begin_elsewhere(
+def test_rank_on_the_faulty_node_reports_and_the_job_may_start_elsewhere(
     config: Config, tmp_path: Path
 ) -> None:
     settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
     settings.write_text(to_json(with_ranks(config, 2)))
-    assert spawn(on_a_full_disk, 2, settings, run_dir) == [3, 3]
-    (word,) = (run_dir / "failures").iterdir()
-    said = json.loads(word.read_text())
-    assert (said["rank"], said["code"]) == (1, 3)
-    assert f"PreflightFailed: rank 1 on {HOST}: " in said["error"]
-    assert said["error"].endswith(
+    assert spawn(train_on_a_full_disk, 2, settings, run_dir) == [3, 3]
+    (file,) = (run_dir / "failures").iterdir()
+    report = json.loads(file.read_text())
+    assert (report["rank"], report["code"]) == (1, 3)
+    assert f"PreflightFailed: rank 1 on {HOST}: " in report["error"]
+    assert report["error"].endswith(
         "cannot be used for checkpoints: OSError: [Errno 28] No space left on device"
     )
 
 
-def without_a_disk(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
-    """The exit code of `tvr train`; rank 1's node does not have the data."""
+def train_without_the_data(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
+    """Exit code of `tvr train` if rank 1's node lacks the data."""
     if rank == 1:
         inputs_file.read_manifest = lambda url: read_manifest(f"{url}-elsewhere")
     return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
 
 
-def test_a_node_without_the_data_is_at_fault_itself(config: Config, tmp_path: Path) -> None:
+def test_node_without_the_data_is_at_fault(config: Config, tmp_path: Path) -> None:
     settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
     settings.write_text(to_json(with_ranks(config, 2)))
-    assert spawn(without_a_disk, 2, settings, run_dir) == [3, 3]
-    (word,) = (run_dir / "failures").iterdir()
-    said = json.loads(word.read_text())
-    assert said["of"] == 1
-    assert f"PreflightFailed: rank 1 on {HOST}: " in said["error"]
-    assert "train-elsewhere" in said["error"]
+    assert spawn(train_without_the_data, 2, settings, run_dir) == [3, 3]
+    (file,) = (run_dir / "failures").iterdir()
+    report = json.loads(file.read_text())
+    assert report["of"] == 1
+    assert f"PreflightFailed: rank 1 on {HOST}: " in report["error"]
+    assert "train-elsewhere" in report["error"]
 
 
-def test_the_folder_of_a_run_is_tried_where_checkpoints_go_elsewhere(
-    config: Config, tmp_path: Path
-) -> None:
+def test_run_folder_is_checked_if_checkpoints_go_elsewhere(config: Config, tmp_path: Path) -> None:
     config = replace(config, checkpoint=CheckpointConfig(url="memory://elsewhere"))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(PreflightFailed, match="/file cannot be used for a run: ") as no:
@@ -239,7 +237,7 @@ def test_the_folder_of_a_run_is_tried_where_checkpoints_go_elsewhere(
     assert no.value.rank is None
 
 
-def test_a_network_that_does_not_carry_is_no_fault_of_the_settings(
+def test_network_failure_is_no_fault_of_the_settings(
     config: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,7 +255,7 @@ def test_a_network_that_does_not_carry_is_no_fault_of_the_settings(
     assert line.count("\n") == 1
 
 
-def test_a_node_without_the_gpus_of_the_job_is_not_trained_on(
+def test_node_without_the_gpus_of_the_job_is_refused(
     config: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -280,7 +278,7 @@ def test_a_node_without_the_gpus_of_the_job_is_not_trained_on(
 @pytest.mark.parametrize(
     ("gpus", "accelerator"), [("1", None), ("2", "cpu"), (None, None)], ids=str
 )
-def test_a_node_with_the_gpus_of_the_job_or_meant_for_the_cpu_is(
+def test_node_with_the_gpus_of_the_job_or_a_cpu_job_is_accepted(
     gpus: str | None, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(world_file.torch.cuda, "device_count", lambda: 1)
@@ -292,7 +290,7 @@ def test_a_node_with_the_gpus_of_the_job_or_meant_for_the_cpu_is(
         assert world.world_size == 1
 
 
-def test_a_small_data_set_and_a_refused_place_end_with_code_2(
+def test_small_data_set_and_unusable_storage_exit_with_code_2(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(run_dir: Path, **train: Any) -> str:

@@ -1,4 +1,4 @@
-"""The budget for bad samples is the run's: over all ranks, and over all its starts."""
+"""The budget for bad samples covers all ranks and all attempts of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings(folder: Path, data: Path, max_bad: int, **changes: Any) -> Config:
 
 
 def rows_at(data: Path, positions: list[int]) -> list[int]:
-    """The rows of the data set that a run's first epoch reads there."""
+    """Rows of the data set that the first epoch reads at these positions."""
     order = SampleOrder(read_manifest(str(data / "train")).shard_sizes, 0)
     return [order.locate(position).sample for position in positions]
 
@@ -38,19 +38,19 @@ def with_budget(config: Config, max_bad: int) -> Config:
     return replace(config, data=replace(config.data, max_bad=max_bad))
 
 
-def test_a_resumed_run_goes_on_counting(data: Path, tmp_path: Path) -> None:
-    # Steps 2 and 5 of 6 in each of two epochs meet a bad one.
+def test_resumed_run_continues_the_count(data: Path, tmp_path: Path) -> None:
+    # In both epochs, steps 2 and 5 of 6 read a bad sample.
     rows = rows_at(data, [GLOBAL_BATCH + 1, 4 * GLOBAL_BATCH + 1])
     folder, keys = damaged_data(data, tmp_path / "damaged", rows=rows)
     config = settings(folder, data, 2, train={"steps": 12})
     whole, resumed, spent = (tmp_path / name for name in ("whole", "resumed", "spent"))
     train(config, whole)
-    met = [(event["step"], event["key"]) for event in jobs.events(whole, "replaced")]
-    assert met[:2] == [(2, keys[0]), (5, keys[1])]
-    assert sorted(key for _, key in met[2:]) == sorted(keys)
+    replaced = [(event["step"], event["key"]) for event in jobs.events(whole, "replaced")]
+    assert replaced[:2] == [(2, keys[0]), (5, keys[1])]
+    assert sorted(key for _, key in replaced[2:]) == sorted(keys)
     for run_dir in (resumed, spent):
-        jobs.as_after_step(3, whole, run_dir)
-    # Met again, the first one costs nothing; the second one is one too many for a budget of 1.
+        jobs.copy_run_at_step(3, whole, run_dir)
+    # The first sample is already counted; the second one exceeds a budget of 1.
     train(config, resumed)
     assert [step["quarantined"] for step in jobs.events(resumed, "step")][-1] == 2
     assert jobs.losses(resumed) == jobs.losses(whole)
@@ -59,7 +59,7 @@ def test_a_resumed_run_goes_on_counting(data: Path, tmp_path: Path) -> None:
     assert jobs.steps_logged(spent) == 4
 
 
-def test_the_budget_is_that_of_all_ranks_together(data: Path, tmp_path: Path) -> None:
+def test_budget_covers_all_ranks(data: Path, tmp_path: Path) -> None:
     # One bad sample on each of two ranks, both in the second step.
     rows = rows_at(data, [GLOBAL_BATCH + 1, GLOBAL_BATCH + 5])
     folder, _ = damaged_data(data, tmp_path / "damaged", rows=rows)

@@ -1,4 +1,4 @@
-"""How long a rank may take to get on, and which rank the others wait for."""
+"""The watchdog's limit, and the rank that it reports as the cause of a stall."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tvr.trainer.resilience.watchdog import Phase, RankStatus, find_stalled_rank
 HOSTS = ["a", "a", "b"]
 
 
-def where(rank: int, **changes: Any) -> RankStatus:
+def status(rank: int, **changes: Any) -> RankStatus:
     fields = {"step": 12, "phase": "training", "in_collective": True, "line": "step:9 take"}
     return RankStatus(rank=rank, host=HOSTS[rank], **{**fields, **changes})
 
@@ -29,16 +29,16 @@ def where(rank: int, **changes: Any) -> RankStatus:
         ("checkpoint", [1.0] * 9, 900.0),
     ],
 )
-def test_the_limit_follows_the_steps_within_bounds(
+def test_limit_follows_the_median_step_within_bounds(
     phase: Phase, times: list[float], limit: float
 ) -> None:
     train = TrainConfig(steps=1, global_batch=1, micro_batch=1, timeout_s=900.0)
     assert stall_limit_s(train, phase, times) == limit
 
 
-def test_a_rank_without_a_sign_is_waited_for() -> None:
-    culprits, text = find_stalled_ranks({0: where(0), 1: where(1, step=11)}, HOSTS)
-    assert culprits == [2]
+def test_rank_without_a_status_is_the_cause() -> None:
+    stalled, text = find_stalled_ranks({0: status(0), 1: status(1, step=11)}, HOSTS)
+    assert stalled == [2]
     assert text.startswith(
         "rank 2 on b does not respond (suspended or dead); the other ranks wait in training after"
     )
@@ -52,19 +52,17 @@ def test_a_rank_without_a_sign_is_waited_for() -> None:
         {"in_collective": False, "line": "stream:3 read"},
     ],
 )
-def test_a_rank_behind_the_others_is_waited_for(behind: dict[str, Any]) -> None:
-    known = {0: where(0), 1: where(1, **behind), 2: where(2)}
-    culprits, text = find_stalled_ranks(known, HOSTS)
-    assert culprits == [1]
+def test_rank_with_the_least_progress_is_the_cause(behind: dict[str, Any]) -> None:
+    known = {0: status(0), 1: status(1, **behind), 2: status(2)}
+    stalled, text = find_stalled_ranks(known, HOSTS)
+    assert stalled == [1]
     assert text == (
-        f"rank 1 on a is behind, {known[1].text()}; the other ranks wait in training"
-        " after step 12 (step:9 take)"
+        f"rank 1 on a is behind, {known[1].text()}; the other ranks wait in training after step 12"
+        " (step:9 take)"
     )
 
 
-def test_ranks_that_are_all_as_far_blame_none() -> None:
-    known = {rank: where(rank) for rank in range(3)}
-    assert find_stalled_ranks(known, HOSTS) == (
-        [],
-        "all ranks are in training after step 12 (step:9 take)",
-    )
+def test_no_rank_is_the_cause_if_all_are_equally_far() -> None:
+    known = {rank: status(rank) for rank in range(3)}
+    expected = "all ranks are in training after step 12 (step:9 take)"
+    assert find_stalled_ranks(known, HOSTS) == ([], expected)
