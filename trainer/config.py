@@ -28,6 +28,7 @@ from tvr.trainer.config_sections import (
     Positive,
     TowersConfig,
     TrainConfig,
+    WriterName,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Positive",
     "TowersConfig",
     "TrainConfig",
+    "WriterName",
     "accumulation_steps",
     "from_json",
     "merged",
