@@ -25,7 +25,7 @@ from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.stopwatch import Stopwatch
 from tvr.trainer.run_dir import checkpoints_of
-from tvr.trainer.train_step import OptimiserStep
+from tvr.trainer.train_step import TrainStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class TrainingRun:
     log: LogWriter
     tokenizer: Tokenizer
     engine: Engine
-    step: OptimiserStep
+    train_step: TrainStep
     resumed_from: SavedState | None
     """The checkpoint that was loaded; none at the start of a run."""
 
@@ -58,7 +58,7 @@ class TrainingRun:
             self.tokenizer,
             self.world,
             start_step=self.start_step,
-            known_bad=dict(self.step.quarantine),
+            known_bad=dict(self.train_step.quarantine),
         )
 
     def state_dict(self, copy: bool) -> dict[str, Any]:
@@ -78,8 +78,8 @@ class TrainingRun:
             zero_stage=self.config.train.zero_stage,
             precision=self.config.train.precision,
             attempt=self.attempt.number,
-            quarantine=dict(self.step.quarantine),
-            metrics=dict(self.step.counters),
+            quarantine=dict(self.train_step.quarantine),
+            metrics=dict(self.train_step.saved_counters),
             files={},
         )
 
@@ -116,10 +116,10 @@ def build_run(
         inspect_model(model)
     storage = checkpoints_of(config, run_dir)
     engine = restore_engine(checkpoint, storage, model, config.train, run_dir, world)
-    step = OptimiserStep(config, engine, log, world, num_samples, watch=watch or Stopwatch())
+    train_step = TrainStep(config, engine, log, world, num_samples, watch=watch or Stopwatch())
     resumed_from = checkpoint.state if checkpoint else None
     if resumed_from is not None:
-        step.go_on(resumed_from)
+        train_step.load_counters(resumed_from)
     return TrainingRun(
         config=config,
         world=world,
@@ -127,6 +127,6 @@ def build_run(
         log=log,
         tokenizer=tokenizer,
         engine=engine,
-        step=step,
+        train_step=train_step,
         resumed_from=resumed_from,
     )

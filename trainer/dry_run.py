@@ -31,6 +31,7 @@ from tvr.trainer.memory.rank_memory import free_bytes, rank_memory
 from tvr.trainer.model.model import TextVideoModel, build_meta_model
 from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.monitoring.step_record import log_event
 from tvr.trainer.resilience.preflight import check_disk, preflight
 from tvr.trainer.synthetic_step import run_synthetic_step, single_rank_config
 
@@ -192,7 +193,7 @@ def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:
             f"{free / 1e6:,.0f} MB are free ({device_line()}). Reduce --train.micro-batch or "
             "--train.global-batch"
         )
-    values = run_synthetic_step(alone, tokenizer)
+    values = log_event(run_synthetic_step(alone, tokenizer))
     shown = ("loss", "similarity_loss", "tpm_cl_loss", "gradient_norm", "step_s")
     rows = [(name, f"{values[name]:.4g}") for name in shown if values[name] is not None]
     title = f"one step of {alone.train.global_batch:,} random pairs on a single rank"

@@ -28,6 +28,7 @@ from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import Monitor, monitored
 from tvr.trainer.monitoring.progress import Progress
 from tvr.trainer.monitoring.run_log import LogWriter
+from tvr.trainer.monitoring.step_record import log_event
 from tvr.trainer.resilience.failures import ErrorReporter, reporting_failures
 from tvr.trainer.resilience.preemption import StopNotice, catching_stop_signals
 from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight
@@ -100,7 +101,7 @@ def train(
 
         def inspect_model(model: TextVideoModel) -> None:
             check_disk(config, run_dir, model, world)
-            monitor.look_at(model)
+            monitor.set_model(model)
 
         run = build_run(
             config,
@@ -146,7 +147,7 @@ class _Loop:
 
     def _begin(self, start_step: int) -> None:
         self.run.log.begin(start_step)
-        self.monitor.begin(self.run.attempt, self.run.resumed_from)
+        self.monitor.start(self.run.attempt, start_step)
         if 0 < start_step < self.run.config.train.steps:
             values = {"step": start_step, "attempt": self.run.attempt.number}
             self.run.log.write("resumed", values)
@@ -156,7 +157,7 @@ class _Loop:
         try:
             yield
         except NonFiniteLoss:
-            self.monitor.nonfinite()
+            self.monitor.on_nonfinite()
             raise
         except (ValueError, OSError) as error:
             # Before the first step these errors mean bad input; here they mean a broken run.
@@ -164,12 +165,12 @@ class _Loop:
 
     def _train_step(self, step: int, batches: Iterator[Batch], progress: Progress) -> None:
         train = self.run.config.train
-        record = self.run.step.take(step, batches)
-        self.watchdog.step_finished(step, record["step_s"])
-        record |= self.monitor.step(record, self.run.step.tally)
+        record = self.run.train_step(step, batches)
+        self.watchdog.step_finished(step, record.step_s)
+        record = self.monitor.on_step(record, self.run.train_step.counters)
         if step % train.log_every == 0 or step == train.steps:
-            self.run.log.write("step", record)
-            self.monitor.logged(record)
+            self.run.log.write("step", log_event(record))
+            self.monitor.on_log(record)
         progress.step(step, record)
 
     def _save_or_stop(self, step: int) -> None:
@@ -183,7 +184,7 @@ class _Loop:
                 self._record(self.saver.save(state, self.run.state_dict, is_last=is_last))
             if stop and step < last:
                 self._stop(step)
-        self.run.step.watch.lap("save")
+        self.run.train_step.watch.lap("save")
 
     def _sync_flags(self) -> bool:
         """Agrees with all ranks at a step boundary: returns True if any was asked to stop.
@@ -215,7 +216,7 @@ class _Loop:
         """Logs saves that have ended."""
         log = self.run.log
         for saved in saves:
-            self.monitor.saved(saved)
+            self.monitor.on_save(saved)
             values = {
                 "step": saved.step,
                 "num_bytes": saved.num_bytes,
@@ -257,8 +258,8 @@ class _Loop:
             run.engine.set_training(False)
             evaluation = evaluate(run.engine.encode, run.config, run.tokenizer, run.world)
             run.engine.set_training(True)
-        run.step.watch.lap("evaluation")
-        self.monitor.evaluated(step, evaluation)
+        run.train_step.watch.lap("evaluation")
+        self.monitor.on_evaluation(step, evaluation.summary())
         seconds = round(time.monotonic() - began_s, 4)
         run.log.write("evaluation", {"step": step, "seconds": seconds, **evaluation.summary()})
         run.log.write_bad("left_out", step, evaluation.left_out)

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +17,8 @@ from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
-from tvr.trainer.train_step import OptimiserStep
+from tvr.trainer.monitoring.step_record import StepRecord
+from tvr.trainer.train_step import TrainStep
 
 
 def single_rank_config(config: Config, ranks: int) -> Config:
@@ -28,7 +28,7 @@ def single_rank_config(config: Config, ranks: int) -> Config:
     )
 
 
-def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> StepRecord:
     """Runs the first step in this process alone.
 
     Returns:
@@ -43,8 +43,8 @@ def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
         engine = Engine(model, config.train, world)
         log = LogWriter(Path(folder), begin_attempt(Path(folder)), world)
-        step = OptimiserStep(config, engine, log, world, config.train.global_batch)
-        return step.take(1, random_batches(config, tokenizer))
+        step = TrainStep(config, engine, log, world, config.train.global_batch)
+        return step(1, random_batches(config, tokenizer))
 
 
 def random_batches(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:

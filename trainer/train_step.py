@@ -1,4 +1,4 @@
-"""One optimiser step: its micro-batches, the loss of their pairs, the update, what is logged."""
+"""One optimiser step: its micro-batches, their loss, the update of the weights, and its record."""
 
 from __future__ import annotations
 
@@ -14,103 +14,114 @@ from torch import Tensor
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.trainer.checkpoint.manifest import SavedState
-from tvr.trainer.config import Config, LossConfig, accumulation_steps
+from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.schedule import learning_rate_factor
 from tvr.trainer.errors import NonFiniteLoss
 from tvr.trainer.loss.gradient_cache import FeatureCache
-from tvr.trainer.loss.objective import SHARES, objective
+from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import Features, model_inputs
-from tvr.trainer.monitoring.counters import Tally
+from tvr.trainer.monitoring.counters import RankCounters
 from tvr.trainer.monitoring.run_log import LogWriter
+from tvr.trainer.monitoring.step_record import LOSS_TERMS, StepRecord, computed_terms
 from tvr.trainer.monitoring.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
-class OptimiserStep:
-    """Takes the steps of a run; all ranks take them together."""
+class TrainStep:
+    """Runs the optimiser steps of a run; every rank calls it for the same steps."""
 
     config: Config
     engine: Engine
     log: LogWriter
     world: World
     num_samples: int
-    """Of the training set: an epoch."""
+    """Samples of the training set, which make an epoch."""
     quarantine: dict[str, str] = field(default_factory=dict)
-    """Keys of the bad samples met so far, on any rank, each with its reason."""
-    counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
-    """What goes on counting after a restart."""
+    """Reason of every bad sample found so far on any rank, by key."""
+    saved_counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
+    """Counters that checkpoints keep, so that they continue after a restart."""
     watch: Stopwatch = field(default_factory=Stopwatch)
-    tally: Tally = field(default_factory=Tally)
+    counters: RankCounters = field(default_factory=RankCounters)
 
-    def go_on(self, saved: SavedState) -> None:
-        """Takes over what a checkpoint counted."""
+    def load_counters(self, saved: SavedState) -> None:
+        """Restores the quarantine and the counters of a checkpoint."""
         self.quarantine.update(saved.quarantine)
-        self.counters.update(saved.metrics)
+        self.saved_counters.update(saved.metrics)
 
-    def take(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
-        """Step number `step`, from 1; returns the values of its global batch for the log.
+    def __call__(self, step: int, batches: Iterator[Batch]) -> StepRecord:
+        """Runs one step and returns the values of its global batch.
 
-        With the gradient cache the loss is one over all micro-batches; without it each has its own
-        and the values are their means.
+        With the gradient cache there is one loss over all micro-batches. Without it each
+        micro-batch has its own loss, and the record holds their means.
+
+        Args:
+            step: Number of the step, from 1.
 
         Raises:
-            NonFiniteLoss: naming step, rank and keys.
-            TooManyBadSamples: the budget for bad samples is spent, here or on another rank.
+            NonFiniteLoss: the loss or its gradient is not finite; names step, ranks and keys.
+            TooManyBadSamples: the budget for bad samples is spent on some rank.
         """
         train = self.config.train
         started, waited_s, norm = time.perf_counter(), 0.0, None
         factor = learning_rate_factor(step - 1, warmup_steps=train.warmup_steps, steps=train.steps)
         micro_steps = accumulation_steps(train, self.world.world_size)
         losses = 1 if train.gradient_cache else micro_steps
-        totals = torch.zeros(len(SHARES))
+        totals = torch.zeros(len(LOSS_TERMS))
         self.watch.lap("between")
         for _ in range(losses):
             before = time.perf_counter()
             micro_batches = [self._next_batch(batches) for _ in range(micro_steps // losses)]
             waited_s += time.perf_counter() - before
             self.watch.lap("data wait")
-            shares, norm = self._contrast(micro_batches, step, factor)
-            totals += shares / losses
+            terms, norm = self._forward_backward(micro_batches, step, factor)
+            totals += terms / losses
         seconds = time.perf_counter() - started
-        self.counters["trained_s"] += seconds
+        self.saved_counters["trained_s"] += seconds
         if norm is not None and not math.isfinite(norm):
             raise NonFiniteLoss(
-                f"step {step}: the loss is finite, its gradient is not ({norm}); the weights are "
-                "spoiled and were not saved, the newest checkpoint is from before"
+                f"step {step}: the loss is finite, but its gradient is not ({norm}). The step is"
+                " not saved; the newest checkpoint is from before it"
             )
-        return {
-            "step": step,
-            "epoch": step * train.global_batch / self.num_samples,
-            **_named(totals, self.config.loss),
-            "learning_rate": train.learning_rate * factor,
-            "encoder_learning_rate": train.encoder_learning_rate * factor,
-            "gradient_norm": norm,
-            "samples_per_s": train.global_batch / seconds,
-            "data_wait_s": waited_s,
-            "step_s": seconds,
-            "trained_s": self.counters["trained_s"],
-            "quarantined": len(self.quarantine),
-            **self.tally.straggler(),
-        }
+        gap_s, slowest = self.counters.straggler()
+        named: dict[str, Any] = dict(zip(LOSS_TERMS, totals.tolist(), strict=True))
+        named = computed_terms(named, self.config.loss)
+        return StepRecord(
+            step=step,
+            epoch=step * train.global_batch / self.num_samples,
+            **named,
+            learning_rate=train.learning_rate * factor,
+            encoder_learning_rate=train.encoder_learning_rate * factor,
+            gradient_norm=norm,
+            samples_per_s=train.global_batch / seconds,
+            data_wait_s=waited_s,
+            step_s=seconds,
+            trained_s=self.saved_counters["trained_s"],
+            quarantined=len(self.quarantine),
+            straggler_gap_s=gap_s,
+            slowest_rank=slowest,
+        )
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         def load() -> Batch:
             before = time.perf_counter()
             batch = next(batches)
-            self.tally.loading_s += time.perf_counter() - before
+            self.counters.loading_s += time.perf_counter() - before
             return batch
 
         batch = self.world.run_on_all(load, TooManyBadSamples)
-        self.tally.reads.update(batch.reads)
+        self.counters.reads.update(batch.reads)
         return batch
 
-    def _contrast(
+    def _forward_backward(
         self, micro_batches: Sequence[Batch], step: int, factor: float
     ) -> tuple[Tensor, float | None]:
-        """One loss over micro-batches, and its gradient: the values; the norm, if a step ended."""
+        """One loss over the micro-batches and its backward.
+
+        Returns the terms of the loss, and the gradient's norm if the weights were updated.
+        """
         norm = None
 
         def backward(loss: Tensor) -> None:
@@ -125,17 +136,17 @@ class OptimiserStep:
                 self.log.write_keys(step, batch.keys)
         if self.config.train.gradient_cache:
             cache = FeatureCache(self._encode, micro_batches, self.world.device)
-            loss, values = self._loss(cache.features, micro_batches, step)
+            loss, terms = self._loss(cache.features, micro_batches, step)
             loss.backward()
             self.watch.lap("backward")
-            # DeepSpeed takes micro-steps for batches of their own, whose gradients it averages by
-            # dividing each loss by their number; here they are the parts of one sum.
+            # DeepSpeed averages the gradients of micro-steps by dividing each loss by their number.
+            # Here the micro-steps are the parts of one sum, so the factor undoes the division.
             cache.replay(lambda part: backward(part * len(micro_batches)))
         else:
             (batch,) = micro_batches
-            loss, values = self._loss(self._encode(batch), micro_batches, step)
+            loss, terms = self._loss(self._encode(batch), micro_batches, step)
             backward(loss)
-        return values, norm
+        return terms, norm
 
     def _encode(self, batch: Batch) -> Features:
         features = self.engine.encode(*model_inputs(batch, self.world.device))
@@ -145,7 +156,10 @@ class OptimiserStep:
     def _loss(
         self, features: Features, micro_batches: Sequence[Batch], step: int
     ) -> tuple[Tensor, Tensor]:
-        """This rank's loss to differentiate, and the values over all ranks, which are finite."""
+        """This rank's loss for the backward, and the terms of the global batch.
+
+        Raises NonFiniteLoss on every rank if some rank's terms are not finite.
+        """
         config, world = self.config, self.world
         mine = objective(
             features,
@@ -159,25 +173,25 @@ class OptimiserStep:
             watch=self.watch,
         )
         replaced = [entry for batch in micro_batches for entry in batch.replaced]
-        # One small collective tells every rank the values, who is not finite, who skipped, and how
-        # long each worked in the step before.
-        more = mine.shares.new_tensor([len(replaced), self.tally.alone_s or 0.0])
-        line = torch.cat([mine.shares, more])
-        everyone = all_gather_rows(line[None], world, (1,) * world.world_size).cpu()
+        # One small collective carries the terms of the loss, the number of replaced samples, and
+        # the time of the previous step's local work.
+        more = mine.shares.new_tensor([len(replaced), self.counters.local_work_s or 0.0])
+        row = torch.cat([mine.shares, more])
+        rows = all_gather_rows(row[None], world, (1,) * world.world_size).cpu()
         keys = [key for batch in micro_batches for key in batch.keys]
-        _stop_unless_finite(everyone, step, keys, world)
+        _raise_unless_finite(rows, step, keys, world)
         self.watch.lap("loss")
-        values, skipped, alone_s = everyone[:, :-2], everyone[:, -2], everyone[:, -1]
-        self.tally.everyones_s = tuple(alone_s.tolist())
-        if skipped.any():
+        shares, num_replaced, local_work_s = rows[:, :-2], rows[:, -2], rows[:, -1]
+        self.counters.local_work_by_rank_s = tuple(local_work_s.tolist())
+        if num_replaced.any():
             bad = [entry for entries in world.all_gather_objects(replaced) for entry in entries]
             self.log.write_bad("replaced", step, bad)
-            self.tally.skipped.update(entry.reason for entry in bad)
-            self._set_apart(bad)
-        return mine.for_backward, values.sum(0)
+            self.counters.skipped.update(entry.reason for entry in bad)
+            self._add_to_quarantine(bad)
+        return mine.for_backward, shares.sum(0)
 
-    def _set_apart(self, entries: Sequence[Replacement]) -> None:
-        """All ranks' bad samples count for the run's budget, and those of its earlier starts."""
+    def _add_to_quarantine(self, entries: Sequence[Replacement]) -> None:
+        """Spends the run's budget, which covers all ranks and earlier starts, on bad samples."""
         data = self.config.data
         budget = BadSampleBudget(
             data.max_bad, f"in {data.train} on all ranks", known=self.quarantine
@@ -187,26 +201,14 @@ class OptimiserStep:
             budget.record_bad(entry.key, entry.reason, entry.detail)
 
 
-def _named(totals: Tensor, loss: LossConfig) -> dict[str, float | None]:
-    """The values of a step by name; what these settings do not compute is none, not 0."""
-    named: dict[str, float | None] = dict(zip(SHARES, totals.tolist(), strict=True))
-    if not loss.tpm_cl:
-        named["tpm_cl_loss"] = None
-    if loss.similarity == "info_nce":
-        named["penalty"] = None
-    if (loss.similarity, loss.neg_nce_mode) != ("neg_nce", "reference"):
-        named["clamped_share"] = None
-    return named
-
-
-def _stop_unless_finite(shares: Tensor, step: int, keys: Sequence[str], world: World) -> None:
-    """Raises on every rank alike, since all see all ranks' shares (W, ...)."""
-    broken = (~shares.isfinite()).any(dim=1).nonzero().flatten().tolist()
+def _raise_unless_finite(rows: Tensor, step: int, keys: Sequence[str], world: World) -> None:
+    """Raises NonFiniteLoss on every rank alike: each of them has all ranks' rows (W, ...)."""
+    broken = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if not broken:
         return
     named = world.all_gather_objects(keys)[broken[0]]
     raise NonFiniteLoss(
         f"step {step}: the loss is not finite on rank {', '.join(map(str, broken))} of "
-        f"{world.world_size}; no weight was changed by this step. Keys of rank {broken[0]}'s "
-        f"batch: {' '.join(named)}"
+        f"{world.world_size}; this step changed no weight. Keys of rank {broken[0]}'s batch: "
+        f"{' '.join(named)}"
     )

@@ -1,6 +1,6 @@
 """One optimiser step at a large global batch: gradient cache and streamed scores against default.
 
-Real engine, model, TPM-CL and loss under `OptimiserStep`, on random clips and captions that all
+Real engine, model, TPM-CL and loss under `TrainStep`, on random clips and captions that all
 differ; two ranks by default, joined by gloo. The modes must give the same loss and gradient norm.
 Memory is the sum over ranks of each process's peak, libraries included.
 
@@ -98,7 +98,8 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     from tvr.trainer.model.model import build_model
     from tvr.trainer.model.tokenizer import load_tokenizer
     from tvr.trainer.monitoring.run_log import LogWriter
-    from tvr.trainer.train_step import OptimiserStep
+    from tvr.trainer.monitoring.step_record import log_event
+    from tvr.trainer.train_step import TrainStep
 
     with join_world() as world:
         settings = MODES[options.modes[0]]
@@ -124,12 +125,12 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         engine = Engine(model, config.train, world)
         attempt = world.run_on_first(lambda: begin_attempt(folder))
         log = LogWriter(folder, attempt, world)
-        step = OptimiserStep(config, engine, log, world, options.pairs)
+        step = TrainStep(config, engine, log, world, options.pairs)
         first = world.rank * of_rank
         size = config.train.micro_batch
         batches = (batch_of(at, size, tokenizer) for at in range(first, first + of_rank, size))
         idle = world.all_gather_objects(process_bytes("VmRSS"))
-        record = step.take(1, batches)
+        record = log_event(step(1, batches))
         peaks = world.all_gather_objects(process_bytes("VmHWM"))
         if world.is_first:
             record |= {"peak_bytes": sum(peaks), "before_bytes": sum(idle)}

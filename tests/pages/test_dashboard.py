@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.scraping import RUN_GAUGES
 from test_report import evaluation, step
 
 from tvr.launchers.cli import main as tvr
 from tvr.trainer.config import Config, DataConfig, TrainConfig, merged, to_json
 from tvr.trainer.monitoring.metrics import TRAINING
-from tvr.trainer.monitoring.monitor import GAUGES
 from tvr.trainer.monitoring.run_log import read_log
-from tvr.trainer.monitoring.stopwatch import ALL_PARTS
+from tvr.trainer.monitoring.step_record import ALL_PARTS
 from tvr.trainer.pages import dashboard
 from tvr.trainer.pages.dashboard import read_run, write_dashboard
 from tvr.trainer.pages.history import MOST_POINTS, Curve, history, thinned
-from tvr.trainer.pages.panels import GROUPS, panels
+from tvr.trainer.pages.panels import panel_specs, panels
 
 STEPS = 4
 SAVED = {"event": "saved", "num_bytes": 1000, "held_up_s": 0.5, "seconds": 2.0}
@@ -92,10 +92,10 @@ def test_counters_are_drawn_as_what_a_step_added(tmp_path: Path) -> None:
 
 
 def test_every_curve_has_a_panel_and_every_panel_a_metric(tmp_path: Path) -> None:
-    forms = [form for forms in GROUPS.values() for form in forms]
+    forms = [form for forms in panel_specs().values() for form in forms]
     drawn = {name for form in forms for name in (form.metric, form.beside) if name}
     assert drawn <= {metric.name for metric in TRAINING.metrics}
-    more = {key: 0.5 for key in GAUGES} | {"step": 1, "parts_s": dict.fromkeys(ALL_PARTS, 0.1)}
+    more = {key: 0.5 for key in RUN_GAUGES} | {"step": 1, "parts_s": dict.fromkeys(ALL_PARTS, 0.1)}
     more |= {"reads": {"local": 8}, "received_bytes": {"all_gather": 4}, "host_memory_bytes": 1e9}
     more |= {"device_memory_bytes": {"peak": 1e9}}
     found = read_run(
@@ -125,7 +125,11 @@ def test_titles_and_meanings_are_the_tables(tmp_path: Path) -> None:
     found = {panel.id: panel for group in panels([run.history]).values() for panel in group}
     meanings = {metric.name: metric.meaning for metric in TRAINING.metrics}
     assert all(panel.meaning.startswith(meanings[panel.metric]) for panel in found.values())
-    of_rank_0 = {id for id, panel in found.items() if panel.meaning.endswith(" of rank 0 alone.")}
+    of_rank_0 = {
+        id
+        for id, panel in found.items()
+        if panel.meaning.endswith(" Only rank 0's values are shown.")
+    }
     assert "tvr_train_step_seconds" in of_rank_0
     assert not {"tvr_train_loss", "tvr_train_goodput_ratio"} & of_rank_0
     assert found["tvr_train_hard_negatives_per_row"].title == "Hard negatives per row"

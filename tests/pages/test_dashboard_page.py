@@ -21,7 +21,7 @@ from builders.tiny import tiny_config
 from test_dashboard import logged, write_run
 
 from tvr.trainer.loop import train
-from tvr.trainer.monitoring.stopwatch import ALL_PARTS
+from tvr.trainer.monitoring.step_record import ALL_PARTS
 from tvr.trainer.pages import dashboard
 from tvr.trainer.pages.dashboard import write_dashboard
 

@@ -17,7 +17,7 @@ from tvr_bench.train_report import rows, save_row, table
 
 from tvr.trainer.bench_cli import bench
 from tvr.trainer.config import to_json
-from tvr.trainer.monitoring.stopwatch import PARTS
+from tvr.trainer.monitoring.step_record import PARTS
 
 
 @pytest.fixture(scope="module")

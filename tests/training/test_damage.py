@@ -18,8 +18,8 @@ import pytest
 import torch
 from builders import jobs
 from builders.file_damage import DAMAGE
+from builders.scraping import parse_samples, scrape
 from builders.tiny import tiny_config, with_ranks
-from test_metrics import fetched, samples
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.verification import find_newest_intact
@@ -101,7 +101,7 @@ def test_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path)
     assert left[0] is not None
     assert left[0].state.step < failed[0]["step"]
     (written,) = (run_dir / "metrics").glob("*.prom")
-    last = samples(written.read_text())
+    last = parse_samples(written.read_text())
     assert last["tvr_checkpoint_failures_total",] == len(failed) >= 1
     assert last["tvr_checkpoint_saves_total",] == len(jobs.events(run_dir, "saved"))
     found = find_newest_intact(storage, ALONE)
@@ -151,7 +151,7 @@ def test_run_survives_a_full_disk_and_logs_all_events_later(data: Path, tmp_path
         def values() -> dict[str, float]:
             (file,) = (run_dir / "metrics").glob("*.json")
             (target,) = json.loads(file.read_text())[0]["targets"]
-            found = samples(fetched(f"http://{target}/metrics"))
+            found = parse_samples(scrape(f"http://{target}/metrics"))
             return {name: value for (name, *labels), value in found.items() if not labels}
 
         def nothing_is_written() -> bool:

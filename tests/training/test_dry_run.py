@@ -183,9 +183,12 @@ def test_a_clip_b32_runs_a_real_step_of_its_recipe(
 def test_the_step_is_deterministic(data: Path, tokenizer: Tokenizer) -> None:
     config = tiny_config(data, train={"global_batch": 8, "micro_batch": 4})
     first, second = (run_synthetic_step(config, tokenizer) for _ in range(2))
-    assert first["loss"] == second["loss"]
-    assert first["gradient_norm"] == second["gradient_norm"] > 0
-    assert first["tpm_cl_loss"] > 0
+    assert first.loss == second.loss
+    assert first.gradient_norm == second.gradient_norm
+    assert first.gradient_norm is not None
+    assert first.gradient_norm > 0
+    assert first.tpm_cl_loss is not None
+    assert first.tpm_cl_loss > 0
 
 
 def test_random_batches_have_no_padding_and_no_repeated_video(

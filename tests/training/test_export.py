@@ -22,7 +22,7 @@ from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.export import load_exported
 from tvr.trainer.evaluation.saved_run import load_run
-from tvr.trainer.loss.gradient_cache import joined
+from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import TextVideoModel, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +60,7 @@ def features(model: TextVideoModel, config: Config, tokenizer: Tokenizer) -> Any
     assert config.data.test is not None
     batches = ordered_batches(config, tokenizer, ALONE, config.data.test)
     with torch.no_grad():
-        return joined([model(*model_inputs(batch, CPU)) for batch in batches])
+        return concat_features([model(*model_inputs(batch, CPU)) for batch in batches])
 
 
 @pytest.mark.parametrize("kind", KINDS)

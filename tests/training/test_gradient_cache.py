@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.loss.gradient_cache import FeatureCache, joined
+from tvr.trainer.loss.gradient_cache import FeatureCache, concat_features
 from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import Features
 
@@ -34,7 +34,9 @@ def cached(model: PlainModel, sizes: Sequence[int], dtype: torch.dtype) -> Gradi
 
 
 def uncached(model: PlainModel, sizes: Sequence[int], dtype: torch.dtype) -> Gradients:
-    loss_of(joined([model(part) for part in plain.split(plain_batch(dtype), sizes)])).backward()
+    loss_of(
+        concat_features([model(part) for part in plain.split(plain_batch(dtype), sizes)])
+    ).backward()
     return plain.gradients_of(model)
 
 
@@ -112,7 +114,7 @@ def test_gradients_keep_the_features_dtype() -> None:
 
     model = plain_model(torch.float32)
     parts = plain.split(plain_batch(torch.float32), (5, 9))
-    loss_of(joined([encode(part) for part in parts])).backward()
+    loss_of(concat_features([encode(part) for part in parts])).backward()
     theirs = plain.gradients_of(model)
     model = plain_model(torch.float32)
     cache = FeatureCache(encode, parts, CPU)
@@ -147,7 +149,7 @@ def test_dropout_on_a_gpu_drops_the_same_in_both_encodings() -> None:
         model = plain_model(torch.float32, dropout=0.3).to(device)
         torch.manual_seed(1)
         cache = FeatureCache(model, batches, device) if with_cache else None
-        features = cache.features if cache else joined([model(part) for part in batches])
+        features = cache.features if cache else concat_features([model(part) for part in batches])
         ids = VIDEO_IDS.to(device)
         objective(features, ids, ModelConfig(), LossConfig(), world).for_backward.backward()
         if cache:

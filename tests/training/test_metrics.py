@@ -8,7 +8,6 @@ import re
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -19,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from builders.clip_files import numbered_video
+from builders.scraping import Samples, parse_samples, scrape
 from builders.spawn import spawn
 from builders.tiny import tiny_config
-from prometheus_client.parser import text_string_to_metric_families
 from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.data_prep.cli import pack
@@ -37,32 +36,16 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
 from tvr.trainer.monitoring.cli import markdown_page, metrics, rows
-from tvr.trainer.monitoring.counters import Tally
+from tvr.trainer.monitoring.counters import RankCounters
 from tvr.trainer.monitoring.flops import flops_per_pair, peak_flops, peak_line
 from tvr.trainer.monitoring.metrics import METRICS
-from tvr.trainer.monitoring.monitor import GAUGES, NodeMonitor
+from tvr.trainer.monitoring.monitor import NodeMonitor
+from tvr.trainer.monitoring.step_record import StepRecord, log_event
 from tvr.trainer.monitoring.writers import Writers
 from tvr.trainer.synthetic_step import random_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"", "seconds", "bytes", "ratio", "pairs", "steps", "clips"}
-
-Samples = dict[tuple[str, ...], float]
-
-
-def fetched(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain; version=")
-        return answer.read().decode()
-
-
-def samples(text: str) -> Samples:
-    """By name and label values, in the order of the labels' names."""
-    return {
-        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
@@ -118,7 +101,7 @@ def test_values_of_a_nodes_ranks_become_one_text() -> None:
         values.add("tvr_b_total", more)
         values.add("tvr_c_total", 10 * more, "y")
     second.set("tvr_d_value", 7)
-    found = samples(TABLE.text(lines).decode())
+    found = parse_samples(TABLE.text(lines).decode())
     assert found == {
         ("tvr_a_value",): 1.5,
         ("tvr_b_total",): 5,
@@ -129,7 +112,7 @@ def test_values_of_a_nodes_ranks_become_one_text() -> None:
         ("tvr_d_value", "1"): 7,
     }
     first.set("tvr_a_value", None)
-    assert ("tvr_a_value",) not in samples(TABLE.text(lines).decode())
+    assert ("tvr_a_value",) not in parse_samples(TABLE.text(lines).decode())
     # A node without rank 0 says nothing of the run.
     assert "tvr_a_value" not in TABLE.text({1: lines[1]}).decode()
 
@@ -144,15 +127,15 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
 
     endpoint = MetricsEndpoint(text, "127.0.0.1", 0)
     url = f"http://{endpoint.target}/metrics"
-    assert [fetched(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
+    assert [scrape(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
     closing = threading.Thread(target=endpoint.close)
     closing.start()
     assert endpoint._is_final.wait(10)
-    assert fetched(url) == "second"
+    assert scrape(url) == "second"
     closing.join(10)
     assert not closing.is_alive()
     with pytest.raises(OSError):  # noqa: PT011 (nobody answers)
-        fetched(url)
+        scrape(url)
 
 
 def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,27 +172,28 @@ def test_folders_of_one_name_are_told_apart(
     assert job_label(folder) == name.format(above=tmp_path.name)
 
 
-RECORD = {
-    "step": 3,
-    "epoch": 0.5,
-    "loss": 2.0,
-    "similarity_loss": 1.5,
-    "tpm_cl_loss": None,
-    "penalty": 0.25,
-    "hard_negatives_per_row": 1.0,
-    "clamped_share": None,
-    "positive_similarity": 0.5,
-    "hardest_similarity": 0.25,
-    "learning_rate": 0.1,
-    "encoder_learning_rate": 0.01,
-    "gradient_norm": 4.0,
-    "samples_per_s": 20.0,
-    "data_wait_s": 0.5,
-    "trained_s": 1.0,
-    "quarantined": 0,
-    "straggler_gap_s": None,
-    "slowest_rank": None,
-}
+RECORD = StepRecord(
+    step=3,
+    epoch=0.5,
+    loss=2.0,
+    similarity_loss=1.5,
+    tpm_cl_loss=None,
+    penalty=0.25,
+    hard_negatives_per_row=1.0,
+    clamped_share=None,
+    positive_similarity=0.5,
+    hardest_similarity=0.25,
+    learning_rate=0.1,
+    encoder_learning_rate=0.01,
+    gradient_norm=4.0,
+    samples_per_s=20.0,
+    data_wait_s=0.5,
+    step_s=1.0,
+    trained_s=1.0,
+    quarantined=0,
+    straggler_gap_s=None,
+    slowest_rank=None,
+)
 
 
 class Seen(NamedTuple):
@@ -230,27 +214,27 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
         attempt = world.run_on_first(lambda run_dir=run_dir: begin_attempt(run_dir))
         settings = replace(config.metrics, endpoint=endpoint)
         monitor = NodeMonitor(replace(config, metrics=settings), run_dir, world)
-        monitor.begin(attempt, None)
+        monitor.start(attempt, 0)
         (mine,) = {"node": [3], "rank": [2], "none": [1]}[endpoint]
         all_gather_rows(torch.ones(mine, 4), world, (mine, mine))
-        tally = Tally(loading_s=0.5 + rank)
-        tally.skipped.update({"checksum": 2, "unreadable": 1, "no_frames": 3})
-        tally.reads.update({"local": 10 + rank, "store": rank})
-        more = monitor.step({**RECORD, "step_s": 1.0 + rank}, tally)
-        assert tally.alone_s == 0.5 + rank  # nothing was encoded
-        assert set(GAUGES) <= {*RECORD, *more}
+        counters = RankCounters(loading_s=0.5 + rank)
+        counters.skipped.update({"checksum": 2, "unreadable": 1, "no_frames": 3})
+        counters.reads.update({"local": 10 + rank, "store": rank})
+        record = monitor.on_step(replace(RECORD, step_s=1.0 + rank), counters)
+        assert counters.local_work_s == 0.5 + rank  # nothing was encoded
+        assert set(log_event(record)) > set(log_event(RECORD))
         world.barrier()
         written = run_dir / "metrics"
         files = sorted(path.name for path in written.iterdir())
         targets = [json.loads((written / name).read_text())[0] for name in files]
-        during = [samples(fetched(url(target))) for target in targets]
+        during = [parse_samples(scrape(url(target))) for target in targets]
         world.barrier()
         last, server = None, monitor._server
-        closing = threading.Thread(target=monitor.end, kwargs={"well": True})
+        closing = threading.Thread(target=monitor.close, kwargs={"succeeded": True})
         closing.start()
         if server is not None and server._endpoint is not None:
             assert server._endpoint._is_final.wait(10)
-            last = samples(fetched(f"http://{server._endpoint.target}"))
+            last = parse_samples(scrape(f"http://{server._endpoint.target}"))
         closing.join(30)
         world.barrier()
         after = sorted(path.name for path in written.iterdir())
@@ -261,20 +245,20 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
 def test_a_node_is_no_target_while_a_slow_tool_closes(data: Path, tmp_path: Path) -> None:
     world = World(rank=0, world_size=1, device=torch.device("cpu"))
     monitor = NodeMonitor(tiny_config(data, metrics={"address": "127.0.0.1"}), tmp_path, world)
-    monitor.begin(begin_attempt(tmp_path), None)
+    monitor.start(begin_attempt(tmp_path), 0)
     (target,) = (tmp_path / "metrics").glob("*.json")
     seen = []
 
     class Slow(Writers):
         def close(self) -> None:
-            seen.append((target.exists(), fetched(f"http://{address}")))
+            seen.append((target.exists(), scrape(f"http://{address}")))
 
     (address,) = json.loads(target.read_text())[0]["targets"]
     monitor._writers = Slow(monitor._config, tmp_path, 0, 1)
-    monitor.end(well=True)
+    monitor.close(succeeded=True)
     ((is_target, last),) = seen
     assert not is_target
-    assert samples(last)["tvr_train_finished",] == 1
+    assert parse_samples(last)["tvr_train_finished",] == 1
 
 
 def url(target: dict[str, Any]) -> str:
@@ -310,7 +294,7 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     assert second["node"].last is None
     assert first["node"].files_after == [f"{host}.prom"]
     written = (tmp_path / "node" / "metrics" / f"{host}.prom").read_text()
-    assert samples(written) == first["node"].last
+    assert parse_samples(written) == first["node"].last
     # One for each; what is the run's comes from rank 0.
     names = [f"{host}-rank-{rank:05d}" for rank in (0, 1)]
     assert first["rank"].files == [f"{name}.json" for name in names]
@@ -327,7 +311,7 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     assert first["none"].files_after == [f"{host}.prom"]
     # Every series is of the table.
     keys = {(name, *labels) for metric in METRICS for name, labels in known(metric)}
-    for found in (during, zero, one, samples(written)):
+    for found in (during, zero, one, parse_samples(written)):
         assert found.keys() <= keys
 
 
@@ -353,24 +337,26 @@ def test_restarts_and_goodput_are_the_runs(
     left.parent.mkdir()
     left.write_text("[]")  # of a host that this start does not have
     monitor = NodeMonitor(config, tmp_path, world)
-    monitor.begin(begin_attempt(tmp_path), None)
-    more = monitor.step({**RECORD, "step_s": 1.0, "trained_s": 900.0}, Tally())
-    assert more["goodput"] == pytest.approx(0.25, abs=0.01)
-    monitor.end(well=False)
+    monitor.start(begin_attempt(tmp_path), 0)
+    record = monitor.on_step(replace(RECORD, trained_s=900.0), RankCounters())
+    goodput = log_event(record)["goodput"]
+    assert goodput == pytest.approx(0.25, abs=0.01)
+    monitor.close(succeeded=False)
     (written,) = left.parent.iterdir()
-    last = samples(written.read_text())
-    assert last["tvr_train_goodput_ratio",] == more["goodput"]
+    last = parse_samples(written.read_text())
+    assert last["tvr_train_goodput_ratio",] == goodput
     assert last["tvr_train_restarts_total",] == 1
     assert last["tvr_train_finished",] == 0
 
 
 def test_a_straggler_is_named() -> None:
-    tally = Tally()
-    assert tally.straggler() == {"straggler_gap_s": None, "slowest_rank": None}
-    tally.alone_s, tally.everyones_s = 1.0, (0.0, 0.0, 0.0)  # of before the first step
-    assert tally.straggler()["straggler_gap_s"] is None
-    tally.everyones_s = (1.0, 4.5, 0.5)
-    assert tally.straggler() == {"straggler_gap_s": 4.0, "slowest_rank": 1}
+    counters = RankCounters()
+    assert counters.straggler() == (None, None)
+    counters.local_work_s = 1.0
+    counters.local_work_by_rank_s = (0.0, 0.0, 0.0)  # gathered before the first step ended
+    assert counters.straggler() == (None, None)
+    counters.local_work_by_rank_s = (1.0, 4.5, 0.5)
+    assert counters.straggler() == (4.0, 1)
 
 
 def test_operations_are_those_that_torch_counts(data: Path) -> None:
@@ -418,10 +404,10 @@ def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> No
     shown: list[PackProgress] = []
     found: list[Samples] = []
 
-    def scrape(port: str) -> None:
+    def scrape_until_closed(port: str) -> None:
         while True:
             try:
-                found.append(samples(fetched(f"http://127.0.0.1:{port}/metrics")))
+                found.append(parse_samples(scrape(f"http://127.0.0.1:{port}/metrics")))
             except OSError:
                 return
             time.sleep(0.05)
@@ -429,7 +415,7 @@ def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> No
     with serve_metrics(shown.append, 0) as tell:
         (port,) = re.findall(r"^metrics: http://.*:(\d+)/metrics$", capsys.readouterr().out)
         tell(PackProgress(num_done=3, num_clips=9, num_bytes=0))
-        scraper = threading.Thread(target=scrape, args=(port,))
+        scraper = threading.Thread(target=scrape_until_closed, args=(port,))
         scraper.start()
         while not found:
             time.sleep(0.01)

@@ -18,15 +18,14 @@ from typing import Any
 
 import pytest
 from builders import jobs
+from builders.scraping import ABSENT, RUN_GAUGES, Samples, parse_samples, scrape
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
-from test_metrics import Samples, fetched, samples
 
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.monitoring.metrics import TRAINING_METRICS
-from tvr.trainer.monitoring.monitor import GAUGES
-from tvr.trainer.monitoring.stopwatch import ALL_PARTS
+from tvr.trainer.monitoring.step_record import ALL_PARTS
 
 SCRAPES, PAUSE_S = 500, 0.02
 # What the tests want to have seen before the run ends.
@@ -50,7 +49,7 @@ class Run:
         return max(self.steps)
 
 
-def scrape(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
+def scrape_run(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
     """At most 50 times a second, from when the endpoint is named until it is gone. Tells the run to
     leave once it has answered SCRAPES times while it trained."""
     while not (files := list((run_dir / "metrics").glob("*.json"))):
@@ -59,20 +58,20 @@ def scrape(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
     (target,) = json.loads(files[0].read_text())[0]["targets"]
     pid = jobs.rank_pid(run_dir, 1)
     assert pid is not None
-    before, told = "", False
+    before, signalled = "", False
     while not over.is_set():
         began = time.monotonic()
         try:
-            text = fetched(f"http://{target}/metrics")
+            text = scrape(f"http://{target}/metrics")
         except OSError:
             return
         # It is made once a second only, and reading it takes longer than asking for it.
-        found.append(found[-1] if text == before else samples(text))
+        found.append(found[-1] if text == before else parse_samples(text))
         before = text
-        if not told and len(found) >= SCRAPES and len(amid(found)) >= SCRAPES:
+        if not signalled and len(found) >= SCRAPES and len(amid(found)) >= SCRAPES:
             if SEEN <= found[-1].keys():
                 os.kill(pid, signal.SIGUSR1)
-                told = True
+                signalled = True
         over.wait(max(0.0, PAUSE_S - (time.monotonic() - began)))
 
 
@@ -96,7 +95,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     found: list[Samples] = []
     over = threading.Event()
-    scraper = threading.Thread(target=scrape, args=(run_dir, over, found))
+    scraper = threading.Thread(target=scrape_run, args=(run_dir, over, found))
     scraper.start()
     try:
         code, errors = jobs.run(config, run_dir, 2)
@@ -106,7 +105,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     assert code == 75, errors
     (written,) = (run_dir / "metrics").glob("*.prom")
     steps = {event["step"]: event for event in jobs.events(run_dir, "step")}
-    return Run(config, run_dir, found, samples(written.read_text()), steps)
+    return Run(config, run_dir, found, parse_samples(written.read_text()), steps)
 
 
 def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
@@ -117,7 +116,7 @@ def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
         step = int(found["tvr_train_step",])
         # It may be read while a step is written.
         near = [run.steps[at] for at in (step - 1, step, step + 1) if at in run.steps]
-        for name, place in GAUGES.items():
+        for name, place in RUN_GAUGES.items():
             assert found.get(place) in [record[name] for record in near], name
         assert abs(found["tvr_train_steps_total",] - step) <= 1
         assert all(1e7 < found[place] < 1e11 for place in MEMORY)
@@ -133,7 +132,7 @@ def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
 def test_the_last_values_stay_with_the_run(run: Run) -> None:
     steps = run.end
     last, end, log = run.last, run.steps[steps], run.steps.values()
-    for name, place in GAUGES.items():
+    for name, place in RUN_GAUGES.items():
         assert last.get(place) == end[name]
     assert last["tvr_train_finished",] == 1
     assert last["tvr_train_steps_total",] == steps == len(log)
@@ -209,18 +208,11 @@ def test_a_run_that_breaks_leaves_its_target_and_says_why(data: Path, tmp_path: 
     settings.write_text(to_json(config))
     assert tvr_train(["--config", str(settings), "--run-dir", str(run_dir)]) == 3
     (written,) = (run_dir / "metrics").glob("*.prom")
-    last = samples(written.read_text())
+    last = parse_samples(written.read_text())
     assert last["tvr_train_nonfinite_total",] == 1
     assert last["tvr_train_finished",] == 0
     assert last["tvr_train_step",] == 1
     assert len(list((run_dir / "metrics").glob("*.json"))) == 1
-
-
-# What these settings and this machine do not have.
-ABSENT = {
-    "tvr_train_zero_gradient_positives_ratio",  # of NegNCE's reference mode
-    "tvr_device_memory_bytes",
-}
 
 
 def test_every_metric_that_applies_is_scraped(run: Run) -> None:

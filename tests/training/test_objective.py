@@ -13,8 +13,9 @@ from tvr.kernels import losses, reference
 from tvr.kernels.numerics import unit
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.loss.objective import SHARES, objective
+from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import Features
+from tvr.trainer.monitoring.step_record import LOSS_TERMS
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 PAIRS, WORDS, FRAMES, WIDTH = 6, 5, 4, 8
@@ -49,7 +50,7 @@ def values(
     result = objective(
         mine or features(), VIDEO_IDS, model or ModelConfig(), loss, ALONE, scores=scores
     )
-    return dict(zip(SHARES, result.shares.tolist(), strict=True))
+    return dict(zip(LOSS_TERMS, result.shares.tolist(), strict=True))
 
 
 def similarity(mine: Features, model: ModelConfig) -> Tensor:
@@ -121,7 +122,7 @@ def test_one_process_computes_the_definition(
     margin = other.margin_hinge.mean()
     expected = expected_loss(square, loss) + loss.tpm_cl_weight * margin
 
-    got = dict(zip(SHARES, result.shares.tolist(), strict=True))
+    got = dict(zip(LOSS_TERMS, result.shares.tolist(), strict=True))
     assert result.for_backward.item() == pytest.approx(expected.item(), rel=1e-12)
     assert got["loss"] == result.for_backward.item()
     assert got["similarity_loss"] == pytest.approx(expected_loss(square, loss).item(), rel=1e-12)

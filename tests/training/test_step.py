@@ -26,7 +26,8 @@ from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import build_model
 from tvr.trainer.model.tokenizer import load_tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
-from tvr.trainer.train_step import OptimiserStep
+from tvr.trainer.monitoring.step_record import log_event
+from tvr.trainer.train_step import TrainStep
 
 CPU = torch.device("cpu")
 # Of the 12 pairs of a step: pairs per rank and forward on two ranks, and how the loss is computed.
@@ -76,9 +77,9 @@ def take_steps(
             engine = RecordingEngine(model, config.train, world)
             attempt = world.run_on_first(lambda: begin_attempt(run_dir))
             log = LogWriter(run_dir, attempt, world)
-            step = OptimiserStep(config, engine, log, world, 48)
+            step = TrainStep(config, engine, log, world, 48)
             batches = training_batches(config, tokenizer, world)
-            records = [step.take(number, batches) for number in (1, 2)]
+            records = [log_event(step(number, batches)) for number in (1, 2)]
             assert engine.gradients is not None
             results[stage, name] = (records, engine.gradients)
     return results

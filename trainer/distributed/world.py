@@ -27,8 +27,6 @@ CONNECT_TIMEOUT_S = 120.0
 # `tvr launch` sets it for a job with --gpus-per-node.
 GPUS_PER_NODE = "TVR_GPUS_PER_NODE"
 
-RECEIVED = ("all_gather", "reduce_scatter", "all_reduce", "ring")
-
 T = TypeVar("T")
 
 
@@ -40,7 +38,7 @@ class World:
     world_size: int
     device: torch.device
     received_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
-    """Bytes received in collectives of features, gradients and statistics, by RECEIVED."""
+    """Bytes received in collectives of features, gradients and statistics, by COLLECTIVES."""
 
     @property
     def is_first(self) -> bool:

@@ -16,8 +16,8 @@ from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.records import Evaluation
-from tvr.trainer.loss.gradient_cache import joined
-from tvr.trainer.loss.objective import gathered_videos, similarity_rows
+from tvr.trainer.loss.gradient_cache import concat_features
+from tvr.trainer.loss.objective import all_gather_videos, similarity_rows
 from tvr.trainer.model.model import Features, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def _encode_set(
             keys.extend(batch.keys)
             captions.extend(batch.captions)
             left_out.extend(batch.replaced)
-    return _EncodedSet(joined(parts), keys, captions, torch.cat(caption_video), left_out)
+    return _EncodedSet(concat_features(parts), keys, captions, torch.cat(caption_video), left_out)
 
 
 def _equally_many(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple[Batch, bool]]:
@@ -119,7 +119,7 @@ def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, t
 def _similarity_matrix(own: _EncodedSet, config: Config, world: World) -> Tensor:
     """(captions, videos) similarity of the whole set; each rank computes its captions' rows."""
     features = own.features
-    videos = gathered_videos(features, world, world.all_gather_counts(len(features.frames)))
+    videos = all_gather_videos(features, world, world.all_gather_counts(len(features.frames)))
     with torch.no_grad():
         rows = similarity_rows(features, videos, config.model)
     return _gather(rows, world).cpu()

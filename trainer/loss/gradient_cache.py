@@ -1,12 +1,13 @@
-"""Gradient caching: the loss of a batch whose features fit, but not the encoders' activations.
+"""Gradient caching: the loss of a batch whose features fit in memory, but not its activations.
 
-    1  encode every micro-batch without graph           features of all, as leaves
-    2  loss of all features, backward                   gradient of every feature
-    3  encode every micro-batch again, with graph       backward of sum(feature x its gradient)
+    1  encode every micro-batch without graph        the features of all, as leaves
+    2  loss of all features, backward                the gradient of every feature
+    3  encode every micro-batch again, with graph    backward of sum(feature x its gradient)
 
-The second encoding sees the random state of the first, so dropout drops the same. What comes out is
-the gradient of the whole batch's loss; activations are alive for one micro-batch at a time. (Gao et
-al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.)
+The second encoding replays the random state of the first, so dropout drops the same units. The
+result is the gradient of the whole batch's loss, while only one micro-batch at a time has
+activations (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+2021).
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ Encode = Callable[[T], Features]
 
 
 class FeatureCache(Generic[T]):
-    """Features of several micro-batches, with what it takes to compute them once more.
+    """Features of several micro-batches, and what is needed to encode them a second time.
 
-    Micro-batches may differ in size. `encode` must depend on its input, the parameters and torch's
-    random state alone, and the parameters must not change until `replay`.
+    Args:
+        encode: Must depend on its input, the parameters and torch's random state alone. The
+            parameters must not change before `replay`.
+        micro_batches: May differ in size.
+        device: Device whose random state is replayed beside the CPU's.
+
+    Raises:
+        ValueError: there are no micro-batches.
     """
 
     def __init__(self, encode: Encode[T], micro_batches: Sequence[T], device: torch.device) -> None:
@@ -41,17 +48,17 @@ class FeatureCache(Generic[T]):
             with torch.no_grad():
                 parts.append(encode(micro_batch))
         self._sizes = [len(part.word_mask) for part in parts]
-        self.features = _leaves(joined(parts))
-        """Those of all micro-batches in order: leaves that collect the gradient of a loss."""
+        self.features = _leaves(concat_features(parts))
+        """Features of all micro-batches in order: leaves that collect the gradient of a loss."""
 
     def replay(self, backward: Callable[[Tensor], None]) -> None:
-        """Hands `backward` a scalar for each micro-batch, in order, encoded anew with its graph.
+        """Encodes each micro-batch again with graph, and calls `backward` with a scalar for it.
 
-        The scalars' gradients SUM to that of whatever loss `features` were differentiated for;
-        their values mean nothing. The random state is left as it was found.
+        The gradients of the scalars SUM to the gradient of the loss of `features`; the values of
+        the scalars mean nothing. The random state is restored afterwards.
 
         Raises:
-            ValueError: no loss of `features` was differentiated.
+            ValueError: the loss of `features` has had no backward.
         """
         columns = [None if leaf is None else leaf.grad for leaf in self.features]
         if all(column is None for column in columns):
@@ -69,8 +76,8 @@ class FeatureCache(Generic[T]):
                 backward(_inner_product(self._encode(micro_batch), gradients))
 
 
-def joined(parts: Sequence[Features]) -> Features:
-    """The features of several batches as those of one."""
+def concat_features(parts: Sequence[Features]) -> Features:
+    """Concatenates the features of several batches along the batch dimension."""
     columns: list[Any] = [
         None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
     ]
@@ -85,10 +92,9 @@ def _leaves(features: Features) -> Features:
 
 
 def _inner_product(features: Features, gradients: Sequence[Tensor | None]) -> Tensor:
-    """sum(feature x gradient): its gradient at the features is `gradients`, in their own dtype."""
+    """sum(feature x gradient); its gradient at the features is `gradients`, in their dtype."""
     products = [
-        # Summed in float32 at least: a bfloat16 scalar could not carry a factor such as 1/3 exactly
-        # enough through the backward.
+        # Summed in float32 at least: a bfloat16 scalar would round a factor such as 1/3 too much.
         (x * gradient).sum(dtype=torch.promote_types(x.dtype, torch.float32))
         for x, gradient in zip(features, gradients, strict=True)
         if x is not None and gradient is not None

@@ -1,4 +1,4 @@
-"""The loss of the global batch from one rank's features: its texts against everyone's frames."""
+"""The loss of the global batch, of which each rank computes the rows of its own texts."""
 
 from __future__ import annotations
 
@@ -18,32 +18,19 @@ from tvr.trainer.distributed.collectives import all_gather_rows, loss_collective
 from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import Features
+from tvr.trainer.monitoring.step_record import LOSS_TERMS
 from tvr.trainer.monitoring.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One rank's part of a step's loss.
-
-    `for_backward` carries the gradient, already scaled for an engine that averages over ranks.
-    `shares` are without gradient, in the order of SHARES; their sums over ranks are the values of
-    the global batch.
-    """
+    """One rank's share of a step's loss."""
 
     for_backward: Tensor
+    """The share with its gradient, scaled for an engine that averages gradients over ranks."""
     shares: Tensor
-
-
-SHARES = (
-    "loss",
-    "similarity_loss",
-    "tpm_cl_loss",
-    "penalty",
-    "hard_negatives_per_row",
-    "clamped_share",
-    "positive_similarity",
-    "hardest_similarity",
-)
+    """(LOSS_TERMS,) this rank's shares of the terms, without gradient: their sums over the ranks
+    are the values of the global batch."""
 
 
 def objective(
@@ -60,17 +47,23 @@ def objective(
 ) -> Objective:
     """Similarity loss plus TPM-CL over the global batch (the method, sections 3 and 4).
 
-    `mine` are the features of this rank's B pairs, `video_ids` (B,) theirs; B may differ between
-    ranks. Only the frames, the shorter side, travel; the (B, G) similarities are this rank's alone.
-    `exchange` and `scores` (see `TrainConfig`) change what is in memory, and nothing else; `fast`
-    is `TrainConfig.fast_similarity`. Streamed or in a ring, gather and loss are parts of the
-    similarity for the `watch` too.
+    Each rank computes the (B, G) similarities of its own texts with the videos of all ranks. Only
+    the frames, the shorter side, are exchanged between ranks.
+
+    Args:
+        mine: Features of this rank's B pairs; B may differ between ranks.
+        video_ids: (B,) ids of their videos.
+        exchange: "gather" holds the frames of all ranks at once, "ring" those of one other rank.
+        scores: "keep" holds the (B, G) scores for the backward, "stream" computes them again.
+        fast: Rounds words and frames to bfloat16; see `TrainConfig.fast_similarity`.
+        watch: Measures "gather", "similarity" and "loss". With "ring" or "stream" the three are one
+            part, "similarity".
     """
     watch = watch or Stopwatch()
     counts = world.all_gather_counts(len(video_ids))
-    everyones_ids = all_gather_rows(video_ids, world, counts)
+    ids_of_all_ranks = all_gather_rows(video_ids, world, counts)
     if exchange == "gather" and scores == "keep":
-        videos = gathered_videos(mine, world, counts)
+        videos = all_gather_videos(mine, world, counts)
         watch.lap("gather")
         block = similarity_rows(mine, videos, model, fast=fast)
         watch.lap("similarity")
@@ -79,7 +72,7 @@ def objective(
             loss_rule(loss),
             row_offset=sum(counts[: world.rank]),
             collectives=loss_collectives(world),
-            video_ids=everyones_ids,
+            video_ids=ids_of_all_ranks,
         )
     else:
         terms = streamed_loss(
@@ -97,7 +90,7 @@ def objective(
             num_pairs=sum(counts),
             collectives=loss_collectives(world),
             exchange=(RingExchange if exchange == "ring" else AllGatherExchange)(world, counts),
-            video_ids=everyones_ids,
+            video_ids=ids_of_all_ranks,
             keep_scores=scores == "keep",
             fast=fast,
         )
@@ -108,19 +101,20 @@ def objective(
 def _with_tpm_cl(
     terms: LossTerms, hinge: Tensor | None, weight: float, world: World, num_pairs: int
 ) -> Objective:
-    """Adds the hinges (B,) of this rank's pairs, whose mean is over the global batch."""
+    """Adds TPM-CL: the mean over the global batch of the hinges (B,) of matched pairs."""
     margin = terms.loss.new_zeros(()) if hinge is None else hinge.sum() / num_pairs
     share = terms.loss + weight * margin
-    shares = [share, terms.loss, margin, terms.penalty, terms.hard_negatives_per_row]
-    shares += [terms.clamped_share, terms.positive_similarity, terms.hardest_similarity]
+    sums = {"loss": share, "similarity_loss": terms.loss, "tpm_cl_loss": margin}
+    # A step's record names the other terms as LossTerms does.
+    shares = [sums[name] if name in sums else getattr(terms, name) for name in LOSS_TERMS]
     return Objective(
-        for_backward=share * world.world_size,  # the scale rule: see gather.py
+        for_backward=share * world.world_size,  # the scale rule: see collectives.py
         shares=torch.stack([x.detach() for x in shares]),
     )
 
 
 def loss_rule(loss: LossConfig) -> LossRule:
-    """The settings of the similarity loss as the kernels take them."""
+    """The similarity loss of these settings, in the form that the kernels take."""
     contrastive = loss.similarity == "info_nce"
     return LossRule(
         None if contrastive else loss.neg_nce_mode,
@@ -130,7 +124,7 @@ def loss_rule(loss: LossConfig) -> LossRule:
     )
 
 
-def gathered_videos(mine: Features, world: World, counts: Sequence[int]) -> Features:
+def all_gather_videos(mine: Features, world: World, counts: Sequence[int]) -> Features:
     """`mine` with the frames, frame masks and frame logits of all ranks, in rank order."""
     logits = mine.frame_logits
     return mine._replace(
@@ -143,7 +137,7 @@ def gathered_videos(mine: Features, world: World, counts: Sequence[int]) -> Feat
 def similarity_rows(
     texts: Features, videos: Features, model: ModelConfig, *, fast: bool = False
 ) -> Tensor:
-    """Similarity (A, C) of the captions of one set of features with the videos of another."""
+    """Similarity (A, C) of the captions of `texts` with the videos of `videos`."""
     return dmae_similarity(
         texts.sentence,
         texts.words,

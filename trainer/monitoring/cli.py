@@ -1,4 +1,4 @@
-"""The command line of `tvr metrics`: the table, for a person or as the documentation."""
+"""The command line of `tvr metrics`: the metrics table for a terminal, or as METRICS.md."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from tvr.data_prep.cli_errors import run_command
+from tvr.data_prep.exporter.metrics_table import Metric
 from tvr.trainer.monitoring.metrics import METRICS
 
 ABOUT = """\
 # Metrics
 
-What `tvr train` and `tvr pack --metrics-port` export, as `tvr metrics --markdown` prints it. Series
-per run are told by rank 0 alone, series per node are sums over its ranks, and series per rank have
-the label `rank`. Labels take the values listed here and no others; Prometheus adds `run`, the last
-two parts of the folder's path (`demo/run`), and `host`. A gauge that does not apply, or is not
-known, is absent; counters begin at 0 with each start of a run.
+`tvr train` and `tvr pack --metrics-port` export these metrics. `tvr metrics --markdown` writes this
+page. Rank 0 exports the series per run. A series per node is the sum over the node's ranks. Series
+per rank have the label `rank`. A label takes the listed values and no others. Prometheus adds two
+labels: `run`, the last two parts of the folder's path (`demo/run`), and `host`. A gauge is absent
+if it does not apply or is not known. Counters begin at 0 with each start of a run.
 
 """
 COLUMNS = ("name", "type", "unit", "labels", "per", "meaning")
@@ -28,10 +29,10 @@ def metrics(argv: Sequence[str]) -> int:
     """`tvr metrics`."""
 
     def arguments(*, markdown: bool = False) -> int:
-        """Prints every metric that a run or a packing job may export, and what it means.
+        """Prints every metric that a run or a packing job exports, and its meaning.
 
         Args:
-            markdown: As trainer/METRICS.md.
+            markdown: Prints the page trainer/METRICS.md.
         """
         if markdown:
             print(markdown_page(), end="")
@@ -47,8 +48,8 @@ def metrics(argv: Sequence[str]) -> int:
     )
 
 
-def rows() -> list[tuple[str, ...]]:
-    """The table in words, in the order of COLUMNS."""
+def rows(table: Sequence[Metric] = METRICS) -> list[tuple[str, ...]]:
+    """The cells of the table, in the order of COLUMNS."""
     return [
         (
             metric.name,
@@ -58,12 +59,12 @@ def rows() -> list[tuple[str, ...]]:
             metric.per,
             metric.meaning,
         )
-        for metric in METRICS
+        for metric in table
     ]
 
 
-def markdown_page() -> str:
-    """trainer/METRICS.md."""
+def markdown_page(table: Sequence[Metric] = METRICS) -> str:
+    """The text of trainer/METRICS.md."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    lines += [(f"`{name}`", *rest) for name, *rest in rows()]
+    lines += [(f"`{name}`", *rest) for name, *rest in rows(table)]
     return ABOUT + "".join(f"| {' | '.join(line)} |\n" for line in lines)

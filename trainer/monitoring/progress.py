@@ -1,11 +1,9 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run on stderr: a live line in a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,17 +15,19 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from tvr.trainer.monitoring.step_record import StepRecord
+
 PLAIN_LINE_EVERY_S = 15.0
 
 
 class Progress:
-    """Shows step, losses and samples per second; does nothing on ranks that are not `enabled`."""
+    """Shows step, losses and samples per second; silent on ranks that are not `enabled`."""
 
     def __init__(self, steps: int, done: int, *, enabled: bool) -> None:
         self._steps = steps
         self._console = Console(stderr=True, quiet=not enabled)
         self._live = enabled and self._console.is_terminal
-        self._said_at = 0.0
+        self._last_line_at = 0.0
         self._bar = Bar(
             TextColumn("train"),
             BarColumn(),
@@ -52,20 +52,17 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def step(self, done: int, record: Mapping[str, Any]) -> None:
-        """After each optimiser step."""
-        values = f"loss {record['loss']:.3f}  {record['samples_per_s']:.0f} samples/s"
-        if record["tpm_cl_loss"]:
-            values += f"  tpm-cl {record['tpm_cl_loss']:.3f}"
+    def step(self, done: int, record: StepRecord) -> None:
+        """Shows the values of step `done`."""
+        values = f"loss {record.loss:.3f}  {record.samples_per_s:.0f} samples/s"
+        if record.tpm_cl_loss:
+            values += f"  tpm-cl {record.tpm_cl_loss:.3f}"
         self._bar.update(self._task, completed=done, values=values)
-        late = time.monotonic() - self._said_at > PLAIN_LINE_EVERY_S
+        late = time.monotonic() - self._last_line_at > PLAIN_LINE_EVERY_S
         if not self._live and (late or done == self._steps):
-            self._said_at = time.monotonic()
-            self._say(f"step {done}/{self._steps}  {values}")
+            self._last_line_at = time.monotonic()
+            self.text(f"step {done}/{self._steps}  {values}")
 
     def text(self, text: str) -> None:
-        """A result, above the live line."""
-        self._say(text)
-
-    def _say(self, text: str) -> None:
+        """Prints text above the live line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,10 +1,10 @@
-"""Where the numbers of a node's ranks are to be had.
+"""The endpoint and the files through which a node's metrics are read.
 
-    run_dir/metrics/HOST.json    the endpoint's address, as Prometheus's file_sd reads it; it goes
-                                 when the run ends as it should, and stays when it breaks
-    run_dir/metrics/HOST.prom    the last values, every few seconds and at the end
+    run_dir/metrics/HOST.json    address of the endpoint, in the format of Prometheus's file_sd;
+                                 removed when the run ends without error, kept when it fails
+    run_dir/metrics/HOST.prom    the last values, written every few seconds and at the end
 
-HOST-rank-N with `metrics.endpoint` rank.
+With `metrics.endpoint` "rank" the files are named HOST-rank-N.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ WRITE_EVERY_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def forget_targets(run_dir: Path) -> None:
-    """What an earlier start of the run left, maybe on other hosts."""
+def remove_targets(run_dir: Path) -> None:
+    """Removes the targets of earlier starts of the run, which may have used other hosts."""
     for path in (run_dir / FOLDER).glob("*.json"):
-        # One that another host has removed may be listed for a while, on NFS.
+        # NFS may still list a file that another host has removed.
         path.unlink(missing_ok=True)
 
 
 class MetricsServer:
-    """Endpoint and files of the ranks that one process speaks for."""
+    """MetricsEndpoint and files of the ranks whose values one process serves."""
 
     def __init__(
         self,
@@ -47,53 +47,67 @@ class MetricsServer:
         lines: Mapping[int, MetricArray],
         local_rank: int,
     ) -> None:
-        """Raises PortInUse, or ValueError where it can never serve."""
-        self.has_news = False
+        """Starts to serve.
+
+        Args:
+            lines: MetricValues of each served rank, in the places of `TRAINING`.
+            local_rank: Added to `metrics.port`, so that ranks of a node use different ports.
+
+        Raises:
+            PortInUse: another process uses the port.
+            ValueError: this host does not have the address.
+        """
+        self.has_changed = False
+        """True if the file of the last values is out of date."""
         self._lines, self._attempt = lines, attempt
         folder = run_dir / FOLDER
         folder.mkdir(exist_ok=True)
         host = socket.gethostname()
         name = f"{host}-rank-{min(lines):05d}" if metrics.endpoint == "rank" else host
-        self._target, self._last = folder / f"{name}.json", folder / f"{name}.prom"
+        self._target, self._last_values = folder / f"{name}.json", folder / f"{name}.prom"
         self._endpoint: MetricsEndpoint | None = None
         if metrics.endpoint != "none":
             port = metrics.port + local_rank if metrics.port else 0
             self._endpoint = endpoint = MetricsEndpoint(self._text, metrics.address, port)
             labels = {"run": job_label(run_dir), "host": host}
             write_scrape_target(self._target, endpoint.target, labels)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="last-values", daemon=True)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._write_often, name="last-values", daemon=True)
         self._thread.start()
 
     def _text(self) -> bytes:
         return TRAINING.text(self._lines)
 
-    def _keep(self) -> None:
-        while not self._over.wait(WRITE_EVERY_S):
+    def _write_often(self) -> None:
+        while not self._closed.wait(WRITE_EVERY_S):
             self._write()
 
     def _write(self) -> None:
-        if not self.has_news:
+        if not self.has_changed:
             return
-        self.has_news = False
+        self.has_changed = False
         try:
             self._attempt.check()
-            write_atomically(self._last, self._text())
+            write_atomically(self._last_values, self._text())
         except Fenced:
-            pass  # the run's own thread hears of it where it writes
+            pass  # the training thread raises it where it writes
         except OSError as error:
             log.warning("the last values of the metrics are not written: %s", error)
 
-    def leave(self, *, well: bool) -> None:
-        """The values are the last ones. Nobody is missed who ends `well`."""
-        self.has_news = True
-        if well:
+    def announce_end(self, *, succeeded: bool) -> None:
+        """Declares the present values the last ones.
+
+        The target of a run that succeeded is removed, so that no alert fires for it.
+        """
+        self.has_changed = True
+        if succeeded:
             self._target.unlink(missing_ok=True)
         if self._endpoint is not None:
             self._endpoint.mark_final()
 
     def close(self) -> None:
-        self._over.set()
+        """Writes the last values and closes the endpoint, after a final scrape if it is scraped."""
+        self._closed.set()
         self._thread.join()
         self._write()
         if self._endpoint is not None:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, for who measures: the metrics of a run, and benchmarks."""
+"""Time of the parts of a step, for the metrics of a run and for benchmarks."""
 
 from __future__ import annotations
 
@@ -8,31 +8,21 @@ from itertools import pairwise
 
 import torch
 
-# In the order of a step; "between" is what lies between two steps, the log for example.
-PARTS = (
-    "data wait",
-    "encode",
-    "gather",
-    "similarity",
-    "loss",
-    "backward",
-    "optimiser",
-    "save",
-    "between",
-)
-# And what is no step's: a run may evaluate between two.
-ALL_PARTS = (*PARTS, "evaluation")
+from tvr.trainer.monitoring.step_record import ALL_PARTS
 
 
 class Stopwatch:
-    """Told at the end of each part of a step. This one does nothing."""
+    """Null stopwatch: ignores all laps."""
 
     def lap(self, part: str) -> None:
-        """The time since the last lap was `part`'s, one of ALL_PARTS."""
+        """Ends a part, one of ALL_PARTS: it lasted since the end of the part before."""
 
 
-class Laps(Stopwatch):
-    """Seconds by part. On a GPU by events in its queue, read without stopping it at each lap."""
+class LapStopwatch(Stopwatch):
+    """Measures seconds by part.
+
+    On a GPU the laps are events in its stream, so that measuring does not synchronise with it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -42,14 +32,17 @@ class Laps(Stopwatch):
         assert part in ALL_PARTS, part
         self._marks.append((part, self._now()))
 
-    def take(self) -> dict[str, float]:
-        """Seconds since the last call, by part; their sum is all the time there was."""
+    def pop_all(self) -> dict[str, float]:
+        """Seconds by part since the last call, after waiting for the GPU; they sum to all time."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return self.take_known()
+        return self.pop_finished()
 
-    def take_known(self) -> dict[str, float]:
-        """As `take`, but waits for nothing: what a GPU has not come to yet is left for later."""
+    def pop_finished(self) -> dict[str, float]:
+        """Seconds by part since the last call, of the parts that the GPU has finished.
+
+        It does not wait: later calls return the other parts.
+        """
         known = 1
         while known < len(self._marks) and _is_past(self._marks[known][1]):
             known += 1
@@ -60,7 +53,7 @@ class Laps(Stopwatch):
         return dict(seconds)
 
     def restart(self) -> None:
-        """Forgets the time until now."""
+        """Discards the time until now."""
         self._marks = [("", self._now())]
 
     def _now(self) -> float | torch.cuda.Event:

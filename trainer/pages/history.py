@@ -1,4 +1,4 @@
-"""What a run's log says of the metrics: the values of their series over the steps."""
+"""The history of a run's metrics, read from its log: a curve over the steps for every series."""
 
 from __future__ import annotations
 
@@ -8,71 +8,60 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from tvr.trainer.monitoring.metrics import CUTS, DIRECTIONS
-from tvr.trainer.monitoring.monitor import GAUGES
+from tvr.trainer.monitoring.field_metric import FieldMetric, field_metrics, label_value, series_of
+from tvr.trainer.monitoring.metrics import SAVE_GAUGES, Series, evaluation_series
 from tvr.trainer.monitoring.run_log import RunLog
+from tvr.trainer.monitoring.step_record import MonitoredStepRecord, StepRecord
 
 MOST_POINTS = 2000
 
-Series: TypeAlias = tuple[str, ...]
-"""A metric of the table, and the values of its labels."""
-
-# Beside what a gauge shows: counters of seconds, of which a step's own part is drawn.
-_OF_A_STEP: dict[str, Series] = {
-    **{key: series for key, series in GAUGES.items() if key not in ("step", "epoch")},
-    "step_s": ("tvr_train_step_seconds",),
-    "data_wait_s": ("tvr_data_wait_seconds_total",),
-    "straggler_gap_s": ("tvr_train_straggler_gap_seconds_total",),
-    "host_memory_bytes": ("tvr_host_memory_bytes",),
-}
-# Of these an event has several by name, which is the metric's label.
-_NAMED = {
-    "parts_s": "tvr_train_part_seconds_total",
-    "device_memory_bytes": "tvr_device_memory_bytes",
-}
-# The same, counted since the start of the job.
-_COUNTED = {
-    "received_bytes": "tvr_train_received_bytes_total",
-    "reads": "tvr_data_reads_total",
-}
-_OF_A_SAVE: dict[str, Series] = {
-    "seconds": ("tvr_checkpoint_seconds",),
-    "held_up_s": ("tvr_checkpoint_held_up_seconds",),
-    "num_bytes": ("tvr_checkpoint_bytes",),
-}
+Value = tuple[Series, int, Any]
+"""A series, a step, and the value of the series there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """`y` over the steps `x`, which rise; all finite."""
+    """`y` over the steps `x`, which rise; all values are finite."""
 
     x: Sequence[int]
     y: Sequence[float]
     mean: Sequence[float] | None = None
-    """Of a curve that was thinned: the mean of all its values around each that is left."""
+    """For a thinned curve: at each point that is left, the mean of all values around it."""
 
 
-def history(log: RunLog, config: Mapping[str, Any]) -> dict[Series, Curve]:
-    """Every series that the log of a run with these settings holds values of."""
+def history(
+    log: RunLog,
+    config: Mapping[str, Any],
+    record_type: type[StepRecord] = MonitoredStepRecord,
+) -> dict[Series, Curve]:
+    """The curve of every series of which the log has values.
+
+    Args:
+        config: The run's settings, as config.json nests them.
+        record_type: Declares the metrics of the values in step events.
+    """
     points: dict[Series, list[tuple[int, Any]]] = {}
-    for series, step, value in _values(log, config):
+    for series, step, value in _values(log, config, field_metrics(record_type)):
         points.setdefault(series, []).append((step, value))
     return {series: curve for series, found in points.items() if (curve := _curve(found))}
 
 
 def clock(log: RunLog) -> Curve:
-    """Seconds trained so far, restarts left out, over the steps."""
+    """Seconds trained so far over the steps; the time between two starts is not counted."""
     times = [(event["step"], event["elapsed_s"]) for event in log.steps]
     return _curve([(0, 0.0), *times]) or Curve([0], [0.0])
 
 
 def thinned(curves: Sequence[Curve], most: int = MOST_POINTS) -> list[Curve]:
-    """The same curves with at most `most` points, of which the highest and lowest of each stretch
-    stay, so that no spike is lost. Curves over the same steps keep the same ones, by their sum."""
+    """The same curves with at most `most` points.
+
+    The highest and the lowest point of each stretch stay, so that no spike is lost. Curves over the
+    same steps keep the same points, chosen by their sum.
+    """
     assert all(curve.x == curves[0].x for curve in curves), "curves over different steps"
     if not curves or len(curves[0].x) <= most:
         return list(curves)
@@ -80,15 +69,15 @@ def thinned(curves: Sequence[Curve], most: int = MOST_POINTS) -> list[Curve]:
     total, last = values.sum(axis=0), values.shape[1] - 1
     starts = np.linspace(0, last + 1, most // 2, dtype=int)[:-1]
     stretches = list(pairwise([*starts.tolist(), last + 1]))
-    kept = {0, last}
+    chosen = {0, last}
     for start, end in stretches:
-        kept |= {start + int(total[start:end].argmin()), start + int(total[start:end].argmax())}
-    places = np.array(sorted(kept))
-    of = np.searchsorted(starts, places, side="right") - 1
+        chosen |= {start + int(total[start:end].argmin()), start + int(total[start:end].argmax())}
+    indices = np.array(sorted(chosen))
+    stretch_of = np.searchsorted(starts, indices, side="right") - 1
     means = np.add.reduceat(values, starts, axis=1) / np.diff([*starts, last + 1])
-    x = [curves[0].x[place] for place in places.tolist()]
+    x = [curves[0].x[index] for index in indices.tolist()]
     return [
-        Curve(x, y[places].tolist(), mean[of].tolist())
+        Curve(x, y[indices].tolist(), mean[stretch_of].tolist())
         for y, mean in zip(values, means, strict=True)
     ]
 
@@ -98,74 +87,61 @@ def _curve(points: Iterable[tuple[int, float | None]]) -> Curve | None:
     return Curve([step for step, _ in known], [y for _, y in known]) if known else None
 
 
-def _values(log: RunLog, config: Mapping[str, Any]) -> Iterator[tuple[Series, int, Any]]:
+def _values(
+    log: RunLog, config: Mapping[str, Any], metrics: Mapping[str, FieldMetric]
+) -> Iterator[Value]:
     num_frames, temperature = config["data"]["num_frames"], config["loss"]["temperature"]
+    shown = {name: found for name, found in metrics.items() if name not in ("step", "epoch")}
     for event in log.steps:
-        yield from _picked(event, _OF_A_STEP)
         step = event["step"]
+        for name, found in shown.items():
+            if not found.is_total:
+                for series, value in series_of(found, event.get(name)):
+                    yield series, step, value
         yield ("tvr_train_frames_per_second",), step, num_frames * event["samples_per_s"]
         yield ("tvr_train_temperature",), step, temperature
-        for key, metric in _NAMED.items():
-            for name, value in event.get(key, {}).items():
-                yield (metric, name.replace(" ", "_")), step, value
         if event.get("penalty") is not None:
             yield ("tvr_train_negative_weight",), step, config["loss"]["neg_nce_weight"]
-    for key, metric in _COUNTED.items():
-        yield from _of_each_step(log, key, metric)
+    for name, found in shown.items():
+        if found.is_total:
+            yield from _increase_per_step(log, name, found)
     for event in log.evaluations:
-        yield from _of_an_evaluation(event)
+        for series, value in evaluation_series(event):
+            yield series, event["step"], value
     for event in log.saves:
-        yield from _picked(event, _OF_A_SAVE)
+        for name, gauge in SAVE_GAUGES.items():
+            yield (gauge,), event["step"], event.get(name)
     yield from _checkpoint_age(log)
     yield from _skipped(log)
 
 
-def _picked(
-    event: Mapping[str, Any], names: Mapping[str, Series]
-) -> Iterator[tuple[Series, int, Any]]:
-    for key, series in names.items():
-        yield series, event["step"], event.get(key)
-
-
-def _of_each_step(log: RunLog, key: str, metric: str) -> Iterator[tuple[Series, int, Any]]:
-    """What a step added to counters, in the mean over the steps since the last one that was
-    logged. They begin anew where the run was resumed."""
+def _increase_per_step(log: RunLog, name: str, found: FieldMetric) -> Iterator[Value]:
+    """Mean increase of counters per step since the last logged step; they restart with the run."""
     before: Mapping[str, float] = {}
     last, resumed = 0, sorted(log.resumed_at)
     for event in log.steps:
-        step, counts = event["step"], event.get(key) or {}
+        step, totals = event["step"], event.get(name) or {}
         started = resumed[at - 1] if (at := bisect_left(resumed, step)) else 0
         if started >= last:
             before, last = {}, started
-        for name, count in counts.items():
-            yield (metric, name), step, (count - before.get(name, 0)) / (step - last)
-        before, last = counts, step
+        for key, total in totals.items():
+            increase = (total - before.get(key, 0)) / (step - last)
+            yield (found.name, label_value(key)), step, increase
+        before, last = totals, step
 
 
-def _of_an_evaluation(event: Mapping[str, Any]) -> Iterator[tuple[Series, int, Any]]:
-    step = event["step"]
-    for direction in DIRECTIONS:
-        way, labels = event[direction], ("test", direction)
-        for k in CUTS:
-            yield ("tvr_evaluation_recall_ratio", *labels, k), step, way[f"recall_at_{k}"] / 100
-        yield ("tvr_evaluation_median_rank", *labels), step, way["median_rank"]
-        yield ("tvr_evaluation_mean_rank", *labels), step, way["mean_rank"]
-    if event.get("binding_accuracy") is not None:
-        yield ("tvr_evaluation_binding_accuracy_ratio",), step, event["binding_accuracy"] / 100
-
-
-def _checkpoint_age(log: RunLog) -> Iterator[tuple[Series, int, Any]]:
-    """Seconds that would be trained again if the run broke now."""
+def _checkpoint_age(log: RunLog) -> Iterator[Value]:
+    """Seconds of training that a failure at each step would cost."""
     published = [0.0, *(event["elapsed_s"] for event in log.saves if "error" not in event)]
     for event in log.steps if len(published) > 1 else ():
         newest = published[bisect_right(published, event["elapsed_s"]) - 1]
         yield ("tvr_checkpoint_timestamp_seconds",), event["step"], event["elapsed_s"] - newest
 
 
-def _skipped(log: RunLog) -> Iterator[tuple[Series, int, Any]]:
+def _skipped(log: RunLog) -> Iterator[Value]:
     """Bad samples so far, by reason."""
-    met = Counter((event["reason"], event["step"]) for event in log.replaced)
+    found = Counter((event["reason"], event["step"]) for event in log.replaced)
     so_far: Counter[str] = Counter()
-    for (reason, step), count in sorted(met.items()):
+    for (reason, step), count in sorted(found.items()):
         so_far[reason] += count
         yield ("tvr_data_skipped_samples_total", reason), step, so_far[reason]

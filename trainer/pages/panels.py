@@ -1,6 +1,7 @@
-"""Which metrics the dashboard draws, in which order and form; names and meanings are the table's.
+"""The panels of the pages: which metrics they draw, and how.
 
-A metric that no run has values of gives no panel.
+A step's values declare their panels in `step_record`; the panels of other metrics stand here. Names
+and meanings come from the metrics table. A metric of which no run has values gets no panel.
 """
 
 from __future__ import annotations
@@ -11,81 +12,70 @@ from itertools import product
 from typing import NamedTuple
 
 from tvr.data_prep.exporter.metrics_table import Metric
-from tvr.trainer.monitoring.metrics import TRAINING_METRICS
-from tvr.trainer.pages.history import Curve, Series, thinned
+from tvr.trainer.monitoring.field_metric import field_metrics, table_rows
+from tvr.trainer.monitoring.metrics import RUN_METRICS, Series
+from tvr.trainer.monitoring.step_record import (
+    COMMUNICATION,
+    DATA,
+    MINING,
+    SPEED,
+    TRAINING,
+    MonitoredStepRecord,
+    StepRecord,
+)
+from tvr.trainer.pages.history import Curve, thinned
 
-# More could not be told apart in a chart.
+# A chart cannot show more digits.
 DIGITS = 7
-_TABLE = {metric.name: metric for metric in TRAINING_METRICS}
+GROUPS = (TRAINING, "Evaluation", SPEED, DATA, COMMUNICATION, MINING, "Checkpoints")
+"""In the order of the page."""
 
 
-class Form(NamedTuple):
-    """How a metric is drawn."""
+class PanelSpec(NamedTuple):
+    """Which metric a panel draws, and how."""
 
     metric: str
-    apart: str = ""
-    """The label whose values have a panel each."""
+    split_by: str = ""
+    """A label whose values get a panel each."""
     beside: str = ""
-    """Another metric of the same kind, to be seen in one chart with it."""
+    """Another metric of the same kind, drawn in the same panel."""
     stacked: bool = False
     """The series are parts of a whole."""
     points: bool = False
-    """What lies between two values means nothing."""
+    """MetricValues are drawn as points, since a line between two of them means nothing."""
     per_step: bool = False
-    """What a step adds to a counter is drawn, not its value."""
+    """Draws what a step adds to a counter, not the counter."""
     title: str = ""
-    """Where what is drawn has another name than the metric."""
+    """Title, where it differs from the metric's name."""
 
 
-GROUPS: Mapping[str, Sequence[Form]] = {
-    "Run overview": (
-        Form("tvr_train_loss"),
-        Form("tvr_evaluation_recall_ratio", apart="direction"),
-        Form("tvr_train_learning_rate"),
-        Form("tvr_train_gradient_norm"),
-        Form("tvr_train_pairs_per_second"),
-        Form("tvr_train_step_seconds"),
-        Form("tvr_train_part_seconds_total", stacked=True, per_step=True),
-        Form("tvr_train_goodput_ratio"),
-        Form("tvr_train_model_flops_per_second"),
-        Form("tvr_train_mfu_ratio"),
-        Form("tvr_evaluation_median_rank"),
-        Form("tvr_evaluation_mean_rank"),
-        Form("tvr_evaluation_binding_accuracy_ratio"),
+_OTHER_PANELS: Mapping[str, Sequence[PanelSpec]] = {
+    "Evaluation": (
+        PanelSpec("tvr_evaluation_recall_ratio", split_by="direction"),
+        PanelSpec("tvr_evaluation_median_rank"),
+        PanelSpec("tvr_evaluation_mean_rank"),
+        PanelSpec("tvr_evaluation_binding_accuracy_ratio"),
     ),
-    "Data": (
-        Form("tvr_data_wait_seconds_total", per_step=True),
-        Form("tvr_train_frames_per_second"),
-        Form("tvr_data_skipped_samples_total"),
-        Form("tvr_data_quarantined_samples"),
-        Form("tvr_data_reads_total", stacked=True, per_step=True),
+    DATA: (
+        PanelSpec("tvr_train_frames_per_second"),
+        PanelSpec("tvr_data_skipped_samples_total"),
     ),
-    "Communication and memory": (
-        Form("tvr_train_received_bytes_total", stacked=True, per_step=True),
-        Form("tvr_train_straggler_gap_seconds_total", per_step=True),
-        Form("tvr_train_slowest_rank", points=True),
-        Form("tvr_host_memory_bytes"),
-        Form("tvr_device_memory_bytes"),
-    ),
-    "Hard-negative mining": (
-        Form("tvr_train_hard_negatives_per_row"),
-        Form("tvr_train_negative_weight"),
-        Form("tvr_train_zero_gradient_positives_ratio"),
-        Form("tvr_train_temperature"),
-        Form("tvr_train_positive_similarity", beside="tvr_train_hardest_negative_similarity"),
+    MINING: (
+        PanelSpec("tvr_train_negative_weight"),
+        PanelSpec("tvr_train_temperature"),
     ),
     "Checkpoints": (
-        Form("tvr_checkpoint_seconds"),
-        Form("tvr_checkpoint_held_up_seconds"),
-        Form("tvr_checkpoint_bytes"),
-        Form("tvr_checkpoint_timestamp_seconds", title="Checkpoint age seconds"),
+        PanelSpec("tvr_checkpoint_seconds"),
+        PanelSpec("tvr_checkpoint_held_up_seconds"),
+        PanelSpec("tvr_checkpoint_bytes"),
+        PanelSpec("tvr_checkpoint_timestamp_seconds", title="Checkpoint age seconds"),
     ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One run's curve of a panel."""
+    """One run's curve in a panel."""
 
     run: int
     label: str
@@ -106,42 +96,74 @@ class Panel:
     stacked: bool
     points: bool
     labels: Sequence[str]
-    """In the order of the table; what a line is called in the legend."""
+    """Names of the lines in the legend, in the order of the table."""
     lines: Sequence[Line]
 
 
-def panels(histories: Sequence[Mapping[Series, Curve]]) -> dict[str, list[Panel]]:
-    """The panels of each group that has any, for runs to be laid over one another."""
+def panel_specs(
+    record_type: type[StepRecord] = MonitoredStepRecord,
+) -> dict[str, list[PanelSpec]]:
+    """The panels of each group, whether or not a run has values for them."""
+    groups: dict[str, list[PanelSpec]] = {group: [] for group in GROUPS}
+    for found in field_metrics(record_type).values():
+        if found.panel:
+            spec = PanelSpec(
+                found.name,
+                beside=found.beside,
+                stacked=found.stacked,
+                points=found.points,
+                per_step=found.kind == "counter",
+            )
+            groups[found.panel].append(spec)
+    for group, specs in _OTHER_PANELS.items():
+        groups[group] += specs
+    return groups
+
+
+def panels(
+    histories: Sequence[Mapping[Series, Curve]],
+    record_type: type[StepRecord] = MonitoredStepRecord,
+) -> dict[str, list[Panel]]:
+    """The panels of each group that has any, with the curves of all runs laid over one another."""
+    table = {metric.name: metric for metric in (*table_rows(record_type), *RUN_METRICS)}
     drawn = {
-        group: [panel for form in forms for panel in _of_a_form(form, histories)]
-        for group, forms in GROUPS.items()
+        group: [panel for spec in specs for panel in _panels_of(spec, table, histories)]
+        for group, specs in panel_specs(record_type).items()
     }
     return {group: found for group, found in drawn.items() if found}
 
 
 def title_of(metric: Metric) -> str:
-    """A metric's name for a person."""
+    """A metric's name in words."""
     name = metric.name.removeprefix("tvr_").removeprefix("train_")
     words = _words(name.removesuffix("_total").removesuffix("_ratio"))
     return words[0].upper() + words[1:]
 
 
-def _of_a_form(form: Form, histories: Sequence[Mapping[Series, Curve]]) -> list[Panel]:
-    values = _TABLE[form.metric].labels.get(form.apart, ("",))
-    everyone = range(len(histories))
+def _panels_of(
+    spec: PanelSpec, table: Mapping[str, Metric], histories: Sequence[Mapping[Series, Curve]]
+) -> list[Panel]:
+    metrics = [table[name] for name in (spec.metric, spec.beside) if name]
+    values = metrics[0].labels.get(spec.split_by, ("",))
+    all_runs = range(len(histories))
     # Parts of different runs cannot be stacked on one another.
-    sets = [[run] for run in everyone] if form.stacked else [everyone]
-    made = [_panel(form, value, runs, histories) for value, runs in product(values, sets)]
+    run_sets = [[run] for run in all_runs] if spec.stacked else [all_runs]
+    made = [
+        _panel(spec, metrics, value, runs, histories) for value, runs in product(values, run_sets)
+    ]
     return [panel for panel in made if panel.lines]
 
 
 def _panel(
-    form: Form, value: str, runs: Sequence[int], histories: Sequence[Mapping[Series, Curve]]
+    spec: PanelSpec,
+    metrics: Sequence[Metric],
+    value: str,
+    runs: Sequence[int],
+    histories: Sequence[Mapping[Series, Curve]],
 ) -> Panel:
-    """The panel of the series in which the label `form.apart` has the value, if it is given."""
-    metrics = [_TABLE[name] for name in (form.metric, form.beside) if name]
-    titles = [form.title] if form.title else [title_of(metric) for metric in metrics]
-    labels = _labels(form, metrics, value)
+    """The panel of the series whose label `spec.split_by`, if it is given, has the value."""
+    titles = [spec.title] if spec.title else [title_of(metric) for metric in metrics]
+    labels = _labels(spec, metrics, value)
     curves = {
         (run, label): histories[run][series]
         for run in runs
@@ -153,58 +175,62 @@ def _panel(
             run=run,
             label=label,
             x=curve.x,
-            y=_short(curve.y),
-            mean=None if curve.mean is None or form.stacked else _short(curve.mean),
+            y=_rounded(curve.y),
+            mean=None if curve.mean is None or spec.stacked else _rounded(curve.mean),
         )
-        for (run, label), curve in zip(curves, _drawn(form, curves.values()), strict=True)
+        for (run, label), curve in zip(curves, _drawn(spec, curves.values()), strict=True)
     ]
-    of = [form.metric, value, *(map(str, runs) if form.stacked else ())]
+    parts = [spec.metric, value, *(map(str, runs) if spec.stacked else ())]
     return Panel(
-        id="-".join(part for part in of if part),
+        id="-".join(part for part in parts if part),
         title=" and ".join([titles[0], *(title.lower() for title in titles[1:])])
-        + (" per step" if form.per_step else "")
+        + (" per step" if spec.per_step else "")
         + (f", {_words(value)}" if value else ""),
-        metric=form.metric,
+        metric=spec.metric,
         meaning=" ".join(metric.meaning for metric in metrics)
-        # The log is written by that one.
-        + ("" if metrics[0].per == "run" else " Here: of rank 0 alone."),
+        # Rank 0 writes the log.
+        + ("" if metrics[0].per == "run" else " Only rank 0's values are shown."),
         unit=metrics[0].unit,
-        stacked=form.stacked,
-        points=form.points,
+        stacked=spec.stacked,
+        points=spec.points,
         labels=[label for label in labels.values() if any(line.label == label for line in lines)],
         lines=lines,
     )
 
 
-def _labels(form: Form, metrics: Sequence[Metric], value: str) -> dict[Series, str]:
-    """What tells a panel's series from one another, in the order of the table."""
-    if form.beside:
+def _labels(spec: PanelSpec, metrics: Sequence[Metric], value: str) -> dict[Series, str]:
+    """The name of each series of a panel, in the order of the table."""
+    if spec.beside:
         return {(metric.name,): title_of(metric).lower() for metric in metrics}
     (metric,) = metrics
-    names = [name for name, said in metric.labels.items() if name != form.apart and len(said) > 1]
+    names = [
+        name for name, values in metric.labels.items() if name != spec.split_by and len(values) > 1
+    ]
     labels = {}
     for series in metric.series:
         by_name = dict(zip(metric.labels, series, strict=True))
-        if by_name.get(form.apart, "") == value:
-            labels[metric.name, *series] = ", ".join(_told(name, by_name[name]) for name in names)
+        if by_name.get(spec.split_by, "") == value:
+            labels[metric.name, *series] = ", ".join(
+                _label_text(name, by_name[name]) for name in names
+            )
     return labels
 
 
-def _drawn(form: Form, curves: Iterable[Curve]) -> list[Curve]:
-    """With no more points than can be seen; stacked ones over the same steps."""
-    if not form.stacked:
+def _drawn(spec: PanelSpec, curves: Iterable[Curve]) -> list[Curve]:
+    """The curves with no more points than can be seen; stacked curves share their steps."""
+    if not spec.stacked:
         return [thin for curve in curves for thin in thinned([curve])]
     known = [dict(zip(curve.x, curve.y, strict=True)) for curve in curves]
     steps = sorted({step for one in known for step in one})
-    # A part that a step did not have took nothing of it.
+    # A step without a part spent nothing on it.
     return thinned([Curve(steps, [one.get(step, 0.0) for step in steps]) for one in known])
 
 
-def _short(values: Iterable[float]) -> list[float]:
+def _rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{value:.{DIGITS}g}") for value in values]
 
 
-def _told(name: str, value: str) -> str:
+def _label_text(name: str, value: str) -> str:
     return f"{name} = {value}" if value.isdigit() else _words(value)
 
 

@@ -31,7 +31,7 @@ from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import NodeMonitor
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.server import FOLDER
-from tvr.trainer.monitoring.stopwatch import Laps, Stopwatch
+from tvr.trainer.monitoring.stopwatch import LapStopwatch, Stopwatch
 
 BLOCK_STEPS = 25
 """Steps with metrics, and as many without, in a block that is scraped or not."""
@@ -72,7 +72,7 @@ class _TimedRun:
     def __init__(self, config: Config, folder: Path, world: World) -> None:
         self._folder, self._world = folder, world
         self._num_parameters = 0
-        self._watch = Laps(world.device)
+        self._watch = LapStopwatch(world.device)
         attempt = world.run_on_first(lambda: begin_attempt(folder))
 
         def count_parameters(model: TextVideoModel) -> None:
@@ -104,7 +104,7 @@ class _TimedRun:
             elif self._all(saver.is_ready):
                 saver.advance()
             self._watch.lap("save")
-            parts = self._watch.take()
+            parts = self._watch.pop_all()
             if step:  # the first step warms up caches
                 timed.append(parts)
         saver.finish()
@@ -128,9 +128,11 @@ class _TimedRun:
     def metrics(self, task: RankTask) -> dict[str, Any]:
         """Times steps with and without metrics in turn, in blocks with and without scrapes."""
         monitor = NodeMonitor(self._run.config, self._folder, self._world)
-        monitor.begin(self._run.attempt, None)
+        monitor.start(self._run.attempt, 0)
         watches = {"on": monitor.watch, "off": Stopwatch()}
-        steps = {kind: replace(self._run.step, watch=watch) for kind, watch in watches.items()}
+        steps = {
+            kind: replace(self._run.train_step, watch=watch) for kind, watch in watches.items()
+        }
         timed = {kind + how: [] for kind in (*steps, "monitor") for how in ("", "_scraped")}
         scraper = Scraper(self._endpoint(), SCRAPES_PER_S) if self._world.is_first else None
         for block in range(2 + 2 * -(-task.count // BLOCK_STEPS)):
@@ -141,19 +143,19 @@ class _TimedRun:
                 kind = ("on", "off")[(turn + block // 2) % 2]  # the kinds alternate in going first
                 self._done += 1
                 before = time.perf_counter()
-                record = steps[kind].take(self._done, self._batches)
+                record = steps[kind](self._done, self._batches)
                 between = time.perf_counter()
                 if kind == "on":
-                    monitor.step(record, steps[kind].tally)
+                    monitor.on_step(record, steps[kind].counters)
                 after = time.perf_counter()
                 if block > 1:  # the first blocks warm up caches
                     timed[kind + how].append(after - before)
                     timed["monitor" + how] += [after - between] if kind == "on" else []
         if scraper is None:
-            monitor.end(well=True)
+            monitor.close(succeeded=True)
             return self._answer(timed)
         scraper.resume()
-        monitor.end(well=True)
+        monitor.close(succeeded=True)
         return self._answer(timed) | {"scrapes": scraper.count(), "scraped_s": scraper.seconds}
 
     def _endpoint(self) -> str:
@@ -179,7 +181,7 @@ class _TimedRun:
     def _train_step(self) -> float:
         """Runs one step; returns its seconds."""
         self._done += 1
-        return self._run.step.take(self._done, self._batches)["step_s"]
+        return self._run.train_step(self._done, self._batches).step_s
 
     def _all(self, ready: bool) -> bool:
         return all(self._world.all_gather_counts(int(ready)))

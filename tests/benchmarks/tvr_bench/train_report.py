@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from tvr_bench.harness import result_table
 
-from tvr.trainer.monitoring.stopwatch import PARTS
+from tvr.trainer.monitoring.step_record import PARTS
 
 HOW_TRAIN = (
     "Step: median over steps of the mean over ranks. Parts: their shares of all steps' time. "
