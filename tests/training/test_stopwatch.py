@@ -1,4 +1,4 @@
-"""`LapStopwatch`: seconds of the parts of a step, by the host's clock or by events of a GPU's queue."""
+"""`LapStopwatch`: seconds of the parts of a step, by the host or by events in a GPU stream."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from tvr.trainer.config import Config, WriterName, to_json
+from tvr.trainer.config import Config, to_json
+from tvr.trainer.config_sections import WriterName
 
 # So long the end of a run waits for what is still to be written.
 CLOSE_S = 60.0
