@@ -1,13 +1,13 @@
-// The gradients of similarity_forward.cpp's sums.
+// Backward of similarity_forward.cpp.
 //
-// A pair has only L + F scores with a gradient, so the gradients are sums of few rows of the other
-// side's features instead of dense products. For a block of pairs the rows that each slot needs are
-// listed once; then, for a slice of the width, a slot's rows are summed in registers. The two sides
-// do the same work with roles swapped:
-//   own  rows that the slot's maxima met, each once a pair, times the slot's weight. A maximum is
-//        linear in its features, so the weight's gradient is their inner product with the sum, and
-//        no maximum need be stored.
-//   met  rows whose maxima met the slot, times their weights.
+// Only L + F scores of a pair have a gradient, so the gradients of a slot (a token or a frame) are
+// sums of few feature rows of the other side. For a block of pairs, the rows of each slot are
+// listed once; then, for each slice of the width, they are summed in registers. Each slot has two
+// lists:
+//   gathered   rows that the slot's own maxima selected, one per pair. Their sum, times the slot's
+//              weight, is the slot's gradient. A maximum is linear in the features, so the gradient
+//              of the weight is the inner product of the sum with the slot's features.
+//   scattered  rows whose maxima selected this slot, times the weights of these rows.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -29,77 +29,78 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPanelBytes = 3 << 17;  // the features that one slice of a block reads
-constexpr int64_t kListBytes = 1 << 17;   // the lists of one block
+constexpr int64_t kPanelBytes = 3 << 17;  // features read by one slice of a block
+constexpr int64_t kListBytes = 1 << 17;   // lists of one block
 #ifdef __AVX512F__
-constexpr int kWide = 8;  // vectors of a row that are summed in registers
+constexpr int kWide = 8;  // vectors of a row summed in registers
 #else
 constexpr int kWide = 4;
 #endif
 
 template <typename T>
-struct Entry {  // one row of a table, and its factor
+struct Entry {  // a row of a table, and its factor
   int32_t row;
   T factor;
 };
 
-// The pairs and their maxima, as the forward left them.
+// Inputs of the backward; best_frame and best_token come from the forward.
 template <typename T>
 struct Pairs {
   int64_t texts, videos, frames, width;
   const int64_t* offsets;
   const T* gradient;        // (A, C), halved
   const T* weights;         // (R)
-  const T* frame_weights;   // (C, F), nullptr without the video part
+  const T* frame_weights;   // (C, F); nullptr without the video part
   const uint8_t* best_frame;
   const uint8_t* best_token;
 };
 
-// What one side reads and writes, a row of D for each of its slots (tokens, or frames).
+// Tables of one side, texts or videos: a row of D numbers for each of its slots.
 template <typename T>
 struct Side {
-  const T* own_table;   // rows that its maxima chose from
-  const T* met_table;   // rows that chose among its slots
-  const T* features;    // its slots, for the gradient of their weights
-  const T* weights;     // nullptr: its maxima are no part of the sum
-  T* own_gradient;
-  T* met_gradient;
+  const T* gathered_table;   // rows that its maxima select
+  const T* scattered_table;  // rows whose maxima select its slots
+  const T* features;         // its own rows, for the gradient of the weights
+  const T* weights;          // nullptr if its maxima are not part of the scores
+  T* gathered_gradient;
+  T* scattered_gradient;
   T* weight_gradient;
 };
 
-// Lists of a block: those of slot i are own[own_ends[i - 1]] to own[own_ends[i]], met likewise.
+// Lists of a block. Slot i has the entries gathered[gathered_ends[i - 1]] up to, not including,
+// gathered[gathered_ends[i]]; `scattered` has the same form.
 template <typename T>
 struct Lists {
-  std::vector<Entry<T>> own, met;
-  std::vector<int64_t> own_ends, met_ends;
+  std::vector<Entry<T>> gathered, scattered;
+  std::vector<int64_t> gathered_ends, scattered_ends;
 
   void clear() {
-    own.clear();
-    met.clear();
-    own_ends.clear();
-    met_ends.clear();
+    gathered.clear();
+    scattered.clear();
+    gathered_ends.clear();
+    scattered_ends.clear();
   }
 
-  // Adds to `met` what `visit` finds, slot by slot and in its order; visit(take) calls
-  // take(slot, row, factor) for each entry, alike both times.
+  // Appends entries to `scattered`, grouped by slot (counting sort). visit(add) calls
+  // add(slot, row, factor) for every entry, in the same order both times.
   template <typename Visit>
-  void sort_in(int64_t slots, const Visit& visit) {
-    const int64_t base = int64_t(met.size());
-    places.assign(slots + 1, 0);
-    visit([&](int64_t slot, int64_t, T) { ++places[slot + 1]; });
-    for (int64_t s = 0; s < slots; ++s) places[s + 1] += places[s];
-    for (int64_t s = 0; s < slots; ++s) met_ends.push_back(base + places[s + 1]);
-    met.resize(base + places[slots]);
+  void scatter(int64_t slots, const Visit& visit) {
+    const int64_t base = int64_t(scattered.size());
+    next.assign(slots + 1, 0);
+    visit([&](int64_t slot, int64_t, T) { ++next[slot + 1]; });
+    for (int64_t s = 0; s < slots; ++s) next[s + 1] += next[s];
+    for (int64_t s = 0; s < slots; ++s) scattered_ends.push_back(base + next[s + 1]);
+    scattered.resize(base + next[slots]);
     visit([&](int64_t slot, int64_t row, T factor) {
-      met[base + places[slot]++] = {int32_t(row), factor};
+      scattered[base + next[slot]++] = {int32_t(row), factor};
     });
   }
 
  private:
-  std::vector<int64_t> places;
+  std::vector<int64_t> next;
 };
 
-// One text with videos [c0, c1): its tokens' own rows are boosted frames, those met are frames.
+// Lists of one text with videos [c0, c1). Tokens gather boosted frames; frames scatter to tokens.
 template <typename T>
 void list_text(const Pairs<T>& p, int64_t a, int64_t c0, int64_t c1, Lists<T>& to) {
   const T* gradient = p.gradient + a * p.videos;
@@ -107,38 +108,38 @@ void list_text(const Pairs<T>& p, int64_t a, int64_t c0, int64_t c1, Lists<T>& t
   for (int64_t t = begin; t < begin + slots; ++t) {
     const uint8_t* best = p.best_frame + t * p.videos;
     for (int64_t c = c0; c < c1; ++c)
-      to.own.push_back({int32_t(c * p.frames + best[c]), gradient[c]});
-    to.own_ends.push_back(int64_t(to.own.size()));
+      to.gathered.push_back({int32_t(c * p.frames + best[c]), gradient[c]});
+    to.gathered_ends.push_back(int64_t(to.gathered.size()));
   }
-  to.sort_in(slots, [&](const auto& take) {
+  to.scatter(slots, [&](const auto& add) {
     for (int64_t f = 0; p.frame_weights && f < p.frames; ++f) {
       const uint8_t* best = p.best_token + (a * p.frames + f) * p.videos;
       for (int64_t c = c0; c < c1; ++c) {
         const int64_t row = c * p.frames + f;
         const T factor = gradient[c] * p.frame_weights[row];
-        if (best[c] != kPadding && factor != 0) take(best[c], row, factor);
+        if (best[c] != kPadding && factor != 0) add(best[c], row, factor);
       }
     }
   });
 }
 
-// One video with texts [a0, a1): both its own rows and those met are tokens.
+// Lists of one video with texts [a0, a1): frames gather tokens, and tokens scatter to frames.
 template <typename T>
 void list_video(const Pairs<T>& p, int64_t c, int64_t a0, int64_t a1, Lists<T>& to) {
   for (int64_t f = 0; f < p.frames; ++f) {
-    // A weight of 0 is a masked frame, or an underflown softmax, which passes no gradient either.
+    // Weight 0 is a masked frame, or an underflow of the softmax, whose gradient is 0 as well.
     for (int64_t a = a0; p.frame_weights && p.frame_weights[c * p.frames + f] != 0 && a < a1; ++a) {
       const uint8_t best = p.best_token[(a * p.frames + f) * p.videos + c];
       if (best != kPadding)
-        to.own.push_back({int32_t(p.offsets[a] + best), p.gradient[a * p.videos + c]});
+        to.gathered.push_back({int32_t(p.offsets[a] + best), p.gradient[a * p.videos + c]});
     }
-    to.own_ends.push_back(int64_t(to.own.size()));
+    to.gathered_ends.push_back(int64_t(to.gathered.size()));
   }
-  to.sort_in(p.frames, [&](const auto& take) {
+  to.scatter(p.frames, [&](const auto& add) {
     for (int64_t a = a0; a < a1; ++a) {
       const T gradient = p.gradient[a * p.videos + c];
       for (int64_t t = p.offsets[a]; t < p.offsets[a + 1]; ++t)
-        take(p.best_frame[t * p.videos + c], t, gradient * p.weights[t]);
+        add(p.best_frame[t * p.videos + c], t, gradient * p.weights[t]);
     }
   });
 }
@@ -158,30 +159,31 @@ inline void add_to(T* to, T factor, const typename Vectors<T>::Value (&sum)[N]) 
     store(to + k * kLanes, load(to + k * kLanes) + factor * sum[k]);
 }
 
-// Columns d to d + 16 N of the slots from `first` on whose rows are listed.
+// Adds columns d to d + 16 N of the listed rows to the slots from `first` on.
 template <typename T, int N>
-void add_slice(const Side<T>& side, const Lists<T>& lists, int64_t first, int64_t width, int64_t d) {
-  int64_t own = 0, met = 0;
-  for (size_t i = 0; i < lists.own_ends.size(); ++i) {
+void add_slice(const Side<T>& side, const Lists<T>& lists, int64_t first, int64_t width,
+               int64_t d) {
+  int64_t gathered = 0, scattered = 0;
+  for (size_t i = 0; i < lists.gathered_ends.size(); ++i) {
     const int64_t slot = first + int64_t(i), at = slot * width + d;
-    if (own < lists.own_ends[i]) {
+    if (gathered < lists.gathered_ends[i]) {
       typename Vectors<T>::Value sum[N] = {}, inner = {};
-      sum_rows<T, N>(&lists.own[own], &lists.own[0] + lists.own_ends[i], side.own_table + d, width,
-                     sum);
+      sum_rows<T, N>(&lists.gathered[gathered], &lists.gathered[0] + lists.gathered_ends[i],
+                     side.gathered_table + d, width, sum);
       for (int k = 0; k < N; ++k) inner += load(side.features + at + k * kLanes) * sum[k];
       T total = 0;
       for (int64_t lane = 0; lane < kLanes; ++lane) total += inner[lane];
       side.weight_gradient[slot] += total;
-      add_to<T, N>(side.own_gradient + at, side.weights[slot], sum);
+      add_to<T, N>(side.gathered_gradient + at, side.weights[slot], sum);
     }
-    if (met < lists.met_ends[i]) {
+    if (scattered < lists.scattered_ends[i]) {
       typename Vectors<T>::Value sum[N] = {};
-      sum_rows<T, N>(&lists.met[met], &lists.met[0] + lists.met_ends[i], side.met_table + d, width,
-                     sum);
-      add_to<T, N>(side.met_gradient + at, T(1), sum);
+      sum_rows<T, N>(&lists.scattered[scattered], &lists.scattered[0] + lists.scattered_ends[i],
+                     side.scattered_table + d, width, sum);
+      add_to<T, N>(side.scattered_gradient + at, T(1), sum);
     }
-    own = lists.own_ends[i];
-    met = lists.met_ends[i];
+    gathered = lists.gathered_ends[i];
+    scattered = lists.scattered_ends[i];
   }
 }
 
@@ -194,14 +196,16 @@ void add_block(const Side<T>& side, const Lists<T>& lists, int64_t first, int64_
   for (; d < width; d += kLanes) add_slice<T, 1>(side, lists, first, width, d);
 }
 
-// `rows` of one side (texts or videos) with `others` of the other, block by block.
+// Adds the gradients of all `rows` of one side (texts or videos), each with all `others` of the
+// other side, block by block. A text has `slots` tokens on average, a video `slots` frames.
 template <typename T, typename List, typename First>
 void all_blocks(const Side<T>& side, int64_t rows, int64_t others, int64_t slots, int64_t rows_each,
                 int64_t width, const List& list, const First& first_slot) {
   const int64_t slice = std::min<int64_t>(width, kWide * kLanes) * int64_t(sizeof(T));
   const int64_t panel = std::max<int64_t>(1, kPanelBytes / (rows_each * slice));
-  const int64_t of_row = (slots + rows_each) * std::min(panel, others) * int64_t(sizeof(Entry<T>));
-  const int64_t step = std::max<int64_t>(1, kListBytes / std::max<int64_t>(1, of_row));
+  const int64_t row_bytes =
+      (slots + rows_each) * std::min(panel, others) * int64_t(sizeof(Entry<T>));
+  const int64_t step = std::max<int64_t>(1, kListBytes / std::max<int64_t>(1, row_bytes));
   at::parallel_for(0, (rows + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
     Lists<T> lists;
     for (int64_t block = begin; block < end; ++block) {
@@ -215,7 +219,7 @@ void all_blocks(const Side<T>& side, int64_t rows, int64_t others, int64_t slots
   });
 }
 
-// Width a multiple of the lanes.
+// Pads the width to a multiple of kLanes.
 Tensor whole_lanes(const Tensor& features) {
   const int64_t missing = (kLanes - features.size(-1) % kLanes) % kLanes;
   return missing ? at::constant_pad_nd(features, {0, missing}) : features.contiguous();
@@ -248,18 +252,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const T* x = tokens.const_data_ptr<T>();
     const T* v = frames.const_data_ptr<T>();
     T* d_x = d_tokens.data_ptr<T>();
-    const Side<T> of_text{boosted.const_data_ptr<T>(), v, x, p.weights, d_x, d_x,
+    const Side<T> text_side{boosted.const_data_ptr<T>(), v, x, p.weights, d_x, d_x,
                           d_weights.data_ptr<T>()};
-    const Side<T> of_video{x, x, v, p.frame_weights, d_frames.data_ptr<T>(),
+    const Side<T> video_side{x, x, v, p.frame_weights, d_frames.data_ptr<T>(),
                            d_boosted.data_ptr<T>(),
                            frame_weights_in ? d_frame_weights.data_ptr<T>() : nullptr};
     const int64_t tokens_each = std::max<int64_t>(1, tokens.size(0) / p.texts);
     all_blocks(
-        of_text, p.texts, p.videos, tokens_each, p.frames, p.width,
+        text_side, p.texts, p.videos, tokens_each, p.frames, p.width,
         [&](int64_t a, int64_t c0, int64_t c1, Lists<T>& to) { list_text(p, a, c0, c1, to); },
         [&](int64_t a) { return p.offsets[a]; });
     all_blocks(
-        of_video, p.videos, p.texts, p.frames, tokens_each, p.width,
+        video_side, p.videos, p.texts, p.frames, tokens_each, p.width,
         [&](int64_t c, int64_t a0, int64_t a1, Lists<T>& to) { list_video(p, c, a0, a1, to); },
         [&](int64_t c) { return c * p.frames; });
   });

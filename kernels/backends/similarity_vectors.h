@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, as the compiler maps them to the machine's, and what both passes share.
+// Vectors of 16 numbers, which the compiler maps to the machine's vectors, and shared constants.
 
 #pragma once
 
@@ -9,9 +9,9 @@
 
 namespace tvr {
 
-constexpr int64_t kLanes = 16;  // videos side by side, and the unit of width
+constexpr int64_t kLanes = 16;  // videos per vector in the forward, features in the backward
 
-// In best_token: the frame met no token, a padded slot (similarity 0) was better than all of them.
+// In best_token: a padded slot (similarity 0) scored higher than every token.
 constexpr uint8_t kPadding = 255;
 
 template <typename T>

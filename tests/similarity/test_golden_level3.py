@@ -1,72 +1,14 @@
 """From raw features to loss: normalisation, similarity, both losses and TPM-CL in one graph.
 
-Verdict (differ): with learned frame weights (att_wti) the reference's margin sums them over its
-block, so only its similarity part is compared there; `pair.*` of tpmcl.npz holds that margin.
+With learned frame weights (att_wti) the authors' margin sums them over its block, an intended
+difference. Only the similarity part is compared there; `pair.*` of tpmcl.npz holds that margin.
 """
 
-from functools import cache
-
 import pytest
-import torch
-from builders.golden_files import assert_equals_golden, leaves, tensor
-from test_golden_partial import linear_predictor
-from test_golden_similarity import weight_layer
-from torch import Tensor
-
-from tvr.kernels.losses import info_nce, neg_nce
-from tvr.kernels.numerics import unit
-from tvr.kernels.partial import tpm_cl
-from tvr.kernels.similarity import dmae_similarity
-
-FILE = "level3.npz"
-LOSSES = {"negnce": neg_nce, "crossen": info_nce}
-INTERACTIONS = ("att_ti", "att_wti")
-
-
-@cache
-def results(interaction: str) -> dict[str, Tensor]:
-    raw = leaves(FILE, ["text", "word_raw", "video_raw"])
-    sentence, words, frames = raw["text"], unit(raw["word_raw"]), unit(raw["video_raw"])
-    frame_mask = tensor(FILE, "video_mask")
-    logits, frame_layer = {}, None
-    if interaction == "att_wti":
-        frame_layer = weight_layer(FILE, f"{interaction}.param.video_weight_fc.")
-        word_layer = weight_layer(FILE, f"{interaction}.param.text_weight_fc.")
-        logits = {"word_logits": word_layer(words), "frame_logits": frame_layer(frames)}
-    scores = dmae_similarity(
-        sentence,
-        words,
-        frames,
-        tensor(FILE, "twm_mask"),
-        frame_mask,
-        interaction=interaction,
-        **logits,
-    )
-    prefix = f"{interaction}.param."
-    margin = tpm_cl(
-        sentence,
-        words,
-        frames,
-        frame_mask,
-        word_weights=linear_predictor(FILE, f"{prefix}v2t_linear_xwp.")(frames, words),
-        frame_weights=linear_predictor(FILE, f"{prefix}t2v_linear_xwp.")(sentence[:, None], frames),
-        frame_weight_layer=frame_layer,
-    ).hinge.mean()
-
-    found = {f"{interaction}.sim": scores}
-    for kind, loss in LOSSES.items():
-        parts = {"simloss": loss(scores)}
-        if interaction == "att_ti":
-            parts["margin"] = margin
-            found[f"{interaction}.{kind}.total"] = parts["simloss"] + margin
-        for name, part in parts.items():
-            gradients = torch.autograd.grad(part, list(raw.values()), retain_graph=True)
-            found[f"{interaction}.{kind}.{name}"] = part
-            for feature, gradient in zip(raw, gradients, strict=True):
-                found[f"{interaction}.{kind}.{name}.grad.{feature}"] = gradient
-    return found
+from builders.golden.archives import assert_equals_golden
+from builders.golden.level3 import FILE, INTERACTIONS, results
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
-def test_whole_stage_equals_the_golden_arrays(interaction: str) -> None:
+def test_features_to_loss_equal_the_golden_arrays(interaction: str) -> None:
     assert_equals_golden(FILE, results(interaction))

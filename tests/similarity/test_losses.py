@@ -1,4 +1,4 @@
-"""InfoNCE and NegNCE beyond the golden arrays: ranks, the log mode, masks, extremes, refusals."""
+"""InfoNCE and NegNCE beyond the golden arrays: ranks, log mode, masks, extreme scores, errors."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvr.kernels.losses import SINGLE_RANK, LossTerms, info_nce, neg_nce, row_info_nce, row_neg_nce
+from tvr.kernels.losses import LossTerms, info_nce, neg_nce, row_info_nce, row_neg_nce
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 
 KINDS = ("info", "reference", "log")
 EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
@@ -33,7 +34,7 @@ def rows(kind: str, block: Tensor, offset: int, collectives, **options) -> LossT
 
 
 def naive_log_neg_nce(similarity: Tensor, excluded: Tensor, weight: float = 0.5) -> Tensor:
-    """The formula of the log mode with loops, one direction; fit for moderate probabilities."""
+    """One direction of the log mode in loops, for moderate probabilities."""
     num_pairs = len(similarity)
     total = similarity.new_zeros(())
     for i in range(num_pairs):
@@ -59,9 +60,9 @@ def test_log_mode_equals_its_formula_in_loops(masked: bool) -> None:
     expected = (
         naive_log_neg_nce(similarity, excluded) + naive_log_neg_nce(similarity.T, excluded)
     ) / 2
-    found = neg_nce(similarity, mode="log", video_ids=ids, mask_same_video=masked)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
-    gradients = [torch.autograd.grad(x, similarity)[0] for x in (found, expected)]
+    actual = neg_nce(similarity, mode="log", video_ids=ids, mask_same_video=masked)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+    gradients = [torch.autograd.grad(x, similarity)[0] for x in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
 
 
@@ -116,8 +117,8 @@ def test_gradients_pass_gradcheck(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_log_mode_learns_at_extreme_scores(dtype: torch.dtype, ranks: int) -> None:
-    # Pair 0 is 200 nats under a hard negative both ways, pairs 1 and 2 are 50 under one; those
-    # negatives have probability 1 to the last bit. The reference's clamp silences all of it.
+    # Pair 0 is 200 nats below a hard negative in both directions; pairs 1 and 2 are 50 below one.
+    # These negatives have probability exactly 1. The `reference` mode gets no gradient at all.
     whole = torch.full((4, 4), -1.0, dtype=dtype)
     whole.fill_diagonal_(1.0)
     whole[0, 0], whole[0, 1], whole[2, 0] = -1.0, 1.0, 1.0
@@ -144,17 +145,17 @@ def test_log_mode_learns_at_extreme_scores(dtype: torch.dtype, ranks: int) -> No
 
 
 def test_log_penalty_of_a_certain_wrong_pair_is_its_lead_over_the_rest() -> None:
-    # P(wrong) = 1 - e^-200: -log(1 - P) = 200 per direction, though 1 - P rounds to 0.
+    # P(wrong) = 1 - e^-200, so -log(1 - P) = 200 in each direction, although 1 - P rounds to 0.
     similarity = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
     terms = row_neg_nce(similarity, row_offset=0, collectives=SINGLE_RANK, mode="log", weight=1.0)
     # Row 0: -log P_00 = 200 and the penalty 200; row 1 has no hard negative and no loss.
     assert terms.text_to_video.item() == pytest.approx((200 + 200) / 2)
-    # Columns are ties: each positive has P = 1/2, and so has the pair that is hard by its row.
+    # Both columns are ties: the positives have P = 1/2, and so has the pair that is hard by row.
     assert terms.video_to_text.item() == pytest.approx((2 * 0.6931472 + 0.6931472) / 2)
 
 
 def test_log_mode_normalises_hard_negatives_per_row() -> None:
-    # One hard negative in row 0 beside many easy rows: its penalty stays 1/G of a row's mean.
+    # Row 0 has one hard negative, the other rows none: its penalty is 1/G of the row's mean.
     similarity = torch.eye(6, dtype=torch.float64) * 0.5
     similarity[0, 1] = 0.501
     plain = row_info_nce(similarity, row_offset=0, collectives=SINGLE_RANK).text_to_video
@@ -181,17 +182,17 @@ def test_same_video_mask_is_on_by_default_in_log_mode_only() -> None:
     ids, similarity = torch.tensor([7, 7, 9]), scores(3, 2)
     on, off = ({"video_ids": ids, "mask_same_video": x} for x in (True, False))
     for mode, default in (("log", on), ("reference", off)):
-        found = neg_nce(similarity, mode=mode, video_ids=ids)
-        assert found == neg_nce(similarity, mode=mode, **default)
+        actual = neg_nce(similarity, mode=mode, video_ids=ids)
+        assert actual == neg_nce(similarity, mode=mode, **default)
     assert info_nce(similarity, video_ids=ids) == info_nce(similarity, **off)
     assert neg_nce(similarity, mode="log", **on) != neg_nce(similarity, mode="log", **off)
-    # All pairs of one video: nothing is left to tell apart.
+    # All pairs have the same video, so there are no negatives.
     same = torch.zeros(3, dtype=torch.int64)
     assert neg_nce(similarity, mode="log", video_ids=same) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_raised_before_the_scale(kind: str) -> None:
+def test_half_precision_becomes_float32_before_scaling(kind: str) -> None:
     low = scores(5, 4).to(torch.bfloat16).requires_grad_()
     loss = square(kind, low)
     assert loss.dtype == torch.float32
@@ -211,6 +212,6 @@ def test_half_precision_is_raised_before_the_scale(kind: str) -> None:
         (lambda: info_nce.__wrapped__(scores(4, 0)[:2]), "square"),
     ],
 )
-def test_refusals_name_what_is_wrong(call, named: str) -> None:
+def test_errors_name_the_argument(call, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         call()

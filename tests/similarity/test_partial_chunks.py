@@ -1,4 +1,4 @@
-"""TPM-CL in pieces: the same result for every chunk, and memory that does not know the batch."""
+"""TPM-CL in chunks: the result and the scratch memory do not depend on the chunk or the batch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders.partial_inputs import partial_inputs, weight_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_partial import example, weight_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,13 +18,13 @@ from tvr.kernels import checkpointed_chunks
 from tvr.kernels.partial import AttentionTokenWeights, LinearTokenWeights, TpmCl, tpm_cl
 
 PAIRS = 7
-CHUNKS = (1, 3, PAIRS - 1, PAIRS + 5)  # single pairs, uneven (3 + 3 + 1, 6 + 1), larger than B
+CHUNKS = (1, 3, PAIRS - 1, PAIRS + 5)  # one pair, uneven (3 + 3 + 1, 6 + 1), more than B
 FEATURES = ("sentence", "words", "frames", "word_weights", "frame_weights")
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 
 def with_gradients(arguments: dict[str, Any], *, learned: bool, **options: Any) -> list[Tensor]:
-    """Every field of the result, and the gradient of a mix of all fields by everything before."""
+    """Every field of the result, and the gradients of a random weighted sum of all fields."""
     leaves = {name: arguments[name].detach().clone().requires_grad_() for name in FEATURES}
     layer = weight_layer(arguments["frames"].shape[2]) if learned else None
     terms = tpm_cl(**arguments | leaves | {"frame_weight_layer": layer}, **options)
@@ -49,17 +49,17 @@ def test_result_and_gradients_are_the_same_for_every_chunk(
         "normalise_partial": normalise_partial,
         "straight_through": straight_through,
     }
-    whole = with_gradients(example(PAIRS), **options)
-    found = with_gradients(example(PAIRS), **options, chunk=chunk)
-    assert len(found) == 6 + len(FEATURES) + 2 * learned
-    for ours, expected in zip(found, whole, strict=True):
+    whole = with_gradients(partial_inputs(PAIRS), **options)
+    actual = with_gradients(partial_inputs(PAIRS), **options, chunk=chunk)
+    assert len(actual) == 6 + len(FEATURES) + 2 * learned
+    for ours, expected in zip(actual, whole, strict=True):
         torch.testing.assert_close(ours, expected, **EXACT)
-    reached = [bool(x.count_nonzero()) for x in found[6:]]
+    reached = [bool(x.count_nonzero()) for x in actual[6:]]
     assert reached == [True] * 4 + [straight_through] + [True, True] * learned
 
 
 def predictor(kind: str) -> nn.Module:
-    torch.manual_seed(0)  # the same parameters at every call
+    torch.manual_seed(0)  # so that every call makes the same parameters
     if kind == "linear":
         return LinearTokenWeights(3, 5, 16).double()
     return AttentionTokenWeights(3, 16, reduce=kind).double()
@@ -88,42 +88,42 @@ def test_token_weights_are_the_same_for_every_chunk(chunk: int, masked: bool, ki
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_gradients_in_pieces_pass_gradcheck(learned: bool) -> None:
-    arguments = example(pairs=3, words=4, frames=3, width=4)
+def test_gradients_of_chunks_pass_gradcheck(learned: bool) -> None:
+    arguments = partial_inputs(pairs=3, words=4, frames=3, width=4)
     layer = weight_layer(4) if learned else None
     parameters = list(layer.parameters()) if layer else []
     features = [arguments[name].clone().requires_grad_() for name in FEATURES[:4]]
 
     def hinge(*values: Tensor) -> Tensor:
-        # The parameters among the values are the layer's own: gradcheck changes them in place.
-        mine = dict(zip(FEATURES[:4], values[:4], strict=True))
-        return tpm_cl(**arguments | mine | {"frame_weight_layer": layer}, chunk=2).hinge
+        # gradcheck perturbs the layer's parameters in place, so they are not passed on.
+        features = dict(zip(FEATURES[:4], values[:4], strict=True))
+        return tpm_cl(**arguments | features | {"frame_weight_layer": layer}, chunk=2).hinge
 
     assert torch.autograd.gradcheck(hinge, [*features, *parameters])
 
 
 @settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99), st.randoms(use_true_random=False))
-def test_pairs_may_come_in_any_order_and_any_pieces(
+def test_result_does_not_depend_on_order_or_chunks_of_pairs(
     pairs: int, chunk: int, seed: int, shuffler: Any
 ) -> None:
-    arguments = example(pairs, seed=seed)
+    arguments = partial_inputs(pairs, seed=seed)
     order = list(range(pairs))
     shuffler.shuffle(order)
     shuffled = {n: x[order] for n, x in arguments.items() if isinstance(x, Tensor)}
     layer = weight_layer()
-    found = tpm_cl(**shuffled, frame_weight_layer=layer, chunk=chunk)
+    actual = tpm_cl(**shuffled, frame_weight_layer=layer, chunk=chunk)
     whole = tpm_cl(**arguments | {"frame_weight_layer": layer}, chunk=pairs)
     for name in TpmCl.__dataclass_fields__:
-        torch.testing.assert_close(getattr(found, name), getattr(whole, name)[order], **EXACT)
+        torch.testing.assert_close(getattr(actual, name), getattr(whole, name)[order], **EXACT)
 
 
-def test_pieces_are_recomputed_under_the_autocast_of_the_forward() -> None:
-    # The predictor then runs in bfloat16, TPM-CL itself never does.
+def test_chunks_are_recomputed_under_the_autocast_of_the_forward() -> None:
+    # The predictor runs in bfloat16; TPM-CL never does.
     torch.manual_seed(0)
     module = LinearTokenWeights(4, 5, 8)
-    features = {n: x.float() for n, x in example(PAIRS).items() if n in FEATURES}
-    features |= {name: example(PAIRS)[name] for name in ("frame_mask", "frame_weight_layer")}
+    features = {n: x.float() for n, x in partial_inputs(PAIRS).items() if n in FEATURES}
+    features |= {name: partial_inputs(PAIRS)[name] for name in ("frame_mask", "frame_weight_layer")}
 
     def gradients(chunk: int) -> list[Tensor]:
         frames = features["frames"].clone().requires_grad_()
@@ -136,12 +136,12 @@ def test_pieces_are_recomputed_under_the_autocast_of_the_forward() -> None:
     whole = gradients(PAIRS)
     assert whole[0].dtype == torch.float32
     for ours, expected in zip(gradients(2), whole, strict=True):
-        # Sums over pairs are rounded to bfloat16 piece by piece: 8 bits.
+        # Sums over the pairs of a chunk are rounded to bfloat16, 8 significant bits.
         scale = float(expected.detach().abs().max())
         torch.testing.assert_close(ours, expected, rtol=0, atol=scale / 64)
 
 
-def test_chosen_pieces_have_bounded_entries() -> None:
+def test_chosen_chunks_have_bounded_entries() -> None:
     chunk = checkpointed_chunks.pairs_per_chunk(
         None, 44 * 512
     )  # 32 words and 12 frames of width 512
@@ -150,14 +150,16 @@ def test_chosen_pieces_have_bounded_entries() -> None:
     assert checkpointed_chunks.pairs_per_chunk(5, 2 * checkpointed_chunks.ENTRIES_PER_CHUNK) == 5
 
 
-def test_one_piece_is_computed_once_and_several_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_several_chunks_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = []
 
-    def layer(frames: Tensor) -> Tensor:  # called twice a piece: all frames, and the kept ones
+    def layer(frames: Tensor) -> Tensor:  # called twice a chunk: all frames, and the kept ones
         calls.append(len(frames))
         return frames.sum(dim=2)
 
-    arguments = example(PAIRS) | {"frame_weight_layer": layer}
+    arguments = partial_inputs(PAIRS) | {"frame_weight_layer": layer}
     arguments["frames"].requires_grad_()
     tpm_cl(**arguments).hinge.sum().backward()
     assert calls == [PAIRS, PAIRS]
@@ -169,7 +171,7 @@ def test_one_piece_is_computed_once_and_several_again(monkeypatch: pytest.Monkey
 
 
 class PeakBytes(TorchDispatchMode):
-    """Most bytes of tensors alive at once, of those that operators made while this was active."""
+    """Peak bytes of the tensors that operators allocate while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,28 +200,28 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak_bytes(pairs: int, chunk: int | None) -> int:
-    """Of the predictors and TPM-CL, forward and backward, above what goes in."""
+    """Peak of predictors and TPM-CL, forward and backward, above the inputs."""
     num_words, num_frames, width = 8, 6, 32
-    arguments = example(pairs, words=num_words, frames=num_frames, width=width)
-    of_words = LinearTokenWeights(num_frames, num_words, width).double()
-    of_frames = LinearTokenWeights(1, num_frames, width).double()
+    arguments = partial_inputs(pairs, words=num_words, frames=num_frames, width=width)
+    word_predictor = LinearTokenWeights(num_frames, num_words, width).double()
+    frame_predictor = LinearTokenWeights(1, num_frames, width).double()
     layer = weight_layer(width)
     sentence, words, frames = (arguments[name].requires_grad_() for name in FEATURES[:3])
     with PeakBytes() as memory:
-        arguments["word_weights"] = of_words(frames, words, chunk=chunk)
-        arguments["frame_weights"] = of_frames(sentence[:, None], frames, chunk=chunk)
+        arguments["word_weights"] = word_predictor(frames, words, chunk=chunk)
+        arguments["frame_weights"] = frame_predictor(sentence[:, None], frames, chunk=chunk)
         arguments["frame_weight_layer"] = layer
         tpm_cl(**arguments, chunk=chunk, straight_through=True).hinge.mean().backward()
     assert frames.grad is not None
     return memory.peak
 
 
-def test_memory_grows_with_the_gradients_alone() -> None:
-    bytes_per_pair = 8 * (1 + 8 + 6) * 32  # of the features that go in
+def test_peak_memory_grows_with_the_gradients_only() -> None:
+    bytes_per_pair = 8 * (1 + 8 + 6) * 32  # of the input features
     small, middle, large = (peak_bytes(pairs, chunk=4) for pairs in (32, 64, 128))
     assert large - middle == pytest.approx(2 * (middle - small), rel=0.02)  # linear, not quadratic
     copies = (large - middle) / 64 / bytes_per_pair
-    in_one_piece = (peak_bytes(128, None) - peak_bytes(64, None)) / 64 / bytes_per_pair
-    # Gradients by TPM-CL and by the predictors, before and after the pieces are joined.
+    one_chunk = (peak_bytes(128, None) - peak_bytes(64, None)) / 64 / bytes_per_pair
+    # Gradients from TPM-CL and from the predictors, before and after chunks are concatenated.
     assert 1 < copies < 3.2
-    assert in_one_piece > 8
+    assert one_chunk > 8

@@ -1,4 +1,4 @@
-"""Recall and ranks against a plain sort, with ties, several texts a video, and refusals."""
+"""Recall and ranks against a plain sort, with ties, several texts a video, and errors."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def ranks_by_sorting(similarity: Tensor, text_video: list[int]) -> tuple[list[int], list[int]]:
-    """The definition: a stable falling sort of each query, and the place of its first positive."""
+    """The definition: the position of a query's first positive after a stable descending sort."""
 
     def first(scores: list[float], positives: list[int]) -> int:
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
@@ -30,7 +30,7 @@ def ranks_by_sorting(similarity: Tensor, text_video: list[int]) -> tuple[list[in
 @st.composite
 def rankings(draw: st.DrawFn) -> tuple[Tensor, list[int]]:
     texts, videos = draw(st.integers(1, 8)), draw(st.integers(1, 6))
-    level = st.integers(0, 3)  # few levels, so that ties abound
+    level = st.integers(0, 3)  # few levels, so that ties are frequent
     values = draw(st.lists(level, min_size=texts * videos, max_size=texts * videos))
     text_video = draw(st.lists(st.integers(0, videos - 1), min_size=texts, max_size=texts))
     return torch.tensor(values).float().view(texts, videos), text_video
@@ -40,11 +40,11 @@ def rankings(draw: st.DrawFn) -> tuple[Tensor, list[int]]:
 @given(rankings())
 def test_ranks_equal_a_stable_sort(ranking: tuple[Tensor, list[int]]) -> None:
     similarity, text_video = ranking
-    found = ranks(similarity, torch.tensor(text_video))
+    actual = ranks(similarity, torch.tensor(text_video))
     texts, videos = ranks_by_sorting(similarity, text_video)
-    assert found.text_to_video.tolist() == texts
-    assert found.video_to_text.tolist() == videos
-    assert found.videos.tolist() == sorted(set(text_video))
+    assert actual.text_to_video.tolist() == texts
+    assert actual.video_to_text.tolist() == videos
+    assert actual.videos.tolist() == sorted(set(text_video))
 
 
 @EXAMPLES
@@ -62,7 +62,7 @@ def test_recall_grows_with_k_up_to_100(ranking: tuple[Tensor, list[int]]) -> Non
         assert 1 <= way.mean_rank <= candidates
 
 
-def test_metrics_of_a_small_matrix_by_hand() -> None:
+def test_metrics_of_a_small_matrix() -> None:
     similarity = torch.tensor(
         [
             [0.9, 0.1, 0.3, 0.0],
@@ -73,33 +73,33 @@ def test_metrics_of_a_small_matrix_by_hand() -> None:
     )
     metrics = retrieval_metrics(similarity, torch.tensor([0, 0, 2, 1]))
     to_video = metrics.text_to_video
-    # Text ranks 1, 1, 2 (tie with the lower index), 2.
+    # The text ranks are 1, 1, 2 (a tie; the lower index is first) and 2.
     assert (to_video.recall_at_1, to_video.recall_at_5) == (50, 100)
     assert (to_video.median_rank, to_video.mean_rank) == (1.5, 1.5)
     assert (to_video.queries, to_video.ties) == (4, 1)
-    # Video 0 has two texts and its best is first; 1 and 2 are first too; 3 has none: no query.
+    # Videos 0 (by its better text), 1 and 2 have rank 1. Video 3 has no text and is no query.
     to_text = metrics.video_to_text
     assert (to_text.recall_at_1, to_text.queries, to_text.ties) == (100, 3, 0)
 
 
 def test_ties_count_wrong_candidates_only() -> None:
     similarity = torch.zeros(3, 2)
-    found = ranks(similarity, torch.tensor([1, 1, 1]))
-    assert found.text_to_video.tolist() == [2, 2, 2]
-    assert found.text_ties.all()
-    # Video 1's three texts are all right, so their equality is no tie.
-    assert found.video_to_text.tolist() == [1]
-    assert not found.video_ties.any()
+    actual = ranks(similarity, torch.tensor([1, 1, 1]))
+    assert actual.text_to_video.tolist() == [2, 2, 2]
+    assert actual.text_ties.all()
+    # The three equal texts all belong to video 1, so there is no tie.
+    assert actual.video_to_text.tolist() == [1]
+    assert not actual.video_ties.any()
 
 
 def test_perfect_and_half_precision_matrices() -> None:
-    found = ranks(torch.eye(20, dtype=torch.bfloat16), torch.arange(20))
-    assert isinstance(found, Ranks)
-    assert found.text_to_video.eq(1).all()
-    assert found.video_to_text.eq(1).all()
+    actual = ranks(torch.eye(20, dtype=torch.bfloat16), torch.arange(20))
+    assert isinstance(actual, Ranks)
+    assert actual.text_to_video.eq(1).all()
+    assert actual.video_to_text.eq(1).all()
 
 
-def test_ranks_below_10_enter_no_recall() -> None:
+def test_ranks_above_10_do_not_count_for_recall() -> None:
     similarity = torch.arange(12.0).repeat(12, 1)
     metrics = retrieval_metrics(similarity, torch.zeros(12).long())
     assert metrics.text_to_video.recall_at_10 == 0
@@ -116,6 +116,6 @@ def test_ranks_below_10_enter_no_recall() -> None:
         (torch.zeros(0, 2), [], "at least one text"),
     ],
 )
-def test_refusals_name_what_is_wrong(similarity: Tensor, text_video: list[int], named: str) -> None:
+def test_errors_name_the_entry(similarity: Tensor, text_video: list[int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         retrieval_metrics(similarity, torch.tensor(text_video, dtype=torch.int64))

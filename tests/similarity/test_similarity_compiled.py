@@ -1,4 +1,4 @@
-"""The compiled kernels equal the reference, value and every gradient; without them torch serves."""
+"""The compiled kernels: threads, limits, the build, and the torch backend as a fallback."""
 
 import json
 import os
@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_similarity import assert_same, example, with_gradients
+from builders.similarity_inputs import (
+    assert_all_close,
+    scores_and_gradients,
+    similarity_inputs,
+)
 from torch import Tensor
 
 from tvr.kernels import reference
 from tvr.kernels.backends import cpu_build
-from tvr.kernels.backends.cpu import MOST_SLOTS
+from tvr.kernels.backends.cpu import MAX_SLOTS
 from tvr.kernels.similarity import dmae_similarity
 
 
@@ -23,30 +27,30 @@ def _kernels() -> None:
     assert name == "compiled", reason
 
 
-def test_words_part_does_not_depend_on_the_threads() -> None:
-    # To the last bit, unlike the sentence's plain matrix products.
-    arguments = example(70, 70, 9, 7, width=24, dtype=torch.float32)
+def test_word_part_does_not_depend_on_the_number_of_threads() -> None:
+    # Bit for bit. The sentence part is a plain matrix product, which torch may split by threads.
+    arguments = similarity_inputs(70, 70, 9, 7, width=24, dtype=torch.float32)
 
-    def words_part(sentence: Tensor, **rest: Tensor) -> Tensor:
+    def word_part(sentence: Tensor, **rest: Tensor) -> Tensor:
         return dmae_similarity(None, **rest, backend="compiled")
 
     before = torch.get_num_threads()
-    one = with_gradients(words_part, arguments)
+    one = scores_and_gradients(word_part, arguments)
     torch.set_num_threads(3)
     try:
-        three = with_gradients(words_part, arguments)
+        three = scores_and_gradients(word_part, arguments)
     finally:
         torch.set_num_threads(before)
     for name, value in one.items():
         assert torch.equal(three[name], value), name
 
 
-def test_more_slots_than_a_byte_counts_take_the_torch_tiles() -> None:
-    most = example(2, 2, MOST_SLOTS, 3)
-    more = example(2, 2, MOST_SLOTS + 1, 3)
-    assert_same(
-        with_gradients(dmae_similarity, most, backend="compiled"),
-        with_gradients(reference.dmae_similarity, most),
+def test_more_slots_than_one_byte_can_index_use_the_torch_tiles() -> None:
+    most = similarity_inputs(2, 2, MAX_SLOTS, 3)
+    more = similarity_inputs(2, 2, MAX_SLOTS + 1, 3)
+    assert_all_close(
+        scores_and_gradients(dmae_similarity, most, backend="compiled"),
+        scores_and_gradients(reference.dmae_similarity, most),
         rtol=1e-10,
         atol=1e-10,
     )
@@ -56,14 +60,14 @@ def test_more_slots_than_a_byte_counts_take_the_torch_tiles() -> None:
         dmae_similarity(**more, backend="compiled")
 
 
-def test_refused_options_are_named() -> None:
+def test_errors_name_the_option() -> None:
     with pytest.raises(ValueError, match="backend='cuda' must be one of compiled, torch"):
-        dmae_similarity(**example(), backend="cuda")
+        dmae_similarity(**similarity_inputs(), backend="cuda")
     with pytest.raises(ValueError, match="chunk=2 is for backend='torch'"):
-        dmae_similarity(**example(), backend="compiled", chunk=2)
+        dmae_similarity(**similarity_inputs(), backend="compiled", chunk=2)
 
 
-# Run elsewhere: a process decides once which backend it has.
+# Runs in a subprocess, because a process selects its backend once.
 SCORE = """
 import json, logging, torch
 logging.basicConfig(format="%(message)s")
@@ -75,7 +79,7 @@ print(json.dumps([cpu_build.available_backend(), scores]))
 """
 
 
-def score_elsewhere(
+def score_in_subprocess(
     arguments: dict[str, Tensor], folder: Path, **environment: str
 ) -> subprocess.Popen[str]:
     path = folder / "arguments.pt"
@@ -90,49 +94,49 @@ def score_elsewhere(
     )
 
 
-# A compiler that answers torch's questions but cannot compile; one that answers nothing.
+# A compiler that reports its version but cannot compile, and one that always fails.
 FAILING = {
     "fails": 'case "$*" in *.cpp*) echo "x.cpp:1: error: no such machine" >&2; exit 1;; esac\n'
     'exec c++ "$@"',
-    "mute": "exit 1",
+    "silent": "exit 1",
 }
 
 
 @pytest.mark.parametrize(
-    ("compiler", "telling"),
+    ("compiler", "message"),
     [
         ("missing", "/missing' is not on PATH"),
         ("fails", "error: no such machine"),
-        ("mute", "returned non-zero exit status 1"),
+        ("silent", "returned non-zero exit status 1"),
     ],
 )
-def test_without_a_compiler_torch_serves_and_says_why_once(
-    compiler: str, telling: str, tmp_path: Path
+def test_without_a_compiler_the_torch_backend_is_used_and_the_reason_logged_once(
+    compiler: str, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / compiler
     if compiler in FAILING:
         path.write_text(f"#!/bin/sh\n{FAILING[compiler]}\n")
         path.chmod(0o755)
-    arguments = example()
-    out, err = score_elsewhere(arguments, tmp_path, CXX=str(path)).communicate(timeout=120)
+    arguments = similarity_inputs()
+    out, err = score_in_subprocess(arguments, tmp_path, CXX=str(path)).communicate(timeout=120)
     assert out, err
     (name, reason), scores = json.loads(out)
     assert name == "torch"
-    assert telling in reason
+    assert message in reason
     assert err.count(reason) == 1
     expected = reference.dmae_similarity(**arguments)
-    for found in scores:
-        torch.testing.assert_close(torch.tensor(found).double(), expected, rtol=1e-6, atol=1e-6)
+    for actual in scores:
+        torch.testing.assert_close(torch.tensor(actual).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_processes_that_build_at_once_share_one_quiet_build(tmp_path: Path) -> None:
-    # The folder of the build as a killed builder leaves it: torch's own lock would wait forever.
+def test_concurrent_processes_share_one_build_and_print_nothing(tmp_path: Path) -> None:
+    # A killed build leaves torch's lock file, which would block every later build.
     built = Path(cpu_build.available_backend()[1])
     stale = tmp_path / "extensions" / built.name
     stale.mkdir(parents=True)
     (stale / "lock").touch()
-    arguments = example()
-    started = [score_elsewhere(arguments, tmp_path) for _ in range(2)]
+    arguments = similarity_inputs()
+    started = [score_in_subprocess(arguments, tmp_path) for _ in range(2)]
     for process in started:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err

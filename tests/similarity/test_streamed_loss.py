@@ -1,19 +1,24 @@
-"""The streamed loss equals the losses of the whole table: value, every gradient, any ranks."""
+"""The streamed loss equals the loss of stored scores: value and gradients, for any ranks."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from builders.ranks_in_threads import ThreadCollectives, on_ranks
+from builders.similarity_inputs import (
+    FEATURES,
+    assert_all_close,
+    similarity_inputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_similarity import FEATURES, assert_same, example
 from torch import Tensor
 
 from tvr.kernels import reference
 from tvr.kernels.backends import cpu_build
 from tvr.kernels.checks import INTERACTIONS
-from tvr.kernels.losses import SINGLE_RANK, LossTerms, row_loss
+from tvr.kernels.losses import LossTerms, row_loss
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 
@@ -26,17 +31,17 @@ PAIRS = 7
 CHUNKS = (1, 3, 100, None)
 
 
-def of_whole_table(
+def loss_of_reference(
     arguments: dict[str, Tensor], rule: LossRule, ids: Tensor | None = None, **options
 ) -> tuple[LossTerms, dict[str, Tensor]]:
     leaves = {n: x.clone().requires_grad_(n in FEATURES) for n, x in arguments.items()}
-    table = reference.dmae_similarity(**leaves, **options)
-    terms = row_loss(table, rule, row_offset=0, collectives=SINGLE_RANK, video_ids=ids)
+    scores = reference.dmae_similarity(**leaves, **options)
+    terms = row_loss(scores, rule, row_offset=0, collectives=SINGLE_RANK, video_ids=ids)
     terms.loss.backward()
     return terms, {n: x.grad for n, x in leaves.items() if x.grad is not None}
 
 
-def streamed(
+def loss_of_tiles(
     arguments: dict[str, Tensor], rule: LossRule, **options
 ) -> tuple[LossTerms, dict[str, Tensor]]:
     leaves = {n: x.clone().requires_grad_(n in FEATURES) for n, x in arguments.items()}
@@ -46,12 +51,12 @@ def streamed(
 
 
 def assert_equal(
-    found: tuple[LossTerms, dict[str, Tensor]], expected: tuple[LossTerms, dict[str, Tensor]]
+    actual: tuple[LossTerms, dict[str, Tensor]], expected: tuple[LossTerms, dict[str, Tensor]]
 ) -> None:
     for name in LossTerms.__dataclass_fields__:
-        got, want = (getattr(terms, name).detach() for terms in (found[0], expected[0]))
+        got, want = (getattr(terms, name).detach() for terms in (actual[0], expected[0]))
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
-    assert_same(found[1], expected[1], rtol=1e-9, atol=1e-12)
+    assert_all_close(actual[1], expected[1], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("keep_scores", [False, True])
@@ -61,29 +66,29 @@ def assert_equal(
 def test_equals_the_reference(
     interaction: str, neighbours: bool, rule: str, keep_scores: bool
 ) -> None:
-    arguments = example(PAIRS, PAIRS)
+    arguments = similarity_inputs(PAIRS, PAIRS)
     ids = torch.tensor([0, 1, 2, 1, 3, 4, 0])
     options = {"interaction": interaction, "neighbour_frames": neighbours}
-    expected = of_whole_table(arguments, RULES[rule], ids, **options)
+    expected = loss_of_reference(arguments, RULES[rule], ids, **options)
     options |= {"video_ids": ids, "keep_scores": keep_scores}
     for chunk in CHUNKS:
-        found = streamed(arguments, RULES[rule], chunk=chunk, **options)
-        assert_equal(found, expected)
+        actual = loss_of_tiles(arguments, RULES[rule], chunk=chunk, **options)
+        assert_equal(actual, expected)
 
 
-def test_torch_tiles_serve_where_there_are_no_compiled_kernels(
+def test_torch_tiles_are_used_without_compiled_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = example(PAIRS, PAIRS)
-    expected = of_whole_table(arguments, RULES["log"])
+    arguments = similarity_inputs(PAIRS, PAIRS)
+    expected = loss_of_reference(arguments, RULES["log"])
     monkeypatch.setattr(cpu_build, "available_backend", lambda: ("torch", "for this test"))
     for chunk in CHUNKS:
-        assert_equal(streamed(arguments, RULES["log"], chunk=chunk), expected)
+        assert_equal(loss_of_tiles(arguments, RULES["log"], chunk=chunk), expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_pass_gradcheck(rule: str) -> None:
-    arguments = example(3, 3, 3, 3, width=4, seed=5)
+    arguments = similarity_inputs(3, 3, 2, 2, width=3, seed=5)
     features = [arguments[name].clone().requires_grad_() for name in FEATURES]
 
     def loss(*inputs: Tensor) -> Tensor:
@@ -93,26 +98,26 @@ def test_gradients_pass_gradcheck(rule: str) -> None:
     assert torch.autograd.gradcheck(loss, features)
 
 
-class Passing:
-    """An `Exchange` among threads: every rank's videos are a piece, this rank's the first."""
+class ThreadExchange:
+    """An `Exchange` between threads: one block per rank, this rank's block first."""
 
     def __init__(self, collectives: ThreadCollectives, counts: list[int]) -> None:
         self.collectives, self.counts = collectives, counts
 
     def visit(self, mine: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        everyone = [self.collectives.everyones(x) for x in mine]
+        gathered = [self.collectives.gather(x) for x in mine]
         ranks = range(len(self.counts))
         for rank in ((self.collectives.rank + i) % len(ranks) for i in ranks):
-            yield sum(self.counts[:rank]), tuple(x[rank] for x in everyone)
+            yield sum(self.counts[:rank]), tuple(x[rank] for x in gathered)
 
     def visit_backward(
         self,
         mine: tuple[Tensor, ...],
         gradients: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
-        found = {column: gradients(column, piece) for column, piece in self.visit(mine)}
-        parts = zip(*(found[column] for column in sorted(found)), strict=True)
-        whole = [torch.stack(self.collectives.everyones(torch.cat(p))).sum(0) for p in parts]
+        actual = {column: gradients(column, block) for column, block in self.visit(mine)}
+        parts = zip(*(actual[column] for column in sorted(actual)), strict=True)
+        whole = [torch.stack(self.collectives.gather(torch.cat(p))).sum(0) for p in parts]
         rank = self.collectives.rank
         return tuple(x.split(self.counts)[rank] for x in whole)
 
@@ -128,18 +133,18 @@ class Passing:
 def test_does_not_depend_on_the_split_over_ranks(
     rule: str, counts: list[int], chunk: int, seed: int, keep_scores: bool
 ) -> None:
-    arguments = example(sum(counts), sum(counts), seed=seed)
-    expected, whole = of_whole_table(arguments, RULES[rule])
+    arguments = similarity_inputs(sum(counts), sum(counts), seed=seed)
+    expected, whole = loss_of_reference(arguments, RULES[rule])
     shards = {name: x.split(counts) for name, x in arguments.items()}
 
     def work(collectives: ThreadCollectives, rank: int) -> tuple[LossTerms, dict[str, Tensor]]:
-        return streamed(
+        return loss_of_tiles(
             {name: parts[rank] for name, parts in shards.items()},
             RULES[rule],
             row_offset=sum(counts[:rank]),
             num_pairs=sum(counts),
             collectives=collectives,
-            exchange=Passing(collectives, counts),
+            exchange=ThreadExchange(collectives, counts),
             keep_scores=keep_scores,
             chunk=chunk,
         )
@@ -149,12 +154,12 @@ def test_does_not_depend_on_the_split_over_ranks(
         total = torch.stack([getattr(terms, name).detach() for terms, _ in results]).sum()
         torch.testing.assert_close(total, getattr(expected, name).detach(), rtol=1e-10, atol=1e-13)
     joined = {name: torch.cat([grads[name] for _, grads in results]) for name in whole}
-    assert_same(joined, whole, rtol=1e-9, atol=1e-12)
+    assert_all_close(joined, whole, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_is_kept_for_a_pair() -> None:
-    def kept(pairs: int) -> int:
-        arguments = example(pairs, pairs, 3, 2, width=4, dtype=torch.float32)
+def test_saved_memory_is_linear_in_the_pairs() -> None:
+    def saved_bytes(pairs: int) -> int:
+        arguments = similarity_inputs(pairs, pairs, 3, 2, width=4, dtype=torch.float32)
         leaves = {n: x.requires_grad_(n in FEATURES) for n, x in arguments.items()}
         seen: dict[int, int] = {}
 
@@ -167,14 +172,14 @@ def test_nothing_is_kept_for_a_pair() -> None:
         assert terms.loss.requires_grad
         return sum(seen.values())
 
-    small, middle, large = (kept(pairs) for pairs in (64, 128, 256))
+    small, middle, large = (saved_bytes(pairs) for pairs in (64, 128, 256))
     assert large - middle == 2 * (middle - small)
 
 
-def test_refusals_name_what_is_wrong() -> None:
+def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="chunk=0"):
-        streamed_loss(**example(3, 3), rule=RULES["log"], chunk=0)
+        streamed_loss(**similarity_inputs(3, 3), rule=RULES["log"], chunk=0)
     with pytest.raises(ValueError, match="row_offset=2"):
-        streamed_loss(**example(3, 3), rule=RULES["log"], row_offset=2, num_pairs=4)
+        streamed_loss(**similarity_inputs(3, 3), rule=RULES["log"], row_offset=2, num_pairs=4)
     with pytest.raises(ValueError, match="mode='plain'"):
         LossRule("plain")

@@ -35,13 +35,13 @@ def test_weight_layer_applies_relu_between_its_linears() -> None:
     torch.testing.assert_close(layer(x), last(first(x).clamp_min(0)).squeeze(1))
 
 
-def test_layers_take_raised_features_when_kept_in_bfloat16() -> None:
+def test_bfloat16_layers_accept_float32_features() -> None:
     x, mask = torch.randn(2, 5, 8), torch.ones(2, 5).long()
     assert TokenWeightLayer(8).bfloat16()(x).dtype == torch.bfloat16
     header = SequenceHeader(8, num_layers=1)
     expected = header(x, mask)
-    found = header.bfloat16()(x, mask)
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+    actual = header.bfloat16()(x, mask)
+    torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(32, 1), (64, 1), (128, 2)])
@@ -51,7 +51,7 @@ def test_header_has_a_head_per_64_features(width: int, heads: int) -> None:
     assert header.positions.shape == (77, width)
 
 
-def test_masked_frames_are_no_keys() -> None:
+def test_masked_frames_are_not_attended_to() -> None:
     header = SequenceHeader(128, num_layers=2).double()
     frames, mask = torch.randn(2, 6, 128).double(), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
     changed = frames.clone()
@@ -59,11 +59,11 @@ def test_masked_frames_are_no_keys() -> None:
     first, second = header(frames, mask), header(changed, mask)
     torch.testing.assert_close(first[1, :3], second[1, :3])
     assert (first[1, 3:] - second[1, 3:]).abs().min() > 0
-    # Nor does their number matter.
+    # The number of masked frames does not matter either.
     torch.testing.assert_close(header(frames[1:, :3], mask[1:, :3]), first[1:, :3])
 
 
-def test_header_sees_the_order_of_frames() -> None:
+def test_header_depends_on_the_order_of_frames() -> None:
     header = SequenceHeader(16, num_layers=1).double()
     frames, mask = torch.randn(1, 4, 16).double(), torch.ones(1, 4).long()
     assert not torch.allclose(header(frames.flip(1), mask), header(frames, mask).flip(1))
@@ -91,6 +91,6 @@ def test_gradients_of_the_header_pass_gradcheck() -> None:
         ),
     ],
 )
-def test_refusals_name_what_is_wrong(call, named: str) -> None:
+def test_errors_name_the_argument(call, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         call()
