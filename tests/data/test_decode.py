@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 
@@ -135,6 +136,7 @@ def packet_ends(video: bytes) -> list[int]:
         return [packet.pos + packet.size for packet in packets if packet.size]
 
 
+@functools.cache
 def broken_videos() -> dict[str, tuple[bytes, str]]:
     whole = numbered_video(30, faststart=True)
     ends = packet_ends(whole)

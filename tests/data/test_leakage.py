@@ -33,10 +33,13 @@ def pack(folder: Path, *clips: tuple[str, str, int, str]) -> str:
     return url
 
 
-@pytest.fixture
-def train(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pack(
-        tmp_path / "train", ("a", "va", 1, "one"), ("b", "vb", 2, "two"), ("c", "vc", 3, "three")
+        tmp_path_factory.mktemp("train") / "clips",
+        ("a", "va", 1, "one"),
+        ("b", "vb", 2, "two"),
+        ("c", "vc", 3, "three"),
     )
 
 
@@ -95,6 +98,7 @@ def test_equal_captions_are_counted_but_no_problem(train: str, tmp_path: Path) -
 
 def test_unreadable_captions_of_the_other_set_are_counted(train: str, tmp_path: Path) -> None:
     test = pack(tmp_path / "test", ("d", "vd", 4, "two"), ("e", "ve", 5, "three"))
+    train = str(shutil.copytree(train, tmp_path / "train"))
     (Path(train) / "shard-000000.tar").unlink()  # a and b
     report = verify_dataset(test, against=[train])
     assert problems(report) == []
