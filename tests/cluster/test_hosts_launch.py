@@ -7,12 +7,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from builders.slurm_cluster import free_ports
+from builders.slurm_cluster import free_ports, until
 
 from tvr.launchers import restart_loop
 from tvr.launchers.launch_cli import launch
@@ -82,7 +81,7 @@ def test_signal_reaches_the_ranks_of_all_hosts(folder: Path) -> None:
     command = launch_arguments(folder, sys.executable, str(folder / "rank.py"), str(folder))
     job = subprocess.Popen([sys.executable, "-m", "tvr.launchers.cli", "launch", *command])
     try:
-        until(lambda: len(rank_files(folder)) == 2)
+        until(lambda: len(rank_files(folder)) == 2, "both ranks have started")
         job.send_signal(signal.SIGTERM)
         assert job.wait(60) == 3
     finally:
@@ -173,10 +172,3 @@ def test_restarts_without_a_cluster(
     policy = RestartPolicy(max_failures=3, back_off_s=5)
     assert run_with_restarts(lambda: remaining.pop(0), policy, None) == code
     assert (len(exits) - len(remaining), waited) == (starts, waits)
-
-
-def until(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, f"not so after {timeout_s} s"
-        time.sleep(0.05)

@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from builders.slurm_cluster import until
 
 from tvr.launchers.launch_cli import launch
 from tvr.launchers.process import is_running, path_with_scripts
@@ -120,7 +120,7 @@ def test_rank_that_died_or_exited_with_an_error_has_failed() -> None:
     running = RankRecord(rank=0, pid=process.pid, code=None)
     assert not has_failed(running)
     process.kill()
-    _until(lambda: has_failed(running))  # a zombie until it is waited for
+    until(lambda: has_failed(running), "the process is a zombie")
     process.wait()
     assert has_failed(running)
     assert [has_failed(replace(running, code=code)) for code in (0, 3)] == [False, True]
@@ -178,51 +178,66 @@ time.sleep(120)
 """
 
 
+@dataclass(frozen=True, slots=True)
+class WaitingJob:
+    """A launcher whose two ranks wait for a signal."""
+
+    folder: Path
+    launcher: subprocess.Popen[bytes]
+
+    def pids(self) -> list[int]:
+        """Process IDs of the ranks, once both have started."""
+        files = [self.folder / "pid-0", self.folder / "pid-1"]
+        until(
+            lambda: all(file.exists() for file in files) or self.launcher.poll() is not None,
+            "both ranks have started",
+        )
+        assert self.launcher.poll() is None
+        return [int(file.read_text()) for file in files]
+
+
+@pytest.fixture(scope="module")
+def waiting_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, WaitingJob]]:
+    """One job for each signal, started at the same time."""
+    jobs: dict[int, WaitingJob] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+            folder = tmp_path_factory.mktemp(number.name)
+            line = [sys.executable, "-m", "tvr.launchers.cli", "launch", "local", "--ranks", "2"]
+            line += ["--", sys.executable, _script(folder, WAIT), str(folder)]
+            jobs[number] = WaitingJob(folder, subprocess.Popen(line))
+        yield jobs
+    finally:
+        for job in jobs.values():
+            job.launcher.kill()
+            job.launcher.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_reach_every_rank(number: signal.Signals, tmp_path: Path) -> None:
-    launcher, pids = _start_waiting_ranks(tmp_path)
-    launcher.send_signal(number)
-    assert launcher.wait(60) == 3
-    got = {path.name: path.read_text() for path in tmp_path.glob("got-*")}
+def test_signals_reach_every_rank(
+    number: signal.Signals, waiting_jobs: dict[int, WaitingJob]
+) -> None:
+    job = waiting_jobs[number]
+    pids = job.pids()
+    job.launcher.send_signal(number)
+    assert job.launcher.wait(60) == 3
+    got = {path.name: path.read_text() for path in job.folder.glob("got-*")}
     assert got == {"got-0": str(number.value), "got-1": str(number.value)}
     assert not [pid for pid in pids if is_running(pid)]
 
 
-def test_killed_launcher_leaves_no_ranks(tmp_path: Path) -> None:
-    launcher, pids = _start_waiting_ranks(tmp_path)
-    launcher.kill()
-    launcher.wait(60)
-    _until(lambda: not [pid for pid in pids if is_running(pid)])
-
-
-def _start_waiting_ranks(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
-    line = ["--ranks", "2", "--", sys.executable, _script(folder, WAIT), str(folder)]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "tvr.launchers.cli", "launch", "local", *line]
-    )
-    files = [folder / "pid-0", folder / "pid-1"]
-    try:
-        _until(lambda: all(file.exists() for file in files) or launcher.poll() is not None)
-        assert launcher.poll() is None
-    except BaseException:
-        launcher.kill()
-        launcher.wait()
-        raise
-    return launcher, [int(file.read_text()) for file in files]
+def test_killed_launcher_leaves_no_ranks(waiting_jobs: dict[int, WaitingJob]) -> None:
+    job = waiting_jobs[signal.SIGKILL]
+    pids = job.pids()
+    job.launcher.kill()
+    job.launcher.wait(60)
+    until(lambda: not [pid for pid in pids if is_running(pid)], "the ranks end")
 
 
 def _script(folder: Path, text: str) -> str:
     path = folder / "rank.py"
     path.write_text(text)
     return str(path)
-
-
-def _until(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"condition not met within {timeout_s} s")
-        time.sleep(0.05)
 
 
 def test_end_process_flushes_output_and_runs_exit_functions() -> None:
