@@ -124,7 +124,7 @@ def _damage(storage: StorageFolder, folder: str, name: str, record: FileRecord) 
     except MISSING_FILE_ERRORS as error:
         return f"{path}: {type(error).__name__}: {error}"
     if num_bytes != record.num_bytes:
-        return f"{path}: {num_bytes} bytes, the manifest says {record.num_bytes}"
+        return f"{path}: {num_bytes} bytes, the manifest lists {record.num_bytes}"
     if digest.hexdigest() != record.sha256:
         return f"{path}: its sha256 differs from the manifest's"
     return None

@@ -42,7 +42,7 @@ COLLECT_S = 5.0
 EXIT_AFTER_FAILURE_S = 10.0
 MIN_LIMIT_S = 60.0
 START_LIMIT_S = 1800.0
-# The first steps compile kernels and fill caches, so their median says nothing.
+# Fewer steps give no useful median: the first ones compile kernels and fill caches.
 FIRST_STEPS = 3
 MEDIAN_OF = 50
 
