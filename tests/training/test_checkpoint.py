@@ -81,8 +81,8 @@ def test_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
 
 def test_manifest_lists_every_file_of_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    ended = save(saver(folder, tmp_path), 3)
-    assert (ended.step, ended.error) == (3, None)
+    result = save(saver(folder, tmp_path), 3)
+    assert (result.step, result.error) == (3, None)
     assert names(folder) == ["latest", "step-00000003"]
     assert (folder / "latest").read_text() == "step-00000003\n"
     written = {str(p.relative_to(folder / "step-00000003")) for p in all_files(folder)}
@@ -94,7 +94,7 @@ def test_manifest_lists_every_file_of_a_checkpoint(tmp_path: Path) -> None:
         "shards/model.pt",
         "shards/optimiser.pt",
     }
-    assert ended.num_bytes == sum(p.stat().st_size for p in all_files(folder)) - manifest_bytes(
+    assert result.num_bytes == sum(p.stat().st_size for p in all_files(folder)) - manifest_bytes(
         folder
     )
 
@@ -169,17 +169,17 @@ def test_passing_read_error_is_no_damage(
     for step in (3, 6):
         save(writer, step)
 
-    def stale(of: Callable[..., Any]) -> Callable[..., Any]:
+    def stale(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(storage: StorageFolder, file: str) -> Any:
             if file == f"step-00000006/{name}":
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            return of(storage, file)
+            return method(storage, file)
 
         return call
 
     with monkeypatch.context() as patch:
-        for method in ("read", "open_read"):
-            patch.setattr(StorageFolder, method, stale(getattr(StorageFolder, method)))
+        for attribute in ("read", "open_read"):
+            patch.setattr(StorageFolder, attribute, stale(getattr(StorageFolder, attribute)))
         with pytest.raises(PreflightFailed, match=r"06 cannot be read now: .*Stale") as refused:
             find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert refused.value.rank == 0  # the launcher may start the job again
@@ -252,17 +252,17 @@ def test_background_save_is_invisible_before_publication(tmp_path: Path) -> None
     assert names(folder) == [".step-00000003.attempt-1.partial"]
     assert writer.advance() == []
     wait_until_ready(writer)
-    (ended,) = writer.advance()
-    assert ended.error is None
+    (result,) = writer.advance()
+    assert result.error is None
     assert not writer.is_ready
     assert names(folder) == ["latest", "step-00000003"]
     # A save waits for an unfinished one.
     assert writer.save(state(6), lambda copy: stage(6.0)) == []
-    (ended,) = writer.save(state(9), lambda copy: stage(9.0))
-    assert (ended.step, ended.error) == (6, None)
-    assert (ended.background, ended.no_room) == (True, None)
-    (ended,) = writer.finish()
-    assert (ended.step, ended.error) == (9, None)
+    (result,) = writer.save(state(9), lambda copy: stage(9.0))
+    assert (result.step, result.error) == (6, None)
+    assert (result.background, result.no_room) == (True, None)
+    (result,) = writer.finish()
+    assert (result.step, result.error) == (9, None)
     assert writer.finish() == []
 
 
@@ -334,11 +334,11 @@ def test_without_memory_for_a_copy_steps_wait_and_one_warning_is_logged(
         return stage(1.0)
 
     for step in (3, 6):
-        (ended,) = writer.save(state(step), staged)
-        assert (ended.step, ended.error) == (step, None)
-        assert not ended.background
-        assert ended.no_room is not None
-        assert "3e-06 GB are free" in ended.no_room
+        (result,) = writer.save(state(step), staged)
+        assert (result.step, result.error) == (step, None)
+        assert not result.background
+        assert result.no_room is not None
+        assert "3e-06 GB are free" in result.no_room
     assert not any(copies)
     (line,) = caplog.messages
     assert "not written in the background" in line
@@ -365,13 +365,13 @@ def test_full_disk_costs_one_checkpoint_only(tmp_path: Path, background: bool) -
     writer.save(state(3), lambda copy: stage(3.0))
     writer.finish()
     with limited_file_size(2000):
-        ended = [*writer.save(state(6), lambda copy: stage(6.0)), *writer.finish()]
-    assert len(ended) == 1
-    assert ended[0].error is not None
-    assert "rank 0: OSError: [Errno 27] File too large" in ended[0].error
+        results = [*writer.save(state(6), lambda copy: stage(6.0)), *writer.finish()]
+    assert len(results) == 1
+    assert results[0].error is not None
+    assert "rank 0: OSError: [Errno 27] File too large" in results[0].error
     assert names(folder) == ["latest", "step-00000003"]
-    ended = [*writer.save(state(9), lambda copy: stage(9.0)), *writer.finish()]
-    assert ended[0].error is None
+    results = [*writer.save(state(9), lambda copy: stage(9.0)), *writer.finish()]
+    assert results[0].error is None
     assert names(folder) == ["latest", "step-00000003", "step-00000009"]
 
 

@@ -78,7 +78,7 @@ def test_repeatedly_killed_run_ends_as_an_uninterrupted_one(
     file.write_text(to_json(config))
     whole, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     assert jobs.run_forked(file, whole, RANKS) == [0, 0]
-    draw, span = random.Random(SEED + zero_stage), STEPS // KILLS - 1
+    draw, span = random.Random(SEED + zero_stage), (STEPS - 4) // KILLS
     for attempt in range(KILLS):
         rank, in_a_save = (attempt + zero_stage) % RANKS, attempt >= KILLS // 2
         step = attempt * span + draw.randint(1, span)

@@ -64,7 +64,7 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path, precision: st
     results = {}
     for source in sorted(folder.iterdir()):
         for stage in STAGES:
-            # A move of ranks does not depend on the precision, so bf16 loads the 2-rank states only.
+            # Moving ranks does not depend on the precision: bf16 loads the 2-rank states only.
             if precision == "bf16" and (stage == 0 or source.name.endswith("-1")):
                 continue
             config = settings(data, stage, world_size, precision)
