@@ -6,7 +6,7 @@ not hard; the penalty is one mean over all hard pairs of the square.
 """
 
 import pytest
-from builders.golden.archives import assert_equals_golden, tensor
+from builders.golden.archives import assert_all_compared, assert_equals_golden, tensor
 from builders.golden.losses import CASES, FILE, results
 
 from tvr.kernels.losses import row_neg_nce
@@ -27,3 +27,7 @@ def test_clamped_positives_are_counted() -> None:
     assert terms.clamped_share.item() == pytest.approx(clamped / (2 * len(scores)))
     hard = tensor(FILE, "n5_saturated.hard")
     assert terms.hard_negatives_per_row.item() == pytest.approx(hard.sum().item() / len(scores))
+
+
+def test_every_result_of_the_losses_is_compared() -> None:
+    assert_all_compared(FILE, [name for case in CASES for name in results(case)])

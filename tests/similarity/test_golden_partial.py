@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from builders.golden.archives import assert_equals_golden, tensor
+from builders.golden.archives import assert_all_compared, assert_equals_golden, tensor
 from builders.golden.partial import (
     PREDICTORS,
     SELECTORS,
@@ -75,3 +75,15 @@ def test_frame_predictor_gets_no_gradient_as_published() -> None:
     word_side = [x for name, x in result.items() if re.search(r"grad\.param\.v2t_", name)]
     assert all(x.count_nonzero() == 0 for x in frame_side)
     assert all(x.count_nonzero() > 0 for x in word_side)
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in TPM_CASES}))
+def test_every_result_of_tpm_cl_is_compared(file: str) -> None:
+    cases = [case for case in TPM_CASES if case[0] == file]
+    assert_all_compared(file, [name for case in cases for name in tpm_results(*case)])
+
+
+def test_every_result_of_predictors_and_selectors_is_compared() -> None:
+    names = [name for case in PREDICTORS for name in predictor_results(case)]
+    names += [name for case in SELECTORS for name in selector_results(case)]
+    assert_all_compared("predictors.npz", names)

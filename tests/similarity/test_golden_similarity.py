@@ -8,8 +8,8 @@ passes its gradient to the first of equal entries.
 
 import pytest
 import torch
-from builders.golden.archives import assert_equals_golden, tensor
-from builders.golden.similarity import CASES, WAYS, header_results, results, weight_layer
+from builders.golden.archives import GOLDEN_DIR, assert_all_compared, assert_equals_golden, tensor
+from builders.golden.similarity import CASES, FILES, WAYS, header_results, results, weight_layer
 
 from tvr.kernels import similarity
 
@@ -46,3 +46,17 @@ def test_float32_scores_are_within_1e5_of_the_golden_arrays(case: str) -> None:
     assert scores.dtype == torch.float32
     expected = tensor(file, f"{case}.sim").float()
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_result_of_the_similarity_is_compared(file: str) -> None:
+    cases = [case for case in CASES if case[0] == file]
+    assert_all_compared(file, [name for case in cases for name in results(*case)])
+
+
+def test_every_result_of_the_sequence_header_is_compared() -> None:
+    assert_all_compared("seqtransf.npz", header_results())
+
+
+def test_all_golden_files_exist() -> None:
+    assert len(list(GOLDEN_DIR.glob("*.npz"))) == 12
