@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
 from tvr.trainer.exit_reporting import report_training_error, run_training_command
 from tvr.trainer.recipes.recipes import RECIPES, recipe
+from tvr.trainer.run_files import CONFIG
 
 # Without a name, the sections' flags are --train.steps instead of --settings.train.steps.
 Flags: TypeAlias = Annotated[Config, tyro.conf.arg(name="")]
@@ -272,8 +274,13 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
 
 
 def _write_report(run_dir: Path) -> Path:
-    from tvr.trainer.evaluation.saved_run import thumbnail_reader
     from tvr.trainer.pages.report import write_report
+
+    config = run_dir / CONFIG
+    if not config.exists() or json.loads(config.read_text())["data"]["test"] is None:
+        return write_report(run_dir)
+    # Reading the frames of test clips imports torch.
+    from tvr.trainer.evaluation.saved_run import thumbnail_reader
 
     return write_report(run_dir, thumbnails=thumbnail_reader(run_dir))
 

@@ -13,10 +13,8 @@ stalls/           where the ranks of a job were that got stuck (watchdog.py)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.launchers.atomic_write import write_atomically
@@ -24,9 +22,8 @@ from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest_check
 from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.records import Evaluation
+from tvr.trainer.run_files import CONFIG, EVALUATION, named_settings
 
-CONFIG = "config.json"
-EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 
 # What may differ when a run goes on, since no result depends on it.
@@ -126,15 +123,6 @@ def evaluated_step(run_dir: Path) -> int | None:
     return json.loads(path.read_text())["step"] if path.exists() else None
 
 
-def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its full name, such as train.steps."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _claim(run_dir: Path, config: Config, world_size: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
@@ -145,7 +133,7 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
         differing = [
             f"{name} was {was!r}, is {now!r}"
             for (name, was), (_, now) in zip(
-                leaves(asdict(before)), leaves(asdict(config)), strict=True
+                named_settings(asdict(before)), named_settings(asdict(config)), strict=True
             )
             if was != now and name not in FREE | ROUNDING
         ]

@@ -6,62 +6,46 @@ import json
 import os
 import threading
 import time
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from builders.run_logs import (
+    STEPS,
+    evaluation_event,
+    save_event,
+    settings,
+    step_event,
+    write_run,
+)
 from builders.scraping import RUN_GAUGES
-from test_report import evaluation, step
 
+from tvr.data_prep.exporter.metrics_table import MetricTable, MetricValues
 from tvr.launchers.cli import main as tvr
-from tvr.trainer.config import Config, DataConfig, TrainConfig, merged, to_json
+from tvr.trainer.config import to_json
+from tvr.trainer.monitoring.cli import markdown_page
+from tvr.trainer.monitoring.field_metric import export_field, field_metrics, metric, table_rows
 from tvr.trainer.monitoring.metrics import TRAINING
 from tvr.trainer.monitoring.run_log import read_log
-from tvr.trainer.monitoring.step_record import ALL_PARTS
+from tvr.trainer.monitoring.step_record import ALL_PARTS, MonitoredStepRecord, log_event
 from tvr.trainer.pages import dashboard
 from tvr.trainer.pages.dashboard import read_run, write_dashboard
 from tvr.trainer.pages.history import MOST_POINTS, Curve, history, thinned
 from tvr.trainer.pages.panels import panel_specs, panels
 
-STEPS = 4
-SAVED = {"event": "saved", "num_bytes": 1000, "held_up_s": 0.5, "seconds": 2.0}
-
-
-def settings(**overrides: Any) -> Config:
-    base = Config(
-        data=DataConfig(train="train", test="test", num_frames=3),
-        train=TrainConfig(steps=STEPS, global_batch=8, micro_batch=8),
-    )
-    return merged(base, overrides, where="test")
-
-
-def write_run(folder: Path, *events: dict[str, Any], **overrides: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(to_json(settings(**overrides)))
-    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    return folder
-
-
-def logged(number: int, **changed: Any) -> dict[str, Any]:
-    more = {"penalty": 0.1, "hard_negatives_per_row": 2.0, "clamped_share": None}
-    return step(number, **more | changed)
-
-
-def saved(number: int, **changed: Any) -> dict[str, Any]:
-    return {**SAVED, "step": number, "time_s": 60.0 * number + 1, **changed}
-
 
 def test_curves_are_what_the_log_says(tmp_path: Path) -> None:
     replaced = {"event": "replaced", "position": 7, "key": "a", "detail": "", "reason": "no_frames"}
-    events = [logged(1), logged(2), {**replaced, "step": 2}, {**replaced, "step": 2}]
+    events = [step_event(1), step_event(2), {**replaced, "step": 2}, {**replaced, "step": 2}]
     events += [
-        evaluation(2),
-        saved(2),
-        logged(3),
+        evaluation_event(2),
+        save_event(2),
+        step_event(3),
         {**replaced, "step": 3},
         {**replaced, "event": "left_out", "step": 3},
-        logged(4, loss=float("inf")),
+        step_event(4, loss=float("inf")),
     ]
     found = read_run(write_run(tmp_path / "run", *events)).history
     assert found["tvr_train_loss", "total"] == Curve([1, 2, 3], [4.0, 2.0, 4.0 / 3])
@@ -76,7 +60,7 @@ def test_curves_are_what_the_log_says(tmp_path: Path) -> None:
 
 def test_counters_are_drawn_as_what_a_step_added(tmp_path: Path) -> None:
     def counted(number: int, **reads: int) -> dict[str, Any]:
-        return logged(number, reads=reads)
+        return step_event(number, reads=reads)
 
     events = [counted(10, local=80), counted(20, local=160, store=40)]
     # Steps 21 to 25 were saved and not logged; counters begin at 0 with each start.
@@ -99,7 +83,7 @@ def test_every_curve_has_a_panel_and_every_panel_a_metric(tmp_path: Path) -> Non
     more |= {"reads": {"local": 8}, "received_bytes": {"all_gather": 4}, "host_memory_bytes": 1e9}
     more |= {"device_memory_bytes": {"peak": 1e9}}
     found = read_run(
-        write_run(tmp_path / "run", logged(1, **more), saved(1), evaluation(1))
+        write_run(tmp_path / "run", step_event(1, **more), save_event(1), evaluation_event(1))
     ).history
     assert {name for name, *_ in found} <= drawn
     assert set(found) <= set(TRAINING.slots)
@@ -110,9 +94,9 @@ def test_what_a_run_has_no_values_of_gives_no_panel(tmp_path: Path) -> None:
         found = panels([read_run(write_run(tmp_path / "run", *events)).history])
         return {panel.metric for group in found.values() for panel in group}
 
-    everything = names(logged(1), saved(1), evaluation(1))
+    everything = names(step_event(1), save_event(1), evaluation_event(1))
     assert "tvr_train_gradient_norm" not in everything  # none before the first update
-    without = names(logged(1, penalty=None))
+    without = names(step_event(1, penalty=None))
     assert everything - without == {
         *(name for name in everything if name.startswith(("tvr_evaluation_", "tvr_checkpoint_"))),
         "tvr_train_negative_weight",
@@ -121,7 +105,7 @@ def test_what_a_run_has_no_values_of_gives_no_panel(tmp_path: Path) -> None:
 
 
 def test_titles_and_meanings_are_the_tables(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "run", logged(1), evaluation(1)))
+    run = read_run(write_run(tmp_path / "run", step_event(1), evaluation_event(1)))
     found = {panel.id: panel for group in panels([run.history]).values() for panel in group}
     meanings = {metric.name: metric.meaning for metric in TRAINING.metrics}
     assert all(panel.meaning.startswith(meanings[panel.metric]) for panel in found.values())
@@ -177,20 +161,32 @@ def test_a_run_is_finished_once_its_last_step_is_saved_and_evaluated(tmp_path: P
     def state(*events: dict[str, Any], **overrides: Any) -> str:
         return read_run(write_run(tmp_path / "run", *events, **overrides)).state
 
-    assert state() == state(logged(1)) == state(logged(STEPS), evaluation(STEPS)) == "running"
-    assert state(logged(STEPS), saved(STEPS)) == "running"
-    assert state(logged(STEPS), saved(STEPS), data={"test": None}) == "finished"
-    assert state(logged(STEPS), evaluation(STEPS), saved(STEPS)) == "finished"
-    lost = saved(STEPS, event="save_failed", error="OSError: [Errno 28] No space left on device")
-    assert state(logged(STEPS), evaluation(STEPS), lost) == "running"  # its failure says more
+    assert (
+        state()
+        == state(step_event(1))
+        == state(step_event(STEPS), evaluation_event(STEPS))
+        == "running"
+    )
+    assert state(step_event(STEPS), save_event(STEPS)) == "running"
+    assert state(step_event(STEPS), save_event(STEPS), data={"test": None}) == "finished"
+    assert state(step_event(STEPS), evaluation_event(STEPS), save_event(STEPS)) == "finished"
+    lost = save_event(
+        STEPS, event="save_failed", error="OSError: [Errno 28] No space left on device"
+    )
+    assert (
+        state(step_event(STEPS), evaluation_event(STEPS), lost) == "running"
+    )  # its failure says more
     left = {"event": "preempted", "step": 2, "by": "SIGTERM"}
-    assert state(logged(1), logged(2), saved(2), left) == "preempted"
+    assert state(step_event(1), step_event(2), save_event(2), left) == "preempted"
     resumed = {"event": "resumed", "step": 2, "attempt": 2}
-    assert state(logged(1), logged(2), saved(2), left, resumed, logged(3)) == "running"
+    assert (
+        state(step_event(1), step_event(2), save_event(2), left, resumed, step_event(3))
+        == "running"
+    )
 
 
 def test_a_failure_counts_until_the_run_goes_on(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", logged(1))
+    run = write_run(tmp_path / "run", step_event(1))
     (run / "failures").mkdir()
     told = {"rank": 1, "host": "node-7", "code": 3, "error": "OSError: disk full"}
     file = run / "failures" / "1.json"
@@ -205,7 +201,7 @@ def test_a_failure_counts_until_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_the_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
     def size(steps: int) -> int:
-        run = write_run(tmp_path / "run", *(logged(n, loss=n / 7) for n in range(1, steps + 1)))
+        run = write_run(tmp_path / "run", *(step_event(n, loss=n / 7) for n in range(1, steps + 1)))
         write_dashboard([run], tmp_path / "page.html")
         return (tmp_path / "page.html").stat().st_size
 
@@ -218,11 +214,11 @@ def test_watching_follows_the_log_and_ends_with_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dashboard, "WATCH_EVERY_S", 0.01)
-    run = write_run(tmp_path / "run", logged(1), data={"test": None})
+    run = write_run(tmp_path / "run", step_event(1), data={"test": None})
     out = tmp_path / "page.html"
     watcher = threading.Thread(target=dashboard.watch, args=([run], out))
     watcher.start()
-    for events in ([logged(2)], [logged(STEPS), saved(STEPS)]):
+    for events in ([step_event(2)], [step_event(STEPS), save_event(STEPS)]):
         before = out.read_text() if out.exists() else ""
         with (run / "log.jsonl").open("a") as log:
             log.write("".join(json.dumps(event) + "\n" for event in events))
@@ -239,12 +235,14 @@ def test_watching_follows_the_log_and_ends_with_the_run(
 def test_the_command_writes_beside_the_run_and_refuses_what_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_run(tmp_path / "run", logged(1))
+    run = write_run(tmp_path / "run", step_event(1))
     assert tvr(["dashboard", str(run)]) == 0
     assert (run / "dashboard.html").exists()
     assert tvr(["dashboard", str(run), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()
-    finished = write_run(tmp_path / "finished", logged(STEPS), saved(STEPS), data={"test": None})
+    finished = write_run(
+        tmp_path / "finished", step_event(STEPS), save_event(STEPS), data={"test": None}
+    )
     assert tvr(["dashboard", str(finished), "--watch"]) == 0
     assert (finished / "dashboard.html").exists()
     assert tvr(["dashboard", str(run), str(tmp_path / "none")]) == 2
@@ -256,3 +254,40 @@ def test_the_command_writes_beside_the_run_and_refuses_what_is_none(
 def test_old_and_torn_logs_are_read() -> None:
     log = read_log('{"event": "step", "st')
     assert history(log, json.loads(to_json(settings()))) == {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordWithEntropy(MonitoredStepRecord):
+    """A step's record with one more field, and nothing else changed."""
+
+    entropy: float = field(
+        metadata=metric(
+            "tvr_train_entropy", "Mean entropy of the weights.", unit="ratio", panel="Training"
+        )
+    )
+
+
+def test_a_new_field_of_the_record_appears_everywhere(tmp_path: Path) -> None:
+    values = {entry.name: None for entry in fields(MonitoredStepRecord)}
+    record = RecordWithEntropy(**values | {"step": 1, "entropy": 0.25})  # pyright: ignore[reportArgumentType]
+    # The log.
+    event = log_event(record)
+    assert event["entropy"] == 0.25
+    # The metrics table, its page, and Prometheus.
+    rows = table_rows(RecordWithEntropy)
+    (row,) = [row for row in rows if row.name == "tvr_train_entropy"]
+    assert (row.kind, row.unit, row.meaning) == ("gauge", "ratio", "Mean entropy of the weights.")
+    expected = "| `tvr_train_entropy` | gauge | ratio |  | run | Mean entropy of the weights. |"
+    assert expected in markdown_page(rows).splitlines()
+    table = MetricTable(rows)
+    values = np.empty(len(table.slots))
+    export_field(
+        field_metrics(RecordWithEntropy)["entropy"], record.entropy, MetricValues(table, values)
+    )
+    assert "\ntvr_train_entropy 0.25\n" in table.text({0: values}).decode()
+    # A panel of the pages.
+    run = write_run(tmp_path / "run", step_event(1, **{"entropy": event["entropy"]}))
+    log, config = read_log((run / "log.jsonl").read_text()), json.loads(to_json(settings()))
+    found = panels([history(log, config, RecordWithEntropy)], RecordWithEntropy)
+    (panel,) = [panel for panel in found["Training"] if panel.metric == "tvr_train_entropy"]
+    assert [(line.x, line.y) for line in panel.lines] == [([1], [0.25])]

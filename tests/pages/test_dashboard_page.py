@@ -17,8 +17,8 @@ import pytest
 from builders import jobs
 from builders.browser import Browser, Tab, chromium
 from builders.html_page import Page
+from builders.run_logs import step_event, write_run
 from builders.tiny import tiny_config
-from test_dashboard import logged, write_run
 
 from tvr.trainer.loop import train
 from tvr.trainer.monitoring.step_record import ALL_PARTS
@@ -313,7 +313,7 @@ def test_keys_and_pointer_tell_the_values_of_a_step(seen: Seen) -> None:
 def test_time_as_the_axis_and_a_smoothing_that_keeps_the_values(
     browser: Browser, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path / "run", *(logged(n, loss=float(n % 2)) for n in range(1, 101)))
+    run = write_run(tmp_path / "run", *(step_event(n, loss=float(n % 2)) for n in range(1, 101)))
     write_dashboard([run], tmp_path / "page.html")
     tab = shown(browser, tmp_path / "page.html")
     raw, smooth = [line for line in drawn(tab) if line.label == "total"]
@@ -346,7 +346,7 @@ def test_colours_follow_the_scheme_of_the_reader(seen: Seen) -> None:
 def test_text_of_a_run_stays_text(browser: Browser, tmp_path: Path) -> None:
     evil = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
     runs = [
-        write_run(tmp_path / name, logged(1), model={"tokenizer": evil + name})
+        write_run(tmp_path / name, step_event(1), model={"tokenizer": evil + name})
         for name in ("<b onclick=evil()>bold", "<script>window.evil=3")
     ]
     (runs[0] / "failures").mkdir()

@@ -12,66 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 from builders.html_page import Page, assert_self_contained
+from builders.run_logs import evaluation_event, query, step_event
 from PIL import Image
 
 from tvr.trainer.monitoring.run_log import read_log
 from tvr.trainer.pages.plots import Series, line_chart, running_mean
 from tvr.trainer.pages.report import choose_queries, write_report
 
-METRICS = {
-    "recall_at_1": 51.25,
-    "recall_at_5": 88.5,
-    "recall_at_10": 97.0,
-    "median_rank": 1.0,
-    "mean_rank": 2.345,
-}
 
-
-def step(number: int, **changed: Any) -> dict[str, Any]:
-    event = {
-        "event": "step",
-        "step": number,
-        "epoch": number / 10,
-        "time_s": 60.0 * number,
-        "loss": 4.0 / number,
-        "similarity_loss": 3.0 / number,
-        "tpm_cl_loss": 1.0 / number,
-        "learning_rate": 1e-3,
-        "encoder_learning_rate": 1e-4,
-        "gradient_norm": None,
-        "samples_per_s": 100.0,
-        "data_wait_s": 0.1,
-        "step_s": 1.0,
-    }
-    return event | changed
-
-
-def evaluation(number: int, **changed: Any) -> dict[str, Any]:
-    event = {
-        "event": "evaluation",
-        "step": number,
-        "time_s": 60.0 * number,
-        "videos": 200,
-        "captions": 240,
-        "text_to_video": METRICS,
-        "video_to_text": METRICS | {"recall_at_1": 42.5},
-        "binding_accuracy": 66.5,
-    }
-    return event | changed
-
-
-def query(rank: int, caption: str = "a caption", key: str = "right") -> dict[str, Any]:
-    top = [{"key": f"clip-{place}", "similarity": 0.5 - place / 10} for place in range(5)]
-    if rank <= 5:
-        top[rank - 1]["key"] = key
-    return {"caption": caption, "key": key, "rank": rank, "top": top}
-
-
-def write_run(folder: Path, events: list[dict[str, Any]], queries: list[dict[str, Any]]) -> None:
+def write_report_run(
+    folder: Path, events: list[dict[str, Any]], queries: list[dict[str, Any]]
+) -> None:
     (folder / "config.json").write_text(json.dumps({"loss": {"margin": 0.2}}))
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     if queries:
-        final = evaluation(4, data="data/test", queries=queries)
+        final = evaluation_event(4, data="data/test", queries=queries)
         (folder / "evaluation.json").write_text(json.dumps(final))
 
 
@@ -83,23 +38,25 @@ def frames(key: str) -> list[Image.Image]:
 def full_run(tmp_path: Path) -> Path:
     replaced = {"event": "replaced", "step": 2, "position": 7, "detail": "truncated"}
     events = [
-        step(1),
-        step(2),
-        evaluation(2),
+        step_event(1),
+        step_event(2),
+        evaluation_event(2),
         replaced | {"key": "bad-1", "reason": "unreadable"},
         replaced | {"key": "bad-2", "reason": "unreadable"},
         replaced | {"key": "bad-3", "reason": "no_frames"},
         {"event": "something new", "value": 1},
         {"event": "resumed", "step": 2},
-        step(3),
-        step(4),
-        evaluation(4),
+        step_event(3),
+        step_event(4),
+        evaluation_event(4),
         *(
             replaced | {"event": "left_out", "key": "bad-4", "reason": "odd", "step": n}
             for n in (2, 4)
         ),
     ]
-    write_run(tmp_path, events, [query(1, "a hit"), query(3, "a near miss"), query(37, "a miss")])
+    write_report_run(
+        tmp_path, events, [query(1, "a hit"), query(3, "a near miss"), query(37, "a miss")]
+    )
     return tmp_path
 
 
@@ -157,8 +114,11 @@ def test_needs_nothing_from_outside(full_run: Path) -> None:
 
 def test_escapes_everything_from_the_data(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script>'
-    events = [step(1), {"event": "replaced", "step": 1, "position": 1, "key": evil, "reason": evil}]
-    write_run(tmp_path, events, [query(1, evil, key=evil), query(9, evil, key=evil)])
+    events = [
+        step_event(1),
+        {"event": "replaced", "step": 1, "position": 1, "key": evil, "reason": evil},
+    ]
+    write_report_run(tmp_path, events, [query(1, evil, key=evil), query(9, evil, key=evil)])
     (tmp_path / "config.json").write_text(json.dumps({"name": evil}))
     html = write_report(tmp_path, thumbnails=None).read_text()
     assert "<script" not in html
@@ -166,19 +126,19 @@ def test_escapes_everything_from_the_data(tmp_path: Path) -> None:
 
 
 def test_says_so_before_the_first_evaluation_and_step(tmp_path: Path) -> None:
-    write_run(tmp_path, [], [])
+    write_report_run(tmp_path, [], [])
     text = Page(write_report(tmp_path).read_text()).text
     assert "no evaluation yet" in text
     assert "No step was logged yet" in text
     assert "None: training read every sample" in text
-    write_run(tmp_path, [step(1, tpm_cl_loss=None)], [])
+    write_report_run(tmp_path, [step_event(1, tpm_cl_loss=None)], [])
     text = Page(write_report(tmp_path).read_text()).text
     assert "no evaluation yet" in text
     assert "TPM-CL" not in text
 
 
 def test_falls_back_on_the_logged_evaluation(tmp_path: Path) -> None:
-    write_run(tmp_path, [step(1), evaluation(1, binding_accuracy=None)], [])
+    write_report_run(tmp_path, [step_event(1), evaluation_event(1, binding_accuracy=None)], [])
     text = Page(write_report(tmp_path).read_text()).text
     assert "51.2 %" in text
     assert "inding accuracy" not in text
@@ -200,15 +160,19 @@ def test_torn_lines_are_counted_and_shown(full_run: Path) -> None:
 
 
 def test_a_resumed_run_counts_each_step_once_and_its_time_on() -> None:
-    events = [step(1), step(2), step(3), {"event": "resumed", "step": 1}]
-    events += [step(2, time_s=10.0, loss=9.0), step(3, time_s=20.0), step(4, time_s=30.0)]
+    events = [step_event(1), step_event(2), step_event(3), {"event": "resumed", "step": 1}]
+    events += [
+        step_event(2, time_s=10.0, loss=9.0),
+        step_event(3, time_s=20.0),
+        step_event(4, time_s=30.0),
+    ]
     log = read_log("\n".join(json.dumps(event) for event in events))
     assert [event["step"] for event in log.steps] == [1, 2, 3, 4]
     assert log.steps[1]["loss"] == 9.0
     assert [event["elapsed_s"] for event in log.steps] == [60.0, 190.0, 200.0, 210.0]
     assert log.resumed_at == [1]
     slow = {"event": "resumed", "step": 1, "time_s": 90.0}  # to start took longer than step 1
-    log = read_log("\n".join(map(json.dumps, [step(1), slow, step(2, time_s=100.0)])))
+    log = read_log("\n".join(map(json.dumps, [step_event(1), slow, step_event(2, time_s=100.0)])))
     assert [event["elapsed_s"] for event in log.steps] == [60.0, 160.0]
 
 

@@ -31,7 +31,8 @@ from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.run_dir import EVALUATION, read_config
+from tvr.trainer.run_dir import read_config
+from tvr.trainer.run_files import EVALUATION
 
 HEADS, SETTINGS, CARD = "heads.safetensors", "tvr.json", "README.md"
 TOWER_PREFIXES = ("text_tower.", "image_tower.")

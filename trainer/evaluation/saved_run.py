@@ -26,7 +26,8 @@ from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.records import Evaluation, results_table
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.run_dir import EVALUATION, checkpoints_of, read_config, write_evaluation
+from tvr.trainer.run_dir import checkpoints_of, read_config, write_evaluation
+from tvr.trainer.run_files import EVALUATION
 
 THUMBNAIL_FRAMES = 3
 

@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tvr.data_prep.records import Replacement
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.distributed.world import World
 from tvr.trainer.fencing import Attempt
+
+if TYPE_CHECKING:
+    # The pages read logs without importing torch.
+    from tvr.trainer.distributed.world import World
 
 LOG = "log.jsonl"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

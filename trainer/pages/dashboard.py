@@ -26,7 +26,7 @@ from tvr.trainer.pages.history import Curve, Series, clock, history, thinned
 from tvr.trainer.pages.panels import panels
 from tvr.trainer.resilience.failure_file import FOLDER as FAILURES
 from tvr.trainer.resilience.failure_file import FailureFile
-from tvr.trainer.run_dir import CONFIG, leaves
+from tvr.trainer.run_files import CONFIG, named_settings
 
 # A watcher takes at most a tenth of a core, however long the log has become.
 WATCH_EVERY_S = 5.0
@@ -182,7 +182,7 @@ def _marks(log: RunLog) -> list[dict[str, Any]]:
 
 def _differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Settings that are not the same in all runs."""
-    settings = [dict(leaves(run.config)) for run in runs]
+    settings = [dict(named_settings(run.config)) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
     rows = [(name, [json.dumps(one.get(name)) for one in settings]) for name in names]
     return [{"name": name, "values": values} for name, values in rows if len(set(values)) > 1]

@@ -17,7 +17,7 @@ from tvr.data_prep.html_page import page_template, picture_strip
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.monitoring.run_log import LOG, Event, RunLog, read_log
 from tvr.trainer.pages.plots import Series, line_chart
-from tvr.trainer.run_dir import CONFIG, EVALUATION
+from tvr.trainer.run_files import CONFIG, EVALUATION
 
 Thumbnails = Callable[[str], Sequence[Image.Image]]
 
