@@ -197,7 +197,8 @@ void add_block(const Side<T>& side, const Lists<T>& lists, int64_t first, int64_
 }
 
 // Adds the gradients of all `rows` of one side (texts or videos), each with all `others` of the
-// other side, block by block. A text has `slots` tokens on average, a video `slots` frames.
+// other side, block by block. A row has `slots` slots on average, one of the other
+// side `rows_each`.
 template <typename T, typename List, typename First>
 void all_blocks(const Side<T>& side, int64_t rows, int64_t others, int64_t slots, int64_t rows_each,
                 int64_t width, const List& list, const First& first_slot) {

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.similarity_inputs import similarity_inputs
+
+from tvr.kernels import numerics, reference, similarity, token_sets
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 REFERENCE = KERNELS / "reference.py"
@@ -34,10 +37,6 @@ def test_no_kernel_imports_the_reference(file: Path) -> None:
 def test_a_fault_in_the_fast_paths_does_not_reach_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from builders.similarity_inputs import similarity_inputs
-
-    from tvr.kernels import numerics, reference, similarity, token_sets
-
     arguments = similarity_inputs()
     expected = reference.dmae_similarity(**arguments)
     monkeypatch.setattr(token_sets, "NEIGHBOUR_FACTOR", 0.0)
