@@ -245,7 +245,7 @@ def _verb(obj: MovingObject) -> str:
 def _random_scene(rng: np.random.Generator) -> Scene:
     colours = rng.permutation(list(COLOURS))[:2]
     shapes = rng.permutation(SHAPES)[:2]
-    movings = [
+    objects = [
         MovingObject(
             colour=str(colour),
             shape=str(shape),
@@ -255,7 +255,7 @@ def _random_scene(rng: np.random.Generator) -> Scene:
         )
         for colour, shape in zip(colours, shapes, strict=True)
     ]
-    return Scene(first=movings[0], second=movings[1], order=str(rng.choice(ORDERS)))
+    return Scene(first=objects[0], second=objects[1], order=str(rng.choice(ORDERS)))
 
 
 def _one_attribute_away(scene: Scene, rng: np.random.Generator) -> Scene:

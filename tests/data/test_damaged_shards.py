@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,10 @@ import webdataset
 from builders.batches import Row, damage_sample, evaluation, rows_of, training
 from builders.clip_files import numbered_video, sound_only
 from builders.http_store import HttpStorage, serve_folder
-from fsspec.core import url_to_fs
+from builders.raw_shards import write_raw_shards
 
-from tvr.data_prep.dataset.manifest import (
-    Manifest,
-    concat_samples,
-    read_manifest,
-    shard_name,
-    write_manifest,
-)
-from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample, tar_bytes
+from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.dataset.shard_writer import TarSample, tar_bytes
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 
@@ -36,39 +31,23 @@ STEPS = NUM_SAMPLES // GLOBAL_BATCH  # of one epoch
 KEYS = [f"c{row:02d}" for row in range(NUM_SAMPLES)]
 
 
-def write_data(folder: Path, members: dict[str, bytes | None], samples_per_shard: int = 5) -> str:
-    """Writes a data set of MP4s without the checks of `pack_shards`.
+@cache
+def numbered_clip(row: int) -> bytes:
+    return numbered_video(4, first=8 * row % 256, bframes=0)
 
-    `members` gives other videos for some keys; None omits the video.
-    """
-    folder.mkdir()
-    url = str(folder)
-    shards, parts = [], []
-    for first in range(0, NUM_SAMPLES, samples_per_shard):
-        name = shard_name(first // samples_per_shard, 0)
-        writer = ShardWriter(url_to_fs(url)[0], f"{url}/{name}")
-        for row, key in list(enumerate(KEYS))[first : first + samples_per_shard]:
-            video = members.get(key, numbered_video(4, first=8 * row % 256, bframes=0))
-            text = f'{{"captions":["clip {row}"],"video_id":"{key}","frame_times_s":[]}}'
-            files = {"json": text.encode()} | ({} if video is None else {"mp4": video})
-            stored = tar_bytes(key, files)
-            sample = TarSample(key=key, video_id=key, stored=stored, num_captions=1, content=row)
-            writer.append(sample)
-        shard, samples = writer.finish(name)
-        shards.append(shard)
-        parts.append(samples)
-    manifest = Manifest(
-        layout="video",
-        num_frames=0,
-        short_side=None,
-        num_captions=NUM_SAMPLES,
-        num_empty_captions=0,
-        bad={},
-        shards=tuple(shards),
-        samples=concat_samples(parts),
-    )
-    write_manifest(url, manifest)
-    return url
+
+def write_data(folder: Path, videos: dict[str, bytes | None], samples_per_shard: int = 5) -> str:
+    """Writes a data set of MP4s; `videos` replaces the video of some keys, or omits it (None)."""
+    samples = []
+    for row, key in enumerate(KEYS):
+        video = videos[key] if key in videos else numbered_clip(row)
+        text = f'{{"captions":["clip {row}"],"video_id":"{key}","frame_times_s":[]}}'
+        files = {"json": text.encode()} | ({} if video is None else {"mp4": video})
+        stored = tar_bytes(key, files)
+        samples.append(TarSample(key=key, video_id=key, stored=stored, num_captions=1, content=row))
+    starts = range(0, NUM_SAMPLES, samples_per_shard)
+    shards = [samples[start : start + samples_per_shard] for start in starts]
+    return write_raw_shards(folder, shards, layout="video", num_frames=0)
 
 
 def overwrite(folder: Path, key: str, at: int, content: bytes) -> None:
@@ -96,7 +75,8 @@ class Fault:
 
     bad: dict[str, str]
     """Reason by key."""
-    members: dict[str, bytes | None] = field(default_factory=dict)
+    videos: dict[str, bytes | None] = field(default_factory=dict)
+    """Replaced videos by key; None = the sample has no video."""
     damage: Callable[[Path], object] = lambda folder: None
 
 
@@ -122,12 +102,15 @@ FAULTS = {
 }
 
 
-@pytest.fixture(params=FAULTS, ids=lambda name: name.replace(" ", "-"))
-def faulty(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
+@pytest.fixture(scope="module", params=FAULTS, ids=lambda name: name.replace(" ", "-"))
+def faulty(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, str]]:
     """URL of a damaged data set and the reasons by key."""
     fault = FAULTS[request.param]
-    url = write_data(tmp_path / "data", fault.members)
-    fault.damage(tmp_path / "data")
+    folder = tmp_path_factory.mktemp("faulty") / "data"
+    url = write_data(folder, fault.videos)
+    fault.damage(folder)
     return url, fault.bad
 
 
@@ -221,7 +204,7 @@ def test_the_same_faults_over_http_with_a_shard_cache(
     url, _ = faulty
     rows, replaced = streamed(url, world_size=1, workers=0)
     expected = [(entry.position, entry.key, entry.reason) for entry in replaced]
-    with serve_folder(tmp_path) as store:
+    with serve_folder(Path(url).parent) as store:
         for workers in (0, 2):
             folder = CacheFolder(path=str(tmp_path / f"cache{workers}"), max_bytes=1 << 30)
             actual, others = streamed(
@@ -232,7 +215,7 @@ def test_the_same_faults_over_http_with_a_shard_cache(
 
 
 def test_a_single_frame_is_a_sample(tmp_path: Path) -> None:
-    url = write_data(tmp_path / "data", FAULTS["one-frame mp4"].members)
+    url = write_data(tmp_path / "data", FAULTS["one-frame mp4"].videos)
     (batch,) = evaluation(url, micro_batch=NUM_SAMPLES)
     assert batch.frame_mask.tolist()[7] == [1, 0, 0, 0]
     assert batch.frame_mask.tolist()[8] == [1, 1, 1, 1]

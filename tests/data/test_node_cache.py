@@ -36,7 +36,7 @@ NUM_SAMPLES = 12
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
-    """A data set of 6 shards with 2 samples each, serve_folder over HTTP."""
+    """A data set of 6 shards with 2 samples each, served over HTTP."""
     monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
     make_dataset(tmp_path, NUM_SAMPLES, samples_per_shard=2)
     with serve_folder(tmp_path) as store:
@@ -52,7 +52,7 @@ def opened(
     return ShardCache(limit, Storage(url), manifest.shards), manifest
 
 
-def shards_asked(store: HttpStorage) -> Counter[str]:
+def requested_shards(store: HttpStorage) -> Counter[str]:
     return Counter(name.removeprefix("data/") for name in store.requests if name.endswith(".tar"))
 
 
@@ -93,7 +93,7 @@ def test_each_shard_is_fetched_once_and_batches_are_the_same(
         batches = evaluation(url, rank=rank, world_size=2, workers=workers, shard_cache=folder)
         assert sum(len(batch.keys) for batch in batches) == NUM_SAMPLES // 2
     names = [shard.name for shard in read_manifest(url).shards]
-    assert shards_asked(store) == dict.fromkeys(names, 1)
+    assert requested_shards(store) == dict.fromkeys(names, 1)
     assert list((tmp_path / "cache").glob("*.partial")) == []
 
 
@@ -115,8 +115,8 @@ def test_processes_share_downloaded_shards(store: HttpStorage, tmp_path: Path) -
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0, 0]
-    assert set(shards_asked(store).values()) == {1}
-    assert len(shards_asked(store)) == 6
+    assert set(requested_shards(store).values()) == {1}
+    assert len(requested_shards(store)) == 6
 
 
 def test_the_limit_holds_and_the_least_recently_used_shard_is_evicted(
@@ -243,11 +243,11 @@ def test_the_next_window_is_prefetched(
     assert next(stream).keys == batch.keys
     join_prefetch_thread()
     assert len(cached(folder)) == 4  # the window of the first batch and the next one
-    before = shards_asked(store)
+    before = requested_shards(store)
     next(stream)
     join_prefetch_thread()
     assert len(cached(folder)) == 6
-    assert set((shards_asked(store) - before).values()) == {1}
+    assert set((requested_shards(store) - before).values()) == {1}
 
 
 def test_evaluation_prefetches_the_following_shards(store: HttpStorage, tmp_path: Path) -> None:

@@ -8,19 +8,18 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from builders.clip_files import tokenize
-from fsspec.implementations.local import LocalFileSystem
+from builders.raw_shards import write_raw_shards
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tvr.data_prep.dataset.manifest import Manifest, concat_samples, shard_name, write_manifest
-from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample, tar_bytes
+from tvr.data_prep.dataset.shard_writer import TarSample, tar_bytes
 from tvr.data_prep.reading import worker
 from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
@@ -63,29 +62,9 @@ def starts(pick: st.DrawFn) -> Start:
 
 def write_shards(folder: Path, sizes: list[int]) -> str:
     """Writes shards of these sizes; sample i shows grey level i and has i % 3 + 1 captions."""
-    folder.mkdir()
-    written = []
-    number = 0
-    for index, size in enumerate(sizes):
-        name = shard_name(index, 0)
-        writer = ShardWriter(LocalFileSystem(), str(folder / name))
-        for _ in range(size):
-            writer.append(tar_sample(number))
-            number += 1
-        written.append(writer.finish(name))
-    samples = concat_samples([rows for _, rows in written])
-    manifest = Manifest(
-        layout="frames",
-        num_frames=1,
-        short_side=None,
-        num_captions=int(samples.num_captions.sum()),
-        num_empty_captions=0,
-        bad={},
-        shards=tuple(shard for shard, _ in written),
-        samples=samples,
-    )
-    write_manifest(str(folder), manifest)
-    return str(folder)
+    numbers = count()
+    shards = [[tar_sample(next(numbers)) for _ in range(size)] for size in sizes]
+    return write_raw_shards(folder, shards, layout="frames", num_frames=1)
 
 
 def tar_sample(number: int) -> TarSample:

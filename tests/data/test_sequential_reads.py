@@ -21,7 +21,7 @@ from tvr.data_prep.storage.storage import Storage
 CONTENT = bytes(range(200))
 
 
-class CountedStore(Storage):
+class RecordingStorage(Storage):
     """A store of one file that records the requested ranges."""
 
     def __init__(self, content: bytes = CONTENT) -> None:
@@ -46,7 +46,7 @@ def shard(num_bytes: int = len(CONTENT)) -> Shard:
 def test_ranges_are_correct_and_each_byte_is_read_once(
     steps: list[tuple[int, int]], ahead: int, num_available: int
 ) -> None:
-    store = CountedStore(CONTENT[:num_available])
+    store = RecordingStorage(CONTENT[:num_available])
     read: list[int] = []
     file = SequentialShard(
         store, shard(), ReadMeter(0, lambda done, _: read.append(done)), read_ahead=ahead
@@ -68,7 +68,7 @@ def test_ranges_are_correct_and_each_byte_is_read_once(
 
 
 def test_a_read_to_the_end_requests_one_byte_more() -> None:
-    store = CountedStore(CONTENT + b"?")
+    store = RecordingStorage(CONTENT + b"?")
     file = SequentialShard(store, shard(), ReadMeter(0, None), read_ahead=150)
     assert file.read(0, 10) == CONTENT[:10]
     assert file.read(10, 191) == CONTENT[10:] + b"?"
