@@ -248,7 +248,7 @@ def test_the_command_writes_beside_the_run_and_refuses_what_is_none(
     assert tvr(["dashboard", str(run), str(tmp_path / "none")]) == 2
     assert "none is no run: it has no config.json" in capsys.readouterr().err
     assert tvr(["dashboard"]) == 2
-    assert "name the folder of a run" in capsys.readouterr().err
+    assert "name the folder of one run" in capsys.readouterr().err
 
 
 def test_old_and_torn_logs_are_read() -> None:

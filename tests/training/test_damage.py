@@ -187,8 +187,8 @@ def test_run_survives_a_full_disk_and_logs_all_events_later(data: Path, tmp_path
         assert [event["step"] for event in steps] == list(range(2, steps[-1]["step"] + 1, 2))
         assert before.newest.state.step < failed[0]["step"]
         assert all("[Errno 28] No space left on device" in event["error"] for event in failed)
-        assert "log.jsonl gets no more lines, which wait for room" in errors
-        assert "log.jsonl has all its lines again" in errors
+        assert "log.jsonl: the disk is full; new lines wait in memory" in errors
+        assert "log.jsonl: the waiting lines are written" in errors
         assert re.search(
             r"step \d+ is not saved: rank \d: .*No space left.*; asked to stop by", errors
         )

@@ -1,4 +1,4 @@
-"""Floating-point operations of a pair in a step, and how many a second the device could do."""
+"""Floating-point operations of a training pair, and the peak rate of the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# What torch's own tools pretend with; it has no public name yet.
+# FakeTensorMode has no public name yet.
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,9 +72,9 @@ def peak_line(config: Config) -> str:
 def _counted(
     model: TextVideoModel, encode: Callable[[], Sequence[Tensor]]
 ) -> tuple[float, Sequence[Tensor]]:
-    """Operations of an encoding and of its backward, and what it gave."""
+    """Runs an encoding under the FLOP counter, with its backward; returns the count and output."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    # Of the ways to attention it knows those of GPUs, and plain products; not a CPU's own.
+    # The counter knows attention on GPUs and plain products, not the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         found = encode()
         trained = [x.sum() for x in found if x.requires_grad]

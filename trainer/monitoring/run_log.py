@@ -1,4 +1,4 @@
-"""log.jsonl: what a run did, one JSON object a line; written by rank 0, read by the pages."""
+"""log.jsonl, the events of a run: rank 0 writes one JSON object a line, and the pages read them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Event = Mapping[str, Any]
 class LogWriter:
     """Appends events to run_dir/log.jsonl on rank 0, and every rank's keys to its own file.
 
-    A process of an attempt that is over writes nothing more: Fenced is raised.
+    A process whose attempt was replaced by a newer one raises Fenced and writes nothing.
     """
 
     def __init__(self, run_dir: Path, attempt: Attempt, world: World) -> None:
@@ -43,7 +43,7 @@ class LogWriter:
         self._started = time.monotonic()
 
     def begin(self, step: int) -> None:
-        """Goes on after optimiser step `step`; what an earlier attempt logged beyond is dropped."""
+        """Continues after optimiser step `step`; removes later lines of earlier attempts."""
         files = [self._keys.path, *self._orphaned_keys()]
         if self._log is not None:
             files.append(self._log.path)
@@ -52,7 +52,7 @@ class LogWriter:
                 _keep_until(path, step)
 
     def _orphaned_keys(self) -> list[Path]:
-        """Files of ranks that an earlier attempt had and this one has not: rank 0's business."""
+        """On rank 0, the files of ranks that only an earlier, larger attempt had."""
         if not self._world.is_first:
             return []
         files = self._keys.path.parent.glob("rank-*.jsonl")
@@ -65,14 +65,14 @@ class LogWriter:
             self._log.append({"event": event, **elapsed, **values})
 
     def warn(self, text: str) -> None:
-        """For the person who looks at the job's output."""
+        """Logs a warning to the job's output, on rank 0."""
         if self._log is not None:
             log.warning(text)
 
     def write_bad(
         self, event: Literal["replaced", "left_out"], step: int, bad: Sequence[Replacement]
     ) -> None:
-        """Samples that training replaced, or that an evaluation left out."""
+        """Logs samples that training replaced, or that an evaluation left out."""
         for entry in bad:
             self.write(event, {"step": step, **asdict(entry)})
 
@@ -81,7 +81,7 @@ class LogWriter:
 
 
 class _Lines:
-    """A file that whole lines are appended to; what a full disk has no room for waits in memory."""
+    """A file to which whole lines are appended; lines wait in memory while the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,15 +97,15 @@ class _Lines:
             if error.errno not in NO_ROOM:
                 raise
             if not waited:
-                log.warning("%s gets no more lines, which wait for room: %s", self.path, error)
+                log.warning("%s: the disk is full; new lines wait in memory: %s", self.path, error)
             return
         if waited:
-            log.warning("%s has all its lines again", self.path)
+            log.warning("%s: the waiting lines are written", self.path)
         self._waiting.clear()
 
 
 def _append(path: Path, content: bytes) -> None:
-    """All of it or, where OSError is raised, nothing."""
+    """Appends all of the content, or nothing if it raises OSError."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         written = 0
@@ -124,31 +124,31 @@ def _keep_until(path: Path, step: int) -> None:
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, AttributeError):
-            continue  # torn by the crash that ended the earlier attempt
+            continue  # cut off by the crash that ended the earlier attempt
     write_atomically(path, "".join(kept))
 
 
 @dataclass
 class RunLog:
-    """What log.jsonl tells: steps and evaluations in order of step, everything else as it came."""
+    """The events of log.jsonl: steps and evaluations by step, others in the order of the file."""
 
     steps: list[Event] = field(default_factory=list)
     evaluations: list[Event] = field(default_factory=list)
     replaced: list[Event] = field(default_factory=list)
-    """Bad samples of training, each time they were met."""
+    """Bad samples that training replaced, once for each time they were drawn."""
     left_out: list[Event] = field(default_factory=list)
-    """Those of evaluations."""
+    """Bad samples that evaluations left out."""
     saves: list[Event] = field(default_factory=list)
-    """Published or, with `error`, failed."""
+    """Saves of checkpoints; one with `error` failed."""
     preempted: list[Event] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     unreadable_lines: int = 0
 
 
 def read_log(text: str) -> RunLog:
-    """Sorts the events of log.jsonl. A resumed run logs some steps again: the last word counts.
+    """Reads the events of log.jsonl. If a resumed run logs a step again, its last event counts.
 
-    A line that is no JSON object (torn by a crash) is counted; an event of another kind is ignored.
+    Lines that are no JSON objects (cut off by a crash) are counted; unknown events are ignored.
     """
     log = RunLog()
     steps: dict[int, Event] = {}
@@ -175,12 +175,12 @@ def read_log(text: str) -> RunLog:
 
 
 def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A long log holds some ten million names, of which there are a hundred."""
+    """Interns the names: a long log has ten million of them, and a hundred different ones."""
     return {sys.intern(name): value for name, value in pairs}
 
 
 def _events(text: str, log: RunLog) -> Iterator[tuple[Event, float]]:
-    """Events with the seconds trained so far; each restart's clock goes on from the last one's."""
+    """Events with the seconds trained so far; the clock continues over restarts."""
     before_s = last_s = 0.0
     for line in text.splitlines():
         if not line.strip():
@@ -193,7 +193,8 @@ def _events(text: str, log: RunLog) -> Iterator[tuple[Event, float]]:
             log.unreadable_lines += 1
             continue
         if "time_s" in event:
-            # A start that took longer than all that is left of the one before shows by its event.
+            # A restart is also recognised by its event: its start-up may take longer than the steps
+            # that were kept.
             if event.get("event") == "resumed" or before_s + event["time_s"] < last_s:
                 before_s = last_s
             last_s = before_s + event["time_s"]

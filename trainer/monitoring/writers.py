@@ -1,9 +1,10 @@
-"""A run's log for tools that are not Prometheus: TensorBoard, Weights & Biases (offline), MLflow
-(files). All of them write into run_dir, in a thread of rank 0, and nothing leaves the machine.
+"""Writes a run's log for TensorBoard, Weights & Biases (offline) and MLflow (files).
 
-    run_dir/tensorboard/    one event file for each start of the run
-    run_dir/wandb/          one offline run for each start; `wandb sync` takes it further
-    run_dir/mlruns/         one run for each start; `mlflow ui --backend-store-uri` shows them
+All of them write into run_dir, in a thread of rank 0. Nothing is sent over the network.
+
+    run_dir/tensorboard/    one event file per start of the run
+    run_dir/wandb/          one offline run per start; `wandb sync` uploads it
+    run_dir/mlruns/         one run per start; `mlflow ui --backend-store-uri` shows them
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ from typing import Any, Protocol
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.config_sections import WriterName
 
-# So long the end of a run waits for what is still to be written.
+# The end of a run waits at most this long for values that are still to be written.
 CLOSE_S = 60.0
-# The module that each needs, and the extra that brings it.
+# Module that each tool needs; the extra that installs it has the tool's name.
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """One tool."""
+    """A tool that stores numbers over the steps."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name, such as `train/loss`."""
+        """Stores numbers by name, such as `train/loss`."""
         ...
 
     def close(self) -> None: ...
 
 
 class Writers:
-    """All that are asked for. What one of them raises is told once, and ends that one alone."""
+    """The configured tools. If one raises an error, it is logged once and that tool is closed."""
 
     def __init__(self, config: Config, run_dir: Path, start_step: int, attempt: int) -> None:
-        """Raises ValueError where one is not installed."""
+        """Raises ValueError if one of them is not installed."""
         names = config.metrics.writers
         check_installed(names)
         self._open: dict[WriterName, Writer] = {}
@@ -53,22 +54,22 @@ class Writers:
             try:
                 self._open[name] = OPEN[name](config, run_dir, start_step, attempt)
             except Exception as error:
-                _tell_gone(name, error)
+                _log_failure(name, error)
         self._queue: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name="writers", daemon=True)
         self._thread.start()
 
     def write(self, step: int, kind: str, record: Mapping[str, Any]) -> None:
-        """Hands over the numbers of a record."""
+        """Queues the numbers of a record; `kind` is the first part of their names."""
         if self._open:
             self._queue.put((step, dict(_numbers(record, kind))))
 
     def close(self) -> None:
-        """Writes what is still to be written."""
+        """Writes the queued values and closes the tools."""
         self._queue.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            log.warning("after %.0f s the last values are not written: %s", CLOSE_S, [*self._open])
+            log.warning("the last values are not written after %.0f s: %s", CLOSE_S, [*self._open])
 
     def _work(self) -> None:
         while (found := self._queue.get()) is not None:
@@ -81,15 +82,15 @@ class Writers:
                 action(writer)
             except Exception as error:
                 del self._open[name]
-                _tell_gone(name, error)
+                _log_failure(name, error)
 
 
-def _tell_gone(name: WriterName, error: Exception) -> None:
+def _log_failure(name: WriterName, error: Exception) -> None:
     log.warning("%s gets no more values: %s: %s", name, type(error).__name__, error)
 
 
 def check_installed(names: Sequence[WriterName]) -> None:
-    """Raises ValueError for the first that is not, naming its extra."""
+    """Raises ValueError for the first tool that is not installed, and names its extra."""
     for name in names:
         if find_spec(NEEDS[name]) is None:
             raise ValueError(f"metrics.writers={name} needs a package: pip install 'tvr[{name}]'")
@@ -99,7 +100,7 @@ class _TensorBoard:
     def __init__(self, config: Config, run_dir: Path, start_step: int, attempt: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier start wrote beyond is taken back.
+        # Removes what an earlier start wrote beyond the checkpoint.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self._writer.add_text("config", f"```json\n{to_json(config)}```", start_step)
 
@@ -138,7 +139,7 @@ class _Wandb:
 
 class _Mlflow:
     def __init__(self, config: Config, run_dir: Path, start_step: int, attempt: int) -> None:
-        # It refuses plain files unless told so, since it does not develop them further.
+        # MLflow no longer develops its file store, and refuses it without this variable.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 

@@ -25,18 +25,18 @@ def dashboard(argv: Sequence[str]) -> int:
         out: Path | None = None,
         watch: bool = False,
     ) -> int:
-        """Writes a page that draws the history of a run, or of several over one another.
+        """Writes a page with the history of a run, or of several runs laid over one another.
 
-        The page is one file that needs no server and no network. Left open, it takes over new
-        numbers when the file is written anew, until its runs have finished.
+        The page is one file that needs no server and no network. An open page loads new numbers
+        when the file is rewritten, until its runs have finished.
 
         Args:
             runs: Folders of the runs.
             out: The file to write; default: dashboard.html in the first run's folder.
-            watch: Writes it anew whenever a run has gone on, until all have finished.
+            watch: Rewrites the page whenever a run logs, until all runs have finished.
         """
         if not runs:
-            raise ValueError("no RUN is given: name the folder of a run, or several")
+            raise ValueError("no RUN is given: name the folder of one run or more")
         from tvr.trainer.pages.dashboard import watch as keep_writing
         from tvr.trainer.pages.dashboard import write_dashboard
 

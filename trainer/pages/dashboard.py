@@ -1,7 +1,7 @@
-"""Writes the dashboard of runs: one page that needs nothing else, and draws itself in the browser.
+"""Writes the dashboard of runs: one self-contained page that draws its charts in the browser.
 
-The page holds the numbers and plotly's JavaScript. As long as a run goes on it looks every few
-seconds whether its own file was replaced, and takes over the new numbers.
+The page holds the numbers and plotly's JavaScript. While a run is not finished, the page checks
+every few seconds whether its file was replaced, and loads the new numbers.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from tvr.trainer.resilience.failure_file import FOLDER as FAILURES
 from tvr.trainer.resilience.failure_file import FailureFile
 from tvr.trainer.run_files import CONFIG, named_settings
 
-# A watcher takes at most a tenth of a core, however long the log has become.
+# A watcher uses at most a tenth of a core, however long the log is.
 WATCH_EVERY_S = 5.0
 SHARE_OF_A_CORE = 0.1
-# A run is called silent that writes nothing for so long: evaluations take longer than steps.
+# A run is "silent" if it logs nothing for this long: evaluations take longer than steps.
 SILENT_S, SILENT_STEPS = 120.0, 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run as it lies in its folder."""
+    """A run, read from its folder."""
 
     name: str
     config: Mapping[str, Any]
     log: RunLog
     history: Mapping[Series, Curve]
     changed_at: float
-    """Unix time of the log's last line."""
+    """Unix time of the last change of the log."""
     failure: str | None
-    """What ended its last job, unless the run went on since."""
+    """The failure that ended its last job; None if the run has continued since."""
 
     @property
     def steps(self) -> int:
-        """At which it ends."""
+        """Steps of the whole run."""
         return self.config["train"]["steps"]
 
     @property
@@ -59,10 +59,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """finished, failed, preempted or running."""
+        """One of finished, failed, preempted and running."""
         saves = [event for event in self.log.saves if "error" not in event]
         ends = [event["step"] for event in (*saves, *self.log.evaluations)]
-        # The last save is told of after the last evaluation, if it is not written while waited for.
+        # A background final save is logged after the final evaluation.
         if ends.count(self.steps) >= 1 + (self.config["data"]["test"] is not None):
             return "finished"
         if self.failure is not None:
@@ -72,10 +72,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder.
+    """Reads the run in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no run.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no run: it has no {CONFIG}")
@@ -93,10 +93,10 @@ def read_run(folder: Path) -> Run:
 
 
 def write_dashboard(folders: Sequence[Path], out: Path) -> bool:
-    """Writes the page of these runs, whole or not at all; returns whether all have finished.
+    """Writes the page of these runs atomically; returns True if all of them have finished.
 
     Raises:
-        ValueError: a folder is no run.
+        ValueError: a folder has no run.
     """
     runs = [read_run(folder) for folder in folders]
     page = page_template(Path(__file__).parent, "dashboard.html.jinja").render(
@@ -109,7 +109,7 @@ def write_dashboard(folders: Sequence[Path], out: Path) -> bool:
 
 
 def watch(folders: Sequence[Path], out: Path) -> None:
-    """Writes the page anew whenever a log has grown, until all runs have finished."""
+    """Rewrites the page whenever a log grows, until all runs have finished."""
     while True:
         seen, began = _stamps(folders), time.monotonic()
         if write_dashboard(folders, out):
@@ -121,18 +121,18 @@ def watch(folders: Sequence[Path], out: Path) -> None:
 
 
 def _stamps(folders: Sequence[Path]) -> list[tuple[int, int]]:
-    """What changes when a run goes on, or fails."""
+    """Times and sizes of the files that change when a run continues or fails."""
     files = [file for folder in folders for file in (folder / LOG, *_failure_files(folder))]
     stats = [file.stat() for file in files if file.exists()]
     return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
-    """All that the page's script draws from."""
+    """The data of the page's script."""
     groups = panels([run.history for run in runs])
     return {
         "written": time.time(),
-        "runs": [_told(run) for run in runs],
+        "runs": [_run_data(run) for run in runs],
         "differing": _differing(runs),
         "groups": [
             {"name": name, "panels": [asdict(panel) for panel in found]}
@@ -141,8 +141,8 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _told(run: Run) -> dict[str, Any]:
-    """A run's line in the table, its marks on the axis, and its clock."""
+def _run_data(run: Run) -> dict[str, Any]:
+    """A run's row in the table, its marks on the axis, and its clock."""
     last = run.log.steps[-1] if run.log.steps else {}
     elapsed_s = last.get("elapsed_s", 0.0)
     (time_of,) = thinned([clock(run.log)])
@@ -172,7 +172,7 @@ def _told(run: Run) -> dict[str, Any]:
 
 
 def _marks(log: RunLog) -> list[dict[str, Any]]:
-    """What happened to the run between steps; at one step in this order."""
+    """Restarts, preemptions and failed saves, by step."""
     marks = [(event["step"], "preempted") for event in log.preempted]
     marks += [(event["step"], "save failed") for event in log.saves if "error" in event]
     marks += [(step, "resumed") for step in log.resumed_at]
@@ -181,7 +181,7 @@ def _marks(log: RunLog) -> list[dict[str, Any]]:
 
 
 def _differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Settings that are not the same in all runs."""
+    """Settings that differ between the runs."""
     settings = [dict(named_settings(run.config)) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
     rows = [(name, [json.dumps(one.get(name)) for one in settings]) for name in names]
@@ -193,7 +193,7 @@ def _failure_files(folder: Path) -> list[Path]:
 
 
 def _failure(folder: Path, since: float) -> str | None:
-    """What the newest failure says, if it is newer than the log."""
+    """The newest failure, if it is newer than the log."""
     for path in reversed(_failure_files(folder)):
         told = FailureFile(path, rank=0).read()
         if told is not None and path.stat().st_mtime >= since:
@@ -203,5 +203,5 @@ def _failure(folder: Path, since: float) -> str | None:
 
 @cache
 def _library() -> str:
-    """plotly's JavaScript, which is a third of its size this way."""
+    """plotly's JavaScript, compressed to a third of its size."""
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

@@ -1,4 +1,4 @@
-"""Writes report.html, one page that needs nothing else: results, curves, queries as pictures."""
+"""Writes report.html, a self-contained page: results, curves, and test queries as pictures."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ PACKAGES = ("tvr", "torch", "deepspeed", "transformers", "webdataset", "av", "nu
 def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -> Path:
     """Writes `run_dir`/report.html and returns its path.
 
-    `thumbnails(key)` gives a few small frames of a clip; without it clips are shown by their keys.
-    Raises ValueError if config.json or log.jsonl is missing; before the first evaluation the page
-    says that there is none.
+    Args:
+        thumbnails: Returns a few small frames of a clip by its key; without it the page shows keys.
+
+    Raises:
+        ValueError: config.json or log.jsonl is missing.
     """
     folder = Path(run_dir)
     config = json.loads(_required(folder / CONFIG))
@@ -51,7 +53,7 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         queries=[_shown_query(query, thumbnails) for query in queries],
         num_queries=len(result.get("queries", [])) if result else 0,
         replaced=_by_reason(log.replaced),
-        # Each evaluation meets the same ones again.
+        # Every evaluation leaves out the same samples again.
         left_out=_by_reason({(bad["reason"], bad["key"]): bad for bad in log.left_out}.values()),
         resumed_at=log.resumed_at,
         unreadable_lines=log.unreadable_lines,
