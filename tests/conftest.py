@@ -16,6 +16,7 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 import numpy as np
 import pytest
 import torch
+from builders.file_seconds import SecondsRecorder, order_and_mark
 from builders.tiny import make_tiny_data
 from hypothesis import settings
 
@@ -41,3 +42,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "write the seconds of each test file to tests/file_seconds.json"
+    parser.addoption("--record-seconds", action="store_true", help=help_text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("--record-seconds") and not is_worker:
+        config.pluginmanager.register(SecondsRecorder(config.rootpath))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # First, so that `-m slow` finds the marks.
+    order_and_mark(items)

@@ -1,8 +1,8 @@
-"""The demo on two nodes of a SLURM cluster beside the demo on one machine: the same bit for bit?
+"""Compares the demo on two nodes of a SLURM cluster with the demo on one machine, bit for bit.
 
-Starts a cluster of SLURM's daemons on this machine, whose two nodes train with one rank each what
-`make demo` trained with two ranks of `tvr launch local`. Needs that demo's folder, and SLURM; some
-minutes. Prints one line of JSON, exits with 1 where the runs differ:
+Starts SLURM's daemons on this machine. Their two nodes, with one rank each, repeat the training
+that `make demo` did with two ranks of `tvr launch local`. Needs the demo's folder and SLURM, and
+takes some minutes. Prints one line of JSON; exits with 1 if the runs differ:
 
 PYTHONPATH=tests python tests/benchmarks/demo_on_slurm.py --demo runs/demo --out runs/on_slurm
 """
@@ -23,7 +23,7 @@ from tvr_bench.harness import machine, versions
 
 from tvr.trainer.config import from_json
 
-# What a step's record says of the training, and not of its time.
+# Fields of a step's record that do not depend on time.
 LOSSES = ("loss", "similarity_loss", "tpm_cl_loss", "penalty", "gradient_norm")
 
 

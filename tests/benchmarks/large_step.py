@@ -1,8 +1,8 @@
-"""One optimiser step at a large global batch: gradient cache and streamed scores against default.
+"""Memory of one optimiser step at a large batch: gradient cache and streamed scores, or default.
 
-Real engine, model, TPM-CL and loss under `TrainStep`, on random clips and captions that all
-differ; two ranks by default, joined by gloo. The modes must give the same loss and gradient norm.
-Memory is the sum over ranks of each process's peak, libraries included.
+Runs the real engine, model, TPM-CL and loss on random clips and distinct captions, on two gloo
+ranks by default. The modes must give the same loss and gradient norm. Memory is the sum over ranks
+of each process's peak, libraries included.
 
 Prints one line of JSON; 16,384 pairs take some minutes on 2 cores:
 large_step.py > tests/benchmarks/results/large_step.json
@@ -87,7 +87,7 @@ def launch(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def work(options: argparse.Namespace, folder: Path) -> None:
-    """One rank's part; rank 0 writes what the step logged, and everyone's memory."""
+    """Runs one rank; rank 0 writes the step's record and every rank's memory."""
     import torch
     from tvr_bench.kernels_task import process_bytes
 

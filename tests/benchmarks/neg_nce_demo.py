@@ -1,8 +1,8 @@
 """R@1 and binding accuracy of the demo for InfoNCE and both modes of NegNCE, over seeds.
 
-Needs the data of a `tvr demo` (its folder with settings.json). Each run is one rank on one core,
-TPM-CL off; a finished run is not trained again. Prints one line of JSON. 18 runs by default, some
-1.5 hours on 2 cores: neg_nce_demo.py --demo runs/demo --out runs/neg_nce
+Needs the data of a `tvr demo` (its folder with settings.json). Each run is one rank on one core
+without TPM-CL. A finished run is not trained again. Prints one line of JSON. The default is 18
+runs, about 1.5 hours on 2 cores: neg_nce_demo.py --demo runs/demo --out runs/neg_nce
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Draws what neg_nce_synthetic.py and neg_nce_demo.py printed: results/neg_nce.png.
+"""Plots the results of neg_nce_synthetic.py and neg_nce_demo.py: results/neg_nce.png.
 
-Transparent, in middle tones, so that it reads on a white page and on a dark one. Prints one line
-of JSON that says what was drawn.
+The background is transparent and the colours are middle tones, so that the plot is readable on
+white and on dark pages. Prints one line of JSON that lists the plots.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""How NegNCE behaves as the global batch grows: synthetic features, nothing trained.
+"""NegNCE on growing global batches of synthetic features, without training.
 
 Video i is a vector v_i drawn uniformly from the unit sphere, text i is
-unit(a v_i + sqrt(1 - a^2) n_i) with n_i drawn likewise, so that the cosine of a matched pair is a
-("alignment") give or take 1 / sqrt(D), which is what two unrelated vectors have. Of each loss are
-measured, over both directions:
+unit(a v_i + sqrt(1 - a^2) n_i) with n_i drawn likewise. So the cosine of a matched pair is a (the
+"alignment") up to 1 / sqrt(D), the size of the cosine of two unrelated vectors. Measured for each
+loss, over both directions:
 
     hard_share               hard negatives, of all off-diagonal pairs (a property of the features)
     hard_per_row             hard negatives of a text
     penalty_to_positive      the negative term over the rest of the loss
-    penalty_gradient         the same of the norms of the two gradients by the similarity
-    positives_silent         positives that lose (probability below 1/2) and yet get no gradient
-    clamped_share            what the loss itself reports as under the reference's clamp
+    penalty_gradient         the ratio of the norms of their gradients by the similarity
+    positives_silent         positives with probability below 1/2 that get no gradient
+    clamped_share            the share under the reference's clamp, as the loss reports it
 
-Prints one line of JSON, every value as [mean over seeds, smallest, largest]; 2.5 minutes on 2
-cores, 1.8 GB. What it printed is kept, and plotted by neg_nce_plot.py:
+Prints one line of JSON, every value as [mean over seeds, smallest, largest]; takes 2.5 minutes on
+2 cores and 1.8 GB. neg_nce_plot.py plots the stored result:
 neg_nce_synthetic.py > tests/benchmarks/results/neg_nce_synthetic.json
 """
 

@@ -1,8 +1,8 @@
-"""A rank's time for similarity and loss at a fixed global batch: with W ranks it should be 1/W.
+"""Time of one rank's similarity and loss at a fixed global batch, which should fall as 1 / W.
 
-Each rank has G / W texts and all G videos, one after another in one process, without communication:
-the same work as on W machines, whatever the network between them. Forward + backward, NegNCE in log
-mode. The law holds where efficiency, time of one rank / (W x time of W ranks), is near 1.
+Each of W ranks has G / W texts and all G videos. The ranks run one after another in one process,
+without communication: the work of W machines without their network. Forward + backward with NegNCE
+in log mode. Efficiency is the time of one rank / (W x time of W ranks), ideally 1.
 
 Prints one line of JSON: rank_scaling.py --pairs 1024 > tests/benchmarks/results/rank_scaling.json
 """

@@ -1,11 +1,11 @@
 """Time of TPM-CL on matched pairs against all pairs: forward + backward, predictors included.
 
-All pairs is what the published code computes: in blocks of 8 texts x 16 videos, every text with
-every video, token weights and robbed versions of each, and then the hinge of the diagonal alone.
-The same functions serve both, so that only the number of pairs differs. It is measured at small
-batches and continued to the large one as k x B^2, with k from the relative least squares.
+The published code computes all pairs: in blocks of 8 texts x 16 videos, token weights and partial
+samples of every text with every video, of which only the diagonal's hinge is used. Both ways run
+the same functions here, so that only the number of pairs differs. All pairs are measured at small
+batches and extrapolated as k x B^2, where k minimises the relative squared errors.
 
-Prints one line of JSON. By hand with other sizes: tpm_cl.py --pairs 256 --all-pairs 8 16
+Prints one line of JSON. Other sizes: tpm_cl.py --pairs 256 --all-pairs 8 16
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _block(model: TpmCl, sentence: Tensor, words: Tensor, frames: Tensor) -> Ten
 def seconds(
     loss: Callable[..., Tensor], pairs: int, *, words: int, frames: int, width: int, repeats: int
 ) -> tuple[list[float], float]:
-    """Of each repeat after a warm-up, and the loss, the same for the same number of pairs."""
+    """Seconds of each repeat after a warm-up, and the loss."""
     torch.manual_seed(0)
     model = TpmCl(words, frames, width)
     shapes = ((pairs,), (pairs, words), (pairs, frames))
