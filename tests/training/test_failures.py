@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_suspended_rank_is_named_and_ended(config: Config, tmp_path: Path) -> No
     assert errors.count("does not respond") == 1
     assert "error [rank 0]: no rank has made progress for " in errors
     assert "rank 1 on " in errors
-    assert "the other ranks wait in training after step " in errors
+    assert re.search(r"the other ranks wait in \w+ after step \d", errors)
     (file,) = (run_dir / "failures").iterdir()
     assert json.loads(file.read_text())["of"] == 1
     assert "Traceback" not in errors
@@ -109,7 +110,7 @@ def test_hanging_rank_is_named_with_its_line(config: Config, tmp_path: Path) -> 
         (tmp_path / "fifo").rename(keys_of_rank_1(run_dir))
 
     errors = errors_of(config, run_dir, disturb)
-    assert errors.count("is behind, in training after step ") == 1
+    assert len(re.findall(r"is behind, in \w+ after step \d", errors)) == 1
     assert "rank 1 on " in errors
     assert "tvr.trainer.monitoring.run_log:" in errors
     assert 'trainer/monitoring/run_log.py", line' in errors  # stack traces of the hanging rank
