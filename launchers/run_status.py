@@ -1,4 +1,4 @@
-"""Progress, failures and owner of a run, read from the files the trainer writes.
+"""RunProgress, failures and owner of a run, read from the files the trainer writes.
 
 The files are log.jsonl, failures/ and attempts/ in the run folder.
 """
@@ -18,7 +18,7 @@ DEFAULT_NOTICE_S = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class RunProgress:
     """Newest step and checkpoint of a run, and its longest times so far."""
 
     saved_step: int
@@ -30,7 +30,7 @@ class Progress:
     """Newest `step` event of log.jsonl; empty before the first step."""
 
 
-def read_progress(run_dir: Path) -> Progress:
+def read_progress(run_dir: Path) -> RunProgress:
     """Reads log.jsonl of a run, which may be running or may not have started."""
     saved_step, save_s, step_s, evaluation_s = 0, 0.0, 0.0, 0.0
     step: Mapping[str, Any] = {}
@@ -44,7 +44,7 @@ def read_progress(run_dir: Path) -> Progress:
                 step_s = max(step_s, event.get("step_s", 0.0))
             case "evaluation":
                 evaluation_s = max(evaluation_s, event.get("seconds", 0.0))
-    return Progress(
+    return RunProgress(
         saved_step=saved_step,
         longest_save_s=save_s,
         longest_step_s=step_s,
@@ -53,7 +53,7 @@ def read_progress(run_dir: Path) -> Progress:
     )
 
 
-def notice_seconds(progress: Progress) -> int:
+def notice_seconds(progress: RunProgress) -> int:
     """Seconds before the time limit at which the run must be notified, to save in time."""
     if not progress.longest_save_s:
         return DEFAULT_NOTICE_S

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from tvr.launchers.monitoring.grafana import Dashboard, Panel, Query
+from tvr.launchers.monitoring.grafana import Dashboard, GrafanaPanel, Query
 from tvr.launchers.monitoring.queries import RUN, age, increase, latest, per_second, per_step
 
 
 def _graph(
     title: str, unit: str, description: str, *queries: Query, stacked: bool = False
-) -> Panel:
-    return Panel(title=title, unit=unit, description=description, queries=queries, stacked=stacked)
+) -> GrafanaPanel:
+    return GrafanaPanel(
+        title=title, unit=unit, description=description, queries=queries, stacked=stacked
+    )
 
 
-def _stat(title: str, unit: str, description: str, *queries: Query, width: int = 3) -> Panel:
-    return Panel(
+def _stat(title: str, unit: str, description: str, *queries: Query, width: int = 3) -> GrafanaPanel:
+    return GrafanaPanel(
         title=title, unit=unit, description=description, queries=queries, kind="stat", width=width
     )
 
@@ -214,10 +216,10 @@ FLEET_PANELS = (
           Query("sum(max by (run) (tvr_train_ranks))", "ranks"), width=4),
     _stat("Total pairs per second", "short", "Throughput of all runs.",
           Query("sum(run:tvr_train_pairs_per_second:avg)", "pairs/s"), width=4),
-    Panel(title="Alerts", description="Firing alerts; 0 if there is none.", width=12, height=4,
+    GrafanaPanel(title="Alerts", description="Firing alerts; 0 if there is none.", width=12, height=4,
           queries=(Query('max by (alertname, run, severity) (ALERTS{alertstate="firing", '
                          'alertname=~"Tvr.*"}) or on () vector(0)', "{{alertname}} {{run}}"),)),
-    Panel(title="Runs", description="One row per run.", kind="table", width=24, queries=(
+    GrafanaPanel(title="Runs", description="One row per run.", kind="table", width=24, queries=(
         Query("max by (run) (tvr_train_step)", "step"),
         Query("max by (run) (tvr_train_planned_steps)", "planned"),
         Query("run:tvr_train_pairs_per_second:avg", "pairs/s"),

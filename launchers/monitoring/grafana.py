@@ -21,7 +21,7 @@ class Query(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
+class GrafanaPanel:
     """One chart, value or table of a dashboard."""
 
     title: str
@@ -42,7 +42,7 @@ class Panel:
 class Dashboard:
     uid: str
     title: str
-    panels: tuple[Panel, ...]
+    panels: tuple[GrafanaPanel, ...]
     all_runs: bool = False
     """True for a dashboard of all runs, without a variable that selects runs."""
 
@@ -70,7 +70,7 @@ def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
     }
 
 
-def _grid_positions(panels: Sequence[Panel]) -> Iterator[dict[str, int]]:
+def _grid_positions(panels: Sequence[GrafanaPanel]) -> Iterator[dict[str, int]]:
     """Places panels from left to right, in rows of `COLUMNS` columns."""
     x = y = row = 0
     for panel in panels:
@@ -81,7 +81,7 @@ def _grid_positions(panels: Sequence[Panel]) -> Iterator[dict[str, int]]:
         x, row = x + panel.width, max(row, height)
 
 
-def _panel(panel: Panel, number: int, position: dict[str, int]) -> dict[str, Any]:
+def _panel(panel: GrafanaPanel, number: int, position: dict[str, int]) -> dict[str, Any]:
     is_table = panel.kind == "table"
     return {
         "id": number,
@@ -108,7 +108,7 @@ def _panel(panel: Panel, number: int, position: dict[str, int]) -> dict[str, Any
     }
 
 
-def _field(panel: Panel) -> dict[str, Any]:
+def _field(panel: GrafanaPanel) -> dict[str, Any]:
     field: dict[str, Any] = {"unit": panel.unit}
     if panel.kind == "timeseries":
         mode = "normal" if panel.stacked else "none"
@@ -120,7 +120,7 @@ def _field(panel: Panel) -> dict[str, Any]:
     return field
 
 
-def _options(panel: Panel) -> dict[str, Any]:
+def _options(panel: GrafanaPanel) -> dict[str, Any]:
     if panel.kind == "table":
         return {"frameIndex": 0, "showHeader": True}
     if panel.kind == "timeseries":
@@ -146,7 +146,7 @@ def _options(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _columns(panel: Panel) -> list[dict[str, Any]]:
+def _columns(panel: GrafanaPanel) -> list[dict[str, Any]]:
     """Transformations that merge the queries of a table into one row per run."""
     letters = zip(string.ascii_uppercase, panel.queries, strict=False)
     names = {f"Value #{letter}": query.legend for letter, query in letters}

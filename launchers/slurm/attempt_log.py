@@ -19,7 +19,7 @@ ATTEMPTS_DIR = "attempts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class JobAttempt:
     """One attempt of a job."""
 
     restart: int
@@ -37,7 +37,7 @@ class AttemptLog:
     def __init__(self, launch_dir: Path, job_id: str) -> None:
         self._path = launch_dir / ATTEMPTS_DIR / f"{job_id}.jsonl"
 
-    def read(self) -> list[Attempt]:
+    def read(self) -> list[JobAttempt]:
         """Returns the attempts in the order of restarts."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         starts: dict[int, Mapping[str, Any]] = {}
@@ -53,7 +53,7 @@ class AttemptLog:
             else:
                 ends.setdefault(restart, AttemptEnd(superseded=line.pop("over"), **line))
         return [
-            Attempt(
+            JobAttempt(
                 restart=restart,
                 nodes=tuple(line["nodes"]),
                 began_s=line["began_s"],

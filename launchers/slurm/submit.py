@@ -12,7 +12,7 @@ from pathlib import Path
 from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.job import JOB_FILE, LAUNCH_DIR, Job, read_job, to_json
 from tvr.launchers.monitoring.targets import remove_targets
-from tvr.launchers.run_status import Progress, notice_seconds, read_progress
+from tvr.launchers.run_status import RunProgress, notice_seconds, read_progress
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.attempt_log import ATTEMPTS_DIR, AttemptLog
 from tvr.launchers.slurm.script import sbatch_script
@@ -202,7 +202,7 @@ def _attempt_rows(run_dir: Path) -> Iterator[tuple[object, ...]]:
             yield path.stem, attempt.restart, ",".join(attempt.nodes), text
 
 
-def _progress_table(run_dir: Path, progress: Progress) -> str:
+def _progress_table(run_dir: Path, progress: RunProgress) -> str:
     config = run_dir / "config.json"
     steps = json.loads(config.read_text())["train"]["steps"] if config.exists() else EMPTY_CELL
     step = progress.step

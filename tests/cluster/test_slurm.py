@@ -26,7 +26,7 @@ from builders.tiny import tiny_config, with_ranks
 from tvr.data_prep.demo_clips import ANNOTATIONS
 from tvr.launchers.process import is_running
 from tvr.launchers.restart_policy import AttemptEnd
-from tvr.launchers.slurm.attempt_log import Attempt, AttemptLog
+from tvr.launchers.slurm.attempt_log import AttemptLog, JobAttempt
 from tvr.launchers.slurm.nodelist import expand_nodes
 from tvr.trainer.config import Config, to_json
 
@@ -86,7 +86,7 @@ class LaunchedJob:
         return "\n".join(path.read_text() for path in files)
 
     @property
-    def attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[JobAttempt]:
         return AttemptLog(self.run_dir / "launch", self.job_id).read()
 
     @property

@@ -24,7 +24,7 @@ from tvr.launchers.run_status import (
 )
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import read_allocation
-from tvr.launchers.slurm.attempt_log import Attempt, AttemptLog
+from tvr.launchers.slurm.attempt_log import AttemptLog, JobAttempt
 from tvr.launchers.slurm.commands import StepFailure, first_step_failure
 from tvr.launchers.slurm.step import attempt_end
 from tvr.launchers.slurm.task_main import torch_environment
@@ -217,8 +217,8 @@ def test_first_recorded_end_of_an_attempt_counts(tmp_path: Path) -> None:
         file.write('{"restart": 0, "code"')  # cut by a crash
     attempts.record_end(0, DONE)  # by an orphan
     assert attempts.read() == [
-        Attempt(restart=0, nodes=("n1", "n2"), began_s=5.0, end=FAILED),
-        Attempt(restart=1, nodes=("n3",), began_s=6.0, end=None),
+        JobAttempt(restart=0, nodes=("n1", "n2"), began_s=5.0, end=FAILED),
+        JobAttempt(restart=1, nodes=("n3",), began_s=6.0, end=None),
     ]
 
 
