@@ -1,4 +1,4 @@
-"""RunProgress, failures and owner of a run, read from the files the trainer writes.
+"""Progress, failures and owner of a run, read from the files the trainer writes.
 
 The files are log.jsonl, failures/ and attempts/ in the run folder.
 """

@@ -216,7 +216,8 @@ FLEET_PANELS = (
           Query("sum(max by (run) (tvr_train_ranks))", "ranks"), width=4),
     _stat("Total pairs per second", "short", "Throughput of all runs.",
           Query("sum(run:tvr_train_pairs_per_second:avg)", "pairs/s"), width=4),
-    GrafanaPanel(title="Alerts", description="Firing alerts; 0 if there is none.", width=12, height=4,
+    GrafanaPanel(
+          title="Alerts", description="Firing alerts; 0 if there is none.", width=12, height=4,
           queries=(Query('max by (alertname, run, severity) (ALERTS{alertstate="firing", '
                          'alertname=~"Tvr.*"}) or on () vector(0)', "{{alertname}} {{run}}"),)),
     GrafanaPanel(title="Runs", description="One row per run.", kind="table", width=24, queries=(
