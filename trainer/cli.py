@@ -70,7 +70,7 @@ def train(argv: Sequence[str]) -> int:
                 if value is not None and value < 1:
                     raise ValueError(f"--{name} {value} must be at least 1")
             if dry_run:
-                from tvr.trainer.dry_run import dry_run as show
+                from tvr.trainer.dry_run.dry_run import dry_run as show
 
                 show(settings, run_dir, ranks=ranks or 1, samples=samples, console=Console())
                 return EXIT_DONE

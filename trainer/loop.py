@@ -15,20 +15,19 @@ from tvr.data_prep.records import Batch
 from tvr.trainer.build_run import TrainingRun, build_run
 from tvr.trainer.checkpoint.catalogue import record_evaluation
 from tvr.trainer.checkpoint.restore import Resume, find_resume_checkpoint
-from tvr.trainer.checkpoint.save_result import SaveResult
 from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluation.evaluate import evaluate
-from tvr.trainer.evaluation.records import Evaluation
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import Monitor, monitored
 from tvr.trainer.monitoring.progress import Progress
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.step_record import log_event
+from tvr.trainer.records import Evaluation, SaveResult
 from tvr.trainer.resilience.failures import ErrorReporter, reporting_failures
 from tvr.trainer.resilience.preemption import StopNotice, catching_stop_signals
 from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight

@@ -21,7 +21,7 @@ from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest_checkpoint
 from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.records import Evaluation
+from tvr.trainer.records import Evaluation
 from tvr.trainer.run_files import CONFIG, EVALUATION, named_settings
 
 CHECKPOINTS = "checkpoints"

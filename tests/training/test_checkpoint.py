@@ -31,7 +31,6 @@ from tvr.trainer.checkpoint.catalogue import (
 from tvr.trainer.checkpoint.file_writer import NICENESS
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.restore import local_files
-from tvr.trainer.checkpoint.save_result import SaveResult
 from tvr.trainer.checkpoint.saver import Saver, rank_files
 from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
 from tvr.trainer.distributed.world import World
@@ -39,6 +38,7 @@ from tvr.trainer.engine.random_state import get_random_state, set_random_state
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
 from tvr.trainer.fencing import Attempt, begin_attempt
+from tvr.trainer.records import SaveResult
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -13,10 +13,15 @@ import torch
 from builders.clip_folders import write_clip
 from builders.tiny import MAX_WORDS, tiny_config
 
-from tvr.trainer import dry_run
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.distributed.world import join_world
+from tvr.trainer.dry_run import dry_run
+from tvr.trainer.dry_run.synthetic_step import (
+    random_batches,
+    run_synthetic_step,
+    single_rank_config,
+)
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.memory.model_memory import (
     AllocationTracker,
@@ -31,7 +36,6 @@ from tvr.trainer.model.model import (
     model_inputs,
 )
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.synthetic_step import random_batches, run_synthetic_step, single_rank_config
 
 
 @pytest.fixture(scope="module")

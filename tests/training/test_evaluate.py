@@ -26,10 +26,10 @@ from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.evaluate import evaluate
-from tvr.trainer.evaluation.records import Evaluation, results_table
 from tvr.trainer.loop import train
 from tvr.trainer.model.model import Features, TextVideoModel, build_model, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.records import Evaluation, results_table
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, world_size=1, device=CPU)

@@ -33,6 +33,7 @@ from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.shared_memory import IN_MEMORY
 from tvr.trainer.distributed.world import World
+from tvr.trainer.dry_run.synthetic_step import random_batches
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
 from tvr.trainer.monitoring.cli import markdown_page, metrics, rows
@@ -42,7 +43,6 @@ from tvr.trainer.monitoring.metrics import METRICS
 from tvr.trainer.monitoring.monitor import NodeMonitor
 from tvr.trainer.monitoring.step_record import StepRecord, log_event
 from tvr.trainer.monitoring.writers import Writers
-from tvr.trainer.synthetic_step import random_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"", "seconds", "bytes", "ratio", "pairs", "steps", "clips"}

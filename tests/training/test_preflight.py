@@ -31,8 +31,8 @@ from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.memory import rank_memory as rank_memory_file
 from tvr.trainer.memory.rank_memory import rank_memory
 from tvr.trainer.model.model import build_meta_model
+from tvr.trainer.records import Finding
 from tvr.trainer.resilience import preflight as preflight_file
-from tvr.trainer.resilience.findings import Finding
 from tvr.trainer.resilience.preflight import (
     SETTINGS,
     check_disk,

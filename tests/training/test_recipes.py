@@ -10,10 +10,10 @@ import pytest
 from builders.clip_folders import SHAPES, write_clip
 
 from tvr.data_prep.annotations.benchmarks import BENCHMARKS
-from tvr.trainer import dry_run
 from tvr.trainer.cli import show_config
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import accumulation_steps, from_json
+from tvr.trainer.dry_run import dry_run
 from tvr.trainer.memory.rank_memory import rank_memory
 from tvr.trainer.model.model import build_meta_model
 from tvr.trainer.model.tokenizer import load_tokenizer

@@ -39,11 +39,11 @@ from tvr.trainer.checkpoint.catalogue import (
 )
 from tvr.trainer.checkpoint.file_writer import write_files, write_result, writer_thread
 from tvr.trainer.checkpoint.manifest import MANIFEST, FileRecord, SavedState, write_manifest
-from tvr.trainer.checkpoint.save_result import SaveResult
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.random_state import random_state_file
 from tvr.trainer.engine.staging import staging_shortage
 from tvr.trainer.fencing import Attempt
+from tvr.trainer.records import SaveResult
 
 # Hidden folders that saving and removing create on a local disk; all others belong to the user.
 TEMPORARY_FOLDER = re.compile(r"\.+(damaged-)?step-\d{8,}(\.attempt-\d+\.partial)?(\.trash-\d+)*")

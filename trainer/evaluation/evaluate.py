@@ -15,11 +15,11 @@ from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.records import Evaluation
 from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.loss.objective import all_gather_videos, similarity_rows
 from tvr.trainer.model.model import Features, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.records import Evaluation
 
 Encode = Callable[..., Features]
 TOP_VIDEOS = 5

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from tvr.trainer.config import Config, from_json, to_json
-from tvr.trainer.evaluation.records import results_table
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.records import results_table
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.run_files import EVALUATION
 

@@ -23,9 +23,9 @@ from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.engine.engine import consolidated_weights
 from tvr.trainer.evaluation.evaluate import evaluate
-from tvr.trainer.evaluation.records import Evaluation, results_table
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.records import Evaluation, results_table
 from tvr.trainer.run_dir import checkpoints_of, read_config, write_evaluation
 from tvr.trainer.run_files import EVALUATION
 

@@ -21,7 +21,6 @@ import torch
 from tvr.data_prep.exporter.metrics_http import PortInUse
 from tvr.data_prep.exporter.metrics_table import MetricValues
 from tvr.data_prep.records import UNDECODABLE_REASONS
-from tvr.trainer.checkpoint.save_result import SaveResult
 from tvr.trainer.config import Config
 from tvr.trainer.distributed.shared_memory import ranks_on_node, shared_rows
 from tvr.trainer.distributed.world import World
@@ -41,7 +40,7 @@ from tvr.trainer.monitoring.step_record import (
 )
 from tvr.trainer.monitoring.stopwatch import LapStopwatch, Stopwatch
 from tvr.trainer.monitoring.writers import Writers
-from tvr.trainer.resilience.findings import Finding, raise_findings
+from tvr.trainer.records import Finding, SaveResult, raise_findings
 
 MEMORY_EVERY_S = 1.0
 # Read from the counters of torch's allocator, which needs no synchronisation.

@@ -29,7 +29,7 @@ from tvr.trainer.memory.model_memory import checkpoint_bytes
 from tvr.trainer.memory.rank_memory import free_bytes, rank_memory, total_bytes
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.resilience.findings import Finding, raise_findings
+from tvr.trainer.records import Finding, raise_findings
 from tvr.trainer.run_dir import checkpoints_of
 
 log = logging.getLogger(__name__)

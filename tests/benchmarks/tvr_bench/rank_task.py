@@ -21,7 +21,6 @@ from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.launchers.rank_main import end_process
 from tvr.trainer.build_run import build_run
 from tvr.trainer.checkpoint.catalogue import Retention
-from tvr.trainer.checkpoint.save_result import SaveResult
 from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.config import Config, from_json
 from tvr.trainer.data import build_tokenizer
@@ -32,6 +31,7 @@ from tvr.trainer.monitoring.monitor import NodeMonitor
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.server import FOLDER
 from tvr.trainer.monitoring.stopwatch import LapStopwatch, Stopwatch
+from tvr.trainer.records import SaveResult
 
 BLOCK_STEPS = 25
 """Steps with metrics, and as many without, in a block that is scraped or not."""

@@ -1,15 +1,16 @@
-"""The result of an evaluation, and its summary as a table.
+"""Plain records that pass between the parts of the trainer.
 
-The module imports no torch at run time, so pages and the run folder can use it.
+The module imports no torch at run time, so pages and the monitor can use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvr.data_prep.records import Replacement
+from tvr.trainer.errors import PreflightFailed
 
 if TYPE_CHECKING:
     from tvr.kernels.ranking import RetrievalMetrics
@@ -76,3 +77,47 @@ def results_table(summary: Mapping[str, Any]) -> str:
     if summary["left_out"]:
         lines.append(f"{summary['left_out']} unreadable samples were left out")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveResult:
+    """The result of a save. Apart from `blocked_s` and `seconds` it is the same on every rank."""
+
+    step: int
+    error: str | None
+    """The error on the lowest rank that failed; None: the checkpoint is published."""
+    num_bytes: int
+    blocked_s: float
+    """Seconds for which steps waited on this rank: for the copy and for the agreement of the ranks,
+    or for the whole save without `background`."""
+    seconds: float
+    """From the start to the publication."""
+    background: bool
+    """True if a copy was written while training continued."""
+    no_room: str | None = None
+    """Why the state was not copied although `background` was set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A failed check on one rank."""
+
+    rank: int
+    text: str
+    is_node_fault: bool
+    """True if the node may be at fault, False if the settings are."""
+
+
+def raise_findings(findings: Sequence[Finding], hosts: Sequence[str]) -> None:
+    """Raises PreflightFailed if there are findings.
+
+    Args:
+        hosts: Host of every rank.
+    """
+    if not findings:
+        return
+    lines = [f"rank {found.rank} on {hosts[found.rank]}: {found.text}" for found in findings]
+    # If settings are wrong as well, another node does not help.
+    other_nodes_help = all(found.is_node_fault for found in findings)
+    rank_at_fault = min(found.rank for found in findings) if other_nodes_help else None
+    raise PreflightFailed(lines, rank_at_fault)

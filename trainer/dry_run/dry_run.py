@@ -22,6 +22,7 @@ from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
 from tvr.trainer.config import Config, accumulation_steps
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World
+from tvr.trainer.dry_run.synthetic_step import run_synthetic_step, single_rank_config
 from tvr.trainer.engine.deepspeed_config import deepspeed_config
 from tvr.trainer.engine.schedule import learning_rate_factor
 from tvr.trainer.errors import PreflightFailed
@@ -33,7 +34,6 @@ from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.step_record import log_event
 from tvr.trainer.resilience.preflight import check_disk, preflight
-from tvr.trainer.synthetic_step import run_synthetic_step, single_rank_config
 
 Row = Sequence[str]
 SHARES_OF_RUN = (0.0, 0.1, 0.5, 1.0)
