@@ -1,22 +1,24 @@
-# make demo | test | check | bench: each makes .venv first if need be. PYTHON=/path/to/python3.11 picks another one.
+# make demo | test | check | bench: each creates .venv first if it is missing. PYTHON=/path/to/python3.11 selects another
+# interpreter.
 PYTHON ?= python3
-# Two at a time, each file's tests one after the other: most wait for something half of the time.
-TEST_ARGS ?= -q -rs -n 2 --dist loadfile
+# Files run in parallel, longest first; the tests of a file run in order. Many tests wait for other processes.
+TEST_ARGS ?= -q -rs -n 3 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := data_prep kernels launchers trainer
 
-.PHONY: help demo test check fix bench ffcv grafana-schema clean
+.PHONY: help demo test test-quick check fix bench ffcv grafana-schema clean
 
 help:
-	@echo "make demo   render clips, train a small model on two ranks, write report.html (about 15 minutes)"
-	@echo "make test   the test suite (TEST_ARGS='-q -k name' for a part)"
-	@echo "make check  formatting, lint and types; 'make fix' repairs the first two"
-	@echo "make ffcv   the optional package for betons; compiles it (README.md names the system packages)"
-	@echo "make grafana-schema   the types of dashboards, for a test; needs node and npm"
-	@echo "make bench  the kernels' benchmarks, one line of JSON each (some minutes)"
+	@echo "make demo        render clips, train a small model on two ranks, write report.html (about 5 minutes)"
+	@echo "make test        the test suite (about 20 minutes on 2 cores; TEST_ARGS='-q -k name' for a part)"
+	@echo "make test-quick  the fast test files (a few minutes)"
+	@echo "make check       formatting, lint and types; 'make fix' repairs the first two"
+	@echo "make ffcv        the optional package FFCV, compiled (data_prep/README.md names the system packages)"
+	@echo "make grafana-schema   Grafana's types, which a test checks dashboards against; needs node and npm"
+	@echo "make bench       benchmarks of kernels, TPM-CL and rank scaling, one line of JSON each (some minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -34,8 +36,10 @@ demo: $(READY)
 	@$(BIN)/tvr demo
 
 test: $(READY)
-	@echo "running the tests (a few minutes)"
 	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-quick: $(READY)
+	@$(BIN)/python -m pytest $(TEST_ARGS) -m "not slow"
 
 check: $(READY)
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q .
@@ -45,16 +49,16 @@ check: $(READY)
 fix: $(READY)
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-# FFCV asks pkg-config for all of OpenCV and includes all of it, and needs two of its modules.
+# FFCV requests all of OpenCV from pkg-config and includes all of its headers, but uses two modules.
 ffcv: $(READY)
 	@mkdir -p build/ffcv/opencv2
 	@printf '#include <opencv2/%s.hpp>\n' core imgproc > build/ffcv/opencv2/opencv.hpp
-	@printf '%s\n' 'Name: opencv4' 'Description: what FFCV needs of OpenCV' 'Version: 4' \
+	@printf '%s\n' 'Name: opencv4' 'Description: the OpenCV modules that FFCV uses' 'Version: 4' \
 		'Libs: -lopencv_imgproc -lopencv_core' 'Cflags: -I$${pcfiledir} -I/usr/include/opencv4' > build/ffcv/opencv4.pc
 	@PKG_CONFIG_PATH="$(CURDIR)/build/ffcv:$$PKG_CONFIG_PATH" \
 		$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[ffcv]'
 
-# The types that a test holds dashboards against.
+# Grafana's types; a test checks the dashboards against them.
 grafana-schema:
 	@mkdir -p build/grafana_schema
 	@cp tests/grafana_schema/package.json tests/grafana_schema/package-lock.json build/grafana_schema/

@@ -22,9 +22,8 @@ from tvr.trainer.checkpoint import restore
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.model.tokenizer import load_tokenizer
 
-RANKS, STEPS = 2, 16
-# Each stage kills one rank after a step and the other rank during a save; the stages alternate.
-KILLS = 2
+# Each stage kills each rank once after a step and once during a save.
+RANKS, STEPS, KILLS = 2, 32, 4
 SEED = 2026
 
 
@@ -78,7 +77,7 @@ def test_repeatedly_killed_run_ends_as_an_uninterrupted_one(
     file.write_text(to_json(config))
     whole, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     assert jobs.run_forked(file, whole, RANKS) == [0, 0]
-    draw, span = random.Random(SEED + zero_stage), (STEPS - 4) // KILLS
+    draw, span = random.Random(SEED + zero_stage), STEPS // KILLS - 1
     for attempt in range(KILLS):
         rank, in_a_save = (attempt + zero_stage) % RANKS, attempt >= KILLS // 2
         step = attempt * span + draw.randint(1, span)
