@@ -23,7 +23,7 @@ from tvr.data_prep.html_page import page_template
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.monitoring.run_log import LOG, RunLog, read_log
 from tvr.trainer.pages.history import Curve, Series, clock, history, thinned
-from tvr.trainer.pages.panels import panels
+from tvr.trainer.pages.panels import Panel, panels
 from tvr.trainer.resilience.failure_file import FOLDER as FAILURES
 from tvr.trainer.resilience.failure_file import FailureFile
 from tvr.trainer.run_files import CONFIG, named_settings
@@ -101,8 +101,8 @@ def write_dashboard(folders: Sequence[Path], out: Path) -> bool:
     runs = [read_run(folder) for folder in folders]
     page = page_template(Path(__file__).parent, "dashboard.html.jinja").render(
         name=", ".join(run.name for run in runs),
-        content=_content(runs),
-        library=_library(),
+        content=page_content(runs, panels([run.history for run in runs])),
+        library=plotly_library(),
     )
     write_atomically(out, page)
     return all(run.state == "finished" for run in runs)
@@ -127,9 +127,8 @@ def _stamps(folders: Sequence[Path]) -> list[tuple[int, int]]:
     return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
 
 
-def _content(runs: Sequence[Run]) -> dict[str, Any]:
-    """The data of the page's script."""
-    groups = panels([run.history for run in runs])
+def page_content(runs: Sequence[Run], groups: Mapping[str, Sequence[Panel]]) -> dict[str, Any]:
+    """Returns the data that panels.js.jinja draws: the runs, and the panels of each group."""
     return {
         "written": time.time(),
         "runs": [_run_data(run) for run in runs],
@@ -195,13 +194,13 @@ def _failure_files(folder: Path) -> list[Path]:
 def _failure(folder: Path, since: float) -> str | None:
     """The newest failure, if it is newer than the log."""
     for path in reversed(_failure_files(folder)):
-        told = FailureFile(path, rank=0).read()
-        if told is not None and path.stat().st_mtime >= since:
-            return f"rank {told.rank} on {told.host}: {told.error}"
+        failure = FailureFile(path, rank=0).read()
+        if failure is not None and path.stat().st_mtime >= since:
+            return f"rank {failure.rank} on {failure.host}: {failure.error}"
     return None
 
 
 @cache
-def _library() -> str:
-    """plotly's JavaScript, compressed to a third of its size."""
+def plotly_library() -> str:
+    """Returns plotly's JavaScript, compressed with gzip and encoded in base64."""
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

@@ -1,4 +1,7 @@
-"""Writes report.html, a self-contained page: results, curves, and test queries as pictures."""
+"""Writes report.html, a self-contained page: results, curves, and test queries as pictures.
+
+The curves are panels of the dashboard, drawn by the same script.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from tvr.data_prep.html_page import page_template, picture_strip
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.monitoring.run_log import LOG, Event, RunLog, read_log
-from tvr.trainer.pages.plots import Series, line_chart
+from tvr.trainer.monitoring.run_log import LOG, Event, RunLog
+from tvr.trainer.pages.dashboard import Run, page_content, plotly_library, read_run
+from tvr.trainer.pages.panels import panels
 from tvr.trainer.run_files import CONFIG, EVALUATION
 
 Thumbnails = Callable[[str], Sequence[Image.Image]]
@@ -24,6 +27,13 @@ Thumbnails = Callable[[str], Sequence[Image.Image]]
 SHOWN_QUERIES = 12
 SHOWN_KEYS = 5
 DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
+SHOWN_METRICS = (
+    "tvr_train_loss",
+    "tvr_evaluation_recall_ratio",
+    "tvr_train_learning_rate",
+    "tvr_train_pairs_per_second",
+)
+"""Metrics whose panels the report draws, in the order of the page."""
 PACKAGES = ("tvr", "torch", "deepspeed", "transformers", "webdataset", "av", "numpy")
 
 
@@ -31,14 +41,16 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
     """Writes `run_dir`/report.html and returns its path.
 
     Args:
-        thumbnails: Returns a few small frames of a clip by its key; without it the page shows keys.
+        thumbnails: Maps a clip's key to a few small frames; without it the page shows keys.
 
     Raises:
         ValueError: config.json or log.jsonl is missing.
     """
     folder = Path(run_dir)
-    config = json.loads(_required(folder / CONFIG))
-    log = read_log(_required(folder / LOG))
+    for name in (CONFIG, LOG):
+        _require(folder / name)
+    run = read_run(folder)
+    log, content = run.log, _chart_content(run)
     result_file = folder / EVALUATION
     result = json.loads(result_file.read_text()) if result_file.is_file() else None
     if result is None and log.evaluations:
@@ -49,15 +61,16 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         summary=_summary(log),
         result=result,
         directions=DIRECTIONS,
-        charts=_charts(log),
+        content=content,
+        library=plotly_library() if content else "",
         queries=[_shown_query(query, thumbnails) for query in queries],
         num_queries=len(result.get("queries", [])) if result else 0,
         replaced=_by_reason(log.replaced),
-        # Every evaluation leaves out the same samples again.
+        # Every evaluation leaves out the same samples, so each sample is counted once.
         left_out=_by_reason({(bad["reason"], bad["key"]): bad for bad in log.left_out}.values()),
         resumed_at=log.resumed_at,
         unreadable_lines=log.unreadable_lines,
-        config=json.dumps(config, indent=2),
+        config=json.dumps(run.config, indent=2),
         versions=_versions(),
     )
     path = folder / "report.html"
@@ -66,9 +79,10 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
 
 
 def choose_queries(queries: Sequence[Event], count: int) -> list[Event]:
-    """A spread of `count` queries, best first: half of rank 1, a quarter near misses, the worst.
+    """Returns `count` queries, best first: half hits, a quarter near misses, the rest misses.
 
-    A clip has many captions; in each of the three groups it is shown once.
+    A hit has rank 1, a near miss rank 2 to 5. A clip with many captions appears once per group. If
+    a group is too small, other groups fill its share.
     """
     by_rank = sorted(queries, key=lambda query: (query["rank"], query["caption"]))
     groups = (
@@ -76,8 +90,8 @@ def choose_queries(queries: Sequence[Event], count: int) -> list[Event]:
         _one_per_clip(query for query in by_rank if 1 < query["rank"] <= 5),
         _one_per_clip(query for query in reversed(by_rank) if query["rank"] > 5),
     )
-    room = [count // 2, count // 4, count - count // 2 - count // 4]
-    taken = [min(len(group), places) for group, places in zip(groups, room, strict=True)]
+    shares = [count // 2, count // 4, count - count // 2 - count // 4]
+    taken = [min(len(group), share) for group, share in zip(groups, shares, strict=True)]
     for index, group in enumerate(groups):
         taken[index] = min(len(group), taken[index] + count - sum(taken))
     return [
@@ -98,10 +112,9 @@ def _evenly(group: Sequence[Event], count: int) -> list[Event]:
     return [group[index * len(group) // count] for index in range(count)]
 
 
-def _required(path: Path) -> str:
+def _require(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the run_dir of a run that `tvr train` started")
-    return path.read_text(encoding="utf-8")
 
 
 def _summary(log: RunLog) -> list[tuple[str, str]]:
@@ -127,64 +140,13 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _charts(log: RunLog) -> list[tuple[str, Markup]]:
-    """Title and SVG of each chart that has something to show."""
-    if not log.steps:
-        return []
-    steps = [event["step"] for event in log.steps]
-    clock = ([0, *steps], [0.0, *(event["elapsed_s"] / 60 for event in log.steps)])
-    last_step = max([*steps, *(event["step"] for event in log.evaluations)])
-
-    def curve(key: str, label: str, colour: int, smooth: bool = False) -> list[Series]:
-        known = [(event["step"], event[key]) for event in log.steps if event.get(key) is not None]
-        x, y = zip(*known, strict=True) if known else ((), ())
-        return [Series(label=label, x=x, y=y, colour=colour, smooth=smooth)] if known else []
-
-    losses = [
-        *curve("loss", "total", 0, smooth=True),
-        *curve("similarity_loss", "similarity", 1, smooth=True),
-        *curve("tpm_cl_loss", "TPM-CL", 2, smooth=True),
-    ]
-    rates = [*curve("learning_rate", "head", 0), *curve("encoder_learning_rate", "encoder", 1)]
-    speed = curve("samples_per_s", "samples/s", 0, smooth=True)
-    drawn = [
-        (
-            "Loss",
-            line_chart(losses, name="loss", y_label="loss", last_step=last_step, log_if_wide=True),
-        ),
-        ("Recall on the test clips", _recall_chart(log.evaluations, last_step, clock)),
-        ("Learning rate", line_chart(rates, name="rate", y_label="", last_step=last_step)),
-        (
-            "Throughput",
-            line_chart(
-                speed, name="speed", y_label="samples/s", last_step=last_step, y_from_0=True
-            ),
-        ),
-    ]
-    # Our own drawing of numbers: nothing in it to escape.
-    return [(title, Markup(svg)) for title, svg in drawn if svg]
-
-
-def _recall_chart(
-    evaluations: Sequence[Event], last_step: int, clock: tuple[list[int], list[float]]
-) -> str:
-    if not evaluations:
-        return ""
-    lines = [
-        Series(
-            label=f"R@{k}, {DIRECTIONS[direction].lower()}",
-            x=[event["step"] for event in evaluations],
-            y=[event[direction][f"recall_at_{k}"] for event in evaluations],
-            colour=colour,
-            dashed=direction == "video_to_text",
-            markers=True,
-        )
-        for colour, k in enumerate((1, 5, 10))
-        for direction in DIRECTIONS
-    ]
-    return line_chart(
-        lines, name="recall", y_label="%", last_step=last_step, y_from_0=True, minutes=clock
-    )
+def _chart_content(run: Run) -> dict[str, Any] | None:
+    """The data of the page's panels; None if the log has no step."""
+    if not run.log.steps:
+        return None
+    found = [panel for group in panels([run.history]).values() for panel in group]
+    shown = [panel for name in SHOWN_METRICS for panel in found if panel.metric == name]
+    return page_content([run], {"Curves": shown})
 
 
 def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
@@ -206,7 +168,7 @@ def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
 
 
 def _strip(key: str, thumbnails: Thumbnails | None) -> str | None:
-    """The clip's frames side by side, as a data URL; None without frames."""
+    """Joins the frames of a clip into one picture, as a data URL; None without frames."""
     frames = list(thumbnails(key)) if thumbnails else []
     return picture_strip(frames) if frames else None
 
