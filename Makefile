@@ -1,8 +1,12 @@
 # make demo | test | check | bench: each creates .venv first if it is missing. PYTHON=/path/to/python3.11 selects another
 # interpreter.
 PYTHON ?= python3
-# Files run in parallel, longest first; the tests of a file run in order. Many tests wait for other processes.
-TEST_ARGS ?= -q -rs -n 3 --dist loadfile --no-loadscope-reorder
+# Two files run at a time; the tests of a file run in order. Many tests wait for other processes.
+TEST_ARGS ?= -q -rs -n 2 --dist loadfile
+# Maths, settings, model, sample order and imports: files that start no job of several ranks.
+QUICK := tests/similarity tests/test_layers.py \
+	$(patsubst %,tests/training/test_%.py,config schedule model tokenizer towers objective metrics stopwatch) \
+	$(patsubst %,tests/data/test_%.py,order collate annotations captions storage span video_lookup safe_pickle)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +18,7 @@ PACKAGES := data_prep kernels launchers trainer
 help:
 	@echo "make demo        render clips, train a small model on two ranks, write report.html (about 5 minutes)"
 	@echo "make test        the test suite (about 20 minutes on 2 cores; TEST_ARGS='-q -k name' for a part)"
-	@echo "make test-quick  the fast test files (a few minutes)"
+	@echo "make test-quick  the tests of maths, settings, model and sample order (a few minutes)"
 	@echo "make check       formatting, lint and types; 'make fix' repairs the first two"
 	@echo "make ffcv        the optional package FFCV, compiled (data_prep/README.md names the system packages)"
 	@echo "make grafana-schema   Grafana's types, which a test checks dashboards against; needs node and npm"
@@ -39,7 +43,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-quick: $(READY)
-	@$(BIN)/python -m pytest $(TEST_ARGS) -m "not slow"
+	@$(BIN)/python -m pytest $(TEST_ARGS) -m "not slow" $(QUICK)
 
 check: $(READY)
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q .
