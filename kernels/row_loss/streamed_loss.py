@@ -1,4 +1,4 @@
-"""Similarity and loss of the global batch in one pass over tiles that are never stored.
+"""Similarity and loss of the global batch, tile by tile, without storing the scores.
 
 The similarity of one rank's texts with the videos of all ranks is computed in tiles of bounded
 size: once for each of the two forward passes of `RowLoss`, and once more in the backward pass,
