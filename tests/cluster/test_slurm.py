@@ -320,7 +320,7 @@ def test_orphans_behind_a_dead_node_daemon_cannot_write(
     until(lambda: not any(is_running(pid) for pid in orphans), "the orphans end")
     orphaned.until_done()
     assert "attempt 1 at" in orphaned.output
-    assert "is over: another one began" in orphaned.output
+    assert "is over: a newer attempt has begun" in orphaned.output
     assert f"job {orphaned.job_id} is PENDING: this attempt does not requeue it" in orphaned.output
     assert jobs.losses(run_dir) == losses
     assert len(list((run_dir / "attempts").iterdir())) == 2
