@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from tvr.launchers.slurm.attempt_log import AttemptLog, JobAttempt
 from tvr.launchers.slurm.nodelist import expand_nodes
 from tvr.trainer.config import Config, to_json
 
-STEPS = 120
+STEPS = 30
 TWO_NODES = ("--nodes", "2")
 
 
@@ -108,6 +108,16 @@ class LaunchedJob:
                     os.kill(pid, signal.SIGSTOP)
                 return pids
 
+    @contextmanager
+    def suspended_at(self, step: int) -> Iterator[list[int]]:
+        """Suspends both ranks soon after this step; yields their process IDs."""
+        self.wait_for_step(step)
+        pids = self.suspend_ranks()
+        yield pids
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
     def pids(self, ranks: int) -> list[int]:
         found: list[int] = []
         for rank in range(ranks):
@@ -119,8 +129,8 @@ class LaunchedJob:
 
 
 def random_step(seed: int) -> int:
-    """A step in the first half of the run, the same in every repetition of the test."""
-    return random.Random(seed).randint(5, STEPS // 2)
+    """A step in the first third of the run, the same in every repetition of the test."""
+    return random.Random(seed).randint(5, STEPS // 3)
 
 
 def tvr(*argv: str) -> str:
@@ -156,7 +166,11 @@ def failing(cluster: Cluster, folder: Path) -> LaunchedJob:
 def expiring(
     cluster: Cluster, folder: Path, config: Config, failing: LaunchedJob
 ) -> Iterator[LaunchedJob]:
-    """A job with a time limit of two minutes, suspended from a random step until the notice."""
+    """A job with a time limit of two minutes, suspended from a random step until the notice.
+
+    The limit ends only the first attempt: on a busy machine, two minutes may not suffice for the
+    rest of the run.
+    """
     options = (*TWO_NODES, "--time", "2", "--notice", "45")
     job = train(cluster, config, folder / "expiring", *options)
     job.wait_for_step(random_step(1))
@@ -166,6 +180,8 @@ def expiring(
         until(lambda: all(_has_notice(pid) for pid in pids), "the notice")
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+        until(lambda: job.restarts == 1, "the restart")
+        cluster.run("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=60")
 
     # Other tests run in the meantime.
     waiting = threading.Thread(target=resume_after_notice)
@@ -236,8 +252,8 @@ def test_notice_to_the_batch_shell_saves_and_restarts(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
     job = train(cluster, config, folder / "preempted", *TWO_NODES)
-    job.wait_for_step(random_step(3))
-    cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)
+    with job.suspended_at(random_step(3)):
+        cluster.run("scancel", "--batch", "--signal=USR1", job.job_id)
     job.until(lambda: job.restarts == 1, "the restart")
     job.until_done()
     saved = jobs.events(job.run_dir, "preempted")[-1]["step"]
@@ -251,9 +267,8 @@ def test_killed_rank_loses_only_the_steps_since_the_last_checkpoint(
     cluster: Cluster, folder: Path, config: Config, losses: list[float]
 ) -> None:
     job = train(cluster, config, folder / "killed", *TWO_NODES)
-    pids = job.pids(2)
-    job.wait_for_step(random_step(4))
-    os.kill(pids[1], signal.SIGKILL)
+    with job.suspended_at(random_step(4)) as pids:
+        os.kill(pids[1], signal.SIGKILL)
     job.until_done()
     assert jobs.losses(job.run_dir) == losses
     node = job.attempts[0].nodes[1]
@@ -300,10 +315,8 @@ def test_job_preempted_by_slurm_has_not_failed(cluster: Cluster, folder: Path) -
 
 def test_time_limit_saves_and_restarts(expiring: LaunchedJob, losses: list[float]) -> None:
     expiring.until_done()
-    # On a busy machine, the time limit may be reached again.
-    *before, last = [end.code for end in expiring.ends]
-    assert (set(before), last) == ({75}, 0)
-    assert expiring.restarts == len(before)
+    assert [end.code for end in expiring.ends] == [75, 0]
+    assert expiring.restarts == 1
     assert jobs.losses(expiring.run_dir) == losses
 
 
