@@ -28,7 +28,7 @@ from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label
 from tvr.data_prep.exporter.metrics_table import Metric, MetricTable, MetricValues
 from tvr.data_prep.packing.pack import PackProgress
 from tvr.data_prep.packing.pack_metrics import PACK_METRICS, serve_metrics
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, MetricsConfig
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.shared_memory import IN_MEMORY
@@ -381,7 +381,7 @@ def test_flops_agree_with_the_counter_of_torch(data: Path) -> None:
     # A loss has 16 pairs: a text's sentence and words are multiplied with the frames of each pair;
     # features are 16 numbers wide.
     similarity = 3 * 2 * 16 * rows * config.data.num_frames * 16
-    (batch,) = islice(random_batches(config, tokenizer), 1)
+    (batch,) = islice(random_batches(config.data, config.model, config.train, tokenizer), 1)
     # Attention as plain products: torch does not count fused attention on a CPU.
     model.image_tower.set_attn_implementation("eager")
     model.text_tower.set_attn_implementation("eager")
@@ -398,9 +398,9 @@ def test_flops_agree_with_the_counter_of_torch(data: Path) -> None:
     assert flops_per_pair(built(frozen), frozen, 2) - similarity == pytest.approx(
         (found - similarity) / 3, rel=0.06
     )
-    assert peak_flops(config, torch.device("cpu")) == 2e12
-    assert peak_line(config) == "MFU: of 2 TFLOP/s a rank"
-    assert "peak of a CPU is" in peak_line(tiny_config(data))
+    assert peak_flops(config.metrics, config.train, torch.device("cpu")) == 2e12
+    assert peak_line(config.metrics, config.train) == "MFU: of 2 TFLOP/s a rank"
+    assert "the peak rate of a CPU; metrics.peak_tflops" in peak_line(MetricsConfig(), config.train)
 
 
 def test_shared_memory_leaves_no_file() -> None:

@@ -79,7 +79,7 @@ def record_steps(
             attempt = world.run_on_first(lambda: begin_attempt(run_dir))
             log = LogWriter(run_dir, attempt, world)
             step = TrainStep(config, engine, log, world, 48)
-            batches = training_batches(config, tokenizer, world)
+            batches = training_batches(config.data, config.model, config.train, tokenizer, world)
             records = [log_event(step(number, batches)) for number in (1, 2)]
             assert engine.gradients is not None
             results[stage, name] = (records, engine.gradients)

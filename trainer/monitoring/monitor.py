@@ -114,7 +114,7 @@ class NodeMonitor(Monitor):
         self._device_memory: dict[str, int] = {}
         self._run_began_s = 0.0
         self._flops_per_step = 0.0
-        peak = peak_flops(config, world.device)
+        peak = peak_flops(config.metrics, config.train, world.device)
         self._peak_flops = None if peak is None else peak * world.world_size
 
     def set_model(self, model: TextVideoModel) -> None:
