@@ -1,4 +1,4 @@
-"""Everything that the steps of a run need, built alike for training and for the benchmarks."""
+"""Builds the parts that the steps of a run need, for training and for the benchmarks."""
 
 from __future__ import annotations
 

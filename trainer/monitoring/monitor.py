@@ -52,7 +52,7 @@ DEVICE_MEMORY = {
 
 
 class Monitor:
-    """Null monitor: ignores all events. Subclasses override what they record."""
+    """Null monitor: ignores all events. Subclasses override the events that they record."""
 
     watch: Stopwatch = Stopwatch()
     """Measures the parts of a step."""
@@ -146,7 +146,7 @@ class NodeMonitor(Monitor):
         self._laps.restart()
 
     def _export_settings(self, values: MetricValues, attempt: Attempt, start_step: int) -> None:
-        """Exports what stays constant during this start of the run."""
+        """Exports the settings, which stay constant during this start of the run."""
         config = self._config
         values.set("tvr_train_step", start_step)
         values.set("tvr_train_planned_steps", config.train.steps)
