@@ -303,9 +303,9 @@ def test_keys_and_pointer_show_the_values_of_a_step(resumed: ResumedPage) -> Non
     tab.value(f"{chart}.focus()")
     for key in ("Home", "ArrowRight", "ArrowRight"):
         tab.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-    spoken = tab.value("document.getElementById('spoken').textContent")
-    assert spoken.startswith("step 3: ")
-    assert f"total{losses[2]:.4g}" in spoken
+    announced = tab.value("document.getElementById('announced').textContent")
+    assert announced.startswith("step 3: ")
+    assert f"total{losses[2]:.4g}" in announced
     third = jobs.events(resumed.run_dir, "step")[2]["hard_negatives_per_row"]
     other_legend = "document.querySelector('#tvr_train_hard_negatives_per_row .legend').innerText"
     assert f"{third:.4g}" in tab.value(other_legend)

@@ -399,7 +399,7 @@ def test_flops_agree_with_the_counter_of_torch(data: Path) -> None:
         (found - similarity) / 3, rel=0.06
     )
     assert peak_flops(config.metrics, config.train, torch.device("cpu")) == 2e12
-    assert peak_line(config.metrics, config.train) == "MFU: of 2 TFLOP/s a rank"
+    assert peak_line(config.metrics, config.train) == "MFU: relative to 2 TFLOP/s a rank"
     assert "the peak rate of a CPU; metrics.peak_tflops" in peak_line(MetricsConfig(), config.train)
 
 

@@ -71,7 +71,7 @@ def peak_line(metrics: MetricsConfig, train: TrainConfig) -> str:
     if peak is None:
         name = "a CPU" if on.type == "cpu" else torch.cuda.get_device_name(on)
         return f"MFU: unknown, like the peak rate of {name}; metrics.peak_tflops sets it"
-    return f"MFU: of {peak / 1e12:.4g} TFLOP/s a rank"
+    return f"MFU: relative to {peak / 1e12:.4g} TFLOP/s a rank"
 
 
 def _counted(
