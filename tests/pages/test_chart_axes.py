@@ -79,7 +79,7 @@ def test_the_button_switches_the_scale_of_its_panel(tab: Tab, panel: str) -> Non
 
 def test_a_stacked_panel_has_no_button_for_the_scale(tab: Tab) -> None:
     labels = (
-        "[...document.querySelectorAll('[id=\"{}\"] header button')].map((one) => one.innerText)"
+        "[...document.querySelectorAll('[id=\"{}\"] header button')].map((one) => one.textContent)"
     )
     assert tab.value(labels.format("tvr_train_part_seconds_total-0")) == ["wide"]
     assert tab.value(labels.format("tvr_train_step_seconds")) == ["log", "wide"]
