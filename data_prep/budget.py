@@ -19,7 +19,7 @@ class BadSampleBudget:
 
     Args:
         max_bad: Allowed number of different bad samples.
-        what: Activity that the error message names, such as "while packing URL".
+        activity: Activity that the error message names, such as "while packing URL".
         max_bad_in_a_row: Allowed number of consecutive failures; None means no limit.
         known: Reasons by key of bad samples from earlier starts of the run; they count already.
     """
@@ -27,7 +27,7 @@ class BadSampleBudget:
     def __init__(
         self,
         max_bad: int,
-        what: str,
+        activity: str,
         max_bad_in_a_row: int | None = None,
         *,
         known: Mapping[str, str] | None = None,
@@ -40,7 +40,7 @@ class BadSampleBudget:
             raise ValueError(f"max_bad_in_a_row={max_bad_in_a_row} must be 1 or more")
         self.max_bad = max_bad
         self.max_bad_in_a_row = max_bad_in_a_row
-        self.what = what
+        self.activity = activity
         self.by_reason: Counter[str] = Counter((known or {}).values())
         self._counted_keys: set[str] = set(known or {})
         self._examples: list[str] = []
@@ -76,6 +76,6 @@ class BadSampleBudget:
         else:
             limit = f"max_bad={self.max_bad} allowed"
         return TooManyBadSamples(
-            f"{self.by_reason.total()} bad samples {self.what}, {limit}"
+            f"{self.by_reason.total()} bad samples {self.activity}, {limit}"
             f" ({counts or 'none counted'}); last: {' | '.join(self._examples) or 'none'}"
         )

@@ -1,4 +1,4 @@
-"""What every test shares: a CPU accelerator, one thread, fixed seeds, and the `gpu` mark."""
+"""Set-up of every test: a CPU accelerator, one thread, fixed seeds, and the `gpu` mark."""
 
 from __future__ import annotations
 

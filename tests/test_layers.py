@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source and held to the layout tables of the READMEs.
+"""Allowed imports between packages, read from the source and held to the READMEs' layout tables.
 
 Each package's README has a table with a row for every sub-package: its door, the other modules that
 may be imported from outside, and what it holds. These tables are the rules that are checked here.
@@ -172,8 +172,10 @@ def test_a_sub_package_is_entered_by_its_door(name: str) -> None:
                 if part_of(target) == name:
                     entered[target.rpartition(".")[2]].add(module)
     allowed = {row.door, *row.others}
-    assert {target: who for target, who in entered.items() if target not in allowed} == {}
-    # A row promises no more than what is used; doors also serve the command line and users.
+    assert {
+        target: importers for target, importers in entered.items() if target not in allowed
+    } == {}
+    # Every import that a row allows is in use; doors also serve the command line and users.
     assert row.others - set(entered) - {"cli"} == set()
 
 
@@ -191,7 +193,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def arrows() -> dict[str, set[str]]:
-    """What each sub-package and each module beside them imports, the lazy plugin's arrow aside."""
+    """Imports of each sub-package and of each module beside them, without the lazy plugin's."""
     graph: dict[str, set[str]] = defaultdict(set)
     for module in MODULES:
         targets = {part_of(target) for target in our_imports(module)} - {part_of(module)}

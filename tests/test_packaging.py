@@ -70,7 +70,7 @@ def test_package_files_include_types_and_the_template() -> None:
 def test_imports_come_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     unpacked = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)
-    # -S leaves out the editable install's finder; the dependencies are then named by hand.
+    # -S leaves out the editable install's finder; the dependencies are then listed explicitly.
     places = [str(unpacked), *(place for place in sys.path if place.endswith("-packages"))]
     code = (
         "import importlib, sys\n"

@@ -52,7 +52,7 @@ def command_lines(path: Path) -> list[list[str]]:
 
 @cache
 def help_of(*command: str) -> str:
-    """What `tvr COMMAND --help` prints."""
+    """Output of `tvr COMMAND --help`."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         cli.main([*command, "--help"])

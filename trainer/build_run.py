@@ -1,4 +1,4 @@
-"""Everything that the steps of a run need, built alike for training and for the benchmarks."""
+"""Builds the parts that the steps of a run need, for training and for the benchmarks."""
 
 from __future__ import annotations
 
@@ -53,8 +53,11 @@ class TrainingRun:
         Raises:
             ValueError, OSError, TooManyBadSamples: as `training_batches`.
         """
+        config = self.config
         return training_batches(
-            self.config,
+            config.data,
+            config.model,
+            config.train,
             self.tokenizer,
             self.world,
             start_step=self.start_step,
@@ -114,7 +117,7 @@ def build_run(
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
     if inspect_model is not None:
         inspect_model(model)
-    storage = checkpoints_of(config, run_dir)
+    storage = checkpoints_of(config.checkpoint, run_dir)
     engine = restore_engine(checkpoint, storage, model, config.train, run_dir, world)
     train_step = TrainStep(config, engine, log, world, num_samples, watch=watch or Stopwatch())
     resumed_from = checkpoint.state if checkpoint else None

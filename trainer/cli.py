@@ -122,9 +122,9 @@ def show_config(argv: Sequence[str]) -> int:
 
         print(device_line(), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
-        print(similarity_line(resolved), file=sys.stderr)
+        print(similarity_line(resolved.data, resolved.train), file=sys.stderr)
         print(describe_decoder(resolved.data.decoder), file=sys.stderr)
-        print(peak_line(resolved), file=sys.stderr)
+        print(peak_line(resolved.metrics, resolved.train), file=sys.stderr)
         print(staging_line(resolved.checkpoint), file=sys.stderr)
         if memory:
             from tvr.trainer.memory.memory_table import memory_table

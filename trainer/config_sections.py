@@ -279,7 +279,7 @@ class CheckpointConfig:
     """Also keeps the checkpoint with the best evaluation, by the mean of R@1
     in both directions."""
     background: bool = True
-    """Writes checkpoints while training goes on: a step waits only for a
+    """Writes checkpoints while training continues: a step waits only for a
     copy of the rank's weights and optimiser in host memory. Off: a step
     waits for the disk, and no copy is made. A run falls back to off, with
     a warning and a line in the log, if a copy does not fit."""
@@ -287,7 +287,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MetricsConfig:
-    """Metrics for Prometheus while the run goes on. The last values also go
+    """Metrics for Prometheus during the run. The last values also go
     to run_dir/metrics."""
 
     enabled: bool = True

@@ -9,7 +9,7 @@ from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.records import Batch
-from tvr.trainer.config import Config, DataConfig, ModelConfig, TrainConfig
+from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
@@ -64,7 +64,9 @@ def build_tokenizer(model: ModelConfig, data: DataConfig) -> Tokenizer:
 
 
 def training_batches(
-    config: Config,
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
     tokenizer: Tokenizer,
     world: World,
     *,
@@ -80,7 +82,6 @@ def training_batches(
     Raises:
         ValueError, OSError, TooManyBadSamples: as `train_batches`.
     """
-    data, train = config.data, config.train
     return train_batches(
         data.train,
         seed=train.seed,
@@ -91,7 +92,7 @@ def training_batches(
         start_step=start_step,
         workers=data.workers,
         num_frames=data.num_frames,
-        image_size=image_size(config.model),
+        image_size=image_size(model),
         tokenize=tokenizer,
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
@@ -105,22 +106,29 @@ def training_batches(
 
 
 def ordered_batches(
-    config: Config, tokenizer: Tokenizer, world: World, url: str
+    url: str,
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    tokenizer: Tokenizer,
+    world: World,
 ) -> Iterator[Batch]:
     """Yields this rank's share of a whole data set, in order.
+
+    Args:
+        url: The data set, for example `data.test`.
 
     Raises:
         ValueError, OSError, TooManyBadSamples: as `evaluation_batches`.
     """
-    data = config.data
     return evaluation_batches(
         url,
-        micro_batch=config.train.micro_batch,
+        micro_batch=train.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
         workers=data.workers,
         num_frames=data.num_frames,
-        image_size=image_size(config.model),
+        image_size=image_size(model),
         tokenize=tokenizer,
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,

@@ -84,12 +84,12 @@ def train(
     ):
         preflight(config, run_dir, world)
         claim(run_dir, config, world)
-        num_samples = check_data(config, world)
+        num_samples = check_data(config.data, config.train, world)
         tokenizer = build_tokenizer(config.model, config.data)
         check_memory(config, tokenizer, world)
         attempt = world.run_on_first(lambda: begin_attempt(run_dir))
         saver = Saver(
-            checkpoints_of(config, run_dir),
+            checkpoints_of(config.checkpoint, run_dir),
             world,
             attempt,
             retention(config.checkpoint),
@@ -99,7 +99,7 @@ def train(
         checkpoint = find_resume_checkpoint(saver.storage, log, world, resume)
 
         def inspect_model(model: TextVideoModel) -> None:
-            check_disk(config, run_dir, model, world)
+            check_disk(config.checkpoint, config.train, run_dir, model, world)
             monitor.set_model(model)
 
         run = build_run(

@@ -1,13 +1,13 @@
-"""A run's folder: whose it is, and the files in it that are written whole or not at all.
+"""The folder of a run: the configuration that owns it, and files that are replaced atomically.
 
 config.json       the resolved configuration      log.jsonl       one event a line (run_log.py)
 evaluation.json   the last evaluation             report.html     `tvr report`
 dashboard.html    `tvr dashboard`
-checkpoints/      one folder a step (checkpoint.py)
+checkpoints/      one folder a step (checkpoint/)
 launch/           a job on a cluster: record, script, attempts, output (tvr.launchers.job)
 failures/         a job's first failure (failures.py)
-metrics/          where Prometheus finds its nodes, and their last values (monitor.py)
-stalls/           where the ranks of a job were that got stuck (watchdog.py)
+metrics/          targets of the nodes for Prometheus, and their last values (monitor.py)
+stalls/           progress and stacks of the ranks of a stalled job (watchdog.py)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tvr.trainer.run_files import CONFIG, EVALUATION, named_settings
 
 CHECKPOINTS = "checkpoints"
 
-# What may differ when a run goes on, since no result depends on it.
+# Settings that may change when a run resumes: no result depends on them.
 FREE = frozenset(
     {
         "data.workers",
@@ -54,7 +54,7 @@ FREE = frozenset(
     }
 )
 
-# What may differ too: the results agree to rounding, no longer bit for bit.
+# Settings that may change as well: results then agree to rounding, no longer bit for bit.
 ROUNDING = frozenset(
     {
         "train.zero_stage",
@@ -90,27 +90,27 @@ def read_config(run_dir: Path) -> Config:
     return from_json(path.read_text(), where=str(path))
 
 
-def checkpoints_of(config: Config, run_dir: Path) -> StorageFolder:
-    """Where a run's checkpoints lie."""
-    return StorageFolder(config.checkpoint.url or str(run_dir / CHECKPOINTS))
+def checkpoints_of(checkpoint: CheckpointConfig, run_dir: Path) -> StorageFolder:
+    """Returns the storage of a run's checkpoints."""
+    return StorageFolder(checkpoint.url or str(run_dir / CHECKPOINTS))
 
 
 def retention(checkpoint: CheckpointConfig) -> Retention:
-    """Which of them stay."""
+    """Returns the rule for the checkpoints that are kept."""
     return Retention(
         last=checkpoint.keep_last, every=checkpoint.keep_every, best=checkpoint.keep_best
     )
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
-    """Replaces evaluation.json: the summary that the log has, and every query's best videos."""
+    """Replaces evaluation.json: the summary, as in the log, and the best videos of every query."""
     content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
     write_atomically(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
-    """Whether this very run was trained, saved and evaluated to its last step."""
-    found = newest_checkpoint(checkpoints_of(config, run_dir))
+    """True if a run of these settings was trained, saved and evaluated to its last step."""
+    found = newest_checkpoint(checkpoints_of(config.checkpoint, run_dir))
     steps = config.train.steps
     if found is None or found.state.step != steps or evaluated_step(run_dir) != steps:
         return False
@@ -118,7 +118,7 @@ def is_finished(run_dir: Path, config: Config) -> bool:
 
 
 def evaluated_step(run_dir: Path) -> int | None:
-    """The step of the last evaluation; none: there was none."""
+    """Returns the step of the last evaluation; None without one."""
     path = run_dir / EVALUATION
     return json.loads(path.read_text())["step"] if path.exists() else None
 
@@ -127,8 +127,8 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
     before = read_config(run_dir) if path.exists() else config
-    saved = newest_checkpoint(checkpoints_of(before, run_dir))
-    # Without a checkpoint nothing was trained by the settings that are there: they may change.
+    saved = newest_checkpoint(checkpoints_of(before.checkpoint, run_dir))
+    # Without a checkpoint no result depends on the stored settings yet, so all of them may change.
     if saved is not None:
         differing = [
             f"{name} was {was!r}, is {now!r}"
@@ -147,7 +147,7 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
 
 
 def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size: int) -> list[str]:
-    """The batch that a loss is over is part of the result, on whatever number of ranks."""
+    """Describes a change of the pairs of one loss, which would change the results."""
     was, is_now = before.train, now.train
     pairs = (was.micro_batch * saved.state.world_size, is_now.micro_batch * world_size)
     if is_now.gradient_cache or pairs[0] == pairs[1]:

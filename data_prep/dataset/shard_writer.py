@@ -33,7 +33,7 @@ class TarSample:
     num_empty_captions: int = 0
     """Empty captions that packing dropped."""
     content: int
-    """From `content_hash`."""
+    """Hash of the clip's content, from `content_hash`."""
 
 
 class ShardWriter:

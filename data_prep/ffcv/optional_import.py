@@ -14,7 +14,7 @@ def import_ffcv(purpose: str) -> None:
     """Imports FFCV in this process.
 
     Args:
-        purpose: What needs FFCV, for the error message.
+        purpose: Feature that needs FFCV, for the error message.
 
     Raises:
         ImportError: FFCV or one of its system libraries is missing; the message says how to

@@ -87,7 +87,7 @@ class BatchSlots:
         if isinstance(sent, Batch):
             return sent
         array = self._array(sent.slot_number)
-        # The storage of a tensor, shared by all its views, keeps the source array alive.
+        # The storage of a tensor, shared by all its views, holds a reference to the source array.
         weakref.finalize(array, self._release, sent.slot_number).atexit = False
         return replace(sent.batch, frames=torch.from_numpy(array).permute(0, 1, 4, 2, 3))
 

@@ -15,7 +15,7 @@ class StorageFolder:
     """The folder at a URL; names are relative to it.
 
     On a local disk a write or a rename has reached the disk when it returns, so that it survives a
-    power cut. Errors are not retried: the caller decides what a failed write means.
+    power cut. Errors are not retried: the caller handles a failed write.
     """
 
     def __init__(self, url: str) -> None:

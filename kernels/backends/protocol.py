@@ -43,10 +43,10 @@ class InputGradients(NamedTuple):
     tokens: Float[Tensor, "A L D"]
     weights: Float[Tensor, "A L"]
     frames: Float[Tensor, "C F D"]
-    """Of all maxima; with boosted frames, of the maxima over tokens only."""
+    """Gradient from all maxima; with boosted frames, from the maxima over tokens only."""
     frame_weights: Float[Tensor, "C F"] | None
     boosted: Float[Tensor, "C F D"] | None
-    """Of the maxima over frames; None without boosted frames."""
+    """Gradient from the maxima over frames; None without boosted frames."""
 
 
 @runtime_checkable

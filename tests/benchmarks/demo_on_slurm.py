@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def train(settings: Path, run_dir: Path) -> dict[str, Any]:
-    """Submits it, waits for it, and tells how the job went."""
+    """Submits the job, waits for its end, and returns its result."""
     if run_dir.exists():
         raise SystemExit(f"{run_dir} is there already; remove it or choose another --out")
     with cluster_of(2) as cluster:

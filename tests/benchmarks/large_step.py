@@ -138,7 +138,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
 
 
 def batch_of(first: int, size: int, tokenizer: Any) -> Any:
-    """The same pair at the same place of the global batch, however it is cut."""
+    """Pairs first, first + 1, ... of the global batch, the same for every micro-batch size."""
     import torch
 
     from tvr.data_prep.records import Batch, Caption
@@ -147,15 +147,15 @@ def batch_of(first: int, size: int, tokenizer: Any) -> Any:
     draws = [torch.Generator().manual_seed(place) for place in places.tolist()]
     shape = (FRAMES, 3, IMAGE, IMAGE)
     frames = [torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) for draw in draws]
-    said = captions(size, first)
-    token_ids, word_mask = tokenizer([Caption(text=text) for text in said])
+    texts = captions(size, first)
+    token_ids, word_mask = tokenizer([Caption(text=text) for text in texts])
     return Batch(
         positions=places,
         keys=tuple(map(str, places.tolist())),
         video_ids=places,
         frames=torch.stack(frames),
         frame_mask=torch.ones(size, FRAMES, dtype=torch.long),
-        captions=said,
+        captions=texts,
         token_ids=token_ids,
         word_mask=word_mask,
         caption_video=torch.arange(size),

@@ -90,7 +90,7 @@ def train(
 
 
 def outcome(run_dir: Path) -> dict[str, float | None]:
-    """What the finished run reached, and how its last steps looked."""
+    """Results of a finished run, and means over its last steps."""
     found = json.loads((run_dir / "evaluation.json").read_text())
     events = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"][-LAST_STEPS:]
@@ -109,7 +109,7 @@ def outcome(run_dir: Path) -> dict[str, float | None]:
 
 
 def spread(outcomes: list[dict[str, float | None]]) -> dict[str, Any]:
-    """Of each value over the seeds: mean, smallest, largest; none where a loss lacks it."""
+    """Mean, minimum and maximum of each value over the seeds; None where a loss lacks the value."""
     found: dict[str, Any] = {}
     for name in outcomes[0]:
         values = [value for each in outcomes if (value := each[name]) is not None]

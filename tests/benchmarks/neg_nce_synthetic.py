@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def synthetic_similarity(pairs: int, alignment: float, width: int, seed: int) -> Tensor:
-    """Cosines (G, G) of texts (rows) and videos as the module's text says."""
+    """Cosines (G, G) of texts (rows) and videos as the module's docstring defines."""
     draw = torch.Generator().manual_seed(seed)
     videos, noise = (unit(torch.randn(pairs, width, generator=draw)) for _ in range(2))
     texts = unit(alignment * videos + (1 - alignment**2) ** 0.5 * noise)
@@ -116,7 +116,7 @@ def silent_positives(similarity: Tensor, of_positives: Tensor) -> float:
     """Share of positives, of both directions, that lose and yet get no gradient; from the gradient.
 
     -log P_ii and -log Q_ii (texts to videos and back) should give the similarity of pair i the
-    gradient -scale / 2G (1 - P_ii + 1 - Q_ii). What is missing there is the 1 - P of each silent
+    gradient -scale / 2G (1 - P_ii + 1 - Q_ii). The difference is the 1 - P of each silent
     direction: nearly 1 where the positive loses, nearly 0 where it has won, and rightly so.
     """
     num_pairs = len(similarity)
@@ -129,7 +129,7 @@ def silent_positives(similarity: Tensor, of_positives: Tensor) -> float:
 
 
 def spread(found: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Of each measure over the seeds: mean, smallest, largest."""
+    """Mean, minimum and maximum of each measure over the seeds."""
     statistic = (statistics.fmean, min, max)
     columns: dict[str, Any] = {name: [one[name] for one in found] for name in found[0]}
     return {

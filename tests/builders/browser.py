@@ -1,4 +1,4 @@
-"""A headless Chromium that tests open pages in, steered through its debugging pipe."""
+"""A headless Chromium for tests of pages, controlled through its debugging pipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TIMEOUT_S = 120.0
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """The browser with an empty profile; skips the test where there is none."""
+    """Runs the browser with an empty profile; skips the test if Chromium is not installed."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("needs Chromium: apt-get install chromium")
@@ -57,7 +57,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
 
 
 class Browser:
-    """Speaks the Chrome DevTools Protocol."""
+    """A client of the Chrome DevTools Protocol."""
 
     def __init__(self, to_send: int, to_receive: int) -> None:
         self._to_send, self._to_receive = to_send, to_receive
@@ -66,7 +66,7 @@ class Browser:
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """A command's result; events that come before it are kept."""
+        """Sends a command and returns its result; earlier events go to `events`."""
         self._last_id += 1
         message = {"id": self._last_id, "method": method, "params": parameters}
         if session is not None:
@@ -78,7 +78,7 @@ class Browser:
         return answer["result"]
 
     def open(self, page: Path) -> Tab:
-        """A tab with the page."""
+        """Opens the page in a new tab."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         tab = Tab(self, attached["sessionId"])
@@ -107,7 +107,7 @@ class Tab:
         return self._browser.call(method, self._session, **parameters)
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression, or the promise that it is, comes to."""
+        """Evaluates a JavaScript expression; awaits it if it is a promise."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -115,7 +115,7 @@ class Tab:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """The expression's value once it is true."""
+        """Waits until the expression is true, and returns its value."""
         deadline = time.monotonic() + TIMEOUT_S
         while not (found := self.value(expression)):
             assert time.monotonic() < deadline, f"{expression} did not become true: {self.errors()}"
@@ -123,21 +123,21 @@ class Tab:
         return found
 
     def prefer(self, scheme: Literal["light", "dark"]) -> None:
-        """Of the colours that a reader has chosen."""
+        """Sets the reader's preferred colour scheme."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
     def errors(self) -> list[dict[str, Any]]:
-        """What the page's script or its rules of security complained about."""
+        """Returns errors of the page's script and violations of its security policy."""
         return self._events(lambda method: method in ("Runtime.exceptionThrown", "Log.entryAdded"))
 
     def requested(self) -> list[str]:
-        """Every address that the page or its frames asked for."""
+        """Returns every URL that the page or its frames requested."""
         sent = self._events(lambda method: method == "Network.requestWillBeSent")
         return [event["request"]["url"] for event in sent]
 
     def picture(self, width: int, height: int) -> bytes:
-        """A PNG of the page in a window of that size."""
+        """Returns a PNG of the page in a window of this size."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         time.sleep(0.5)

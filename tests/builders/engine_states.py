@@ -33,7 +33,9 @@ def seeded_model(config: Config, seed: int = 0) -> TextVideoModel:
 def train_losses(engine: Any, config: Config, world: World, first: int, count: int) -> list[float]:
     """Trains steps first + 1 to first + count; returns each step's loss before its update."""
     tokenizer = build_tokenizer(config.model, config.data)
-    batches = training_batches(config, tokenizer, world, start_step=first)
+    batches = training_batches(
+        config.data, config.model, config.train, tokenizer, world, start_step=first
+    )
     values = []
     for _ in range(count):
         batch = next(batches)

@@ -22,7 +22,7 @@ VARIABLES = {"$run": ".+", "$__rate_interval": "10s", "$__range": "1m"}
 
 @dataclass(frozen=True, slots=True)
 class LocatedQuery:
-    """A query and its location, a panel or a rule."""
+    """A PromQL query, and the panel or rule that it belongs to."""
 
     location: str
     expr: str
@@ -49,7 +49,7 @@ def dashboards(folder: Path) -> list[dict[str, Any]]:
 
 
 def panel_queries(folder: Path) -> list[LocatedQuery]:
-    """Queries of all panels, with values for Grafana's variables."""
+    """Returns the queries of all panels, with values for Grafana's variables."""
     return [
         LocatedQuery(
             f"{dashboard['uid']}: {panel['title']} {target['refId']}", with_values(target["expr"])
@@ -72,7 +72,7 @@ def with_values(expr: str) -> str:
 
 
 def selectors(expr: str) -> Iterator[VectorSelector]:
-    """Vector selectors of a query; ValueError if it is not PromQL."""
+    """Yields the vector selectors of a query; raises ValueError if it is not PromQL."""
     found: list[VectorSelector] = []
 
     def visit(node: Any) -> None:

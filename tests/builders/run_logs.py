@@ -1,4 +1,4 @@
-"""Logs of runs that were never trained: events, settings and folders for the pages to read."""
+"""Synthetic runs for tests of the pages: log events, settings and run folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DIRECTION = {
 
 
 def settings(**overrides: Any) -> Config:
-    """Settings of a run of `STEPS` steps."""
+    """Returns settings of a run of `STEPS` steps."""
     base = Config(
         data=DataConfig(train="train", test="test", num_frames=3),
         train=TrainConfig(steps=STEPS, global_batch=8, micro_batch=8),
@@ -37,7 +37,7 @@ def write_run(folder: Path, *events: dict[str, Any], **overrides: Any) -> Path:
 
 
 def step_event(number: int, **changed: Any) -> dict[str, Any]:
-    """The log's event of a step; 60 s pass between two steps."""
+    """Returns the log event of a step; steps are 60 s apart."""
     event = {
         "event": "step",
         "step": number,
@@ -60,7 +60,7 @@ def step_event(number: int, **changed: Any) -> dict[str, Any]:
 
 
 def evaluation_event(number: int, **changed: Any) -> dict[str, Any]:
-    """The log's event of an evaluation, right after its step."""
+    """Returns the log event of an evaluation, at the time of its step."""
     event = {
         "event": "evaluation",
         "step": number,
@@ -75,12 +75,12 @@ def evaluation_event(number: int, **changed: Any) -> dict[str, Any]:
 
 
 def save_event(number: int, **changed: Any) -> dict[str, Any]:
-    """The log's event of a save, 1 s after its step."""
+    """Returns the log event of a save, 1 s after its step."""
     return {**_SAVED, "step": number, "time_s": 60.0 * number + 1, **changed}
 
 
 def query(rank: int, caption: str = "a caption", key: str = "right") -> dict[str, Any]:
-    """A test query of evaluation.json, with the five most similar clips."""
+    """Returns a test query of evaluation.json, with the five most similar clips."""
     top = [{"key": f"clip-{place}", "similarity": 0.5 - place / 10} for place in range(5)]
     if rank <= 5:
         top[rank - 1]["key"] = key

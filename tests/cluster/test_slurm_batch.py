@@ -182,7 +182,7 @@ def test_ranks_that_slurm_killed_count_as_preempted(shell: BatchShell) -> None:
 
 
 def test_superseded_job_stops_and_blames_no_node(shell: BatchShell) -> None:
-    # What the trainer writes when a second job starts on the run folder.
+    # The trainer writes this record when a second job starts on the run folder.
     record = 'mkdir attempts; echo \'{"job": "0", "restart": 0}\' > attempts/000002.json'
     srun = 'echo "srun: error: n1: task 0: Exited with exit code 3" >&2; exit 3'
     (shell.folder / "srun").write_text(f"#!/bin/bash\n{record}\n{srun}\n")

@@ -163,7 +163,7 @@ def test_evaluation_counts_content_words_as_training_does(data: Path, tmp_path: 
     # The captions are complete, and the similarities differ.
     assert [query["caption"] for query in without.queries] == [query["caption"] for query in stored]
     assert without.queries != stored
-    batch = next(training_batches(config, tokenizer, ALONE))
+    batch = next(training_batches(config.data, config.model, config.train, tokenizer, ALONE))
     assert set(batch.word_mask.unique().tolist()) == {0, 1, 2}
     frames, frame_mask, ids, mask = model_inputs(batch, ALONE.device)
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_a_late_start_reads_only_its_own_batch(
         assert drawn == [start_step * 8 // NUM_SAMPLES]
 
 
-def test_captions_are_chosen_as_the_contract_says(frames_url: str) -> None:
+def test_captions_are_chosen_as_the_contract_defines(frames_url: str) -> None:
     order = SampleOrder(read_manifest(frames_url).shard_sizes, seed=7)
     rows = rows_of(list(islice(training(frames_url), 40)))
     for position, _, caption, _ in rows:

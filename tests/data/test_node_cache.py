@@ -256,12 +256,12 @@ def test_evaluation_prefetches_the_following_shards(store: HttpStorage, tmp_path
     shards = reader.manifest.samples.shard.tolist()
     end = shards.index(5)  # a rank that reads all shards but the last
     dataset = EvaluationDataset(reader, end)
-    asked = []
+    num_cached = []
     for row in range(end):
         assert dataset.draw(row).sample is not None
         join_prefetch_thread()
-        asked.append(len(cached(tmp_path / "cache")))
-    assert asked == [min(shards[row] + 1 + PREFETCHED_SHARDS, 5) for row in range(end)]
+        num_cached.append(len(cached(tmp_path / "cache")))
+    assert num_cached == [min(shards[row] + 1 + PREFETCHED_SHARDS, 5) for row in range(end)]
 
 
 def test_prefetch_stops_with_the_reader(

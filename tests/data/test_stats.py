@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders.clip_files import make_dataset, read_number
-from builders.html_page import Page, assert_self_contained
+from builders.html_page import Page
 from builders.http_store import serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,6 +187,22 @@ def test_a_store_that_fails_every_third_read_gives_the_same_statistics(
 def text_of(statistics: DatasetStatistics, url: str) -> str:
     shown = shown_samples(url, read_manifest(url), 2)
     return Page(stats_page("name", statistics, shown, {})).text
+
+
+def assert_self_contained(html: str) -> None:
+    """Asserts that a page has no script, no external reference, and no broken internal one."""
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    assert not re.findall(r"https?:|@import", html)
+    targets = re.findall(r"url\(([^)]*)\)", html)
+    targets += [str(value) for _, some in page.tags for key, value in some.items() if "href" in key]
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    sources = [str(image["src"]) for image in page.named("img")]
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    assert {target[1:] for target in targets} <= set(names)
 
 
 def pictures(source: str) -> list[int]:

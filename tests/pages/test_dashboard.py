@@ -1,4 +1,4 @@
-"""The dashboard: what it reads of a run, which panels it draws, when it calls a run finished."""
+"""The dashboard: curves read from a run's log, the choice of panels, and the state of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tvr.trainer.pages.history import MOST_POINTS, Curve, history, thinned
 from tvr.trainer.pages.panels import panel_specs, panels
 
 
-def test_curves_are_what_the_log_says(tmp_path: Path) -> None:
+def test_curves_hold_the_values_of_the_log(tmp_path: Path) -> None:
     replaced = {"event": "replaced", "position": 7, "key": "a", "detail": "", "reason": "no_frames"}
     events = [step_event(1), step_event(2), {**replaced, "step": 2}, {**replaced, "step": 2}]
     events += [
@@ -54,16 +54,16 @@ def test_curves_are_what_the_log_says(tmp_path: Path) -> None:
     assert found["tvr_evaluation_recall_ratio", "test", "video_to_text", "1"].y == [0.425]
     assert found["tvr_data_skipped_samples_total", "no_frames"] == Curve([2, 3], [2, 3])
     assert found["tvr_checkpoint_bytes",] == Curve([2], [1000])
-    # Saved 1 s after the second step's 120 s.
+    # The save ended 1 s after step 2, which ended at 120 s.
     assert found["tvr_checkpoint_timestamp_seconds",].y == [60.0, 120.0, 59.0, 119.0]
 
 
-def test_counters_are_drawn_as_what_a_step_added(tmp_path: Path) -> None:
+def test_counters_are_drawn_as_increments_per_step(tmp_path: Path) -> None:
     def counted(number: int, **reads: int) -> dict[str, Any]:
         return step_event(number, reads=reads)
 
     events = [counted(10, local=80), counted(20, local=160, store=40)]
-    # Steps 21 to 25 were saved and not logged; counters begin at 0 with each start.
+    # The checkpoint holds steps 21 to 25, the log does not; counters begin at 0 at each start.
     events += [{"event": "resumed", "step": 25, "attempt": 2}, counted(30, local=40)]
     found = read_run(write_run(tmp_path / "run", *events)).history
     assert found["tvr_data_reads_total", "local"] == Curve([10, 20, 30], [8.0, 8.0, 8.0])
@@ -89,13 +89,13 @@ def test_every_curve_has_a_panel_and_every_panel_a_metric(tmp_path: Path) -> Non
     assert set(found) <= set(TRAINING.slots)
 
 
-def test_what_a_run_has_no_values_of_gives_no_panel(tmp_path: Path) -> None:
+def test_a_metric_without_values_has_no_panel(tmp_path: Path) -> None:
     def names(*events: dict[str, Any]) -> set[str]:
         found = panels([read_run(write_run(tmp_path / "run", *events)).history])
         return {panel.metric for group in found.values() for panel in group}
 
     everything = names(step_event(1), save_event(1), evaluation_event(1))
-    assert "tvr_train_gradient_norm" not in everything  # none before the first update
+    assert "tvr_train_gradient_norm" not in everything  # the step has no update
     without = names(step_event(1, penalty=None))
     assert everything - without == {
         *(name for name in everything if name.startswith(("tvr_evaluation_", "tvr_checkpoint_"))),
@@ -104,7 +104,7 @@ def test_what_a_run_has_no_values_of_gives_no_panel(tmp_path: Path) -> None:
     assert names() == set()
 
 
-def test_titles_and_meanings_are_the_tables(tmp_path: Path) -> None:
+def test_titles_and_meanings_come_from_the_metrics_table(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", step_event(1), evaluation_event(1)))
     found = {panel.id: panel for group in panels([run.history]).values() for panel in group}
     meanings = {metric.name: metric.meaning for metric in TRAINING.metrics}
@@ -133,7 +133,7 @@ def test_a_long_curve_keeps_its_spikes_and_its_ends() -> None:
     assert (thin.x[0], thin.x[-1]) == (0, 99_999)
     assert thin.y == [whole.y[at] for at in thin.x]
     assert {123, 70_001} <= set(thin.x)
-    # In each stretch the band is that of the whole.
+    # Thinning keeps the minimum and the maximum of each stretch.
     places = np.searchsorted(thin.x, np.arange(0, 100_001, 10_000))
     for start, end in zip(range(0, 100_000, 10_000), range(10_000, 100_001, 10_000), strict=True):
         kept = thin.y[places[start // 10_000] : places[end // 10_000]]
@@ -142,7 +142,7 @@ def test_a_long_curve_keeps_its_spikes_and_its_ends() -> None:
     assert thin.mean is not None
     (peak,) = [at for at, step in enumerate(thin.x) if step == 70_001]
     assert thin.y[peak] == -50.0
-    assert -1.0 < thin.mean[peak] < 0.0  # of about a hundred values
+    assert -1.0 < thin.mean[peak] < 0.0  # the mean of about a hundred values
     assert np.mean(thin.mean) == pytest.approx(values.mean(), abs=0.02)
     assert thinned([Curve([1, 2], [3.0, 4.0])]) == [Curve([1, 2], [3.0, 4.0])]
 
@@ -175,7 +175,7 @@ def test_a_run_is_finished_once_its_last_step_is_saved_and_evaluated(tmp_path: P
     )
     assert (
         state(step_event(STEPS), evaluation_event(STEPS), lost) == "running"
-    )  # its failure says more
+    )  # the failure file reports the error
     left = {"event": "preempted", "step": 2, "by": "SIGTERM"}
     assert state(step_event(1), step_event(2), save_event(2), left) == "preempted"
     resumed = {"event": "resumed", "step": 2, "attempt": 2}
@@ -185,12 +185,12 @@ def test_a_run_is_finished_once_its_last_step_is_saved_and_evaluated(tmp_path: P
     )
 
 
-def test_a_failure_counts_until_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_failure_is_shown_until_the_run_resumes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", step_event(1))
     (run / "failures").mkdir()
-    told = {"rank": 1, "host": "node-7", "code": 3, "error": "OSError: disk full"}
+    failure = {"rank": 1, "host": "node-7", "code": 3, "error": "OSError: disk full"}
     file = run / "failures" / "1.json"
-    file.write_text(json.dumps(told) + "\n")
+    file.write_text(json.dumps(failure) + "\n")
     os.utime(run / "log.jsonl", (1000, 1000))
     os.utime(file, (1010, 1010))
     found = read_run(run)
@@ -232,7 +232,7 @@ def test_watching_follows_the_log_and_ends_with_the_run(
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_the_command_writes_beside_the_run_and_refuses_what_is_none(
+def test_the_command_writes_into_the_run_folder_and_refuses_other_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", step_event(1))
@@ -258,7 +258,7 @@ def test_old_and_torn_logs_are_read() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordWithEntropy(MonitoredStepRecord):
-    """A step's record with one more field, and nothing else changed."""
+    """A step's record with one more field."""
 
     entropy: float = field(
         metadata=metric(

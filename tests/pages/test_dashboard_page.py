@@ -1,5 +1,5 @@
-"""The dashboard of real runs in a real browser: what is drawn is what the log says, it follows
-a run that goes on, and it asks for nothing from outside."""
+"""The dashboard of real runs in a real browser: it draws the values of the log, follows a resumed
+run, and requests nothing from outside."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tvr.trainer.monitoring.step_record import ALL_PARTS
 from tvr.trainer.pages import dashboard
 from tvr.trainer.pages.dashboard import write_dashboard
 
-STEPS, LEFT_AFTER = 40, 12
+STEPS, PREEMPTED_AFTER = 40, 12
 
-# Every line that is drawn, from the coordinates of its SVG path back through its axes: a value of
-# y comes as a pair, since a path is written to a hundredth of a pixel.
+# Every drawn line: the coordinates of its SVG path, mapped back through the axes to values. A value
+# of y is an interval, since paths are rounded to a hundredth of a pixel.
 DRAWN = """
 [...document.querySelectorAll(".panel")].flatMap((panel) => {
   const plot = panel.querySelector(".chart"), { xaxis, yaxis } = plot._fullLayout;
@@ -59,8 +59,8 @@ class Line:
 
 
 @dataclass
-class Seen:
-    """Of a page that was open while its run was resumed."""
+class ResumedPage:
+    """A page that stayed open while its run was resumed, and its lines before and after."""
 
     run_dir: Path
     page: Path
@@ -68,7 +68,7 @@ class Seen:
     before: list[Line]
     after: list[Line]
     scrolled: float
-    """To where the reader was before."""
+    """Vertical scroll position after the update."""
     is_same_page: bool
     state: str
     requested: list[str]
@@ -80,7 +80,7 @@ def drawn(tab: Tab) -> list[Line]:
 
 
 def shown(browser: Browser, page: Path) -> Tab:
-    """The page, once all is drawn."""
+    """Opens a page and waits until its charts are drawn."""
     tab = browser.open(page)
     tab.wait_for("document.body && document.body.dataset.drawn")
     return tab
@@ -93,17 +93,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def seen(browser: Browser, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def resumed(browser: Browser, data: Path, tmp_path_factory: pytest.TempPathFactory) -> ResumedPage:
     run_dir = tmp_path_factory.mktemp("runs") / "resumed"
     page = run_dir / "dashboard.html"
     config = tiny_config(data, train={"steps": STEPS, "eval_every": 10}, checkpoint={"every": 10})
 
-    def enough() -> bool:
+    def has_logged_enough() -> bool:
         time.sleep(0.01)
-        return jobs.steps_logged(run_dir) >= LEFT_AFTER
+        return jobs.steps_logged(run_dir) >= PREEMPTED_AFTER
 
     with jobs.running(config, run_dir, 2) as job:
-        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, enough)
+        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, has_logged_enough)
         job.communicate(timeout=jobs.TIMEOUT_S)
     assert job.returncode == 75
     write_dashboard([run_dir], page)
@@ -121,7 +121,7 @@ def seen(browser: Browser, data: Path, tmp_path_factory: pytest.TempPathFactory)
         "content.runs[0].state === 'finished' && document.body.dataset.drawn == content.written"
         " && [window.mark, window.scrollY, document.querySelector('.state').textContent]"
     )
-    return Seen(
+    return ResumedPage(
         run_dir=run_dir,
         page=page,
         tab=tab,
@@ -144,7 +144,7 @@ def other(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def a_step(key: str) -> Callable[[dict[str, Any]], Any]:
+def field(key: str) -> Callable[[dict[str, Any]], Any]:
     return lambda event: event[key]
 
 
@@ -152,34 +152,34 @@ def recall(direction: str, k: int) -> Callable[[dict[str, Any]], Any]:
     return lambda event: event[direction][f"recall_at_{k}"] / 100
 
 
-# Panel, label: which events of the log tell it, and how.
-WANTED: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    ("tvr_train_loss", "total"): ("step", a_step("loss")),
-    ("tvr_train_loss", "similarity"): ("step", a_step("similarity_loss")),
-    ("tvr_train_loss", "tpm cl"): ("step", a_step("tpm_cl_loss")),
-    ("tvr_train_loss", "penalty"): ("step", a_step("penalty")),
-    ("tvr_train_learning_rate", "heads"): ("step", a_step("learning_rate")),
-    ("tvr_train_learning_rate", "towers"): ("step", a_step("encoder_learning_rate")),
-    ("tvr_train_gradient_norm", ""): ("step", a_step("gradient_norm")),
-    ("tvr_train_pairs_per_second", ""): ("step", a_step("samples_per_s")),
-    ("tvr_train_step_seconds", ""): ("step", a_step("step_s")),
-    ("tvr_data_wait_seconds_total", ""): ("step", a_step("data_wait_s")),
-    ("tvr_train_hard_negatives_per_row", ""): ("step", a_step("hard_negatives_per_row")),
+# (panel, label): kind of the log events that hold the values, and how to read a value from one.
+EXPECTED_LINES: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    ("tvr_train_loss", "total"): ("step", field("loss")),
+    ("tvr_train_loss", "similarity"): ("step", field("similarity_loss")),
+    ("tvr_train_loss", "tpm cl"): ("step", field("tpm_cl_loss")),
+    ("tvr_train_loss", "penalty"): ("step", field("penalty")),
+    ("tvr_train_learning_rate", "heads"): ("step", field("learning_rate")),
+    ("tvr_train_learning_rate", "towers"): ("step", field("encoder_learning_rate")),
+    ("tvr_train_gradient_norm", ""): ("step", field("gradient_norm")),
+    ("tvr_train_pairs_per_second", ""): ("step", field("samples_per_s")),
+    ("tvr_train_step_seconds", ""): ("step", field("step_s")),
+    ("tvr_data_wait_seconds_total", ""): ("step", field("data_wait_s")),
+    ("tvr_train_hard_negatives_per_row", ""): ("step", field("hard_negatives_per_row")),
     ("tvr_train_temperature", ""): ("step", lambda event: 0.01),
-    ("tvr_train_goodput_ratio", ""): ("step", a_step("goodput")),
-    ("tvr_train_straggler_gap_seconds_total", ""): ("step", a_step("straggler_gap_s")),
+    ("tvr_train_goodput_ratio", ""): ("step", field("goodput")),
+    ("tvr_train_straggler_gap_seconds_total", ""): ("step", field("straggler_gap_s")),
     ("tvr_train_positive_similarity", "positive similarity"): (
         "step",
-        a_step("positive_similarity"),
+        field("positive_similarity"),
     ),
     ("tvr_train_positive_similarity", "hardest negative similarity"): (
         "step",
-        a_step("hardest_similarity"),
+        field("hardest_similarity"),
     ),
-    ("tvr_host_memory_bytes", ""): ("step", a_step("host_memory_bytes")),
-    ("tvr_checkpoint_seconds", ""): ("saved", a_step("seconds")),
-    ("tvr_checkpoint_held_up_seconds", ""): ("saved", a_step("held_up_s")),
-    ("tvr_checkpoint_bytes", ""): ("saved", a_step("num_bytes")),
+    ("tvr_host_memory_bytes", ""): ("step", field("host_memory_bytes")),
+    ("tvr_checkpoint_seconds", ""): ("saved", field("seconds")),
+    ("tvr_checkpoint_held_up_seconds", ""): ("saved", field("held_up_s")),
+    ("tvr_checkpoint_bytes", ""): ("saved", field("num_bytes")),
     ("tvr_evaluation_binding_accuracy_ratio", ""): (
         "evaluation",
         lambda event: event["binding_accuracy"] / 100,
@@ -197,9 +197,9 @@ WANTED: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = {
 
 def assert_drawn(lines: list[Line], run_dir: Path, *, run: int = 0, until: int = STEPS) -> None:
     found = {(line.panel, line.label): line for line in lines if line.run == run}
-    for name, (kind, value) in WANTED.items():
+    for name, (kind, value) in EXPECTED_LINES.items():
         events = [event for event in jobs.events(run_dir, kind) if event["step"] <= until]
-        # A start's first step has no straggler yet.
+        # The first step after a start has no straggler gap.
         events = [event for event in events if value(event) is not None]
         assert (name in found) == bool(events), name
         if not events:
@@ -210,16 +210,16 @@ def assert_drawn(lines: list[Line], run_dir: Path, *, run: int = 0, until: int =
             assert least <= value(event) <= most, (name, event["step"])
 
 
-def test_what_is_drawn_is_what_the_log_says(seen: Seen) -> None:
-    assert_drawn(seen.after, seen.run_dir)
-    assert seen.state == "finished"
-    assert seen.errors == []
+def test_lines_hold_the_values_of_the_log(resumed: ResumedPage) -> None:
+    assert_drawn(resumed.after, resumed.run_dir)
+    assert resumed.state == "finished"
+    assert resumed.errors == []
 
 
-def test_the_parts_of_a_step_are_stacked(seen: Seen) -> None:
-    lines = [line for line in seen.after if line.panel == "tvr_train_part_seconds_total-0"]
+def test_the_parts_of_a_step_are_stacked(resumed: ResumedPage) -> None:
+    lines = [line for line in resumed.after if line.panel == "tvr_train_part_seconds_total-0"]
     assert [line.label for line in lines] == list(ALL_PARTS)
-    events = jobs.events(seen.run_dir, "step")
+    events = jobs.events(resumed.run_dir, "step")
     for place, line in enumerate(lines):
         assert line.x == [event["step"] for event in events]
         for event, (least, most) in zip(events, line.y, strict=True):
@@ -227,33 +227,33 @@ def test_the_parts_of_a_step_are_stacked(seen: Seen) -> None:
             assert least <= below <= most, (line.label, event["step"])
 
 
-def test_an_open_page_takes_over_the_new_points(seen: Seen) -> None:
-    left = jobs.events(seen.run_dir, "preempted")[0]["step"]
-    assert LEFT_AFTER <= left < STEPS
-    assert_drawn(seen.before, seen.run_dir, until=left)
-    (total,) = [line for line in seen.after if line.label == "total"]
+def test_an_open_page_adds_the_new_points(resumed: ResumedPage) -> None:
+    left = jobs.events(resumed.run_dir, "preempted")[0]["step"]
+    assert PREEMPTED_AFTER <= left < STEPS
+    assert_drawn(resumed.before, resumed.run_dir, until=left)
+    (total,) = [line for line in resumed.after if line.label == "total"]
     assert total.x == list(range(1, STEPS + 1))
-    assert seen.is_same_page
-    assert seen.scrolled == 400
+    assert resumed.is_same_page
+    assert resumed.scrolled == 400
 
 
-def test_restarts_are_marked_on_the_axis(seen: Seen) -> None:
-    left = jobs.events(seen.run_dir, "preempted")[0]["step"]
+def test_restarts_are_marked_on_the_axis(resumed: ResumedPage) -> None:
+    left = jobs.events(resumed.run_dir, "preempted")[0]["step"]
     for panel in ("tvr_train_loss", "tvr_checkpoint_bytes"):
         at = f"document.getElementById('{panel}').querySelector('.chart')"
-        (line,) = seen.tab.value(
+        (line,) = resumed.tab.value(
             f"[...{at}.querySelectorAll('.shapelayer path')].map((path) => {at}._fullLayout.xaxis"
             ".p2d(Number(path.getAttribute('d').match(/^M([\\d.]+)/)[1])"
             f" - {at}._fullLayout._size.l))"
         )
         assert line == pytest.approx(left, abs=0.1)
-        assert "\u23cf\u21bb" in seen.tab.value(f"{at}.querySelector('.annotation').textContent")
+        assert "\u23cf\u21bb" in resumed.tab.value(f"{at}.querySelector('.annotation').textContent")
 
 
-def test_nothing_is_asked_for_from_outside(seen: Seen) -> None:
-    assert len(seen.requested) > 1  # itself, and again for new numbers
-    assert {address.partition("?")[0] for address in seen.requested} == {seen.page.as_uri()}
-    html = seen.page.read_text()
+def test_the_page_requests_nothing_from_outside(resumed: ResumedPage) -> None:
+    assert len(resumed.requested) > 1  # the page requests itself again for new values
+    assert {address.partition("?")[0] for address in resumed.requested} == {resumed.page.as_uri()}
+    html = resumed.page.read_text()
     page = Page(html)
     assert not {"link", "iframe", "object", "base", "img"} & {tag for tag, _ in page.tags}
     assert not any("src" in attributes for _, attributes in page.tags)
@@ -262,23 +262,29 @@ def test_nothing_is_asked_for_from_outside(seen: Seen) -> None:
     assert not re.findall(r"https?:", html)
 
 
-def test_runs_are_laid_over_one_another(
-    seen: Seen, other: Path, browser: Browser, tmp_path: Path
+def test_runs_share_the_panels(
+    resumed: ResumedPage, other: Path, browser: Browser, tmp_path: Path
 ) -> None:
-    write_dashboard([seen.run_dir, other], tmp_path / "both.html")
+    write_dashboard([resumed.run_dir, other], tmp_path / "both.html")
     tab = shown(browser, tmp_path / "both.html")
     lines = drawn(tab)
-    assert_drawn(lines, seen.run_dir, run=0)
+    assert_drawn(lines, resumed.run_dir, run=0)
     assert_drawn(lines, other, run=1)
     losses = [line for line in lines if line.panel == "tvr_train_loss"]
     colours = [{line.colour for line in losses if line.run == run} for run in (0, 1)]
     assert len(colours[0]) == len(colours[1]) == 1
     assert colours[0] != colours[1]
     text = tab.value("document.getElementById('runs').innerText")
-    for wanted in (seen.run_dir.name, other.name, "train.learning_rate", "0.005", "Settings that"):
+    for wanted in (
+        resumed.run_dir.name,
+        other.name,
+        "train.learning_rate",
+        "0.005",
+        "Settings that",
+    ):
         assert wanted in text
     legend = tab.value("document.querySelector('#tvr_train_loss .legend').innerText")
-    for run_dir in (seen.run_dir, other):
+    for run_dir in (resumed.run_dir, other):
         assert f"{jobs.losses(run_dir)[-1]:.4g}" in legend
     tab.value("document.querySelector('#runs button').click()")
     tab.wait_for("document.querySelectorAll('#tvr_train_step_seconds g.trace').length === 1")
@@ -288,19 +294,19 @@ def test_runs_are_laid_over_one_another(
     )
 
 
-def test_keys_and_pointer_tell_the_values_of_a_step(seen: Seen) -> None:
-    tab = seen.tab
+def test_keys_and_pointer_show_the_values_of_a_step(resumed: ResumedPage) -> None:
+    tab = resumed.tab
     tab.call("Page.bringToFront")
-    losses = jobs.losses(seen.run_dir)
+    losses = jobs.losses(resumed.run_dir)
     chart = "document.querySelector('#tvr_train_loss .chart')"
     assert f"total{losses[-1]:.4g}" in tab.value(f"{chart}.getAttribute('aria-label')")
     tab.value(f"{chart}.focus()")
     for key in ("Home", "ArrowRight", "ArrowRight"):
         tab.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-    spoken = tab.value("document.getElementById('spoken').textContent")
-    assert spoken.startswith("step 3: ")
-    assert f"total{losses[2]:.4g}" in spoken
-    third = jobs.events(seen.run_dir, "step")[2]["hard_negatives_per_row"]
+    announced = tab.value("document.getElementById('announced').textContent")
+    assert announced.startswith("step 3: ")
+    assert f"total{losses[2]:.4g}" in announced
+    third = jobs.events(resumed.run_dir, "step")[2]["hard_negatives_per_row"]
     other_legend = "document.querySelector('#tvr_train_hard_negatives_per_row .legend').innerText"
     assert f"{third:.4g}" in tab.value(other_legend)
     box = tab.value(f"(({{left, top}}) => [left, top])({chart}.getBoundingClientRect())")
@@ -310,9 +316,7 @@ def test_keys_and_pointer_tell_the_values_of_a_step(seen: Seen) -> None:
     assert f"total{losses[19]:.4g}" in tab.value("byId('tvr_train_loss').innerText")
 
 
-def test_time_as_the_axis_and_a_smoothing_that_keeps_the_values(
-    browser: Browser, tmp_path: Path
-) -> None:
+def test_time_axis_and_smoothing_beside_the_raw_values(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", *(step_event(n, loss=float(n % 2)) for n in range(1, 101)))
     write_dashboard([run], tmp_path / "page.html")
     tab = shown(browser, tmp_path / "page.html")
@@ -328,16 +332,16 @@ def test_time_as_the_axis_and_a_smoothing_that_keeps_the_values(
     )
 
 
-def test_colours_follow_the_scheme_of_the_reader(seen: Seen) -> None:
+def test_colours_follow_the_scheme_of_the_reader(resumed: ResumedPage) -> None:
     def colours() -> list[str]:
         paper = "getComputedStyle(document.querySelector('.panel')).backgroundColor"
-        return [seen.tab.value(paper), *(line.colour for line in drawn(seen.tab)[:4])]
+        return [resumed.tab.value(paper), *(line.colour for line in drawn(resumed.tab)[:4])]
 
-    seen.tab.call("Page.bringToFront")  # the scheme of a hidden tab is looked at once it is seen
+    resumed.tab.call("Page.bringToFront")  # a hidden tab applies the scheme when it is shown
     light = colours()
-    seen.tab.value("delete document.body.dataset.drawn")
-    seen.tab.prefer("dark")
-    seen.tab.wait_for("document.body.dataset.drawn")
+    resumed.tab.value("delete document.body.dataset.drawn")
+    resumed.tab.prefer("dark")
+    resumed.tab.wait_for("document.body.dataset.drawn")
     dark = colours()
     assert len(set(light)) == len(set(dark)) == 5
     assert not set(light) & set(dark)
@@ -350,8 +354,8 @@ def test_text_of_a_run_stays_text(browser: Browser, tmp_path: Path) -> None:
         for name in ("<b onclick=evil()>bold", "<script>window.evil=3")
     ]
     (runs[0] / "failures").mkdir()
-    told = {"rank": 1, "host": evil, "code": 3, "error": evil}
-    (runs[0] / "failures" / "1.json").write_text(json.dumps(told))
+    failure = {"rank": 1, "host": evil, "code": 3, "error": evil}
+    (runs[0] / "failures" / "1.json").write_text(json.dumps(failure))
     write_dashboard(runs, tmp_path / "page.html")
     tab = shown(browser, tmp_path / "page.html")
     text = tab.value("document.body.innerText")

@@ -77,7 +77,7 @@ def test_shows_results_curves_queries_and_settings(full_run: Path) -> None:
     assert re.search(r"Clips that evaluations left out.*odd\s*1\s*bad-4", page.text, re.DOTALL)
 
 
-def test_draws_the_dashboards_panels(full_run: Path) -> None:
+def test_draws_panels_of_the_dashboard(full_run: Path) -> None:
     (group,) = chart_data(write_report(full_run).read_text())["groups"]
     found = {panel["id"]: panel for panel in group["panels"]}
     assert list(found) == [
@@ -112,7 +112,7 @@ def test_a_browser_draws_the_curves_and_requests_nothing_else(
 def test_marks_the_right_clip_of_every_query(full_run: Path) -> None:
     page = Page(write_report(full_run, thumbnails=frames).read_text())
     figures = page.named("figure")
-    # Five for each query, and the right one after the five that miss it.
+    # Five figures a query, and a sixth for the query whose clip is not among the five.
     assert len(figures) == 16
     right = [index for index, figure in enumerate(figures) if "right" in str(figure["class"])]
     assert right == [0, 7, 15]
@@ -183,7 +183,7 @@ def test_reports_a_run_before_the_first_evaluation_and_step(tmp_path: Path) -> N
     assert loss["labels"] == ["total", "similarity", "penalty"]
 
 
-def test_falls_back_on_the_logged_evaluation(tmp_path: Path) -> None:
+def test_falls_back_to_the_logged_evaluation(tmp_path: Path) -> None:
     write_report_run(tmp_path, [step_event(1), evaluation_event(1, binding_accuracy=None)], [])
     text = Page(write_report(tmp_path).read_text()).text
     assert "51.2 %" in text
@@ -205,7 +205,7 @@ def test_torn_lines_are_counted_and_shown(full_run: Path) -> None:
     assert "2 lines of log.jsonl" in Page(write_report(full_run).read_text()).text
 
 
-def test_a_resumed_run_counts_each_step_once_and_its_time_on() -> None:
+def test_a_resumed_run_counts_each_step_once_and_adds_up_its_time() -> None:
     events = [step_event(1), step_event(2), step_event(3), {"event": "resumed", "step": 1}]
     events += [
         step_event(2, time_s=10.0, loss=9.0),
@@ -217,7 +217,7 @@ def test_a_resumed_run_counts_each_step_once_and_its_time_on() -> None:
     assert log.steps[1]["loss"] == 9.0
     assert [event["elapsed_s"] for event in log.steps] == [60.0, 190.0, 200.0, 210.0]
     assert log.resumed_at == [1]
-    slow = {"event": "resumed", "step": 1, "time_s": 90.0}  # to start took longer than step 1
+    slow = {"event": "resumed", "step": 1, "time_s": 90.0}  # the start took longer than step 1
     log = read_log("\n".join(map(json.dumps, [step_event(1), slow, step_event(2, time_s=100.0)])))
     assert [event["elapsed_s"] for event in log.steps] == [60.0, 160.0]
 
@@ -240,7 +240,7 @@ def test_a_clip_with_many_captions_is_shown_once_per_group() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "count"), [([1] * 30, 12), ([40] * 30, 12), ([1, 2, 9], 3)])
-def test_a_short_group_leaves_its_place_to_others(ranks: list[int], count: int) -> None:
+def test_other_groups_fill_the_places_of_a_short_group(ranks: list[int], count: int) -> None:
     queries = [query(rank, f"{index:03d}", key=f"clip {index}") for index, rank in enumerate(ranks)]
     captions = [entry["caption"] for entry in choose_queries(queries, 12)]
     assert len(captions) == len(set(captions)) == count

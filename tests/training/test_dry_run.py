@@ -199,7 +199,7 @@ def test_random_batches_have_no_padding_and_no_repeated_video(
     data: Path, tokenizer: Tokenizer
 ) -> None:
     config = tiny_config(data, data={"content_words": True})
-    batches = random_batches(config, tokenizer)
+    batches = random_batches(config.data, config.model, config.train, tokenizer)
     first, second = next(batches), next(batches)
     assert first.frames.shape == (8, 3, 3, 16, 16)
     assert first.token_ids.shape == first.word_mask.shape == (8, MAX_WORDS)
@@ -223,7 +223,10 @@ def test_estimated_activations_bound_measured_ones(
     model = build_model(config.model, config.loss, tokenizer, num_frames=frames)
     if again:
         checkpoint_activations(model)
-    inputs = model_inputs(next(random_batches(config, tokenizer)), torch.device("cpu"))
+    inputs = model_inputs(
+        next(random_batches(config.data, config.model, config.train, tokenizer)),
+        torch.device("cpu"),
+    )
     with AllocationTracker(model.parameters()) as tracker:
         features = model(*inputs)
         forward = tracker.peak
@@ -255,7 +258,7 @@ def test_a_checkpoint_has_the_estimated_size(
     with join_world() as world:
         model = build_model(config.model, config.loss, tokenizer, **parts)
         engine = Engine(model, config.train, world)
-        batch = next(random_batches(config, tokenizer))
+        batch = next(random_batches(config.data, config.model, config.train, tokenizer))
         features = engine.encode(*model_inputs(batch, world.device))
         engine.backward(features.sentence.float().sum() + features.frames.float().sum())
         engine.step(1.0)
@@ -267,7 +270,7 @@ def test_a_checkpoint_has_the_estimated_size(
     assert checkpoint_bytes(outline, config.train) == pytest.approx(saved, rel=0.05)
 
 
-def test_states_are_partitioned_as_the_zero_stage_says(data: Path, tokenizer: Tokenizer) -> None:
+def test_states_are_partitioned_by_the_zero_stage(data: Path, tokenizer: Tokenizer) -> None:
     def of(stage: int, ranks: int, precision: str = "fp32") -> tuple[float, float, float]:
         config = tiny_config(data, train={"zero_stage": stage, "precision": precision})
         needs = model_bytes(config, tokenizer, ranks)

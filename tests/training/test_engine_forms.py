@@ -154,7 +154,9 @@ def run_compiled_towers(rank: int, world_size: int, data: Path, folder: Path) ->
         tokenizer = load_tokenizer(str(config.model.tokenizer), config.data.max_words)
         engine.set_training(False)
         with torch.no_grad():
-            batch = next(training_batches(config, tokenizer, world))
+            batch = next(
+                training_batches(config.data, config.model, config.train, tokenizer, world)
+            )
             features = engine.encode(*model_inputs(batch, CPU))
         engine.set_training(True)
         values, _ = run_steps(engine, config, world)

@@ -77,7 +77,7 @@ def evaluated(config: Config, world: World = ALONE) -> Evaluation:
 
 def whole_set(url: str, config: Config, tokenizer: Tokenizer) -> Batch:
     large = replace(config.train, micro_batch=1000, global_batch=1000)
-    (batch,) = ordered_batches(replace(config, train=large), tokenizer, ALONE, url)
+    (batch,) = ordered_batches(url, config.data, config.model, large, tokenizer, ALONE)
     return batch
 
 

@@ -176,7 +176,7 @@ TIME_OUT = timedelta(seconds=4)
 
 
 def break_off(rank: int, world_size: int, folder: Path) -> str:
-    """Rank 1 fails at its first piece but stays alive; the others wait for the time-out."""
+    """Rank 1 fails at its first piece but keeps running; the others wait for the time-out."""
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo",

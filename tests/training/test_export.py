@@ -58,7 +58,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def features(model: TextVideoModel, config: Config, tokenizer: Tokenizer) -> Any:
     assert config.data.test is not None
-    batches = ordered_batches(config, tokenizer, ALONE, config.data.test)
+    batches = ordered_batches(
+        config.data.test, config.data, config.model, config.train, tokenizer, ALONE
+    )
     with torch.no_grad():
         return concat_features([model(*model_inputs(batch, CPU)) for batch in batches])
 

@@ -1,4 +1,4 @@
-"""Gradient caching is the loss of the whole batch, with dropout too, and of bounded memory."""
+"""Gradient caching gives the gradient of the whole batch, with dropout too, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import Features
 
 CPU = torch.device("cpu")
-ALONE = World(rank=0, world_size=1, device=CPU)
+SINGLE_RANK = World(rank=0, world_size=1, device=CPU)
 
 
 def loss_of(features: Features) -> Tensor:
-    return objective(features, VIDEO_IDS, ModelConfig(), LossConfig(), ALONE).for_backward
+    return objective(features, VIDEO_IDS, ModelConfig(), LossConfig(), SINGLE_RANK).for_backward
 
 
 def cached(model: PlainModel, sizes: Sequence[int], dtype: torch.dtype) -> Gradients:
@@ -41,20 +41,20 @@ def uncached(model: PlainModel, sizes: Sequence[int], dtype: torch.dtype) -> Gra
 
 
 @pytest.mark.parametrize("sizes", [(PAIRS,), (1, 13), (5, 3, 4, 2), (1,) * PAIRS], ids=str)
-def test_the_gradient_is_that_of_the_whole_batch(sizes: tuple[int, ...]) -> None:
+def test_the_gradient_equals_the_gradient_of_the_whole_batch(sizes: tuple[int, ...]) -> None:
     whole = uncached(plain_model(torch.float64), (PAIRS,), torch.float64)
     ours = cached(plain_model(torch.float64), sizes, torch.float64)
     plain.assert_close(ours, whole, relative=1e-12)
 
 
-def test_dropout_drops_the_same_in_both_encodings() -> None:
+def test_both_encodings_draw_the_same_dropout() -> None:
     sizes, dtype = (5, 3, 4, 2), torch.float64
     torch.manual_seed(1)
     theirs = uncached(plain_model_seeded(dtype), sizes, dtype)
     afterwards = torch.rand(3)
     torch.manual_seed(1)
     ours = cached(plain_model_seeded(dtype), sizes, dtype)
-    # Both have drawn the same numbers, and the replay has left no trace.
+    # Both runs drew the same numbers, and the replay restored the random state.
     assert torch.equal(torch.rand(3), afterwards)
     plain.assert_close(ours, theirs, relative=1e-12)
     torch.manual_seed(2)
@@ -64,50 +64,50 @@ def test_dropout_drops_the_same_in_both_encodings() -> None:
 
 
 def plain_model_seeded(dtype: torch.dtype) -> PlainModel:
-    """The model with dropout; building it leaves the random state as it is."""
+    """Builds the model with dropout, and keeps the random state."""
     with torch.random.fork_rng():
         return plain_model(dtype, dropout=0.3)
 
 
-def test_the_replay_leaves_the_random_state_where_it_found_it() -> None:
+def test_the_replay_restores_the_random_state() -> None:
     model = plain_model(torch.float32, dropout=0.3)
     cache = FeatureCache(model, plain.split(plain_batch(torch.float32), (7, 7)), CPU)
     loss_of(cache.features).backward()
-    torch.rand(5)  # a loss may draw too
+    torch.rand(5)  # a loss may draw random numbers
     state = torch.get_rng_state()
     cache.replay(lambda part: part.backward())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_one_micro_batch_at_a_time_has_activations() -> None:
-    alive: list[int] = []
+def test_activations_of_one_micro_batch_at_a_time_are_kept() -> None:
+    num_kept: list[int] = []
     activations: list[weakref.ref[Tensor]] = []
 
     def encode(batch: tuple[Tensor, ...]) -> Features:
-        alive.append(sum(reference() is not None for reference in activations))
+        num_kept.append(sum(reference() is not None for reference in activations))
         features = model(batch)
-        # What autograd keeps, and nobody else.
+        # Only autograd keeps this tensor.
         hidden = features.words * 2
         activations.append(weakref.ref(hidden))
         return features._replace(words=hidden.sin())
 
     model = plain_model(torch.float32)
     cache = FeatureCache(encode, plain.split(plain_batch(torch.float32), (5, 5, 4)), CPU)
-    assert alive == [0, 0, 0]
+    assert num_kept == [0, 0, 0]
     assert all(x is None or x.grad_fn is None for x in cache.features)
     loss_of(cache.features).backward()
-    heard = []
+    num_kept_in_backward = []
 
     def backward(part: Tensor) -> None:
-        heard.append(sum(reference() is not None for reference in activations))
+        num_kept_in_backward.append(sum(reference() is not None for reference in activations))
         part.backward()
 
     cache.replay(backward)
-    assert alive == [0] * 6
-    assert heard == [1, 1, 1]
+    assert num_kept == [0] * 6
+    assert num_kept_in_backward == [1, 1, 1]
 
 
-def test_gradients_keep_the_features_dtype() -> None:
+def test_gradients_have_the_dtype_of_the_features() -> None:
     def encode(batch: tuple[Tensor, ...]) -> Features:
         found = model(batch)
         return found._replace(frames=found.frames.bfloat16(), words=found.words.bfloat16())
@@ -123,12 +123,12 @@ def test_gradients_keep_the_features_dtype() -> None:
         feature = getattr(cache.features, name)
         assert feature.grad.dtype == feature.dtype
     assert cache.features.frames.dtype == torch.bfloat16
-    # A factor that DeepSpeed divides by, and that bfloat16 could not carry there and back.
+    # Rounded to bfloat16, a multiplication by 41 and the division by it would change the gradient.
     cache.replay(lambda part: (part * 41 / 41).backward())
     plain.assert_close(plain.gradients_of(model), theirs, relative=1e-5)
 
 
-def test_what_cannot_be_cached_is_refused() -> None:
+def test_replay_without_micro_batches_or_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="no micro-batches"):
         FeatureCache(plain_model(torch.float32), [], CPU)
     cache = FeatureCache(plain_model(torch.float32), [plain_batch(torch.float32)], CPU)
@@ -137,13 +137,13 @@ def test_what_cannot_be_cached_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_dropout_on_a_gpu_drops_the_same_in_both_encodings() -> None:
+def test_both_encodings_draw_the_same_dropout_on_a_gpu() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     batches = [
         tuple(x.to(device) for x in part)
         for part in plain.split(plain_batch(torch.float32), (5, 9))
     ]
-    world = replace(ALONE, device=device)
+    world = replace(SINGLE_RANK, device=device)
 
     def run(with_cache: bool) -> Gradients:
         model = plain_model(torch.float32, dropout=0.3).to(device)

@@ -1,4 +1,4 @@
-"""The table of metrics, its text and its endpoint; the ranks of a node as one, or each apart."""
+"""The table of metrics, its text, and its endpoints: one for a node, or one for each rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label
 from tvr.data_prep.exporter.metrics_table import Metric, MetricTable, MetricValues
 from tvr.data_prep.packing.pack import PackProgress
 from tvr.data_prep.packing.pack_metrics import PACK_METRICS, serve_metrics
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, MetricsConfig
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.shared_memory import IN_MEMORY
@@ -63,7 +63,7 @@ def test_names_follow_the_conventions(metric: Metric) -> None:
         assert all(re.fullmatch(r"[a-z0-9_]+", value) for value in values)
 
 
-def test_the_page_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_and_the_command_list_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert metrics(["--markdown"]) == 0
     assert (
@@ -92,11 +92,11 @@ TABLE = MetricTable(
 )
 
 
-def test_values_of_a_nodes_ranks_become_one_text() -> None:
+def test_a_node_exports_the_values_of_its_ranks_as_one_text() -> None:
     lines = {rank: np.empty(len(TABLE.slots)) for rank in (0, 1)}
     first, second = (MetricValues(TABLE, line) for line in lines.values())
     first.set("tvr_a_value", 1.5)
-    second.set("tvr_a_value", 9)  # only rank 0 tells what is the run's
+    second.set("tvr_a_value", 9)  # ignored: rank 0 exports the metrics of the run
     for values, more in ((first, 2), (second, 3)):
         values.add("tvr_b_total", more)
         values.add("tvr_c_total", 10 * more, "y")
@@ -113,11 +113,11 @@ def test_values_of_a_nodes_ranks_become_one_text() -> None:
     }
     first.set("tvr_a_value", None)
     assert ("tvr_a_value",) not in parse_samples(TABLE.text(lines).decode())
-    # A node without rank 0 says nothing of the run.
+    # A node without rank 0 exports no metric of the run.
     assert "tvr_a_value" not in TABLE.text({1: lines[1]}).decode()
 
 
-def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
+def test_an_endpoint_closes_after_a_scrape_of_the_final_values() -> None:
     texts = [b"first", b"second"]
     made: list[bytes] = []
 
@@ -127,20 +127,23 @@ def test_an_endpoint_answers_and_stays_for_the_last_values() -> None:
 
     endpoint = MetricsEndpoint(text, "127.0.0.1", 0)
     url = f"http://{endpoint.target}/metrics"
-    assert [scrape(url) for _ in range(3)] == ["first"] * 3  # made once a second at most
+    # The text is made at most once a second.
+    assert [scrape(url) for _ in range(3)] == ["first"] * 3
     closing = threading.Thread(target=endpoint.close)
     closing.start()
     assert endpoint._is_final.wait(10)
     assert scrape(url) == "second"
     closing.join(10)
     assert not closing.is_alive()
-    with pytest.raises(OSError):  # noqa: PT011 (nobody answers)
+    with pytest.raises(OSError):  # noqa: PT011 (the port is closed)
         scrape(url)
 
 
-def test_who_was_never_asked_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_without_scrapes_closes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = MetricsEndpoint(lambda: b"", "127.0.0.1", 0)
-    monkeypatch.setattr(endpoint._final_scraped, "wait", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(
+        endpoint._final_scraped, "wait", lambda _: pytest.fail("the endpoint waits")
+    )
     endpoint.close()
 
 
@@ -164,7 +167,7 @@ def test_a_taken_port_is_named() -> None:
         ("s3://bucket", "bucket"),
     ],
 )
-def test_folders_of_one_name_are_told_apart(
+def test_job_labels_contain_the_parent_folder(
     folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -196,8 +199,8 @@ RECORD = StepRecord(
 )
 
 
-class Seen(NamedTuple):
-    """By a rank, of a run with one way to serve."""
+class EndpointResult(NamedTuple):
+    """Target files and scraped values that a rank finds with one setting of `metrics.endpoint`."""
 
     files: list[str]
     targets: list[dict[str, Any]]
@@ -206,9 +209,11 @@ class Seen(NamedTuple):
     files_after: list[str]
 
 
-def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, Seen]:
+def serve_metrics_once(
+    rank: int, world_size: int, config: Config, folder: Path
+) -> dict[str, EndpointResult]:
     world = World(rank=rank, world_size=world_size, device=torch.device("cpu"))
-    seen = {}
+    results = {}
     for endpoint in ("node", "rank", "none"):
         run_dir = folder / endpoint
         attempt = world.run_on_first(lambda run_dir=run_dir: begin_attempt(run_dir))
@@ -238,23 +243,23 @@ def ran(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, S
         closing.join(30)
         world.barrier()
         after = sorted(path.name for path in written.iterdir())
-        seen[endpoint] = Seen(files, targets, during, last, after)
-    return seen
+        results[endpoint] = EndpointResult(files, targets, during, last, after)
+    return results
 
 
-def test_a_node_is_no_target_while_a_slow_tool_closes(data: Path, tmp_path: Path) -> None:
+def test_a_node_is_no_target_while_its_writers_close(data: Path, tmp_path: Path) -> None:
     world = World(rank=0, world_size=1, device=torch.device("cpu"))
     monitor = NodeMonitor(tiny_config(data, metrics={"address": "127.0.0.1"}), tmp_path, world)
     monitor.start(begin_attempt(tmp_path), 0)
     (target,) = (tmp_path / "metrics").glob("*.json")
     seen = []
 
-    class Slow(Writers):
+    class RecordingWriters(Writers):
         def close(self) -> None:
             seen.append((target.exists(), scrape(f"http://{address}")))
 
     (address,) = json.loads(target.read_text())[0]["targets"]
-    monitor._writers = Slow(monitor._config, tmp_path, 0, 1)
+    monitor._writers = RecordingWriters(monitor._config, tmp_path, 0, 1)
     monitor.close(succeeded=True)
     ((is_target, last),) = seen
     assert not is_target
@@ -266,11 +271,11 @@ def url(target: dict[str, Any]) -> str:
     return f"http://{address}/metrics"
 
 
-def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -> None:
+def test_a_node_has_one_endpoint_or_one_for_each_rank_or_none(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, metrics={"address": "127.0.0.1"})
-    first, second = spawn(ran, 2, config, tmp_path)
+    first, second = spawn(serve_metrics_once, 2, config, tmp_path)
     host = socket.gethostname()
-    # One for the node, with a series for each rank.
+    # With "node" the ranks share an endpoint, which has a series for each.
     assert first["node"].files == [f"{host}.json"]
     assert first["node"].targets[0]["labels"] == {"run": f"{tmp_path.name}/node", "host": host}
     (during,) = first["node"].during
@@ -287,7 +292,7 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     assert during["tvr_data_reads_total", "local"] == 21
     assert during["tvr_data_reads_total", "store"] == 1
     assert during["tvr_data_loading_seconds_total", "1"] == 1.5
-    # Of 6 rows of 4 numbers, 3 came to each of both ranks.
+    # Of the 6 rows of 4 numbers, each of the 2 ranks received 3.
     assert during["tvr_train_received_bytes_total", "all_gather"] == 2 * 3 * 4 * 4
     assert first["node"].last is not None
     assert first["node"].last["tvr_train_finished",] == 1
@@ -295,7 +300,7 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     assert first["node"].files_after == [f"{host}.prom"]
     written = (tmp_path / "node" / "metrics" / f"{host}.prom").read_text()
     assert parse_samples(written) == first["node"].last
-    # One for each; what is the run's comes from rank 0.
+    # With "rank" each has its own endpoint; rank 0 exports the metrics of the run.
     names = [f"{host}-rank-{rank:05d}" for rank in (0, 1)]
     assert first["rank"].files == [f"{name}.json" for name in names]
     zero, one = first["rank"].during
@@ -306,16 +311,16 @@ def test_the_ranks_of_a_node_are_one_or_each_apart(data: Path, tmp_path: Path) -
     assert ("tvr_train_step",) not in one
     assert second["rank"].last is not None
     assert first["rank"].files_after == [f"{name}.prom" for name in names]
-    # None, and yet the last values.
+    # With "none" there is no endpoint, but a file with the last values.
     assert first["none"].files == []
     assert first["none"].files_after == [f"{host}.prom"]
-    # Every series is of the table.
-    keys = {(name, *labels) for metric in METRICS for name, labels in known(metric)}
+    # Every series is in the table.
+    keys = {(name, *labels) for metric in METRICS for name, labels in series_of(metric)}
     for found in (during, zero, one, parse_samples(written)):
         assert found.keys() <= keys
 
 
-def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
+def series_of(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Names and label values of a metric's series on two ranks, in the order of `samples`."""
     for labels in metric.series:
         for rank in ("0", "1") if metric.per == "rank" else ("",):
@@ -323,7 +328,7 @@ def known(metric: Metric) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield metric.name, tuple(named[name] for name in sorted(named))
 
 
-def test_restarts_and_goodput_are_the_runs(
+def test_restarts_and_goodput_cover_all_starts_of_a_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(data, metrics={"endpoint": "none"})
@@ -332,10 +337,11 @@ def test_restarts_and_goodput_are_the_runs(
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: an_hour_ago)
         begin_attempt(tmp_path)
-    os.utime(tmp_path / "attempts" / "000001.json")  # as in a copy of the run's folder
+    # A copy of a run folder has new modification times.
+    os.utime(tmp_path / "attempts" / "000001.json")
     left = tmp_path / "metrics" / "elsewhere.json"
     left.parent.mkdir()
-    left.write_text("[]")  # of a host that this start does not have
+    left.write_text("[]")  # from a host that is not part of this start
     monitor = NodeMonitor(config, tmp_path, world)
     monitor.start(begin_attempt(tmp_path), 0)
     record = monitor.on_step(replace(RECORD, trained_s=900.0), RankCounters())
@@ -349,7 +355,7 @@ def test_restarts_and_goodput_are_the_runs(
     assert last["tvr_train_finished",] == 0
 
 
-def test_a_straggler_is_named() -> None:
+def test_the_slowest_rank_is_the_straggler() -> None:
     counters = RankCounters()
     assert counters.straggler() == (None, None)
     counters.local_work_s = 1.0
@@ -359,7 +365,7 @@ def test_a_straggler_is_named() -> None:
     assert counters.straggler() == (4.0, 1)
 
 
-def test_operations_are_those_that_torch_counts(data: Path) -> None:
+def test_flops_agree_with_the_counter_of_torch(data: Path) -> None:
     config = tiny_config(data, metrics={"peak_tflops": 2.0})
     tokenizer = build_tokenizer(config.model, config.data)
 
@@ -372,10 +378,11 @@ def test_operations_are_those_that_torch_counts(data: Path) -> None:
     found = flops_per_pair(model, config, world_size=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(weight.grad is None for weight in model.parameters())
-    # A loss has 16 pairs: one text's sentence and words meet the frames of each, 16 numbers wide.
+    # A loss has 16 pairs: a text's sentence and words are multiplied with the frames of each pair;
+    # features are 16 numbers wide.
     similarity = 3 * 2 * 16 * rows * config.data.num_frames * 16
-    (batch,) = islice(random_batches(config, tokenizer), 1)
-    # Attention as plain products, since torch does not count a CPU's own.
+    (batch,) = islice(random_batches(config.data, config.model, config.train, tokenizer), 1)
+    # Attention as plain products: torch does not count fused attention on a CPU.
     model.image_tower.set_attn_implementation("eager")
     model.text_tower.set_attn_implementation("eager")
     assert flops_per_pair(model, config, world_size=2) == found
@@ -385,22 +392,22 @@ def test_operations_are_those_that_torch_counts(data: Path) -> None:
             [x.sum() for x in features if x is not None and x.requires_grad]
         ).sum().backward()
     counted = counter.get_total_flops() / 8  # pairs
-    assert 0.95 * counted < found - similarity < counted  # less the small heads
-    # Without a backward a third is left, and a little more: pixels have no gradient in any case.
+    assert 0.95 * counted < found - similarity < counted  # the small heads are not counted
+    # The forward takes a little more than a third: pixels have no gradient in either case.
     frozen = replace(config, model=replace(config.model, freeze="both"))
     assert flops_per_pair(built(frozen), frozen, 2) - similarity == pytest.approx(
         (found - similarity) / 3, rel=0.06
     )
-    assert peak_flops(config, torch.device("cpu")) == 2e12
-    assert peak_line(config) == "MFU: of 2 TFLOP/s a rank"
-    assert "peak of a CPU is" in peak_line(tiny_config(data))
+    assert peak_flops(config.metrics, config.train, torch.device("cpu")) == 2e12
+    assert peak_line(config.metrics, config.train) == "MFU: relative to 2 TFLOP/s a rank"
+    assert "the peak rate of a CPU; metrics.peak_tflops" in peak_line(MetricsConfig(), config.train)
 
 
-def test_memory_that_the_ranks_share_has_no_name() -> None:
+def test_shared_memory_leaves_no_file() -> None:
     assert not list(IN_MEMORY.glob("tvr-metrics-*"))
 
 
-def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_packing_exports_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
     shown: list[PackProgress] = []
     found: list[Samples] = []
 
@@ -412,14 +419,16 @@ def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> No
                 return
             time.sleep(0.05)
 
-    with serve_metrics(shown.append, 0) as tell:
+    with serve_metrics(shown.append, 0) as report_progress:
         (port,) = re.findall(r"^metrics: http://.*:(\d+)/metrics$", capsys.readouterr().out)
-        tell(PackProgress(num_done=3, num_clips=9, num_bytes=0))
+        report_progress(PackProgress(num_done=3, num_clips=9, num_bytes=0))
         scraper = threading.Thread(target=scrape_until_closed, args=(port,))
         scraper.start()
         while not found:
             time.sleep(0.01)
-        tell(PackProgress(num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1}))
+        report_progress(
+            PackProgress(num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1})
+        )
     scraper.join(10)
     assert [progress.num_done for progress in shown] == [3, 5]
     first, last = found[0], found[-1]
@@ -431,11 +440,13 @@ def test_a_packing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> No
     assert last["tvr_pack_bytes_total",] == 70
     assert last["tvr_pack_refused_clips_total", "no_frames"] == 1
     assert abs(last["tvr_pack_last_clip_timestamp_seconds",] - time.time()) < 60
-    keys = {(name, *labels) for metric in PACK_METRICS for name, labels in known(metric)}
+    keys = {(name, *labels) for metric in PACK_METRICS for name, labels in series_of(metric)}
     assert last.keys() == keys
 
 
-def test_pack_names_its_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pack_prints_the_url_of_its_endpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.mp4").write_bytes(numbered_video(5))
     (tmp_path / "a.csv").write_text("video,caption\na.mp4,one\n")
     line = ["--annotations", str(tmp_path / "a.csv"), "--out", str(tmp_path / "data")]

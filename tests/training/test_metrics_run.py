@@ -1,5 +1,4 @@
-"""A run of two ranks that is scraped 50 times a second for at least 10 s of training, beside the
-same run without metrics."""
+"""Two ranks train and are scraped 50 times a second for at least 10 s; or train without metrics."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ from tvr.trainer.monitoring.metrics import TRAINING_METRICS
 from tvr.trainer.monitoring.step_record import ALL_PARTS
 
 SCRAPES, PAUSE_S = 500, 0.02
-# What the tests want to have seen before the run ends.
-SEEN = {("tvr_evaluation_step",), ("tvr_checkpoint_step",)}
+# Series that must have been scraped before the run is asked to stop.
+REQUIRED = {("tvr_evaluation_step",), ("tvr_checkpoint_step",)}
 MEMORY = ("tvr_host_memory_bytes", "0"), ("tvr_host_memory_bytes", "1")
 
 
@@ -39,19 +38,21 @@ class Run:
     run_dir: Path
     scraped: list[Samples]
     last: Samples
-    """From run_dir, after the end."""
+    """Values of the file in run_dir after the end."""
     steps: dict[int, dict[str, Any]]
-    """The log's."""
+    """Step events of the log, by step."""
 
     @property
     def end(self) -> int:
-        """The last step."""
+        """Number of the last step."""
         return max(self.steps)
 
 
 def scrape_run(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
-    """At most 50 times a second, from when the endpoint is named until it is gone. Tells the run to
-    leave once it has answered SCRAPES times while it trained."""
+    """Scrapes at most 50 times a second, from the first target file until the endpoint has closed.
+
+    After SCRAPES scrapes during training it sends the signal to stop.
+    """
     while not (files := list((run_dir / "metrics").glob("*.json"))):
         if over.wait(PAUSE_S):
             return
@@ -65,18 +66,18 @@ def scrape_run(run_dir: Path, over: threading.Event, found: list[Samples]) -> No
             text = scrape(f"http://{target}/metrics")
         except OSError:
             return
-        # It is made once a second only, and reading it takes longer than asking for it.
+        # The text is made once a second; parsing it takes longer than the request.
         found.append(found[-1] if text == before else parse_samples(text))
         before = text
-        if not signalled and len(found) >= SCRAPES and len(amid(found)) >= SCRAPES:
-            if SEEN <= found[-1].keys():
+        if not signalled and len(found) >= SCRAPES and len(during_training(found)) >= SCRAPES:
+            if REQUIRED <= found[-1].keys():
                 os.kill(pid, signal.SIGUSR1)
                 signalled = True
         over.wait(max(0.0, PAUSE_S - (time.monotonic() - began)))
 
 
-def amid(found: list[Samples]) -> list[Samples]:
-    """Those of a run that has begun to train and not ended."""
+def during_training(found: list[Samples]) -> list[Samples]:
+    """Returns the scrapes during training: after the first step and before the end."""
     return [
         each
         for each in found
@@ -108,18 +109,18 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(config, run_dir, found, parse_samples(written.read_text()), steps)
 
 
-def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
-    in_mid_run = amid(run.scraped)
-    assert len(in_mid_run) >= SCRAPES
-    assert len({found["tvr_train_step",] for found in in_mid_run}) > 1
-    for found in in_mid_run:
+def test_scrapes_during_training_agree_with_the_log(run: Run) -> None:
+    training = during_training(run.scraped)
+    assert len(training) >= SCRAPES
+    assert len({found["tvr_train_step",] for found in training}) > 1
+    for found in training:
         step = int(found["tvr_train_step",])
-        # It may be read while a step is written.
+        # A scrape may fall between the updates of two metrics.
         near = [run.steps[at] for at in (step - 1, step, step + 1) if at in run.steps]
-        for name, place in RUN_GAUGES.items():
-            assert found.get(place) in [record[name] for record in near], name
+        for name, key in RUN_GAUGES.items():
+            assert found.get(key) in [record[name] for record in near], name
         assert abs(found["tvr_train_steps_total",] - step) <= 1
-        assert all(1e7 < found[place] < 1e11 for place in MEMORY)
+        assert all(1e7 < found[key] < 1e11 for key in MEMORY)
     falls = [
         key
         for before, after in zip(run.scraped, run.scraped[1:], strict=False)
@@ -129,11 +130,11 @@ def test_what_is_scraped_in_mid_run_is_what_the_log_says(run: Run) -> None:
     assert falls == []
 
 
-def test_the_last_values_stay_with_the_run(run: Run) -> None:
+def test_the_last_values_stay_in_the_run_folder(run: Run) -> None:
     steps = run.end
     last, end, log = run.last, run.steps[steps], run.steps.values()
-    for name, place in RUN_GAUGES.items():
-        assert last.get(place) == end[name]
+    for name, key in RUN_GAUGES.items():
+        assert last.get(key) == end[name]
     assert last["tvr_train_finished",] == 1
     assert last["tvr_train_steps_total",] == steps == len(log)
     assert last["tvr_train_pairs_total",] == 8 * steps
@@ -156,7 +157,7 @@ def test_the_last_values_stay_with_the_run(run: Run) -> None:
         loading = last["tvr_data_loading_seconds_total", rank]
         assert last["tvr_train_alone_seconds_total", rank] == pytest.approx(loading + encoding)
         assert 0 < last["tvr_data_loading_seconds_total", rank] <= parts["data wait"]
-    # As the run's own settings have it, and as its own shapes do.
+    # MFU follows from metrics.peak_tflops and 2 ranks; the operations per step are constant.
     assert last["tvr_train_mfu_ratio",] == last["tvr_train_model_flops_per_second",] / 2 / 1e9
     flops = last["tvr_train_model_flops_per_second",] * end["step_s"]
     assert flops == pytest.approx(run.steps[2]["model_flops_per_s"] * run.steps[2]["step_s"])
@@ -166,7 +167,7 @@ def test_the_last_values_stay_with_the_run(run: Run) -> None:
     assert last["tvr_train_straggler_gap_seconds_total",] == pytest.approx(gaps)
     assert last["tvr_train_slowest_rank",] in (0, 1)
     assert last["tvr_data_reads_total", "local"] == 8 * steps
-    frames_of_others = 8 * 3 * 16 * 4  # 4 of each of 2 ranks, of 3 frames of 16 float32 numbers
+    frames_of_others = 8 * 3 * 16 * 4  # 2 ranks receive 4 samples: 3 frames of 16 float32 numbers
     assert last["tvr_train_received_bytes_total", "all_gather"] > steps * frames_of_others
     assert last["tvr_train_received_bytes_total", "reduce_scatter"] >= steps * frames_of_others
     (*_, evaluation) = jobs.events(run.run_dir, "evaluation")
@@ -188,21 +189,21 @@ def test_without_metrics_the_losses_are_the_same(run: Run) -> None:
     config = replace(run.config, metrics=replace(run.config.metrics, enabled=False))
     run_dir = run.run_dir.with_name("without")
 
-    def has_come_as_far() -> bool:
+    def has_logged_as_much() -> bool:
         time.sleep(0.2)
         return jobs.steps_logged(run_dir) >= run.end
 
     with jobs.running(config, run_dir, 2) as job:
-        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, has_come_as_far)
+        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, has_logged_as_much)
         _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
         assert job.returncode == 75, errors
     assert not (run_dir / "metrics").exists()
     assert jobs.losses(run_dir)[: run.end] == [record["loss"] for record in run.steps.values()]
 
 
-def test_a_run_that_breaks_leaves_its_target_and_says_why(data: Path, tmp_path: Path) -> None:
-    at_once = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
-    config = tiny_config(data, train={"steps": 5, **at_once}, data={"test": None})
+def test_a_failed_run_leaves_its_target_and_its_last_values(data: Path, tmp_path: Path) -> None:
+    diverging = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    config = tiny_config(data, train={"steps": 5, **diverging}, data={"test": None})
     run_dir = tmp_path / "run"
     settings = tmp_path / "settings.json"
     settings.write_text(to_json(config))
@@ -225,45 +226,45 @@ def test_every_metric_that_applies_is_scraped(run: Run) -> None:
             assert value <= 1 or not name.endswith("_ratio")
 
 
-def told_by(rank: int, world_size: int, settings: Path, run_dir: Path) -> tuple[int, str]:
-    """The exit code of `tvr train` and what it says."""
-    with redirect_stderr(StringIO()) as said:
+def train_with_stderr(rank: int, world_size: int, settings: Path, run_dir: Path) -> tuple[int, str]:
+    """Exit code and error output of `tvr train`."""
+    with redirect_stderr(StringIO()) as stderr:
         code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
-    return code, said.getvalue()
+    return code, stderr.getvalue()
 
 
-def taken_after_a_free_one() -> socket.socket:
-    """Has a port, of which the one below is free."""
+def occupied_port_above_a_free_one() -> socket.socket:
+    """Returns a server on a port such that the port below is free."""
     while True:
-        taken = socket.create_server(("127.0.0.1", 0))
+        occupied = socket.create_server(("127.0.0.1", 0))
         try:
-            socket.create_server(("127.0.0.1", taken.getsockname()[1] - 1)).close()
+            socket.create_server(("127.0.0.1", occupied.getsockname()[1] - 1)).close()
         except OSError:
-            taken.close()
+            occupied.close()
         else:
-            return taken
+            return occupied
 
 
-def test_a_taken_port_is_its_nodes_fault_and_the_job_may_begin_again(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_taken_port_is_a_node_fault_and_the_job_may_restart(data: Path, tmp_path: Path) -> None:
     settings, run_dir = tmp_path / "settings.json", tmp_path / "run"
-    with taken_after_a_free_one() as other:
+    with occupied_port_above_a_free_one() as other:
         port = other.getsockname()[1] - 1
         metrics = {"address": "127.0.0.1", "port": port, "endpoint": "rank"}
         settings.write_text(to_json(with_ranks(tiny_config(data, metrics=metrics), 2)))
-        (first, _), (second, said) = spawn(told_by, 2, settings, run_dir)
+        (first, _), (second, stderr) = spawn(train_with_stderr, 2, settings, run_dir)
     assert (first, second) == (3, 3)
-    told = f"rank 1 on {socket.gethostname()}: metrics cannot be served at 127.0.0.1:{port + 1} of"
-    assert said.startswith(f"tvr train: error [rank 1]: {told}"), said
-    assert said.endswith("or port 0 for any that is free\n")
-    assert said.count("\n") == 1
-    (word,) = (run_dir / "failures").iterdir()
-    assert json.loads(word.read_text())["of"] == 1
+    message = (
+        f"rank 1 on {socket.gethostname()}: metrics cannot be served at 127.0.0.1:{port + 1} of"
+    )
+    assert stderr.startswith(f"tvr train: error [rank 1]: {message}"), stderr
+    assert stderr.endswith("or port 0 for any that is free\n")
+    assert stderr.count("\n") == 1
+    (failure,) = (run_dir / "failures").iterdir()
+    assert json.loads(failure.read_text())["of"] == 1
     assert not list((run_dir / "checkpoints").glob("step-*"))
 
 
-def test_an_address_that_no_node_has_is_the_settings_fault(
+def test_an_address_of_no_node_is_a_wrong_setting(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, run_dir = tmp_path / "settings.json", tmp_path / "run"

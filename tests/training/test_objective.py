@@ -1,4 +1,4 @@
-"""The loss of one process: reference similarity, square losses and mean hinge of its features."""
+"""The objective on one process: value and gradients against the definition, and statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import Features
 from tvr.trainer.monitoring.step_record import LOSS_TERMS
 
-ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
+SINGLE_RANK = World(rank=0, world_size=1, device=torch.device("cpu"))
 PAIRS, WORDS, FRAMES, WIDTH = 6, 5, 4, 8
 VIDEO_IDS = torch.tensor([7, 8, 7, 9, 8, 2**62])  # two videos with two captions each
 
@@ -44,26 +44,26 @@ def features() -> Features:
 def values(
     loss: LossConfig,
     model: ModelConfig | None = None,
-    mine: Features | None = None,
+    own: Features | None = None,
     scores: Literal["keep", "stream"] = "keep",
 ) -> dict[str, float]:
     result = objective(
-        mine or features(), VIDEO_IDS, model or ModelConfig(), loss, ALONE, scores=scores
+        own or features(), VIDEO_IDS, model or ModelConfig(), loss, SINGLE_RANK, scores=scores
     )
     return dict(zip(LOSS_TERMS, result.shares.tolist(), strict=True))
 
 
-def similarity(mine: Features, model: ModelConfig) -> Tensor:
+def similarity(own: Features, model: ModelConfig) -> Tensor:
     return reference.dmae_similarity(
-        mine.sentence,
-        mine.words,
-        mine.frames,
-        mine.word_mask,
-        mine.frame_mask,
+        own.sentence,
+        own.words,
+        own.frames,
+        own.word_mask,
+        own.frame_mask,
         interaction=model.interaction,
         neighbour_frames=model.neighbour_frames,
-        word_logits=mine.word_logits,
-        frame_logits=mine.frame_logits,
+        word_logits=own.word_logits,
+        frame_logits=own.frame_logits,
     )
 
 
@@ -100,7 +100,7 @@ MODELS: list[dict[str, Any]] = [
 ]
 
 
-WAYS: list[dict[str, Any]] = [
+VARIANTS: list[dict[str, Any]] = [
     {},
     {"exchange": "ring"},
     {"scores": "stream"},
@@ -108,16 +108,18 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()) or "default")
+@pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda variant: "-".join(variant.values()) or "default"
+)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_one_process_computes_the_definition(
-    settings: dict[str, Any], model: dict[str, Any], way: dict[str, Any]
+def test_value_and_gradients_equal_the_definition(
+    settings: dict[str, Any], model: dict[str, Any], variant: dict[str, Any]
 ) -> None:
-    loss, of_model = LossConfig(**settings), ModelConfig(**model)
-    mine, other = features(), features()
-    result = objective(mine, VIDEO_IDS, of_model, loss, ALONE, **way)
-    square = similarity(other, of_model)
+    loss, model_config = LossConfig(**settings), ModelConfig(**model)
+    own, other = features(), features()
+    result = objective(own, VIDEO_IDS, model_config, loss, SINGLE_RANK, **variant)
+    square = similarity(other, model_config)
     assert other.margin_hinge is not None
     margin = other.margin_hinge.mean()
     expected = expected_loss(square, loss) + loss.tpm_cl_weight * margin
@@ -132,7 +134,7 @@ def test_one_process_computes_the_definition(
     result.for_backward.backward()
     expected.backward()
     for name in ("sentence", "words", "frames", "word_logits", "frame_logits", "margin_hinge"):
-        ours, theirs = getattr(mine, name).grad, getattr(other, name).grad
+        ours, theirs = getattr(own, name).grad, getattr(other, name).grad
         if theirs is None:
             assert ours is None, name
         else:
@@ -159,8 +161,8 @@ def test_the_same_video_mask_is_on_off_or_by_default(
 
 
 def test_the_temperature_divides_the_similarity() -> None:
-    mine, model = features(), ModelConfig()
-    logits = similarity(mine, model)
+    own, model = features(), ModelConfig()
+    logits = similarity(own, model)
     for temperature in (0.01, 0.5):
         loss = LossConfig(similarity="info_nce", temperature=temperature)
         rows = (logits / temperature).log_softmax(dim=1).diagonal().mean()
@@ -169,14 +171,14 @@ def test_the_temperature_divides_the_similarity() -> None:
         assert values(loss)["similarity_loss"] == pytest.approx(expected, rel=1e-10)
 
 
-def test_tpm_cl_counts_with_its_weight_or_not_at_all() -> None:
+def test_tpm_cl_is_weighted_or_left_out() -> None:
     for weight in (0.0, 0.5, 3.0):
         got = values(LossConfig(tpm_cl_weight=weight))
         assert got["tpm_cl_loss"] > 0
         assert got["loss"] == pytest.approx(
             got["similarity_loss"] + weight * got["tpm_cl_loss"], rel=1e-12
         )
-    off = values(LossConfig(tpm_cl=0), mine=features()._replace(margin_hinge=None))
+    off = values(LossConfig(tpm_cl=0), own=features()._replace(margin_hinge=None))
     assert off["tpm_cl_loss"] == 0.0
     assert off["loss"] == off["similarity_loss"] == values(LossConfig())["similarity_loss"]
 
@@ -185,8 +187,8 @@ def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
     loss = LossConfig(neg_nce_mode="reference", mask_same_video=False)
     got = values(loss)
     square = similarity(features(), ModelConfig()).detach()
-    own = square.diagonal()
-    hard = (square > own[:, None]) | (square > own)
+    positive = square.diagonal()
+    hard = (square > positive[:, None]) | (square > positive)
     assert got["hard_negatives_per_row"] == pytest.approx(int(hard.sum()) / PAIRS)
     assert 0 < got["hard_negatives_per_row"] < PAIRS - 1
     shares = [(square / loss.temperature).softmax(dim=dim).diagonal() for dim in (0, 1)]
@@ -203,7 +205,7 @@ def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
 
 @pytest.mark.parametrize("scores", ["keep", "stream"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_statistics_tell_how_near_positives_and_negatives_are(
+def test_the_statistics_hold_the_similarities_of_positives_and_hardest_negatives(
     scores: Literal["keep", "stream"], masked: bool
 ) -> None:
     got = values(LossConfig(mask_same_video=masked), scores=scores)
@@ -214,9 +216,9 @@ def test_the_statistics_tell_how_near_positives_and_negatives_are(
     assert got["hardest_similarity"] == pytest.approx(float(hardest.mean()))
 
 
-def test_pairs_that_all_win_leave_no_hard_negative() -> None:
+def test_separated_pairs_have_no_hard_negative() -> None:
     vectors = torch.eye(PAIRS, WIDTH)
-    mine = Features(
+    own = Features(
         sentence=vectors,
         words=vectors[:, None],
         word_mask=torch.ones(PAIRS, 1, dtype=torch.long),
@@ -227,18 +229,18 @@ def test_pairs_that_all_win_leave_no_hard_negative() -> None:
         margin_hinge=None,
     )
     for mode in ("reference", "log"):
-        got = values(LossConfig(neg_nce_mode=mode), mine=mine)
+        got = values(LossConfig(neg_nce_mode=mode), own=own)
         assert got["hard_negatives_per_row"] == got["clamped_share"] == 0.0
         assert got["loss"] == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("scores", ["keep", "stream"])
-def test_a_fast_similarity_rounds_the_loss_and_only_where_asked_for(scores: Any) -> None:
+def test_only_the_fast_similarity_rounds_the_loss(scores: Any) -> None:
     loss = LossConfig(temperature=0.1)
 
     def share(fast: bool) -> float:
         found = objective(
-            features(), VIDEO_IDS, ModelConfig(), loss, ALONE, scores=scores, fast=fast
+            features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, scores=scores, fast=fast
         )
         return float(found.shares[0])
 

@@ -56,7 +56,7 @@ def config(data: Path) -> Config:
 def test_usable_storage_is_left_unchanged(config: Config, tmp_path: Path, url: str | None) -> None:
     config = replace(config, checkpoint=CheckpointConfig(url=url))
     preflight(config, tmp_path, ALONE)
-    assert checkpoints_of(config, tmp_path).list_names() == []
+    assert checkpoints_of(config.checkpoint, tmp_path).list_names() == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,17 +119,17 @@ def test_checkpoints_larger_than_the_disk_are_refused(
     run_dir = tmp_path / "not" / "there"
     tokenizer = build_tokenizer(config.model, config.data)
     model = build_meta_model(config.model, config.loss, tokenizer, num_frames=3)
-    check_disk(config, run_dir, model, ALONE)
+    check_disk(config.checkpoint, config.train, run_dir, model, ALONE)
     with torch.device("meta"):
         model.register_parameter("vast", nn.Parameter(torch.empty(10**7, 10**6)))
     for total, rank in ((10**15, 0), (10**12, None)):
         disk = SimpleNamespace(free=10**9, total=total)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, disk=disk: disk)
         with pytest.raises(PreflightFailed, match=r"3 more checkpoints of 1.6e\+05 GB") as no:
-            check_disk(config, run_dir, model, ALONE)
+            check_disk(config.checkpoint, config.train, run_dir, model, ALONE)
         assert no.value.rank == rank
-    elsewhere = replace(config, checkpoint=CheckpointConfig(url="memory://disk"))
-    check_disk(elsewhere, run_dir, model, ALONE)
+    elsewhere = CheckpointConfig(url="memory://disk")
+    check_disk(elsewhere, config.train, run_dir, model, ALONE)
 
 
 class TwoEqualRanks(World):

@@ -1,4 +1,5 @@
-"""A cached, streamed step is the whole batch's step at every ZeRO stage, and in a run."""
+"""A step with gradient cache and streamed loss equals the step of the whole batch, at every ZeRO
+stage and in a run."""
 
 from __future__ import annotations
 
@@ -30,18 +31,18 @@ from tvr.trainer.monitoring.step_record import log_event
 from tvr.trainer.train_step import TrainStep
 
 CPU = torch.device("cpu")
-# Of the 12 pairs of a step: pairs per rank and forward on two ranks, and how the loss is computed.
+# Two ranks share the 12 pairs of a step: pairs per forward of a rank, and options of the loss.
 WHOLE = {"micro_batch": 6}
 CACHED = {"micro_batch": 2, "gradient_cache": True}
 STREAMED = CACHED | {"exchange": "ring", "scores": "stream"}
 ACCUMULATED = {"micro_batch": 2}
 VARIANTS = {"whole": WHOLE, "cached": CACHED, "streamed": STREAMED, "accumulated": ACCUMULATED}
 ZERO_STAGES = (0, 1, 2, 3)
-Taken = tuple[list[dict[str, Any]], Gradients]
+RecordedSteps = tuple[list[dict[str, Any]], Gradients]
 
 
 class RecordingEngine(Engine):
-    """Keeps the whole gradient of every parameter as it stands before the weights first move."""
+    """Records the full gradient of every parameter before the first update of the weights."""
 
     gradients: Gradients | None = None
 
@@ -56,17 +57,17 @@ class RecordingEngine(Engine):
         return super().step(learning_rate_factor)
 
 
-def take_steps(
+def record_steps(
     rank: int, world_size: int, data: Path, run_dir: Path
-) -> dict[tuple[int, str], Taken]:
-    """Two steps' log and the first one's gradients, by ZeRO stage and variant."""
+) -> dict[tuple[int, str], RecordedSteps]:
+    """Log events of two steps and gradients of the first, by ZeRO stage and variant."""
     world = World(rank=rank, world_size=world_size, device=CPU)
     results = {}
     for stage in ZERO_STAGES:
         for name, settings in VARIANTS.items():
             config = tiny_config(
                 data,
-                # Large enough for ZeRO-3 to let go of parameters between their uses.
+                # Large enough for ZeRO-3 to release parameters between their uses.
                 model={"towers": {"width": 192 if stage == 3 else 32}},
                 train={"zero_stage": stage, "global_batch": 12, "steps": 2, **settings},
             )
@@ -78,7 +79,7 @@ def take_steps(
             attempt = world.run_on_first(lambda: begin_attempt(run_dir))
             log = LogWriter(run_dir, attempt, world)
             step = TrainStep(config, engine, log, world, 48)
-            batches = training_batches(config, tokenizer, world)
+            batches = training_batches(config.data, config.model, config.train, tokenizer, world)
             records = [log_event(step(number, batches)) for number in (1, 2)]
             assert engine.gradients is not None
             results[stage, name] = (records, engine.gradients)
@@ -86,18 +87,18 @@ def take_steps(
 
 
 @pytest.fixture(scope="module")
-def taken(
+def recorded(
     data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[tuple[int, str], Taken]]:
-    return spawn(take_steps, 2, data, tmp_path_factory.mktemp("run"), timeout_s=600)
+) -> list[dict[tuple[int, str], RecordedSteps]]:
+    return spawn(record_steps, 2, data, tmp_path_factory.mktemp("run"), timeout_s=600)
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)
 @pytest.mark.parametrize("name", ["cached", "streamed"])
-def test_a_cached_step_is_the_whole_step_at_every_zero_stage(
-    taken: list[dict[tuple[int, str], Taken]], stage: int, name: str
+def test_a_cached_step_equals_the_whole_step_at_every_zero_stage(
+    recorded: list[dict[tuple[int, str], RecordedSteps]], stage: int, name: str
 ) -> None:
-    for results in taken:
+    for results in recorded:
         (whole, theirs), (records, ours) = results[stage, "whole"], results[stage, name]
         assert_same_records(records, whole, relative=1e-5)
         assert_equal_gradients(ours, theirs, relative=1e-5)
@@ -106,7 +107,7 @@ def test_a_cached_step_is_the_whole_step_at_every_zero_stage(
 def assert_same_records(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], *, relative: float
 ) -> None:
-    """All values but the times, in seconds."""
+    """Asserts equal values, except for durations and goodput."""
     assert len(ours) == len(theirs) > 0
     for record, expected in zip(ours, theirs, strict=True):
         assert record.keys() == expected.keys()
@@ -118,15 +119,19 @@ def assert_same_records(
         assert 0 < record["data_wait_s"] < record["step_s"]
 
 
-def test_accumulation_is_not_the_whole_step(taken: list[dict[tuple[int, str], Taken]]) -> None:
-    # It meets a third of the negatives: the comparison above tells the two apart.
+def test_accumulation_differs_from_the_whole_step(
+    recorded: list[dict[tuple[int, str], RecordedSteps]],
+) -> None:
+    # A third of the negatives gives a smaller loss, so the comparison above is not vacuous.
     for stage in ZERO_STAGES:
-        (whole, *_), (parts, *_) = (taken[0][stage, name][0] for name in ("whole", "accumulated"))
+        (whole, *_), (parts, *_) = (
+            recorded[0][stage, name][0] for name in ("whole", "accumulated")
+        )
         assert parts["loss"] < 0.95 * whole["loss"]
 
 
-def run(config: Config, run_dir: Path, *flags: str) -> list[dict[str, Any]]:
-    """The step events of `tvr train` in this process."""
+def train(config: Config, run_dir: Path, *flags: str) -> list[dict[str, Any]]:
+    """Runs `tvr train` in this process, and returns its step events."""
     settings = run_dir.with_suffix(".json")
     settings.write_text(to_json(config))
     with redirect_stderr(io.StringIO()) as stderr:
@@ -141,11 +146,13 @@ def keys(run_dir: Path) -> list[list[str]]:
     return [json.loads(line)["keys"] for line in lines]
 
 
-def test_a_run_with_everything_on_is_the_default_run(data: Path, tmp_path: Path) -> None:
+def test_a_run_with_cache_ring_and_stream_equals_the_default_run(
+    data: Path, tmp_path: Path
+) -> None:
     config = tiny_config(data, train={"log_keys": True})
-    default = run(config, tmp_path / "default")
+    default = train(config, tmp_path / "default")
     flags = ["--train.exchange", "ring", "--train.scores", "stream", "--train.gradient-cache"]
-    ours = run(config, tmp_path / "streamed", *flags, "--train.micro-batch", "2")
+    ours = train(config, tmp_path / "streamed", *flags, "--train.micro-batch", "2")
     assert_same_records(ours, default, relative=1e-4)
     # The same samples, two at a time.
     assert [len(found) for found in keys(tmp_path / "streamed")] == [2] * 16

@@ -147,7 +147,7 @@ def test_pickles_to_the_same_tokenizer(tokenizer: Tokenizer) -> None:
     assert (copy.max_words, copy.vocab_size) == (tokenizer.max_words, tokenizer.vocab_size)
 
 
-def test_errors_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+def test_errors_name_the_cause(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent holds neither tokenizer_config\.json"):
         load_tokenizer(tmp_path / "absent", 12)
     with pytest.raises(ValueError, match="max_words=2 must be at least 3"):

@@ -211,7 +211,7 @@ def test_a_bad_sample_is_replaced_and_logged(data: Path, tmp_path: Path) -> None
     assert key not in seen
 
 
-def test_the_log_says_how_a_checkpoint_was_written(
+def test_the_log_reports_how_a_checkpoint_was_written(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(data, data={"test": None, "test_exchanged": None}, train={"steps": 1})

@@ -1,4 +1,4 @@
-"""What TensorBoard, Weights & Biases and MLflow read back of a run that wrote for them."""
+"""Values that TensorBoard, Weights & Biases and MLflow read back from a run; failing writers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Curves = dict[str, dict[int, float]]
 
 @pytest.fixture(scope="module")
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps and an evaluation, in a process of its own: wandb leaves one behind."""
+    """Run folder of three steps and an evaluation. They run in a subprocess, since wandb leaves a
+    process behind."""
     folder = tmp_path_factory.mktemp("runs")
     settings = folder / "settings.json"
     config = tiny_config(data, train={"steps": 3}, metrics={"writers": NAMES, "endpoint": "none"})
@@ -46,7 +47,7 @@ def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def of_tensorboard(run_dir: Path) -> Curves:
+def tensorboard_curves(run_dir: Path) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(run_dir / "tensorboard"))
@@ -57,7 +58,7 @@ def of_tensorboard(run_dir: Path) -> Curves:
     }
 
 
-def of_wandb(run_dir: Path) -> Curves:
+def wandb_curves(run_dir: Path) -> Curves:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
@@ -75,8 +76,8 @@ def of_wandb(run_dir: Path) -> Curves:
 
 
 def level_db_records(content: bytes) -> Iterator[bytes]:
-    """Those of a log in LevelDB's format: in blocks of 32 KiB, and split where one ends."""
-    at, record = 7, b""  # after wandb's own mark
+    """Yields the records of a log in LevelDB's format: blocks of 32 KiB that may split a record."""
+    at, record = 7, b""  # the first 7 bytes are wandb's header
     while at + 7 <= len(content):
         left = -at % 32768
         if 0 < left < 7:  # no room for a header
@@ -90,7 +91,7 @@ def level_db_records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def of_mlflow(run_dir: Path) -> Curves:
+def mlflow_curves(run_dir: Path) -> Curves:
     program = """
 import json, sys
 from mlflow.tracking import MlflowClient
@@ -115,8 +116,8 @@ print(json.dumps({name: {x.step: x.value for x in curve} for name, curve in curv
     return {name: {int(step): x for step, x in curve.items()} for name, curve in found.items()}
 
 
-@pytest.mark.parametrize("read", [of_tensorboard, of_wandb, of_mlflow])
-def test_a_tool_reads_back_what_the_log_says(run_dir: Path, read: Any) -> None:
+@pytest.mark.parametrize("read", [tensorboard_curves, wandb_curves, mlflow_curves])
+def test_a_tool_reads_back_the_values_of_the_log(run_dir: Path, read: Any) -> None:
     curves = read(run_dir)
     log = read_log((run_dir / "log.jsonl").read_text())
     for name in ("loss", "gradient_norm", "learning_rate", "positive_similarity", "goodput"):
@@ -132,7 +133,7 @@ def test_a_tool_reads_back_what_the_log_says(run_dir: Path, read: Any) -> None:
     assert "train/clamped_share" not in curves  # none in this mode
 
 
-def test_a_tool_that_is_not_there_is_named_with_its_extra(
+def test_a_missing_package_is_named_with_its_extra(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(writers.NEEDS, "wandb", "no_such_module")
@@ -140,25 +141,25 @@ def test_a_tool_that_is_not_there_is_named_with_its_extra(
     settings = tmp_path / "settings.json"
     settings.write_text(to_json(tiny_config(data, metrics={"writers": ["wandb"]})))
     assert tvr_train(["--config", str(settings), "--run-dir", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "metrics.writers=wandb needs a package: pip install 'tvr[wandb]'" in said
+    stderr = capsys.readouterr().err
+    assert "metrics.writers=wandb needs a package: pip install 'tvr[wandb]'" in stderr
 
 
-class Broken:
-    """A tool whose disk is full."""
+class FailingWriter:
+    """A writer with a full disk."""
 
     def __init__(self, *args: object) -> None:
-        self.asked = 0
+        self.num_writes = 0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.asked += 1
+        self.num_writes += 1
         raise OSError("No space left on device")
 
     def close(self) -> None:
-        pytest.fail("it has gone already")
+        pytest.fail("a failed writer is closed")
 
 
-class Fine:
+class WorkingWriter:
     def __init__(self, *args: object) -> None:
         self.written: list[tuple[int, Mapping[str, float]]] = []
         self.closed = False
@@ -170,43 +171,43 @@ class Fine:
         self.closed = True
 
 
-def test_a_tool_that_breaks_ends_alone(
+def test_a_failing_writer_does_not_stop_the_others(
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def unborn(*_: object) -> Fine:
+    def fail_to_open(*_: object) -> WorkingWriter:
         raise OSError("Read-only file system")
 
-    broken, fine = Broken(), Fine()
-    monkeypatch.setitem(writers.OPEN, "wandb", unborn)
-    monkeypatch.setitem(writers.OPEN, "mlflow", lambda *_: broken)
-    monkeypatch.setitem(writers.OPEN, "tensorboard", lambda *_: fine)
+    failing, working = FailingWriter(), WorkingWriter()
+    monkeypatch.setitem(writers.OPEN, "wandb", fail_to_open)
+    monkeypatch.setitem(writers.OPEN, "mlflow", lambda *_: failing)
+    monkeypatch.setitem(writers.OPEN, "tensorboard", lambda *_: working)
     config = tiny_config(data, metrics={"writers": ["wandb", "mlflow", "tensorboard"]})
     with caplog.at_level(logging.WARNING):
-        told = Writers(config, tmp_path, 0, 1)
+        opened = Writers(config, tmp_path, 0, 1)
         for step in (1, 2):
-            told.write(step, "train", {"step": step, "loss": 0.5, "none": None, "in": {"a": 1}})
-        told.close()
-    assert fine.written == [(step, {"train/loss": 0.5, "train/in/a": 1.0}) for step in (1, 2)]
-    assert fine.closed
-    assert broken.asked == 1
+            opened.write(step, "train", {"step": step, "loss": 0.5, "none": None, "in": {"a": 1}})
+        opened.close()
+    assert working.written == [(step, {"train/loss": 0.5, "train/in/a": 1.0}) for step in (1, 2)]
+    assert working.closed
+    assert failing.num_writes == 1
     assert caplog.messages == [
         "wandb gets no more values: OSError: Read-only file system",
         "mlflow gets no more values: OSError: No space left on device",
     ]
 
 
-def test_without_tools_nothing_is_imported(data: Path, tmp_path: Path) -> None:
+def test_without_writers_no_tool_is_imported(data: Path, tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
 from tvr.trainer.config import from_json
 from tvr.trainer.monitoring.writers import Writers
-told = Writers(from_json(Path(sys.argv[1]).read_text(), where="test"), Path(sys.argv[2]), 0, 1)
-told.write(1, "train", {"loss": 1.0})
-told.close()
+opened = Writers(from_json(Path(sys.argv[1]).read_text(), where="test"), Path(sys.argv[2]), 0, 1)
+opened.write(1, "train", {"loss": 1.0})
+opened.close()
 assert not {"tensorboard", "wandb", "mlflow"} & sys.modules.keys()
 """
     settings = tmp_path / "settings.json"

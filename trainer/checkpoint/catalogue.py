@@ -42,7 +42,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay: the newest ones, those of every n-th step, and the best one."""
+    """Rule for the checkpoints that stay: the newest, one every n steps, and the best."""
 
     last: int = 2
     every: int = 0
@@ -125,9 +125,9 @@ def read_state(storage: StorageFolder, name: str) -> tuple[SavedState | None, li
 
 
 def raise_if_unreadable(storage: StorageFolder, name: str, errors: Sequence[str | None]) -> None:
-    """Raises PreflightFailed if a rank met a passing read error; `errors` has one entry per rank.
+    """Raises PreflightFailed if `errors`, one entry a rank, holds a transient read error.
 
-    The run must not fall back to an older checkpoint because of a passing error.
+    The run must not fall back to an older checkpoint because of a transient error.
     """
     found = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if found:

@@ -46,7 +46,7 @@ class SavedState:
     metrics: dict[str, float] = field(default_factory=dict)
     """Counters that continue after a restart."""
     files: dict[str, FileRecord]
-    """By path relative to the checkpoint's folder."""
+    """Record of each file, by path relative to the checkpoint's folder."""
 
 
 def write_manifest(storage: StorageFolder, folder: str, state: SavedState) -> None:

@@ -28,7 +28,7 @@ class CheckpointScan:
 
     newest: Checkpoint | None
     damaged: dict[str, tuple[str, ...]]
-    """By name of the checkpoint: a line for each error."""
+    """Lines that describe the errors, by name of the checkpoint."""
 
 
 def find_newest_intact(storage: StorageFolder, world: World) -> CheckpointScan:

@@ -95,7 +95,7 @@ class RingExchange:
         return behind.wait()
 
     def _owners(self) -> list[int]:
-        """The owners of the pieces that arrive here, in order."""
+        """Owners of the received pieces, in order of arrival."""
         size = self._world.world_size
         return [(self._world.rank - hop) % size for hop in range(size)]
 

@@ -19,7 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
-from tvr.trainer.config import Config, accumulation_steps
+from tvr.trainer.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    TrainConfig,
+    accumulation_steps,
+)
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World
 from tvr.trainer.dry_run.synthetic_step import run_synthetic_step, single_rank_config
@@ -53,56 +59,55 @@ def dry_run(
     """
     if "RANK" in os.environ:
         raise ValueError("--dry-run runs in one process: omit `tvr launch`, and give --ranks")
-    deepspeed_config(config.train, ranks)  # raises for settings that do not fit together
-    sets = dict(_data_sets(config))
-    samples = _training_samples(config, sets["train"], samples)
+    data, train = config.data, config.train
+    deepspeed_config(train, ranks)  # raises for settings that do not fit together
+    sets = dict(_data_sets(data))
+    samples = _training_samples(data, sets["train"], samples)
     tokenizer = build_tokenizer(config.model, config.data)
-    model = build_meta_model(
-        config.model, config.loss, tokenizer, num_frames=config.data.num_frames
-    )
+    model = build_meta_model(config.model, config.loss, tokenizer, num_frames=data.num_frames)
     needs = rank_memory(config, tokenizer, ranks)
     for title, header, rows in (
-        ("data", ("samples", "captions", "shards"), _data_rows(config, sets)),
-        (f"batches on {ranks} ranks", ("",), _batch_rows(config, ranks, samples)),
-        ("learning rate at step", ("heads", "towers"), _rate_rows(config)),
-        ("parameters", ("tensors", "numbers", "peak rate", "decay"), _group_rows(config, model)),
+        ("data", ("samples", "captions", "shards"), _data_rows(data, sets)),
+        (f"batches on {ranks} ranks", ("",), _batch_rows(data, train, ranks, samples)),
+        ("learning rate at step", ("heads", "towers"), _rate_rows(train)),
+        ("parameters", ("tensors", "numbers", "peak rate", "decay"), _group_rows(train, model)),
         (f"memory of one rank of {ranks}", ("MB",), needs.rows()),
-        ("checkpoints", ("",), _checkpoint_rows(config, model)),
+        ("checkpoints", ("",), _checkpoint_rows(config.checkpoint, data, train, model)),
         ("problems that would stop a run on this machine", (), _refusals(config, run_dir, model)),
     ):
         console.print(_table(title, header, rows))
     console.print(_step(config, tokenizer, ranks))
 
 
-def _data_sets(config: Config) -> Iterator[tuple[str, Manifest | None]]:
+def _data_sets(data: DataConfig) -> Iterator[tuple[str, Manifest | None]]:
     """Yields each configured data set by its field, with None for one that does not exist yet."""
     for name in ("train", "test", "test_exchanged"):
-        url = getattr(config.data, name)
+        url = getattr(data, name)
         if url is None:
             continue
         try:
             manifest = read_manifest(url)
         except FileNotFoundError:
             manifest = None
-        if manifest is not None and config.data.content_words:
+        if manifest is not None and data.content_words:
             check_words(url, manifest, needed_by="data.content_words")
         yield name, manifest
 
 
-def _training_samples(config: Config, train: Manifest | None, given: int | None) -> int | None:
+def _training_samples(data: DataConfig, train: Manifest | None, given: int | None) -> int | None:
     if train is None:
         return given
     if given is not None:
         raise ValueError(
-            f"--samples {given} is for a training set that does not exist, and {config.data.train} "
+            f"--samples {given} is for a training set that does not exist, and {data.train} "
             f"holds {train.num_samples} samples"
         )
     return train.num_samples
 
 
-def _data_rows(config: Config, sets: dict[str, Manifest | None]) -> Iterator[Row]:
+def _data_rows(data: DataConfig, sets: dict[str, Manifest | None]) -> Iterator[Row]:
     for name, manifest in sets.items():
-        title = f"data.{name}: {getattr(config.data, name)}"
+        title = f"data.{name}: {getattr(data, name)}"
         if manifest is None:
             yield title, "missing", "", ""
         else:
@@ -110,8 +115,9 @@ def _data_rows(config: Config, sets: dict[str, Manifest | None]) -> Iterator[Row
             yield title, *(f"{count:,}" for count in counts)
 
 
-def _batch_rows(config: Config, ranks: int, samples: int | None) -> Iterator[Row]:
-    train = config.train
+def _batch_rows(
+    data: DataConfig, train: TrainConfig, ranks: int, samples: int | None
+) -> Iterator[Row]:
     micro_steps = accumulation_steps(train, ranks)
     pairs = train.global_batch if train.gradient_cache else train.micro_batch * ranks
     yield (
@@ -120,7 +126,7 @@ def _batch_rows(config: Config, ranks: int, samples: int | None) -> Iterator[Row
         f"{micro_steps:,} micro-steps",
     )
     yield "pairs per loss", f"{pairs:,}: {pairs - 1:,} negatives for each caption"
-    yield "frames per forward of a rank", f"{train.micro_batch * config.data.num_frames:,}"
+    yield "frames per forward of a rank", f"{train.micro_batch * data.num_frames:,}"
     yield "steps", f"{train.steps:,}"
     if samples is None:
         yield "steps per epoch", "unknown without the training set; give its size by --samples N"
@@ -129,8 +135,7 @@ def _batch_rows(config: Config, ranks: int, samples: int | None) -> Iterator[Row
         yield "epochs", f"{train.steps * train.global_batch / samples:,.2f}"
 
 
-def _rate_rows(config: Config) -> Iterator[Row]:
-    train = config.train
+def _rate_rows(train: TrainConfig) -> Iterator[Row]:
     for share in SHARES_OF_RUN:
         step = round(share * (train.steps - 1))
         factor = learning_rate_factor(step, warmup_steps=train.warmup_steps, steps=train.steps)
@@ -138,8 +143,8 @@ def _rate_rows(config: Config) -> Iterator[Row]:
         yield f"{step + 1:,} ({share:.0%})", *(f"{rate:.3g}" for rate in rates)
 
 
-def _group_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
-    for group in parameter_groups(model, config.train):
+def _group_rows(train: TrainConfig, model: TextVideoModel) -> Iterator[Row]:
+    for group in parameter_groups(model, train):
         members = cast(list[Tensor], group["params"])
         yield (
             str(group["name"]),
@@ -150,12 +155,14 @@ def _group_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
         )
 
 
-def _checkpoint_rows(config: Config, model: TextVideoModel) -> Iterator[Row]:
-    rule, steps = config.checkpoint, config.train.steps
-    size = checkpoint_bytes(model, config.train)
+def _checkpoint_rows(
+    rule: CheckpointConfig, data: DataConfig, train: TrainConfig, model: TextVideoModel
+) -> Iterator[Row]:
+    steps = train.steps
+    size = checkpoint_bytes(model, train)
     saved = -(-steps // rule.every) if rule.every else 1
     kept = min(saved, rule.keep_last + (steps // rule.keep_every if rule.keep_every else 0))
-    best = int(rule.keep_best and config.data.test is not None and kept < saved)
+    best = int(rule.keep_best and data.test is not None and kept < saved)
     yield "size of each", f"{size / 1e6:,.0f} MB"
     yield "saved", f"{saved:,}, every {rule.every or steps:,} steps"
     yield (
@@ -171,20 +178,20 @@ def _refusals(config: Config, run_dir: Path, model: TextVideoModel) -> Iterator[
     found = []
     for check in (
         lambda: preflight(config, run_dir, alone),
-        lambda: check_disk(config, run_dir, model, alone),
+        lambda: check_disk(config.checkpoint, config.train, run_dir, model, alone),
     ):
         try:
             check()
         except PreflightFailed as failed:
             found += failed.lines
     if not was_there:
-        with suppress(OSError):  # the checks did not make it, or another run uses it by now
+        with suppress(OSError):  # the checks did not create it, or another run uses it
             run_dir.rmdir()
     yield from ((line,) for line in found or ["nothing"])
 
 
 def _step(config: Config, tokenizer: Tokenizer, ranks: int) -> Table | str:
-    """Runs one rank's share of a step here, or says why it does not fit."""
+    """Runs one rank's share of a step here, or explains why it does not fit."""
     alone = single_rank_config(config, ranks)
     needed, free = rank_memory(alone, tokenizer, 1).total, free_bytes()
     if needed > free:

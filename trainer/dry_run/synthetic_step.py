@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tvr.data_prep.records import Batch
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.fencing import begin_attempt
@@ -44,14 +44,16 @@ def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> StepRecord:
         engine = Engine(model, config.train, world)
         log = LogWriter(Path(folder), begin_attempt(Path(folder)), world)
         step = TrainStep(config, engine, log, world, config.train.global_batch)
-        return step(1, random_batches(config, tokenizer))
+        return step(1, random_batches(config.data, config.model, config.train, tokenizer))
 
 
-def random_batches(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
+def random_batches(
+    data: DataConfig, model: ModelConfig, train: TrainConfig, tokenizer: Tokenizer
+) -> Iterator[Batch]:
     """Yields micro-batches of noise without padding; every video has its own id."""
-    pairs, data = config.train.micro_batch, config.data
-    side = image_size(config.model)
-    generator = torch.Generator().manual_seed(config.train.seed)
+    pairs = train.micro_batch
+    side = image_size(model)
+    generator = torch.Generator().manual_seed(train.seed)
 
     def random_integers(
         high: int, *shape: int, low: int = 0, dtype: torch.dtype = torch.int64

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
 from tvr.kernels.ranking import ranks, retrieval_metrics
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, ModelConfig
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
@@ -55,7 +55,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
     own = _encode_set(encode, config.data.test, config, tokenizer, world)
-    similarity = _similarity_matrix(own, config, world)
+    similarity = _similarity_matrix(own, config.model, world)
     binding_accuracy, missing = _binding_accuracy(encode, own, config, tokenizer, world)
     parts = world.all_gather_objects((own.keys, own.captions, [*own.left_out, *missing]))
     keys = [key for part, _, _ in parts for key in part]
@@ -76,7 +76,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
 def _encode_set(
     encode: Encode, url: str, config: Config, tokenizer: Tokenizer, world: World
 ) -> _EncodedSet:
-    batches = ordered_batches(config, tokenizer, world, url)
+    batches = ordered_batches(url, config.data, config.model, config.train, tokenizer, world)
     parts: list[Features] = []
     keys: list[str] = []
     captions: list[str] = []
@@ -116,12 +116,12 @@ def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, t
     return batch, world.all_gather_counts(batch is None)
 
 
-def _similarity_matrix(own: _EncodedSet, config: Config, world: World) -> Tensor:
+def _similarity_matrix(own: _EncodedSet, model: ModelConfig, world: World) -> Tensor:
     """(captions, videos) similarity of the whole set; each rank computes its captions' rows."""
     features = own.features
     videos = all_gather_videos(features, world, world.all_gather_counts(len(features.frames)))
     with torch.no_grad():
-        rows = similarity_rows(features, videos, config.model)
+        rows = similarity_rows(features, videos, model)
     return _gather(rows, world).cpu()
 
 

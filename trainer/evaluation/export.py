@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from tvr.trainer.config import Config, from_json, to_json
+from tvr.trainer.config import Config, LossConfig, from_json, to_json
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
@@ -56,7 +56,7 @@ def export_run(run_dir: Path, out: Path) -> None:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_towers(model, config, partial)
+    _write_towers(model, config.loss, partial)
     _write_processor(model, tokenizer, partial)
     save_file(_heads(model), partial / HEADS)
     (partial / SETTINGS).write_text(to_json(config))
@@ -73,7 +73,7 @@ def load_exported(folder: Path | str) -> TextVideoModel:
         The model in evaluation mode, in fp32 on the CPU.
 
     Raises:
-        ValueError: another program wrote the folder, or its files do not fit run_on_all.
+        ValueError: another program wrote the folder, or its files do not fit together.
     """
     folder = Path(folder)
     path = folder / SETTINGS
@@ -100,11 +100,11 @@ def _heads(model: TextVideoModel) -> dict[str, Tensor]:
     }
 
 
-def _write_towers(model: TextVideoModel, config: Config, folder: Path) -> None:
+def _write_towers(model: TextVideoModel, loss: LossConfig, folder: Path) -> None:
     """Writes both towers as one model of their family."""
     family, text, image = model.family, model.text_tower, model.image_tower
     settings = {"text_config": text.config.to_dict(), "vision_config": image.config.to_dict()}
-    scale = torch.tensor(-math.log(config.loss.temperature))
+    scale = torch.tensor(-math.log(loss.temperature))
     weights = family.joined(text.state_dict(), image.state_dict(), scale)
     with torch.device("meta"):
         whole = family.whole(family.whole.config_class(**settings, **family.joint_settings(text)))

@@ -67,7 +67,7 @@ def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, 
         ValueError: the run has no checkpoint.
         CheckpointDamaged: all its checkpoints are damaged.
     """
-    storage = checkpoints_of(config, run_dir)
+    storage = checkpoints_of(config.checkpoint, run_dir)
     alone = World(rank=0, world_size=1, device=torch.device("cpu"))
     scan = find_newest_intact(storage, alone)
     for name, lines in scan.damaged.items():

@@ -25,7 +25,7 @@ Encode = Callable[[T], Features]
 
 
 class FeatureCache(Generic[T]):
-    """Features of several micro-batches, and what is needed to encode them a second time.
+    """Features of several micro-batches, and the state that a second encoding needs.
 
     Args:
         encode: Must depend on its input, the parameters and torch's random state alone. The

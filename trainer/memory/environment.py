@@ -8,7 +8,7 @@ from tvr.kernels.backends import cpu_build
 from tvr.kernels.backends.cpu import unsupported_reason
 from tvr.kernels.backends.matmul import uses_onednn
 from tvr.kernels.token_sets import FrameSet, TokenSet
-from tvr.trainer.config import Config
+from tvr.trainer.config import DataConfig, TrainConfig
 
 
 def device() -> str:
@@ -25,7 +25,7 @@ def device_line() -> str:
     return f"runs on: CPU, gloo (torch {torch.__version__}; torch finds no CUDA device)"
 
 
-def similarity_backend(config: Config) -> tuple[str, str]:
+def similarity_backend(data: DataConfig) -> tuple[str, str]:
     """Selects the similarity's backend; the first call may compile the kernels for half a minute.
 
     Returns:
@@ -33,18 +33,18 @@ def similarity_backend(config: Config) -> tuple[str, str]:
     """
     # The check takes tensors: empty ones here, of the run's numbers of words and frames.
     empty = torch.empty(0, device=device())
-    slots = [empty.new_empty(0, n) for n in (config.data.max_words, config.data.num_frames)]
+    slots = [empty.new_empty(0, n) for n in (data.max_words, data.num_frames)]
     words, frames = (x[..., None] for x in slots)
     texts = TokenSet(words, slots[0], slots[0] > 0)
     reason = unsupported_reason((texts,), FrameSet(frames, slots[1], None, None))
     return ("torch", reason) if reason else cpu_build.available_backend()
 
 
-def similarity_line(config: Config) -> str:
+def similarity_line(data: DataConfig, train: TrainConfig) -> str:
     """One line that names the similarity's backend, and why it is not the compiled one."""
-    name, path_or_reason = similarity_backend(config)
+    name, path_or_reason = similarity_backend(data)
     library = "oneDNN" if uses_onednn(torch.empty(0, device=device())) else "torch's own library"
-    if config.train.fast_similarity:
+    if train.fast_similarity:
         library = "bfloat16, set by train.fast_similarity"
     if name == "compiled":
         return f"similarity: compiled kernels ({path_or_reason}), products by {library}"

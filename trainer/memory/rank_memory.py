@@ -94,7 +94,7 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
     micro_steps = accumulation_steps(train, ranks)
     texts = train.micro_batch * (micro_steps if train.gradient_cache else 1)
     words = config.data.max_words
-    backend, _ = similarity_backend(config)
+    backend, _ = similarity_backend(config.data)
     sizes = SimilaritySizes(
         texts=texts,
         videos=texts * ranks,

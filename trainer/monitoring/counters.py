@@ -1,4 +1,4 @@
-"""What a rank counts in its steps beside the values of the step's record."""
+"""Counters of a rank, beside the values of a step's record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metric that a field of a record declares, and what follows from the declaration.
+"""Metrics that fields of a record declare, with their table rows, series and panels.
 
 The fields of `step_record.StepRecord` are declared this way.
 """
@@ -28,7 +28,7 @@ class FieldMetric:
     """The field of a counter holds what the step added, unless `is_total`."""
     per: Literal["run", "node", "rank"] = "run"
     label: str = ""
-    """Name of the label that tells the metric's series apart; empty: there is one series."""
+    """Name of the label of the metric's series; empty: the metric has a single series."""
     label_values: tuple[str, ...] = ()
     """The label's value for this field, or its values for the keys of a mapping."""
     is_total: bool = False
@@ -40,11 +40,11 @@ class FieldMetric:
     stacked: bool = False
     """The series are parts of a whole."""
     points: bool = False
-    """MetricValues are drawn as points, since a line between two of them means nothing."""
+    """Values are drawn as points, since a line between two of them means nothing."""
     is_loss_term: bool = False
     """The field is a term or a statistic of the loss, summed over the ranks' shares."""
     applies_to: Callable[[LossConfig], bool] | None = None
-    """Tells whether these settings compute the term; a term that is not computed is None."""
+    """True if these settings compute the term; a term that is not computed is None."""
 
 
 def metric(name: str, help: str = "", **options: Any) -> dict[str, FieldMetric]:

@@ -12,11 +12,12 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, MetricsConfig, TrainConfig
 from tvr.trainer.memory.environment import device
 from tvr.trainer.model.model import TextVideoModel, image_size
 
-# Dense products a second by the vendor's data sheets; the first name that a device's holds counts.
+# Peak FLOP/s of dense products, from the vendor's data sheets. The first key that is part of the
+# device's name applies.
 PEAKS = {
     "B200": {"bf16": 2250e12, "fp32": 75e12},
     "H200": {"bf16": 989e12, "fp32": 67e12},
@@ -28,10 +29,14 @@ PEAKS = {
 
 
 def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> float:
-    """Of the two towers for a caption and its frames, and of the pair's share in the similarities
-    of its loss; forward and backward. What is computed again, to save memory, is not counted.
+    """Counts the operations of forward and backward for one pair of a global batch.
 
-    `model` as built, on the CPU. The text tower runs once; the image tower only seems to.
+    They are those of both towers for a caption and its frames, and the pair's share of the
+    similarities of its loss. Recomputation, which saves memory, is not counted. The text tower runs
+    once; the image tower runs on fake tensors.
+
+    Args:
+        model: The model on the CPU, before ZeRO partitions it.
     """
     data, train = config.data, config.train
     ids = torch.ones(1, data.max_words, dtype=torch.int64)
@@ -48,25 +53,25 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
     return text + data.num_frames * frame + similarity
 
 
-def peak_flops(config: Config, on: torch.device) -> float | None:
-    """Operations a second that a rank's device could do at most; none where that is not known."""
-    if config.metrics.peak_tflops is not None:
-        return config.metrics.peak_tflops * 1e12
+def peak_flops(metrics: MetricsConfig, train: TrainConfig, on: torch.device) -> float | None:
+    """Returns the peak FLOP/s of a rank's device in the precision of training; None if unknown."""
+    if metrics.peak_tflops is not None:
+        return metrics.peak_tflops * 1e12
     if on.type != "cuda":
         return None
     name = torch.cuda.get_device_name(on)
     known = (peaks for part, peaks in PEAKS.items() if part in name)
-    return next((peaks[config.train.precision] for peaks in known), None)
+    return next((peaks[train.precision] for peaks in known), None)
 
 
-def peak_line(config: Config) -> str:
-    """What MFU is reckoned by, or why there is none."""
+def peak_line(metrics: MetricsConfig, train: TrainConfig) -> str:
+    """One line with the peak rate that MFU is relative to, or the reason why MFU is unknown."""
     on = torch.device(device())
-    peak = peak_flops(config, on)
+    peak = peak_flops(metrics, train, on)
     if peak is None:
         name = "a CPU" if on.type == "cpu" else torch.cuda.get_device_name(on)
-        return f"MFU: unknown, since the peak of {name} is; metrics.peak_tflops can tell it"
-    return f"MFU: of {peak / 1e12:.4g} TFLOP/s a rank"
+        return f"MFU: unknown, like the peak rate of {name}; metrics.peak_tflops sets it"
+    return f"MFU: relative to {peak / 1e12:.4g} TFLOP/s a rank"
 
 
 def _counted(

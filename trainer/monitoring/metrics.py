@@ -32,7 +32,7 @@ SAVE_GAUGES: Mapping[str, str] = {
     "held_up_s": "tvr_checkpoint_held_up_seconds",
     "num_bytes": "tvr_checkpoint_bytes",
 }
-"""MetricValues of a save's event in log.jsonl that are gauges."""
+"""Fields of a save's event in log.jsonl that are gauges."""
 
 RUN_METRICS = (
     Metric(

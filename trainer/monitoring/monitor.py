@@ -52,7 +52,7 @@ DEVICE_MEMORY = {
 
 
 class Monitor:
-    """Null monitor: ignores all events. Subclasses override what they record."""
+    """Null monitor: ignores all events. Subclasses override the events that they record."""
 
     watch: Stopwatch = Stopwatch()
     """Measures the parts of a step."""
@@ -114,7 +114,7 @@ class NodeMonitor(Monitor):
         self._device_memory: dict[str, int] = {}
         self._run_began_s = 0.0
         self._flops_per_step = 0.0
-        peak = peak_flops(config, world.device)
+        peak = peak_flops(config.metrics, config.train, world.device)
         self._peak_flops = None if peak is None else peak * world.world_size
 
     def set_model(self, model: TextVideoModel) -> None:
@@ -146,7 +146,7 @@ class NodeMonitor(Monitor):
         self._laps.restart()
 
     def _export_settings(self, values: MetricValues, attempt: Attempt, start_step: int) -> None:
-        """Exports what stays constant during this start of the run."""
+        """Exports the settings, which stay constant during this start of the run."""
         config = self._config
         values.set("tvr_train_step", start_step)
         values.set("tvr_train_planned_steps", config.train.steps)

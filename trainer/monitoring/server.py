@@ -37,7 +37,7 @@ def remove_targets(run_dir: Path) -> None:
 
 
 class MetricsServer:
-    """MetricsEndpoint and files of the ranks whose values one process serves."""
+    """Endpoint and files of the ranks whose values one process serves."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class MetricsServer:
         """Starts to serve.
 
         Args:
-            lines: MetricValues of each served rank, in the places of `TRAINING`.
+            lines: Values of each served rank, in the places of `TRAINING`.
             local_rank: Added to `metrics.port`, so that ranks of a node use different ports.
 
         Raises:

@@ -32,17 +32,17 @@ GROUPS = (TRAINING, "Evaluation", SPEED, DATA, COMMUNICATION, MINING, "Checkpoin
 
 
 class PanelSpec(NamedTuple):
-    """Which metric a panel draws, and how."""
+    """Metric of a panel, and the form of its chart."""
 
     metric: str
     split_by: str = ""
-    """A label whose values get a panel each."""
+    """Label that splits the metric: each of its values gets a panel."""
     beside: str = ""
     """Another metric of the same kind, drawn in the same panel."""
     stacked: bool = False
     """The series are parts of a whole."""
     points: bool = False
-    """MetricValues are drawn as points, since a line between two of them means nothing."""
+    """Values are drawn as points, since a line between two of them means nothing."""
     per_step: bool = False
     """Draws what a step adds to a counter, not the counter."""
     title: str = ""

@@ -21,7 +21,7 @@ from pathlib import Path
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import list_steps
-from tvr.trainer.config import Config, to_json
+from tvr.trainer.config import CheckpointConfig, Config, DataConfig, TrainConfig, to_json
 from tvr.trainer.data import validate_data_sets
 from tvr.trainer.distributed.shared_memory import ranks_on_node
 from tvr.trainer.distributed.world import World
@@ -48,10 +48,11 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     Raises:
         PreflightFailed: with a line for each failure.
     """
-    own = (socket.gethostname(), _identity(config), list(_storage_errors(config, run_dir, world)))
+    storage_errors = list(_storage_errors(config.checkpoint, run_dir, world))
+    own = (socket.gethostname(), _identity(config), storage_errors)
     results = world.all_gather_objects(own)
     if world.is_first:
-        _remove_empty_folder(checkpoints_of(config, run_dir))
+        _remove_empty_folder(checkpoints_of(config.checkpoint, run_dir))
     hosts, identities, errors = zip(*results, strict=True)
     findings = find_differences(identities)
     # A name that no rank can use is wrong; a name that some rank can use is right.
@@ -64,7 +65,7 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     raise_findings(findings, hosts)
 
 
-def check_data(config: Config, world: World) -> int:
+def check_data(data: DataConfig, train: TrainConfig, world: World) -> int:
     """Checks the data sets on every rank. All ranks call it.
 
     Returns:
@@ -76,7 +77,7 @@ def check_data(config: Config, world: World) -> int:
     """
     num_samples, error = 0, None
     try:
-        num_samples = validate_data_sets(config.data, config.train, world)
+        num_samples = validate_data_sets(data, train, world)
     except (OSError, ShardCorrupt, ValueError) as caught:
         error = caught
     own_text = None if error is None else str(error)
@@ -88,7 +89,13 @@ def check_data(config: Config, world: World) -> int:
     return num_samples
 
 
-def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: World) -> None:
+def check_disk(
+    checkpoint: CheckpointConfig,
+    train: TrainConfig,
+    run_dir: Path,
+    model: TextVideoModel,
+    world: World,
+) -> None:
     """Checks that a local disk has room for the checkpoints that stay and one being written.
 
     All ranks call it; rank 0 checks.
@@ -96,13 +103,13 @@ def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: Worl
     Raises:
         PreflightFailed: with the bytes that are needed and free.
     """
-    storage = checkpoints_of(config, run_dir)
+    storage = checkpoints_of(checkpoint, run_dir)
     if not storage.is_local:
         return
 
     def check() -> None:
-        size = checkpoint_bytes(model, config.train)
-        coming = max(1, config.checkpoint.keep_last + 1 - len(list_steps(storage)))
+        size = checkpoint_bytes(model, train)
+        coming = max(1, checkpoint.keep_last + 1 - len(list_steps(storage)))
         folder = storage.path("")
         while not os.path.exists(folder):
             folder = os.path.dirname(folder.rstrip("/")) or "/"
@@ -110,7 +117,7 @@ def check_disk(config: Config, run_dir: Path, model: TextVideoModel, world: Worl
         if coming * size > disk.free:
             text = (
                 f"{coming} more checkpoints of {size / 1e9:.3g} GB each (checkpoint.keep_last="
-                f"{config.checkpoint.keep_last} and one being written) do not fit {storage.url},"
+                f"{checkpoint.keep_last} and one being written) do not fit {storage.url},"
                 f" where {disk.free / 1e9:.3g} of {disk.total / 1e9:.3g} GB are free; free some"
                 " space, or set checkpoint.url or checkpoint.keep_last"
             )
@@ -180,7 +187,7 @@ def find_differences(identities: Sequence[Mapping[str, str]]) -> list[Finding]:
 
 
 def _identity(config: Config) -> dict[str, str]:
-    """What must be equal on all ranks."""
+    """Versions and a digest of the settings, which must be equal on all ranks."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -202,10 +209,12 @@ class _StorageError:
     """True if the name of the folder or store may be wrong."""
 
 
-def _storage_errors(config: Config, run_dir: Path, world: World) -> Iterator[_StorageError]:
+def _storage_errors(
+    checkpoint: CheckpointConfig, run_dir: Path, world: World
+) -> Iterator[_StorageError]:
     """Tests the folders that all ranks write to."""
-    folders = {"checkpoints": checkpoints_of(config, run_dir)}
-    if config.checkpoint.url is not None:
+    folders = {"checkpoints": checkpoints_of(checkpoint, run_dir)}
+    if checkpoint.url is not None:
         folders["a run"] = StorageFolder(str(run_dir))
     for use, storage in folders.items():
         name = f"preflight-{socket.gethostname()}-{os.getpid()}-{world.rank}"

@@ -20,7 +20,7 @@ BENCHMARKS = {
     "data": ("data:bench_data", "clips/s of the sources of training batches"),
     "train": ("train:bench_train", "the parts of a training step, and more ranks"),
     "save": ("train:bench_save", "how long a training step waits for a checkpoint"),
-    "metrics": ("metrics:bench_metrics", "what metrics and scrapes cost a training step"),
+    "metrics": ("metrics:bench_metrics", "cost of metrics and scrapes in a training step"),
 }
 """Each benchmark's `module:function` in this folder, and its help."""
 

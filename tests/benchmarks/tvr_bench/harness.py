@@ -1,4 +1,4 @@
-"""What the benchmarks share: temporary folders, results as table and JSON, versions and machine."""
+"""Helpers of all benchmarks: temporary folders, results as table and JSON, versions, machine."""
 
 from __future__ import annotations
 

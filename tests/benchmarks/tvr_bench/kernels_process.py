@@ -1,7 +1,7 @@
 """Runs one implementation of the similarity in a process of its own, for its time or its memory.
 
 In one process, the peak of one implementation would hide the next one's, and memory that the
-allocator keeps would hide what is needed. So the peak is read in a process whose heap returns
+allocator keeps would hide the memory in use. So the peak is read in a process whose heap returns
 every freed page. Times come from another process whose heap keeps its pages, since page faults
 would otherwise be timed as well. Both processes run `kernels_task`.
 """
@@ -56,7 +56,7 @@ class Job:
     chunk: int | None = None
     """Texts in a tile of "torch" and "streamed"."""
     keep_scores: bool = False
-    """For "streamed"."""
+    """Keeps the scores for the backward; read by "streamed" only."""
     threads: int = 1
 
     @property

@@ -1,4 +1,4 @@
-"""`tvr bench metrics`: what metrics and scrapes cost a training step."""
+"""`tvr bench metrics`: the cost of metrics and scrapes in a training step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class MetricsArguments:
-    """What metrics and scrapes cost a training step.
+    """Cost of metrics and scrapes in a training step.
 
     The demo's towers, or those of --config, train on few pairs: a short step shows the cost best.
     """

@@ -43,7 +43,7 @@ PLAIN_STEPS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTask:
-    """What the ranks time; `folder` receives log, checkpoints and the result, `answer.json`."""
+    """Measurement task; `folder` receives log, checkpoints and the result, `answer.json`."""
 
     what: str
     """One of "steps", "saves" and "metrics"."""
