@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from builders.slurm_cluster import process_of_a_rank
 from builders.spawn import started
 from builders.tiny import with_ranks
 
@@ -104,8 +105,7 @@ def rank_pid(run_dir: Path, rank: int) -> int | None:
         if "tvr.launchers.rank_main" in line and str(run_dir) in line:
             if environment.get("RANK") == str(rank):
                 found[process.pid] = parent
-    # Loader processes are forks with the same command line.
-    return next((pid for pid, parent in found.items() if parent not in found), None)
+    return process_of_a_rank(found)
 
 
 def signal_rank(

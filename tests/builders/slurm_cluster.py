@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -195,20 +195,31 @@ def cluster_of(num_nodes: int) -> Iterator[Cluster]:
 
 
 def rank_pid(run_dir: Path, rank: int) -> int | None:
-    """Process ID of a rank of the run's job."""
+    """Process ID of a rank of the run's job; None if it does not run."""
+    found: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         try:
             line = (folder / "cmdline").read_bytes().split(b"\0")
             environment = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue  # exited meanwhile, or of another user
         # The command lines of srun and of the batch shell contain that of the ranks.
         if line[1:3] == [b"-m", b"tvr.launchers.slurm.task_main"] and os.fsencode(run_dir) in line:
             if b"SLURM_PROCID=%d" % rank in environment:
-                return int(folder.name)
-    return None
+                found[int(folder.name)] = parent
+    return process_of_a_rank(found)
+
+
+def process_of_a_rank(parents: Mapping[int, int]) -> int | None:
+    """The rank among the processes with its command line: loader workers are forks of it.
+
+    Args:
+        parents: Process IDs, each with that of its parent.
+    """
+    return next((pid for pid, parent in parents.items() if parent not in parents), None)
 
 
 def until(done: Callable[[], bool], condition: str, timeout_s: float = TIMEOUT_S) -> None:
