@@ -25,6 +25,7 @@ from tvr.trainer.distributed.local_device import (
     whole_number,
 )
 from tvr.trainer.errors import PreflightFailed
+from tvr.trainer.versions.versions import renamed
 
 # Long enough for a rank that still compiles or reads its first shard.
 TIMEOUT_S = 1800.0
@@ -100,7 +101,7 @@ class World:
             return (count,)
         # On the host, so that the GPU's queue of work need not be drained.
         counts = torch.zeros(self.world_size, dtype=torch.int64)
-        dist.all_gather_single(counts, torch.tensor([count], dtype=torch.int64))
+        renamed(dist, "all_gather_single")(counts, torch.tensor([count], dtype=torch.int64))
         return tuple(counts.tolist())
 
     def run_on_all(self, action: Callable[[], T], error_type: type[Exception]) -> T:
