@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.launchers.host_limits import host_cpus, host_line
 from tvr.trainer.config import Config, from_json, merged, read_overrides, to_json
 from tvr.trainer.exit_reporting import report_training_error, run_training_command
 from tvr.trainer.recipes.recipes import RECIPES, recipe
@@ -126,6 +127,7 @@ def show_config(argv: Sequence[str]) -> int:
         print(describe_decoder(resolved.data.decoder), file=sys.stderr)
         print(peak_line(resolved.metrics, resolved.train), file=sys.stderr)
         print(staging_line(resolved.checkpoint), file=sys.stderr)
+        print(host_line(), file=sys.stderr)
         if memory:
             from tvr.trainer.memory.memory_table import memory_table
 
@@ -255,7 +257,7 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
         num_frames=settings.data.num_frames,
         image_size=settings.model.towers.image_size,
         max_words=settings.data.max_words,
-        workers=os.cpu_count() or 1,
+        workers=host_cpus().usable,
         log=log,
     )
     run_dir = out / "run"

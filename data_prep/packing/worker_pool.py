@@ -11,7 +11,6 @@ threads of fsspec and torch without the threads, and a spawned process would imp
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import traceback
 from collections import deque
@@ -25,6 +24,7 @@ from tvr.data_prep.packing.pack_clip import RefusedClip, pack_clip, refuse_clip
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger
 from tvr.data_prep.records import Clip
+from tvr.launchers.host_limits import host_cpus
 
 # Clips per process that may be in work, or done ahead of an earlier clip, so that a long video does
 # not stall the other processes.
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def available_processes() -> int:
     """Returns the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return host_cpus().usable
 
 
 def pack_clips(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from tvr.launchers.exit_codes import EXIT_PREEMPTED
+from tvr.launchers.host_limits import host_cpus
 from tvr.launchers.process import is_tvr_command, path_with_scripts
 from tvr.launchers.rank_main import end_process, run_tvr
 
@@ -27,7 +28,7 @@ def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
     # The same share as in `tvr launch local`; torch's default would leave cores idle.
     cores = environment.get("SLURM_CPUS_PER_TASK")
-    threads = int(cores) if cores else len(os.sched_getaffinity(0)) // int(ranks_here)
+    threads = int(cores) if cores else host_cpus().usable // int(ranks_here)
     variables["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", str(max(1, threads)))
     variables["PATH"] = path_with_scripts(environment.get("PATH", ""))
     return variables

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
+from tvr.launchers.host_limits import host_cpus
 from tvr.launchers.process import (
     die_with_parent,
     is_running,
@@ -78,7 +79,7 @@ def run_once(
             exit_codes=exit_codes,
             rendezvous=rendezvous,
         )
-        environment = rank_environment(os.environ, ranks=ranks, cores=len(os.sched_getaffinity(0)))
+        environment = rank_environment(os.environ, ranks=ranks, cores=host_cpus().usable)
         monitor = _RankMonitor(records)
         torchrun_code, signalled = _run_forwarding_signals(line, environment, monitor.poll)
         if not is_tvr_command(command):

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tvr.launchers.host_limits import host_cpus
+
 WORDS, FRAMES, WIDTH, IMAGE = 8, 4, 64, 16
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -58,7 +60,7 @@ def main() -> None:
             for mode, one in found.items()
         },
         "versions": {name: version(name) for name in ("torch", "deepspeed", "tvr")},
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": host_cpus().usable,
     }
     print(json.dumps(line))
 
@@ -74,7 +76,7 @@ def launch(mode: str, options: argparse.Namespace) -> dict[str, Any]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         line = [*torchrun, f"--nproc-per-node={options.ranks}", __file__, "--worker", folder]
         line += [f"--pairs={options.pairs}", f"--micro-batch={options.micro_batch}"]
-        threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+        threads = max(1, host_cpus().usable // options.ranks)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
         with open(Path(folder, "log"), "w+") as log:
             line += ["--modes", mode]

@@ -18,6 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tvr.launchers.host_limits import host_cpus
+
 LOSSES = {
     "info_nce": ["--loss.similarity", "info_nce"],
     "neg_nce reference": ["--loss.similarity", "neg_nce", "--loss.neg-nce-mode", "reference"],
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--at-once", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--at-once", type=int, default=host_cpus().usable)
     options = parser.parse_args()
     runs = list(product(options.seeds, options.batches, LOSSES))
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from statistics import median
 from typing import Any
 
 from tvr_bench.harness import machine, versions
 from tvr_bench.kernels_process import BACKWARD, Job, seconds
+
+from tvr.launchers.host_limits import host_cpus
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=host_cpus().usable)
     options = parser.parse_args()
     sizes = {name: getattr(options, name) for name in ("words", "frames", "width", "threads")}
     rows: list[dict[str, Any]] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -25,6 +24,7 @@ from torch.nn.functional import normalize
 
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
 from tvr.kernels.weight_layers import TokenWeightLayer
+from tvr.launchers.host_limits import host_cpus
 
 # The published code's blocks.
 BLOCK_TEXTS, BLOCK_VIDEOS = 8, 16
@@ -139,7 +139,7 @@ def main() -> None:
         "machine": {
             "cpu": platform.machine(),
             "threads": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": host_cpus().usable,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },

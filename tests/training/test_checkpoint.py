@@ -310,7 +310,9 @@ def test_old_checkpoints_are_removed_on_a_thread_of_low_priority(
         seen.append((in_main, os.getpriority(os.PRIO_PROCESS, ident)))
 
     monkeypatch.setattr("tvr.trainer.checkpoint.saver.prune", removing)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(
+        "tvr.trainer.engine.staging.host_memory", lambda: SimpleNamespace(available=free)
+    )
     before = os.getpriority(os.PRIO_PROCESS, 0)
     writer = saver(tmp_path / "checkpoints", tmp_path, background=background)
     writer.save(state(3), lambda copy: stage(3.0))
@@ -326,7 +328,7 @@ def test_without_memory_for_a_copy_steps_wait_and_one_warning_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     free = SimpleNamespace(available=3000)  # the state takes 4000 bytes and more
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("tvr.trainer.engine.staging.host_memory", lambda: free)
     writer, copies = saver(tmp_path / "checkpoints", tmp_path, background=True), []
 
     def staged(copy: bool) -> dict[str, Any]:

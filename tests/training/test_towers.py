@@ -14,7 +14,11 @@ from builders.clip_files import plain_captions
 from builders.pretrained import save_siglip
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, SiglipModel
-from transformers.initialization import no_init_weights
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
 
 from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size

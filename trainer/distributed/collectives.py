@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives
 from tvr.trainer.distributed.world import World
+from tvr.trainer.versions.versions import renamed
 
 
 def all_gather_rows(mine: Tensor, world: World, counts: Sequence[int]) -> Tensor:
@@ -40,7 +41,7 @@ def all_gather_rows_no_grad(mine: Tensor, world: World, counts: Sequence[int]) -
     if most == 0:
         return mine
     everyone = mine.new_empty(len(counts) * most, *mine.shape[1:])
-    dist.all_gather_single(everyone, _pad_rows(mine, most))
+    renamed(dist, "all_gather_single")(everyone, _pad_rows(mine, most))
     world.received_bytes["all_gather"] += everyone.nbytes * (len(counts) - 1) // len(counts)
     if min(counts) == most:
         return everyone
@@ -59,7 +60,7 @@ def reduce_scatter_rows(everyones: Tensor, world: World, counts: Sequence[int]) 
     if min(counts) < most:
         everyones = torch.cat([_pad_rows(rows, most) for rows in everyones.split(list(counts))])
     mine = everyones.new_empty(most, *everyones.shape[1:])
-    dist.reduce_scatter_single(mine, everyones.contiguous())
+    renamed(dist, "reduce_scatter_single")(mine, everyones.contiguous())
     world.received_bytes["reduce_scatter"] += mine.nbytes * (len(counts) - 1)
     return mine[: counts[world.rank]]
 

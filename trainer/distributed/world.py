@@ -17,15 +17,20 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from tvr.trainer.distributed.local_device import (
+    check_own_gpus,
+    gpu_identity,
+    limit_threads,
+    select_device,
+    whole_number,
+)
 from tvr.trainer.errors import PreflightFailed
+from tvr.trainer.versions.versions import renamed
 
 # Long enough for a rank that still compiles or reads its first shard.
 TIMEOUT_S = 1800.0
 # Time-out of the first all-reduce, which proves that the ranks reach each other.
 CONNECT_TIMEOUT_S = 120.0
-
-# `tvr launch` sets it for a job with --gpus-per-node.
-GPUS_PER_NODE = "TVR_GPUS_PER_NODE"
 
 T = TypeVar("T")
 
@@ -54,10 +59,16 @@ class World:
         """All-reduces the rank numbers, on the host and on the device.
 
         Raises:
-            PreflightFailed: the time is up, or the sum is wrong; names rank, host and device.
+            PreflightFailed: the time is up, the sum is wrong, or two ranks use the same GPU; names
+                rank, host and device.
         """
+        # Before the ranks wait for each other: a GPU that does not answer raises here.
+        own_gpu = gpu_identity(self.device)
         # A list, not a set: every rank must use the same order.
         for device in dict.fromkeys((torch.device("cpu"), self.device)):
+            if device.type == "cuda":
+                # NCCL's own message about ranks that share a GPU names neither rank nor remedy.
+                check_own_gpus(self.all_gather_objects(own_gpu))
             number = torch.tensor([self.rank], dtype=torch.int64, device=device)
             try:
                 work = dist.all_reduce(number, async_op=True)
@@ -90,7 +101,7 @@ class World:
             return (count,)
         # On the host, so that the GPU's queue of work need not be drained.
         counts = torch.zeros(self.world_size, dtype=torch.int64)
-        dist.all_gather_single(counts, torch.tensor([count], dtype=torch.int64))
+        renamed(dist, "all_gather_single")(counts, torch.tensor([count], dtype=torch.int64))
         return tuple(counts.tolist())
 
     def run_on_all(self, action: Callable[[], T], error_type: type[Exception]) -> T:
@@ -144,24 +155,16 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
         timeout_s: A collective that waits longer than this for another rank raises.
 
     Raises:
-        ValueError: a variable is not a whole number, or this machine has fewer GPUs than ranks.
+        ValueError: a variable is not a whole number, or of several visible GPUs none is this
+            rank's.
         PreflightFailed: this node shows fewer GPUs than the job asked for, or the ranks cannot
             reach each other.
     """
-    rank, world_size, local_rank = (_whole_number(name, default) for name, default in _VARIABLES)
-    _check_gpus(rank)
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank} has no GPU of its own: this machine has "
-                f"{torch.cuda.device_count()} GPUs; start fewer ranks, or set "
-                "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
-            )
-        # gloo carries small host-side values, NCCL the tensors of the device.
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    rank, world_size = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
+    device = select_device(rank)
+    limit_threads()
+    # gloo carries small host-side values, NCCL the tensors of the device.
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     leave = False
     if not dist.is_initialized():
         if "RANK" in os.environ:
@@ -189,30 +192,3 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )
-
-
-def _check_gpus(rank: int) -> None:
-    """Refuses to train on the CPU when the job asked for GPUs that this process cannot see."""
-    expected, seen = _whole_number(GPUS_PER_NODE, 0), torch.cuda.device_count()
-    if seen >= expected or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return
-    raise PreflightFailed(
-        [
-            f"rank {rank} on {socket.gethostname()} sees {seen} CUDA devices, and the job asked for"
-            f" {expected} on each node ({GPUS_PER_NODE}). A CPU build of torch (here:"
-            f" {torch.__version__}) or a container without its GPUs (apptainer needs --nv) also"
-            " causes this; set DS_ACCELERATOR=cpu to train on the CPU"
-        ],
-        rank,
-    )
-
-
-_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-
-
-def _whole_number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"environment variable {name}={text!r} must be a whole number") from None

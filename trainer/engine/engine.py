@@ -248,6 +248,11 @@ def _import_deepspeed(world: World | None) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed requires the variable even in a process that no launcher started.
     os.environ.setdefault("LOCAL_RANK", "0")
+    if world is not None and world.device.type == "cuda":
+        # It takes it for the number of the GPU, and insists that Open MPI's says the same.
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+            if name in os.environ:
+                os.environ[name] = str(world.device.index)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

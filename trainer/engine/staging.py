@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tvr.launchers.host_limits import host_memory
 from tvr.trainer.config import CheckpointConfig
 from tvr.trainer.distributed.shared_memory import ranks_on_node
 from tvr.trainer.distributed.world import World
@@ -91,7 +92,7 @@ def staging_line(checkpoint: CheckpointConfig) -> str:
     """Describes in one line whether steps will wait for checkpoints to be written."""
     if not checkpoint.background:
         return "checkpoints: steps wait for the disk (checkpoint.background is off)"
-    free = psutil.virtual_memory().available
+    free = host_memory().available
     return (
         "checkpoints: written in the background, if copies of the state fit host memory"
         f" ({free / 1e9:.3g} GB are free here; `tvr train --dry-run` shows the size of a copy)"
@@ -113,7 +114,7 @@ def staging_shortage(state: Any, world: World) -> str | None:
     here = ranks_on_node(world)
     everyone = world.all_gather_objects((size, coming))
     copies, steps = (sum(everyone[rank][n] for rank in here) for n in (0, 1))
-    free = psutil.virtual_memory().available
+    free = host_memory().available
     short = None
     if copies + steps > free:
         short = (

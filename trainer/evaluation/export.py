@@ -23,7 +23,6 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
 from tvr.trainer.config import Config, LossConfig, from_json, to_json
 from tvr.trainer.evaluation.saved_run import load_run
@@ -33,6 +32,7 @@ from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.records import results_table
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.run_files import EVALUATION
+from tvr.trainer.versions.versions import clip_image_processor
 
 HEADS, SETTINGS, CARD = "heads.safetensors", "tvr.json", "README.md"
 TOWER_PREFIXES = ("text_tower.", "image_tower.")
@@ -116,7 +116,7 @@ def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, folder: Path) 
     """Writes tokeniser and image processor."""
     side = model.image_tower.config.image_size
     # Both families get the preprocessing of training: scale the short side, then crop.
-    images = CLIPImageProcessorPil(
+    images = clip_image_processor()(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         image_mean=list(model.family.pixel_mean),

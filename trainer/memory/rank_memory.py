@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from tvr.launchers.host_limits import host_memory
 from tvr.trainer.config import Config, TrainConfig, accumulation_steps
 from tvr.trainer.memory.environment import device, similarity_backend
 from tvr.trainer.memory.model_memory import ModelBytes, embed_width, model_bytes
@@ -113,17 +113,17 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
 
 
 def free_bytes() -> int:
-    """Free memory of this machine's device."""
+    """Free memory of this machine's device; a control group's limit counts on a CPU."""
     if device() == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+    return host_memory().available
 
 
 def total_bytes() -> int:
-    """Total memory of this machine's device."""
+    """Total memory of this machine's device; a control group's limit counts on a CPU."""
     if device() == "cuda":
         return torch.cuda.mem_get_info()[1]
-    return psutil.virtual_memory().total
+    return host_memory().total
 
 
 def _offloaded_bytes(train: TrainConfig, model: ModelBytes) -> int:

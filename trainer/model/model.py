@@ -5,10 +5,13 @@ The door of the package.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.data_prep.records import Batch
 from tvr.kernels.numerics import unit
@@ -125,7 +128,7 @@ class TextVideoModel(nn.Module):
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
-        pixels = pixels.to(self.image_tower.dtype)
+        pixels = pixels.to(next(self.image_tower.parameters()).dtype)
         per_frame = self.family.encode_frames(self.image_tower, pixels)
         vectors = unit(per_frame).unflatten(0, frames.shape[:2])
         if self.sequence_header is None:
@@ -214,7 +217,12 @@ def build_meta_model(
 def checkpoint_activations(model: TextVideoModel) -> None:
     """Turns on activation checkpointing: the backward recomputes the towers' layers."""
     for tower in (model.text_tower, model.image_tower):
-        tower.activation_checkpointing_enable({"use_reentrant": False})
+        # What transformers' own method does under several names, without its hook that makes the
+        # embeddings require gradients: the backward would then run through frozen layers.
+        for layer in tower.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def tokenizer_folder(model: ModelConfig) -> str:

@@ -9,18 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tvr.data_prep.records import Caption, WordKind
+from tvr.trainer.versions.versions import (
+    CLIP_END,
+    CLIP_START,
+    WORD_END,
+    clip_tokenizer_class,
+    new_clip_tokenizer,
+)
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"
 # Every byte within a word and at its end, the start and the end: no caption has unknown tokens.
 SMALLEST_VOCABULARY = 2 * 256 + 2
 CLIP_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -127,7 +131,7 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
                 f"'tvr[siglip]'): {error}"
             ) from None
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
     else:
         raise ValueError(
             f"tokenizer folder {folder} holds neither tokenizer_config.json nor vocab.json and "
@@ -161,7 +165,7 @@ def train_tokenizer(
             "start and end"
         )
     # CLIP's own normaliser and pre-tokeniser, so that the result splits text as CLIP does.
-    rules = CLIPTokenizer().backend_tokenizer
+    rules = new_clip_tokenizer().backend_tokenizer
     learner = BackendTokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer = rules.normalizer
     learner.pre_tokenizer = rules.pre_tokenizer
@@ -204,12 +208,7 @@ def clip_tokenizer(folder: str | Path, *, max_words: int = CLIP_MAX_WORDS) -> To
 
 
 def _save(merges: list[tuple[str, str]], folder: str | Path, max_words: int) -> Tokenizer:
-    backend = CLIPTokenizer(
-        vocab=_vocabulary(merges),
-        # transformers annotates list[str] but passes the value to a class that takes pairs.
-        merges=cast(Any, merges),
-        model_max_length=max_words,
-    )
+    backend = new_clip_tokenizer(_vocabulary(merges), merges, model_max_length=max_words)
     backend.save_pretrained(folder)
     return load_tokenizer(folder, max_words)
 
@@ -219,7 +218,8 @@ def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
     letters = _byte_letters()
     tokens = [*letters, *(letter + WORD_END for letter in letters)]
     tokens += [left + right for left, right in merges]
-    return {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
+    ends = (CLIP_START, CLIP_END)
+    return {token: index for index, token in enumerate(dict.fromkeys([*tokens, *ends]))}
 
 
 def _byte_letters() -> list[str]:

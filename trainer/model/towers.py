@@ -37,6 +37,7 @@ from transformers.utils import logging
 
 from tvr.trainer.config import TowersConfig
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.versions.versions import bare_tower
 
 Channels: TypeAlias = tuple[float, float, float]
 Weights: TypeAlias = dict[str, Tensor]
@@ -52,6 +53,8 @@ class TowerFamily:
     """Class of the text tower."""
     image: Any
     """Class of the image tower."""
+    bare: Callable[[Any], Any]
+    """Built tower -> the same tower with the weights' names of transformers 5."""
     whole: Any
     """Class of the whole model, for export."""
     text_width: str
@@ -127,6 +130,7 @@ CLIP = TowerFamily(
     name="clip",
     text=CLIPTextModelWithProjection,
     image=CLIPVisionModelWithProjection,
+    bare=lambda tower: tower,
     whole=CLIPModel,
     text_width="projection_dim",
     image_width="projection_dim",
@@ -143,6 +147,7 @@ SIGLIP = TowerFamily(
     name="siglip",
     text=SiglipTextModel,
     image=SiglipVisionModel,
+    bare=bare_tower,
     whole=SiglipModel,
     text_width="projection_size",
     image_width="hidden_size",
@@ -208,7 +213,8 @@ def pretrained_towers(folder: str, *, weights: bool = True) -> Towers:
         ValueError: the folder holds no CLIP or SigLIP, or lacks some of its weights.
     """
     family, load = family_of(folder), _load_tower if weights else _random_tower
-    return Towers(family=family, text=load(family.text, folder), image=load(family.image, folder))
+    text, image = (family.bare(load(tower, folder)) for tower in (family.text, family.image))
+    return Towers(family=family, text=text, image=image)
 
 
 def random_towers(shape: TowersConfig, tokenizer: Tokenizer) -> Towers:

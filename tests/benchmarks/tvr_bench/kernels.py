@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import tyro
@@ -21,6 +19,7 @@ from tvr_bench.kernels_report import Measurement, result, tables
 
 from tvr.data_prep.cli_errors import STRICT
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED
+from tvr.launchers.host_limits import host_cpus, host_memory
 from tvr.trainer.config import Positive
 from tvr.trainer.memory.similarity_memory import estimate_similarity
 from tvr.trainer.memory.similarity_sizes import SimilaritySizes
@@ -147,7 +146,7 @@ def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
             interaction=arguments.interaction,
             lengths=lengths,
             loss=arguments.loss or arguments.stream,
-            threads=arguments.threads or len(os.sched_getaffinity(0)),
+            threads=arguments.threads or host_cpus().usable,
         )
         for name in implementations:
             chunk = arguments.chunk if name in ("torch", "streamed") else None
@@ -171,16 +170,7 @@ def _memory_limit(arguments: KernelsArguments, device: str) -> int:
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    # A container may allow less than the machine has; `max` there means no bound.
-    bound, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    if bound.exists() and (allowed := bound.read_text().strip()) != "max":
-        free = min(free, int(allowed) - int(used.read_text()))
-    return free
+    return host_memory().available
 
 
 def _progress() -> Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from tvr_bench.train import common_values, result_of, run_on_ranks, with_data
 
 from tvr.data_prep.cli_errors import STRICT
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.launchers.host_limits import host_cpus
 from tvr.trainer.config import Positive, to_json
 
 HOW = (
@@ -69,7 +69,7 @@ def bench_metrics(argv: Sequence[str]) -> int:
             folder=str(folder / "run"),
             count=arguments.steps,
         )
-        threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+        threads = max(1, host_cpus().usable // arguments.ranks)
         answer = run_on_ranks(task, arguments.ranks, threads)
     measured = row(answer)
     sizes = {"ranks": arguments.ranks, "global_batch": config.train.global_batch}

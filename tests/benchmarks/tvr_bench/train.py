@@ -27,6 +27,7 @@ from tvr_bench.train_report import HOW_SAVE, HOW_TRAIN, rows, save_row, save_tab
 
 from tvr.data_prep.cli_errors import STRICT
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.launchers.host_limits import host_cpus
 from tvr.trainer.config import (
     Config,
     NotNegative,
@@ -89,7 +90,7 @@ def bench_train(argv: Sequence[str]) -> int:
     """Times training steps, prints the table, writes the JSON; returns the exit code."""
     arguments = tyro.cli(TrainArguments, prog="tvr bench train", args=list(argv))
     most = max(arguments.ranks)
-    threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // most)
+    threads = arguments.threads or max(1, host_cpus().usable // most)
     answers = {}
     with bench_folder(None, "bench train") as (folder, report):
         config = with_data(arguments.config, arguments.clips, folder, report)
@@ -137,7 +138,7 @@ def bench_save(argv: Sequence[str]) -> int:
             folder=str(folder / "saves"),
             count=arguments.saves,
         )
-        threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+        threads = max(1, host_cpus().usable // arguments.ranks)
         answer = run_on_ranks(task, arguments.ranks, threads)
     row = save_row(answer)
     sizes = {"ranks": arguments.ranks, "saves": arguments.saves, **common_values([answer])}
@@ -207,7 +208,7 @@ def with_data(file: Path | None, clips: int, folder: Path, report: Callable[[str
         num_frames=base.data.num_frames,
         image_size=base.model.towers.image_size,
         max_words=base.data.max_words,
-        workers=len(os.sched_getaffinity(0)),
+        workers=host_cpus().usable,
         log=lambda text: None,
     )
     paths_of_data = {"train": str(paths.data("train")), "test": None, "test_exchanged": None}
