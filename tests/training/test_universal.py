@@ -24,15 +24,17 @@ from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine import conversion
+from tvr.trainer.engine import conversion, staging
 from tvr.trainer.engine.engine import (
     Engine,
     consolidated_weights,
     universal_target,
     write_universal,
 )
+from tvr.trainer.engine.staging import pinned_bytes, staged_bytes
 from tvr.trainer.engine.universal import holds_weights
 from tvr.trainer.errors import TrainingFailed
+from tvr.trainer.memory.model_memory import staged_tensor_bytes
 
 STAGES = (0, 1, 2, 3)
 RANKS = (1, 2)
@@ -217,3 +219,19 @@ def test_a_gpu_job_converts_without_turning_deepspeed_to_the_cpu(
         monkeypatch.setattr("torch.cuda.is_available", lambda found=has_gpu: found)
         engine._import_deepspeed(None)
         assert os.environ.get("DS_ACCELERATOR") == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_of_a_staged_copy_is_estimated_tensor_by_tensor(
+    data: Path, saved: tuple[Path, list[float]], monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    config = settings(data, stage, 2)
+    sizes = list(staged_tensor_bytes(seeded_model(config), config.train, 2))
+    names = [f"{part}mp_rank_00_model_states.pt" for part in ("", "zero_pp_rank_0_")]
+    names.append("zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    files = [saved[0] / f"{stage}-2" / "shards" / name for name in names]
+    state = [torch.load(file, weights_only=False) for file in files if file.exists()]
+    # Counters, and the alignment of ZeRO's partitions, are not estimated.
+    assert sum(sizes) == pytest.approx(staged_bytes(state), rel=0.01)
+    monkeypatch.setattr(staging, "_is_staged_pinned", lambda tensor: True)
+    assert sum(map(pinned_bytes, sizes)) == pytest.approx(staged_bytes(state), rel=0.01)
