@@ -66,7 +66,6 @@ def write_checkpoint(storage: StorageFolder, ranks: int, step: int, **changes: A
 def test_verification_reads_each_file_once_and_no_more_on_more_ranks(
     tmp_path: Path, saved_by: int | None
 ) -> None:
-    most = []
     for ranks in RANKS:
         folder = tmp_path / str(ranks)
         state = write_checkpoint(StorageFolder(str(folder)), saved_by or ranks, 3)
@@ -82,9 +81,10 @@ def test_verification_reads_each_file_once_and_no_more_on_more_ranks(
         files = [
             storage.num_bytes - Counter({f"{prefix}/manifest.json": 10**9}) for storage in storages
         ]
-        most.append(max(sum(counts.values()) for counts in files))
-    assert most == sorted(most, reverse=True)
-    assert most[-1] <= MODEL_BYTES + (OPTIMISER_BYTES + 64 * RANDOM_BYTES) // 64
+        # A bound that falls with the number of ranks: the largest file, and a share of the others.
+        others = OPTIMISER_BYTES + (saved_by or ranks) * RANDOM_BYTES
+        for counts in files:
+            assert sum(counts.values()) <= MODEL_BYTES + others // ranks
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -185,11 +185,9 @@ def start_and_resume(rank: int, world_size: int, file: Path, run_dir: Path) -> d
     """Trains a run, trains a copy of it from step 2 on, and evaluates; returns the files opened."""
     torch.set_num_threads(1)
     config = from_json(file.read_text(), where="test")
-    data = Path(config.data.train).parent
     copy = run_dir.with_name(f"{run_dir.name}-copy")
     opened: dict[str, Any] = {}
-    with opened_files(data) as opened["index"]:
-        train(config, run_dir)
+    train(config, run_dir)
     world = world_of(rank, world_size)
     world.run_on_first(lambda: jobs.copy_run_at_step(2, run_dir, copy))
     with opened_files(copy / "checkpoints") as opened["resume"]:
@@ -214,7 +212,10 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int
             run_dir = folder / f"{stage}-{ranks}"
             file = run_dir.with_suffix(".json")
             file.write_text(to_json(with_ranks(settings(data, stage), ranks)))
-            found[stage, ranks] = run_dir, spawn(start_and_resume, ranks, file, run_dir)
+            found[stage, ranks] = (
+                run_dir,
+                spawn(start_and_resume, ranks, file, run_dir, timeout_s=300.0),
+            )
     return found
 
 
@@ -236,9 +237,12 @@ def test_each_rank_of_a_resumed_run_reads_no_more_than_one_rank_alone(
     state = json.loads((copies[1] / "checkpoints/step-00000002/manifest.json").read_text())
     opened = sum((opened["resume"] for opened in ranks), Counter())
     for name in state["files"]:
-        # One rank verifies it, and it is loaded: the model's file of ZeRO-1 by both ranks.
-        times = opened[f"step-00000002/{name}"]
-        assert times <= (3 if name == MODEL else 2), (name, times)
+        # A rank alone verifies the file and loads it; DeepSpeed loads the model's file twice.
+        same = name.replace("rank_1_", "rank_0_").replace("rank-00001", "rank-00000")
+        loads = alone["resume"][f"step-00000002/{same}"] - 1
+        # Of two ranks, one verifies it, and both load the model's file of ZeRO-1.
+        expected = 1 + loads * (2 if name == MODEL else 1)
+        assert opened[f"step-00000002/{name}"] == expected, name
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -306,7 +310,7 @@ def test_the_index_of_a_data_set_is_read_alike_on_any_number_of_ranks(
             world = world_of(rank, ranks)
             validate_data_sets(own.data, own.train, world)
             next(training_batches(own, tokenizer, world))
-            counts.append(dict(read))
+            counts.append(Counter(read))
         assert counts[0]["index"] == counts[1]["index"]
         by_ranks[ranks] = counts
     assert len({counts[0]["index"] for counts in by_ranks.values()}) == 1

@@ -15,13 +15,16 @@ from builders.worlds import world_of
 
 from tvr.trainer.distributed.world import is_connection_error
 
-SHORT_S = 1
+SHORT_S = 3
 
 
 def rejoin(rank: int, world_size: int, file: Path) -> None:
     """Replaces the group by one with a short time-out."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+    # The time-out is also that of joining, so the ranks join at the same moment.
+    file.with_name(f"{file.name}-{rank}").touch()
+    while len(list(file.parent.glob(f"{file.name}-*"))) < world_size:
+        time.sleep(0.01)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{file}",
@@ -38,7 +41,7 @@ def wait_for_first(rank: int, world_size: int, folder: Path) -> list[str]:
         rejoin(rank, world_size, folder / f"patient-{patient}")
 
         def work() -> str:
-            time.sleep(3 * SHORT_S)
+            time.sleep(2 * SHORT_S)
             return "done"
 
         try:
