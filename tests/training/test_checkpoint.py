@@ -19,6 +19,7 @@ import torch
 from builders.file_damage import DAMAGE
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import (
@@ -34,8 +35,9 @@ from tvr.trainer.checkpoint.restore import local_files
 from tvr.trainer.checkpoint.saver import Saver, rank_files
 from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
 from tvr.trainer.distributed.world import World
+from tvr.trainer.engine import staging as staging_module
 from tvr.trainer.engine.random_state import get_random_state, set_random_state
-from tvr.trainer.engine.staging import Staging
+from tvr.trainer.engine.staging import Staging, pinned_bytes, staged_bytes
 from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
 from tvr.trainer.fencing import Attempt, begin_attempt
 from tvr.trainer.records import SaveResult
@@ -345,6 +347,41 @@ def test_without_memory_for_a_copy_steps_wait_and_one_warning_is_logged(
     (line,) = caplog.messages
     assert "not written in the background" in line
     assert "3e-06 GB are free" in line
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"), [(0, 0), (1, 1), (4, 4), (5, 8), (4096, 4096), ((1 << 30) + 1, 1 << 31)]
+)
+def test_pinned_memory_is_counted_in_powers_of_two(size: int, taken: int) -> None:
+    assert pinned_bytes(size) == taken
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_room_for_copies_is_checked_as_torch_allocates_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    """The copies of a GPU's state lie in pinned memory."""
+    monkeypatch.setattr(staging_module, "_is_staged_pinned", lambda tensor: pinned)
+    state_dict = stage(1.0)
+    exact = sum(leaf.nbytes for leaf in tree_leaves(state_dict) if isinstance(leaf, torch.Tensor))
+    assert staged_bytes(state_dict) == (sum_of_powers(state_dict) if pinned else exact)
+    assert exact < sum_of_powers(state_dict)
+    # Room for the exact bytes, and for what a step may need.
+    monkeypatch.setattr(
+        staging_module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=0)
+    )
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=exact))
+    writer = saver(tmp_path / "checkpoints", tmp_path, background=True)
+    writer.save(state(3), lambda copy: state_dict)
+    (result,) = writer.finish() or [writer.last]
+    assert result is not None
+    assert result.background is not pinned
+    assert (result.no_room is not None) is pinned
+
+
+def sum_of_powers(value: Any) -> int:
+    sizes = [leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return sum(next(1 << n for n in range(64) if 1 << n >= size) for size in sizes)
 
 
 @contextmanager

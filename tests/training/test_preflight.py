@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,9 @@ class TwoEqualRanks(World):
 
     def all_gather_objects(self, mine: Any) -> list[Any]:
         return [mine, mine]
+
+    def run_on_first(self, action: Callable[[], Any], *, patient: bool = False) -> Any:
+        return action()
 
 
 def test_states_larger_than_the_memory_are_refused(

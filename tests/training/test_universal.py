@@ -5,6 +5,8 @@ Training then gives the same losses as a run that was never moved, up to roundin
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,17 @@ from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import Engine, consolidated_weights
+from tvr.trainer.engine import conversion, staging
+from tvr.trainer.engine.engine import (
+    Engine,
+    consolidated_weights,
+    universal_target,
+    write_universal,
+)
+from tvr.trainer.engine.staging import pinned_bytes, staged_bytes
+from tvr.trainer.engine.universal import holds_weights
+from tvr.trainer.errors import TrainingFailed
+from tvr.trainer.memory.model_memory import staged_tensor_bytes
 
 STAGES = (0, 1, 2, 3)
 RANKS = (1, 2)
@@ -110,3 +122,116 @@ def test_consolidated_weights_are_equal_from_every_stage(saved: tuple[Path, list
             # Where the exact gradient is 0 (biases before a softmax), Adam's steps are rounding.
             close = torch.allclose(weights[name], weight, rtol=1e-3, atol=1e-3)
             assert close, (source.name, name)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_model_s_own_file_holds_the_weights_of_the_optimiser_in_fp32(
+    saved: tuple[Path, list[float]], stage: int
+) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    source = saved[0] / f"{stage}-2"
+    masters = get_fp32_state_dict_from_zero_checkpoint(str(source), tag="shards")
+    weights = consolidated_weights(source / "shards", stage)
+    assert masters is not None
+    for name, weight in weights.items():
+        assert torch.equal(weight, masters[name]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_read_from_the_files_that_hold_them_alone(
+    saved: tuple[Path, list[float]], tmp_path: Path, stage: int
+) -> None:
+    source = saved[0] / f"{stage}-2" / "shards"
+    expected = consolidated_weights(source, stage)
+    (tmp_path / "shards").mkdir()
+    for file in source.iterdir():
+        if holds_weights(file.name, stage, "fp32"):
+            (tmp_path / "shards" / file.name).symlink_to(file)
+    weights = consolidated_weights(tmp_path / "shards", stage)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_conversion_by_several_processes_writes_the_same_files(
+    data: Path, saved: tuple[Path, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "MIN_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(conversion, "usable_cores", lambda: 3)
+    config = settings(data, 1, 1)
+    target = universal_target(seeded_model(config), config.train, 1)
+
+    def convert(stage: int) -> None:
+        shards = saved[0] / f"{stage}-2" / "shards"
+        conversion.convert(shards, tmp_path / f"{stage}-several" / "universal", stage, target)
+
+    # Each conversion starts a process, which takes most of its time.
+    with ThreadPoolExecutor(len(STAGES)) as pool:
+        list(pool.map(convert, STAGES))
+    for stage in STAGES:
+        one, several = tmp_path / f"{stage}-one" / "universal", tmp_path / f"{stage}-several"
+        write_universal(saved[0] / f"{stage}-2" / "shards", one, stage, target)
+        ours = {str(path.relative_to(one)): path for path in one.rglob("*.pt")}
+        theirs = {
+            str(path.relative_to(several / "universal")): path for path in several.rglob("*.pt")
+        }
+        assert ours.keys() == theirs.keys()
+        assert len(ours) > 4 * len(target.shapes)
+        for name, path in ours.items():
+            assert path.read_bytes() == theirs[name].read_bytes(), (stage, name)
+
+
+def test_failed_conversion_says_why(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "MIN_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(conversion, "usable_cores", lambda: 2)
+    config, shards = settings(data, 1, 1), tmp_path / "shards"
+    shards.mkdir()
+    (shards / "mp_rank_00_model_states.pt").write_bytes(b"no checkpoint")
+    target = universal_target(seeded_model(config), config.train, 1)
+    with pytest.raises(TrainingFailed, match=r"shards cannot be converted for this job: .*Error"):
+        conversion.convert(shards, tmp_path / "universal", 0, target)
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "free", "workers"),
+    [
+        (64 << 30, 96, 1 << 40, 96),
+        (64 << 30, 96, 64 << 30, 32),  # a worker holds a shard of 1 GiB, and copies of its parts
+        (1 << 30, 96, 1 << 40, 4),  # more would start for longer than they work
+        (1 << 20, 96, 1 << 40, 1),
+        (64 << 30, 2, 1 << 20, 1),
+    ],
+)
+def test_conversion_takes_as_many_processes_as_cores(
+    size: int, cores: int, free: int, workers: int
+) -> None:
+    assert conversion.num_workers([size // 64] * 64, cores, free) == workers
+
+
+def test_a_gpu_job_converts_without_turning_deepspeed_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tvr.trainer.engine import engine
+
+    for has_gpu, expected in ((True, None), (False, "cpu")):
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=has_gpu: found)
+        engine._import_deepspeed(None)
+        assert os.environ.get("DS_ACCELERATOR") == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_of_a_staged_copy_is_estimated_tensor_by_tensor(
+    data: Path, saved: tuple[Path, list[float]], monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    config = settings(data, stage, 2)
+    sizes = list(staged_tensor_bytes(seeded_model(config), config.train, 2))
+    names = [f"{part}mp_rank_00_model_states.pt" for part in ("", "zero_pp_rank_0_")]
+    names.append("zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    files = [saved[0] / f"{stage}-2" / "shards" / name for name in names]
+    state = [torch.load(file, weights_only=False) for file in files if file.exists()]
+    # Counters, and the alignment of ZeRO's partitions, are not estimated.
+    assert sum(sizes) == pytest.approx(staged_bytes(state), rel=0.01)
+    monkeypatch.setattr(staging, "_is_staged_pinned", lambda tensor: True)
+    assert sum(map(pinned_bytes, sizes)) == pytest.approx(staged_bytes(state), rel=0.01)

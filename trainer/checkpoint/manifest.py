@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -102,32 +103,57 @@ def find_unlisted_files(
 
 
 def find_damage(
-    storage: StorageFolder, folder: str, state: SavedState, names: Iterable[str]
+    storage: StorageFolder,
+    folder: str,
+    state: SavedState,
+    names: Iterable[str],
+    copies: StorageFolder | None = None,
 ) -> list[str]:
-    """A line for each of these files that differs from its record.
+    """A line for each of these files that differs from its record. It reads each file once.
+
+    Args:
+        copies: Gets a copy of each intact file, under the same name.
 
     Raises:
-        OSError: a file cannot be read at the moment.
+        OSError: a file cannot be read, or copied, at the moment.
     """
-    return [line for name in names if (line := _damage(storage, folder, name, state.files[name]))]
+    found = (_damage(storage, folder, name, state.files[name], copies) for name in names)
+    return [line for line in found if line is not None]
 
 
-def _damage(storage: StorageFolder, folder: str, name: str, record: FileRecord) -> str | None:
+def _damage(
+    storage: StorageFolder,
+    folder: str,
+    name: str,
+    record: FileRecord,
+    copies: StorageFolder | None,
+) -> str | None:
     """How a file differs from its record; None if it does not."""
-    path = storage.path(f"{folder}/{name}")
-    digest, num_bytes = hashlib.sha256(), 0
-    try:
-        with storage.open_read(f"{folder}/{name}") as file:
-            while content := file.read(READ_BYTES):
-                digest.update(content)
-                num_bytes += len(content)
-    except MISSING_FILE_ERRORS as error:
-        return f"{path}: {type(error).__name__}: {error}"
-    if num_bytes != record.num_bytes:
-        return f"{path}: {num_bytes} bytes, the manifest lists {record.num_bytes}"
-    if digest.hexdigest() != record.sha256:
+    path, partial = storage.path(f"{folder}/{name}"), f"{name}.partial"
+    with nullcontext() if copies is None else copies.open_write(partial) as copy:
+        try:
+            found = _read_through(storage, f"{folder}/{name}", copy)
+        except MISSING_FILE_ERRORS as error:
+            return f"{path}: {type(error).__name__}: {error}"
+    if found.num_bytes != record.num_bytes:
+        return f"{path}: {found.num_bytes} bytes, the manifest lists {record.num_bytes}"
+    if found.sha256 != record.sha256:
         return f"{path}: its sha256 differs from the manifest's"
+    if copies is not None:
+        copies.rename(partial, name)  # a copy under its name is whole
     return None
+
+
+def _read_through(storage: StorageFolder, name: str, copy: Any) -> FileRecord:
+    """Size and digest of a file, which is also written to `copy`, if that is a file."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with storage.open_read(name) as file:
+        while content := file.read(READ_BYTES):
+            digest.update(content)
+            num_bytes += len(content)
+            if copy is not None:
+                copy.write(content)
+    return FileRecord(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

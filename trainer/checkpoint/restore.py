@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,20 @@ from tvr.trainer.checkpoint.manifest import SavedState, find_damage
 from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import Engine, universal_target, write_universal
+from tvr.trainer.engine.conversion import convert
+from tvr.trainer.engine.engine import Engine, consolidated_weights, universal_target
 from tvr.trainer.engine.random_state import random_state_file, set_random_state
-from tvr.trainer.engine.universal import load_frozen_weights
+from tvr.trainer.engine.universal import holds_weights, load_frozen_weights
 from tvr.trainer.errors import CheckpointDamaged
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.run_log import LogWriter
 
 SCRATCH = ".resume"
+FETCHED, UNIVERSAL = "fetched", "universal"
 
 Resume = Literal["auto", "never"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +47,21 @@ class _LoadableFiles:
 
 
 def find_resume_checkpoint(
-    storage: StorageFolder, log: LogWriter, world: World, resume: Resume
+    storage: StorageFolder, log: LogWriter, world: World, resume: Resume, run_dir: Path
 ) -> Checkpoint | None:
     """The newest intact checkpoint; damaged ones are logged and renamed. All ranks call it.
+
+    The ranks copy a remote checkpoint to a temporary folder of `run_dir` while they verify it, for
+    `restore_engine`.
 
     Raises:
         CheckpointDamaged: there are checkpoints, and all are damaged.
         ValueError: there is a checkpoint, and `resume` is "never".
     """
-    scan = find_newest_intact(storage, world)
+    scratch = run_dir / SCRATCH
+    world.run_on_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    copies = None if resume == "never" else scratch / FETCHED
+    scan = find_newest_intact(storage, world, copies=copies)
     for name, lines in scan.damaged.items():
         log.write("checkpoint_damaged", {"name": name, "errors": lines})
         log.warn(f"{name} is damaged and not used: {'; '.join(lines)}")
@@ -105,24 +116,25 @@ def _loadable_files(
 ) -> Iterator[_LoadableFiles]:
     """Fetches and converts a checkpoint to a temporary folder of `run_dir`, as far as needed.
 
-    A remote checkpoint is fetched. One with another number of ranks, ZeRO stage or precision is
-    converted to the universal form. All ranks call it.
+    A remote checkpoint is fetched, unless `find_resume_checkpoint` has copied it. One with another
+    number of ranks, ZeRO stage or precision is converted to the universal form, while the other
+    ranks wait without a time-out. All ranks call it.
     """
     state, scratch = checkpoint.state, run_dir / SCRATCH
     same = is_same_layout(state, train, world.world_size)
 
     def prepare() -> Path:
-        shutil.rmtree(scratch, ignore_errors=True)
-        source = local_files(storage, checkpoint, scratch / "fetched")
+        source = local_files(storage, checkpoint, scratch / FETCHED / checkpoint.name)
         if not same:
+            shutil.rmtree(scratch / UNIVERSAL, ignore_errors=True)
             reader = universal_target(model, train, world.world_size)
-            write_universal(source / SHARDS, scratch / "universal", state.zero_stage, reader)
+            convert(source / SHARDS, scratch / UNIVERSAL, state.zero_stage, reader)
         return source
 
-    source = world.run_on_first(prepare)
+    source = world.run_on_first(prepare, patient=not (same and storage.is_local))
     try:
         yield _LoadableFiles(
-            folder=source / SHARDS if same else scratch / "universal",
+            folder=source / SHARDS if same else scratch / UNIVERSAL,
             universal=not same,
             random=source / random_state_file(world.rank) if same else None,
         )
@@ -138,22 +150,76 @@ def is_same_layout(state: SavedState, train: TrainConfig, world_size: int) -> bo
     return current == (state.world_size, state.zero_stage, state.precision)
 
 
-def local_files(storage: StorageFolder, checkpoint: Checkpoint, folder: Path) -> Path:
-    """A local folder with a checkpoint's files: its own, or a verified copy in `folder`.
+def find_newest_weights(storage: StorageFolder, world: World, folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose weights are intact, whatever its other files. All ranks call it.
+
+    Only the files that `load_weights` reads are verified (`engine.universal.holds_weights`).
+
+    Args:
+        folder: Empty folder, in which rank 0 keeps what it fetches for `load_weights`.
 
     Raises:
-        CheckpointDamaged: the copy differs from the checkpoint's manifest.
+        CheckpointDamaged: there are checkpoints, and the weights of all are damaged.
+    """
+    copies = folder if world.is_first else None
+    scan = find_newest_intact(storage, world, is_needed=_has_weights, copies=copies)
+    for name, lines in scan.damaged.items():
+        if world.is_first:
+            log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
+    return scan.newest
+
+
+def load_weights(
+    storage: StorageFolder,
+    checkpoint: Checkpoint,
+    model: TextVideoModel,
+    folder: Path,
+    world: World,
+) -> None:
+    """Loads the weights of a checkpoint into a whole model. All ranks call it.
+
+    Rank 0 alone reads them, for all ranks.
+
+    Args:
+        checkpoint, folder: Of `find_newest_weights`.
+    """
+    state = checkpoint.state
+
+    def read() -> None:
+        names = [name for name in state.files if _has_weights(state, name)]
+        source = local_files(storage, checkpoint, folder / checkpoint.name, names)
+        model.load_state_dict(consolidated_weights(source / SHARDS, state.zero_stage))
+
+    world.run_on_first(read, patient=True)
+    world.broadcast_from_first(model.state_dict().values())
+
+
+def local_files(
+    storage: StorageFolder, checkpoint: Checkpoint, folder: Path, names: Iterable[str] | None = None
+) -> Path:
+    """A local folder with a checkpoint's files: its own, or verified copies in `folder`.
+
+    Files that `folder` holds already are not fetched again.
+
+    Args:
+        names: Files to fetch; None: all.
+
+    Raises:
+        CheckpointDamaged: a file differs from the checkpoint's manifest.
     """
     if storage.is_local:
         return Path(storage.path(checkpoint.name))
-    copy = StorageFolder(str(folder))
-    for name in checkpoint.state.files:
-        source_name = f"{checkpoint.name}/{name}"
-        with storage.open_read(source_name) as source, copy.open_write(name) as target:
-            shutil.copyfileobj(source, target, 1 << 22)
-    if wrong := find_damage(copy, ".", checkpoint.state, checkpoint.state.files):
+    wanted = checkpoint.state.files if names is None else names
+    missing = [name for name in wanted if not (folder / name).exists()]
+    copies = StorageFolder(str(folder))
+    if wrong := find_damage(storage, checkpoint.name, checkpoint.state, missing, copies):
         raise CheckpointDamaged(f"fetched from {storage.url}: {'; '.join(wrong)}")
     return folder
+
+
+def _has_weights(state: SavedState, name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    return folder == SHARDS and holds_weights(file, state.zero_stage, state.precision)
 
 
 def _seed(*numbers: int) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -31,6 +31,9 @@ from tvr.trainer.versions.versions import renamed
 TIMEOUT_S = 1800.0
 # Time-out of the first all-reduce, which proves that the ranks reach each other.
 CONNECT_TIMEOUT_S = 120.0
+# Work whose duration depends on the size of a checkpoint has no useful time-out. Ranks that wait
+# for it still notice a rank that dies: gloo then loses a connection.
+PATIENCE = timedelta(days=30)
 
 T = TypeVar("T")
 
@@ -119,18 +122,41 @@ class World:
             raise self.all_gather_objects(raised)[rank]
         return cast(T, value)
 
-    def run_on_first(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 and broadcasts its result, or raises its error on every rank."""
-        outcome: tuple[T | None, Exception | None] = (None, None)
-        if self.is_first:
-            try:
-                outcome = (action(), None)
-            except Exception as error:
-                outcome = (None, error)
-        value, error = self.all_gather_objects(outcome)[0]
+    def run_on_first(self, action: Callable[[], T], *, patient: bool = False) -> T:
+        """Runs `action` on rank 0 and broadcasts its result, or raises its error on every rank.
+
+        Args:
+            patient: The other ranks wait for as long as `action` takes, beyond the time-out of
+                collectives.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+        with _patient_group() if patient else nullcontext() as group:
+            if self.is_first:
+                try:
+                    outcome = [(action(), None)]
+                except Exception as error:
+                    outcome = [(None, error)]
+            # A gather would send every rank as many copies of the result as there are ranks.
+            dist.broadcast_object_list(outcome, src=0, group=group)
+        value, error = outcome[0]
         if error is not None:
             raise error
-        return value
+        return cast(T, value)
+
+    def broadcast_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrites the tensors by those of rank 0; no gradient.
+
+        All ranks pass tensors of equal shapes and types, in the same order.
+        """
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, src=0)
+            if values.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(values)
 
     def first_failing_rank(self, is_ok: torch.Tensor | bool) -> int | None:
         """Returns the lowest rank whose `is_ok` is false, or None; the same on every rank."""
@@ -184,6 +210,16 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     # A group of one stays: DeepSpeed keeps a reference to the first group that it saw.
     if leave:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _patient_group() -> Iterator[dist.ProcessGroup]:
+    """A group of all ranks, for values on the host, whose collectives wait for `PATIENCE`."""
+    dist.barrier()  # with the usual time-out: creating the group would wait for a dead rank
+    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    yield group
+    # Skipped after an error, as in `join_world`.
+    dist.destroy_process_group(group)
 
 
 def is_connection_error(error: BaseException) -> bool:

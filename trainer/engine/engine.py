@@ -22,10 +22,10 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.engine.universal import (
-    MODEL_STATES,
     UniversalTarget,
     complete,
     convert_stage_0,
+    read_module,
     read_parameters,
     write_frozen_weights,
 )
@@ -168,20 +168,24 @@ class Engine:
         return step.to(parameter.device if self._fused else "cpu", copy=True)
 
 
-def write_universal(shards: Path, folder: Path, zero_stage: int, target: UniversalTarget) -> None:
-    """Converts a checkpoint into a universal one.
+def write_universal(
+    shards: Path, folder: Path, zero_stage: int, target: UniversalTarget, *, workers: int = 1
+) -> None:
+    """Converts a checkpoint into a universal one; `conversion.convert` chooses the workers.
 
     Args:
         shards: Folder with the files of all ranks, as `Engine.state_dict` named them.
         folder: Folder to make.
         zero_stage: ZeRO stage at which the shards were saved.
         target: The job that will load the result.
+        workers: Processes that convert. More than one are forked, so this process must have no
+            other threads: it must not have joined the ranks of a job.
     """
     folder.mkdir(parents=True)
     if target.frozen:
         write_frozen_weights(folder, consolidated_weights(shards, zero_stage), target)
     if zero_stage == 0:
-        convert_stage_0(shards, folder, target)
+        convert_stage_0(shards, folder, target, workers)
         return
     _import_deepspeed(None)
     from deepspeed.checkpoint import ds_to_universal
@@ -189,16 +193,15 @@ def write_universal(shards: Path, folder: Path, zero_stage: int, target: Univers
     options = Namespace(
         input_folder=str(shards),
         output_folder=str(folder),
-        # One worker runs in this process; a pool would fork while gloo's threads run.
-        num_extract_workers=1,
-        num_merge_workers=1,
+        num_extract_workers=workers,
+        num_merge_workers=workers,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,
     )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(options)
-    complete(folder, target)
+    complete(folder, target, workers)
 
 
 def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int) -> UniversalTarget:
@@ -217,12 +220,17 @@ def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int)
 def consolidated_weights(shards: Path, zero_stage: int) -> dict[str, Tensor]:
     """Reads the whole fp32 state dict of a sharded checkpoint, in this process alone.
 
+    Args:
+        shards: Folder with at least the files of which `holds_weights` is true.
+        zero_stage: ZeRO stage at which the shards were saved.
+
     Raises:
         ValueError: DeepSpeed cannot join the shards.
     """
-    if zero_stage == 0:
-        state = torch.load(shards / MODEL_STATES, weights_only=False)
-        return state["module"]
+    saved = read_module(shards) if zero_stage < 3 else {}
+    # ZeRO-1/2 copies its float32 weights to the model after each update: in fp32 both are equal.
+    if zero_stage < 3 and all(v.dtype != torch.bfloat16 for v in saved.values()):
+        return saved
     _import_deepspeed(None)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -233,7 +241,6 @@ def consolidated_weights(shards: Path, zero_stage: int) -> dict[str, Tensor]:
     if zero_stage == 3:
         return dict(state)
     # ZeRO-1 keeps frozen weights only in the model's own state, which DeepSpeed does not read.
-    saved = torch.load(shards / MODEL_STATES, weights_only=False)["module"]
     return {name: state[name] if name in state else saved[name].float() for name in saved}
 
 
@@ -244,7 +251,8 @@ def _names_in_order(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> li
 
 def _import_deepspeed(world: World | None) -> Any:
     # Without the variable, DeepSpeed guesses, and warns on every rank of a machine without a GPU.
-    if world is None or world.device.type == "cpu":
+    on_gpu = torch.cuda.is_available() if world is None else world.device.type == "cuda"
+    if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed requires the variable even in a process that no launcher started.
     os.environ.setdefault("LOCAL_RANK", "0")

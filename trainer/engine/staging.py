@@ -82,8 +82,9 @@ class Staging:
     def _copy(self, tensor: Tensor, where: str) -> Tensor:
         buffer = self._buffers.get(where)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            buffer = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=_is_staged_pinned(tensor)
+            )
             self._buffers[where] = buffer
         return buffer.copy_(tensor)
 
@@ -99,6 +100,24 @@ def staging_line(checkpoint: CheckpointConfig) -> str:
     )
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """Host memory that torch allocates for a pinned tensor: the next power of two.
+
+    Source: `CachingHostAllocatorImpl.allocate` in torch's aten/src/ATen/core. torch exempts large
+    tensors if `pinned_max_round_threshold_mb` is set; the result is then too high.
+    """
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+def staged_bytes(state: Any) -> int:
+    """Host memory that a copy of a state takes: each tensor has a buffer of its own."""
+    return sum(
+        pinned_bytes(leaf.nbytes) if _is_staged_pinned(leaf) else leaf.nbytes
+        for leaf in tree_leaves(state)
+        if isinstance(leaf, Tensor)
+    )
+
+
 def staging_shortage(state: Any, world: World) -> str | None:
     """Returns why copies of the ranks' states do not fit some machine's memory, or None if they do.
 
@@ -108,7 +127,7 @@ def staging_shortage(state: Any, world: World) -> str | None:
     Args:
         state: This rank's state, uncopied.
     """
-    size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    size = staged_bytes(state)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     coming = max(0, peak - psutil.Process().memory_info().rss)
     here = ranks_on_node(world)
@@ -122,3 +141,8 @@ def staging_shortage(state: Any, world: World) -> str | None:
             f" need {copies / 1e9:.3g} GB, and a step needs up to {steps / 1e9:.3g} GB more"
         )
     return next((line for line in world.all_gather_objects(short) if line), None)
+
+
+def _is_staged_pinned(tensor: Tensor) -> bool:
+    """True if the copy lies in pinned memory, to which a GPU copies at full speed."""
+    return tensor.device.type == "cuda"

@@ -13,8 +13,10 @@ This module completes it, so that the result loads at every stage:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 VALUES = ("fp32", "exp_avg", "exp_avg_sq")
 MODEL_STATES = "mp_rank_00_model_states.pt"
 FROZEN = "frozen.pt"
+# Ends of the names of DeepSpeed's files: a rank's part of the model, and of the optimiser.
+ALL_STATES = ("_model_states.pt", "_optim_states.pt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,28 +43,53 @@ class UniversalTarget:
     """Names of the frozen parameters."""
 
 
-def complete(folder: Path, target: UniversalTarget) -> None:
-    """Completes the output of DeepSpeed's converter in `folder`, in place."""
+def holds_weights(name: str, zero_stage: int, precision: str) -> bool:
+    """True if `engine.consolidated_weights` reads this file of a checkpoint.
+
+    At stage 0, and at stages 1 and 2 in fp32, the model's own file has the float32 weights (at
+    stage 0 the moments, too). At stages 1 and 2 in bf16, and at stage 3, they lie in the ranks'
+    optimiser files, beside the moments.
+
+    Args:
+        name: Name of one of DeepSpeed's files, without a folder.
+        zero_stage, precision: Settings with which the checkpoint was saved.
+    """
+    in_optimiser_files = zero_stage == 3 or (zero_stage > 0 and precision == "bf16")
+    return name.endswith(ALL_STATES) if in_optimiser_files else name == MODEL_STATES
+
+
+def read_module(shards: Path) -> dict[str, Tensor]:
+    """Maps the model's state dict of a checkpoint that was saved at ZeRO stages 0 to 2.
+
+    At stage 0 the file holds the moments, too, which are then not read from disk.
+    """
+    return _read(shards / MODEL_STATES, mmap=True)["module"]
+
+
+def complete(folder: Path, target: UniversalTarget, workers: int = 1) -> None:
+    """Completes the output of DeepSpeed's converter in `folder`, in place.
+
+    Args:
+        workers: Processes that rewrite the parameters' files; more than one are forked.
+    """
     zero = folder / "zero"
     common = _read(zero / "optimizer_state.pt")
     step = _step(common, zero / next(iter(target.shapes)))
-    for name, shape in target.shapes.items():
-        values = {kind: _tensor(zero / name / f"{kind}.pt") for kind in VALUES}
-        _write_parameter(zero / name, {k: v.reshape(shape) for k, v in values.items()}, step)
+    _share_out(partial(_complete_parameters, zero, target, step), list(target.shapes), workers)
     counters = _read(sorted(folder.glob("*model_states.pt"))[0])
     _write_common(zero, step, counters["ds_version"], target.num_groups)
     _write_counters(folder, counters, target.world_size)
 
 
-def convert_stage_0(shards: Path, folder: Path, target: UniversalTarget) -> None:
-    """Converts the shards of a checkpoint that was saved at ZeRO stage 0."""
-    saved = _read(shards / MODEL_STATES)
-    moments = saved["optimizer"]["state"]
-    step = next(iter(moments.values()))["step"]
-    for index, name in enumerate(target.shapes):
-        values = {"fp32": saved["module"][name].float()}
-        values |= {kind: moments[index][kind] for kind in VALUES[1:]}
-        _write_parameter(folder / "zero" / name, values, step)
+def convert_stage_0(shards: Path, folder: Path, target: UniversalTarget, workers: int = 1) -> None:
+    """Converts the shards of a checkpoint that was saved at ZeRO stage 0.
+
+    Args:
+        workers: Processes that write the parameters' files; more than one are forked.
+    """
+    saved = _read(shards / MODEL_STATES, mmap=True)
+    step = next(iter(saved["optimizer"]["state"].values()))["step"]
+    _share_out(partial(_convert_parameters, shards, folder, target), list(target.shapes), workers)
     _write_common(folder / "zero", step, saved["ds_version"], target.num_groups)
     _write_counters(folder, saved, target.world_size)
 
@@ -76,6 +105,37 @@ def load_frozen_weights(model: nn.Module, folder: Path) -> None:
     """Loads the frozen weights of a universal checkpoint into a model that is not partitioned."""
     if (folder / FROZEN).exists():
         model.load_state_dict(_read(folder / FROZEN), strict=False)
+
+
+def _share_out(work: Callable[[Sequence[str]], None], names: list[str], workers: int) -> None:
+    """Calls `work` with all names, in this process or with equal shares of them in several."""
+    if workers == 1:
+        work(names)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(work, [names[first::workers] for first in range(workers)]))
+
+
+def _complete_parameters(
+    zero: Path, target: UniversalTarget, step: Tensor, names: Sequence[str]
+) -> None:
+    for name in names:
+        values = {kind: _tensor(zero / name / f"{kind}.pt") for kind in VALUES}
+        shaped = {kind: value.reshape(target.shapes[name]) for kind, value in values.items()}
+        _write_parameter(zero / name, shaped, step)
+
+
+def _convert_parameters(
+    shards: Path, folder: Path, target: UniversalTarget, names: Sequence[str]
+) -> None:
+    saved = _read(shards / MODEL_STATES, mmap=True)
+    moments = saved["optimizer"]["state"]
+    step = next(iter(moments.values()))["step"]
+    positions = {name: position for position, name in enumerate(target.shapes)}
+    for name in names:
+        values = {"fp32": saved["module"][name].float()}
+        values |= {kind: moments[positions[name]][kind] for kind in VALUES[1:]}
+        _write_parameter(folder / "zero" / name, values, step)
 
 
 def _write_parameter(folder: Path, values: Mapping[str, Tensor], step: Tensor) -> None:
@@ -132,5 +192,5 @@ def _tensor(path: Path) -> Tensor:
     return value["param"] if isinstance(value, dict) else value
 
 
-def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)
+def _read(path: Path, *, mmap: bool = False) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)

@@ -15,13 +15,10 @@ from PIL import Image
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.video.frame_sampling import segment_centres
-from tvr.trainer.checkpoint.catalogue import SHARDS
-from tvr.trainer.checkpoint.restore import local_files
-from tvr.trainer.checkpoint.verification import find_newest_intact
+from tvr.trainer.checkpoint.restore import find_newest_weights, load_weights
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
-from tvr.trainer.engine.engine import consolidated_weights
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
@@ -31,11 +28,13 @@ from tvr.trainer.run_files import EVALUATION
 
 THUMBNAIL_FRAMES = 3
 
+ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
+
 log = logging.getLogger(__name__)
 
 
 def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
-    """Evaluates a run's newest checkpoint.
+    """Evaluates a run's newest checkpoint, on as many ranks as the job has.
 
     The result on the run's own test set replaces evaluation.json.
 
@@ -48,39 +47,39 @@ def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
     config = read_config(run_dir)
     if data is not None:
         config = replace(config, data=replace(config.data, test=data, test_exchanged=None))
-    model, tokenizer, step = load_run(run_dir, config)
+    # Before anything is read, so that the ranks share the reading.
     with join_world() as world:
-        model.to(world.device).eval()
+        model, tokenizer, step = load_run(run_dir, config, world)
+        model.eval()
         result = evaluate(model, config, tokenizer, world)
         if data is None and world.is_first:
             write_evaluation(run_dir, result, step)
     return result
 
 
-def load_run(run_dir: Path, config: Config) -> tuple[TextVideoModel, Tokenizer, int]:
-    """Loads the newest intact checkpoint of a run.
+def load_run(
+    run_dir: Path, config: Config, world: World = ALONE
+) -> tuple[TextVideoModel, Tokenizer, int]:
+    """Loads the weights of the newest checkpoint of a run in which they are intact.
+
+    All ranks of `world` call it.
 
     Returns:
-        The model in fp32 on the CPU, its tokeniser, and the step.
+        The model in fp32 on the device of `world`, its tokeniser, and the step.
 
     Raises:
         ValueError: the run has no checkpoint.
         CheckpointDamaged: all its checkpoints are damaged.
     """
     storage = checkpoints_of(config.checkpoint, run_dir)
-    alone = World(rank=0, world_size=1, device=torch.device("cpu"))
-    scan = find_newest_intact(storage, alone)
-    for name, lines in scan.damaged.items():
-        log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
-    if scan.newest is None:
-        raise ValueError(f"{run_dir} has no checkpoint yet")
-    tokenizer = build_tokenizer(config.model, config.data)
-    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-    state = scan.newest.state
     with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:
-        files = local_files(storage, scan.newest, Path(folder))
-        model.load_state_dict(consolidated_weights(files / SHARDS, state.zero_stage))
-    return model, tokenizer, state.step
+        checkpoint = find_newest_weights(storage, world, Path(folder))
+        if checkpoint is None:
+            raise ValueError(f"{run_dir} has no checkpoint yet")
+        tokenizer = build_tokenizer(config.model, config.data)
+        model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+        load_weights(storage, checkpoint, model.to(world.device), Path(folder), world)
+    return model, tokenizer, checkpoint.state.step
 
 
 def stored_table(run_dir: Path) -> str:

@@ -7,7 +7,7 @@ larger than this machine can be measured.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from tvr.trainer.model.model import (
     checkpoint_activations,
     image_size,
 )
+from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer
 
 FP32, BF16 = 4, 2
@@ -39,6 +40,8 @@ class ModelBytes:
     """AdamW's two moments, and the float32 weights if ZeRO keeps a copy."""
     activations: int
     """Peak of forward and backward of one micro-batch, without TPM-CL."""
+    staged: tuple[int, ...]
+    """Each tensor of which a background checkpoint holds a copy in host memory."""
 
     @property
     def states(self) -> int:
@@ -61,7 +64,26 @@ def model_bytes(config: Config, tokenizer: Tokenizer, ranks: int) -> ModelBytes:
         gradients=number * trained // (ranks if stage >= 2 else 1),
         optimiser=optimiser * trained // (ranks if stage >= 1 else 1),
         activations=activation_bytes(config, tokenizer),
+        staged=tuple(staged_tensor_bytes(model, train, ranks)),
     )
+
+
+def staged_tensor_bytes(model: TextVideoModel, train: TrainConfig, ranks: int) -> Iterator[int]:
+    """Yields the bytes of each tensor that one rank saves; small counters are left out."""
+    stage = train.zero_stage
+    for parameter in model.parameters():
+        # At stage 3 the partitioned float32 weights are the only copy that is saved.
+        if stage < 3:
+            yield _bytes_per_number(train) * parameter.numel()
+        elif not parameter.requires_grad:
+            yield _bytes_per_number(train) * -(-parameter.numel() // ranks)
+        if stage == 0 and parameter.requires_grad:
+            yield from [FP32 * parameter.numel()] * ADAM_MOMENTS
+    if stage > 0:
+        # ZeRO flattens each parameter group, and each rank keeps an equal part of it.
+        for group in parameter_groups(model, train):
+            numel = sum(parameter.numel() for parameter in group["params"])
+            yield from [FP32 * -(-numel // ranks)] * (ADAM_MOMENTS + _has_master(train))
 
 
 def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:

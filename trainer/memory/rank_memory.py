@@ -9,6 +9,7 @@ import torch
 
 from tvr.launchers.host_limits import host_memory
 from tvr.trainer.config import Config, TrainConfig, accumulation_steps
+from tvr.trainer.engine.staging import pinned_bytes
 from tvr.trainer.memory.environment import device, similarity_backend
 from tvr.trainer.memory.model_memory import ModelBytes, embed_width, model_bytes
 from tvr.trainer.memory.similarity_memory import estimate_similarity
@@ -69,9 +70,9 @@ def rank_memory(config: Config, tokenizer: Tokenizer, ranks: int) -> RankMemory:
         ValueError: The global batch does not fit the ranks, or a model folder cannot be used.
     """
     model = model_bytes(config, tokenizer, ranks)
-    # At stage 3 the partitioned float32 weights are the only copy that is saved.
-    copy = model.optimiser + (0 if config.train.zero_stage == 3 else model.weights)
     on_cuda = device() == "cuda"
+    # A GPU's tensors are copied to pinned memory.
+    copy = sum(pinned_bytes(size) if on_cuda else size for size in model.staged)
     return RankMemory(
         model=model,
         offloaded=_offloaded_bytes(config.train, model) if on_cuda else 0,
