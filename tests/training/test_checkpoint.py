@@ -370,7 +370,7 @@ def test_room_for_copies_is_checked_as_torch_allocates_them(
     monkeypatch.setattr(
         staging_module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=0)
     )
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=exact))
+    monkeypatch.setattr(staging_module, "host_memory", lambda: SimpleNamespace(available=exact))
     writer = saver(tmp_path / "checkpoints", tmp_path, background=True)
     writer.save(state(3), lambda copy: state_dict)
     (result,) = writer.finish() or [writer.last]

@@ -23,6 +23,7 @@ from builders.engine_states import (
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
+from tvr.launchers.host_limits import HostCpus
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine import conversion, staging
 from tvr.trainer.engine.engine import (
@@ -156,7 +157,7 @@ def test_conversion_by_several_processes_writes_the_same_files(
     data: Path, saved: tuple[Path, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversion, "MIN_BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(conversion, "usable_cores", lambda: 3)
+    monkeypatch.setattr(conversion, "host_cpus", lambda: HostCpus(3, 3, None))
     config = settings(data, 1, 1)
     target = universal_target(seeded_model(config), config.train, 1)
 
@@ -184,7 +185,7 @@ def test_failed_conversion_says_why(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversion, "MIN_BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(conversion, "usable_cores", lambda: 2)
+    monkeypatch.setattr(conversion, "host_cpus", lambda: HostCpus(2, 2, None))
     config, shards = settings(data, 1, 1), tmp_path / "shards"
     shards.mkdir()
     (shards / "mp_rank_00_model_states.pt").write_bytes(b"no checkpoint")

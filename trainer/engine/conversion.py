@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import torch
 
+from tvr.launchers.host_limits import host_cpus, host_memory
 from tvr.trainer.engine.engine import write_universal
 from tvr.trainer.engine.universal import UniversalTarget
 from tvr.trainer.errors import TrainingFailed
@@ -50,7 +50,7 @@ def convert(shards: Path, folder: Path, zero_stage: int, target: UniversalTarget
         TrainingFailed: the process that converts failed; holds the end of its error output.
     """
     sizes = [file.stat().st_size for file in shards.iterdir()]
-    workers = num_workers(sizes, usable_cores(), psutil.virtual_memory().available)
+    workers = num_workers(sizes, host_cpus().usable, host_memory().available)
     if workers == 1:
         write_universal(shards, folder, zero_stage, target)
         return
@@ -73,11 +73,6 @@ def convert(shards: Path, folder: Path, zero_stage: int, target: UniversalTarget
         raise TrainingFailed(
             f"{shards} cannot be converted for this job: {' '.join(done.stderr[-1000:].split())}"
         )
-
-
-def usable_cores() -> int:
-    """Cores on which this process may run."""
-    return len(os.sched_getaffinity(0))
 
 
 def num_workers(sizes: Sequence[int], cores: int, free: int) -> int:
