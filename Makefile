@@ -1,8 +1,8 @@
 # make demo | test | check | bench: each creates .venv first if it is missing. PYTHON=/path/to/python3.11 selects another
 # interpreter.
 PYTHON ?= python3
-# Two files run at a time; the tests of a file run in order. Many tests wait for other processes.
-TEST_ARGS ?= -q -rs -n 2 --dist loadfile
+# Two files run at a time, the longest first; the tests of a file run in order.
+TEST_ARGS ?= -q -rsfE -n 2 --dist loadfile --no-loadscope-reorder
 # Maths, settings, model, sample order and imports: files that start no job of several ranks.
 QUICK := tests/similarity tests/test_layers.py \
 	$(patsubst %,tests/training/test_%.py,config schedule model tokenizer towers objective metrics stopwatch) \
@@ -11,6 +11,7 @@ QUICK := tests/similarity tests/test_layers.py \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPILED := $(VENV)/.compiled
 PACKAGES := data_prep kernels launchers trainer
 
 .PHONY: help demo test test-quick check fix bench ffcv grafana-schema clean
@@ -36,10 +37,15 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(COMPILED): $(READY)
+	@echo "compiling DeepSpeed's extension and the similarity kernels (a minute, once)"
+	@$(BIN)/python -W ignore tests/builders/extensions.py
+	@touch $@
+
 demo: $(READY)
 	@$(BIN)/tvr demo
 
-test: $(READY)
+test: $(COMPILED)
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-quick: $(READY)
