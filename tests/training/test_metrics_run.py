@@ -257,7 +257,7 @@ def test_a_taken_port_is_a_node_fault_and_the_job_may_restart(data: Path, tmp_pa
         f"rank 1 on {socket.gethostname()}: metrics cannot be served at 127.0.0.1:{port + 1} of"
     )
     assert stderr.startswith(f"tvr train: error [rank 1]: {message}"), stderr
-    assert stderr.endswith("or port 0 for any that is free\n")
+    assert stderr.endswith("or port 0 for any free port\n")
     assert stderr.count("\n") == 1
     (failure,) = (run_dir / "failures").iterdir()
     assert json.loads(failure.read_text())["of"] == 1
