@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.versions import versions
 from tvr.trainer.versions.versions import bare_tower, new_clip_tokenizer, renamed
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 NEW_NAMES = ("all_gather_single", "reduce_scatter_single")
 CAPTIONS = (
@@ -58,6 +61,16 @@ def test_collectives_run_under_their_older_names(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(reduce_scatter_rows(rows, world, (3,)), rows)
         monkeypatch.undo()
     assert older.called == ["all_gather_into_tensor", "reduce_scatter_tensor"]
+
+
+def test_no_other_module_takes_a_name_that_older_versions_lack() -> None:
+    direct = re.compile(rf"\b(dist|transformers)\.({'|'.join(versions.OLDER_NAMES)})\b")
+    found = [
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in sorted((ROOT / "trainer").rglob("*.py"))
+        for name in direct.findall(file.read_text())
+    ]
+    assert found == []
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,10 +30,11 @@ from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.model.towers import SIGLIP
 from tvr.trainer.records import results_table
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.run_files import EVALUATION
-from tvr.trainer.versions.versions import clip_image_processor
+from tvr.trainer.versions.versions import clip_image_processor, siglip_processor_crops
 
 HEADS, SETTINGS, CARD = "heads.safetensors", "tvr.json", "README.md"
 TOWER_PREFIXES = ("text_tower.", "image_tower.")
@@ -44,12 +46,18 @@ def export_run(run_dir: Path, out: Path) -> None:
     The folder appears under its name once it is complete.
 
     Raises:
-        ValueError: `out` exists, or there is no run or no checkpoint.
+        ValueError: `out` exists, there is no run or no checkpoint, or the installed transformers
+            has no processor that prepares frames as the training does.
     """
     if out.exists():
         raise ValueError(f"--out {out} exists already; give another folder, or remove it")
     config = read_config(run_dir)
     model, tokenizer, step = load_run(run_dir, config)
+    if model.family.name == SIGLIP.name and not siglip_processor_crops():
+        raise ValueError(
+            "the export of a SigLIP needs transformers 5: the processor of transformers"
+            f" {transformers.__version__} cannot crop frames as the training does"
+        )
     if config.model.lora_rank:
         for tower in (model.text_tower, model.image_tower):
             merge_adapters(tower)

@@ -4,7 +4,7 @@ Everything else is written once, for the newest names. What each older version l
 
     torch 2.9 to 2.12         collectives of one tensor have other names
     transformers 4            CLIP's fast tokeniser and its PIL image processor are other classes,
-                              and SigLIP's towers lie one module deeper
+                              SigLIP's towers lie one module deeper, and its processor cannot crop
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ def renamed(owner: Any, name: str) -> Any:
 def clip_image_processor() -> Any:
     """Returns the class of CLIP's image processor that uses PIL."""
     return renamed(transformers, "CLIPImageProcessorPil")
+
+
+def siglip_processor_crops() -> bool:
+    """True if SigLIP's processor can hold an image processor that crops, as the training does.
+
+    In transformers 4 it takes SigLIP's own image processor only, which squeezes frames instead.
+    """
+    return not _is_transformers_4()
 
 
 def new_clip_tokenizer(
