@@ -73,7 +73,7 @@ def find_newest_intact(
             folder = None if storage.is_local or copies is None else copies / name
             results = world.all_gather_objects(_verify(storage, name, state, own_files, folder))
             raise_if_unreadable(storage, name, [error for _, error in results])
-            lines += [line for part, _ in results for line in part]
+            lines = [*lines, *(line for part, _ in results for line in part)]
             if not lines:
                 return CheckpointScan(newest=Checkpoint(name=name, state=state), damaged=damaged)
             if folder is not None:
