@@ -101,6 +101,19 @@ def _wait(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float) -> None:
     raise RuntimeError("\n".join(text for _, text in sorted(causes)))
 
 
+def join_gloo(store: Path, rank: int, world_size: int, timeout_s: float) -> None:
+    """Joins the ranks' gloo group through a file; `timeout_s` is that of its collectives, too."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
 def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: float) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -123,13 +136,7 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        join_gloo(Path(folder) / "store", rank, world_size, timeout_s)
         fn, args = pickle.loads(job)
         value = fn(rank, world_size, *args)
         (Path(folder) / f"value-{rank}").write_bytes(pickle.dumps(value))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from builders.spawn import spawn, started
+from builders.spawn import join_gloo, spawn, started
 from builders.worlds import world_of
 
 from tvr.trainer.distributed.world import is_connection_error
@@ -25,13 +24,7 @@ def rejoin(rank: int, world_size: int, file: Path) -> None:
     file.with_name(f"{file.name}-{rank}").touch()
     while len(list(file.parent.glob(f"{file.name}-*"))) < world_size:
         time.sleep(0.01)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=SHORT_S),
-    )
+    join_gloo(file, rank, world_size, SHORT_S)
 
 
 def wait_for_first(rank: int, world_size: int, folder: Path) -> list[str]:
@@ -53,7 +46,7 @@ def wait_for_first(rank: int, world_size: int, folder: Path) -> list[str]:
     return ends
 
 
-def test_ranks_wait_for_the_first_beyond_the_time_out_if_told_to(tmp_path: Path) -> None:
+def test_ranks_wait_for_the_first_beyond_the_time_out_if_patient(tmp_path: Path) -> None:
     for ends in spawn(wait_for_first, 3, tmp_path)[1:]:
         assert ends == ["timed out", "done"]
 
