@@ -20,6 +20,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WriterName = Literal["tensorboard", "wandb", "mlflow"]
+
 Freeze = NotNegative | Literal["text", "image", "both"]
 
 
@@ -233,6 +234,14 @@ class TrainConfig:
     """Precision of the model's weights, activations and gradients. bf16
     needs ZeRO stage 1 to 3; master weights, similarity and loss stay in
     fp32."""
+    accumulation_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over micro-steps. bf16 needs
+    train.precision bf16; it saves memory, and its rounding error grows
+    with the number of micro-steps."""
+    reduction_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over ranks. bf16 needs
+    train.precision bf16; it halves the traffic, and its rounding error
+    grows with the number of ranks."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """State kept and updated in host memory, for models that do not fit a
     GPU; slower. optimizer: its state (ZeRO 1 to 3). parameters: also the

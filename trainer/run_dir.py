@@ -59,6 +59,8 @@ ROUNDING = frozenset(
     {
         "train.zero_stage",
         "train.precision",
+        "train.accumulation_dtype",
+        "train.reduction_dtype",
         "train.offload",
         "train.activation_checkpointing",
         "train.compile",

@@ -10,13 +10,13 @@ OFFLOAD_STAGES = {"optimizer": (1, 2, 3), "parameters": (3,)}
 
 
 def deepspeed_config(
-    train: TrainConfig, world_size: int, *, universal: bool = False, pin_memory: bool = False
+    train: TrainConfig, world_size: int, *, universal: bool = False, on_gpu: bool = False
 ) -> dict[str, Any]:
     """Builds DeepSpeed's configuration dictionary.
 
     Args:
         universal: The engine will load a universal checkpoint.
-        pin_memory: Pins the host memory of offloaded state, for copies to and from a GPU.
+        on_gpu: The ranks train on GPUs. Host memory of offloaded state is then pinned.
 
     Raises:
         ValueError: DeepSpeed does not support the settings together, or gives other results with
@@ -28,13 +28,13 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
         # DeepSpeed's default is 1.0; 0.0 turns clipping off.
         "gradient_clipping": train.gradient_clip,
-        "bf16": {"enabled": train.precision == "bf16"},
+        **_precision(train),
         "zero_optimization": {
             "stage": train.zero_stage,
             # DeepSpeed's linear layer saves other intermediates: bf16 at stage 3 would differ from
             # stage 2.
             "memory_efficient_linear": False,
-            **_offload(train, pin_memory),
+            **_offload(train, on_gpu),
         },
         # torch's AdamW gives the same bits at every stage; DeepSpeed's optimisers do not.
         "zero_allow_untested_optimizer": True,
@@ -58,6 +58,12 @@ def check_supported(train: TrainConfig) -> None:
             "train.precision=bf16 needs train.zero_stage >= 1; at stage 0 DeepSpeed falls back to "
             "an unfused optimiser whose results differ"
         )
+    if train.precision == "fp32":
+        for name in ("accumulation_dtype", "reduction_dtype"):
+            if getattr(train, name) != "fp32":
+                raise ValueError(
+                    f"train.{name}={getattr(train, name)} needs train.precision=bf16; it is fp32"
+                )
     allowed = OFFLOAD_STAGES.get(train.offload, (stage,))
     if stage not in allowed:
         raise ValueError(
@@ -69,6 +75,20 @@ def check_supported(train: TrainConfig) -> None:
             "train.compile=true does not work at train.zero_stage=3, because its hooks gather"
             " parameters inside the layers; use stage 0, 1 or 2, or turn it off"
         )
+
+
+def state_layout(train: TrainConfig) -> str:
+    """Names the layout of the files that the engine saves; only equal layouts load directly."""
+    if _is_bf16_optimizer(train):
+        return "bf16 with fp32 gradients"
+    return train.precision
+
+
+def whole_gradient_bytes(train: TrainConfig) -> int:
+    """Bytes per trained number of the gradient on a rank; ZeRO 2 and 3 divide them by the ranks."""
+    if train.precision == "fp32" or train.accumulation_dtype == "fp32":
+        return 4
+    return 2
 
 
 def is_fused(train: TrainConfig, device: str) -> bool:
@@ -88,6 +108,27 @@ def optimizer_line(train: TrainConfig, device: str) -> str:
     if device == "cuda":
         reason = f"train.offload={train.offload} keeps its state on the CPU, where {reason[9:]}"
     return f"optimiser: torch AdamW, plain ({reason})"
+
+
+def _is_bf16_optimizer(train: TrainConfig) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which partitions no gradients."""
+    fp32_sums = train.precision == "bf16" and train.accumulation_dtype == "fp32"
+    return fp32_sums and train.zero_stage == 1 and train.offload == "none"
+
+
+def _precision(train: TrainConfig) -> dict[str, Any]:
+    if train.precision == "fp32":
+        return {"bf16": {"enabled": False}}
+    return {
+        "bf16": {
+            "enabled": True,
+            # BF16_Optimizer then frees each bf16 gradient as soon as it is added to the fp32 sum.
+            "immediate_grad_update": _is_bf16_optimizer(train),
+        },
+        # DeepSpeed's default for both is the model's precision, in which small terms vanish.
+        "data_types": {"grad_accum_dtype": train.accumulation_dtype},
+        "communication_data_type": train.reduction_dtype,
+    }
 
 
 def _offload(train: TrainConfig, pin_memory: bool) -> dict[str, Any]:
