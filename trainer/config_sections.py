@@ -5,11 +5,13 @@ These docstrings wrap at 70 characters, since `--help` keeps their line breaks o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from tyro.constructors import PrimitiveConstructorSpec
 
 from tvr.data_prep.reading.augment import FrameSampling
 from tvr.data_prep.video.decoders import Decoder
@@ -21,6 +23,24 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WriterName = Literal["tensorboard", "wandb", "mlflow"]
 
+
+def _read_object(arguments: list[str]) -> dict[str, Any]:
+    value = json.loads(arguments[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"{arguments[0]} is no JSON object")
+    return value
+
+
+JsonObject = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_read_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
 Freeze = NotNegative | Literal["text", "image", "both"]
 
 
@@ -246,6 +266,9 @@ class TrainConfig:
     """State kept and updated in host memory, for models that do not fit a
     GPU; slower. optimizer: its state (ZeRO 1 to 3). parameters: also the
     weights (ZeRO 3)."""
+    deepspeed: JsonObject = Field(default_factory=dict)
+    """More keys of DeepSpeed's configuration, as a JSON object. Keys that
+    other settings control are refused by name."""
     activation_checkpointing: bool = False
     """Recomputes the towers' layers in the backward instead of keeping their
     activations. Less memory, a second forward of the towers."""

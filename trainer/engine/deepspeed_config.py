@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tvr.trainer.config import TrainConfig, accumulation_steps
+from tvr.trainer.engine.user_keys import merge_user_keys
 
 OFFLOAD_STAGES = {"optimizer": (1, 2, 3), "parameters": (3,)}
 
@@ -20,10 +22,10 @@ def deepspeed_config(
 
     Raises:
         ValueError: DeepSpeed does not support the settings together, or gives other results with
-            them; or the batch sizes do not fit together.
+            them; or the batch sizes do not fit together; or `train.deepspeed` sets a key of ours.
     """
     check_supported(train)
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
         # DeepSpeed's default is 1.0; 0.0 turns clipping off.
@@ -44,6 +46,25 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    settings = merge_user_keys(ours, train.deepspeed)
+    if has_own_optimizer(train):
+        optimizer = settings["optimizer"]
+        parameters = {"betas": [train.beta1, train.beta2], **optimizer.get("params", {})}
+        settings["optimizer"] = {**optimizer, "params": parameters}
+    return settings
+
+
+def has_own_optimizer(train: TrainConfig) -> bool:
+    """Whether `train.deepspeed` names an optimiser of DeepSpeed instead of torch's AdamW."""
+    return "optimizer" in train.deepspeed
+
+
+def deepspeed_line(train: TrainConfig, world_size: int) -> str:
+    """Describes DeepSpeed's whole configuration in one line, or the reason why it is refused."""
+    try:
+        return f"DeepSpeed, {world_size} rank(s): {json.dumps(deepspeed_config(train, world_size))}"
+    except ValueError as error:
+        return f"DeepSpeed: refused: {error}"
 
 
 def check_supported(train: TrainConfig) -> None:
@@ -102,6 +123,9 @@ def is_fused(train: TrainConfig, device: str) -> bool:
 
 def optimizer_line(train: TrainConfig, device: str) -> str:
     """Describes the optimiser in one line, with the reason if it is not the fused one."""
+    if has_own_optimizer(train):
+        name = train.deepspeed["optimizer"].get("type")
+        return f"optimiser: DeepSpeed's {name} (train.deepspeed)"
     if is_fused(train, device):
         return "optimiser: torch AdamW, fused"
     reason = "on a CPU the fused one rounds differently"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tvr.kernels.backends.cpu_build import build_lock
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
+from tvr.trainer.engine.deepspeed_config import deepspeed_config, has_own_optimizer, is_fused
 from tvr.trainer.engine.gradients import global_norm
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.engine.tower_layers import explain_compile_cache_errors, wrap_tower_layers
@@ -61,18 +61,23 @@ class Engine:
         groups = parameter_groups(model, train)
         self._names = _names_in_order(model, groups)
         self._fused = is_fused(train, world.device.type)
-        optimizer = torch.optim.AdamW(
-            groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
-        )
+        optimizer = None
+        if not has_own_optimizer(train):
+            optimizer = torch.optim.AdamW(
+                groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
+            )
         if not deepspeed.comm.is_initialized():
             _build_extension(deepspeed)
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
+            model_parameters=groups if optimizer is None else None,
             config=settings,
             dist_init_required=False,
         )
+        for group in self._optimizer.param_groups:
+            group.setdefault("peak", group["lr"])  # Muon splits the groups and drops our keys
         self._staging = Staging()
         self._engine.checkpoint_engine = self._staging
         # DeepSpeed would copy a script beside the checkpoints while all ranks wait for that disk.
@@ -226,7 +231,16 @@ def write_universal(
 
 
 def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int) -> UniversalTarget:
-    """Describes the job that will load a universal checkpoint, from its unpartitioned model."""
+    """Describes the job that will load a universal checkpoint, from its unpartitioned model.
+
+    Raises:
+        ValueError: the optimiser is DeepSpeed's own, whose state has another form.
+    """
+    if has_own_optimizer(train):
+        raise ValueError(
+            "train.deepspeed names an optimiser. Its checkpoints load only on the same number of"
+            " ranks, at the same train.zero_stage and precision; resume with these"
+        )
     groups = parameter_groups(model, train)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     names = _names_in_order(model, groups)
