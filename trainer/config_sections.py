@@ -266,6 +266,9 @@ class TrainConfig:
     """State kept and updated in host memory, for models that do not fit a
     GPU; slower. optimizer: its state (ZeRO 1 to 3). parameters: also the
     weights (ZeRO 3)."""
+    overlap_comm: bool = True
+    """On GPUs at ZeRO 2 and 3 without offload, sums gradients over ranks
+    while the backward still runs."""
     deepspeed: JsonObject = Field(default_factory=dict)
     """More keys of DeepSpeed's configuration, as a JSON object. Keys that
     other settings control are refused by name."""

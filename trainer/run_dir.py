@@ -61,6 +61,7 @@ ROUNDING = frozenset(
         "train.precision",
         "train.accumulation_dtype",
         "train.reduction_dtype",
+        "train.overlap_comm",
         "train.offload",
         "train.activation_checkpointing",
         "train.compile",

@@ -17,6 +17,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from tvr.trainer.config import TrainConfig, to_json
 from tvr.trainer.engine import engine as engine_module
 from tvr.trainer.engine.deepspeed_config import (
+    OVERLAP_BUCKET,
     deepspeed_config,
     is_fused,
     optimizer_line,
@@ -107,6 +108,20 @@ def test_offload_names_the_state_in_host_memory(zero_stage: int) -> None:
     assert zero["offload_optimizer"] == zero["offload_param"] == host
     plain = deepspeed_config(train(zero_stage=zero_stage), 1)["zero_optimization"]
     assert not [name for name in plain if name.startswith("offload")]
+
+
+def test_gradients_are_summed_beside_the_backward_where_that_is_safe() -> None:
+    def zero(on_gpu: bool, **changes: Any) -> dict[str, Any]:
+        return deepspeed_config(train(**changes), 1, on_gpu=on_gpu)["zero_optimization"]
+
+    for stage in (2, 3):
+        assert zero(True, zero_stage=stage)["overlap_comm"] is True
+        # A bucket as large as DeepSpeed's default would hold a whole model until the end.
+        assert zero(True, zero_stage=stage)["reduce_bucket_size"] == OVERLAP_BUCKET
+        assert "overlap_comm" not in zero(False, zero_stage=stage)
+        assert "overlap_comm" not in zero(True, zero_stage=stage, offload="optimizer")
+        assert zero(True, zero_stage=stage, overlap_comm=False)["overlap_comm"] is False
+    assert "overlap_comm" not in zero(True, zero_stage=1)
 
 
 def test_deepspeed_keeps_torchs_optimiser() -> None:

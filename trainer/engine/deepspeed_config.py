@@ -8,6 +8,8 @@ from typing import Any
 from tvr.trainer.config import TrainConfig, accumulation_steps
 from tvr.trainer.engine.user_keys import merge_user_keys
 
+# Numbers in a bucket of gradients that is summed over ranks beside the backward.
+OVERLAP_BUCKET = 50_000_000
 OFFLOAD_STAGES = {"optimizer": (1, 2, 3), "parameters": (3,)}
 
 
@@ -18,7 +20,8 @@ def deepspeed_config(
 
     Args:
         universal: The engine will load a universal checkpoint.
-        on_gpu: The ranks train on GPUs. Host memory of offloaded state is then pinned.
+        on_gpu: The ranks train on GPUs. Host memory of offloaded state is then pinned, and
+            gradients are summed over ranks beside the backward.
 
     Raises:
         ValueError: DeepSpeed does not support the settings together, or gives other results with
@@ -36,6 +39,7 @@ def deepspeed_config(
             # DeepSpeed's linear layer saves other intermediates: bf16 at stage 3 would differ from
             # stage 2.
             "memory_efficient_linear": False,
+            **_overlap(train, on_gpu),
             **_offload(train, on_gpu),
         },
         # torch's AdamW gives the same bits at every stage; DeepSpeed's optimisers do not.
@@ -153,6 +157,19 @@ def _precision(train: TrainConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": train.accumulation_dtype},
         "communication_data_type": train.reduction_dtype,
     }
+
+
+def _overlap(train: TrainConfig, on_gpu: bool) -> dict[str, Any]:
+    """Sums of gradients on a stream of their own, beside the backward."""
+    if not train.overlap_comm:
+        return {"overlap_comm": False}
+    if not on_gpu or train.zero_stage < 2 or train.offload != "none":
+        # A CPU has no streams. Below stage 2 the sums come after the last backward. Offload is for
+        # full GPUs, which have no memory for two buckets.
+        return {}
+    # DeepSpeed's default bucket holds more numbers than most models, so that nothing would
+    # overlap; and it allocates two.
+    return {"overlap_comm": True, "reduce_bucket_size": OVERLAP_BUCKET}
 
 
 def _offload(train: TrainConfig, pin_memory: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ CONTROLLED_BY: dict[str, str] = {
     "data_types": "train.accumulation_dtype",
     "communication_data_type": "train.reduction_dtype",
     "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.overlap_comm": "train.overlap_comm",
     "zero_optimization.offload_optimizer": "train.offload",
     "zero_optimization.offload_param": "train.offload",
     "zero_optimization.cpu_offload": "train.offload",
