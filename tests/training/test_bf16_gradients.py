@@ -74,7 +74,7 @@ def errors(rank: int, world_size: int, data: Path) -> dict[str, float]:
     config = settings(data, PAIRS // world_size)
     tokenizer = build_tokenizer(config.model, config.data)
     whole = replace(config, train=replace(config.train, micro_batch=PAIRS))
-    batch = model_inputs(next(random_batches(whole, tokenizer)), CPU)
+    batch = model_inputs(next(random_batches(whole.data, whole.model, whole.train, tokenizer)), CPU)
     exact = gradient(config, batch, world)
     found = {}
     for stage in STAGES:
