@@ -57,7 +57,7 @@ def test_keys_are_merged_under_ours_at_every_depth() -> None:
             {"optimizer": {"params": {"lr": 1}}},
             r"optimizer\.params\.lr, which train\.learning_rate",
         ),
-        ({"checkpoint": {}}, r"sets checkpoint, which the section checkpoint controls"),
+        ({"checkpoint": {}}, r"checkpoint, which the section checkpoint controls"),
         ({"zero_allow_untested_optimizer": False}, r"must keep tvr's value: remove it"),
     ],
 )
