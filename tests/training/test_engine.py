@@ -24,6 +24,7 @@ from tvr.trainer.engine.deepspeed_config import (
     state_layout,
 )
 from tvr.trainer.engine.engine import Engine
+from tvr.trainer.engine.universal import holds_weights
 
 
 def train(**changes: Any) -> TrainConfig:
@@ -94,6 +95,9 @@ def test_states_of_another_layout_are_not_loaded_directly() -> None:
     ]
     # DeepSpeed takes another optimiser class in the second case only.
     assert layouts == ["fp32", "bf16 with fp32 gradients", "bf16", "bf16", "bf16"]
+    # The float32 weights of every bf16 layout lie in the optimiser's files.
+    file = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    assert [holds_weights(file, 1, name) for name in layouts] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
