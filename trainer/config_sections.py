@@ -5,11 +5,13 @@ These docstrings wrap at 70 characters, since `--help` keeps their line breaks o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from tyro.constructors import PrimitiveConstructorSpec
 
 from tvr.data_prep.reading.augment import FrameSampling
 from tvr.data_prep.video.decoders import Decoder
@@ -20,6 +22,25 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WriterName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+def _read_object(arguments: list[str]) -> dict[str, Any]:
+    value = json.loads(arguments[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"{arguments[0]} is no JSON object")
+    return value
+
+
+JsonObject = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_read_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
 Freeze = NotNegative | Literal["text", "image", "both"]
 
 
@@ -233,10 +254,24 @@ class TrainConfig:
     """Precision of the model's weights, activations and gradients. bf16
     needs ZeRO stage 1 to 3; master weights, similarity and loss stay in
     fp32."""
+    accumulation_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over micro-steps. bf16 needs
+    train.precision bf16; it saves memory, and its rounding error grows
+    with the number of micro-steps."""
+    reduction_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over ranks. bf16 needs
+    train.precision bf16; it halves the traffic, and its rounding error
+    grows with the number of ranks."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """State kept and updated in host memory, for models that do not fit a
     GPU; slower. optimizer: its state (ZeRO 1 to 3). parameters: also the
     weights (ZeRO 3)."""
+    overlap_comm: bool = True
+    """On GPUs at ZeRO 2 and 3 without offload, sums gradients over ranks
+    while the backward still runs."""
+    deepspeed: JsonObject = Field(default_factory=dict)
+    """More keys of DeepSpeed's configuration, as a JSON object. Keys that
+    other settings control are refused by name."""
     activation_checkpointing: bool = False
     """Recomputes the towers' layers in the backward instead of keeping their
     activations. Less memory, a second forward of the towers."""
