@@ -279,6 +279,10 @@ class TrainConfig:
     """Compiles the towers' layers with torch.compile (ZeRO 0 to 2). The
     first step of each shape is slow, later ones are faster; results agree
     to rounding. torch caches compiled code in TORCHINDUCTOR_CACHE_DIR."""
+    gc_every: NotNegative = 50
+    """Steps between runs of Python's garbage collector, at the same step on
+    all ranks. It would otherwise start at random, each time on another
+    rank, and the others wait. 0: Python decides."""
     seed: NotNegative = 0
     """Seed of weights, dropout and sample order."""
     eval_every: NotNegative = 0
@@ -288,9 +292,12 @@ class TrainConfig:
     log_keys: bool = False
     """Writes each rank's sample keys of every step to run_dir/keys."""
     stall_factor: Annotated[float, Field(ge=0.0)] = 20.0
-    """Ends the job if a rank takes longer than a minute and longer than this
-    factor x the median step; the error names the ranks at fault. 0:
-    never."""
+    """Ends the job if a rank makes no progress for this factor x the median
+    step, and at least `stall_min_s`; the error names the ranks at fault.
+    0: never."""
+    stall_min_s: Annotated[float, Field(gt=0.0)] = 300.0
+    """Shortest stall in seconds that ends the job, so that a pause of a
+    shared file system does not."""
     timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
     """Longest time in seconds for a step, an evaluation or a save, and for a
     rank to wait for the others."""

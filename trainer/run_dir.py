@@ -39,6 +39,8 @@ FREE = frozenset(
         "train.log_every",
         "train.log_keys",
         "train.stall_factor",
+        "train.stall_min_s",
+        "train.gc_every",
         "train.timeout_s",
         "checkpoint.every",
         "checkpoint.keep_last",
