@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
@@ -27,12 +28,11 @@ from tvr_bench.kernels_task import process_bytes
 
 from tvr.data_prep.records import Batch
 from tvr.trainer.config import Config
-from tvr.trainer.data import build_tokenizer
 from tvr.trainer.dry_run.synthetic_step import random_batches, single_rank_config
 from tvr.trainer.memory.environment import similarity_line
 from tvr.trainer.memory.rank_memory import rank_memory
 from tvr.trainer.model.model import TextVideoModel
-from tvr.trainer.model.tokenizer import Tokenizer, train_tokenizer
+from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tvr.trainer.monitoring.flops import flops_per_pair, peak_flops
 from tvr.trainer.recipes.recipes import recipe
 
@@ -49,11 +49,10 @@ def training_steps(settings: dict[str, Any], recorder: Recorder) -> None:
     first, *others = sizes.recipes
     # The plain step of the first recipe shows what DeepSpeed adds.
     planned = [(first, "deepspeed"), (first, "plain torch"), *((x, "deepspeed") for x in others)]
-    missing = [name for name in ("deepspeed", "webdataset") if find_spec(name) is None]
-    if missing:
+    if (missing := _missing_package()) is not None:
         recorder.plan(f"{name}, deepspeed" for name, kind in planned if kind == "deepspeed")
         for name in sizes.recipes:
-            recorder.not_run(f"{name}, deepspeed", f"no module {missing[0]}")
+            recorder.not_run(f"{name}, deepspeed", f"no module {missing}")
         planned = [(name, "plain torch") for name in sizes.recipes]
     recorder.plan(f"{name}, {kind}" for name, kind in planned)
     took_s = 0.0
@@ -70,11 +69,23 @@ def training_steps(settings: dict[str, Any], recorder: Recorder) -> None:
         took_s = time.monotonic() - started
 
 
+def _missing_package() -> str | None:
+    """A package that the steps under DeepSpeed need, and that is not installed."""
+    # Found, not imported: the engine prepares the import.
+    if find_spec("deepspeed") is None:
+        return "deepspeed"
+    try:
+        import_module("tvr.trainer.build_run")
+    except ModuleNotFoundError as error:
+        return error.name
+    return None
+
+
 def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = _configured(name, folder / "clip", small=sizes.small_model)
-        tokenizer = build_tokenizer(config.model, config.data)
+        tokenizer = load_tokenizer(folder / "clip", config.data.max_words)
         resident = process_bytes("VmRSS")
         step, flops, parameters = _build(kind, config, tokenizer, folder, device)
         # Batches are made before: a step must not wait for the random numbers.
