@@ -59,7 +59,6 @@ def measure(
     *,
     repeats: int,
     limit_s: float,
-    poison_bytes: int = 2**28,
 ) -> dict[str, Any]:
     """Times a call.
 
@@ -75,7 +74,7 @@ def measure(
     """
     clock = cuda_seconds if device == "cuda" else cpu_seconds
     inputs = make(0)
-    poison_free_memory(device, poison_bytes)
+    poison_free_memory(device, 2**31 if device == "cuda" else 2**24)
     check(inputs, call(inputs))
     del inputs
     times, peaks, before, started = [], [], 0, time.monotonic()

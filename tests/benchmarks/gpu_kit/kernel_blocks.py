@@ -31,7 +31,7 @@ COMPILED_NAIVE = "torch.compile of naive"
 NAMES = {"reference": "naive", "bound": "bare products"}
 # Relative difference, in the Euclidean norm, of an implementation's gradients from the first one's.
 # Pairs whose maxima nearly tie differ by rounding alone; with `fast` there are many of them.
-AGREEMENT, FAST_AGREEMENT = 0.02, 0.5
+AGREEMENT, FAST_AGREEMENT = 0.02, 1.0
 Implementation = Callable[[Job, Inputs, bool], None]
 
 
@@ -85,9 +85,9 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
         for name in names:
             for backward in (False, True):
                 yield Case(name, pairs, backward)
-    for pairs in sizes.compiled_pairs:
-        for backward in (False, True):
-            yield Case(COMPILED_NAIVE, pairs, backward)
+        if pairs in sizes.compiled_pairs:
+            for backward in (False, True):
+                yield Case(COMPILED_NAIVE, pairs, backward)
 
 
 def _implementations() -> dict[str, Implementation]:

@@ -7,6 +7,7 @@ same model, objective and AdamW run in plain torch (`plain_step`).
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -86,7 +87,10 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
         folder = Path(scratch)
         config = _configured(name, folder / "clip", small=sizes.small_model)
         tokenizer = load_tokenizer(folder / "clip", config.data.max_words)
-        resident = process_bytes("VmRSS")
+        # DeepSpeed may hold memory of an earlier case.
+        gc.collect()
+        on_gpu = device.type == "cuda"
+        held = torch.cuda.memory_allocated() if on_gpu else process_bytes("VmRSS")
         step, flops, parameters = _build(kind, config, tokenizer, folder, device)
         # Batches are made before: a step must not wait for the random numbers.
         batches = cycle(list(islice(random_batches(config, tokenizer), 2)))
@@ -97,7 +101,7 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
         with count_host_reads(device.type) as reads:
             done += 1
             step(done, batches)
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(sizes.steps):
@@ -107,10 +111,8 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
             step(done, batches)
             _synchronise(device)
             times.append(time.perf_counter() - before)
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = process_bytes("VmHWM") - resident
+        peak_memory = torch.cuda.max_memory_allocated() if on_gpu else process_bytes("VmHWM")
+        memory = peak_memory - held
         estimate = rank_memory(config, tokenizer, 1)
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
     rate, peak = config.train.global_batch / median, peak_flops(config, device)
