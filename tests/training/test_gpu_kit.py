@@ -23,7 +23,7 @@ from tvr_bench.kernels_task import IMPLEMENTATIONS
 from tvr.kernels.similarity import BACKENDS, dmae_similarity
 
 KIT = Path(kit.__file__).parent
-TIMEOUT_S = 400
+TIMEOUT_S = 1200
 SMALL = (8, 9, 5, 4, 16)
 OPTIONS = {"interaction": "att_wti", "neighbour_frames": True}
 

@@ -27,7 +27,7 @@ PACKAGES = ("data_prep", "kernels", "launchers", "trainer")
 sys.path.insert(0, str(BENCHMARKS))
 
 from gpu_kit.machine import describe_machine, file_name  # noqa: E402
-from gpu_kit.parts import PARTS, TOTAL_BUDGET_S, run_part  # noqa: E402
+from gpu_kit.parts import PARTS, SHRUNK_BUDGET_FACTOR, TOTAL_BUDGET_S, run_part  # noqa: E402
 from gpu_kit.report import failures, report  # noqa: E402
 
 
@@ -46,9 +46,13 @@ def main(argv: list[str]) -> int:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all"
     )
     parser.add_argument(
-        "--budget-s", type=float, default=TOTAL_BUDGET_S, help="seconds for all parts together"
+        "--budget-s",
+        type=float,
+        default=TOTAL_BUDGET_S,
+        help=f"seconds for all parts together; {SHRUNK_BUDGET_FACTOR} times as many with --shrunk",
     )
     arguments = parser.parse_args(argv)
+    factor = SHRUNK_BUDGET_FACTOR if arguments.shrunk else 1
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tvr-gpu-kit-") as scratch:
         environment = child_environment(Path(scratch), on_cpu=arguments.shrunk)
@@ -61,8 +65,8 @@ def main(argv: list[str]) -> int:
             return 2
         results = {}
         for name in arguments.parts:
-            left = arguments.budget_s - (time.monotonic() - started)
-            budget = min(PARTS[name].budget_s, left)
+            left = factor * arguments.budget_s - (time.monotonic() - started)
+            budget = min(factor * PARTS[name].budget_s, left)
             results[name] = run_part(
                 name,
                 PARTS[name],

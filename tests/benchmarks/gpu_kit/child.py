@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import sys
@@ -52,6 +53,8 @@ def main(task: dict[str, Any]) -> int:
     """Runs the part; a missing package is no failure."""
     recorder = Recorder(Path(task["records"]), task["budget_s"])
     module, _, function = task["function"].partition(":")
+    # If the process must be ended, its log says where it was.
+    faulthandler.dump_traceback_later(task["budget_s"], exit=False)
     try:
         getattr(importlib.import_module(module), function)(task["settings"], recorder)
     except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
 """Part "kernels": similarity and loss of B texts and G videos, as one rank of a job computes them.
 
 Every implementation of `tvr bench kernels` is timed, the naive definition also through
-torch.compile. All include NegNCE but the bound: the bare products of all words with all frames, one
-for the forward and three with the backward. TFLOP/s count these products only, for every
-implementation alike.
+torch.compile. All include NegNCE but the bounds: the bare products of all words with all frames,
+one for the forward and three with the backward, in float32 and in bfloat16. TFLOP/s count these
+products only, for every implementation alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from gpu_kit.child import Recorder
-from gpu_kit.clock import Wrong, check_finite, measure
+from gpu_kit.clock import COMPILERS, Wrong, check_finite, measure
 from gpu_kit.sizes import Sizes, sizes_of
 from torch import Tensor
 from tvr_bench import kernels_task
@@ -28,6 +28,7 @@ from tvr.kernels import reference
 from tvr.kernels.similarity import BACKENDS, dmae_similarity
 
 COMPILED_NAIVE = "torch.compile of naive"
+LOW_BOUND = "bare products in bfloat16"
 NAMES = {"reference": "naive", "bound": "bare products"}
 # Relative difference, in the Euclidean norm, of an implementation's gradients from the first one's.
 # Pairs whose maxima nearly tie differ by rounding alone; with `fast` there are many of them.
@@ -93,8 +94,22 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
 def _implementations() -> dict[str, Implementation]:
     """Those of `tvr bench kernels`, backends that it does not name, and torch.compile."""
     others = {name: partial(_backend, name) for name in BACKENDS if name not in IMPLEMENTATIONS}
-    first = {name: IMPLEMENTATIONS[name] for name in ("bound", "reference")}
+    first = {"bound": IMPLEMENTATIONS["bound"], LOW_BOUND: _low_bound}
+    first |= {"reference": IMPLEMENTATIONS["reference"]}
     return first | {**others, **IMPLEMENTATIONS} | {COMPILED_NAIVE: _compiled_naive}
+
+
+def _low_bound(job: Job, inputs: Inputs, backward: bool) -> None:
+    """The products of `kernels_task`'s bound, from and to bfloat16: tensor cores' own pace."""
+    texts, videos = (
+        x.detach().bfloat16().view(-1, job.width) for x in (inputs.words, inputs.frames)
+    )
+    of_videos = torch.zeros_like(videos)
+    for rows in texts.split(max(1, kernels_task.BOUND_SCORES // len(videos))):
+        scores = rows @ videos.T
+        if backward:
+            _ = scores @ videos
+            of_videos.addmm_(scores.T, rows)
 
 
 def _backend(name: str, job: Job, inputs: Inputs, backward: bool) -> None:
@@ -102,13 +117,13 @@ def _backend(name: str, job: Job, inputs: Inputs, backward: bool) -> None:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(reference.dmae_similarity, dynamic=False)
+def _compiled(device: str) -> Callable[..., Tensor]:
+    return torch.compile(reference.dmae_similarity, dynamic=False, backend=COMPILERS[device])
 
 
 def _compiled_naive(job: Job, inputs: Inputs, backward: bool) -> None:
     """The loss is not compiled: it is the same in every implementation."""
-    kernels_task._similarity(_compiled(), job, inputs, backward)
+    kernels_task._similarity(_compiled(job.device), job, inputs, backward)
 
 
 @contextmanager
@@ -148,7 +163,7 @@ def _measure(
             function(job, inputs, case.backward)
 
     def check(inputs: Inputs, _: object) -> None:
-        if case.implementation == "bound" or not case.backward:
+        if case.implementation in ("bound", LOW_BOUND) or not case.backward:
             return
         named = zip(Inputs._fields, inputs, strict=True)
         found = {n: x.grad for n, x in named if x is not None and x.grad is not None}

@@ -20,7 +20,7 @@ if torch.cuda.is_available():
         "name": found.name,
         "memory_gib": round(found.total_memory / 2**30, 1),
         "multiprocessors": found.multi_processor_count,
-        "l2_mib": round(found.L2_cache_size / 2**20, 1),
+        "l2_mib": round(getattr(found, "L2_cache_size", 0) / 2**20, 1),
         "count": torch.cuda.device_count(),
     }
 versions = {"torch": torch.__version__, "cuda": torch.version.cuda}

@@ -19,6 +19,10 @@ from typing import Any
 TOTAL_BUDGET_S = 465.0
 """Under 8 minutes, with the time to print and to end processes."""
 POLL_S = 0.1
+# Of a part that had to be ended.
+LOG_LINES = 12
+# A CPU that runs other tests too is slow, and no number depends on it.
+SHRUNK_BUDGET_FACTOR = 4
 # A part stops by itself this long before its process would be ended.
 GRACE_S = 5.0
 
@@ -95,6 +99,7 @@ def run_part(
     ended = reader.ended
     if timed_out:
         ended = {"status": "done" if reader.cases else "failed", "reason": "its time was up"}
+        print("\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:]), flush=True)
     elif ended is None:
         lines = log.read_text(errors="replace").strip().splitlines()
         reason = f"exit code {process.returncode}: {lines[-1] if lines else 'no message'}"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_kit.child import Recorder
-from gpu_kit.clock import Wrong, check_finite, measure
+from gpu_kit.clock import COMPILERS, Wrong, check_finite, measure
 from gpu_kit.sizes import sizes_of
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def implementations() -> dict[str, Implementation]:
     found: dict[str, Implementation] = {
         "bare product": _bare_product,
         "eager": partial(_autograd, eager),
-        "torch.compile": lambda inputs, backward: _autograd(_compiled_eager(), inputs, backward),
+        "torch.compile": _compiled,
     }
     for fast, end in ((False, ""), (True, ", fast")):
         found[f"one-way{end}"] = partial(_one_way, fast)
@@ -126,8 +126,12 @@ def eager(words: Tensor, frames: Tensor) -> Tensor:
 
 
 @cache
-def _compiled_eager() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(eager, dynamic=False)
+def _compiled_eager(device: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(eager, dynamic=False, backend=COMPILERS[device])
+
+
+def _compiled(inputs: SliceInputs, backward: bool) -> Tensor:
+    return _autograd(_compiled_eager(inputs.words.device.type), inputs, backward)
 
 
 def _autograd(
