@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     factor = SHRUNK_BUDGET_FACTOR if arguments.shrunk else 1
+    # Ended by a signal, the kit ends its parts too, which are in sessions of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tvr-gpu-kit-") as scratch:
         environment = child_environment(Path(scratch), on_cpu=arguments.shrunk)
