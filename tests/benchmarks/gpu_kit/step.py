@@ -93,7 +93,9 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
         held = torch.cuda.memory_allocated() if on_gpu else process_bytes("VmRSS")
         step, flops, parameters = _build(kind, config, tokenizer, folder, device)
         # Batches are made before: a step must not wait for the random numbers.
-        batches = cycle(list(islice(random_batches(config, tokenizer), 2)))
+        batches = cycle(
+            list(islice(random_batches(config.data, config.model, config.train, tokenizer), 2))
+        )
         done = 0
         for _ in range(WARM_UP_STEPS):
             done += 1
@@ -115,7 +117,10 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
         memory = peak_memory - held
         estimate = rank_memory(config, tokenizer, 1)
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-    rate, peak = config.train.global_batch / median, peak_flops(config, device)
+    rate, peak = (
+        config.train.global_batch / median,
+        peak_flops(config.metrics, config.train, device),
+    )
     return {
         "engine": kind,
         "samples_per_s": rate,
@@ -132,7 +137,7 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
         "peak_to_estimate": memory / estimate.total,
         "host_reads": reads.total(),
         "host_reads_at": dict(reads.most_common(12)),
-        "similarity": similarity_line(config),
+        "similarity": similarity_line(config.data, config.train),
     }
 
 
