@@ -78,7 +78,7 @@ def peak_bytes(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
 def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[float]]:
     """Seconds of each run, without the first run of each pass, which fills heap and caches."""
     inputs = make_inputs(job)
-    clock = _cpu_seconds if job.device == "cpu" else _cuda_seconds
+    clock = cpu_seconds if job.device == "cpu" else cuda_seconds
     times = {}
     for name in passes:
         action = partial(run, job, inputs, backward=name == BACKWARD)
@@ -86,9 +86,9 @@ def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[f
     return times
 
 
-def make_inputs(job: Job) -> Inputs:
+def make_inputs(job: Job, seed: int = 0) -> Inputs:
     """The same numbers for every implementation."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     placement = {"dtype": getattr(torch, job.dtype), "device": job.device}
 
     def unit(*shape: int) -> Tensor:
@@ -223,13 +223,15 @@ def process_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
-def _cpu_seconds(action: Callable[[], None]) -> float:
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """Seconds of an action on the CPU."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
-def _cuda_seconds(action: Callable[[], None]) -> float:
+def cuda_seconds(action: Callable[[], object]) -> float:
+    """Seconds of an action on the GPU, between two events in its stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     action()
