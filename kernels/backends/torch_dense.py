@@ -37,7 +37,7 @@ from tvr.kernels.backends.matmul import (
 )
 from tvr.kernels.backends.protocol import InputGradients, SavedTensors, VideoTensors
 from tvr.kernels.backends.tile_compiler import tile_function
-from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, text_tiles
+from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, _text_tiles
 from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, TokenSet
 
 # 4 MiB of float32 scores: a few tensors of this size fit the caches of a CPU.
@@ -285,7 +285,7 @@ def _row_tiles(text: TokenSet, size: int) -> list[_RowTile]:
     if text.valid.device.type == "cpu":
         return [
             _RowTile(tile.texts, tile.slots, tile.select(text))
-            for tile in text_tiles(text.valid, size)
+            for tile in _text_tiles(text.valid, size)
         ]
     whole = text._replace(tokens=text.without_padding())
     cuts = [slice(first, first + size) for first in range(0, num_texts, size)]

@@ -50,7 +50,7 @@ class TorchTiles:
     ) -> tuple[Tensor, SavedTensors]:
         result = text.weights.new_empty(len(text.weights), len(videos.frames))
         saved: list[Tensor | None] = [*text]
-        for tile in text_tiles(text.valid, self.chunk):
+        for tile in _text_tiles(text.valid, self.chunk):
             tile_text = tile.select(text)
             for columns in self._columns(videos):
                 scores, *indices = _score_tile(tile_text, videos.part(columns), self.fast)
@@ -70,7 +70,7 @@ class TorchTiles:
         d_tokens, d_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
         d_videos = _zero_gradients(videos)
         remaining = iter(indices)
-        for tile in text_tiles(valid, self.chunk):
+        for tile in _text_tiles(valid, self.chunk):
             tile_text = tile.select(text)
             # Gradients of the tokens as p sees them, before their weights, and as q sees them.
             d_p, d_q = torch.zeros_like(tile_text.tokens), torch.zeros_like(tile_text.tokens)
@@ -219,7 +219,7 @@ def _smallest_integers(indices: Tensor, size: int) -> Tensor:
     return indices.to(dtype, memory_format=torch.contiguous_format)
 
 
-class TextTile(NamedTuple):
+class _TextTile(NamedTuple):
     """Texts of a tile, and the number of slots that their tokens are cut to."""
 
     texts: slice | Tensor
@@ -234,7 +234,7 @@ class TextTile(NamedTuple):
         )
 
 
-def text_tiles(valid: Tensor, size: int) -> list[TextTile]:
+def _text_tiles(valid: Tensor, size: int) -> list[_TextTile]:
     """Tiles of `size` texts, sorted by length. The host reads the lengths from the device once."""
     num_texts, slots = valid.shape
     starts = range(0, num_texts, size)
@@ -243,7 +243,7 @@ def text_tiles(valid: Tensor, size: int) -> list[TextTile]:
     lengths = (ends + 1).clamp_max(slots)
     has_padding = bool((valid.sum(dim=1) < slots).any())
     if not has_padding:
-        return [TextTile(slice(start, start + size), slots) for start in starts]
+        return [_TextTile(slice(start, start + size), slots) for start in starts]
     lengths, order = lengths.sort(stable=True)
     longest = lengths[[min(start + size, num_texts) - 1 for start in starts]].tolist()
-    return [TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)]
+    return [_TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)]
