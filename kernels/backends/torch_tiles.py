@@ -246,4 +246,6 @@ def _text_tiles(valid: Tensor, size: int) -> list[_TextTile]:
         return [_TextTile(slice(start, start + size), slots) for start in starts]
     lengths, order = lengths.sort(stable=True)
     longest = lengths[[min(start + size, num_texts) - 1 for start in starts]].tolist()
-    return [_TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)]
+    return [
+        _TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)
+    ]
