@@ -253,8 +253,8 @@ def test_every_similarity_backend_gives_the_same_loss(scores: Any) -> None:
     loss = LossConfig(temperature=0.1)
     for backend in ("auto", "compiled", "torch", "dense"):
         found = objective(
-            features(), VIDEO_IDS, ModelConfig(), loss, ALONE, scores=scores, backend=backend
+            features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, scores=scores, backend=backend
         )
         assert float(found.shares[0]) == pytest.approx(values(loss)["loss"], rel=1e-12)
     with pytest.raises(ValueError, match="must be one of compiled, torch, dense"):
-        objective(features(), VIDEO_IDS, ModelConfig(), loss, ALONE, backend="cublas")
+        objective(features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, backend="cublas")
