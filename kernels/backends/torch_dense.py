@@ -99,11 +99,12 @@ class DenseTiles:
         score_tile = tile_function(_score_tile, result.device, compiled=self.compile_tiles)
         size = self.texts_per_tile(*_slots(text, videos))
         rows = _row_tiles(text, size)
+        operands = [self._operand(row.text.tokens) for row in rows]
         for columns in _columns(videos, size):
             part = videos.part(columns)
             frames = self._operand(part.frames)
-            for row in rows:
-                scores = self._scores(self._operand(row.text.tokens), frames, row.text, part)
+            for row, tokens in zip(rows, operands, strict=True):
+                scores = self._scores(tokens, frames, row.text, part)
                 result[row.texts, columns] = score_tile(
                     scores, row.text.weights, part.weights, part.strength, part.neighbour
                 )
@@ -120,6 +121,7 @@ class DenseTiles:
         differentiate = tile_function(_differentiate, weights.device, compiled=self.compile_tiles)
         size = self.texts_per_tile(*_slots(text, videos))
         rows = _row_tiles(text, size)
+        operands = [self._operand(row.text.tokens) for row in rows]
         d_rows = [tuple(map(torch.zeros_like, (x.text.tokens, x.text.weights))) for x in rows]
         d_frames, d_weights, d_strength = (
             None if x is None else torch.zeros_like(x)
@@ -129,8 +131,9 @@ class DenseTiles:
         for columns in _columns(videos, size):
             part = videos.part(columns)
             frames = self._operand(part.frames)
-            for row, (d_tokens, d_token_weights) in zip(rows, d_rows, strict=True):
-                operand = self._operand(row.text.tokens)
+            for row, operand, (d_tokens, d_token_weights) in zip(
+                rows, operands, d_rows, strict=True
+            ):
                 scores = self._scores(operand, frames, row.text, part)
                 # Rounded scores select the maxima, but the gradients are in full precision.
                 exact = self._exact_scores(operand, frames, row.text, part) if self.fast else scores
