@@ -228,6 +228,15 @@ class TrainConfig:
     """In training, rounds words and frames to bfloat16 in the similarity.
     Faster, with an error of up to 0.2 in the logits at temperature 0.01
     (0.01 on a GPU). Evaluation stays exact."""
+    similarity_backend: Literal["auto", "compiled", "torch", "dense"] = "auto"
+    """Kernels of the similarity in training. compiled: C++, CPU only.
+    torch: sparse row sums in the backward. dense: matrix products in the
+    backward, for tensor cores. auto: dense on a GPU; on a CPU compiled,
+    or torch without a C++ compiler. All give the same result up to
+    rounding."""
+    compile_similarity: bool = False
+    """Compiles the tiles of the dense backend with torch.compile; the other
+    backends have nothing to compile."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate of the heads."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7

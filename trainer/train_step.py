@@ -214,6 +214,8 @@ class TrainStep:
             exchange=config.train.exchange,
             scores=config.train.scores,
             fast=config.train.fast_similarity,
+            backend=config.train.similarity_backend,
+            compile_tiles=config.train.compile_similarity,
             watch=self.watch,
         )
         replaced = [entry for batch in micro_batches for entry in batch.replaced]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tvr_bench.kernels_process import BACKWARD, Job
 
 from tvr.kernels import reference, similarity
+from tvr.kernels.backends.tile_compiler import compile_failure
 from tvr.kernels.losses import row_neg_nce
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
@@ -152,6 +153,22 @@ def _torch(job: Job, inputs: Inputs, backward: bool) -> None:
     _similarity(tiles, job, inputs, backward)
 
 
+def _dense(job: Job, inputs: Inputs, backward: bool, *, compile_tiles: bool = False) -> None:
+    dense = partial(similarity.dmae_similarity, backend="dense", chunk=job.chunk)
+    _similarity(partial(dense, compile_tiles=compile_tiles), job, inputs, backward)
+
+
+def _dense_compiled(job: Job, inputs: Inputs, backward: bool) -> None:
+    """Dense tiles with torch.compile.
+
+    Raises:
+        ValueError: torch.compile does not work on this machine.
+    """
+    if failure := compile_failure(job.device):
+        raise ValueError(failure)
+    _dense(job, inputs, backward, compile_tiles=True)
+
+
 def _fast(job: Job, inputs: Inputs, backward: bool) -> None:
     """The default backend, with products in bfloat16."""
     _similarity(partial(similarity.dmae_similarity, fast=True), job, inputs, backward)
@@ -170,6 +187,7 @@ def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
         video_ids=inputs.video_ids,
         keep_scores=job.keep_scores,
         chunk=job.chunk,
+        backend=job.backend,
     ).loss
     if backward:
         loss.backward()
@@ -193,6 +211,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
     "reference": _reference,
     "compiled": _compiled,
     "torch": _torch,
+    "dense": _dense,
+    "dense_compiled": _dense_compiled,
     "streamed": _streamed,
     "fast": _fast,
     "bound": _bound,
