@@ -1,6 +1,7 @@
 """The sections of the configuration that shape the model and its training.
 
-The docstring below a field is its `--help` text. These docstrings wrap at 70 characters, since `--help` keeps their line breaks on a terminal of 80.
+The docstring below a field is its `--help` text. These docstrings wrap at 70 characters, since
+`--help` keeps their line breaks on a terminal of 80.
 """
 
 from __future__ import annotations

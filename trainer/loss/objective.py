@@ -13,7 +13,7 @@ from tvr.kernels.losses import LossTerms, row_loss
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 from tvr.kernels.similarity import dmae_similarity
-from tvr.trainer.config_sections import LossConfig, ModelConfig
+from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.collectives import all_gather_rows, loss_collectives
 from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
 from tvr.trainer.distributed.world import World
