@@ -10,6 +10,7 @@ import os
 
 import torch
 from torch._C import _distributed_c10d as c10d
+from torch.torch_version import TorchVersion
 
 BUFFER_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """Number of recorded collectives. The second name is the older one: newer torch warns about it, and
@@ -28,7 +29,7 @@ def enable_flight_recorder() -> None:
     if any(name in os.environ for name in BUFFER_VARIABLES):
         return
     # TorchVersion compares with tuples, too.
-    is_renamed = torch.torch_version.TorchVersion(torch.__version__) >= RENAMED_IN
+    is_renamed = TorchVersion(torch.__version__) >= RENAMED_IN
     for name in BUFFER_VARIABLES[:1] if is_renamed else BUFFER_VARIABLES:
         os.environ[name] = str(NUM_RECORDED)
 

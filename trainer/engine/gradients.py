@@ -53,7 +53,7 @@ def _reduced_gradients(engine: Any, zero_stage: int) -> list[Tensor]:
 def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
-    norms = torch._foreach_norm(list(gradients), 2)
+    norms = torch._foreach_norm(list(gradients), 2)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack([norm.float() for norm in norms]).square().sum().to(device)
 
 

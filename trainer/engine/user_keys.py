@@ -69,8 +69,10 @@ def _merged(ours: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
     result = dict(ours)
     for key, value in added.items():
         inner = result.get(key)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(inner, value) if both else value
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            result[key] = _merged(inner, value)
+        else:
+            result[key] = value
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ def staged_tensor_bytes(model: TextVideoModel, train: TrainConfig, ranks: int) -
     if stage > 0:
         # ZeRO flattens each parameter group, and each rank keeps an equal part of it.
         for group in parameter_groups(model, train):
-            numel = sum(parameter.numel() for parameter in group["params"])
+            members = cast(list[Tensor], group["params"])
+            numel = sum(parameter.numel() for parameter in members)
             yield from [FP32 * -(-numel // ranks)] * (ADAM_MOMENTS + _has_master(train))
 
 

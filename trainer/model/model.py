@@ -6,7 +6,7 @@ The door of the package.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -216,13 +216,14 @@ def build_meta_model(
 
 def checkpoint_activations(model: TextVideoModel) -> None:
     """Turns on activation checkpointing: the backward recomputes the towers' layers."""
+    recompute: Any = partial(checkpoint, use_reentrant=False)
     for tower in (model.text_tower, model.image_tower):
         # What transformers' own method does under several names, without its hook that makes the
         # embeddings require gradients: the backward would then run through frozen layers.
         for layer in tower.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                layer._gradient_checkpointing_func = recompute
 
 
 def tokenizer_folder(model: ModelConfig) -> str:

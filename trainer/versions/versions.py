@@ -65,7 +65,7 @@ def new_clip_tokenizer(
     """
     if _is_transformers_4():
         rules = _clip_rules(vocabulary or {CLIP_START: 0, CLIP_END: 1}, merges)
-        return transformers.CLIPTokenizerFast(tokenizer_object=rules, **options)
+        return _class("CLIPTokenizerFast")(tokenizer_object=rules, **options)
     # transformers annotates list[str] but passes the merges to a class that takes pairs.
     given: Any = {"vocab": vocabulary and dict(vocabulary), "merges": list(merges)}
     return transformers.CLIPTokenizer(**given, **options)
@@ -73,7 +73,12 @@ def new_clip_tokenizer(
 
 def clip_tokenizer_class() -> Any:
     """Returns the class that loads CLIP's vocab.json and merges.txt and maps tokens to text."""
-    return transformers.CLIPTokenizerFast if _is_transformers_4() else transformers.CLIPTokenizer
+    return _class("CLIPTokenizerFast" if _is_transformers_4() else "CLIPTokenizer")
+
+
+def _class(name: str) -> Any:
+    """A class of transformers whose type stubs hold for one version only."""
+    return getattr(transformers, name)
 
 
 def bare_tower(tower: Any) -> Any:
