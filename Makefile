@@ -1,4 +1,4 @@
-# make demo | test | check | bench: each creates .venv first if it is missing. PYTHON=/path/to/python3.11 selects another
+# make demo | test | check | bench | gpu: each creates .venv first if it is missing. PYTHON=/path/to/python3.11 selects another
 # interpreter.
 PYTHON ?= python3
 # Two files run at a time, the longest first; the tests of a file run in order.
@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 COMPILED := $(VENV)/.compiled
 PACKAGES := data_prep kernels launchers trainer
 
-.PHONY: help demo test test-quick check fix bench ffcv grafana-schema clean
+.PHONY: help demo test test-quick check fix bench gpu ffcv grafana-schema clean
 
 help:
 	@echo "make demo        render clips, train a small model on two ranks, write report.html (about 5 minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make ffcv        the optional package FFCV, compiled (data_prep/README.md names the system packages)"
 	@echo "make grafana-schema   Grafana's types, which a test checks dashboards against; needs node and npm"
 	@echo "make bench       benchmarks of kernels, TPM-CL and rank scaling, one line of JSON each (some minutes)"
+	@echo "make gpu         tests and measurements on one GPU, under 8 minutes; GPU_ARGS=--shrunk tries it on a CPU"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -77,6 +78,10 @@ grafana-schema:
 bench: $(READY)
 	@$(BIN)/tvr bench kernels --json -
 	@for script in tpm_cl rank_scaling; do $(BIN)/python tests/benchmarks/$$script.py || exit 1; done
+
+# Without make or $(VENV): python3 tests/benchmarks/gpu_kit
+gpu: $(READY)
+	@$(BIN)/python tests/benchmarks/gpu_kit $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

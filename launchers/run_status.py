@@ -66,8 +66,8 @@ def notice_seconds(progress: RunProgress) -> int:
 class ReportedFailure:
     """A failure that a rank reported before it exited."""
 
-    rank: int
-    """Rank at fault; it may differ from the reporting rank."""
+    rank: int | None
+    """Rank at fault; it may differ from the reporting rank. None: no rank in particular."""
     reason: str
 
 

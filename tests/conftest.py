@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from builders.file_seconds import SecondsRecorder, order_and_mark
-from builders.tiny import make_tiny_data
 from hypothesis import settings
 
 settings.register_profile("tvr", derandomize=True, deadline=None, database=None)
@@ -34,6 +33,9 @@ def fixed_seeds() -> None:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `make_tiny_data`, which tests read only."""
+    # Imported here: the tests of a GPU also run where the data's packages are not installed.
+    from builders.tiny import make_tiny_data
+
     folder = tmp_path_factory.mktemp("data")
     make_tiny_data(folder)
     return folder

@@ -17,6 +17,7 @@ from tvr.trainer.checkpoint.saver import rank_files
 from tvr.trainer.config import Config
 from tvr.trainer.data import training_batches
 from tvr.trainer.distributed.world import World
+from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import get_random_state
 from tvr.trainer.fencing import Attempt
@@ -79,7 +80,7 @@ class TrainingRun:
             step=step,
             world_size=self.world.world_size,
             zero_stage=self.config.train.zero_stage,
-            precision=self.config.train.precision,
+            precision=state_layout(self.config.train),
             attempt=self.attempt.number,
             quarantine=dict(self.train_step.quarantine),
             metrics=dict(self.train_step.saved_counters),

@@ -116,13 +116,14 @@ def show_config(argv: Sequence[str]) -> int:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
         from tvr.data_prep.video.decoders import describe_decoder
-        from tvr.trainer.engine.deepspeed_config import optimizer_line
+        from tvr.trainer.engine.deepspeed_config import deepspeed_line, optimizer_line
         from tvr.trainer.engine.staging import staging_line
         from tvr.trainer.memory.environment import device, device_line, similarity_line
         from tvr.trainer.monitoring.flops import peak_line
 
         print(device_line(), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
+        print(deepspeed_line(resolved.train, ranks or 1), file=sys.stderr)
         print(similarity_line(resolved.data, resolved.train), file=sys.stderr)
         print(describe_decoder(resolved.data.decoder), file=sys.stderr)
         print(peak_line(resolved.metrics, resolved.train), file=sys.stderr)

@@ -11,24 +11,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tvr.trainer.config_sections import (
     STRICT,
-    CheckpointConfig,
     DataConfig,
     Freeze,
     LossConfig,
-    MetricsConfig,
     ModelConfig,
     NotNegative,
     Positive,
     TowersConfig,
     TrainConfig,
-    WriterName,
 )
 
 __all__ = [
@@ -50,6 +48,56 @@ __all__ = [
     "read_overrides",
     "to_json",
 ]
+
+WriterName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """Where checkpoints are written, how often, and which are kept."""
+
+    url: str | None = None
+    """Folder or fsspec URL for the checkpoints of this run alone. None:
+    run_dir/checkpoints."""
+    every: NotNegative = 0
+    """Steps between checkpoints. 0: only after the last step."""
+    keep_last: Positive = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: NotNegative = 0
+    """Also keeps the checkpoints of steps that are multiples of this number.
+    0: none."""
+    keep_best: bool = True
+    """Also keeps the checkpoint with the best evaluation, by the mean of R@1
+    in both directions."""
+    background: bool = True
+    """Writes checkpoints while training continues: a step waits only for a
+    copy of the rank's weights and optimiser in host memory. Off: a step
+    waits for the disk, and no copy is made. A run falls back to off, with
+    a warning and a line in the log, if a copy does not fit."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MetricsConfig:
+    """Metrics for Prometheus during the run. The last values also go
+    to run_dir/metrics."""
+
+    enabled: bool = True
+    """Turns metrics on or off."""
+    endpoint: Literal["node", "rank", "none"] = "node"
+    """HTTP endpoints that Prometheus scrapes: one for each node, one for
+    each rank, or none. Addresses are in run_dir/metrics/HOST.json, a file
+    for file_sd."""
+    address: str = "0.0.0.0"
+    """IP address of the network interface that the endpoint listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the endpoint; with `rank`, the port of the first rank of a
+    node. 0: any free port."""
+    writers: tuple[WriterName, ...] = ()
+    """Tools that also receive the log, in run_dir. Each needs the extra of
+    its name."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak TFLOPS of a rank's device, for MFU. None: the vendor's figure, if
+    the device is known."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

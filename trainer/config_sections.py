@@ -1,15 +1,18 @@
-"""The sections of the configuration. The docstring below a field is its `--help` text.
+"""The sections of the configuration that shape the model and its training.
 
-These docstrings wrap at 70 characters, since `--help` keeps their line breaks on a terminal of 80.
+The docstring below a field is its `--help` text. These docstrings wrap at 70 characters, since
+`--help` keeps their line breaks on a terminal of 80.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from tyro.constructors import PrimitiveConstructorSpec
 
 from tvr.data_prep.reading.augment import FrameSampling
 from tvr.data_prep.video.decoders import Decoder
@@ -19,7 +22,25 @@ STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-WriterName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+def _read_object(arguments: list[str]) -> dict[str, Any]:
+    value = json.loads(arguments[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"{arguments[0]} is no JSON object")
+    return value
+
+
+JsonObject = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_read_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
 Freeze = NotNegative | Literal["text", "image", "both"]
 
 
@@ -207,6 +228,15 @@ class TrainConfig:
     """In training, rounds words and frames to bfloat16 in the similarity.
     Faster, with an error of up to 0.2 in the logits at temperature 0.01
     (0.01 on a GPU). Evaluation stays exact."""
+    similarity_backend: Literal["auto", "compiled", "torch", "dense"] = "auto"
+    """Kernels of the similarity in training. compiled: C++, CPU only.
+    torch: sparse row sums in the backward. dense: matrix products in the
+    backward, for tensor cores. auto: dense on a GPU; on a CPU compiled,
+    or torch without a C++ compiler. All give the same result up to
+    rounding."""
+    compile_similarity: bool = False
+    """Compiles the tiles of the dense backend with torch.compile; the other
+    backends have nothing to compile."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate of the heads."""
     encoder_learning_rate: Annotated[float, Field(ge=0.0)] = 1e-7
@@ -233,10 +263,24 @@ class TrainConfig:
     """Precision of the model's weights, activations and gradients. bf16
     needs ZeRO stage 1 to 3; master weights, similarity and loss stay in
     fp32."""
+    accumulation_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over micro-steps. bf16 needs
+    train.precision bf16; it saves memory, and its rounding error grows
+    with the number of micro-steps."""
+    reduction_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over ranks. bf16 needs
+    train.precision bf16; it halves the traffic, and its rounding error
+    grows with the number of ranks."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """State kept and updated in host memory, for models that do not fit a
     GPU; slower. optimizer: its state (ZeRO 1 to 3). parameters: also the
     weights (ZeRO 3)."""
+    overlap_comm: bool = True
+    """On GPUs at ZeRO 2 and 3 without offload, sums gradients over ranks
+    while the backward still runs."""
+    deepspeed: JsonObject = Field(default_factory=dict)
+    """More keys of DeepSpeed's configuration, as a JSON object. Keys that
+    other settings control are refused by name."""
     activation_checkpointing: bool = False
     """Recomputes the towers' layers in the backward instead of keeping their
     activations. Less memory, a second forward of the towers."""
@@ -244,6 +288,10 @@ class TrainConfig:
     """Compiles the towers' layers with torch.compile (ZeRO 0 to 2). The
     first step of each shape is slow, later ones are faster; results agree
     to rounding. torch caches compiled code in TORCHINDUCTOR_CACHE_DIR."""
+    gc_every: NotNegative = 50
+    """Steps between runs of Python's garbage collector, at the same step on
+    all ranks. It would otherwise start at random, each time on another
+    rank, and the others wait. 0: Python decides."""
     seed: NotNegative = 0
     """Seed of weights, dropout and sample order."""
     eval_every: NotNegative = 0
@@ -253,57 +301,12 @@ class TrainConfig:
     log_keys: bool = False
     """Writes each rank's sample keys of every step to run_dir/keys."""
     stall_factor: Annotated[float, Field(ge=0.0)] = 20.0
-    """Ends the job if a rank takes longer than a minute and longer than this
-    factor x the median step; the error names the ranks at fault. 0:
-    never."""
+    """Ends the job if a rank makes no progress for this factor x the median
+    step, and at least `stall_min_s`; the error names the ranks at fault.
+    0: never."""
+    stall_min_s: Annotated[float, Field(gt=0.0)] = 300.0
+    """Shortest stall in seconds that ends the job, so that a pause of a
+    shared file system does not."""
     timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
     """Longest time in seconds for a step, an evaluation or a save, and for a
     rank to wait for the others."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class CheckpointConfig:
-    """Where checkpoints are written, how often, and which are kept."""
-
-    url: str | None = None
-    """Folder or fsspec URL for the checkpoints of this run alone. None:
-    run_dir/checkpoints."""
-    every: NotNegative = 0
-    """Steps between checkpoints. 0: only after the last step."""
-    keep_last: Positive = 2
-    """Number of newest checkpoints to keep."""
-    keep_every: NotNegative = 0
-    """Also keeps the checkpoints of steps that are multiples of this number.
-    0: none."""
-    keep_best: bool = True
-    """Also keeps the checkpoint with the best evaluation, by the mean of R@1
-    in both directions."""
-    background: bool = True
-    """Writes checkpoints while training continues: a step waits only for a
-    copy of the rank's weights and optimiser in host memory. Off: a step
-    waits for the disk, and no copy is made. A run falls back to off, with
-    a warning and a line in the log, if a copy does not fit."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MetricsConfig:
-    """Metrics for Prometheus during the run. The last values also go
-    to run_dir/metrics."""
-
-    enabled: bool = True
-    """Turns metrics on or off."""
-    endpoint: Literal["node", "rank", "none"] = "node"
-    """HTTP endpoints that Prometheus scrapes: one for each node, one for
-    each rank, or none. Addresses are in run_dir/metrics/HOST.json, a file
-    for file_sd."""
-    address: str = "0.0.0.0"
-    """IP address of the network interface that the endpoint listens on."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the endpoint; with `rank`, the port of the first rank of a
-    node. 0: any free port."""
-    writers: tuple[WriterName, ...] = ()
-    """Tools that also receive the log, in run_dir. Each needs the extra of
-    its name."""
-    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
-    """Peak TFLOPS of a rank's device, for MFU. None: the vendor's figure, if
-    the device is known."""

@@ -22,6 +22,7 @@ from tvr.trainer.distributed.world import join_world
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.fencing import begin_attempt
+from tvr.trainer.memory.garbage import scheduled_garbage_collection
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import Monitor, monitored
 from tvr.trainer.monitoring.progress import Progress
@@ -132,12 +133,16 @@ class _Loop:
         self._begin(done)
         evaluation = self._evaluate_missed(done)
         batches = self.run.batches()
-        with Progress(last, done, enabled=self.run.world.is_first) as progress:
+        with (
+            Progress(last, done, enabled=self.run.world.is_first) as progress,
+            scheduled_garbage_collection(self.run.config.train.gc_every) as garbage,
+        ):
             for step in range(done + 1, last + 1):
                 with self._as_training_failure(step):
                     self._train_step(step, batches, progress)
                     self._save_or_stop(step)
                     evaluation = self._evaluate_if_due(step, progress) or evaluation
+                garbage.step_finished(step)  # measured as a part of "between"
         with self.watchdog.phase("checkpoint"):
             error = self._finish_saves(last)
         if error is not None:

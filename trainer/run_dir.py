@@ -39,6 +39,8 @@ FREE = frozenset(
         "train.log_every",
         "train.log_keys",
         "train.stall_factor",
+        "train.stall_min_s",
+        "train.gc_every",
         "train.timeout_s",
         "checkpoint.every",
         "checkpoint.keep_last",
@@ -59,6 +61,9 @@ ROUNDING = frozenset(
     {
         "train.zero_stage",
         "train.precision",
+        "train.accumulation_dtype",
+        "train.reduction_dtype",
+        "train.overlap_comm",
         "train.offload",
         "train.activation_checkpointing",
         "train.compile",
@@ -130,12 +135,11 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
     saved = newest_checkpoint(checkpoints_of(before.checkpoint, run_dir))
     # Without a checkpoint no result depends on the stored settings yet, so all of them may change.
     if saved is not None:
+        old, new = (dict(named_settings(asdict(settings))) for settings in (before, config))
         differing = [
-            f"{name} was {was!r}, is {now!r}"
-            for (name, was), (_, now) in zip(
-                named_settings(asdict(before)), named_settings(asdict(config)), strict=True
-            )
-            if was != now and name not in FREE | ROUNDING
+            f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+            for name in old | new  # keys of train.deepspeed may be in one of them only
+            if old.get(name) != new.get(name) and name not in FREE | ROUNDING
         ]
         differing += _other_negatives(before, saved, config, world_size)
         if differing:

@@ -22,11 +22,15 @@ from tvr.trainer.engine.schedule import learning_rate_factor
 from tvr.trainer.errors import NonFiniteLoss
 from tvr.trainer.loss.gradient_cache import FeatureCache
 from tvr.trainer.loss.objective import objective
+from tvr.trainer.loss.pair_gradients import PairGradients
 from tvr.trainer.model.model import Features, model_inputs
 from tvr.trainer.monitoring.counters import RankCounters
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.step_record import LOSS_TERMS, StepRecord, computed_terms
 from tvr.trainer.monitoring.stopwatch import Stopwatch
+
+# Names in the message of an error; a large job has thousands.
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class TrainStep:
         """
         train = self.config.train
         started, waited_s, norm = time.perf_counter(), 0.0, None
+        pairs = PairGradients()
         factor = learning_rate_factor(step - 1, warmup_steps=train.warmup_steps, steps=train.steps)
         micro_steps = accumulation_steps(train, self.world.world_size)
         losses = 1 if train.gradient_cache else micro_steps
@@ -76,15 +81,10 @@ class TrainStep:
             micro_batches = [self._next_batch(batches) for _ in range(micro_steps // losses)]
             waited_s += time.perf_counter() - before
             self.watch.lap("data wait")
-            terms, norm = self._forward_backward(micro_batches, step, factor)
+            terms, norm = self._forward_backward(micro_batches, step, factor, pairs)
             totals += terms / losses
         seconds = time.perf_counter() - started
         self.saved_counters["trained_s"] += seconds
-        if norm is not None and not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"step {step}: the loss is finite, but its gradient is not ({norm}). The step is"
-                " not saved; the newest checkpoint is from before it"
-            )
         gap_s, slowest = self.counters.straggler()
         named: dict[str, Any] = dict(zip(LOSS_TERMS, totals.tolist(), strict=True))
         named = computed_terms(named, self.config.loss)
@@ -116,19 +116,18 @@ class TrainStep:
         return batch
 
     def _forward_backward(
-        self, micro_batches: Sequence[Batch], step: int, factor: float
+        self, micro_batches: Sequence[Batch], step: int, factor: float, pairs: PairGradients
     ) -> tuple[Tensor, float | None]:
         """One loss over the micro-batches and its backward.
 
         Returns the terms of the loss, and the gradient's norm if the weights were updated.
         """
         norm = None
+        keys = [key for batch in micro_batches for key in batch.keys]
 
-        def backward(loss: Tensor) -> None:
+        def update() -> None:
             nonlocal norm
-            self.engine.backward(loss)
-            self.watch.lap("backward")
-            norm = self.engine.step(factor)
+            norm = self._update(step, factor, pairs)
             self.watch.lap("optimiser")
 
         if self.config.train.log_keys:
@@ -138,15 +137,60 @@ class TrainStep:
             cache = FeatureCache(self._encode, micro_batches, self.world.device)
             loss, terms = self._loss(cache.features, micro_batches, step)
             loss.backward()
+            pairs.record(cache.features, keys)
             self.watch.lap("backward")
-            # DeepSpeed averages the gradients of micro-steps by dividing each loss by their number.
-            # Here the micro-steps are the parts of one sum, so the factor undoes the division.
-            cache.replay(lambda part: backward(part * len(micro_batches)))
+
+            def backward(part: Tensor) -> None:
+                # DeepSpeed averages the gradients of micro-steps by dividing each loss by their
+                # number. Here the micro-steps are the parts of one sum, so the factor undoes it.
+                self.engine.backward(part * len(micro_batches))
+                self.watch.lap("backward")
+                update()
+
+            cache.replay(backward)
         else:
             (batch,) = micro_batches
-            loss, terms = self._loss(self._encode(batch), micro_batches, step)
-            backward(loss)
+            features = self._encode(batch)
+            pairs.watch(features)
+            loss, terms = self._loss(features, micro_batches, step)
+            self.engine.backward(loss)
+            pairs.record(features, keys)
+            self.watch.lap("backward")
+            update()
         return terms, norm
+
+    def _update(self, step: int, factor: float, pairs: PairGradients) -> float | None:
+        """Ends a micro-step; at the last one, updates the weights if the gradient is finite.
+
+        Returns the gradient's norm, None between updates. Raises NonFiniteLoss on every rank.
+        """
+        on_device = self.engine.gradient_norm()
+        # The only read of the gradient by the host. All ranks read the same number, so they agree.
+        norm = None if on_device is None else on_device.item()
+        if norm is not None and not math.isfinite(norm):
+            self._raise_non_finite_gradient(step, norm, pairs)
+        self.engine.step(factor)
+        return norm
+
+    def _raise_non_finite_gradient(self, step: int, norm: float, pairs: PairGradients) -> None:
+        """Raises NonFiniteLoss; the log gets all the names, the message the first ones."""
+        parameters = self.engine.non_finite_parameters()
+        suspects = self.world.all_gather_objects(pairs.non_finite_keys())
+        all_keys = self.world.all_gather_objects(pairs.keys)
+        named = suspects if any(suspects) else all_keys
+        by_rank = {str(rank): keys for rank, keys in enumerate(named) if keys}
+        values = {"step": step, "norm": str(norm), "parameters": parameters, "keys": by_rank}
+        self.log.write("non_finite_gradient", values)
+        what = "Pairs with such a gradient at their features"
+        if not any(suspects):
+            what = "It is finite at the features of all pairs, so a tower's backward made it. Pairs"
+        listed = _first([f"rank {rank}: {_first(keys)};" for rank, keys in by_rank.items()])
+        raise NonFiniteLoss(
+            f"step {step}: the loss is finite, but its gradient is not (norm {norm}); the update"
+            " was not applied, and the step is not saved. Parameters:"
+            f" {_first(parameters) or 'none alone, but their norm overflows'}. {what}: {listed}"
+            " log.jsonl names them all"
+        )
 
     def _encode(self, batch: Batch) -> Features:
         features = self.engine.encode(*model_inputs(batch, self.world.device))
@@ -170,6 +214,8 @@ class TrainStep:
             exchange=config.train.exchange,
             scores=config.train.scores,
             fast=config.train.fast_similarity,
+            backend=config.train.similarity_backend,
+            compile_tiles=config.train.compile_similarity,
             watch=self.watch,
         )
         replaced = [entry for batch in micro_batches for entry in batch.replaced]
@@ -199,6 +245,12 @@ class TrainStep:
         for entry in entries:
             self.quarantine[entry.key] = entry.reason
             budget.record_bad(entry.key, entry.reason, entry.detail)
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    more = len(names) - MAX_NAMED
+    return " ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _raise_unless_finite(rows: Tensor, step: int, keys: Sequence[str], world: World) -> None:

@@ -13,6 +13,7 @@ process group; and the store opens new connections after a fork.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -230,7 +231,7 @@ def _loader(
         # Without a generator, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_exit_on_sigterm_of_parent if workers else None,
+        worker_init_fn=_start_worker if workers else None,
     )
 
 
@@ -238,6 +239,13 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
     """Yields the loader's batches; takes frames that workers left in a slot from there."""
     for sent in loader:
         yield sent if slots is None else slots.receive(sent)
+
+
+def _start_worker(worker: int) -> None:
+    """Prepares a forked worker."""
+    # The rank may run the garbage collector on a schedule of steps, which a worker does not see.
+    gc.enable()
+    _exit_on_sigterm_of_parent(worker)
 
 
 def _exit_on_sigterm_of_parent(worker: int) -> None:

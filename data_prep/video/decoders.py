@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import av
 import numpy as np
 
-from tvr.data_prep.video import decode
-from tvr.data_prep.video.frame_index import Source
-from tvr.data_prep.video.frame_sampling import Span
+# The settings name a decoder, and are read where none is installed: both are imported when used.
+if TYPE_CHECKING:
+    from tvr.data_prep.video.frame_index import Source
+    from tvr.data_prep.video.frame_sampling import Span
 
 Decoder = Literal["pyav", "torchcodec"]
 
@@ -37,6 +37,8 @@ def describe_decoder(decoder: Decoder) -> str:
     except ValueError as error:
         return f"videos: cannot be decoded: {error}"
     if decoder == "pyav":
+        import av
+
         return f"videos: decoded by PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"
     from torchcodec import ffmpeg_major_version  # pyright: ignore[reportPrivateImportUsage]
 
@@ -50,6 +52,8 @@ def frame_sampler(decoder: Decoder) -> FrameSampler:
         ValueError: the decoder is unknown, or torchcodec cannot be loaded.
     """
     if decoder == "pyav":
+        from tvr.data_prep.video import decode
+
         return decode.sample_frames
     if decoder != "torchcodec":
         raise ValueError(f"decoder={decoder!r} must be pyav or torchcodec")

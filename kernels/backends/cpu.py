@@ -7,7 +7,7 @@ L + F maxima of a pair.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,7 @@ class CpuBackend:
 
     fast: bool = False
     """Rounds the features of the products to bfloat16; see `similarity.dmae_similarity`."""
+    reads_boosted: ClassVar[bool] = True
 
     def forward(
         self, text: TokenSet, videos: VideoTensors, *, save: bool

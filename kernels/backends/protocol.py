@@ -1,9 +1,10 @@
 """The similarity of token sets with videos as one differentiable operation, for any backend.
 
 The score of a text and a video depends on L + F of their token-frame scores only: the maxima. A
-backend saves the indices of the maxima, one small integer each, and the backward is a weighted
-gather and its transpose (scatter-add). Memory grows as A x C, never as A x L x C x F. Backends:
-`cpu.CpuBackend` (compiled) and `torch_tiles.TorchTiles` (every device).
+backend saves the indices of the maxima, one small integer each, or finds them again; the backward
+is a weighted gather and its transpose (scatter-add). Memory grows as A x C, never as A x L x C x F.
+Backends: `cpu.CpuBackend` (compiled), `torch_tiles.TorchTiles` (every device) and
+`torch_dense.DenseTiles` (every device, made for tensor cores).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tvr.kernels.backends.matmul import inner_products, product_of_parts
 from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 
 SavedTensors = tuple[Tensor | None, ...]
@@ -27,7 +29,8 @@ class VideoTensors(NamedTuple):
     weights: Float[Tensor, "C F"] | None
     """None skips the video part, sum_f weight x max_t S."""
     boosted: Float[Tensor, "C F D"] | None
-    """v + 0.5 r v[n], so that p = <x, boosted[best frame]>; None without neighbour frames."""
+    """v + 0.5 r v[n], so that p = <x, boosted[best frame]>; None without neighbour frames, or for a
+    backend that does not read it."""
     strength: Float[Tensor, "C F"] | None
     neighbour: Int[Tensor, "C F"] | None
 
@@ -47,11 +50,18 @@ class InputGradients(NamedTuple):
     frame_weights: Float[Tensor, "C F"] | None
     boosted: Float[Tensor, "C F D"] | None
     """Gradient from the maxima over frames; None without boosted frames."""
+    strength: Float[Tensor, "C F"] | None = None
+    """None if it passes through the boosted frames."""
 
 
 @runtime_checkable
 class SimilarityBackend(Protocol):
     """Computes SIM of one token set with C videos, and its gradients."""
+
+    @property
+    def reads_boosted(self) -> bool:
+        """True if the backward reads boosted frames, False if it returns a gradient of strength."""
+        ...
 
     def forward(
         self, text: TokenSet, videos: VideoTensors, *, save: bool
@@ -62,7 +72,7 @@ class SimilarityBackend(Protocol):
     def backward(
         self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
     ) -> InputGradients:
-        """Analytic backward from the saved argmax indices."""
+        """Analytic backward from what `forward` saved."""
         ...
 
 
@@ -72,16 +82,22 @@ def mean_similarity(
     """Mean over the token sets of SIM(token set). It is differentiable once."""
     boosted = strength = None
     if videos.strength is not None and videos.neighbour is not None:
-        strength = videos.strength.detach()
-        if torch.is_grad_enabled():
-            # p = <x, v + 0.5 r v[n]> at the best frame. Autograd differentiates r through these.
-            index = videos.neighbour[..., None].expand_as(videos.frames)
-            related = videos.strength[..., None] * videos.frames.gather(1, index)
-            boosted = videos.frames + NEIGHBOUR_FACTOR * related
+        strength = videos.strength
+        if backend.reads_boosted:
+            strength = strength.detach()
+            if torch.is_grad_enabled():
+                # p = <x, v + 0.5 r v[n]> at the best frame. Autograd differentiates r through it.
+                index = videos.neighbour[..., None].expand_as(videos.frames)
+                related = videos.strength[..., None] * videos.frames.gather(1, index)
+                boosted = videos.frames + NEIGHBOUR_FACTOR * related
     result: Tensor | None = None
     for text in texts:
         # With a single token, max_t is the token itself: the video part is a matrix product.
         single_token = text.tokens.shape[1] == 1
+        if single_token and videos.frames.shape[1] == 1:
+            part = _SingleSlots.apply(text.tokens, text.weights, videos.frames, videos.weights)
+            result = part if result is None else result + part
+            continue
         frame_weights = None if single_token else videos.weights
         part = _SetSimilarity.apply(
             backend, *text, videos.frames, frame_weights, boosted, strength, videos.neighbour
@@ -92,6 +108,43 @@ def mean_similarity(
         result = part if result is None else result + part
     assert result is not None
     return result / len(texts) if len(texts) > 1 else result
+
+
+class _SingleSlots(torch.autograd.Function):
+    """SIM of texts of one token with videos of one frame: a matrix product.
+
+    No maximum has a choice, and a single frame has no neighbour: p = q = S. Neither side has
+    padding, because a text or video without a valid slot is refused. The frame's weight is 1, and
+    the token's is its mask or 1. Both are constants: a softmax over one slot has gradient 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weights: Tensor, frames: Tensor, frame_weights: Tensor
+    ) -> Tensor:
+        scaled = tokens.squeeze(1) * ((weights + 1) / 2)
+        ctx.save_for_backward(scaled, weights, frames)
+        ctx.frame_weights_shape = frame_weights.shape
+        return inner_products(scaled, frames.squeeze(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
+        ctx: Any, *gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        scaled, weights, frames = ctx.saved_tensors
+        d_scores, video = gradient[0], frames.squeeze(1)
+        d_tokens = d_frames = None
+        if ctx.needs_input_grad[0]:
+            d_tokens = product_of_parts((d_scores,), (video,)) * ((weights + 1) / 2)
+            d_tokens = d_tokens.unsqueeze(1)
+        if ctx.needs_input_grad[2]:
+            d_frames = product_of_parts((d_scores.T,), (scaled,)).unsqueeze(1)
+        d_weights, d_frame_weights = (
+            torch.zeros_like(weights),
+            weights.new_zeros(ctx.frame_weights_shape),
+        )
+        return d_tokens, d_weights, d_frames, d_frame_weights
 
 
 class _SetSimilarity(torch.autograd.Function):
@@ -126,5 +179,6 @@ class _SetSimilarity(torch.autograd.Function):
         videos, saved = VideoTensors(*ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
         result: InputGradients = ctx.backend.backward(*gradient, saved, videos)
         text_gradients = (result.tokens, result.weights, None)
-        video_gradients = (result.frames, result.frame_weights, result.boosted, None, None)
+        of_frames = (result.frames, result.frame_weights)
+        video_gradients = (*of_frames, result.boosted, result.strength, None)
         return None, *text_gradients, *video_gradients

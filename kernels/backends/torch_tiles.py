@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class TorchTiles:
     chunk: int
     fast: bool = False
     """Rounds the features of the products to bfloat16; see `similarity.dmae_similarity`."""
+    reads_boosted: ClassVar[bool] = True
 
     def forward(
         self, text: TokenSet, videos: VideoTensors, *, save: bool

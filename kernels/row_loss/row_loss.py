@@ -168,12 +168,14 @@ class RowLoss:
 
     def add_hard_negatives(self, scores: Float[Tensor, "n m"], position: TilePosition) -> None:
         """Second pass: adds a tile's sums over hard negatives. Tiles come in any order."""
+        if self.rule.neg_nce_mode is None:
+            # InfoNCE only reports their number.
+            hard = self._hard(scores, self._excluded(scores, position), position)
+            return self.rows.add_sums(self.rows.num_hard, position, hard.to(scores.dtype))
         logits, excluded = self._logits(scores, position)
         hard = self._hard(scores, excluded, position)
         for direction in self.directions:
             direction.add_sums(direction.num_hard, position, hard.to(scores.dtype))
-            if self.rule.neg_nce_mode is None:
-                continue
             probability = (logits - direction.broadcast(direction.total, position, scores)).exp_()
             moderate, dominant = self._split_hard(probability, hard)
             direction.add_sums(direction.odds, position, _odds(probability, moderate))
@@ -216,10 +218,10 @@ class RowLoss:
         `text_to_video` and `video_to_text` are the incoming gradients of the two shares.
         """
         logits, excluded = self._logits(scores, position)
-        hard = self._hard(scores, excluded, position)
+        is_info_nce = self.rule.neg_nce_mode is None
+        hard = None if is_info_nce else self._hard(scores, excluded, position)
         result = torch.zeros_like(scores)
-        incoming = (text_to_video, video_to_text)
-        for direction, factor in zip(self.directions, incoming, strict=True):
+        for direction, factor in zip(self.directions, (text_to_video, video_to_text), strict=True):
             result += factor * self._logit_gradient(logits, hard, direction, position)
         return result.mul_(self.rule.scale)
 
@@ -255,14 +257,19 @@ class RowLoss:
     ) -> tuple[Tensor, Bool[Tensor, "n m"] | None]:
         """Scaled scores, and the mask of excluded pairs, whose logit is -inf."""
         logits = self.rule.scale * scores
+        excluded = self._excluded(scores, position)
+        return logits if excluded is None else logits.masked_fill_(excluded, -torch.inf), excluded
+
+    def _excluded(self, scores: Tensor, position: TilePosition) -> Bool[Tensor, "n m"] | None:
+        """Marks the pairs of one video beside the matched ones, where these are excluded."""
         if self.video_ids is None:
-            return logits, None
+            return None
         first_row = self.row_offset + position.row
         row_ids = self.video_ids[first_row : first_row + scores.shape[0]]
         column_ids = self.video_ids[position.column : position.column + scores.shape[1]]
         excluded = row_ids[:, None] == column_ids
         position.diagonal(excluded)[0].fill_(False)
-        return logits.masked_fill_(excluded, -torch.inf), excluded
+        return excluded
 
     def _hard(self, scores: Tensor, excluded: Tensor | None, position: TilePosition) -> Tensor:
         row_positives = self.rows.broadcast(self.positives, position, scores).squeeze(1)
@@ -283,7 +290,7 @@ class RowLoss:
         return hard & ~dominant, dominant
 
     def _logit_gradient(
-        self, logits: Tensor, hard: Tensor, direction: _Direction, position: TilePosition
+        self, logits: Tensor, hard: Tensor | None, direction: _Direction, position: TilePosition
     ) -> Tensor:
         """Gradient of one direction's loss with respect to a tile of logits."""
         probability = (logits - direction.broadcast(direction.total, position, logits)).exp_()
@@ -293,7 +300,7 @@ class RowLoss:
         matched, first = position.diagonal(result)
         first += position.row + (0 if direction.dim == 1 else self.row_offset)
         matched -= positive_weight[first : first + len(matched)]
-        if self.rule.neg_nce_mode is None:
+        if hard is None:
             return result
         moderate, dominant = self._split_hard(probability, hard)
         penalty_weight = direction.broadcast(direction.penalty_weight, position, logits)

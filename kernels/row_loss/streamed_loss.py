@@ -97,7 +97,9 @@ def streamed_loss(
     video_ids: Int[Tensor, " G"] | None = None,
     keep_scores: bool = False,
     chunk: int | None = None,
+    backend: str | None = None,
     fast: bool = False,
+    compile_tiles: bool = False,
 ) -> LossTerms:
     """Computes `losses.row_loss` of `similarity.dmae_similarity` tile by tile.
 
@@ -113,7 +115,7 @@ def streamed_loss(
         keep_scores: Stores the (B, G) scores instead of computing them for each pass.
         chunk: Texts per tile; a tile has 4 times as many videos. None chooses. The result does not
             depend on it.
-        fast: As for `similarity.dmae_similarity`.
+        backend: As for `similarity.dmae_similarity`, and so are `fast` and `compile_tiles`.
 
     Returns:
         This rank's share of every term.
@@ -142,7 +144,7 @@ def streamed_loss(
             video_ids=video_ids,
             like=videos.frames.detach()[:0],
         )
-        backend, chunk = tile_backend(texts, videos, chunk, fast)
+        backend, chunk = tile_backend(texts, videos, chunk, fast, backend, compile_tiles)
         stream = _TileStream(loss, exchange, keep_scores, backend, chunk, len(texts))
         text_tensors = [tensor for tokens in texts for tensor in tokens]
         video_tensors = [tensor for tensor in videos if tensor is not None]

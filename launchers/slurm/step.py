@@ -29,6 +29,7 @@ def attempt_end(
     *,
     code: int,
     message: str | None,
+    reported: bool,
     failed_node: str | None,
     noticed: bool,
     saved_step: int,
@@ -39,7 +40,8 @@ def attempt_end(
         failure: First failed rank or node that srun reports.
         code: srun's exit code.
         message: The failed rank's own message, or srun's last line.
-        failed_node: Node of the rank at fault, if a rank reported a failure.
+        reported: True if a rank reported the failure.
+        failed_node: Node of the rank at fault in that report; None if it blames no rank.
         noticed: True if the ranks were notified of a preemption.
         saved_step: Step of the newest checkpoint.
     """
@@ -53,7 +55,7 @@ def attempt_end(
     job_code = exit_code if exit_code in (EXIT_USAGE, EXIT_PREEMPTED) else EXIT_FAILED
     if noticed and failure.description.startswith("User defined signal"):
         job_code = EXIT_PREEMPTED  # the command has no handler for the notice
-    if failure.description.startswith("Terminated") and failed_node is None:
+    if failure.description.startswith("Terminated") and not reported:
         # Before any rank fails, only SLURM sends SIGTERM: it takes the nodes for another job.
         job_code = EXIT_PREEMPTED
     where = f"node {failure.node}"
@@ -63,8 +65,9 @@ def attempt_end(
     reason = message if message and exited else f"{where}: {failure.description}"
     node = None
     if job_code == EXIT_FAILED:
-        # Ranks that exit because another rank failed may exit before it.
-        node = failed_node if failed_node and exited else failure.node
+        # Ranks that exit because another rank failed may exit before it. A report that blames no
+        # rank must not cost the node of the first rank that exits.
+        node = failed_node if reported and exited else failure.node
     return AttemptEnd(code=job_code, reason=reason, node=node, saved_step=saved_step)
 
 
@@ -142,19 +145,20 @@ class SrunStep:
     def _attempt_end(self, code: int) -> AttemptEnd:
         errors = "".join(self._errors)
         failure = commands.first_step_failure(errors)
-        message = failed_node = None
+        message = failed_node = report = None
         if failure is None:
             message = _last_line(errors)
         elif failure.rank is not None:
             report = reported_failure(Path(self._job.run_dir), self._began_s)
             message = report.reason if report else self._last_log_line(failure.rank)
             # SLURM assigns ranks to nodes in order, the same number to each.
-            if report:
+            if report and report.rank is not None:
                 failed_node = self._allocation.nodes[report.rank // self._job.ranks_per_node]
         return attempt_end(
             failure,
             code=code,
             message=message,
+            reported=report is not None,
             failed_node=failed_node,
             noticed=self._noticed,
             saved_step=read_progress(Path(self._job.run_dir)).saved_step,

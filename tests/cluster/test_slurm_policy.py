@@ -178,6 +178,7 @@ def test_end_of_an_attempt_is_classified(
         step_failure,
         code=code,
         message="last line",
+        reported=False,
         failed_node=None,
         noticed=noticed,
         saved_step=7,
@@ -200,11 +201,31 @@ def test_node_of_the_rank_at_fault_is_recorded(description: str, node: str | Non
         failure(description),
         code=3,
         message="a line",
+        reported=True,
         failed_node="n1",
         noticed=False,
         saved_step=0,
     )
     assert end.node == node
+
+
+def test_report_without_a_rank_at_fault_excludes_no_node() -> None:
+    # All ranks exit with code 3, and some rank exits first: its node is as good as any other.
+    ends = [
+        attempt_end(
+            failure(description),
+            code=3,
+            message="no rank is behind the others",
+            reported=True,
+            failed_node=None,
+            noticed=False,
+            saved_step=0,
+        )
+        for description in ("Exited with exit code 3", "Terminated")
+    ]
+    assert [(end.code, end.node) for end in ends] == [(3, None), (3, "n2")]
+    decision = decide_restart([ends[0], ends[0]], POLICY)
+    assert (decision.restart, decision.exclude) == (True, ())
 
 
 def test_first_recorded_end_of_an_attempt_counts(tmp_path: Path) -> None:
@@ -286,6 +307,9 @@ def test_newest_failure_report_of_the_attempt_is_read(tmp_path: Path) -> None:
         os.utime(path, (1000 - age_s, 1000 - age_s))
     assert reported_failure(tmp_path, 960.0) == ReportedFailure(0, "rank 1 on n2: ValueError: no")
     assert reported_failure(tmp_path, 985.0) is None
+    report = {"rank": 1, "host": "n2", "code": 3, "error": "a stall", "of": None}
+    (folder / "none.json").write_text(json.dumps(report))
+    assert reported_failure(tmp_path, 985.0) == ReportedFailure(None, "rank 1 on n2: a stall")
 
 
 def job_of(run_dir: Path, folder: Path, *options: str, array: str | None = None) -> Job:

@@ -1,7 +1,8 @@
-"""Loader workers ignore the SIGTERM that batch systems send to all processes of a job."""
+"""Loader workers ignore the SIGTERM of batch systems, and collect their own garbage."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,14 +11,14 @@ import subprocess
 import torch
 from torch.utils.data import DataLoader
 
-from tvr.data_prep.reading.loader import _exit_on_sigterm_of_parent
+from tvr.data_prep.reading.loader import _start_worker
 
 
 def numbers(workers: int) -> DataLoader:
     return DataLoader(
         range(200),  # type: ignore[arg-type]
         num_workers=workers,
-        worker_init_fn=_exit_on_sigterm_of_parent,
+        worker_init_fn=_start_worker,
         multiprocessing_context="fork",
     )
 
@@ -38,3 +39,22 @@ def test_a_worker_exits_on_sigterm_only_from_its_rank() -> None:
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(30)
     assert worker.exitcode == 0
+
+
+def is_collecting(values: list[int]) -> bool:
+    return gc.isenabled()
+
+
+def test_a_worker_collects_garbage_although_its_rank_does_so_on_a_schedule() -> None:
+    gc.disable()
+    try:
+        loader = DataLoader(
+            range(4),  # type: ignore[arg-type]
+            num_workers=1,
+            collate_fn=is_collecting,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork",
+        )
+        assert all(loader)
+    finally:
+        gc.enable()

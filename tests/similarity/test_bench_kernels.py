@@ -47,7 +47,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_implementation_is_measured_in_both_passes(measured: dict[str, Any]) -> None:
     found = {(row["implementation"], row["pass"]): row for row in measured["rows"]}
-    names = ("reference", "compiled", "torch", "streamed", "fast", "bound")
+    names = ("reference", "compiled", "torch", "dense", "streamed", "fast", "bound")
     assert list(found) == [(name, pass_) for pass_ in (FORWARD, BACKWARD) for name in names]
     for row in found.values():
         assert row["reason"] is None
@@ -69,9 +69,16 @@ def test_json_on_stdout_is_one_line_and_the_table_goes_to_stderr(
     monkeypatch.setattr(kernels, "measure", fake_measure)
     code, out, err = run(capsys, *TINY, "--pairs", "6", "7", "--json", "-")
     assert code == 0
-    assert [row["pairs"] for row in json.loads(out)["rows"]] == [6] * 8 + [7] * 8
+    assert [row["pairs"] for row in json.loads(out)["rows"]] == [6] * 10 + [7] * 10
     assert out.count("\n") == 1
-    for text in ("6 pairs, 5 words (ragged)", "7 pairs", "naive", "compiled", "torch tiles"):
+    for text in (
+        "6 pairs, 5 words (ragged)",
+        "7 pairs",
+        "naive",
+        "compiled",
+        "torch tiles",
+        "dense tiles",
+    ):
         assert text in err
 
 
@@ -105,7 +112,7 @@ def test_naive_is_left_out_with_a_reason_if_memory_is_short(
     code, out, _ = run(capsys, "--pairs", "512", "--memory-gib", "0.5", "--json", "-")
     naive, compiled, *_ = json.loads(out)["rows"]
     assert code == 0
-    assert started == ["compiled", "torch", "bound"]
+    assert started == ["compiled", "torch", "dense", "bound"]
     assert naive["reason"].endswith("GiB, but may take 0.5")
     assert "peak_bytes" not in naive
     assert compiled["reason"] is None
@@ -168,7 +175,8 @@ def test_a_failing_process_fails_the_command(
     code, out, err = run(capsys, *TINY, "--json", "-")
     reasons = {row["implementation"]: row["reason"] for row in json.loads(out)["rows"]}
     assert code == 3
-    assert reasons == {"reference": None, "compiled": None, "torch": "the reason", "bound": None}
+    assert reasons.pop("torch") == "the reason"
+    assert reasons == dict.fromkeys(("reference", "compiled", "dense", "bound"))
     assert "tvr bench kernels: torch: the reason" in err
 
 
@@ -208,12 +216,13 @@ def test_ratios_stay_within_a_case() -> None:
 
 def fake_measure(job: Job, *, repeats: int, memory_limit: int) -> Measurement:
     """Replaces `kernels.measure` by numbers whose ratios are known."""
-    time = {"reference": 2.0, "compiled": 0.8, "torch": 1.0, "bound": 0.5}[job.implementation]
-    peak = {"reference": 4, "compiled": 2, "torch": 1, "bound": 1}[job.implementation] * 10**6
+    time = {"reference": 2.0, "compiled": 0.8, "torch": 1.0, "dense": 1.5, "bound": 0.5}
+    peak = {"reference": 4, "compiled": 2, "torch": 1, "dense": 3, "bound": 1}
+    took, size = time[job.implementation], peak[job.implementation] * 10**6
     return Measurement(
         job,
-        peaks={FORWARD: peak, BACKWARD: peak},
-        times={FORWARD: [time] * repeats, BACKWARD: [time] * repeats},
+        peaks={FORWARD: size, BACKWARD: size},
+        times={FORWARD: [took] * repeats, BACKWARD: [took] * repeats},
     )
 
 
@@ -223,5 +232,5 @@ def test_the_json_goes_to_the_named_file(
     monkeypatch.setattr(kernels, "measure", fake_measure)
     file = tmp_path / "numbers.json"
     assert run(capsys, *TINY, "--json", str(file))[0] == 0
-    assert len(json.loads(file.read_text())["rows"]) == 8
+    assert len(json.loads(file.read_text())["rows"]) == 10
     assert run(capsys, *TINY, "--json", str(tmp_path / "absent" / "x.json"))[0] == 2

@@ -21,6 +21,8 @@ VARIANTS = {
     "compiled": {"backend": "compiled"},
     "torch": {"backend": "torch"},
     "tiles of 1": {"backend": "torch", "chunk": 1},
+    "dense": {"backend": "dense"},
+    "dense of 3": {"backend": "dense", "chunk": 3},
     "tiles of 3": {"backend": "torch", "chunk": 3},
     "tiles of 100": {"backend": "torch", "chunk": 100},
 }
@@ -88,7 +90,7 @@ def test_word_part_alone_equals_the_reference(variant: str) -> None:
     )
 
 
-@pytest.mark.parametrize("variant", ["compiled", "tiles of 1", "torch"])
+@pytest.mark.parametrize("variant", ["compiled", "tiles of 1", "torch", "dense"])
 @pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 def test_gradients_pass_gradcheck(interaction: str, neighbours: bool, variant: str) -> None:
@@ -170,16 +172,20 @@ def test_results_do_not_depend_on_the_matrix_library(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "dense"])
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("neighbours", [False, True])
-def test_on_a_gpu_the_tiles_equal_the_reference(interaction: str, neighbours: bool) -> None:
+def test_on_a_gpu_the_tiles_equal_the_reference(
+    interaction: str, neighbours: bool, backend: str
+) -> None:
     options = {"interaction": interaction, "neighbour_frames": neighbours}
     for sizes in SIZES:
         arguments = similarity_inputs(*sizes[:4], width=sizes[4])
         on_gpu = {name: x.cuda() for name, x in arguments.items()}
         expected = scores_and_gradients(reference.dmae_similarity, arguments, **options)
         for chunk in (None, 3):
-            actual = scores_and_gradients(dmae_similarity, on_gpu, chunk=chunk, **options)
+            given = {"chunk": chunk, "backend": backend, **options}
+            actual = scores_and_gradients(dmae_similarity, on_gpu, **given)
             actual = {name: x.cpu() for name, x in actual.items()}
             assert_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 

@@ -61,7 +61,7 @@ def test_more_slots_than_one_byte_can_index_use_the_torch_tiles() -> None:
 
 
 def test_errors_name_the_option() -> None:
-    with pytest.raises(ValueError, match="backend='cuda' must be one of compiled, torch"):
+    with pytest.raises(ValueError, match="backend='cuda' must be one of compiled, torch, dense"):
         dmae_similarity(**similarity_inputs(), backend="cuda")
     with pytest.raises(ValueError, match="chunk=2 is for backend='torch'"):
         dmae_similarity(**similarity_inputs(), backend="compiled", chunk=2)

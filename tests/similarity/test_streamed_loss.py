@@ -21,6 +21,7 @@ from tvr.kernels.losses import LossTerms, row_loss
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
+from tvr.kernels.similarity import BACKENDS
 
 RULES = {
     "info_nce": LossRule(None, scale=20.0),
@@ -84,6 +85,16 @@ def test_torch_tiles_are_used_without_compiled_kernels(
     monkeypatch.setattr(cpu_build, "available_backend", lambda: ("torch", "for this test"))
     for chunk in CHUNKS:
         assert_equal(loss_of_tiles(arguments, RULES["log"], chunk=chunk), expected)
+
+
+@pytest.mark.parametrize("keep_scores", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_can_be_named(backend: str, keep_scores: bool) -> None:
+    arguments = similarity_inputs(PAIRS, PAIRS)
+    expected = loss_of_reference(arguments, RULES["log"])
+    for chunk in CHUNKS:
+        options = {"chunk": chunk, "backend": backend, "keep_scores": keep_scores}
+        assert_equal(loss_of_tiles(arguments, RULES["log"], **options), expected)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -271,8 +271,9 @@ def test_a_checkpoint_has_the_estimated_size(
 
 
 def test_states_are_partitioned_by_the_zero_stage(data: Path, tokenizer: Tokenizer) -> None:
-    def of(stage: int, ranks: int, precision: str = "fp32") -> tuple[float, float, float]:
-        config = tiny_config(data, train={"zero_stage": stage, "precision": precision})
+    def of(stage: int, ranks: int, precision: str = "fp32", sums: str = "fp32") -> tuple[Any, ...]:
+        changes = {"zero_stage": stage, "precision": precision, "accumulation_dtype": sums}
+        config = tiny_config(data, train=changes)
         needs = model_bytes(config, tokenizer, ranks)
         outline = build_meta_model(config.model, config.loss, tokenizer, num_frames=3)
         numbers = sum(parameter.numel() for parameter in outline.parameters())
@@ -284,5 +285,10 @@ def test_states_are_partitioned_by_the_zero_stage(data: Path, tokenizer: Tokeniz
     assert of(1, 4) == (4, 4, 3)
     assert of(2, 4) == (4, 1, 3)
     assert of(3, 4) == (1, 1, 3)
-    assert of(1, 4, "bf16") == (2, 2, 3)
-    assert of(1, 1, "bf16") == (2, 2, 12)
+    # The sums of gradients are fp32, and at stage 1 every rank holds them whole.
+    assert of(1, 4, "bf16") == (2, 4, 3)
+    assert of(1, 1, "bf16") == (2, 4, 12)
+    assert of(2, 4, "bf16") == (2, 1, 3)
+    assert of(3, 4, "bf16") == (0.5, 1, 3)
+    assert of(1, 4, "bf16", "bf16") == (2, 2, 3)
+    assert of(2, 4, "bf16", "bf16") == (2, 0.5, 3)

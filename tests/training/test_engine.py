@@ -16,8 +16,15 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from tvr.trainer.config import TrainConfig, to_json
 from tvr.trainer.engine import engine as engine_module
-from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused, optimizer_line
+from tvr.trainer.engine.deepspeed_config import (
+    OVERLAP_BUCKET,
+    deepspeed_config,
+    is_fused,
+    optimizer_line,
+    state_layout,
+)
 from tvr.trainer.engine.engine import Engine
+from tvr.trainer.engine.universal import holds_weights
 
 
 def train(**changes: Any) -> TrainConfig:
@@ -49,26 +56,76 @@ def test_batch_sizes_are_per_rank() -> None:
 
 
 def test_precision() -> None:
-    assert deepspeed_config(train(), 1)["bf16"] == {"enabled": False}
+    whole = deepspeed_config(train(), 1)
+    assert whole["bf16"] == {"enabled": False}
+    assert "data_types" not in whole
+    assert "communication_data_type" not in whole
     for zero_stage in (1, 2, 3):
         half = deepspeed_config(train(precision="bf16", zero_stage=zero_stage), 1)
-        assert half["bf16"] == {"enabled": True}
+        assert half["bf16"] == {"enabled": True, "immediate_grad_update": zero_stage == 1}
     with pytest.raises(ValueError, match=r"train\.precision=bf16 needs train\.zero_stage >= 1"):
         deepspeed_config(train(precision="bf16", zero_stage=0), 1)
+
+
+def test_bf16_gradients_are_summed_in_fp32_unless_set() -> None:
+    # DeepSpeed's default is the model's precision.
+    default = deepspeed_config(train(precision="bf16"), 1)
+    assert default["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert default["communication_data_type"] == "fp32"
+    changes = {"accumulation_dtype": "bf16", "reduction_dtype": "bf16"}
+    half = deepspeed_config(train(precision="bf16", **changes), 1)
+    assert half["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert half["communication_data_type"] == "bf16"
+    for name in changes:
+        message = rf"train\.{name}=bf16 needs train\.precision=bf16; it is fp32"
+        with pytest.raises(ValueError, match=message):
+            deepspeed_config(train(**{name: "bf16"}), 1)
+
+
+def test_states_of_another_layout_are_not_loaded_directly() -> None:
+    layouts = [
+        state_layout(train(**changes))
+        for changes in (
+            {},
+            {"precision": "bf16"},
+            {"precision": "bf16", "accumulation_dtype": "bf16"},
+            {"precision": "bf16", "offload": "optimizer"},
+            {"precision": "bf16", "zero_stage": 2},
+        )
+    ]
+    # DeepSpeed takes another optimiser class in the second case only.
+    assert layouts == ["fp32", "bf16 with fp32 gradients", "bf16", "bf16", "bf16"]
+    # The float32 weights of every bf16 layout lie in the optimiser's files.
+    file = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    assert [holds_weights(file, 1, name) for name in layouts] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_offload_names_the_state_in_host_memory(zero_stage: int) -> None:
     host = {"device": "cpu", "pin_memory": True}
     settings = train(zero_stage=zero_stage, offload="optimizer")
-    zero = deepspeed_config(settings, 1, pin_memory=True)["zero_optimization"]
+    zero = deepspeed_config(settings, 1, on_gpu=True)["zero_optimization"]
     assert zero["offload_optimizer"] == host
     assert "offload_param" not in zero
     whole = train(zero_stage=3, offload="parameters")
-    zero = deepspeed_config(whole, 1, pin_memory=True)["zero_optimization"]
+    zero = deepspeed_config(whole, 1, on_gpu=True)["zero_optimization"]
     assert zero["offload_optimizer"] == zero["offload_param"] == host
     plain = deepspeed_config(train(zero_stage=zero_stage), 1)["zero_optimization"]
     assert not [name for name in plain if name.startswith("offload")]
+
+
+def test_gradients_are_summed_beside_the_backward_where_that_is_safe() -> None:
+    def zero(on_gpu: bool, **changes: Any) -> dict[str, Any]:
+        return deepspeed_config(train(**changes), 1, on_gpu=on_gpu)["zero_optimization"]
+
+    for stage in (2, 3):
+        assert zero(True, zero_stage=stage)["overlap_comm"] is True
+        # A bucket as large as DeepSpeed's default would hold a whole model until the end.
+        assert zero(True, zero_stage=stage)["reduce_bucket_size"] == OVERLAP_BUCKET
+        assert "overlap_comm" not in zero(False, zero_stage=stage)
+        assert "overlap_comm" not in zero(True, zero_stage=stage, offload="optimizer")
+        assert zero(True, zero_stage=stage, overlap_comm=False)["overlap_comm"] is False
+    assert "overlap_comm" not in zero(True, zero_stage=1)
 
 
 def test_deepspeed_keeps_torchs_optimiser() -> None:

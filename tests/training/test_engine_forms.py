@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.data import training_batches
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.engine import COMPILE_CACHE_VARIABLE, Engine, explain_compile_cache_errors
+from tvr.trainer.engine.engine import Engine
+from tvr.trainer.engine.tower_layers import COMPILE_CACHE_VARIABLE, explain_compile_cache_errors
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model.model import model_inputs
 from tvr.trainer.model.parameter_groups import parameter_groups
@@ -31,6 +32,8 @@ STEPS, MORE = 2, 1
 RECOMPUTED = {"activation_checkpointing": True}
 OPTIMIZER = {"offload": "optimizer"}
 PARAMETERS = {"offload": "parameters"}
+BF16 = {"precision": "bf16"}
+SAVED_FORMS = ({}, OPTIMIZER, PARAMETERS, BF16)
 FORMS = [
     *((stage, {}) for stage in (0, 1, 2, 3)),
     *((stage, RECOMPUTED) for stage in (0, 1, 2, 3)),
@@ -45,6 +48,7 @@ MOVES = [
     (3, {}, PARAMETERS),
     (3, OPTIMIZER, {}),
     (3, PARAMETERS, PARAMETERS),
+    *((stage, BF16, BF16) for stage in (1, 2, 3)),
 ]
 COMPILED = [(0, {"compile": True}), (1, {"compile": True} | OPTIMIZER | RECOMPUTED)]
 StepResults = tuple[list[float], dict[str, Tensor]]
@@ -104,7 +108,7 @@ def run_all_forms(rank: int, world_size: int, data: Path, folder: Path) -> dict[
         config = settings(data, stage, world_size, **form)
         engine = Engine(seeded_model(config), config.train, world)
         results[key(stage, form)] = run_steps(engine, config, world)
-        if form in (OPTIMIZER, PARAMETERS, {}):
+        if form in SAVED_FORMS:
             save_engine_state(engine, folder / key(stage, form), world)
             copied = tensors(engine.state_dict())
             live = tensors(engine.state_dict(copy=False))
@@ -137,8 +141,13 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def bf16_forms() -> list[tuple[int, dict[str, Any]]]:
-    forms = [(1, {}), (2, RECOMPUTED), (2, OPTIMIZER), (3, {}), (3, PARAMETERS | RECOMPUTED)]
-    return [(stage, {"precision": "bf16"} | form) for stage, form in forms]
+    forms = [
+        *((stage, {}) for stage in (1, 2, 3)),
+        (2, RECOMPUTED),
+        (2, OPTIMIZER),
+        (3, PARAMETERS | RECOMPUTED),
+    ]
+    return [(stage, BF16 | form) for stage, form in forms]
 
 
 def key(stage: int, form: dict[str, Any]) -> str:
@@ -208,7 +217,7 @@ def test_a_state_continues_in_another_form(results_by_rank: list[dict[str, Any]]
 def test_steps_do_not_change_a_staged_copy(results_by_rank: list[dict[str, Any]]) -> None:
     for rank, results in enumerate(results_by_rank):
         found = [name for name in results if name.startswith("copy ")]
-        assert len(found) == 8
+        assert len(found) == 11
         for name in found:
             copied, live = results[name]
             assert copied

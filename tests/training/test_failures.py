@@ -14,9 +14,11 @@ import pytest
 from builders import jobs
 from builders.tiny import tiny_config
 
+from tvr.data_prep.records import TooManyBadSamples
 from tvr.trainer.config import Config
+from tvr.trainer.errors import Fenced, NonFiniteLoss, NotSaved, TrainingFailed
 from tvr.trainer.resilience.failure_file import Failure, FailureFile
-from tvr.trainer.resilience.failures import peer_failure_line
+from tvr.trainer.resilience.failures import _report_once, peer_failure_line
 
 STALL_S = 5.0
 
@@ -123,7 +125,7 @@ def test_first_rank_claims_the_failure_file_and_others_read_its_report(tmp_path:
     assert other.read() is None
     assert [first.claim(), other.claim(), first.claim()] == [True, False, False]
     assert other.read() is None
-    first.record("ValueError: no", 2)
+    first.record("ValueError: no", 2, of=1)
     failure = other.wait()
     host = socket.gethostname()
     assert failure == Failure(rank=1, host=host, code=2, error="ValueError: no", of=1)
@@ -132,10 +134,29 @@ def test_first_rank_claims_the_failure_file_and_others_read_its_report(tmp_path:
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "of"),
+    [
+        (TrainingFailed("step 4 on rank 1"), 1),
+        # All ranks raise these alike, and the first one to report must not cost its node.
+        (NonFiniteLoss("step 4"), None),
+        (NotSaved("step 4"), None),
+        (Fenced("attempt 2"), None),
+        (TooManyBadSamples("101"), None),
+    ],
+)
+def test_error_of_all_ranks_blames_none(error: Exception, of: int | None, tmp_path: Path) -> None:
+    failures = FailureFile(tmp_path / "failures" / "job.json", 1)
+    assert _report_once(failures, error, lambda raised: 3) == 3
+    failure = failures.read()
+    assert failure is not None
+    assert (failure.rank, failure.of) == (1, of)
+
+
 def test_every_rank_reports_if_no_file_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "failures").write_text("no folder")
     for rank in (0, 1):
         failures = FailureFile(tmp_path / "failures" / "job.json", rank)
         assert failures.claim()
-        failures.record("ValueError: no", 2)
+        failures.record("ValueError: no", 2, of=rank)
         assert failures.read() is None

@@ -39,7 +39,11 @@ CASES = [
     replace(JOB, implementation="torch", texts=128),
     replace(JOB, implementation="torch", chunk=32, lengths="ragged"),
     replace(JOB, implementation="torch", words=8, frames=32, texts=512, videos=512, width=128),
+    replace(JOB, implementation="dense", texts=128),
+    replace(JOB, implementation="dense", chunk=48, lengths="ragged"),
+    replace(JOB, implementation="streamed", backend="dense", chunk=64, words=16),
 ]
+BACKEND_OF = {"torch": "torch", "dense": "dense", "reference": "naive"}
 # Narrow features, so that the pairs dominate the memory.
 PAIRS = replace(JOB, width=16)
 
@@ -53,7 +57,7 @@ def sizes_of(job: Job) -> SimilaritySizes:
         width=job.width,
         interaction=job.interaction,
         neighbour_frames=job.neighbour_frames,
-        backend={"torch": "torch", "reference": "naive"}.get(job.implementation, "compiled"),
+        backend=BACKEND_OF.get(job.implementation, job.backend or "compiled"),
         streamed=job.implementation == "streamed",
         keep_scores=job.keep_scores,
         chunk=job.chunk,
@@ -131,8 +135,10 @@ def test_a_pair_costs_at_most_96_bytes(pairs: tuple[int, int, int]) -> None:
     assert 50 < bytes_per_pair(PAIRS, pairs) < 96
 
 
-def test_a_pair_costs_no_more_in_torch_tiles() -> None:
-    assert bytes_per_pair(replace(PAIRS, implementation="torch", chunk=32), (128, 224, 320)) < 96
+@pytest.mark.parametrize("implementation", ["torch", "dense"])
+def test_a_pair_costs_no_more_in_torch_tiles(implementation: str) -> None:
+    job = replace(PAIRS, implementation=implementation, chunk=32)
+    assert bytes_per_pair(job, (128, 224, 320)) < 96
 
 
 # Kept scores would cost 4 bytes, and kept indices more than 8.
@@ -140,6 +146,8 @@ def test_a_pair_costs_no_more_in_torch_tiles() -> None:
 def test_a_pair_costs_no_memory_with_streamed_scores(words: int, frames: int) -> None:
     job = replace(PAIRS, implementation="streamed", chunk=64, words=words, frames=frames)
     assert abs(bytes_per_pair(job, (512, 1280, 2048))) < 2
+    dense = replace(job, backend="dense")
+    assert abs(bytes_per_pair(dense, (512, 1280, 2048))) < 2
 
 
 def test_buffers_are_sorted_and_add_up_to_the_peak() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tvr.kernels.backends import cpu_build
 from tvr.trainer.cli import show_config
+from tvr.trainer.memory import environment
 from tvr.trainer.memory.similarity_memory import estimate_similarity
 from tvr.trainer.memory.similarity_sizes import SimilaritySizes
 
@@ -105,3 +106,20 @@ def test_the_backend_is_shown_with_its_reason(
     rows = memory_rows(capsys)
     assert "similarity: torch tiles, products by oneDNN; no C++ compiler" in rows["stderr"]
     assert "width 128, torch tiles" in rows["stderr"]
+
+
+def test_a_chosen_backend_is_shown_and_estimated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = memory_rows(capsys, "--train.similarity-backend", "dense")
+    line = "similarity: dense tiles, products by oneDNN; set by train.similarity_backend"
+    assert line in rows["stderr"]
+    assert "width 128, dense tiles" in rows["stderr"]
+    assert "indices of the maxima" not in rows
+    monkeypatch.setattr(environment, "compile_failure", lambda device: "no compiler")
+    flags = ["--train.similarity-backend", "dense", "--train.compile-similarity"]
+    assert f"{line}; tiles not compiled: no compiler" in memory_rows(capsys, *flags)["stderr"]
+    flags = ["--train.similarity-backend", "compiled", "--data.num-frames", "256"]
+    assert show_config(flags) == 2
+    reason = "train.similarity_backend=compiled is not available: 256 words or frames"
+    assert reason in capsys.readouterr().err

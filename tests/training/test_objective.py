@@ -246,3 +246,15 @@ def test_only_the_fast_similarity_rounds_the_loss(scores: Any) -> None:
 
     assert share(fast=False) == pytest.approx(values(loss)["loss"], rel=1e-12)
     assert 1e-6 < abs(share(fast=True) / share(fast=False) - 1) < 1e-2
+
+
+@pytest.mark.parametrize("scores", ["keep", "stream"])
+def test_every_similarity_backend_gives_the_same_loss(scores: Any) -> None:
+    loss = LossConfig(temperature=0.1)
+    for backend in ("auto", "compiled", "torch", "dense"):
+        found = objective(
+            features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, scores=scores, backend=backend
+        )
+        assert float(found.shares[0]) == pytest.approx(values(loss)["loss"], rel=1e-12)
+    with pytest.raises(ValueError, match="must be one of compiled, torch, dense"):
+        objective(features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, backend="cublas")

@@ -46,7 +46,7 @@ class RecordingEngine(Engine):
 
     gradients: Gradients | None = None
 
-    def step(self, learning_rate_factor: float) -> float | None:
+    def step(self, learning_rate_factor: float) -> None:
         from deepspeed.utils import safe_get_full_grad
 
         if self.gradients is None and self._engine.is_gradient_accumulation_boundary():
@@ -54,7 +54,7 @@ class RecordingEngine(Engine):
                 name: safe_get_full_grad(parameter).clone()
                 for name, parameter in self.module.named_parameters()
             }
-        return super().step(learning_rate_factor)
+        super().step(learning_rate_factor)
 
 
 def record_steps(

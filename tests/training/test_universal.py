@@ -42,6 +42,10 @@ RANKS = (1, 2)
 BEFORE, AFTER = 3, 2
 
 
+def stages(precision: str) -> tuple[int, ...]:
+    return STAGES if precision == "fp32" else STAGES[1:]
+
+
 def settings(data: Path, stage: int, world_size: int, precision: str = "fp32") -> Any:
     # The parameter groups differ in every setting of the optimiser. If one group got another
     # group's settings, the losses would show it.
@@ -55,11 +59,13 @@ def settings(data: Path, stage: int, world_size: int, precision: str = "fp32") -
     return with_ranks(tiny_config(data, train=changes), world_size)
 
 
-def save_all_stages(rank: int, world_size: int, data: Path, folder: Path) -> list[float]:
+def save_all_stages(
+    rank: int, world_size: int, data: Path, folder: Path, precision: str = "fp32"
+) -> list[float]:
     """Trains and saves at every stage; returns the losses of the steps after the save at ZeRO-1."""
     world, after = World(rank=rank, world_size=world_size, device=CPU), []
-    for stage in STAGES:
-        config = settings(data, stage, world_size)
+    for stage in stages(precision):
+        config = settings(data, stage, world_size, precision)
         engine = Engine(seeded_model(config), config.train, world)
         train_losses(engine, config, world, 0, BEFORE)
         save_engine_state(engine, folder / f"{stage}-{world_size}", world)
@@ -76,9 +82,7 @@ def load_all(rank: int, world_size: int, data: Path, folder: Path, precision: st
     world = World(rank=rank, world_size=world_size, device=CPU)
     results = {}
     for source in sorted(folder.iterdir()):
-        for stage in STAGES:
-            if precision == "bf16" and stage == 0:
-                continue
+        for stage in stages(precision):
             config = settings(data, stage, world_size, precision)
             universal = convert_to_universal(config, source, int(source.name[0]), world)
             engine = engine_from_universal(config, universal, world)
@@ -112,6 +116,37 @@ def test_fp32_state_continues_in_bf16(data: Path, saved: tuple[Path, list[float]
     assert len(found) == len(STAGES) * len(RANKS) * (len(STAGES) - 1)
     for moved, values in found.items():
         assert values == pytest.approx(expected, rel=0.05), moved
+
+
+@pytest.fixture(scope="module")
+def saved_in_bf16(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    folder = tmp_path_factory.mktemp("saved-bf16")
+    return folder, spawn(save_all_stages, 2, data, folder, "bf16")[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_bf16_state_continues_at_any_stage_and_in_fp32(
+    data: Path, saved_in_bf16: tuple[Path, list[float]], precision: str
+) -> None:
+    folder, expected = saved_in_bf16
+    found = spawn(load_all, 1, data, folder, precision, timeout_s=300.0)[0]
+    assert len(found) == len(stages("bf16")) * len(stages(precision))
+    for moved, values in found.items():
+        assert values == pytest.approx(expected, rel=0.05), moved
+
+
+def test_consolidated_weights_of_bf16_are_the_fp32_ones(
+    saved_in_bf16: tuple[Path, list[float]],
+) -> None:
+    first, *others = (
+        consolidated_weights(saved_in_bf16[0] / f"{stage}-2" / "shards", stage)
+        for stage in stages("bf16")
+    )
+    trained = [name for name, value in first.items() if not torch.equal(value, value.bfloat16())]
+    assert len(trained) > 0.5 * len(first)  # so the fp32 weights were read, not the bf16 ones
+    for weights in others:
+        for name, weight in first.items():
+            assert torch.allclose(weights[name], weight, rtol=1e-3, atol=1e-3), name
 
 
 def test_consolidated_weights_are_equal_from_every_stage(saved: tuple[Path, list[float]]) -> None:

@@ -40,6 +40,7 @@ class SavedState:
     world_size: int
     zero_stage: int
     precision: str
+    """Precision and layout of the states, as `engine.deepspeed_config.state_layout` names them."""
     attempt: int
     """Number of the run's start that wrote the checkpoint."""
     quarantine: dict[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damag
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.conversion import convert
+from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine, consolidated_weights, universal_target
 from tvr.trainer.engine.random_state import random_state_file, set_random_state
 from tvr.trainer.engine.universal import holds_weights, load_frozen_weights
@@ -146,7 +147,7 @@ def _loadable_files(
 
 def is_same_layout(state: SavedState, train: TrainConfig, world_size: int) -> bool:
     """True if each rank can load its own files of the checkpoint without conversion."""
-    current = (world_size, train.zero_stage, train.precision)
+    current = (world_size, train.zero_stage, state_layout(train))
     return current == (state.world_size, state.zero_stage, state.precision)
 
 

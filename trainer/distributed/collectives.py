@@ -65,6 +65,11 @@ def reduce_scatter_rows(everyones: Tensor, world: World, counts: Sequence[int]) 
     return mine[: counts[world.rank]]
 
 
+def sum_over_ranks(x: Tensor, world: World) -> Tensor:
+    """Returns the sum of `x` over ranks, equal on all ranks; no gradient."""
+    return x if world.world_size == 1 else _all_reduce(x, dist.ReduceOp.SUM, world)
+
+
 def loss_collectives(world: World) -> Collectives:
     """Returns the reductions over ranks that the losses of `kernels` take."""
     return SINGLE_RANK if world.world_size == 1 else _OverRanks(world)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from tvr.trainer.distributed.flight_recorder import enable_flight_recorder
 from tvr.trainer.distributed.local_device import (
     check_own_gpus,
     gpu_identity,
@@ -24,6 +25,7 @@ from tvr.trainer.distributed.local_device import (
     select_device,
     whole_number,
 )
+from tvr.trainer.distributed.wait_points import COLLECTIVE_FUNCTIONS, WaitPoints
 from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.versions.versions import renamed
 
@@ -47,6 +49,8 @@ class World:
     device: torch.device
     received_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     """Bytes received in collectives of features, gradients and statistics, by COLLECTIVES."""
+    wait_points: WaitPoints = field(default_factory=WaitPoints, compare=False, repr=False)
+    """The collectives that this rank has entered: its own and DeepSpeed's."""
 
     @property
     def is_first(self) -> bool:
@@ -78,6 +82,7 @@ class World:
                 if work is not None:
                     work.wait(timedelta(seconds=timeout_s))
                 found = int(number)
+                self.wait_points.synchronised()
             except RuntimeError as error:
                 found = " ".join(str(error).split())
             if found != sum(range(self.world_size)):
@@ -191,6 +196,8 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     limit_threads()
     # gloo carries small host-side values, NCCL the tensors of the device.
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        enable_flight_recorder()
     leave = False
     if not dist.is_initialized():
         if "RANK" in os.environ:
@@ -203,10 +210,11 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
-    world.check_connection(min(CONNECT_TIMEOUT_S, timeout_s))
-    yield world
-    # Skipped after an error: the process ends, and a barrier with ranks that hang would hang too.
-    world.barrier()  # a rank that leaves first would break the others' last collective
+    with _counted_collectives(world.wait_points):
+        world.check_connection(min(CONNECT_TIMEOUT_S, timeout_s))
+        yield world
+        # Skipped after an error: the process ends, and a barrier with ranks that hang would hang.
+        world.barrier()  # a rank that leaves first would break the others' last collective
     # A group of one stays: DeepSpeed keeps a reference to the first group that it saw.
     if leave:
         dist.destroy_process_group()
@@ -220,6 +228,29 @@ def _patient_group() -> Iterator[dist.ProcessGroup]:
     yield group
     # Skipped after an error, as in `join_world`.
     dist.destroy_process_group(group)
+
+
+@contextmanager
+def _counted_collectives(wait_points: WaitPoints) -> Iterator[None]:
+    """Counts the calls of torch.distributed's collectives during the block.
+
+    The functions are replaced in torch's module, because DeepSpeed calls them there; without its
+    collectives, ranks that wait in a backward or an update would look alike.
+    """
+    found = {name: getattr(dist, name) for name in COLLECTIVE_FUNCTIONS if hasattr(dist, name)}
+    try:
+        for name, function in found.items():
+            setattr(dist, name, wait_points.counting(name, function, _members_of))
+        yield
+    finally:
+        for name, function in found.items():
+            setattr(dist, name, function)
+
+
+def _members_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks of a group, None meaning all; no rank if this process is not a member."""
+    is_member = group is None or isinstance(group, dist.ProcessGroup)
+    return dist.get_process_group_ranks(group) if is_member else []
 
 
 def is_connection_error(error: BaseException) -> bool:

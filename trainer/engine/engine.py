@@ -7,20 +7,21 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.kernels.backends.cpu_build import build_lock
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.deepspeed_config import deepspeed_config, is_fused
+from tvr.trainer.engine.deepspeed_config import deepspeed_config, has_own_optimizer, is_fused
+from tvr.trainer.engine.gradients import global_norm
 from tvr.trainer.engine.staging import Staging
+from tvr.trainer.engine.tower_layers import explain_compile_cache_errors, wrap_tower_layers
 from tvr.trainer.engine.universal import (
     UniversalTarget,
     complete,
@@ -29,12 +30,8 @@ from tvr.trainer.engine.universal import (
     read_parameters,
     write_frozen_weights,
 )
-from tvr.trainer.errors import TrainingFailed
-from tvr.trainer.model.model import Features, TextVideoModel, checkpoint_activations
+from tvr.trainer.model.model import Features, TextVideoModel
 from tvr.trainer.model.parameter_groups import parameter_groups
-
-# Environment variable with torch.compile's cache folder.
-COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class Engine:
@@ -55,27 +52,32 @@ class Engine:
             ValueError: DeepSpeed does not support the settings, or a parameter of the model.
         """
         on_gpu = world.device.type == "cuda"
-        settings = deepspeed_config(train, world.world_size, universal=universal, pin_memory=on_gpu)
+        settings = deepspeed_config(train, world.world_size, universal=universal, on_gpu=on_gpu)
         _reject_scalars(model)
         deepspeed = _import_deepspeed(world)
-        _wrap_tower_layers(model, train)
-        self._train = train
+        wrap_tower_layers(model, train)
+        self._train, self._world = train, world
         self._universal = universal
         groups = parameter_groups(model, train)
         self._names = _names_in_order(model, groups)
         self._fused = is_fused(train, world.device.type)
-        optimizer = torch.optim.AdamW(
-            groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
-        )
+        optimizer = None
+        if not has_own_optimizer(train):
+            optimizer = torch.optim.AdamW(
+                groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
+            )
         if not deepspeed.comm.is_initialized():
             _build_extension(deepspeed)
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
+            model_parameters=groups if optimizer is None else None,
             config=settings,
             dist_init_required=False,
         )
+        for group in self._optimizer.param_groups:
+            group.setdefault("peak", group["lr"])  # Muon splits the groups and drops our keys
         self._staging = Staging()
         self._engine.checkpoint_engine = self._staging
         # DeepSpeed would copy a script beside the checkpoints while all ranks wait for that disk.
@@ -91,22 +93,40 @@ class Engine:
         with explain_compile_cache_errors(self._train):
             self._engine.backward(loss)
 
-    def step(self, learning_rate_factor: float) -> float | None:
+    def gradient_norm(self) -> Tensor | None:
+        """Returns the norm of the step's whole gradient, before clipping and before the update.
+
+        Returns:
+            A 0-dim tensor on the device, equal on all ranks; NaN or infinite if any number of the
+            gradient is, on any rank. None between updates: the micro-step is not the last one.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            return None
+        return global_norm(self._engine, self._train.zero_stage, self._world)
+
+    def step(self, learning_rate_factor: float) -> None:
         """Ends a micro-step; the last micro-step of a step updates the weights.
+
+        Callers check `gradient_norm` first: DeepSpeed applies a gradient that is not finite at
+        stage 0, and leaves the update out without an error at the others.
 
         Args:
             learning_rate_factor: Share of each parameter group's peak learning rate.
-
-        Returns:
-            The norm of the whole gradient before clipping. None between the updates, and where
-            DeepSpeed computes no norm.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor
-        at_boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm() if at_boundary else None
-        return None if norm is None else float(norm)
+
+    def non_finite_parameters(self) -> list[str]:
+        """Returns the names of parameters whose reduced gradient is not finite, before `step`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        names = []
+        for name, parameter in self._engine.module.named_parameters():
+            gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+            if gradient is not None and not gradient.isfinite().all():
+                names.append(name)
+        return names
 
     def set_training(self, on: bool) -> None:
         """Turns training mode (dropout and TPM-CL) on or off."""
@@ -127,7 +147,12 @@ class Engine:
         self._staging.copy = copy
         # The saver moves `latest` itself, after all shards are written; DeepSpeed would do it now.
         self._engine.save_checkpoint("nowhere", tag="staged", save_latest=False)
-        return self._staging.pop_files()
+        files = self._staging.pop_files()
+        for state in files.values():
+            if isinstance(optimizer := state.get("optimizer_state_dict"), dict):
+                # DeepSpeed's BF16_Optimizer omits the stage, which its own zero_to_fp32 reads.
+                optimizer.setdefault("zero_stage", self._train.zero_stage)
+        return files
 
     def load_checkpoint(self, folder: Path) -> None:
         """Loads weights and optimiser.
@@ -142,7 +167,8 @@ class Engine:
         if self._universal and self._train.zero_stage == 0:
             self._load_stage_0(read_parameters(folder, self._names))
             return
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints a line for debugging
+            path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:  # DeepSpeed does not raise for a missing checkpoint
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
         if self._universal:
@@ -205,7 +231,16 @@ def write_universal(
 
 
 def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int) -> UniversalTarget:
-    """Describes the job that will load a universal checkpoint, from its unpartitioned model."""
+    """Describes the job that will load a universal checkpoint, from its unpartitioned model.
+
+    Raises:
+        ValueError: the optimiser is DeepSpeed's own, whose state has another form.
+    """
+    if has_own_optimizer(train):
+        raise ValueError(
+            "train.deepspeed names an optimiser. Its checkpoints load only on the same number of"
+            " ranks, at the same train.zero_stage and precision; resume with these"
+        )
     groups = parameter_groups(model, train)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     names = _names_in_order(model, groups)
@@ -288,39 +323,6 @@ def _build_extension(deepspeed: Any) -> None:
 
 def _backend(world: World) -> str:
     return "gloo" if world.device.type == "cpu" else "nccl"
-
-
-def _wrap_tower_layers(model: TextVideoModel, train: TrainConfig) -> None:
-    """Applies activation checkpointing and torch.compile to the towers' layers, in place."""
-    if train.activation_checkpointing:
-        checkpoint_activations(model)
-    for tower in (model.text_tower, model.image_tower):
-        if train.compile:
-            for layer in tower.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    # In place, so that parameter names stay. fullgraph raises where torch would
-                    # otherwise run part of a layer uncompiled without a word.
-                    layer.compile(fullgraph=True)
-
-
-@contextmanager
-def explain_compile_cache_errors(train: TrainConfig) -> Iterator[None]:
-    """Replaces torch's error about a broken file in its compile cache by one that names the remedy.
-
-    Raises:
-        TrainingFailed: chained to torch's error.
-    """
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError) as error:
-        folder = os.environ.get(COMPILE_CACHE_VARIABLE)  # torch sets it if the user does not
-        if not train.compile or folder is None or folder not in str(error):
-            raise
-        line = next(line for line in str(error).splitlines() if folder in line)
-        raise TrainingFailed(
-            f"train.compile: {line}. A process that is killed while it compiles leaves a broken"
-            f" file in torch's cache: remove {folder}"
-        ) from error
 
 
 def _reject_scalars(model: nn.Module) -> None:

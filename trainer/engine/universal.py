@@ -52,9 +52,10 @@ def holds_weights(name: str, zero_stage: int, precision: str) -> bool:
 
     Args:
         name: Name of one of DeepSpeed's files, without a folder.
-        zero_stage, precision: Settings with which the checkpoint was saved.
+        zero_stage: ZeRO stage at which the checkpoint was saved.
+        precision: Layout of its states, as `deepspeed_config.state_layout` names it.
     """
-    in_optimiser_files = zero_stage == 3 or (zero_stage > 0 and precision == "bf16")
+    in_optimiser_files = zero_stage == 3 or (zero_stage > 0 and precision != "fp32")
     return name.endswith(ALL_STATES) if in_optimiser_files else name == MODEL_STATES
 
 

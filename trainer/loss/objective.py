@@ -13,7 +13,7 @@ from tvr.kernels.losses import LossTerms, row_loss
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 from tvr.kernels.similarity import dmae_similarity
-from tvr.trainer.config_sections import LossConfig, ModelConfig
+from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.collectives import all_gather_rows, loss_collectives
 from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
 from tvr.trainer.distributed.world import World
@@ -43,6 +43,8 @@ def objective(
     exchange: Literal["gather", "ring"] = "gather",
     scores: Literal["keep", "stream"] = "keep",
     fast: bool = False,
+    backend: str = "auto",
+    compile_tiles: bool = False,
     watch: Stopwatch | None = None,
 ) -> Objective:
     """Similarity loss plus TPM-CL over the global batch (the method, sections 3 and 4).
@@ -56,6 +58,8 @@ def objective(
         exchange: "gather" holds the frames of all ranks at once, "ring" those of one other rank.
         scores: "keep" holds the (B, G) scores for the backward, "stream" computes them again.
         fast: Rounds words and frames to bfloat16; see `TrainConfig.fast_similarity`.
+        backend: As `TrainConfig.similarity_backend`.
+        compile_tiles: As `TrainConfig.compile_similarity`.
         watch: Measures "gather", "similarity" and "loss". With "ring" or "stream" the three are one
             part, "similarity".
     """
@@ -65,7 +69,9 @@ def objective(
     if exchange == "gather" and scores == "keep":
         videos = all_gather_videos(mine, world, counts)
         watch.lap("gather")
-        block = similarity_rows(mine, videos, model, fast=fast)
+        block = similarity_rows(
+            mine, videos, model, fast=fast, backend=backend, compile_tiles=compile_tiles
+        )
         watch.lap("similarity")
         terms = row_loss(
             block,
@@ -92,7 +98,9 @@ def objective(
             exchange=(RingExchange if exchange == "ring" else AllGatherExchange)(world, counts),
             video_ids=ids_of_all_ranks,
             keep_scores=scores == "keep",
+            backend=None if backend == "auto" else backend,
             fast=fast,
+            compile_tiles=compile_tiles,
         )
         watch.lap("similarity")
     return _with_tpm_cl(terms, mine.margin_hinge, loss.tpm_cl_weight, world, sum(counts))
@@ -135,7 +143,13 @@ def all_gather_videos(mine: Features, world: World, counts: Sequence[int]) -> Fe
 
 
 def similarity_rows(
-    texts: Features, videos: Features, model: ModelConfig, *, fast: bool = False
+    texts: Features,
+    videos: Features,
+    model: ModelConfig,
+    *,
+    fast: bool = False,
+    backend: str = "auto",
+    compile_tiles: bool = False,
 ) -> Tensor:
     """Similarity (A, C) of the captions of `texts` with the videos of `videos`."""
     return dmae_similarity(
@@ -148,5 +162,7 @@ def similarity_rows(
         neighbour_frames=model.neighbour_frames,
         word_logits=texts.word_logits,
         frame_logits=videos.frame_logits,
+        backend=None if backend == "auto" else backend,
         fast=fast,
+        compile_tiles=compile_tiles,
     )

@@ -56,7 +56,9 @@ def _other_settings(
 
 
 def _title(sizes: SimilaritySizes, ranks: int) -> str:
-    backend = {"compiled": "compiled kernels", "torch": "torch tiles"}[sizes.backend]
+    backend = {"compiled": "compiled kernels", "torch": "torch tiles", "dense": "dense tiles"}[
+        sizes.backend
+    ]
     return (
         f"\nMemory of the similarity and its loss on one rank of {ranks}, without the model.\n"
         f"{sizes.texts} texts x {sizes.videos} videos, {sizes.words} words, {sizes.frames} frames, "

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tvr.trainer.config import Config, ModelConfig, TrainConfig
+from tvr.trainer.engine.deepspeed_config import whole_gradient_bytes
 from tvr.trainer.model.model import (
     TextVideoModel,
     build_meta_model,
@@ -61,7 +62,7 @@ def model_bytes(config: Config, tokenizer: Tokenizer, ranks: int) -> ModelBytes:
     optimiser = FP32 * (ADAM_MOMENTS + _has_master(train))
     return ModelBytes(
         weights=number * whole // (ranks if stage == 3 else 1),
-        gradients=number * trained // (ranks if stage >= 2 else 1),
+        gradients=whole_gradient_bytes(train) * trained // (ranks if stage >= 2 else 1),
         optimiser=optimiser * trained // (ranks if stage >= 1 else 1),
         activations=activation_bytes(config, tokenizer),
         staged=tuple(staged_tensor_bytes(model, train, ranks)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tvr.kernels.backends.torch_dense import device_scores_per_tile
 from tvr.launchers.host_limits import host_memory
 from tvr.trainer.config import Config, TrainConfig, accumulation_steps
 from tvr.trainer.engine.staging import pinned_bytes
@@ -95,7 +96,7 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
     micro_steps = accumulation_steps(train, ranks)
     texts = train.micro_batch * (micro_steps if train.gradient_cache else 1)
     words = config.data.max_words
-    backend, _ = similarity_backend(config.data)
+    backend, _ = similarity_backend(config.data, config.train)
     sizes = SimilaritySizes(
         texts=texts,
         videos=texts * ranks,
@@ -109,6 +110,7 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
         bytes_per_number=4,
         word_share=1 - 1 / (texts * words),
         device=device(),
+        scores_per_tile=device_scores_per_tile(torch.device(device())),
     )
     return with_exchange(sizes, train.exchange, train.scores)
 

@@ -14,33 +14,34 @@ loss selects rows by their values: `AllocationTracker` of `model_memory` can fol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeAlias
 
+from tvr.trainer.memory.buffers import (
+    ALIGNED,
+    FRAME_GRADS,
+    FRAMES,
+    LOSS_SCRATCH,
+    MAXIMA,
+    REMOTE,
+    REMOTE_GRADS,
+    SCORE_GRADS,
+    SCORES,
+    SCRATCH,
+    TABLES,
+    WORD_GRADS,
+    WORDS,
+    Phases,
+    last_phases,
+)
 from tvr.trainer.memory.similarity_sizes import SimilaritySizes
+from tvr.trainer.memory.tile_memory import dense_bytes, dense_phases, row_sum_bytes, torch_phases
 
 FLOOR_BYTES = 30_000_000
 """Estimates above this are within `ACCURACY`; below it, uncounted buffers show."""
 ACCURACY = 0.15
 
-# Names of buffers, as the table shows them.
-FRAMES, WORDS = "copies of the frames", "copies of the words"
-FRAME_GRADS, WORD_GRADS = "gradients of the frames", "gradients of the words"
-SCORES, SCORE_GRADS = "scores", "gradients of the scores"
-SCRATCH, MAXIMA = "scratch of the loss", "indices of the maxima"
-TABLES = "word-frame tables"
-ALIGNED = "vector-aligned copies"
-REMOTE, REMOTE_GRADS = "other ranks' frames", "other ranks' gradients"
-
-# `RowLoss.gradient` at its widest holds 7 numbers, one of them the gradient, and 4 booleans for
-# each score of a chunk.
-LOSS_SCRATCH = 7 * 4 + 4
 VECTOR_WIDTH = 16  # numbers in a vector of the compiled kernels
-
-Phases: TypeAlias = Iterator[tuple[str, Counter[str]]]
-"""Pairs of a phase's name and its buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,12 @@ class SimilarityEstimate:
 
 def estimate_similarity(sizes: SimilaritySizes) -> SimilarityEstimate:
     """Estimates the peak of one forward and backward of similarity and loss on one rank."""
-    backends = {"compiled": _compiled_phases, "torch": _torch_phases, "naive": _naive_phases}
+    backends = {
+        "compiled": _compiled_phases,
+        "torch": torch_phases,
+        "dense": dense_phases,
+        "naive": _naive_phases,
+    }
     phases = _streamed_phases if sizes.streamed else backends[sizes.backend]
     phase, buffers = max(phases(sizes), key=lambda found: found[1].total())
     return SimilarityEstimate(phase, dict(buffers.most_common()), sizes.input_bytes)
@@ -100,7 +106,7 @@ def _compiled_phases(n: SimilaritySizes) -> Phases:
     if not (n.has_words or n.neighbour_frames):
         after -= kept  # the frames are freed once the maxima have their gradients
     yield from _compiled_backward(n, (n.texts, n.videos), before, after, score_bytes=4)
-    yield from _last_phases(n, n.videos)
+    yield from last_phases(n, n.videos)
 
 
 def _streamed_phases(n: SimilaritySizes) -> Phases:
@@ -122,7 +128,7 @@ def _streamed_phases(n: SimilaritySizes) -> Phases:
     yield "end of a piece", kept + Counter({WORD_GRADS: words, FRAME_GRADS: 2 * piece})
     joined = {WORD_GRADS: 2 * words, FRAME_GRADS: n.frame_bytes(n.own_videos)}
     yield "end of the tiles", kept + Counter(joined)
-    yield from _last_phases(n, n.own_videos)
+    yield from last_phases(n, n.own_videos)
 
 
 def _last_tiles(size: int, tile: int) -> list[tuple[int, int]]:
@@ -141,13 +147,18 @@ def _streamed_tile(
     later = column > 0 or n.exchanged_videos < n.videos
     word_grads = Counter({WORD_GRADS: n.word_bytes(n.texts if later else row)})
     frame_grads = Counter({FRAME_GRADS: n.frame_bytes(column + (videos if row > 0 else 0))})
-    tile = kept + frame_grads + Counter({FRAMES: (2 if n.neighbour_frames else 0) * frames})
-    loss = {SCORES: 4 * pairs, SCRATCH: LOSS_SCRATCH * pairs, MAXIMA: n.maxima_bytes(pairs)}
+    # The dense backend has no boosted frames and saves no maxima.
+    is_dense = n.backend == "dense"
+    boosted = 2 if n.neighbour_frames and not is_dense else 0
+    maxima = 0 if is_dense else n.maxima_bytes(pairs)
+    tables = dense_bytes if is_dense else row_sum_bytes
+    tile = kept + frame_grads + Counter({FRAMES: boosted * frames})
+    loss = {SCORES: 4 * pairs, SCRATCH: LOSS_SCRATCH * pairs, MAXIMA: maxima}
     if n.backend != "compiled":
         yield "loss gradient of a tile", tile + word_grads + Counter(loss)
         backward = {
-            MAXIMA: n.maxima_bytes(pairs),
-            TABLES: _row_sum_bytes(n, texts, videos, n.words if n.has_words else 1),
+            MAXIMA: maxima,
+            TABLES: tables(n, texts, videos, n.words if n.has_words else 1),
             SCORE_GRADS: 12 * pairs,
             WORD_GRADS: n.word_bytes(texts),
             FRAME_GRADS: 2 * frames,
@@ -204,66 +215,6 @@ def _compiled_backward(
     yield "backward of the sentence", after + Counter(sentence)
 
 
-def _torch_phases(n: SimilaritySizes) -> Phases:
-    """The torch backend: tables of one tile at a time, maxima of all pairs."""
-    pairs, chunk = n.texts * n.videos, n.loss_chunk
-    words, frames = n.word_bytes(n.texts), n.frame_bytes(n.videos)
-    kept = Counter(
-        {
-            # The same copies as in the compiled similarity.
-            FRAMES: (3 if n.neighbour_frames else 1) * frames,
-            WORDS: words if n.is_upcast else 0,
-        }
-    )
-    with_maxima = kept + Counter({MAXIMA: n.maxima_bytes(pairs)})
-    forward = {
-        FRAMES: frames if n.neighbour_frames else 0,
-        SCORES: 8 * pairs,
-        TABLES: _forward_table_bytes(n, *n.tile),
-        REMOTE: n.bytes_per_number * frames // 4 if n.ranks > 1 else 0,
-    }
-    yield "forward", with_maxima + Counter(forward)
-    loss = {SCORES: 4 * pairs, SCORE_GRADS: 4 * (pairs - chunk), SCRATCH: LOSS_SCRATCH * chunk}
-    yield "backward of the loss", with_maxima + Counter(loss)
-    if n.has_words:
-        of_words = {
-            SCORE_GRADS: 4 * pairs,
-            FRAME_GRADS: n.frame_sides * frames,
-            WORD_GRADS: words,
-            TABLES: _row_sum_bytes(n, *n.tile, n.words),
-        }
-        yield "backward of the words", with_maxima + Counter(of_words)
-    of_sentence = {
-        MAXIMA: pairs,
-        SCORE_GRADS: 4 * pairs,
-        WORD_GRADS: words,
-        FRAME_GRADS: (n.frame_sides + (2 if n.has_words else 1)) * frames,
-        TABLES: _row_sum_bytes(n, *n.tile, 1),
-    }
-    yield "backward of the sentence", kept + Counter(of_sentence)
-    yield from _last_phases(n, n.videos)
-
-
-def _forward_table_bytes(n: SimilaritySizes, texts: int, videos: int) -> int:
-    """Bytes of a tile's token-frame scores, and of the maxima of its tokens or of its frames."""
-    slots = n.words if n.has_words else 1
-    # Similarities and indices of the best frame and of its neighbours, and their correlation.
-    of_slots = (32 if n.neighbour_frames else 12) * slots
-    if n.has_words:
-        of_slots = max(of_slots, 8 * slots + 13 * n.frames)
-    pair = 4 * slots * n.frames + of_slots
-    return texts * videos * pair + (n.word_bytes(texts) if n.is_padded else 0)
-
-
-def _row_sum_bytes(n: SimilaritySizes, texts: int, videos: int, slots: int) -> int:
-    """Bytes of a tile's weighted gathers of rows and of their transposes."""
-    # Row and weight of each token's or frame's maximum, and both sorted by row.
-    rows = 28 * texts * videos * (slots if slots == 1 else max(slots, n.frames))
-    # Gathered and scattered sums, of this tile and of earlier ones; and the weighted tokens.
-    of_tokens = (5 if n.is_padded else 4) * 4 * texts * slots * n.width
-    return rows + of_tokens + n.frame_bytes(videos)
-
-
 def _naive_phases(n: SimilaritySizes) -> Phases:
     """The reference: the tables of all pairs at once."""
     pairs, slots = n.texts * n.videos, n.words if n.has_words else 1
@@ -284,7 +235,7 @@ def _naive_phases(n: SimilaritySizes) -> Phases:
     }
     yield "backward of the loss", kept + Counter(loss)
     yield "backward of the maxima", kept + Counter({TABLES: _naive_table_bytes(n, pairs)})
-    yield from _last_phases(n, n.videos, masked_words=True)
+    yield from last_phases(n, n.videos, masked_words=True)
 
 
 def _naive_table_bytes(n: SimilaritySizes, pairs: int, *, saved: bool = False) -> int:
@@ -303,19 +254,3 @@ def _naive_pair_bytes(n: SimilaritySizes, slots: int, *, saved: bool) -> int:
         # similarity, the neighbour's and their correlation, or gradients of these three.
         return (scores if saved else 2 * scores) + 28 * slots + of_frames
     return (0 if saved else 2 * scores) + 12 * slots + of_frames
-
-
-def _last_phases(n: SimilaritySizes, videos: int, *, masked_words: bool = False) -> Phases:
-    """From the gradients of the prepared token sets to the gradients of the features."""
-    words, frames = n.word_bytes(n.texts), n.frame_bytes(videos)
-    # The correlation of frames is a product of two: their gradients, and the sum with the first.
-    of_frames = {FRAMES: frames, FRAME_GRADS: 3 * frames} if n.neighbour_frames else {}
-    last = {WORD_GRADS: words, FRAME_GRADS: 2 * frames} | of_frames
-    yield "end of the backward", Counter(last)
-    if masked_words or n.is_upcast:
-        share = 1.0 if masked_words else n.bytes_per_number / 4
-        cast = {
-            WORD_GRADS: words + int(share * words),
-            FRAME_GRADS: frames * n.bytes_per_number // 4,
-        }
-        yield "end of the backward", Counter(cast)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tvr.kernels.backends.torch_dense import CPU_SCORES_PER_TILE
 from tvr.kernels.backends.torch_tiles import SCORES_PER_TILE, VIDEOS_PER_TEXT
 from tvr.kernels.losses import SCORES_PER_CHUNK
 from tvr.kernels.similarity import PAIRS_PER_TILE
@@ -25,7 +26,7 @@ class SimilaritySizes:
     interaction: str = "att_wti"
     neighbour_frames: bool = True
     backend: str = "compiled"
-    """ "compiled", "torch", or "naive" (the reference)."""
+    """ "compiled", "torch", "dense", or "naive" (the reference)."""
     exchange: str = "none"
     """ "gather", "ring", or "none" if all videos are this rank's own."""
     streamed: bool = False
@@ -39,6 +40,8 @@ class SimilaritySizes:
     word_share: float = 1.0
     """Share of word slots that hold a word; at 1 the compiled kernels need no packed copy."""
     device: str = "cpu"
+    scores_per_tile: int = CPU_SCORES_PER_TILE
+    """Token-frame scores in a tile of the dense backend."""
 
     @property
     def has_words(self) -> bool:
@@ -77,13 +80,19 @@ class SimilaritySizes:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Texts and videos of a tile of the torch backend or of the streamed loss."""
+        """Texts and videos of a tile of the torch and dense backends or of the streamed loss."""
+        return self.tile_of(self.words if self.has_words else 1)
+
+    def tile_of(self, slots: int) -> tuple[int, int]:
+        """`tile` of a token set; only the dense backend has tiles of its own for each."""
         chunk = self.chunk
         if chunk is None and self.backend == "compiled":
             chunk = math.isqrt(PAIRS_PER_TILE // VIDEOS_PER_TEXT)
         elif chunk is None:
-            scores_per_pair = (self.words if self.has_words else 1) * self.frames
-            chunk = max(1, math.isqrt(SCORES_PER_TILE // (VIDEOS_PER_TEXT * scores_per_pair)))
+            dense = self.backend == "dense"
+            slots = slots if dense or not self.has_words else self.words
+            scores = self.scores_per_tile if dense else SCORES_PER_TILE
+            chunk = max(1, math.isqrt(scores // (VIDEOS_PER_TEXT * slots * self.frames)))
         return min(chunk, self.texts), min(VIDEOS_PER_TEXT * chunk, self.exchanged_videos)
 
     @property

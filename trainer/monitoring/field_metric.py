@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tvr.data_prep.exporter.metrics_table import Metric, MetricValues
-from tvr.trainer.config_sections import LossConfig
+from tvr.trainer.config import LossConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

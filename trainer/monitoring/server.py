@@ -18,7 +18,7 @@ from pathlib import Path
 from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label, write_scrape_target
 from tvr.data_prep.exporter.metrics_table import MetricArray
 from tvr.launchers.atomic_write import write_atomically
-from tvr.trainer.config_sections import MetricsConfig
+from tvr.trainer.config import MetricsConfig
 from tvr.trainer.errors import Fenced
 from tvr.trainer.fencing import Attempt
 from tvr.trainer.monitoring.metrics import TRAINING

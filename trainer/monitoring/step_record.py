@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tvr.data_prep.records import READ_SOURCES
-from tvr.trainer.config_sections import LossConfig
+from tvr.trainer.config import LossConfig
 from tvr.trainer.distributed.collective_names import COLLECTIVES
 from tvr.trainer.monitoring.field_metric import field_metrics, label_value, loss_term, metric
 

@@ -21,8 +21,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from tvr.trainer.config import Config, to_json
-from tvr.trainer.config_sections import WriterName
+from tvr.trainer.config import Config, WriterName, to_json
 
 # The end of a run waits at most this long for values that are still to be written.
 CLOSE_S = 60.0

@@ -27,8 +27,9 @@ class Failure:
     code: int
     """Exit code of all ranks."""
     error: str
-    of: int
-    """The rank at fault: the reporting rank, or one that all others waited for."""
+    of: int | None
+    """The rank at fault: the reporting rank, or one that all others waited for. None: unknown, or
+    no rank in particular, so that no node may be excluded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,13 @@ class FailureFile:
             return not self.path.exists()
         return True
 
-    def record(self, error: str, code: int, *, of: int | None = None) -> None:
+    def record(self, error: str, code: int, *, of: int | None) -> None:
         """Writes a failure that this rank has reported on stderr.
 
         Args:
-            of: The rank at fault; None: this rank.
+            of: The rank at fault, None if none is known.
         """
-        host, of = socket.gethostname(), self.rank if of is None else of
+        host = socket.gethostname()
         failure = Failure(rank=self.rank, host=host, code=code, error=error, of=of)
         try:
             self.path.write_text(json.dumps(asdict(failure)) + "\n")

@@ -14,10 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from tvr.data_prep.records import TooManyBadSamples
 from tvr.launchers.exit_codes import EXIT_FAILED
 from tvr.trainer.distributed.world import World, is_connection_error
-from tvr.trainer.errors import AlreadyReported, Preempted, PreflightFailed
+from tvr.trainer.errors import (
+    AlreadyReported,
+    Fenced,
+    NonFiniteLoss,
+    NotSaved,
+    Preempted,
+    PreflightFailed,
+)
 from tvr.trainer.resilience.failure_file import FOLDER, Failure, FailureFile
+
+# The rank that reports one of them first is no more at fault than any other.
+RAISED_ON_ALL_RANKS = (Fenced, NonFiniteLoss, NotSaved, TooManyBadSamples)
 
 ErrorReporter: TypeAlias = Callable[[Exception], int]
 """Prints an error to stderr and returns the exit code."""
@@ -61,7 +72,8 @@ def _report_once(failures: FailureFile, error: Exception, report_error: ErrorRep
     other = isinstance(error, PreflightFailed) and error.rank not in (None, failures.rank)
     if not lost and not other and failures.claim():
         code = report_error(error)
-        failures.record(f"{type(error).__name__}: {error}", code)
+        of = None if isinstance(error, RAISED_ON_ALL_RANKS) else failures.rank
+        failures.record(f"{type(error).__name__}: {error}", code, of=of)
         return code
     failure = failures.wait()
     if failure is not None:

@@ -1,9 +1,9 @@
 """Ends a job that makes no progress, and names the rank that the other ranks wait for.
 
 A thread on every rank checks once a second when its rank last made progress. Beyond the limit each
-rank writes its stack traces and its position (step, phase, source line) to run_dir/stalls/JOB. The
-ranks without a file, or else those with the least progress, are reported as the cause. One rank
-prints the report, and all ranks exit with code 3.
+rank writes its stack traces and its position (step, phase, source line, collectives entered) to
+run_dir/stalls/JOB. `find_stalled_ranks` finds the cause in these files. One rank prints the report,
+and all ranks exit with code 3. On GPUs each rank writes NCCL's flight recorder to the same folder.
 
 The threads communicate through files only, so a suspended rank cannot keep the others from exiting.
 """
@@ -18,20 +18,26 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from types import FrameType
-from typing import Literal
 
 from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.exit_codes import EXIT_FAILED
 from tvr.trainer.config import TrainConfig
+from tvr.trainer.distributed.flight_recorder import FILE_PREFIX, flight_record
 from tvr.trainer.distributed.world import World
 from tvr.trainer.resilience.failure_file import FailureFile
 from tvr.trainer.resilience.failures import peer_failure_line
+from tvr.trainer.resilience.stalled_ranks import (
+    Phase,
+    RankStatus,
+    find_stalled_ranks,
+    rank_at_fault,
+)
 
 FOLDER = "stalls"
 POLL_S = 1.0
@@ -40,7 +46,8 @@ POLL_S = 1.0
 COLLECT_S = 5.0
 # A rank that waits for its GPU does not notice that another rank has failed, and exits after this.
 EXIT_AFTER_FAILURE_S = 10.0
-MIN_LIMIT_S = 60.0
+# The driver answers the flight recorder's questions at once, or never.
+RECORD_LIMIT_S = 10.0
 START_LIMIT_S = 1800.0
 # Fewer steps give no useful median: the first ones compile kernels and fill caches.
 FIRST_STEPS = 3
@@ -48,34 +55,6 @@ MEDIAN_OF = 50
 
 # Lines of these modules show only that a rank communicates; their caller shows what for.
 COLLECTIVE_MODULES = "tvr.trainer.distributed."
-
-Phase = Literal["start", "checkpoint", "evaluation", "training"]
-# The order of the phases that follow a step.
-PHASE_ORDER: tuple[Phase, ...] = ("start", "checkpoint", "evaluation", "training")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankStatus:
-    """The position of a rank that has made no progress for too long."""
-
-    rank: int
-    host: str
-    step: int
-    """Number of finished steps."""
-    phase: Phase
-    in_collective: bool
-    """True if the main thread is in a call of torch.distributed, and thus waits for other ranks."""
-    line: str
-    """The innermost line of this program in the main thread."""
-
-    @property
-    def progress(self) -> tuple[int, int, bool]:
-        """Sort key: a rank with a smaller key has made less progress."""
-        return self.step, PHASE_ORDER.index(self.phase), self.in_collective
-
-    def text(self) -> str:
-        """The position as messages show it."""
-        return f"in {self.phase} after step {self.step} ({self.line})"
 
 
 def stall_limit_s(train: TrainConfig, phase: Phase, step_times: Sequence[float]) -> float:
@@ -88,33 +67,7 @@ def stall_limit_s(train: TrainConfig, phase: Phase, step_times: Sequence[float])
         return max(START_LIMIT_S, train.timeout_s)
     if phase != "training" or len(step_times) < FIRST_STEPS:
         return train.timeout_s
-    return min(train.timeout_s, max(MIN_LIMIT_S, train.stall_factor * median(step_times)))
-
-
-def find_stalled_ranks(
-    known: Mapping[int, RankStatus], hosts: Sequence[str]
-) -> tuple[list[int], str]:
-    """Finds the ranks that the other ranks wait for.
-
-    Args:
-        known: Status by rank, of the ranks that have written one.
-        hosts: Host of every rank.
-
-    Returns:
-        The ranks at fault and a text that names them; no rank if all are equally far.
-    """
-    silent = [rank for rank in range(len(hosts)) if rank not in known]
-    least = min(status.progress for status in known.values())
-    if silent:
-        stalled = silent
-        texts = [f"rank {r} on {hosts[r]} does not respond (suspended or dead)" for r in silent]
-    else:
-        stalled = [rank for rank, status in sorted(known.items()) if status.progress == least]
-        texts = [f"rank {r} on {hosts[r]} is behind, {known[r].text()}" for r in stalled]
-    others = {known[r].text() for r in known if r not in stalled}
-    if not others:
-        return [], f"all ranks are {'; '.join(sorted({s.text() for s in known.values()}))}"
-    return stalled, f"{'; '.join(texts)}; the other ranks wait {'; '.join(sorted(others))}"
+    return min(train.timeout_s, max(train.stall_min_s, train.stall_factor * median(step_times)))
 
 
 class Watchdog:
@@ -127,6 +80,8 @@ class Watchdog:
         self._folder = run_dir / FOLDER / failures.path.stem
         self._failures = failures
         self._rank = world.rank
+        self._wait_points = world.wait_points
+        self._uses_nccl = world.device.type == "cuda"
         self._hosts = world.all_gather_objects(socket.gethostname())
         self._main = threading.get_ident()
         self._step_times: deque[float] = deque(maxlen=MEDIAN_OF)
@@ -168,6 +123,8 @@ class Watchdog:
         self._stopped.set()
 
     def _record_progress(self, *, phase: Phase, step: int | None = None) -> None:
+        # Steps and phases end with values on the host, so the device has finished their work.
+        self._wait_points.synchronised()
         count, before, _ = self._position
         self._position = (count + 1, before if step is None else step, phase)
 
@@ -184,27 +141,35 @@ class Watchdog:
         self._write_status(own)
         known = self._collect_statuses(own)
         stalled, text = find_stalled_ranks(known, self._hosts)
+        traces = "Stack traces of all threads" + (
+            " and NCCL's flight recorder" if self._uses_nccl else ""
+        )
         message = (
-            f"no rank has made progress for {waited:.0f} s (limit {limit:.0f} s): {text}. Stack"
-            f" traces of all threads: {self._folder}"
+            f"no rank has made progress for {waited:.0f} s (limit {limit:.0f} s): {text}. {traces}:"
+            f" {self._folder}"
         )
         if self._rank in stalled:
             faulthandler.dump_traceback(file=2, all_threads=True)
         if self._failures.claim():
             _print_error(f"tvr train: error [rank {self._rank}]: {message}")
-            self._failures.record(message, EXIT_FAILED, of=min(stalled, default=None))
+            at_fault = rank_at_fault(stalled, self._hosts)
+            self._failures.record(message, EXIT_FAILED, of=at_fault)
+        if self._uses_nccl:
+            self._write_flight_record()
         _exit_at_once(EXIT_FAILED)
 
     def _status(self) -> RankStatus:
-        in_collective, line = _innermost_line(sys._current_frames().get(self._main))
         _, step, phase = self._position
+        waiting = self._wait_points.waiting
         return RankStatus(
             rank=self._rank,
             host=self._hosts[self._rank],
             step=step,
             phase=phase,
-            in_collective=in_collective,
-            line=line,
+            line=_innermost_line(sys._current_frames().get(self._main)),
+            entered=self._wait_points.entered,
+            members=self._wait_points.members,
+            waiting=None if waiting is None else waiting.text(),
         )
 
     def _write_status(self, own: RankStatus) -> None:
@@ -219,6 +184,20 @@ class Watchdog:
                 f"tvr train: rank {self._rank} stalls and cannot write to {self._folder}: {error}"
             )
             faulthandler.dump_traceback(file=2, all_threads=True)
+
+    def _write_flight_record(self) -> None:
+        """Writes the record last, because the driver may hang with Python's lock held."""
+        # Its thread needs no lock. It exits with code 1, which launchers treat like 3.
+        faulthandler.dump_traceback_later(RECORD_LIMIT_S, exit=True, file=2)
+        try:
+            record = flight_record()
+            if record is not None:
+                (self._folder / f"{FILE_PREFIX}{self._rank}").write_bytes(record)
+        except (OSError, RuntimeError) as error:
+            _print_error(
+                f"tvr train: rank {self._rank} cannot write NCCL's flight recorder: {error}"
+            )
+        faulthandler.cancel_dump_traceback_later()
 
     def _collect_statuses(self, own: RankStatus) -> dict[int, RankStatus]:
         """The statuses that the ranks write within `COLLECT_S`."""
@@ -251,17 +230,14 @@ def running_watchdog(
         thread.join()
 
 
-def _innermost_line(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread is in a collective, and its innermost line outside `distributed`."""
-    in_collective, line = False, "unknown"
+def _innermost_line(frame: FrameType | None) -> str:
+    """A thread's innermost line of this program outside `distributed`."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(("torch.distributed", "deepspeed.comm")):
-            in_collective = True
         if module.startswith("tvr.") and not module.startswith(COLLECTIVE_MODULES):
-            return in_collective, f"{module}:{frame.f_lineno} {frame.f_code.co_name}"
+            return f"{module}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
-    return in_collective, line
+    return "unknown"
 
 
 def _print_error(text: str) -> None:

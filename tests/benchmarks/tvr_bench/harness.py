@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
-from rich.table import Table
+# rich is imported where it is used: measuring processes run where it is not installed.
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 class MeasurementFailed(Exception):
@@ -41,6 +42,8 @@ def write_result(destination: str | None, table: RenderableType, result: Mapping
         destination: File for the JSON. `-` writes it to stdout, and the table to stderr. None
             writes no JSON.
     """
+    from rich.console import Console
+
     Console(stderr=destination == "-").print(table)
     text = json.dumps(result)
     if destination == "-":
@@ -51,6 +54,9 @@ def write_result(destination: str | None, table: RenderableType, result: Mapping
 
 def result_table(title: str, caption: str | None) -> Table:
     """An empty table in the form that all benchmarks share."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     return Table(
         title=title,
         title_justify="left",
@@ -64,6 +70,8 @@ def result_table(title: str, caption: str | None) -> Table:
 @contextmanager
 def bench_folder(parent: Path | None, name: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
     """A temporary folder, and a function that shows the present phase on the terminal."""
+    from rich.console import Console
+
     with tempfile.TemporaryDirectory(prefix="tvr-bench-", dir=parent) as folder:
         with Console(stderr=True).status(name) as line:
             yield Path(folder), lambda text: line.update(f"{name}: {text}")

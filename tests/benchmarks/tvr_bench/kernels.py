@@ -25,6 +25,8 @@ from tvr.trainer.memory.similarity_memory import estimate_similarity
 from tvr.trainer.memory.similarity_sizes import SimilaritySizes
 
 GIB = 2**30
+# Implementations whose tiles `--chunk` sets.
+CHUNKED = ("torch", "dense", "dense_compiled", "streamed")
 
 Counts: TypeAlias = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Dtypes: TypeAlias = Annotated[tuple[Literal["float32", "bfloat16"], ...], Field(min_length=1)]
@@ -34,7 +36,7 @@ Lengths: TypeAlias = Annotated[tuple[Literal["full", "ragged"], ...], Field(min_
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class KernelsArguments:
-    """Time and peak memory of the similarity: naive definition, compiled, torch tiles, and bound.
+    """Time and peak memory of the similarity: naive, compiled, torch tiles, dense tiles, and bound.
 
     The bound is the bare matrix products over all padded token pairs: one for the forward, three
     for forward + backward. Every combination of the sizes is one case. Each implementation runs in
@@ -61,8 +63,10 @@ class KernelsArguments:
     """Adds the streamed loss, which recomputes scores instead of keeping them; implies `loss`."""
     fast: bool = False
     """Adds the similarity whose matrix products use words and frames rounded to bfloat16."""
+    compile_tiles: bool = False
+    """Adds the dense tiles with torch.compile."""
     chunk: Positive | None = None
-    """Texts in a tile of the torch backend and of `stream`; default: their own choice."""
+    """Texts in a tile of torch and dense tiles and of `stream`; default: their own choice."""
     repeats: Positive = 5
     """Timed runs after one warm-up run; the table shows their median."""
     threads: Positive | None = None
@@ -129,8 +133,9 @@ def _naive_bytes(job: Job) -> int:
 
 
 def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
-    optional = ("streamed",) * arguments.stream + ("fast",) * arguments.fast
-    implementations = ("reference", "compiled", "torch", *optional, "bound")
+    optional = ("dense_compiled",) * arguments.compile_tiles
+    optional += ("streamed",) * arguments.stream + ("fast",) * arguments.fast
+    implementations = ("reference", "compiled", "torch", "dense", *optional, "bound")
     kinds = (arguments.device, arguments.dtype, arguments.lengths)
     sizes = (arguments.width, arguments.frames, arguments.words, arguments.pairs)
     for device, dtype, lengths, width, frames, words, pairs in product(*kinds, *sizes):
@@ -149,7 +154,7 @@ def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
             threads=arguments.threads or host_cpus().usable,
         )
         for name in implementations:
-            chunk = arguments.chunk if name in ("torch", "streamed") else None
+            chunk = arguments.chunk if name in CHUNKED else None
             yield replace(case, implementation=name, chunk=chunk)
 
 

@@ -54,7 +54,9 @@ class Job:
     loss: bool = False
     """Adds `row_neg_nce` in log mode; "streamed" always has it."""
     chunk: int | None = None
-    """Texts in a tile of "torch" and "streamed"."""
+    """Texts in a tile of "torch", "dense", "dense_compiled" and "streamed"."""
+    backend: str | None = None
+    """For "streamed"; None: the default."""
     keep_scores: bool = False
     """Keeps the scores for the backward; read by "streamed" only."""
     threads: int = 1

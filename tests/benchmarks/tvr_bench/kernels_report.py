@@ -18,6 +18,8 @@ NAMES = {
     "reference": "naive",
     "compiled": "compiled",
     "torch": "torch tiles",
+    "dense": "dense tiles",
+    "dense_compiled": "dense, torch.compile",
     "streamed": "streamed",
     "fast": "fast",
     "bound": "bound",

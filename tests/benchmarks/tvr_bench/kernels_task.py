@@ -16,6 +16,7 @@ from torch import Tensor
 from tvr_bench.kernels_process import BACKWARD, Job
 
 from tvr.kernels import reference, similarity
+from tvr.kernels.backends.tile_compiler import compile_failure
 from tvr.kernels.losses import row_neg_nce
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
@@ -78,7 +79,7 @@ def peak_bytes(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
 def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[float]]:
     """Seconds of each run, without the first run of each pass, which fills heap and caches."""
     inputs = make_inputs(job)
-    clock = _cpu_seconds if job.device == "cpu" else _cuda_seconds
+    clock = cpu_seconds if job.device == "cpu" else cuda_seconds
     times = {}
     for name in passes:
         action = partial(run, job, inputs, backward=name == BACKWARD)
@@ -86,9 +87,9 @@ def seconds(job: Job, passes: tuple[str, ...], repeats: int) -> dict[str, list[f
     return times
 
 
-def make_inputs(job: Job) -> Inputs:
+def make_inputs(job: Job, seed: int = 0) -> Inputs:
     """The same numbers for every implementation."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     placement = {"dtype": getattr(torch, job.dtype), "device": job.device}
 
     def unit(*shape: int) -> Tensor:
@@ -152,6 +153,22 @@ def _torch(job: Job, inputs: Inputs, backward: bool) -> None:
     _similarity(tiles, job, inputs, backward)
 
 
+def _dense(job: Job, inputs: Inputs, backward: bool, *, compile_tiles: bool = False) -> None:
+    dense = partial(similarity.dmae_similarity, backend="dense", chunk=job.chunk)
+    _similarity(partial(dense, compile_tiles=compile_tiles), job, inputs, backward)
+
+
+def _dense_compiled(job: Job, inputs: Inputs, backward: bool) -> None:
+    """Dense tiles with torch.compile.
+
+    Raises:
+        ValueError: torch.compile does not work on this machine.
+    """
+    if failure := compile_failure(job.device):
+        raise ValueError(failure)
+    _dense(job, inputs, backward, compile_tiles=True)
+
+
 def _fast(job: Job, inputs: Inputs, backward: bool) -> None:
     """The default backend, with products in bfloat16."""
     _similarity(partial(similarity.dmae_similarity, fast=True), job, inputs, backward)
@@ -170,6 +187,7 @@ def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
         video_ids=inputs.video_ids,
         keep_scores=job.keep_scores,
         chunk=job.chunk,
+        backend=job.backend,
     ).loss
     if backward:
         loss.backward()
@@ -193,6 +211,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Job, Inputs, bool], None]] = {
     "reference": _reference,
     "compiled": _compiled,
     "torch": _torch,
+    "dense": _dense,
+    "dense_compiled": _dense_compiled,
     "streamed": _streamed,
     "fast": _fast,
     "bound": _bound,
@@ -223,13 +243,15 @@ def process_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
-def _cpu_seconds(action: Callable[[], None]) -> float:
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """Seconds of an action on the CPU."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
-def _cuda_seconds(action: Callable[[], None]) -> float:
+def cuda_seconds(action: Callable[[], object]) -> float:
+    """Seconds of an action on the GPU, between two events in its stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     action()

@@ -27,6 +27,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "tiles of 1": {"chunk": 1},
     "tiles of 4": {"chunk": 4},
     "tiles of 100": {"chunk": 100},
+    "dense": {"backend": "dense"},
+    "dense of 4": {"backend": "dense", "chunk": 4},
 }
 
 
