@@ -60,20 +60,22 @@ def check_shapes(
 def check_mask(name: str, mask: Tensor, *, largest: int, sentence: bool) -> None:
     """Raises ValueError for a value outside 0 to `largest`, or a row without a valid slot.
 
-    With `sentence`, the first slot must be valid, because it is the sentence's mask.
+    With `sentence`, the first slot must be valid, because it is the sentence's mask. The mask lies
+    on the host.
     """
-    filled = mask[:, :1] if sentence else (mask > 0).any(dim=1, keepdim=True)
-    in_range = (mask >= 0) & (mask <= largest)
-    # A valid mask costs a single transfer from the device.
-    if bool((in_range & (filled > 0)).all()) and mask.shape[1] > 0:
-        return
-    if not bool(in_range.all()):
-        row, slot = (int(i) for i in (~in_range).nonzero()[0])
+    values = mask.numpy()
+    wrong = (values < 0) | (values > largest)
+    if wrong.any():
+        row, slot = (int(found[0]) for found in wrong.nonzero())
         raise ValueError(
-            f"{name}[{row}, {slot}] is {int(mask[row, slot])}; allowed are 0 to {largest}"
+            f"{name}[{row}, {slot}] is {int(values[row, slot])}; allowed are 0 to {largest}"
         )
-    row = int((filled == 0).nonzero()[0, 0]) if mask.shape[1] else 0
-    if bool((mask[row] > 0).any()):
+    filled = values > 0
+    empty = ~filled[:, :1].any(axis=1) if sentence else ~filled.any(axis=1)
+    if not empty.any():
+        return
+    row = int(empty.argmax())
+    if filled[row].any():
         raise ValueError(
             f"{name}[{row}, 0] is 0, but the first slot is the sentence's mask and must be valid: "
             "pad texts on the right"

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tvr.kernels.checkpointed_chunks import pairs_per_chunk, run_in_chunks
+from tvr.kernels.device_transfer import to_host
 from tvr.kernels.numerics import at_least_float32, masked_softmax, no_autocast, unit
 from tvr.kernels.token_weights import AttentionTokenWeights, LinearTokenWeights
 
@@ -56,6 +57,7 @@ def tpm_cl(
     straight_through: bool = False,
     normalise_partial: bool = False,
     chunk: int | None = None,
+    check_mask: bool = True,
 ) -> TpmCl:
     """Computes the triplet partial margins of B matched pairs (method section 4).
 
@@ -80,15 +82,18 @@ def tpm_cl(
             their length alone satisfies a part of margin 3.
         chunk: Pairs per chunk, recomputed in the backward. None takes as many as fit in
             `checkpointed_chunks.ENTRIES_PER_CHUNK`. The result does not depend on it.
+        check_mask: False if the caller has checked `frame_mask` on the host
+            (`text_lengths.host_lengths`): on a GPU, to read it here waits for its queue.
 
     Raises:
         ValueError: unknown kind, a chunk below 1, or a video without a valid frame.
     """
     if kind not in MARGINS_OF_KIND:
         raise ValueError(f"kind={kind} of TPM-CL is unknown; use one of {list(MARGINS_OF_KIND)}")
-    empty = (frame_mask > 0).sum(dim=1) == 0
-    if bool(empty.any()):
-        raise ValueError(f"frame_mask[{int(empty.nonzero()[0, 0])}] has no valid slot for TPM-CL")
+    if check_mask:
+        empty = ~(to_host(frame_mask, "masks").numpy() > 0).any(axis=1)
+        if empty.any():
+            raise ValueError(f"frame_mask[{int(empty.argmax())}] has no valid slot for TPM-CL")
     chunk = pairs_per_chunk(chunk, (words.shape[1] + frames.shape[1]) * frames.shape[2])
 
     def similarities(*chunk_inputs: Tensor) -> tuple[Tensor, ...]:

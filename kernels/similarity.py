@@ -20,6 +20,7 @@ from tvr.kernels.backends.protocol import SimilarityBackend, mean_similarity
 from tvr.kernels.backends.torch_dense import DenseTiles, device_scores_per_tile
 from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, TorchTiles, texts_per_tile
 from tvr.kernels.numerics import no_autocast
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import FrameSet, TokenSet, prepare
 
 # Pairs in a tile that the compiled kernels score for `streamed_loss` (about 130 MiB with all that
@@ -50,6 +51,7 @@ def dmae_similarity(
     backend: str | None = None,
     fast: bool = False,
     compile_tiles: bool = False,
+    lengths: TextLengths | None = None,
 ) -> Float[Tensor, "A C"]:
     """Computes the unscaled similarity of every text with every video.
 
@@ -80,6 +82,8 @@ def dmae_similarity(
             products. At temperature 0.01, a logit is then off by 0.01 on a GPU and by 0.2 on a CPU.
             The gradients follow the maxima found this way, in full precision. One token and one
             frame are never rounded.
+        lengths: Of the texts, from `text_lengths.host_lengths`, which checks the masks on the host.
+            None checks them here. On a GPU that reads them, and the host waits for its queue.
         compile_tiles: Compiles the operations on a tile of `dense` with torch.compile; if that
             fails, the reason is logged once (`tile_compiler.compile_failure`). The other backends
             have nothing to compile.
@@ -103,6 +107,7 @@ def dmae_similarity(
             neighbour_frames=neighbour_frames,
             word_logits=word_logits,
             frame_logits=frame_logits,
+            lengths=lengths,
         )
         if backend is None and chunk is not None:
             backend = "torch"

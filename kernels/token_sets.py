@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tvr.kernels.checks import check_mask, check_presence, check_shapes
+from tvr.kernels.checks import check_presence, check_shapes
+from tvr.kernels.device_transfer import to_host
 from tvr.kernels.numerics import masked_softmax
+from tvr.kernels.text_lengths import TextLengths, host_lengths
 
 NEIGHBOUR_FACTOR = 0.5
 
@@ -24,6 +26,13 @@ class TokenSet(NamedTuple):
     weights: Float[Tensor, "A L"]
     valid: Bool[Tensor, "A L"]
     """False for padding."""
+    lengths: TextLengths | None = None
+    """The same on the host; None if only the device knows."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, weights and validity."""
+        return self[:3]
 
     def without_padding(self) -> Float[Tensor, "A L D"]:
         """The tokens, with zero vectors in padded slots."""
@@ -52,8 +61,13 @@ def prepare(
     neighbour_frames: bool,
     word_logits: Tensor | None,
     frame_logits: Tensor | None,
+    lengths: TextLengths | None = None,
 ) -> tuple[tuple[TokenSet, ...], FrameSet]:
     """Checks the arguments of `dmae_similarity` and computes weights and neighbour frames.
+
+    Args:
+        lengths: Of the words, from `host_lengths`, which has checked both masks. None reads the
+            masks, and the host waits for their device.
 
     Returns:
         One token set for `ti` and `wti`, sentence and words for the `att_` interactions; and the
@@ -69,8 +83,13 @@ def prepare(
         word_logits = frame_logits = None
     check_presence(interaction, sentence, words, word_logits, frame_logits)
     check_shapes(sentence, words, frames, word_mask, frame_mask, word_logits, frame_logits)
-    check_mask("word_mask", word_mask, largest=2, sentence=sentence is not None)
-    check_mask("frame_mask", frame_mask, largest=1, sentence=False)
+    if lengths is None:
+        masks = (to_host(mask, "masks") for mask in (word_mask, frame_mask))
+        lengths = host_lengths(*masks, sentence=sentence is not None)
+    elif len(lengths.ends) != len(word_mask):
+        raise ValueError(
+            f"lengths has {len(lengths.ends)} texts but must have {len(word_mask)}, from word_mask"
+        )
 
     dtype = torch.float32
     for tensor in (sentence, words, frames, word_logits, frame_logits):
@@ -80,16 +99,20 @@ def prepare(
     if sentence is not None:
         mask = word_mask[:, :1]
         logits = torch.zeros_like(mask, dtype=dtype) if weighted else None
-        texts.append(_token_set(sentence[:, None].to(dtype), mask, logits))
+        one_each = (1,) * len(mask)
+        of_sentences = TextLengths(one_each, one_each)
+        texts.append(_token_set(sentence[:, None].to(dtype), mask, logits, of_sentences))
     if words is not None:
-        texts.append(_token_set(words.to(dtype), word_mask, word_logits))
+        texts.append(_token_set(words.to(dtype), word_mask, word_logits, lengths))
     video = _token_set(frames.to(dtype), frame_mask, frame_logits)
     frames = video.without_padding()
     neighbours = _neighbours(frames) if neighbour_frames else (None, None)
     return tuple(texts), FrameSet(frames, video.weights, *neighbours)
 
 
-def _token_set(tokens: Tensor, mask: Tensor, logits: Tensor | None) -> TokenSet:
+def _token_set(
+    tokens: Tensor, mask: Tensor, logits: Tensor | None, lengths: TextLengths | None = None
+) -> TokenSet:
     """Adds the weights: mask / sum of the mask (ti family), or mask x softmax (wti family).
 
     A word of mask 2 counts twice in both. Only the ti family renormalises, so the weights of the
@@ -100,7 +123,7 @@ def _token_set(tokens: Tensor, mask: Tensor, logits: Tensor | None) -> TokenSet:
         weights = share / share.sum(dim=1, keepdim=True)
     else:
         weights = share * masked_softmax(logits.to(tokens.dtype), mask)
-    return TokenSet(tokens, weights, mask > 0)
+    return TokenSet(tokens, weights, mask > 0, lengths)
 
 
 def _neighbours(

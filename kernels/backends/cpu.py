@@ -16,6 +16,7 @@ from torch import Tensor
 from tvr.kernels.backends import cpu_build
 from tvr.kernels.backends.matmul import uses_onednn
 from tvr.kernels.backends.protocol import InputGradients, SavedTensors, VideoTensors
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import FrameSet, TokenSet
 
 # The kernels save the index of a maximum in one byte, and 255 marks padding.
@@ -66,7 +67,11 @@ class CpuBackend:
         return scores, (text.valid, *packed, best_frame, best_token)
 
     def backward(
-        self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
+        self,
+        gradient: Float[Tensor, "A C"],
+        saved: SavedTensors,
+        videos: VideoTensors,
+        lengths: TextLengths | None,
     ) -> InputGradients:
         valid, tokens, weights, offsets, slots, best_frame, best_token = saved
         assert valid is not None

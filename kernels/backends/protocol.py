@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tvr.kernels.backends.matmul import inner_products, product_of_parts
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 
 SavedTensors = tuple[Tensor | None, ...]
@@ -70,9 +71,13 @@ class SimilarityBackend(Protocol):
         ...
 
     def backward(
-        self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
+        self,
+        gradient: Float[Tensor, "A C"],
+        saved: SavedTensors,
+        videos: VideoTensors,
+        lengths: TextLengths | None,
     ) -> InputGradients:
-        """Analytic backward from what `forward` saved."""
+        """Analytic backward from what `forward` saved; `lengths` are those of the texts."""
         ...
 
 
@@ -100,7 +105,14 @@ def mean_similarity(
             continue
         frame_weights = None if single_token else videos.weights
         part = _SetSimilarity.apply(
-            backend, *text, videos.frames, frame_weights, boosted, strength, videos.neighbour
+            backend,
+            text.lengths,
+            *text.tensors,
+            videos.frames,
+            frame_weights,
+            boosted,
+            strength,
+            videos.neighbour,
         )
         if single_token:
             mean_frame = torch.einsum("cf,cfd->cd", videos.weights, videos.frames)
@@ -154,6 +166,7 @@ class _SetSimilarity(torch.autograd.Function):
     def forward(
         ctx: Any,
         backend: SimilarityBackend,
+        lengths: TextLengths | None,
         tokens: Tensor,
         weights: Tensor,
         valid: Tensor,
@@ -163,10 +176,10 @@ class _SetSimilarity(torch.autograd.Function):
         strength: Tensor | None,
         neighbour: Tensor | None,
     ) -> Tensor:
-        text = TokenSet(tokens, weights, valid)
+        text = TokenSet(tokens, weights, valid, lengths)
         videos = VideoTensors(frames, frame_weights, boosted, strength, neighbour)
         scores, saved = backend.forward(text, videos, save=any(ctx.needs_input_grad))
-        ctx.backend = backend
+        ctx.backend, ctx.lengths = backend, lengths
         ctx.save_for_backward(*videos, *saved)
         return scores
 
@@ -177,8 +190,8 @@ class _SetSimilarity(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         size = len(VideoTensors._fields)
         videos, saved = VideoTensors(*ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
-        result: InputGradients = ctx.backend.backward(*gradient, saved, videos)
+        result: InputGradients = ctx.backend.backward(*gradient, saved, videos, ctx.lengths)
         text_gradients = (result.tokens, result.weights, None)
         of_frames = (result.frames, result.frame_weights)
         video_gradients = (*of_frames, result.boosted, result.strength, None)
-        return None, *text_gradients, *video_gradients
+        return None, None, *text_gradients, *video_gradients

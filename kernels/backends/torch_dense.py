@@ -37,7 +37,8 @@ from tvr.kernels.backends.matmul import (
 )
 from tvr.kernels.backends.protocol import InputGradients, SavedTensors, VideoTensors
 from tvr.kernels.backends.tile_compiler import tile_function
-from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, _text_tiles
+from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, text_tiles
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, TokenSet
 
 # 4 MiB of float32 scores: a few tensors of this size fit the caches of a CPU.
@@ -108,16 +109,20 @@ class DenseTiles:
                 result[row.texts, columns] = score_tile(
                     scores, row.text.weights, part.weights, part.strength, part.neighbour
                 )
-        return result, tuple(text) if save else ()
+        return result, text.tensors if save else ()
 
     def backward(
-        self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
+        self,
+        gradient: Float[Tensor, "A C"],
+        saved: SavedTensors,
+        videos: VideoTensors,
+        lengths: TextLengths | None,
     ) -> InputGradients:
         tokens, weights, valid = saved
         assert tokens is not None
         assert weights is not None
         assert valid is not None
-        text = TokenSet(tokens, weights, valid)
+        text = TokenSet(tokens, weights, valid, lengths)
         differentiate = tile_function(_differentiate, weights.device, compiled=self.compile_tiles)
         size = self.texts_per_tile(*_slots(text, videos))
         rows = _row_tiles(text, size)
@@ -279,20 +284,8 @@ class _RowTile(NamedTuple):
 
 
 def _row_tiles(text: TokenSet, size: int) -> list[_RowTile]:
-    """Tiles of `size` texts.
-
-    On a CPU they are sorted by length and cut to the longest of their tile. Elsewhere the host
-    would have to wait for the lengths, so every slot is computed.
-    """
-    num_texts, slots = text.valid.shape
-    if text.valid.device.type == "cpu":
-        return [
-            _RowTile(tile.texts, tile.slots, tile.select(text))
-            for tile in _text_tiles(text.valid, size)
-        ]
-    whole = text._replace(tokens=text.without_padding())
-    cuts = [slice(first, first + size) for first in range(0, num_texts, size)]
-    return [_RowTile(cut, slots, TokenSet(*(x[cut] for x in whole))) for cut in cuts]
+    """Tiles of `size` texts, sorted by length and cut to the longest of their tile."""
+    return [_RowTile(tile.texts, tile.slots, tile.select(text)) for tile in text_tiles(text, size)]
 
 
 def _slots(text: TokenSet, videos: VideoTensors) -> tuple[int, int]:

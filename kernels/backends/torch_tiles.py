@@ -4,7 +4,7 @@ Forward: one matrix product gives a tile's token-frame scores; their maxima over
 tokens give SIM, and the indices of the maxima are saved. Backward: a weighted gather and its
 transpose, both as `embedding_bag`, touch L + F feature rows per pair where dense products would
 touch L x F. Texts are sorted by length and cut to the longest of their tile, so that padding costs
-little. Inside the loops the host never waits for the device.
+little. Their lengths are known to the host (`TokenSet.lengths`), which never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from tvr.kernels.backends.matmul import inner_products
 from tvr.kernels.backends.protocol import InputGradients, SavedTensors, VideoTensors
+from tvr.kernels.device_transfer import to_host
+from tvr.kernels.text_lengths import TextLengths, lengths_of
 from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, FrameSet, TokenSet
 
 # 16 MiB of token-frame scores in float32, well within a large GPU's L2 cache: large enough for
@@ -49,8 +51,8 @@ class TorchTiles:
         self, text: TokenSet, videos: VideoTensors, *, save: bool
     ) -> tuple[Tensor, SavedTensors]:
         result = text.weights.new_empty(len(text.weights), len(videos.frames))
-        saved: list[Tensor | None] = [*text]
-        for tile in _text_tiles(text.valid, self.chunk):
+        saved: list[Tensor | None] = [*text.tensors]
+        for tile in text_tiles(text, self.chunk):
             tile_text = tile.select(text)
             for columns in self._columns(videos):
                 scores, *indices = _score_tile(tile_text, videos.part(columns), self.fast)
@@ -60,17 +62,21 @@ class TorchTiles:
         return result, tuple(saved)
 
     def backward(
-        self, gradient: Float[Tensor, "A C"], saved: SavedTensors, videos: VideoTensors
+        self,
+        gradient: Float[Tensor, "A C"],
+        saved: SavedTensors,
+        videos: VideoTensors,
+        lengths: TextLengths | None,
     ) -> InputGradients:
         tokens, weights, valid, *indices = saved
         assert tokens is not None
         assert weights is not None
         assert valid is not None
-        text = TokenSet(tokens, weights, valid)
+        text = TokenSet(tokens, weights, valid, lengths)
         d_tokens, d_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
         d_videos = _zero_gradients(videos)
         remaining = iter(indices)
-        for tile in _text_tiles(valid, self.chunk):
+        for tile in text_tiles(text, self.chunk):
             tile_text = tile.select(text)
             # Gradients of the tokens as p sees them, before their weights, and as q sees them.
             d_p, d_q = torch.zeros_like(tile_text.tokens), torch.zeros_like(tile_text.tokens)
@@ -219,7 +225,7 @@ def _smallest_integers(indices: Tensor, size: int) -> Tensor:
     return indices.to(dtype, memory_format=torch.contiguous_format)
 
 
-class _TextTile(NamedTuple):
+class TextTile(NamedTuple):
     """Texts of a tile, and the number of slots that their tokens are cut to."""
 
     texts: slice | Tensor
@@ -227,25 +233,27 @@ class _TextTile(NamedTuple):
 
     def select(self, text: TokenSet) -> TokenSet:
         """The tile's part of a token set, with zero vectors in padded slots."""
-        part = TokenSet(*(x[self.texts, : self.slots] for x in text))
+        part = TokenSet(*(x[self.texts, : self.slots] for x in text.tensors))
         # A slice means that no text has padding; then nothing is copied.
         return (
             part if isinstance(self.texts, slice) else part._replace(tokens=part.without_padding())
         )
 
 
-def _text_tiles(valid: Tensor, size: int) -> list[_TextTile]:
-    """Tiles of `size` texts, sorted by length. The host reads the lengths from the device once."""
-    num_texts, slots = valid.shape
+def text_tiles(text: TokenSet, size: int) -> list[TextTile]:
+    """Tiles of `size` texts, sorted by length where some have padding.
+
+    The tensor of each tile's texts comes from the device, and the number of slots from the host's
+    `lengths`, so nothing is read from the device.
+    """
+    num_texts, slots = text.valid.shape
     starts = range(0, num_texts, size)
+    lengths = text.lengths or lengths_of(to_host(text.valid, "masks"))
+    if all(count == slots for count in lengths.counts):
+        return [TextTile(slice(start, start + size), slots) for start in starts]
     # One padded slot is kept, because it counts as similarity 0; more of them change nothing.
-    ends = (valid * torch.arange(1, slots + 1, device=valid.device)).amax(dim=1)
-    lengths = (ends + 1).clamp_max(slots)
-    has_padding = bool((valid.sum(dim=1) < slots).any())
-    if not has_padding:
-        return [_TextTile(slice(start, start + size), slots) for start in starts]
-    lengths, order = lengths.sort(stable=True)
-    longest = lengths[[min(start + size, num_texts) - 1 for start in starts]].tolist()
-    return [
-        _TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)
-    ]
+    ends = (text.valid * torch.arange(1, slots + 1, device=text.valid.device)).amax(dim=1)
+    order = (ends + 1).clamp_max(slots).sort(stable=True).indices
+    in_order = sorted(min(end + 1, slots) for end in lengths.ends)
+    longest = [in_order[min(start + size, num_texts) - 1] for start in starts]
+    return [TextTile(texts, slots) for texts, slots in zip(order.split(size), longest, strict=True)]

@@ -25,7 +25,10 @@ from tvr.kernels.row_loss.loss_terms import LossTerms, loss_terms
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives, TilePosition
 from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
 from tvr.kernels.similarity import tile_backend
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import FrameSet, TokenSet, prepare
+
+TENSORS_OF_SET = 3  # of `TokenSet.tensors`
 
 
 @runtime_checkable
@@ -100,6 +103,7 @@ def streamed_loss(
     backend: str | None = None,
     fast: bool = False,
     compile_tiles: bool = False,
+    lengths: TextLengths | None = None,
 ) -> LossTerms:
     """Computes `losses.row_loss` of `similarity.dmae_similarity` tile by tile.
 
@@ -115,7 +119,8 @@ def streamed_loss(
         keep_scores: Stores the (B, G) scores instead of computing them for each pass.
         chunk: Texts per tile; a tile has 4 times as many videos. None chooses. The result does not
             depend on it.
-        backend: As for `similarity.dmae_similarity`, and so are `fast` and `compile_tiles`.
+        backend: As for `similarity.dmae_similarity`, and so are `fast`, `lengths` and
+            `compile_tiles`.
 
     Returns:
         This rank's share of every term.
@@ -134,6 +139,7 @@ def streamed_loss(
             neighbour_frames=neighbour_frames,
             word_logits=word_logits,
             frame_logits=frame_logits,
+            lengths=lengths,
         )
         loss = RowLoss(
             rule,
@@ -145,8 +151,9 @@ def streamed_loss(
             like=videos.frames.detach()[:0],
         )
         backend, chunk = tile_backend(texts, videos, chunk, fast, backend, compile_tiles)
-        stream = _TileStream(loss, exchange, keep_scores, backend, chunk, len(texts))
-        text_tensors = [tensor for tokens in texts for tensor in tokens]
+        lengths_of_sets = tuple(tokens.lengths for tokens in texts)
+        stream = _TileStream(loss, exchange, keep_scores, backend, chunk, lengths_of_sets)
+        text_tensors = [tensor for tokens in texts for tensor in tokens.tensors]
         video_tensors = [tensor for tensor in videos if tensor is not None]
         return loss_terms(loss, _StreamedLoss.apply(stream, *text_tensors, *video_tensors))
 
@@ -160,21 +167,24 @@ class _TileStream:
     keep_scores: bool
     backend: SimilarityBackend
     chunk: int
-    num_token_sets: int
+    lengths: tuple[TextLengths | None, ...]
+    """Of each token set."""
 
     def split(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[TokenSet, ...], tuple[Tensor, ...]]:
         """Separates the flat inputs of the autograd function: token sets, then video tensors."""
-        size = len(TokenSet._fields)
-        end = size * self.num_token_sets
-        sets = (TokenSet(*tensors[i : i + size]) for i in range(0, end, size))
+        end = TENSORS_OF_SET * len(self.lengths)
+        sets = (
+            TokenSet(*tensors[first : first + TENSORS_OF_SET], lengths)
+            for first, lengths in zip(range(0, end, TENSORS_OF_SET), self.lengths, strict=True)
+        )
         return tuple(sets), tensors[end:]
 
     def text_tiles(self, texts: tuple[TokenSet, ...]) -> list[tuple[int, tuple[TokenSet, ...]]]:
         """(first row, token sets) of each row of tiles; the tensors are autograd leaves."""
         tiles = []
         for row in range(0, len(texts[0].weights), self.chunk):
-            parts = ((x[row : row + self.chunk] for x in tokens) for tokens in texts)
-            tiles.append((row, tuple(TokenSet(*map(_leaf, part)) for part in parts)))
+            rows = slice(row, row + self.chunk)
+            tiles.append((row, tuple(_text_tile(tokens, rows) for tokens in texts)))
         return tiles
 
     def video_tiles(self, block: tuple[Tensor, ...]) -> Iterator[tuple[int, FrameSet]]:
@@ -238,12 +248,18 @@ class _StreamedLoss(torch.autograd.Function):
 
         video_gradients = iter(stream.exchange.visit_backward(videos, block_gradients))
         result: list[Tensor | None] = [None]
-        for index in range(stream.num_token_sets):
-            tile_gradients = [_gradients(tokens[index]) for _, tokens in text_tiles]
+        for index, tokens in enumerate(texts):
+            tile_gradients = [_gradients(tile[index].tensors) for _, tile in text_tiles]
             joined = iter([torch.cat(parts) for parts in zip(*tile_gradients, strict=True)])
-            result += [next(joined) if x.is_floating_point() else None for x in texts[index]]
+            result += [next(joined) if x.is_floating_point() else None for x in tokens.tensors]
         result += [next(video_gradients) if x.is_floating_point() else None for x in videos]
         return tuple(result)
+
+
+def _text_tile(tokens: TokenSet, rows: slice) -> TokenSet:
+    lengths = tokens.lengths
+    part = None if lengths is None else lengths.part(rows)
+    return TokenSet(*(_leaf(x[rows]) for x in tokens.tensors), part)
 
 
 def _leaf(x: Tensor) -> Tensor:
