@@ -11,6 +11,7 @@ from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.records import Batch
 from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
+from tvr.trainer.model.batch_copies import pin_pages
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -102,6 +103,7 @@ def training_batches(
         word_drop=data.word_drop,
         cache_bytes=data.cache_mib << 20,
         shard_cache=_shard_cache(data),
+        pin=pin_pages if world.device.type == "cuda" else None,
     )
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
-from tvr.data_prep.reading.batch_buffers import BatchSlots
+from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
 from tvr.data_prep.reading.collate import Tokenize
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import SampleOrder
@@ -63,6 +63,7 @@ def train_batches(
     word_drop: bool = False,
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
+    pin: PinPages | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
 
@@ -94,6 +95,7 @@ def train_batches(
             packed with words.
         cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`.
         shard_cache: Folder of this node for shards of a remote data set.
+        pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
 
     Returns:
         An iterator that raises `TooManyBadSamples` when a limit is exceeded.
@@ -123,7 +125,7 @@ def train_batches(
     first = start_step * global_batch + rank * micro_batch
     positions = PositionBatches(first, pairs_per_micro_step, micro_batch, None)
     if reader.manifest.beton is None:
-        slots = _batch_slots(reader, micro_batch, workers)
+        slots = _batch_slots(reader, micro_batch, workers, pin)
         dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop, slots=slots)
         loader = _loader(dataset, positions, BatchCollator(reader, tokenize, slots), workers)
         batches = _received_batches(loader, slots)
@@ -211,11 +213,13 @@ def read_samples(
     return [reader.read(rows[key]) for key in keys]
 
 
-def _batch_slots(reader: SampleReader, micro_batch: int, workers: int) -> BatchSlots | None:
+def _batch_slots(
+    reader: SampleReader, micro_batch: int, workers: int, pin: PinPages | None
+) -> BatchSlots | None:
     if not workers or not reader.decodes_into_buffers:
         return None
     size = reader.image_size
-    return BatchSlots(workers, (micro_batch, reader.num_frames, size, size, 3))
+    return BatchSlots(workers, (micro_batch, reader.num_frames, size, size, 3), pin)
 
 
 def _loader(

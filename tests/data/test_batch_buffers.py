@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -78,3 +79,37 @@ def test_samples_of_another_size_and_bad_samples_are_copied(url: str, tmp_path: 
         for mine, theirs in zip(ours, expected, strict=True):
             assert torch.equal(mine.frames, theirs.frames)
             assert mine.replaced == theirs.replaced
+
+
+class Pins:
+    """Notes what is pinned, as addresses and sizes."""
+
+    def __init__(self) -> None:
+        self.now, self.ever = dict[int, int](), list[int]()
+
+    def __call__(self, address: int, num_bytes: int) -> Any:
+        assert address not in self.now
+        assert address % mmap.PAGESIZE == num_bytes % mmap.PAGESIZE == 0
+        assert all(address >= first + size or address < first for first, size in self.now.items())
+        self.now[address] = num_bytes
+        self.ever.append(address)
+        return lambda: self.now.pop(address)
+
+
+def test_each_slot_is_pinned_once_and_unpinned_at_the_end(url: str) -> None:
+    pins, addresses, kept = Pins(), set[int](), None
+    stream = batches(url, 2, pin=pins)
+    for batch in islice(stream, 40):
+        addresses.add(batch.frames.data_ptr())
+        if batch.frames.data_ptr() in pins.now:
+            kept = batch.frames[0]
+    # A slot is pinned when its first batch arrives; one that was never used is not pinned.
+    assert kept is not None
+    assert set(pins.ever) <= addresses
+    assert len(pins.ever) == len(set(pins.ever)) <= 2 * SLOTS_PER_WORKER
+    del stream, batch
+    gc.collect()
+    assert pins.now != {}  # the last batch still lies there
+    del kept
+    gc.collect()
+    assert pins.now == {}

@@ -161,6 +161,8 @@ class TextVideoModel(nn.Module):
             margin=self.loss.margin,
             straight_through=self.loss.straight_through,
             normalise_partial=self.loss.normalise_partial,
+            # Checked on the host, where batches are made: each of their rows has a frame.
+            check_mask=False,
         ).hinge
 
 
@@ -247,8 +249,12 @@ def image_size(model: ModelConfig) -> int:
     return pretrained_image_size(model.pretrained)
 
 
+def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of `TextVideoModel.forward`, in host memory."""
+    return batch.frames, batch.frame_mask, batch.token_ids, batch.word_mask
+
+
 def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Moves the arguments of `TextVideoModel.forward` to the device."""
-    tensors = (batch.frames, batch.frame_mask, batch.token_ids, batch.word_mask)
-    frames, frame_mask, token_ids, word_mask = (t.to(device, non_blocking=True) for t in tensors)
+    """Moves the arguments of `TextVideoModel.forward` to the device; see also `BatchCopies`."""
+    frames, frame_mask, token_ids, word_mask = (x.to(device) for x in host_inputs(batch))
     return frames, frame_mask, token_ids, word_mask

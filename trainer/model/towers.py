@@ -33,11 +33,15 @@ from transformers import (
     SiglipTextModel,
     SiglipVisionModel,
 )
+from transformers.models.clip import modeling_clip
 from transformers.utils import logging
 
 from tvr.trainer.config import TowersConfig
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.versions.versions import bare_tower
+
+TAKES_WHOLE_MASK = hasattr(modeling_clip, "create_causal_mask")
+"""True if the text tower of CLIP takes a mask of every pair of slots, too."""
 
 Channels: TypeAlias = tuple[float, float, float]
 Weights: TypeAlias = dict[str, Tensor]
@@ -105,9 +109,24 @@ class Towers:
 
 
 def _clip_text(tower: Any, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-    out = tower.text_model(input_ids=token_ids, attention_mask=(word_mask > 0).long())
+    out = tower.text_model(input_ids=token_ids, attention_mask=_attention_mask(tower, word_mask))
     project = tower.text_projection
     return project(out.pooler_output), project(out.last_hidden_state)
+
+
+def _attention_mask(tower: Any, word_mask: Tensor) -> Tensor:
+    """The mask of CLIP's text tower: causal, and without padding.
+
+    Given the (A, T) mask, transformers 5 asks whether there is padding at all before it builds the
+    (A, 1, T, T) mask: on a GPU, each forward would wait for its queue. It takes the latter as it
+    is. Older releases read nothing, and take no other than the former.
+    """
+    valid = word_mask > 0
+    if not TAKES_WHOLE_MASK or tower.config._attn_implementation != "sdpa":
+        return valid.long()
+    slots = word_mask.shape[1]
+    is_past = torch.ones(slots, slots, dtype=torch.bool, device=word_mask.device).tril()
+    return is_past & valid[:, None, None, :]
 
 
 def _siglip_text(tower: Any, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
