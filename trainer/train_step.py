@@ -13,17 +13,20 @@ from torch import Tensor
 
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
+from tvr.kernels.device_transfer import to_device
+from tvr.kernels.text_lengths import host_lengths
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.config import Config, accumulation_steps
-from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.schedule import learning_rate_factor
 from tvr.trainer.errors import NonFiniteLoss
 from tvr.trainer.loss.gradient_cache import FeatureCache
-from tvr.trainer.loss.objective import objective
+from tvr.trainer.loss.objective import Objective, objective
 from tvr.trainer.loss.pair_gradients import PairGradients
-from tvr.trainer.model.model import Features, model_inputs
+from tvr.trainer.loss.step_values import StepNumbers, StepValues
+from tvr.trainer.model.batch_copies import BatchCopies
+from tvr.trainer.model.model import Features
 from tvr.trainer.monitoring.counters import RankCounters
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.step_record import LOSS_TERMS, StepRecord, computed_terms
@@ -48,6 +51,8 @@ class TrainStep:
     saved_counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
     """Counters that checkpoints keep, so that they continue after a restart."""
     watch: Stopwatch = field(default_factory=Stopwatch)
+    copies: BatchCopies = field(default_factory=BatchCopies)
+    """Moves batches to the device."""
     counters: RankCounters = field(default_factory=RankCounters)
 
     def load_counters(self, saved: SavedState) -> None:
@@ -59,7 +64,8 @@ class TrainStep:
         """Runs one step and returns the values of its global batch.
 
         With the gradient cache there is one loss over all micro-batches. Without it each
-        micro-batch has its own loss, and the record holds their means.
+        micro-batch has its own loss, and the record holds their means. The host reads the device
+        once, before the update (`StepValues.read`).
 
         Args:
             step: Number of the step, from 1.
@@ -69,24 +75,23 @@ class TrainStep:
             TooManyBadSamples: the budget for bad samples is spent on some rank.
         """
         train = self.config.train
-        started, waited_s, norm = time.perf_counter(), 0.0, None
-        pairs = PairGradients()
+        started, waited_s, numbers = time.perf_counter(), 0.0, None
+        pairs, values = PairGradients(), StepValues(self.world)
         factor = learning_rate_factor(step - 1, warmup_steps=train.warmup_steps, steps=train.steps)
         micro_steps = accumulation_steps(train, self.world.world_size)
         losses = 1 if train.gradient_cache else micro_steps
-        totals = torch.zeros(len(LOSS_TERMS))
         self.watch.lap("between")
         for _ in range(losses):
             before = time.perf_counter()
-            micro_batches = [self._next_batch(batches) for _ in range(micro_steps // losses)]
+            micro_batches, counts = self._next_batches(batches, micro_steps // losses, step)
             waited_s += time.perf_counter() - before
             self.watch.lap("data wait")
-            terms, norm = self._forward_backward(micro_batches, step, factor, pairs)
-            totals += terms / losses
+            numbers = self._forward_backward(micro_batches, counts, step, factor, pairs, values)
+        assert numbers is not None, "the last micro-batch of a step is followed by its update"
         seconds = time.perf_counter() - started
         self.saved_counters["trained_s"] += seconds
         gap_s, slowest = self.counters.straggler()
-        named: dict[str, Any] = dict(zip(LOSS_TERMS, totals.tolist(), strict=True))
+        named: dict[str, Any] = dict(zip(LOSS_TERMS, numbers.terms, strict=True))
         named = computed_terms(named, self.config.loss)
         return StepRecord(
             step=step,
@@ -94,7 +99,7 @@ class TrainStep:
             **named,
             learning_rate=train.learning_rate * factor,
             encoder_learning_rate=train.encoder_learning_rate * factor,
-            gradient_norm=norm,
+            gradient_norm=numbers.gradient_norm,
             samples_per_s=train.global_batch / seconds,
             data_wait_s=waited_s,
             step_s=seconds,
@@ -104,30 +109,60 @@ class TrainStep:
             slowest_rank=slowest,
         )
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        def load() -> Batch:
-            before = time.perf_counter()
-            batch = next(batches)
-            self.counters.loading_s += time.perf_counter() - before
-            return batch
+    def _next_batches(
+        self, batches: Iterator[Batch], number: int, step: int
+    ) -> tuple[list[Batch], tuple[int, ...]]:
+        """Loads the micro-batches of one loss.
 
-        batch = self.world.run_on_all(load, TooManyBadSamples)
-        self.counters.reads.update(batch.reads)
-        return batch
+        One exchange between hosts carries whether each rank could, its number of pairs and of
+        replaced samples, and the time of its local work in the step before.
+
+        Returns:
+            The micro-batches, and the number of pairs of each rank.
+        """
+        loaded, raised = list[Batch](), None
+        try:
+            for _ in range(number):
+                before = time.perf_counter()
+                loaded.append(next(batches))
+                self.counters.loading_s += time.perf_counter() - before
+        except TooManyBadSamples as error:
+            raised = error
+        replaced = [entry for batch in loaded for entry in batch.replaced]
+        num_pairs = sum(len(batch.keys) for batch in loaded)
+        mine = (raised is None, num_pairs, len(replaced), self.counters.local_work_s or 0.0)
+        by_rank = self.world.all_gather_numbers(mine)
+        is_ok, counts, num_replaced, local_work_s = zip(*by_rank, strict=True)
+        self.world.raise_first(raised, is_ok)
+        for batch in loaded:
+            self.counters.reads.update(batch.reads)
+        self.counters.local_work_by_rank_s = local_work_s
+        if any(num_replaced):
+            bad = [entry for rank in self.world.all_gather_objects(replaced) for entry in rank]
+            self.log.write_bad("replaced", step, bad)
+            self.counters.skipped.update(entry.reason for entry in bad)
+            self._add_to_quarantine(bad)
+        return loaded, tuple(map(int, counts))
 
     def _forward_backward(
-        self, micro_batches: Sequence[Batch], step: int, factor: float, pairs: PairGradients
-    ) -> tuple[Tensor, float | None]:
+        self,
+        micro_batches: Sequence[Batch],
+        counts: Sequence[int],
+        step: int,
+        factor: float,
+        pairs: PairGradients,
+        values: StepValues,
+    ) -> StepNumbers | None:
         """One loss over the micro-batches and its backward.
 
-        Returns the terms of the loss, and the gradient's norm if the weights were updated.
+        Returns the numbers of the step if the weights were updated.
         """
-        norm = None
+        numbers = None
         keys = [key for batch in micro_batches for key in batch.keys]
 
         def update() -> None:
-            nonlocal norm
-            norm = self._update(step, factor, pairs)
+            nonlocal numbers
+            numbers = self._update(step, factor, pairs, values)
             self.watch.lap("optimiser")
 
         if self.config.train.log_keys:
@@ -135,8 +170,9 @@ class TrainStep:
                 self.log.write_keys(step, batch.keys)
         if self.config.train.gradient_cache:
             cache = FeatureCache(self._encode, micro_batches, self.world.device)
-            loss, terms = self._loss(cache.features, micro_batches, step)
-            loss.backward()
+            mine = self._loss(cache.features, micro_batches, counts)
+            values.add(mine.shares, keys)
+            mine.for_backward.backward()
             pairs.record(cache.features, keys)
             self.watch.lap("backward")
 
@@ -152,25 +188,40 @@ class TrainStep:
             (batch,) = micro_batches
             features = self._encode(batch)
             pairs.watch(features)
-            loss, terms = self._loss(features, micro_batches, step)
-            self.engine.backward(loss)
+            mine = self._loss(features, micro_batches, counts)
+            values.add(mine.shares, keys)
+            self.engine.backward(mine.for_backward)
             pairs.record(features, keys)
             self.watch.lap("backward")
             update()
-        return terms, norm
+        return numbers
 
-    def _update(self, step: int, factor: float, pairs: PairGradients) -> float | None:
-        """Ends a micro-step; at the last one, updates the weights if the gradient is finite.
+    def _update(
+        self, step: int, factor: float, pairs: PairGradients, values: StepValues
+    ) -> StepNumbers | None:
+        """Ends a micro-step; at the last one, updates the weights if all numbers are finite.
 
-        Returns the gradient's norm, None between updates. Raises NonFiniteLoss on every rank.
+        Returns the numbers of the step, None between updates. Raises NonFiniteLoss on every rank.
         """
-        on_device = self.engine.gradient_norm()
-        # The only read of the gradient by the host. All ranks read the same number, so they agree.
-        norm = None if on_device is None else on_device.item()
-        if norm is not None and not math.isfinite(norm):
-            self._raise_non_finite_gradient(step, norm, pairs)
+        norm, numbers = self.engine.gradient_norm(), None
+        if norm is not None:
+            # The step's only host synchronisation. All ranks read the same, so they agree.
+            numbers = values.read(norm)
+            self._raise_unless_finite(step, numbers, pairs)
         self.engine.step(factor)
-        return norm
+        return numbers
+
+    def _raise_unless_finite(self, step: int, numbers: StepNumbers, pairs: PairGradients) -> None:
+        broken, norm = numbers.non_finite, numbers.gradient_norm
+        if broken is not None:
+            named = self.world.all_gather_objects(broken.keys)[broken.ranks[0]]
+            raise NonFiniteLoss(
+                f"step {step}: the loss is not finite on rank {', '.join(map(str, broken.ranks))}"
+                f" of {self.world.world_size}; this step changed no weight. Keys of rank"
+                f" {broken.ranks[0]}'s batch: {' '.join(named)}"
+            )
+        if not math.isfinite(norm):
+            self._raise_non_finite_gradient(step, norm, pairs)
 
     def _raise_non_finite_gradient(self, step: int, norm: float, pairs: PairGradients) -> None:
         """Raises NonFiniteLoss; the log gets all the names, the message the first ones."""
@@ -193,48 +244,34 @@ class TrainStep:
         )
 
     def _encode(self, batch: Batch) -> Features:
-        features = self.engine.encode(*model_inputs(batch, self.world.device))
+        features = self.engine.encode(*self.copies.model_inputs(batch, self.world.device))
         self.watch.lap("encode")
         return features
 
     def _loss(
-        self, features: Features, micro_batches: Sequence[Batch], step: int
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's loss for the backward, and the terms of the global batch.
-
-        Raises NonFiniteLoss on every rank if some rank's terms are not finite.
-        """
-        config, world = self.config, self.world
+        self, features: Features, micro_batches: Sequence[Batch], counts: Sequence[int]
+    ) -> Objective:
+        """This rank's share of the loss of the micro-batches of all ranks."""
+        train, device = self.config.train, self.world.device
+        word_mask = torch.cat([batch.word_mask for batch in micro_batches])
+        frame_mask = torch.cat([batch.frame_mask for batch in micro_batches])
         mine = objective(
             features,
-            torch.cat([batch.video_ids for batch in micro_batches]).to(world.device),
-            config.model,
-            config.loss,
-            world,
-            exchange=config.train.exchange,
-            scores=config.train.scores,
-            fast=config.train.fast_similarity,
-            backend=config.train.similarity_backend,
-            compile_tiles=config.train.compile_similarity,
+            to_device(torch.cat([batch.video_ids for batch in micro_batches]), device),
+            self.config.model,
+            self.config.loss,
+            self.world,
+            exchange=train.exchange,
+            scores=train.scores,
+            fast=train.fast_similarity,
+            counts=counts,
+            lengths=host_lengths(word_mask, frame_mask),
+            backend=train.similarity_backend,
+            compile_tiles=train.compile_similarity,
             watch=self.watch,
         )
-        replaced = [entry for batch in micro_batches for entry in batch.replaced]
-        # One small collective carries the terms of the loss, the number of replaced samples, and
-        # the time of the previous step's local work.
-        more = mine.shares.new_tensor([len(replaced), self.counters.local_work_s or 0.0])
-        row = torch.cat([mine.shares, more])
-        rows = all_gather_rows(row[None], world, (1,) * world.world_size).cpu()
-        keys = [key for batch in micro_batches for key in batch.keys]
-        _raise_unless_finite(rows, step, keys, world)
         self.watch.lap("loss")
-        shares, num_replaced, local_work_s = rows[:, :-2], rows[:, -2], rows[:, -1]
-        self.counters.local_work_by_rank_s = tuple(local_work_s.tolist())
-        if num_replaced.any():
-            bad = [entry for entries in world.all_gather_objects(replaced) for entry in entries]
-            self.log.write_bad("replaced", step, bad)
-            self.counters.skipped.update(entry.reason for entry in bad)
-            self._add_to_quarantine(bad)
-        return mine.for_backward, shares.sum(0)
+        return mine
 
     def _add_to_quarantine(self, entries: Sequence[Replacement]) -> None:
         """Spends the run's budget, which covers all ranks and earlier starts, on bad samples."""
@@ -251,16 +288,3 @@ def _first(names: Sequence[str]) -> str:
     """The first names, and the number of the others."""
     more = len(names) - MAX_NAMED
     return " ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _raise_unless_finite(rows: Tensor, step: int, keys: Sequence[str], world: World) -> None:
-    """Raises NonFiniteLoss on every rank alike: each of them has all ranks' rows (W, ...)."""
-    broken = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if not broken:
-        return
-    named = world.all_gather_objects(keys)[broken[0]]
-    raise NonFiniteLoss(
-        f"step {step}: the loss is not finite on rank {', '.join(map(str, broken))} of "
-        f"{world.world_size}; this step changed no weight. Keys of rank {broken[0]}'s batch: "
-        f"{' '.join(named)}"
-    )

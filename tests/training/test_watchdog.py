@@ -181,7 +181,7 @@ def enter_collectives(rank: int, world_size: int) -> dict[str, Any]:
             "counts": lambda: world.all_gather_counts(3),
             "first": lambda: world.run_on_first(lambda: 3),
             "broadcast": lambda: world.broadcast_from_first([torch.ones(2)]),
-            "flags": lambda: world.first_failing_rank(True),
+            "numbers": lambda: world.all_gather_numbers([1.0, 2.0]),
             "gather": lambda: all_gather_rows(rows, world, counts),
             "scatter": lambda: gathered.sum().backward(),
             "sum": lambda: loss_collectives(world).sum(torch.ones(2)),

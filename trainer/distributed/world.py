@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -112,6 +112,19 @@ class World:
         renamed(dist, "all_gather_single")(counts, torch.tensor([count], dtype=torch.int64))
         return tuple(counts.tolist())
 
+    def all_gather_numbers(self, mine: Sequence[float]) -> list[list[float]]:
+        """Returns every rank's few numbers, in rank order, on every rank; each rank gives as many.
+
+        Like all flags of the ranks they go from host to host over gloo, so that no rank waits for
+        its GPU. Whole numbers are exact up to 2**53.
+        """
+        if self.world_size == 1:
+            return [[float(number) for number in mine]]
+        own = torch.tensor(mine, dtype=torch.float64)
+        everyones = own.new_empty(self.world_size * len(own))
+        renamed(dist, "all_gather_single")(everyones, own)
+        return everyones.view(self.world_size, -1).tolist()
+
     def run_on_all(self, action: Callable[[], T], error_type: type[Exception]) -> T:
         """Runs `action` on every rank and returns this rank's result.
 
@@ -122,10 +135,19 @@ class World:
             value = action()
         except error_type as error:
             value, raised = None, error
-        rank = self.first_failing_rank(raised is None)
-        if rank is not None:
-            raise self.all_gather_objects(raised)[rank]
+        self.raise_first(raised, self.all_gather_counts(raised is None))
         return cast(T, value)
+
+    def raise_first(self, raised: Exception | None, is_ok: Sequence[float]) -> None:
+        """Raises the error of the lowest failing rank on every rank; nothing if all are well.
+
+        Args:
+            raised: This rank's error, if it has one.
+            is_ok: 0 for each rank that has an error, by rank; the same on every rank.
+        """
+        failing = [rank for rank, ok in enumerate(is_ok) if not ok]
+        if failing:
+            raise self.all_gather_objects(raised)[failing[0]]
 
     def run_on_first(self, action: Callable[[], T], *, patient: bool = False) -> T:
         """Runs `action` on rank 0 and broadcasts its result, or raises its error on every rank.
@@ -162,17 +184,6 @@ class World:
             dist.broadcast(values, src=0)
             if values.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(values)
-
-    def first_failing_rank(self, is_ok: torch.Tensor | bool) -> int | None:
-        """Returns the lowest rank whose `is_ok` is false, or None; the same on every rank."""
-        flag = torch.as_tensor(is_ok, device=self.device).reshape(1).to(torch.int32)
-        flags = [torch.empty_like(flag) for _ in range(self.world_size)]
-        if self.world_size == 1:
-            flags = [flag]
-        else:
-            dist.all_gather(flags, flag)
-        failing = (torch.cat(flags) == 0).nonzero().flatten().tolist()
-        return failing[0] if failing else None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from tvr.kernels.losses import LossTerms, row_loss
 from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 from tvr.kernels.similarity import dmae_similarity
+from tvr.kernels.text_lengths import TextLengths
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.collectives import all_gather_rows, loss_collectives
 from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
@@ -45,6 +46,8 @@ def objective(
     fast: bool = False,
     backend: str = "auto",
     compile_tiles: bool = False,
+    counts: Sequence[int] | None = None,
+    lengths: TextLengths | None = None,
     watch: Stopwatch | None = None,
 ) -> Objective:
     """Similarity loss plus TPM-CL over the global batch (the method, sections 3 and 4).
@@ -58,13 +61,20 @@ def objective(
         exchange: "gather" holds the frames of all ranks at once, "ring" those of one other rank.
         scores: "keep" holds the (B, G) scores for the backward, "stream" computes them again.
         fast: Rounds words and frames to bfloat16; see `TrainConfig.fast_similarity`.
-        backend: As `TrainConfig.similarity_backend`.
-        compile_tiles: As `TrainConfig.compile_similarity`.
+        block = similarity_rows(
+            mine,
+            videos,
+            model,
+            fast=fast,
+            lengths=lengths,
+            backend=backend,
+            compile_tiles=compile_tiles,
+        )
         watch: Measures "gather", "similarity" and "loss". With "ring" or "stream" the three are one
             part, "similarity".
     """
     watch = watch or Stopwatch()
-    counts = world.all_gather_counts(len(video_ids))
+    counts = world.all_gather_counts(len(video_ids)) if counts is None else counts
     ids_of_all_ranks = all_gather_rows(video_ids, world, counts)
     if exchange == "gather" and scores == "keep":
         videos = all_gather_videos(mine, world, counts)
@@ -72,6 +82,7 @@ def objective(
         block = similarity_rows(
             mine, videos, model, fast=fast, backend=backend, compile_tiles=compile_tiles
         )
+        block = similarity_rows(mine, videos, model, fast=fast, lengths=lengths)
         watch.lap("similarity")
         terms = row_loss(
             block,
@@ -101,6 +112,7 @@ def objective(
             backend=None if backend == "auto" else backend,
             fast=fast,
             compile_tiles=compile_tiles,
+            lengths=lengths,
         )
         watch.lap("similarity")
     return _with_tpm_cl(terms, mine.margin_hinge, loss.tpm_cl_weight, world, sum(counts))
@@ -150,6 +162,7 @@ def similarity_rows(
     fast: bool = False,
     backend: str = "auto",
     compile_tiles: bool = False,
+    lengths: TextLengths | None = None,
 ) -> Tensor:
     """Similarity (A, C) of the captions of `texts` with the videos of `videos`."""
     return dmae_similarity(
@@ -165,4 +178,5 @@ def similarity_rows(
         backend=None if backend == "auto" else backend,
         fast=fast,
         compile_tiles=compile_tiles,
+        lengths=lengths,
     )
