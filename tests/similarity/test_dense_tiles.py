@@ -32,6 +32,7 @@ from tvr.kernels.backends.torch_dense import (
 from tvr.kernels.checks import INTERACTIONS
 from tvr.kernels.numerics import unit
 from tvr.kernels.similarity import default_backend, dmae_similarity
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import TokenSet, prepare
 
 GIB = 2**30
@@ -168,7 +169,8 @@ def test_offsets_beyond_32_bits_and_no_host_reads(slots: int, split: bool) -> No
         return torch.empty(shape, dtype=dtype, device="meta")
 
     mask = meta(texts, slots, dtype=torch.bool)
-    text = TokenSet(meta(texts, slots, width), meta(texts, slots), mask)
+    lengths = TextLengths((slots,) * texts, (slots,) * texts)
+    text = TokenSet(meta(texts, slots, width), meta(texts, slots), mask, lengths)
     of_frames = meta(videos, frames, dtype=torch.int64)
     weights = meta(videos, frames) if slots > 1 else None
     given = VideoTensors(
@@ -177,7 +179,7 @@ def test_offsets_beyond_32_bits_and_no_host_reads(slots: int, split: bool) -> No
     backend = DenseTiles(2**30, split=split)
     with Offsets() as seen:
         scores, saved = backend.forward(text, given, save=True)
-        found = backend.backward(scores, saved, given)
+        found = backend.backward(scores, saved, given, lengths)
     assert scores.shape == (texts, videos)
     assert (found.tokens.shape, found.weights.shape) == (text.tokens.shape, text.weights.shape)
     assert found.frames.shape == given.frames.shape
@@ -197,7 +199,7 @@ def test_saved_tensors_are_the_text_alone() -> None:
     given = VideoTensors(videos.frames, videos.weights, None, None, None)
     backend = DenseTiles(2**12)
     _, saved = backend.forward(texts[1], given, save=True)
-    assert all(a is b for a, b in zip(saved, texts[1], strict=True))
+    assert all(a is b for a, b in zip(saved, texts[1].tensors, strict=True))
     assert backend.forward(texts[1], given, save=False)[1] == ()
 
 

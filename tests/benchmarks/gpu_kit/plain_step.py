@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from tvr.data_prep.records import Batch
+from tvr.kernels.device_transfer import to_device, to_host
+from tvr.kernels.text_lengths import host_lengths
 from tvr.trainer.config import Config
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.objective import objective
-from tvr.trainer.model.model import TextVideoModel, build_model, model_inputs
+from tvr.trainer.model.batch_copies import BatchCopies
+from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer
 
@@ -35,6 +38,7 @@ class PlainStep:
         inspect(model)
         self._config = config
         self._world = World(rank=0, world_size=1, device=device)
+        self._copies = BatchCopies()
         low = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self._model = model.to(device, low)
         self._weights: list[Tensor] = []
@@ -54,16 +58,17 @@ class PlainStep:
     def __call__(self, number: int, batches: Iterator[Batch]) -> float:
         """Runs a step; returns its loss."""
         config, batch = self._config, next(batches)
-        features = self._model(*model_inputs(batch, self._world.device))
+        features = self._model(*self._copies.model_inputs(batch, self._world.device))
         mine = objective(
             features,
-            batch.video_ids.to(self._world.device),
+            to_device(batch.video_ids, self._world.device),
             config.model,
             config.loss,
             self._world,
             exchange=config.train.exchange,
             scores=config.train.scores,
             fast=config.train.fast_similarity,
+            lengths=host_lengths(batch.word_mask, batch.frame_mask),
         )
         mine.for_backward.backward()
         for weight, master in zip(self._weights, self._masters, strict=True):
@@ -74,4 +79,4 @@ class PlainStep:
         self._optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self._weights, self._masters)
-        return float(mine.shares[0])
+        return float(to_host(mine.shares[0], "step"))

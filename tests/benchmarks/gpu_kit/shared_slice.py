@@ -27,6 +27,7 @@ from torch import Tensor
 from tvr.kernels.backends.protocol import VideoTensors
 from tvr.kernels.numerics import unit
 from tvr.kernels.similarity import BACKENDS, dmae_similarity, tile_backend
+from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import FrameSet, TokenSet
 
 PUBLISHED = (
@@ -161,12 +162,14 @@ def _one_way(fast: bool, inputs: SliceInputs, backward: bool) -> Tensor:
     words, frames = (x.detach().float() for x in (inputs.words, inputs.frames))
     weights = [x.new_full(x.shape[:2], 1 / x.shape[1]) for x in (words, frames)]
     valid = torch.ones_like(weights[0], dtype=torch.bool)
-    text = TokenSet(words, weights[0], valid)
+    all_slots = (words.shape[1],) * len(words)
+    lengths = TextLengths(all_slots, all_slots)
+    text = TokenSet(words, weights[0], valid, lengths)
     backend, _ = tile_backend((text,), FrameSet(frames, weights[1], None, None), None, fast)
     videos = VideoTensors(frames, None, None, None, None)
     scores, saved = backend.forward(text, videos, save=backward)
     if backward:
-        found = backend.backward(inputs.gradient, saved, videos)
+        found = backend.backward(inputs.gradient, saved, videos, lengths)
         inputs.words.grad = found.tokens.to(inputs.words.dtype)
         inputs.frames.grad = found.frames.to(inputs.frames.dtype)
     return scores
