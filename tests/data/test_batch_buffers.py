@@ -10,22 +10,42 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders.batches import damage_sample, training
-from builders.clip_files import make_dataset
+from builders.clip_files import number_picture
 
+from tvr.data_prep.demo_clips import write_clip
+from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.reading.batch_buffers import SLOTS_PER_WORKER, BatchInSlot, BatchSlots
-from tvr.data_prep.records import Batch
+from tvr.data_prep.records import Batch, Clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 SIZE, BATCH = 16, 3
 
 
+def make_square_dataset(folder: Path) -> str:
+    """Packs 11 clips of 4 square frames; frames of another shape are not decoded into slots."""
+    folder.mkdir(exist_ok=True)
+    clips = []
+    for index in range(11):
+        numbers = [number_picture(8 * index + frame) for frame in range(4)]
+        path = folder / f"c{index:02d}.mp4"
+        write_clip(path, np.concatenate([numbers, numbers], axis=1))
+        key = path.stem
+        clips.append(Clip(key=key, video=str(path), captions=("a caption",), video_id=key))
+    url = str(folder / "data")
+    pack_shards(
+        clips, url, layout="frames", num_frames=4, samples_per_shard=5, short_side=SIZE
+    )
+    return url
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("frames"), 11, short_side=SIZE)
+    return make_square_dataset(tmp_path_factory.mktemp("frames"))
 
 
 def batches(url: str, workers: int, **changes: Any) -> Iterator[Batch]:
@@ -70,7 +90,7 @@ def test_an_abandoned_stream_frees_no_memory_in_use(url: str) -> None:
 
 
 def test_samples_of_another_size_and_bad_samples_are_copied(url: str, tmp_path: Path) -> None:
-    folder = Path(make_dataset(tmp_path / "damaged", 11, short_side=SIZE))
+    folder = Path(make_square_dataset(tmp_path / "damaged"))
     for row in (2, 7):
         damage_sample(folder, row)
     for changes in ({}, {"image_size": 8}, {"num_frames": 2}):

@@ -75,9 +75,13 @@ class Poisoned:
         return self._step(step, self._noted(batches))
 
     def state(self) -> list[Tensor]:
-        """Copies of all tensors of a checkpoint: weights, moments, step counters."""
-        saved = self._run.engine.state_dict(copy=False)
-        return [x.detach().clone() for x in tree_leaves(saved) if isinstance(x, Tensor)]
+        """Copies of the rank's weights, and of all tensors of its part of a checkpoint.
+
+        The part holds moments and step counters. At stage 0 only rank 0 has one.
+        """
+        saved = tree_leaves(self._run.engine.state_dict(copy=False))
+        weights = self._run.engine.module.parameters()
+        return [x.detach().clone() for x in (*weights, *saved) if isinstance(x, Tensor)]
 
     def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:

@@ -167,10 +167,11 @@ def enter_collectives(rank: int, world_size: int) -> dict[str, Any]:
     """How far each kind of collective advances the count, and whether ranks then still wait."""
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     before = dist.all_reduce
     found: dict[str, Any] = {}
     with join_world() as world:
+        # After the world, as `Engine` does: DeepSpeed keeps some functions of torch.distributed.
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         points, counts = world.wait_points, (2,) * world_size
         rows = torch.ones(2, 3, requires_grad=True)
         gathered = all_gather_rows(rows, world, counts)

@@ -109,6 +109,7 @@ class WaitPoints:
         """
         places = {place: i for i, place in enumerate(inspect.signature(function).parameters)}
         takes_tensors = "object" not in name
+        always_async = name == "batch_isend_irecv"
 
         def argument(args: Sequence[Any], kwargs: dict[str, Any], wanted: str) -> Any:
             place = places.get(wanted, len(args))
@@ -126,7 +127,8 @@ class WaitPoints:
             before, self._waiting = self._waiting, WaitPoint(name, key, self._entered[key])
             result = function(*args, **kwargs)
             on_device = takes_tensors and (_use_device(args) or _use_device([*kwargs.values()]))
-            if not on_device and not argument(args, kwargs, "async_op"):
+            in_background = always_async or argument(args, kwargs, "async_op")
+            if not on_device and not in_background:
                 self._waiting = before
             return result
 

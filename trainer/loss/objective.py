@@ -61,15 +61,10 @@ def objective(
         exchange: "gather" holds the frames of all ranks at once, "ring" those of one other rank.
         scores: "keep" holds the (B, G) scores for the backward, "stream" computes them again.
         fast: Rounds words and frames to bfloat16; see `TrainConfig.fast_similarity`.
-        block = similarity_rows(
-            mine,
-            videos,
-            model,
-            fast=fast,
-            lengths=lengths,
-            backend=backend,
-            compile_tiles=compile_tiles,
-        )
+        backend: As `TrainConfig.similarity_backend`.
+        compile_tiles: As `TrainConfig.compile_similarity`.
+        counts: Number of pairs of each rank; None asks all ranks.
+        lengths: Of the texts, from `host_lengths`; None reads the masks from the device.
         watch: Measures "gather", "similarity" and "loss". With "ring" or "stream" the three are one
             part, "similarity".
     """
@@ -80,9 +75,14 @@ def objective(
         videos = all_gather_videos(mine, world, counts)
         watch.lap("gather")
         block = similarity_rows(
-            mine, videos, model, fast=fast, backend=backend, compile_tiles=compile_tiles
+            mine,
+            videos,
+            model,
+            fast=fast,
+            lengths=lengths,
+            backend=backend,
+            compile_tiles=compile_tiles,
         )
-        block = similarity_rows(mine, videos, model, fast=fast, lengths=lengths)
         watch.lap("similarity")
         terms = row_loss(
             block,
