@@ -21,7 +21,7 @@ from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import get_random_state
 from tvr.trainer.fencing import Attempt
-from tvr.trainer.model.model import TextVideoModel, build_model
+from tvr.trainer.model.model import TextVideoModel, build_empty_model, build_model
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.stopwatch import Stopwatch
@@ -115,7 +115,13 @@ def build_run(
         CheckpointDamaged: a fetched checkpoint differs from what was written.
     """
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    # At ZeRO-3 rank 0 distributes the weights, and the other ranks never hold all of them.
+    is_empty = config.train.zero_stage == 3 and not world.is_first
+    build = build_empty_model if is_empty else build_model
+    model = world.run_on_all(
+        lambda: build(config.model, config.loss, tokenizer, num_frames=config.data.num_frames),
+        ValueError,
+    )
     if inspect_model is not None:
         inspect_model(model)
     storage = checkpoints_of(config.checkpoint, run_dir)

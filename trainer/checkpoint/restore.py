@@ -94,7 +94,7 @@ def restore_engine(
         torch.manual_seed(train.seed + 1 + world.rank)
         return engine
     with _loadable_files(storage, checkpoint, model, train, run_dir, world) as files:
-        if files.universal:
+        if files.universal and (train.zero_stage < 3 or world.is_first):
             load_frozen_weights(model, files.folder)
         engine = Engine(model, train, world, universal=files.universal)
         engine.load_checkpoint(files.folder)

@@ -20,6 +20,7 @@ from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import deepspeed_config, has_own_optimizer, is_fused
 from tvr.trainer.engine.gradients import global_norm
+from tvr.trainer.engine.partitioning import partition_model
 from tvr.trainer.engine.staging import Staging
 from tvr.trainer.engine.tower_layers import explain_compile_cache_errors, wrap_tower_layers
 from tvr.trainer.engine.universal import (
@@ -46,6 +47,7 @@ class Engine:
         """Partitions the model, in place.
 
         Args:
+            model: At ZeRO-3 rank 0's values hold; other ranks may give `build_empty_model`.
             universal: `load_checkpoint` will read a universal checkpoint.
 
         Raises:
@@ -69,8 +71,12 @@ class Engine:
         if not deepspeed.comm.is_initialized():
             _build_extension(deepspeed)
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
+        if train.zero_stage == 3:
+            partition_model(model, deepspeed, settings, world)
+        else:
+            model.to(world.device)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model.to(world.device),
+            model=model,
             optimizer=optimizer,
             model_parameters=groups if optimizer is None else None,
             config=settings,

@@ -216,6 +216,26 @@ def build_meta_model(
         return _build(model, loss, tokenizer, num_frames, weights=False)
 
 
+def build_empty_model(
+    model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, *, num_frames: int
+) -> TextVideoModel:
+    """Builds the model of `build_model` with no memory for its parameters, whose values are 0.
+
+    Each parameter has its shape, and one number that all its entries share.
+
+    Raises:
+        ValueError: as `build_model`.
+    """
+    built = build_meta_model(model, loss, tokenizer, num_frames=num_frames)
+    for module in built.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return built
+
+
 def checkpoint_activations(model: TextVideoModel) -> None:
     """Turns on activation checkpointing: the backward recomputes the towers' layers."""
     recompute: Any = partial(checkpoint, use_reentrant=False)
