@@ -37,9 +37,7 @@ def make_square_dataset(folder: Path) -> str:
         key = path.stem
         clips.append(Clip(key=key, video=str(path), captions=("a caption",), video_id=key))
     url = str(folder / "data")
-    pack_shards(
-        clips, url, layout="frames", num_frames=4, samples_per_shard=5, short_side=SIZE
-    )
+    pack_shards(clips, url, layout="frames", num_frames=4, samples_per_shard=5, short_side=SIZE)
     return url
 
 
