@@ -80,6 +80,11 @@ def test_every_key_of_ours_is_controlled_or_may_be_overridden() -> None:
                 deepspeed_config(train(deepspeed={section: {key: 1}}), 1)
 
 
+def test_muon_needs_bf16_sums_in_bf16() -> None:
+    with pytest.raises(ValueError, match=r"Muon .* train\.accumulation_dtype=bf16 or"):
+        deepspeed_config(train(deepspeed=MUON, zero_stage=2, precision="bf16"), 1)
+
+
 def test_hugging_faces_auto_is_refused_with_the_reason() -> None:
     added = {"zero_optimization": {"reduce_bucket_size": "auto"}}
     with pytest.raises(ValueError, match=r'reduce_bucket_size to "auto"\. Hugging Face'):
@@ -113,7 +118,7 @@ FORMS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     **{f"Muon at stage {n}": (n, MUON, {}) for n in (1, 2)},
     # DeepSpeed demands it.
     "Muon at stage 3": (3, MUON | {"zero_optimization": {"reduce_scatter": False}}, {}),
-    "Muon in bf16": (2, MUON, {"precision": "bf16"}),
+    "Muon in bf16": (2, MUON, {"precision": "bf16", "accumulation_dtype": "bf16"}),
     "bf16 states at stage 2": (2, BF16_STATES, {"precision": "bf16"}),
     "bf16 states at stage 3": (3, BF16_STATES, {"precision": "bf16"}),
 }

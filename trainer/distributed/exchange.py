@@ -145,6 +145,8 @@ class _Lane:
         """Waits for the transfer and returns the tensors; valid until the second next `start`."""
         for transfer in self._transfers:
             transfer.wait()
+        if self._transfers and self._arriving[0].device.type == "cpu":
+            self._world.wait_points.synchronised()  # on a GPU only the device waits here
         self._transfers = []
         return self._arriving
 

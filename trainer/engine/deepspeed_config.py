@@ -63,6 +63,11 @@ def has_own_optimizer(train: TrainConfig) -> bool:
     return "optimizer" in train.deepspeed
 
 
+def _own_optimizer(train: TrainConfig) -> str:
+    """Name of the optimiser in `train.deepspeed`, "" if there is none."""
+    return str(train.deepspeed.get("optimizer", {}).get("type", ""))
+
+
 def deepspeed_line(train: TrainConfig, world_size: int) -> str:
     """Describes DeepSpeed's whole configuration in one line, or the reason why it is refused."""
     try:
@@ -89,6 +94,11 @@ def check_supported(train: TrainConfig) -> None:
                 raise ValueError(
                     f"train.{name}={getattr(train, name)} needs train.precision=bf16; it is fp32"
                 )
+    elif train.accumulation_dtype == "fp32" and _own_optimizer(train).lower() == "muon":
+        raise ValueError(
+            "DeepSpeed's Muon does not take float32 gradients of a bf16 model; set"
+            " train.accumulation_dtype=bf16 or train.precision=fp32"
+        )
     allowed = OFFLOAD_STAGES.get(train.offload, (stage,))
     if stage not in allowed:
         raise ValueError(
@@ -128,8 +138,7 @@ def is_fused(train: TrainConfig, device: str) -> bool:
 def optimizer_line(train: TrainConfig, device: str) -> str:
     """Describes the optimiser in one line, with the reason if it is not the fused one."""
     if has_own_optimizer(train):
-        name = train.deepspeed["optimizer"].get("type")
-        return f"optimiser: DeepSpeed's {name} (train.deepspeed)"
+        return f"optimiser: DeepSpeed's {_own_optimizer(train)} (train.deepspeed)"
     if is_fused(train, device):
         return "optimiser: torch AdamW, fused"
     reason = "on a CPU the fused one rounds differently"
