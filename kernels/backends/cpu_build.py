@@ -72,7 +72,7 @@ def _load() -> Path:
         torch.ops.load_library(library)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with build_lock(folder), _ninja_on_path():
+    with build_lock(folder), ninja_on_path():
         cpp_extension.load(
             name,
             [str(source) for source in SOURCES],
@@ -106,10 +106,13 @@ def build_lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """Appends the environment's scripts folder, which holds `ninja`, to PATH."""
+def ninja_on_path() -> Iterator[None]:
+    """Puts the environment's scripts folder, which holds `ninja`, first on PATH.
+
+    Not last: another version of ninja takes the log of this one for damaged and compiles anew.
+    """
     before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts")])
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
     try:
         yield
     finally:

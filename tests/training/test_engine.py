@@ -194,13 +194,16 @@ def test_a_scalar_parameter_is_refused_before_deepspeed_starts(
         Engine(model, train(), SINGLE_RANK)
 
 
-def test_a_stale_build_lock_blocks_no_start(data: Path, tmp_path: Path) -> None:
-    """Builds DeepSpeed's extension beside the lock that torch leaves when a builder is killed."""
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+def test_stale_build_locks_block_no_start(data: Path, tmp_path: Path) -> None:
+    """Builds DeepSpeed's extensions beside the locks that torch leaves when a builder is killed."""
+    names = ("deepspeed_shm_comm", "fused_adam")
+    locks = [Path(_get_build_directory(name, verbose=False)) / "lock" for name in names]
+    train = {"zero_stage": 1, "deepspeed": {"optimizer": {"type": "Adam"}}}
     settings = tmp_path / "settings.json"
-    settings.write_text(to_json(tiny_config(data)))
+    settings.write_text(to_json(tiny_config(data, train=train)))
     line = ["train", "--dry-run", "--config", str(settings), "--run-dir", str(tmp_path / "run")]
-    lock.touch()
+    for lock in locks:
+        lock.touch()
     try:
         subprocess.run(
             [sys.executable, "-m", "tvr.launchers.cli", *line],
@@ -208,6 +211,7 @@ def test_a_stale_build_lock_blocks_no_start(data: Path, tmp_path: Path) -> None:
             check=True,
             timeout=120,
         )
-        assert not lock.exists()
+        assert not any(lock.exists() for lock in locks)
     finally:
-        lock.unlink(missing_ok=True)
+        for lock in locks:
+            lock.unlink(missing_ok=True)

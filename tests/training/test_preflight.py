@@ -177,6 +177,7 @@ def test_offloaded_state_does_not_count_as_device_memory(
 ) -> None:
     def states(offload: str, kind: str) -> tuple[int, int]:
         monkeypatch.setattr(rank_memory_file, "device", lambda: kind)
+        monkeypatch.setattr(rank_memory_file, "device_scores_per_tile", lambda device: 2**20)
         train = replace(with_ranks(config, 2).train, zero_stage=3, offload=offload)
         needs = rank_memory(
             replace(config, train=train), build_tokenizer(config.model, config.data), 2

@@ -28,8 +28,8 @@ from tvr.trainer.monitoring.step_record import StepRecord
 STOPS = (2, 4)
 FORMS: dict[str, dict[str, Any]] = {
     "stage 0": {"zero_stage": 0},
-    "stage 2": {"zero_stage": 2},
-    **{f"bf16 at stage {n}": {"zero_stage": n, "precision": "bf16"} for n in (1, 2, 3)},
+    "bf16 at stage 3": {"zero_stage": 3, "precision": "bf16"},
+    # DeepSpeed's BF16_Optimizer.
     "accumulated bf16 at stage 1": {"zero_stage": 1, "precision": "bf16", "micro_batch": 2},
 }
 

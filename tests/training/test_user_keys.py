@@ -15,7 +15,11 @@ from builders.tiny import tiny_config, with_ranks
 from tvr.trainer.cli import show_config
 from tvr.trainer.config import Config, TrainConfig, from_json, to_json
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.deepspeed_config import deepspeed_config, optimizer_line
+from tvr.trainer.engine.deepspeed_config import (
+    deepspeed_config,
+    optimizer_builders,
+    optimizer_line,
+)
 from tvr.trainer.engine.engine import Engine, consolidated_weights, universal_target
 
 MUON = {"optimizer": {"type": "Muon", "params": {"momentum": 0.95}}}
@@ -78,6 +82,23 @@ def test_every_key_of_ours_is_controlled_or_may_be_overridden() -> None:
         for key in ours[section]:
             with pytest.raises(ValueError, match=f"train.deepspeed sets {section}.{key}"):
                 deepspeed_config(train(deepspeed={section: {key: 1}}), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "offload", "builders"),
+    [
+        ("Muon", "none", ("FusedAdamBuilder",)),
+        ("AdamW", "optimizer", ("FusedAdamBuilder", "CPUAdamBuilder")),
+        ("Lion", "none", ("FusedLionBuilder",)),
+        ("SGD", "none", ()),
+    ],
+)
+def test_extensions_of_an_optimiser_are_compiled_before_the_ranks_meet(
+    name: str, offload: str, builders: tuple[str, ...]
+) -> None:
+    added = {"optimizer": {"type": name}}
+    assert optimizer_builders(train(deepspeed=added, offload=offload, zero_stage=2)) == builders
+    assert optimizer_builders(train()) == ()
 
 
 def test_muon_needs_bf16_sums_in_bf16() -> None:
@@ -158,7 +179,8 @@ def test_deepspeeds_own_optimisers_train_and_resume(
 ) -> None:
     folder, results = forms
     before, beyond, again, states = results[name]
-    assert beyond == again
+    # At stage 3 DeepSpeed resumes Muon to rounding only.
+    assert beyond == (pytest.approx(again, rel=1e-6) if name == "Muon at stage 3" else again)
     assert len({*before, *beyond}) == 4
     kinds = {kind for kind, _ in states}
     if "Muon" in name:

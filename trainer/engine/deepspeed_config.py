@@ -68,6 +68,17 @@ def _own_optimizer(train: TrainConfig) -> str:
     return str(train.deepspeed.get("optimizer", {}).get("type", ""))
 
 
+def optimizer_builders(train: TrainConfig) -> tuple[str, ...]:
+    """Names of DeepSpeed's builders of the extensions that its own optimiser may load."""
+    name = _own_optimizer(train).lower()
+    # Muon updates parameters that are no matrices with Adam.
+    name = {"adamw": "adam", "muon": "adam"}.get(name, name)
+    if name not in ("adam", "adagrad", "lamb", "lion"):
+        return ()
+    kinds = ("Fused",) if train.offload == "none" else ("Fused", "CPU")
+    return tuple(f"{kind}{name.capitalize()}Builder" for kind in kinds)
+
+
 def deepspeed_line(train: TrainConfig, world_size: int) -> str:
     """Describes DeepSpeed's whole configuration in one line, or the reason why it is refused."""
     try:

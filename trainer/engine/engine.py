@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvr.kernels.backends.cpu_build import build_lock
+from tvr.kernels.backends.cpu_build import build_lock, ninja_on_path
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine.deepspeed_config import deepspeed_config, has_own_optimizer, is_fused
+from tvr.trainer.engine.deepspeed_config import (
+    deepspeed_config,
+    has_own_optimizer,
+    is_fused,
+    optimizer_builders,
+)
 from tvr.trainer.engine.gradients import global_norm
 from tvr.trainer.engine.partitioning import partition_model
 from tvr.trainer.engine.staging import Staging
@@ -68,8 +73,8 @@ class Engine:
             optimizer = torch.optim.AdamW(
                 groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
             )
+        _build_extensions(deepspeed, train)
         if not deepspeed.comm.is_initialized():
-            _build_extension(deepspeed)
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         if train.zero_stage == 3:
             partition_model(model, deepspeed, settings, world)
@@ -311,20 +316,21 @@ def _import_deepspeed(world: World | None) -> Any:
     return deepspeed
 
 
-def _build_extension(deepspeed: Any) -> None:
-    """Compiles DeepSpeed's shared-memory extension, which happens on the first start ever.
+def _build_extensions(deepspeed: Any, train: TrainConfig) -> None:
+    """Compiles the extensions that DeepSpeed needs, which happens on the first start ever.
 
-    DeepSpeed would compile it while it joins the ranks. A process killed during that build leaves
-    a stale lock that blocks later starts; `one_builder` removes such a lock.
+    DeepSpeed would compile them while the ranks wait for each other. A process killed during that
+    build leaves a stale lock that blocks later starts; `build_lock` removes such a lock.
     """
-    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return  # DeepSpeed runs without the extension too
     from torch.utils import cpp_extension
 
-    folder = cpp_extension._get_build_directory(builder.NAME, verbose=False)
-    with build_lock(Path(folder)):
-        builder.load(verbose=False)
+    for name in ("ShareMemCommBuilder", *optimizer_builders(train)):
+        builder = deepspeed.accelerator.get_accelerator().create_op_builder(name)
+        if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+            continue  # DeepSpeed runs without the extension, or raises an error that names it
+        folder = cpp_extension._get_build_directory(builder.NAME, verbose=False)
+        with build_lock(Path(folder)), ninja_on_path():
+            builder.load(verbose=False)
 
 
 def _backend(world: World) -> str:

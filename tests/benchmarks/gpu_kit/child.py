@@ -28,7 +28,7 @@ class Recorder:
         """Announces cases, so that those without a record can be named as cut."""
         self._write({"planned": list(names)})
 
-    def case(self, name: str, **values: Any) -> None:
+    def case(self, name: str, /, **values: Any) -> None:
         """Records a case that ran."""
         self._write({"case": name, "status": "done", **values})
 
@@ -36,7 +36,7 @@ class Recorder:
         """Records a case that cannot run here."""
         self._write({"case": name, "status": "not run", "reason": reason})
 
-    def failed(self, name: str, reason: str, **values: Any) -> None:
+    def failed(self, name: str, reason: str, /, **values: Any) -> None:
         """Records a case that ran and is wrong."""
         self._write({"case": name, "status": "failed", "reason": reason, **values})
 
