@@ -163,6 +163,7 @@ class DenseTiles:
                 ):
                     if total is not None and addend is not None:
                         total[columns] += addend
+                del found, coefficients, transposed  # else they live beside the next tile's tables
         d_text = [torch.zeros_like(x) for x in (tokens, weights)]
         for row, (d_tokens, d_token_weights) in zip(rows, d_rows, strict=True):
             # A padded slot can win a maximum, but is a constant.

@@ -135,9 +135,10 @@ def test_a_pair_costs_at_most_96_bytes(pairs: tuple[int, int, int]) -> None:
     assert 50 < bytes_per_pair(PAIRS, pairs) < 96
 
 
-@pytest.mark.parametrize("implementation", ["torch", "dense"])
-def test_a_pair_costs_no_more_in_torch_tiles(implementation: str) -> None:
-    job = replace(PAIRS, implementation=implementation, chunk=32)
+# The tables of a tile must be smaller than the loss, which otherwise is not the peak at each size.
+@pytest.mark.parametrize(("implementation", "chunk"), [("torch", 32), ("dense", 8)])
+def test_a_pair_costs_no_more_in_torch_tiles(implementation: str, chunk: int) -> None:
+    job = replace(PAIRS, implementation=implementation, chunk=chunk)
     assert bytes_per_pair(job, (128, 224, 320)) < 96
 
 

@@ -88,10 +88,11 @@ def dense_phases(n: SimilaritySizes) -> Phases:
     words, frames = n.word_bytes(n.texts), n.frame_bytes(n.videos)
     kept = Counter({FRAMES: frames, WORDS: words if n.is_upcast else 0})
     slots = n.words if n.has_words else 1
-    # Texts sorted by length, or without padding's values.
-    sorted_words = words if n.is_padded else 0
+    # Texts sorted by length, or without padding's values; and on a GPU their bfloat16 parts.
+    sorted_words = n.packed_bytes(n.texts) if n.is_padded else 0
+    operands = words if n.device == "cuda" else 0
     forward = {
-        WORDS: sorted_words,
+        WORDS: sorted_words + operands,
         SCORES: 8 * pairs,
         TABLES: _forward_table_bytes(n, *n.tile_of(slots)),
         REMOTE: n.bytes_per_number * frames // 4 if n.ranks > 1 else 0,
@@ -99,25 +100,38 @@ def dense_phases(n: SimilaritySizes) -> Phases:
     yield "forward", kept + Counter(forward)
     loss = {SCORES: 4 * pairs, SCORE_GRADS: 4 * (pairs - chunk), SCRATCH: LOSS_SCRATCH * chunk}
     yield "backward of the loss", kept + Counter(loss)
-    # The backward of the words, and then of the sentences beside the words' gradients.
-    for size in (slots, 1):
-        of_frames = 1 if size > 1 else (3 if n.has_words else 2)
-        tile = {
-            SCORE_GRADS: 4 * pairs,
-            FRAME_GRADS: of_frames * frames,
-            WORD_GRADS: words,
-            WORDS: sorted_words if size > 1 else 0,
-            TABLES: dense_bytes(n, *n.tile_of(size), size),
-        }
-        yield "backward of the " + ("words" if size > 1 else "sentence"), kept + Counter(tile)
+    of_words = {
+        SCORE_GRADS: 4 * pairs,
+        FRAME_GRADS: frames,
+        # Of padded texts, the longest tile comes first: memory of the others is not touched yet.
+        WORD_GRADS: 0 if n.is_padded else words,
+        WORDS: sorted_words + operands,
+        TABLES: dense_bytes(n, *n.tile_of(slots), slots),
+    }
+    yield "backward of the words", kept + Counter(of_words)
+    # The gradients of all tiles are joined.
+    joined = {WORD_GRADS: words + (sorted_words or words), TABLES: 0}
+    yield "end of the words", kept + Counter(of_words | joined)
+    of_sentence = {
+        SCORE_GRADS: 4 * pairs,
+        # Beside those of the words and of the mean.
+        FRAME_GRADS: (2 if n.has_words else 1) * frames,
+        WORD_GRADS: words,
+        TABLES: dense_bytes(n, *n.tile_of(1), 1),
+    }
+    yield "backward of the sentence", kept + Counter(of_sentence)
     yield from last_phases(n, n.videos)
 
 
 def dense_bytes(n: SimilaritySizes, texts: int, videos: int, slots: int) -> int:
-    """Bytes of a tile's scores and coefficients, and of the operands and results of products."""
-    # Scores, coefficients, and their transposed copy; or their bfloat16 parts on a GPU.
-    of_scores = 12 * slots * n.frames
-    # Indices of 8 bytes and similarities of each maximum, while the coefficients are written.
-    of_maxima = 8 * slots + 24 * n.frames
-    rows = texts * slots + videos * n.frames
-    return texts * videos * (of_scores + of_maxima) + 2 * 4 * rows * n.width
+    """Bytes of a tile's scores, coefficients and maxima, or of the products that follow."""
+    pairs, scores = texts * videos, slots * n.frames
+    # Indices of 8 bytes and numbers of 4 of each token's best frame, and then of each frame's best
+    # token, while the coefficients are written.
+    of_slots, beside = (44 * slots, 28 * slots) if n.neighbour_frames else (16 * slots, 16 * slots)
+    written = 8 * scores + (max(of_slots, beside + 24 * n.frames) if n.has_words else of_slots)
+    # The coefficients and their transposed copy; or the bfloat16 parts and their float32 rest.
+    multiplied = (12 if n.device == "cuda" else 8) * scores
+    # One operand is transposed, and the other side is the result.
+    rows = 4 * (texts * slots + videos * n.frames) * n.width
+    return max(pairs * written, pairs * multiplied + rows)
