@@ -9,7 +9,7 @@ Backends: `cpu.CpuBackend` (compiled), `torch_tiles.TorchTiles` (every device) a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -59,10 +59,8 @@ class InputGradients(NamedTuple):
 class SimilarityBackend(Protocol):
     """Computes SIM of one token set with C videos, and its gradients."""
 
-    @property
-    def reads_boosted(self) -> bool:
-        """True if the backward reads boosted frames, False if it returns a gradient of strength."""
-        ...
+    reads_boosted: ClassVar[bool]
+    """True if the backward reads boosted frames, False if it returns a gradient of strength."""
 
     def forward(
         self, text: TokenSet, videos: VideoTensors, *, save: bool

@@ -164,12 +164,14 @@ class DenseTiles:
                     if total is not None and addend is not None:
                         total[columns] += addend
                 del found, coefficients, transposed  # else they live beside the next tile's tables
-        d_text = [torch.zeros_like(x) for x in (tokens, weights)]
+        all_tokens, all_weights = (torch.zeros_like(x) for x in (tokens, weights))
         for row, (d_tokens, d_token_weights) in zip(rows, d_rows, strict=True):
             # A padded slot can win a maximum, but is a constant.
-            d_text[0][row.texts, : row.slots] = d_tokens.masked_fill_(~row.text.valid[..., None], 0)
-            d_text[1][row.texts, : row.slots] = d_token_weights
-        return InputGradients(*d_text, d_frames, d_weights, None, d_strength)
+            all_tokens[row.texts, : row.slots] = d_tokens.masked_fill_(
+                ~row.text.valid[..., None], 0
+            )
+            all_weights[row.texts, : row.slots] = d_token_weights
+        return InputGradients(all_tokens, all_weights, d_frames, d_weights, None, d_strength)
 
     def texts_per_tile(self, slots: int, frames: int) -> int:
         """Number of texts in a tile, of `slots` tokens each, with videos of `frames` frames."""

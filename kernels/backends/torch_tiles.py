@@ -233,7 +233,8 @@ class TextTile(NamedTuple):
 
     def select(self, text: TokenSet) -> TokenSet:
         """The tile's part of a token set, with zero vectors in padded slots."""
-        part = TokenSet(*(x[self.texts, : self.slots] for x in text.tensors))
+        tokens, weights, valid = (x[self.texts, : self.slots] for x in text.tensors)
+        part = TokenSet(tokens, weights, valid)
         # A slice means that no text has padding; then nothing is copied.
         return (
             part if isinstance(self.texts, slice) else part._replace(tokens=part.without_padding())

@@ -150,9 +150,9 @@ def streamed_loss(
             video_ids=video_ids,
             like=videos.frames.detach()[:0],
         )
-        backend, chunk = tile_backend(texts, videos, chunk, fast, backend, compile_tiles)
+        tiles, chunk = tile_backend(texts, videos, chunk, fast, backend, compile_tiles)
         lengths_of_sets = tuple(tokens.lengths for tokens in texts)
-        stream = _TileStream(loss, exchange, keep_scores, backend, chunk, lengths_of_sets)
+        stream = _TileStream(loss, exchange, keep_scores, tiles, chunk, lengths_of_sets)
         text_tensors = [tensor for tokens in texts for tensor in tokens.tensors]
         video_tensors = [tensor for tensor in videos if tensor is not None]
         return loss_terms(loss, _StreamedLoss.apply(stream, *text_tensors, *video_tensors))
@@ -174,7 +174,7 @@ class _TileStream:
         """Separates the flat inputs of the autograd function: token sets, then video tensors."""
         end = TENSORS_OF_SET * len(self.lengths)
         sets = (
-            TokenSet(*tensors[first : first + TENSORS_OF_SET], lengths)
+            TokenSet(tensors[first], tensors[first + 1], tensors[first + 2], lengths)
             for first, lengths in zip(range(0, end, TENSORS_OF_SET), self.lengths, strict=True)
         )
         return tuple(sets), tensors[end:]
@@ -259,7 +259,8 @@ class _StreamedLoss(torch.autograd.Function):
 def _text_tile(tokens: TokenSet, rows: slice) -> TokenSet:
     lengths = tokens.lengths
     part = None if lengths is None else lengths.part(rows)
-    return TokenSet(*(_leaf(x[rows]) for x in tokens.tensors), part)
+    leaves, weights, valid = (_leaf(x[rows]) for x in tokens.tensors)
+    return TokenSet(leaves, weights, valid, part)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 BUFFER_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """Number of recorded collectives. The second name is the older one: newer torch warns about it, and
 torch before 2.10 may not read the first."""
-RENAMED_IN = (2, 10)
+RENAMED_IN = "2.10"
 NUM_RECORDED = 2000
 FILE_PREFIX = "nccl_trace_rank_"
 """`torchfrtrace` expects files with a common prefix that the rank follows."""
@@ -28,8 +28,7 @@ def enable_flight_recorder() -> None:
     """
     if any(name in os.environ for name in BUFFER_VARIABLES):
         return
-    # TorchVersion compares with tuples, too.
-    is_renamed = TorchVersion(torch.__version__) >= RENAMED_IN
+    is_renamed = TorchVersion(torch.__version__) >= TorchVersion(RENAMED_IN)
     for name in BUFFER_VARIABLES[:1] if is_renamed else BUFFER_VARIABLES:
         os.environ[name] = str(NUM_RECORDED)
 

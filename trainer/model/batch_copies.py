@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def pin_pages(address: int, num_bytes: int) -> Callable[[], None] | None:
         A function that unpins it; None if CUDA refuses, with a warning. The host then waits for
         each copy.
     """
-    cudart = torch.cuda.cudart()
+    cudart: Any = torch.cuda.cudart()
     error = int(cudart.cudaHostRegister(address, num_bytes, 0))
     if error == 0:
         return lambda: cudart.cudaHostUnregister(address)
