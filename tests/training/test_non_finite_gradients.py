@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -129,7 +130,7 @@ def run_case(config: Config, run_dir: Path, value: float, at_a_pair: bool) -> di
         return replace(run, train_step=spoiled)
 
     original = loop.build_run
-    settings = run_dir.with_suffix(".json")
+    settings = run_dir.with_suffix(f".{os.environ['RANK']}.json")  # the ranks write it at any time
     settings.write_text(to_json(config))
     with redirect_stderr(io.StringIO()) as stderr, patch.object(loop, "build_run", build_run):
         code = tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])

@@ -76,7 +76,7 @@ def start(config: Config, run_dir: Path, stop: int | None) -> int:
         return replace(run, train_step=stopping)
 
     original = loop.build_run
-    file = run_dir.with_suffix(".json")
+    file = run_dir.with_suffix(f".{os.environ['RANK']}.json")  # the ranks write it at any time
     file.write_text(to_json(config))
     with redirect_stderr(io.StringIO()), patch.object(loop, "build_run", build_run):
         return tvr_train(["--config", str(file), "--run-dir", str(run_dir)])
