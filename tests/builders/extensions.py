@@ -20,11 +20,10 @@ from tvr.kernels.backends.cpu_build import available_backend
 
 
 def main() -> None:
-    """Builds what is missing: two extensions of DeepSpeed and the similarity kernels."""
-    for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
-        builder = get_accelerator().create_op_builder(name)
-        if builder is not None and builder.is_compatible():
-            builder.load(verbose=False)
+    """Builds what is missing: DeepSpeed's shared-memory extension and the similarity kernels."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and builder.is_compatible():
+        builder.load(verbose=False)
     available_backend()
 
 

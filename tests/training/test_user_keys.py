@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from builders.tiny import tiny_config, with_ranks
 from tvr.trainer.cli import show_config
 from tvr.trainer.config import Config, TrainConfig, from_json, to_json
 from tvr.trainer.distributed.world import World
+from tvr.trainer.engine import engine as engine_module
 from tvr.trainer.engine.deepspeed_config import (
     deepspeed_config,
     optimizer_builders,
@@ -147,8 +151,23 @@ FORMS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 def run_forms(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, Any]:
     """Losses of 4 steps, of the last 2 again after a load, and the dtypes of the states."""
-    world, results = World(rank=rank, world_size=world_size, device=CPU), {}
-    torch._dynamo.config.disable = True  # DeepSpeed would compile Muon's products for minutes
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    # DeepSpeed would compile Muon's products and a fused Adam for minutes. Muon has its own Adam.
+    torch._dynamo.config.disable = True
+    with patch.object(engine_module, "optimizer_builders", lambda train: ()), no_fused_adam():
+        return compare_forms(world, data, folder)
+
+
+@contextmanager
+def no_fused_adam() -> Iterator[None]:
+    from deepspeed.ops.adam import FusedAdam
+
+    with patch.object(FusedAdam, "__init__", side_effect=RuntimeError("not compiled")):
+        yield
+
+
+def compare_forms(world: World, data: Path, folder: Path) -> dict[str, Any]:
+    results = {}
     for name, (stage, added, changes) in FORMS.items():
         config = settings(data, stage, added, **changes)
         engine = Engine(seeded_model(config), config.train, world)
