@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 FRAME_HEIGHT = 72
 FRAME_GAP = 1
+# Characters that would be invisible, reorder the text around them, or cannot be written as UTF-8:
+# control characters but tab and newline, bidirectional embeddings, overrides and isolates, halves
+# of UTF-16 pairs, non-characters.
+HIDDEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
 
 
 def page_template(folder: Path, name: str) -> Template:
-    """Loads a Jinja template from `folder`; it may include page.css.jinja."""
-    # All data is escaped; an undefined name is an error instead of an empty string.
+    """Loads a Jinja template from `folder`; it may include page.css.jinja.
+
+    Text from data is shown as text: markup in it is escaped, and hidden characters are visible, see
+    `shown_text`. That holds for data that scripts read (`tojson`), too.
+    """
+    # An undefined name is an error instead of an empty string.
     environment = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_finalized,
     )
+    environment.policies["json.dumps_function"] = _script_json
     return environment.get_template(name)
+
+
+def shown_text(text: str) -> str:
+    """Replaces each hidden character by its number, such as \\u202e."""
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _finalized(value: object) -> object:
+    # Markup, which is a kind of str, comes from templates and from our own drawings.
+    return shown_text(value) if type(value) is str else value
+
+
+def _script_json(value: object, **settings: Any) -> str:
+    return json.dumps(_script_value(value), allow_nan=False, **settings)
+
+
+def _script_value(value: object) -> object:
+    """The same value with visible text; null for numbers that JSON lacks (NaN, infinity)."""
+    if isinstance(value, str):
+        return shown_text(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {shown_text(str(name)): _script_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_script_value(item) for item in value]
+    return value
 
 
 def picture_strip(frames: Sequence[Image.Image], max_height: int = FRAME_HEIGHT) -> str:

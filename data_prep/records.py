@@ -4,6 +4,7 @@ handle."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -14,6 +15,15 @@ import numpy as np
 if TYPE_CHECKING:
     # Importing torch takes seconds; commands that only read records start without it.
     from torch import Tensor
+
+# The name of a tar member is KEY.extension. USTAR limits it to 100 bytes, and WebDataset splits it
+# at the first dot.
+MAX_KEY_LENGTH = 80
+KEY_PATTERN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+MAX_VIDEO_ID_LENGTH = 4096
+# Control characters, line separators, and halves of UTF-16 pairs, which UTF-8 cannot encode.
+REFUSED_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+VIDEO_ID_RULE = f"1 to {MAX_VIDEO_ID_LENGTH} characters, none for control"
 
 # Reasons for which a sample is refused. The set is fixed because it is a metric label.
 BAD_SAMPLE_REASONS = (
@@ -157,6 +167,15 @@ class Batch:
     replaced: tuple[Replacement, ...] = field(default=())
     reads: Mapping[str, int] = field(default_factory=dict)
     """Number of samples read for this batch, by source (READ_SOURCES)."""
+
+
+def is_video_id(text: object) -> bool:
+    """True if a value is a valid `video_id`; VIDEO_ID_RULE describes those."""
+    return (
+        isinstance(text, str)
+        and 1 <= len(text) <= MAX_VIDEO_ID_LENGTH
+        and REFUSED_TEXT.search(text) is None
+    )
 
 
 def hash_video_id(video_id: str) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from tvr.launchers.job_values import check_job_values
 from tvr.launchers.restart_policy import RestartPolicy
 
 LAUNCH_DIR = "launch"
@@ -22,14 +23,15 @@ TASK_ID = "%a"
 # again from another shell. Names that look like secrets are never stored.
 CAPTURED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|CC|CXX"
-    r"|(CUDA|DS|FI|GLOO|HF|NCCL|OMP|PYTORCH|TORCH|TRITON|UCX)_\w+"
+    r"|(CUDA|DS|FI|GLOO|HF|NCCL|OMP|PYTORCH|TORCH|TRITON|UCX)_\w+",
+    re.ASCII,
 )
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 NO_DEVICES = ("", "-1")
 
-NAME = re.compile(r"[^\\\n]+")
-TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+NAME = re.compile(r"[^\\]+")
+TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,7 @@ class Job:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
 
     def __post_init__(self) -> None:
+        check_job_values({each.name: getattr(self, each.name) for each in fields(self)})
         for name in ("nodes", "ranks_per_node", "notice_s"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         gpus, cpus = self.gpus_per_node, self.cpus_per_rank
@@ -97,10 +100,15 @@ class Job:
         # SLURM interprets backslashes in options and in file name patterns.
         for name in ("name", "run_dir", "directory"):
             value = getattr(self, name)
-            _check(NAME.fullmatch(value) is not None, name, value, "without backslash and newline")
+            _check(NAME.fullmatch(value) is not None, name, value, "without backslash")
         if self.time_limit is not None:
             parse_time_limit(self.time_limit)
         if self.container is not None:
+            # `apptainer exec` would take them for options.
+            for name in ("image", "python"):
+                value = getattr(self.container, name)
+                valid = bool(value) and not value.startswith("-")
+                _check(valid, f"container.{name}", value, "a text that does not begin with a dash")
             # Mounts are written as SOURCE:TARGET,SOURCE:TARGET.
             for name in ("run_dir", "directory"):
                 value = getattr(self, name)

@@ -102,14 +102,15 @@ def _limits(job: Job) -> dict[str, str]:
     if job.cpus_per_rank is not None:
         limits["cpu"] = str(job.cpus_per_rank * job.ranks_per_node)
     if job.memory is not None:
-        # SLURM's G is Gi in Kubernetes.
-        limits["memory"] = job.memory + ("i" if job.memory[-1:] in "KMGT" else "Mi")
+        # SLURM's G is Gi in Kubernetes; without a unit, SLURM means M.
+        number = job.memory.rstrip("KMGTPkmgtpiBb")
+        limits["memory"] = f"{number}{job.memory[len(number) :][:1].upper() or 'M'}i"
     return limits
 
 
 def _claim(mount: str) -> tuple[str, str]:
     claim, colon, path = mount.partition(":")
-    if not colon:
+    if not colon or not path.startswith("/"):
         raise ValueError(f"mount {mount!r} must be CLAIM:PATH (--container-mounts)")
     return claim, path
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-# The name of a tar member is KEY.extension. USTAR limits it to 100 bytes, and WebDataset splits it
-# at the first dot.
-MAX_KEY_LENGTH = 80
-KEY_PATTERN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+from tvr.data_prep.records import KEY_PATTERN, MAX_KEY_LENGTH
+
+__all__ = ["KEY_PATTERN", "key_of", "key_rule", "span_suffix"]
 
 
 def key_rule(key: str) -> str:

@@ -9,6 +9,8 @@ from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.records import Clip
 
+LOCAL_PROTOCOLS = {"file", "local"}
+
 
 def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
     """Reads clips in file order from a .jsonl, .csv (both also .gz) or .parquet file.
@@ -32,8 +34,8 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         FileNotFoundError: the annotation file, or the folder in which to look up names, does not
             exist.
         ImportError: the file is Parquet and pyarrow is not installed.
-        ValueError: the file is malformed (the message has file:line), has no clips, or has a
-            duplicate key.
+        ValueError: the file is malformed (the message has file:line), has no clips, has a duplicate
+            key, or is remote and names a video on this machine.
     """
     base = videos if videos is not None else _parent(url)
     drafts: dict[str, Draft] = {}
@@ -54,6 +56,9 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
             f"{url}: empty annotation without clips; expected one JSON object or CSV row a clip"
         )
     files = VideoFiles(base) if any(draft.by_name for draft in drafts.values()) else None
+    if not is_local(url):
+        for draft in drafts.values():
+            _check_remote(draft, url)
     return [_clip(draft, base, files) for draft in drafts.values()]
 
 
@@ -72,6 +77,29 @@ def _clip(draft: Draft, base: str, files: VideoFiles | None) -> Clip:
         start_s=draft.start_s,
         end_s=draft.end_s,
     )
+
+
+def is_local(url: str) -> bool:
+    """True if a path or URL, or a part of a chained URL, names a file of this machine."""
+    parts = [part.partition("://") for part in url.split("::")]
+    if len(parts) == 1 and not parts[0][1]:
+        return True
+    return any(
+        protocol in LOCAL_PROTOCOLS if separator else "/" in protocol
+        for protocol, separator, _ in parts
+    )
+
+
+def _check_remote(draft: Draft, url: str) -> None:
+    """A file from elsewhere may not pack files of this machine that the user did not name."""
+    video = draft.video
+    is_path = "://" not in video and "::" not in video
+    if ".." in video.split("/") or (video.startswith("/") if is_path else is_local(video)):
+        raise ValueError(
+            f"{draft.origin}: video={video!r} must be a URL, or a path without .. in the folder of"
+            f" videos, because the annotation file {url} is not on this machine; copy the"
+            " annotation file here to read such videos"
+        )
 
 
 def _merge(first: Draft, row: Draft) -> None:

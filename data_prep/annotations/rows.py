@@ -13,6 +13,7 @@ import fsspec
 
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule, span_suffix
 from tvr.data_prep.annotations.parquet import parquet_rows
+from tvr.data_prep.records import REFUSED_TEXT, VIDEO_ID_RULE, is_video_id
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
 CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
@@ -91,6 +92,8 @@ def _named_draft(row: dict[str, Any], origin: str) -> Draft:
     name, caption = row["clip_name"], row.get("caption")
     if not isinstance(name, str) or not name or not isinstance(caption, str):
         raise ValueError(f"{origin}: clip_name={name!r} and caption={caption!r} must be text")
+    _check_video(name, "clip_name", origin)
+    _check_captions([caption], origin)
     key = key_of(name)
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
@@ -138,6 +141,10 @@ def _draft(row: dict[str, Any], origin: str) -> Draft:
             raise ValueError(
                 f"{origin}: {name}={value!r} must be a text with at least one character"
             )
+    _check_video(row["video"], "video", origin)
+    _check_captions(captions, origin)
+    if not is_video_id(row.get("video_id", "-")):
+        raise ValueError(f"{origin}: video_id={row['video_id']!r} must be {VIDEO_ID_RULE}")
     start_s, end_s = _span(row, origin)
     key = row.get("key") or key_of(row["video"]) + span_suffix(start_s, end_s)
     if not KEY_PATTERN.fullmatch(key):
@@ -169,6 +176,21 @@ def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
     if not 0 <= start_s < (math.inf if end_s is None else end_s):
         raise ValueError(f"{origin}: start={start_s} and end={end_s} must be 0 <= start < end")
     return start_s, end_s
+
+
+def _check_video(video: str, name: str, origin: str) -> None:
+    if REFUSED_TEXT.search(video):
+        raise ValueError(f"{origin}: {name}={video!r} must have no control character")
+
+
+def _check_captions(captions: list[str], origin: str) -> None:
+    for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{origin}: caption={caption!r} is no valid Unicode: it has half of a UTF-16 pair"
+            ) from error
 
 
 def _check_fields(row: dict[str, Any], allowed: tuple[str, ...], origin: str) -> None:

@@ -6,6 +6,8 @@ import posixpath
 
 from fsspec.core import url_to_fs
 
+from tvr.data_prep.records import REFUSED_TEXT
+
 # Tried in this order if an id has several files.
 SUFFIXES = (
     *(".mp4", ".avi", ".mkv", ".webm", ".mov"),
@@ -34,8 +36,14 @@ class VideoFiles:
             name: Name of the video; it may start with sub-folders.
 
         Raises:
-            ValueError: two sub-folders hold a file of that name.
+            ValueError: two sub-folders hold a file of that name, or the name leaves the folder.
         """
+        parts = name.split("/")
+        if "" in parts or ".." in parts or "\\" in name or REFUSED_TEXT.search(name):
+            raise ValueError(
+                f"{name!r} must be a name in the folder {self.url}: no absolute path, URL, .. or"
+                " backslash"
+            )
         folder, _, base = name.rpartition("/")
         if folder not in self.listings:
             self.listings[folder] = _listing(posixpath.join(self.url, folder))

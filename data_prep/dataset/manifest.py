@@ -12,11 +12,22 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from fsspec.core import url_to_fs
 
+from tvr.data_prep.dataset.index_rules import (
+    MAX_COLUMNS_BYTES,
+    MAX_COUNT,
+    MAX_FRAMES,
+    MAX_GENERATION,
+    MAX_MANIFEST_BYTES,
+    MAX_SIDE,
+    IndexFields,
+    check_rows,
+    read_columns,
+)
 from tvr.data_prep.records import PACKED_WITHOUT_WORDS, ShardCorrupt
 from tvr.data_prep.storage.storage import Storage, write_file
 
@@ -25,6 +36,7 @@ from tvr.data_prep.storage.storage import Storage, write_file
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BAD_NAME = "bad.jsonl"
+PIECE_BYTES = 1 << 25
 
 Layout = Literal["video", "frames"]
 
@@ -141,8 +153,8 @@ def read_manifest(url: str) -> Manifest:
     Raises:
         FileNotFoundError: there is no complete data set at `url`.
         OSError: the storage fails.
-        ValueError: the data set has another format version, or no samples.
-        ShardCorrupt: the index is damaged.
+        ValueError: the data set has another format version.
+        ShardCorrupt: the index is damaged, or a value is not allowed; see `index_rules`.
     """
     fields = read_manifest_json(url)
     version = fields.get("format_version")
@@ -151,27 +163,28 @@ def read_manifest(url: str) -> Manifest:
             f"{join_url(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
             f" {FORMAT_VERSION}; pack the data set again"
         )
-    try:
-        shards = tuple(Shard(**shard) for shard in fields["shards"])
-        samples = _read_samples(url, fields["samples"]["name"], fields["samples"]["sha256"])
-        manifest = Manifest(
-            layout=fields["layout"],
-            num_frames=fields["num_frames"],
-            short_side=fields["short_side"],
-            num_captions=fields["num_captions"],
-            num_empty_captions=fields["num_empty_captions"],
-            tagger=fields["tagger"],
-            bad=fields["bad"],
-            shards=shards,
-            samples=samples,
-            fingerprint=fields["fingerprint"],
-            generation=fields["generation"],
-            beton=Shard(**fields["beton"]) if fields.get("beton") else None,
-        )
-    except (KeyError, TypeError) as error:
-        raise ShardCorrupt(
-            f"{join_url(url, MANIFEST_NAME)}: damaged or edited: {error!r}"
-        ) from error
+    where = join_url(url, MANIFEST_NAME)
+    index = IndexFields(fields, where)
+    shards = tuple(Shard(**shard.shard(".tar")) for shard in index.children("shards"))
+    has_beton = fields.get("beton") is not None
+    beton = Shard(**index.child("beton").shard(".beton")) if has_beton else None
+    num_samples = sum(shard.num_samples for shard in shards)
+    if beton is not None and beton.num_samples != num_samples:
+        index.refuse("beton.num_samples", beton.num_samples, f"{num_samples}, as in its shards")
+    manifest = Manifest(
+        layout=cast(Layout, index.choice("layout", get_args(Layout))),
+        num_frames=index.integer("num_frames", 0, MAX_FRAMES),
+        short_side=index.optional_integer("short_side", 1, MAX_SIDE),
+        num_captions=index.integer("num_captions", 0, MAX_COUNT),
+        num_empty_captions=index.integer("num_empty_captions", 0, MAX_COUNT),
+        tagger=index.optional_text("tagger"),
+        bad=index.bad_counts("bad"),
+        shards=shards,
+        samples=_read_samples(url, index.child("samples"), shards, beton),
+        fingerprint=index.text("fingerprint"),
+        generation=index.integer("generation", 0, MAX_GENERATION),
+        beton=beton,
+    )
     _check_agreement(manifest, url)
     return manifest
 
@@ -220,7 +233,7 @@ def read_manifest_json(url: str) -> dict:
     """Reads `manifest.json` of any version without checks. Raises as `read_manifest`."""
     location = join_url(url, MANIFEST_NAME)
     try:
-        content = Storage(url).read(MANIFEST_NAME)
+        content = _read_at_most(url, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{location} does not exist: no data set there, or packing did not finish; make one"
@@ -228,30 +241,42 @@ def read_manifest_json(url: str) -> dict:
         ) from error
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardCorrupt(f"{location}: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ShardCorrupt(f"{location}: expected a JSON object, found {type(fields).__name__}")
     return fields
 
 
-def _read_samples(url: str, name: str, sha256: str) -> SampleTable:
+def _read_at_most(url: str, name: str, most: int) -> bytes:
+    """Reads a file piece by piece: a hostile store could send bytes without end."""
+    store, content = Storage(url), bytearray()
+    while len(content) <= most:
+        piece = store.read_range(name, len(content), len(content) + PIECE_BYTES)
+        content += piece
+        if len(piece) < PIECE_BYTES:
+            return bytes(content)
+    raise ShardCorrupt(f"{join_url(url, name)}: has more than {most} bytes")
+
+
+def _read_samples(
+    url: str, entry: IndexFields, shards: Sequence[Shard], beton: Shard | None
+) -> SampleTable:
+    name, sha256 = entry.file_name("name", ".npz"), entry.sha256("sha256")
     location = join_url(url, name)
     try:
-        content = Storage(url).read(name)
+        content = _read_at_most(url, name, MAX_COLUMNS_BYTES)
     except FileNotFoundError as error:
         raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ShardCorrupt(f"{location}: sha256 differs from the one in {MANIFEST_NAME}")
-    with np.load(io.BytesIO(content), allow_pickle=False) as columns:
-        return SampleTable(**{name: columns[name] for name in SampleTable.__slots__})
+    columns = read_columns(content, sum(shard.num_samples for shard in shards), location)
+    file_bytes = np.array([(beton or shard).shard_bytes for shard in shards])
+    check_rows(columns, file_bytes, is_tar=beton is None, where=location)
+    return SampleTable(**columns)
 
 
 def _check_agreement(manifest: Manifest, url: str) -> None:
-    if manifest.layout not in get_args(Layout):
-        raise ShardCorrupt(f"{join_url(url, MANIFEST_NAME)}: layout={manifest.layout!r}")
-    if manifest.num_samples == 0:
-        raise ValueError(f"{url}: the data set holds no samples")
     counts = np.bincount(manifest.samples.shard, minlength=len(manifest.shards))
     in_order = bool(np.all(np.diff(manifest.samples.shard) >= 0))
     if tuple(counts.tolist()) != manifest.shard_sizes or not in_order:

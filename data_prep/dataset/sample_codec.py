@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from tvr.data_prep.dataset.jpeg_stack import split_stack
 from tvr.data_prep.dataset.manifest import Manifest
-from tvr.data_prep.records import BadSample, Caption, Word, WordKind
+from tvr.data_prep.records import (
+    VIDEO_ID_RULE,
+    BadSample,
+    Caption,
+    Word,
+    WordKind,
+    is_video_id,
+)
 from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.decoders import FrameSampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import decode_jpeg
+
+BLOCKSIZE = tarfile.BLOCKSIZE
+# webdataset splits a name at its first dot.
+MEMBER_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([a-z0-9_.-]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,19 +59,48 @@ def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes
 
 
 def split_tar(content: bytes, key: str) -> dict[str, bytes]:
-    """Splits a sample's byte range of a tar shard into members by extension. Raises BadSample."""
-    # webdataset annotates its file argument as TarFile but reads any file object. group_by_keys
-    # needs the shard's URL, and a range in memory has none.
-    files = (
-        {**file, "__url__": ""}
-        for file in tar_file_iterator(cast(tarfile.TarFile, io.BytesIO(content)))
-    )
-    groups = list(group_by_keys(files))
-    if [group["__key__"] for group in groups] != [key]:
-        raise BadSample(
-            key, "missing_member", f"the range holds {[group['__key__'] for group in groups]}"
-        )
-    return {name: value for name, value in groups[0].items() if not name.startswith("__")}
+    """Splits a sample's byte range of a tar shard into members by extension.
+
+    Only plain files of the sample are members: no link, no sparse file, no folder, no compressed
+    archive. So no member is larger than its bytes in the range, and no name becomes a path.
+
+    Raises:
+        BadSample: the range holds anything else, or members of another sample.
+    """
+    members: dict[str, bytes] = {}
+    keys: dict[str, None] = {}
+    at = 0
+    while at < len(content):
+        header = content[at : at + BLOCKSIZE]
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:
+            break  # an empty block ends an archive
+        except tarfile.HeaderError as error:
+            raise BadSample(key, "unreadable", f"byte {at} is no tar header: {error}") from error
+        name = MEMBER_NAME.fullmatch(info.name)
+        if name is None or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise BadSample(
+                key,
+                "unreadable",
+                f"tar member {info.name!r} of type {info.type!r} must be a plain file KEY.NAME",
+            )
+        start = at + BLOCKSIZE
+        if not 0 <= info.size <= len(content) - start:
+            raise BadSample(
+                key,
+                "unreadable",
+                f"tar member {info.name!r} of {info.size} bytes must end within the sample's"
+                f" {len(content)} bytes",
+            )
+        if name[2] in members:
+            raise BadSample(key, "unreadable", f"tar member {info.name!r} occurs twice")
+        keys[name[1]] = None
+        members[name[2]] = content[start : start + info.size]
+        at = start + -(-info.size // BLOCKSIZE) * BLOCKSIZE
+    if list(keys) != [key]:
+        raise BadSample(key, "missing_member", f"the range holds {list(keys)}")
+    return members
 
 
 def parse_members(
@@ -97,11 +137,11 @@ def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
         fields = json.loads(members["json"])
         meta = SampleMeta(
             captions=_captions(fields["captions"], fields.get("words")),
-            video_id=fields["video_id"],
-            frame_times_s=tuple(fields["frame_times_s"]),
+            video_id=_video_id(fields["video_id"]),
+            frame_times_s=_times(fields["frame_times_s"]),
             jpegs=tuple(sorted(name for name in members if name.endswith(".jpg"))),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BadSample(key, "unreadable", f"json: {error!r}") from error
     if not meta.captions:
         raise BadSample(key, "no_caption", "json holds no caption")
@@ -111,13 +151,37 @@ def parse_meta(key: str, members: dict[str, bytes]) -> SampleMeta:
     return meta
 
 
-def _captions(texts: list[str], words: list[list[list[int]]] | None) -> tuple[Caption, ...]:
+def _captions(texts: Any, words: Any) -> tuple[Caption, ...]:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"captions={texts!r:.200} must be a list of texts")
+    for text in texts:
+        text.encode()  # raises ValueError for a half of a UTF-16 pair
     if words is None:
         return tuple(Caption(text=text) for text in texts)
     return tuple(
-        Caption(text=text, words=tuple(Word(start, end, WordKind(kind)) for start, end, kind in of))
+        Caption(text=text, words=tuple(_word(*word) for word in of))
         for text, of in zip(texts, words, strict=True)
     )
+
+
+def _word(start: Any, end: Any, kind: Any) -> Word:
+    if type(start) is not int or type(end) is not int:
+        raise ValueError(f"word {start!r:.50} to {end!r:.50} must be two whole numbers")
+    return Word(start, end, WordKind(kind))
+
+
+def _video_id(value: Any) -> str:
+    if not is_video_id(value):
+        raise ValueError(f"video_id={value!r:.200} must be {VIDEO_ID_RULE}")
+    return value
+
+
+def _times(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list) or not all(
+        type(value) in (int, float) and math.isfinite(value) for value in values
+    ):
+        raise ValueError(f"frame_times_s={values!r:.200} must be a list of finite numbers")
+    return tuple(values)
 
 
 def decode_members(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from tvr.data_prep.dataset.index_rules import generation_of
 from tvr.data_prep.dataset.jpeg_stack import stack_bytes
 from tvr.data_prep.dataset.manifest import (
     BAD_NAME,
@@ -118,7 +119,7 @@ def _next_generation(url: str, folder: Path, overwrite: bool) -> int:
         hint = " or pass --overwrite" if fields.get("beton") else ""
         kind = "beton" if fields.get("beton") else "data set of shards"
         raise FileExistsError(f"{url} holds a complete {kind}; choose another folder{hint}")
-    return int(fields.get("generation", 0)) + 1
+    return generation_of(fields, url) + 1
 
 
 def _write_file(path: Path, reader: SampleReader, on_progress: OnSample) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from tvr.data_prep.dataset.index_rules import generation_of
 from tvr.data_prep.dataset.manifest import (
     BAD_NAME,
     Manifest,
@@ -101,7 +102,7 @@ class OutputDir:
             )
         # Processes that start this packing at the same time compute the same generation. Manifests
         # of format version 1 have none.
-        self.generation = 0 if published is None else int(published.get("generation", 0)) + 1
+        self.generation = 0 if published is None else generation_of(published, self.url) + 1
         self._fs.makedirs(self._work, exist_ok=True)
         record = {
             "fingerprint": self._plan.fingerprint,
@@ -226,7 +227,9 @@ class OutputDir:
     def _read_published(self) -> dict[str, Any] | None:
         """Returns `manifest.json` if it exists; an empty dict for a damaged one."""
         try:
-            return read_manifest_json(self.url)
+            published = read_manifest_json(self.url)
+            generation_of(published, self.url)  # a number that file names contain
+            return published
         except FileNotFoundError:
             return None
         except ShardCorrupt:
@@ -236,7 +239,7 @@ class OutputDir:
         """True if the published data set has this packing's plan."""
         return (
             published is not None
-            and published.get("generation", 0) >= self.generation
+            and generation_of(published, self.url) >= self.generation
             and published.get("fingerprint") == self._plan.fingerprint
         )
 

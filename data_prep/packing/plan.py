@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_rule
 from tvr.data_prep.dataset.manifest import FORMAT_VERSION, Layout
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import VIDEO_ID_RULE, Clip, is_video_id
 from tvr.data_prep.video.frame_sampling import check_span
 
 # Packages whose versions determine the stored pictures, videos and words.
@@ -88,7 +88,8 @@ def make_plan(clips: Iterable[Clip], settings: PackSettings) -> PackPlan:
     """Assigns `samples_per_shard` clips to each shard, in order.
 
     Raises:
-        ValueError: a key is invalid or not unique, or the layout cannot store a cut.
+        ValueError: a key is invalid or not unique, a video_id is invalid, or the layout cannot
+            store a cut.
     """
     clips = tuple(clips)
     digest = hashlib.sha256()
@@ -97,6 +98,8 @@ def make_plan(clips: Iterable[Clip], settings: PackSettings) -> PackPlan:
         where = clip.origin or clip.video
         if not KEY_PATTERN.fullmatch(clip.key):
             raise ValueError(f"{where}: {key_rule(clip.key)}")
+        if not is_video_id(clip.video_id):
+            raise ValueError(f"{where}: video_id={clip.video_id!r} must be {VIDEO_ID_RULE}")
         if clip.key in origins:
             raise ValueError(f"{where}: duplicate key {clip.key!r}, first at {origins[clip.key]}")
         check_span(clip.span)

@@ -8,19 +8,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from tvr.data_prep.dataset.index_rules import COLUMN_TYPES, IndexFields, check_rows
 from tvr.data_prep.dataset.manifest import SampleTable, Shard
 from tvr.data_prep.packing.pack_clip import RefusedClip
+from tvr.data_prep.records import ShardCorrupt
 
-COLUMN_DTYPES = {
-    "key": np.str_,
-    "video_id": np.str_,
-    "shard": np.int32,
-    "offset": np.int64,
-    "length": np.int64,
-    "crc32": np.uint32,
-    "num_captions": np.int32,
-    "content": np.uint64,
-}
+COLUMN_DTYPES = {"key": np.str_, "video_id": np.str_, **COLUMN_TYPES}
+
+RECORD = "the record"
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +64,17 @@ def decode_record(content: bytes, packing: str) -> ShardRecord | None:
             name: np.array(fields["samples"][name], dtype=dtype)
             for name, dtype in COLUMN_DTYPES.items()
         }
+        shard = Shard(**fields["shard"])
+        if len(columns["key"]):
+            IndexFields(fields, RECORD).child("shard").shard(".tar")
+            sizes = np.array([shard.shard_bytes])
+            check_rows(columns, sizes, is_tar=True, where=RECORD)
         return ShardRecord(
-            shard=Shard(**fields["shard"]),
+            shard=shard,
             samples=SampleTable(**columns),
             num_empty_captions=fields["num_empty_captions"],
             bad=tuple(RefusedClip(**entry) for entry in fields["bad"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, ShardCorrupt) as error:
         log.warning("a shard's record is damaged, packing the shard again: %r", error)
         return None

@@ -5,10 +5,13 @@ that data sets, runs and versions of a data set can share a folder. A download g
 file, which is renamed once its checksum is verified. Locks are file locks (flock): the operating
 system releases them when a process dies. The next process that needs space deletes the temporary
 files of killed processes.
+
+The cache touches only files in its folder that have such a name. It follows no symbolic link there.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -19,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tvr.data_prep.dataset.index_rules import SHA256
 from tvr.data_prep.dataset.manifest import Shard
 from tvr.data_prep.reading.order import WINDOW_SHARDS
 from tvr.data_prep.storage.storage import Storage
@@ -49,10 +53,18 @@ class ShardCache:
         shards: Shards of the data set; shard numbers index this sequence.
 
     Raises:
-        ValueError: the folder is too small for one window of shards, see `order`.
+        ValueError: the folder is too small for one window of shards, see `order`; or a sha256 is
+            none.
     """
 
     def __init__(self, folder: CacheFolder, store: Storage, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            # It becomes the name of a file that may be replaced or removed.
+            if SHA256.fullmatch(shard.sha256) is None:
+                raise ValueError(
+                    f"{shard.name}: sha256={shard.sha256!r} must be 64 lower-case hexadecimal"
+                    " digits to name a file in the shard cache"
+                )
         largest = sorted(shard.shard_bytes for shard in shards)[-WINDOW_SHARDS:]
         self.window_bytes = sum(largest)
         if folder.max_bytes < self.window_bytes:
@@ -80,7 +92,7 @@ class ShardCache:
         for _ in range(2):
             try:
                 # Opened for each read: an open file would occupy disk space after its removal.
-                descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = _open(self._path(shard), os.O_RDONLY)
             except FileNotFoundError:
                 if not self.fetch(shard):
                     return None
@@ -94,7 +106,8 @@ class ShardCache:
 
     def has(self, shard: int) -> bool:
         """True if the shard is cached."""
-        return self._path(shard).exists()
+        path = self._path(shard)
+        return path.exists() and not path.is_symlink()
 
     def drop(self, shard: int) -> None:
         """Deletes a cached shard whose bytes are damaged."""
@@ -168,7 +181,7 @@ class ShardCache:
         """Evicts the least recently used shards, then reserves space by extending the file."""
         with self._folder_lock():
             reserved = self._delete_stale_partials()
-            cached = sorted(self._folder.glob("*.tar"), key=_last_use)
+            cached = sorted(self._files(".tar"), key=_last_use)
             used = reserved + sum(_size(path) for path in cached)
             if reserved + num_bytes > self._max_bytes:
                 return False
@@ -180,10 +193,15 @@ class ShardCache:
             os.ftruncate(descriptor, num_bytes)
         return True
 
+    def _files(self, suffix: str) -> list[Path]:
+        """Files of the cache; others, even if they are tar archives, belong to the user."""
+        found = self._folder.glob(f"*{suffix}")
+        return [path for path in found if SHA256.fullmatch(path.stem) is not None]
+
     def _delete_stale_partials(self) -> int:
         """Deletes temporary files of dead processes; returns the bytes that live ones reserved."""
         reserved = 0
-        for path in self._folder.glob("*.partial"):
+        for path in self._files(".partial"):
             # A live process holds the lock of its file.
             stale = _locked(path, os.O_RDWR, wait=False)
             if stale is not None:
@@ -217,7 +235,9 @@ class ShardCache:
         return True
 
     def _reject(self, shard: int) -> None:
-        self._rejection(shard).touch()
+        descriptor = _open(self._rejection(shard), os.O_WRONLY | os.O_CREAT)
+        os.utime(descriptor)
+        os.close(descriptor)
         log.warning(
             "%s: the downloaded shard's sha256 differs from the manifest's; the shard is not"
             " cached, and its samples are read and checked one by one",
@@ -226,7 +246,7 @@ class ShardCache:
 
     def _is_rejected(self, shard: int) -> bool:
         try:
-            return time.time() - self._rejection(shard).stat().st_mtime < REJECTED_S
+            return time.time() - self._rejection(shard).lstat().st_mtime < REJECTED_S
         except FileNotFoundError:
             return False
 
@@ -243,10 +263,25 @@ class ShardCache:
             _release(descriptor)
 
 
+def _open(path: Path, flags: int) -> int:
+    """Opens a file of the cache. A symbolic link in its place is removed, never followed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    while True:
+        try:
+            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP or not path.is_symlink():
+                raise
+        path.unlink(missing_ok=True)
+
+
 def _locked(path: Path, flags: int, wait: bool) -> int | None:
     """Opens and locks a file exclusively; None if it is locked, or is not the file at `path`."""
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        descriptor = _open(path, flags)
     except FileNotFoundError:
         return None
     try:
@@ -274,13 +309,13 @@ def _write(descriptor: int, content: bytes, at: int) -> None:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return path.lstat().st_size
     except FileNotFoundError:
         return 0
 
 
 def _last_use(path: Path) -> tuple[int, str]:
     try:
-        return path.stat().st_mtime_ns, path.name
+        return path.lstat().st_mtime_ns, path.name
     except FileNotFoundError:
         return 0, path.name

@@ -22,6 +22,19 @@ from av.video.stream import VideoStream
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_sampling import Span, frames_within
 
+# libav's names of the containers that a clip may have. Others hold no video, or only refer to other
+# files and addresses, which libav would open: playlists (hls, dash, concat), sdp, image sequences.
+CONTAINERS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "gif"),
+    *("h264", "hevc", "m4v", "ivf", "av1", "obu", "mxf", "dv", "nut", "rm", "yuv4mpegpipe"),
+)
+OPENING = {
+    "format_whitelist": ",".join(CONTAINERS),
+    # Neither the source nor anything in it may name another way to bytes: no network, no `concat:`.
+    "protocol_whitelist": "file",
+}
+MAX_PIXELS = 1 << 26
+"""Pixels of a picture, such as 8192 x 8192; a larger one takes gigabytes when it is decoded."""
 # libav's names of containers with an exact index.
 SEEKABLE = {"mov", "matroska"}
 
@@ -79,18 +92,29 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
     file = io.BytesIO(source) if isinstance(source, bytes) else fspath(source)
     try:
         # Tags in encodings other than UTF-8 are common, and unused here.
-        with av.open(file, "r", metadata_errors="replace") as container:
+        with av.open(file, "r", metadata_errors="replace", container_options=OPENING) as container:
             streams = [
                 s for s in container.streams.video if not s.disposition & Disposition.attached_pic
             ]
             if not streams:
                 raise BadSample(key, "no_frames", "the file has no video stream")
+            context = streams[0].codec_context
+            if context is None:
+                raise BadSample(key, "unreadable", "no decoder for the video's codec")
+            if context.width * context.height > MAX_PIXELS:
+                size = f"{context.width} x {context.height} pixels"
+                raise BadSample(key, "unreadable", f"pictures of {size}, more than {MAX_PIXELS}")
+            # Also for a picture size that changes later.
+            context.options = {**context.options, "max_pixels": str(MAX_PIXELS)}
             # Loader workers already use all cores; decoder threads would compete with them.
-            streams[0].codec_context.thread_count = 1
+            context.thread_count = 1
             yield container, streams[0]
     except av.error.FFmpegError as error:
         reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise BadSample(key, reason, f"{error.strerror} ({type(error).__name__})") from error
+        detail = f"{error.strerror} ({type(error).__name__})"
+        if isinstance(error, av.error.ArgumentError):
+            detail += f"; a clip must be a file of one of the containers {', '.join(CONTAINERS)}"
+        raise BadSample(key, reason, detail) from error
 
 
 def with_frame_index(source: Source, key: str, act: Callable[[FrameIndex], Result]) -> Result:

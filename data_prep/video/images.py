@@ -13,6 +13,9 @@ from PIL import Image
 
 from tvr.data_prep.records import BadSample
 
+# Such as 8192 x 8192; a few kilobytes can claim 65,500 x 65,500 pixels, which are 12 GB.
+MAX_JPEG_PIXELS = 1 << 26
+
 
 def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """Returns (width, height) scaled so that the shorter side is `short_side` pixels."""
@@ -63,7 +66,10 @@ def decode_jpeg(
         BadSample: "unreadable".
     """
     try:
-        if out is not None and simplejpeg.decode_jpeg_header(content)[:2] == out.shape[:2]:
+        height, width = simplejpeg.decode_jpeg_header(content)[:2]
+        if height * width > MAX_JPEG_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, more than {MAX_JPEG_PIXELS}")
+        if out is not None and (height, width) == out.shape[:2]:
             return simplejpeg.decode_jpeg(content, buffer=out)
         return simplejpeg.decode_jpeg(content)
     except ValueError as error:  # truncated, damaged, or another format

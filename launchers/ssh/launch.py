@@ -17,10 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvr.launchers.job import captured_environment
+from tvr.launchers.job_values import (
+    ALLOWED_IN_COMMANDS,
+    COMMAND,
+    check_environment,
+    check_host,
+    check_texts,
+)
 from tvr.launchers.restart_loop import LaunchExit
 from tvr.launchers.torchrun.launch import job_exit_code
 
-HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+HOST_LINE = re.compile(r"(\S+)\s+slots=([0-9]+)")
 # BatchMode: ssh fails instead of asking for a password. ServerAlive: the connection to a host that
 # has disappeared ends after a minute.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
@@ -59,7 +66,8 @@ def read_hosts(text: str, source: str) -> list[Host]:
                 f"{source}, line {number}: {line!r} must be a host, listed once, and its number of"
                 " ranks, at least 1, as in `node1 slots=8`"
             )
-        hosts[match[1]] = Host(name=match[1], ranks=int(match[2]))
+        name = check_host(match[1], f"{source}, line {number}")
+        hosts[name] = Host(name=name, ranks=int(match[2]))
     if not hosts:
         raise ValueError(f"{source} lists no host")
     return list(hosts.values())
@@ -74,8 +82,17 @@ def host_command(
     port: int,
     environment: Mapping[str, str],
 ) -> list[str]:
-    """Builds the ssh command that starts one host's ranks in this machine's working directory."""
+    """Builds the ssh command that starts one host's ranks in this machine's working directory.
+
+    Raises:
+        ValueError: a value could not pass the remote shell as it is.
+    """
     host = hosts[index]
+    check_host(host.name, "hosts")
+    check_host(address, "--master-addr")
+    check_environment(environment)
+    check_texts(command, COMMAND, ALLOWED_IN_COMMANDS)
+    check_texts(os.getcwd(), "the working directory")
     rendezvous = [str(index), str(len(hosts)), str(host.ranks), address, str(port)]
     variables = [f"{name}={value}" for name, value in environment.items()]
     remote = ["env", *variables, sys.executable, "-m", "tvr.launchers.ssh.host_main"]
