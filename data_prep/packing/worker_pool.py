@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -27,7 +28,6 @@ from tvr.data_prep.packing.words import WordTagger
 from tvr.data_prep.records import Clip
 from tvr.data_prep.storage.storage import StorageUnavailable
 from tvr.launchers.host_limits import host_cpus
-from tvr.launchers.process import end_with_parent
 
 # Clips per process that may be in work, or done ahead of an earlier clip, so that a long video does
 # not stall the other processes.
@@ -174,7 +174,7 @@ def _exit_name(exit_code: int | None) -> str:
 
 def _worker_main(connection: Connection, settings: PackSettings, tagger: WordTagger | None) -> None:
     """Packs clips from the pipe until the parent closes it."""
-    _end_with_parent()
+    _end_with_packing()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals the group; the parent reacts
     try:
         while True:
@@ -190,13 +190,17 @@ def _worker_main(connection: Connection, settings: PackSettings, tagger: WordTag
         return
 
 
-def _end_with_parent() -> None:
-    """Ends this process with the packing process, also while it waits in a read.
+def _end_with_packing() -> None:
+    """Ends this process when the packing process dies, also while it waits in a read.
 
-    The fork server started this process, and ends itself when the packing process does.
+    The fork server is this process's parent for the kernel, and lives as long as its children do.
+    So a thread waits for the end of the pipe that the packing process holds open.
     """
-    end_with_parent(os.getppid())
-    # The fork server may have ended before the line above asked for its process id.
     packing = parent_process()
-    if packing is not None and not packing.is_alive():
+    assert packing is not None, "multiprocessing started this process"
+
+    def wait_for_end() -> None:
+        wait([packing.sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, name="parent", daemon=True).start()

@@ -89,11 +89,14 @@ class Retries:
                     if translated is error:
                         raise
                     raise translated from error
+                # fsspec's own frame refers to the error, which refers to every frame of the stack:
+                # without this, abandoned readers stay until the garbage collector runs.
+                error.__traceback__ = None
                 self._log(path, attempt, error)
             else:
                 self.is_down = False
                 return result
-            # Outside of the handler: the error would otherwise hold every frame of the stack.
+            # Outside of the handler, which would keep the error during the wait.
             self.sleep(wait_s)
             attempt += 1
 

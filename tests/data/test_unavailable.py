@@ -201,7 +201,7 @@ def test_a_packing_process_passes_the_failure_on(monkeypatch: pytest.MonkeyPatch
         raise StorageUnavailable("503")
 
     monkeypatch.setattr(worker_pool, "pack_clip", pack)
-    monkeypatch.setattr(worker_pool, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(worker_pool, "_end_with_packing", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     ours, theirs = Pipe()
     clip = Clip(key="k", video="x", captions=("x",), video_id="k")
