@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from tvr.data_prep.records import TooManyBadSamples
+from tvr.data_prep.records import TRANSIENT_REASONS, TooManyBadSamples
 
 NUM_EXAMPLES = 5
 
@@ -15,12 +15,17 @@ class BadSampleBudget:
 
     A sample counts once towards `max_bad`, however often it fails: a run of many epochs must not
     spend its budget on one bad clip. Every failure counts towards `max_bad_in_a_row`, which detects
-    a storage that is down.
+    a damaged part of a data set.
+
+    A read that fails for a reason outside of the sample (TRANSIENT_REASONS) counts towards
+    `max_unavailable_in_a_row` only, which detects a storage that is down.
 
     Args:
         max_bad: Allowed number of different bad samples.
         activity: Activity that the error message names, such as "while packing URL".
-        max_bad_in_a_row: Allowed number of consecutive failures; None means no limit.
+        max_bad_in_a_row: Allowed number of consecutive bad samples; None means no limit.
+        max_unavailable_in_a_row: Allowed number of consecutive reads that fail for the moment; None
+            means no limit.
         known: Reasons by key of bad samples from earlier starts of the run; they count already.
     """
 
@@ -30,6 +35,7 @@ class BadSampleBudget:
         activity: str,
         max_bad_in_a_row: int | None = None,
         *,
+        max_unavailable_in_a_row: int | None = None,
         known: Mapping[str, str] | None = None,
     ) -> None:
         if max_bad < 0:
@@ -38,20 +44,32 @@ class BadSampleBudget:
             )
         if max_bad_in_a_row is not None and max_bad_in_a_row < 1:
             raise ValueError(f"max_bad_in_a_row={max_bad_in_a_row} must be 1 or more")
+        if max_unavailable_in_a_row is not None and max_unavailable_in_a_row < 1:
+            raise ValueError(
+                f"max_unavailable_in_a_row={max_unavailable_in_a_row} must be 1 or more"
+            )
         self.max_bad = max_bad
         self.max_bad_in_a_row = max_bad_in_a_row
+        self.max_unavailable_in_a_row = max_unavailable_in_a_row
         self.activity = activity
         self.by_reason: Counter[str] = Counter((known or {}).values())
         self._counted_keys: set[str] = set(known or {})
         self._examples: list[str] = []
         self._num_in_a_row = 0
+        self._unavailable_in_a_row: list[str] = []
 
     def record_bad(self, key: str, reason: str, detail: str) -> None:
-        """Counts a bad sample.
+        """Counts a bad sample, or a read that failed for the moment.
 
         Raises:
-            TooManyBadSamples: this sample exceeds a limit.
+            TooManyBadSamples: it exceeds a limit.
         """
+        if reason in TRANSIENT_REASONS:
+            self._unavailable_in_a_row.append(f"{key}: {detail}")
+            limit = self.max_unavailable_in_a_row
+            if limit is not None and len(self._unavailable_in_a_row) > limit:
+                raise self.exhausted_error()
+            return
         self._num_in_a_row += 1
         if key not in self._counted_keys:
             self._counted_keys.add(key)
@@ -63,11 +81,14 @@ class BadSampleBudget:
             raise self.exhausted_error()
 
     def record_good(self) -> None:
-        """Resets the consecutive-failure count."""
+        """Resets the consecutive-failure counts."""
         self._num_in_a_row = 0
+        self._unavailable_in_a_row.clear()
 
     def exhausted_error(self) -> TooManyBadSamples:
         """Returns the error with the counts by reason and the last examples."""
+        if self._unavailable_in_a_row:
+            return self._unavailable_error()
         counts = ", ".join(f"{count} {reason}" for reason, count in self.by_reason.most_common())
         if self.max_bad_in_a_row is not None and self._num_in_a_row > self.max_bad_in_a_row:
             limit = (
@@ -78,4 +99,14 @@ class BadSampleBudget:
         return TooManyBadSamples(
             f"{self.by_reason.total()} bad samples {self.activity}, {limit}"
             f" ({counts or 'none counted'}); last: {' | '.join(self._examples) or 'none'}"
+        )
+
+    def _unavailable_error(self) -> TooManyBadSamples:
+        failed = self._unavailable_in_a_row
+        limit = self.max_unavailable_in_a_row
+        allowed = "" if limit is None else f" (max_unavailable_in_a_row={limit} allowed)"
+        return TooManyBadSamples(
+            f"{len(failed)} reads in a row failed for the moment {self.activity}{allowed}: the"
+            " storage is down, unreachable or throttles; no sample is bad for it, and a restart"
+            f" reads them again; last: {' | '.join(failed[-NUM_EXAMPLES:])}"
         )

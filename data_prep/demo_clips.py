@@ -20,6 +20,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from tvr.launchers.process import end_with_parent
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 40),
     "green": (40, 190, 60),
@@ -215,7 +217,7 @@ def write_clips(
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(index, f"{prefix}-{index:05d}", scene) for index, scene in enumerate(scenes)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         yield from pool.map(partial(_write_one, folder, seed), jobs, chunksize=8)
     lines = []
     for index, key, scene in jobs:

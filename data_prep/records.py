@@ -33,10 +33,14 @@ BAD_SAMPLE_REASONS = (
     "no_caption",  # no caption with a visible character
     "not_mp4",  # the video is to be copied but its container is not MP4
     "missing_shard",  # the whole shard file is absent
-    "read_error",  # the storage failed to deliver the bytes
+    "read_error",  # the storage refuses to deliver the bytes, and would refuse again
     "checksum",  # the bytes differ from what was packed
     "missing_member",  # a tar member that the layout requires is absent
+    "unavailable",  # the storage failed for the moment; the sample itself may be good
 )
+# Reasons that lie outside of the sample: it is read again at its next visit, never quarantined,
+# and does not count towards the limit of bad samples.
+TRANSIENT_REASONS = ("unavailable",)
 
 UNDECODABLE_REASONS = ("unreadable", "no_frames")
 
@@ -199,7 +203,10 @@ class BadSample(Exception):
 
 
 class TooManyBadSamples(Exception):
-    """More samples are bad than allowed; the message has the counts and the last examples."""
+    """More samples are bad, or more reads in a row fail for the moment, than allowed.
+
+    The message has the counts and the last examples.
+    """
 
 
 class ShardCorrupt(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,11 @@ CAPTURED = re.compile(
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY")
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 NO_DEVICES = ("", "-1")
+
+EXIT_GRACE = "TVR_EXIT_GRACE_S"
+"""Environment variable that carries `Job.exit_grace_s` to the ranks."""
+# Ranks finish a save within a spread that grows with their number.
+MIN_EXIT_GRACE_S, MAX_EXIT_GRACE_S, EXIT_GRACE_PER_RANK_S = 2.0, 30.0, 0.05
 
 NAME = re.compile(r"[^\\]+")
 TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
@@ -85,6 +91,9 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the ranks."""
     container: Container | None = None
+    exit_grace_s: float | None = None
+    """Seconds for which a preempted rank waits before it exits, because srun kills the others then.
+    None derives it from the number of ranks."""
     targets: str | None = None
     """Folder of Prometheus's file_sd target files."""
     policy: RestartPolicy = field(default_factory=RestartPolicy)
@@ -96,6 +105,8 @@ class Job:
         gpus, cpus = self.gpus_per_node, self.cpus_per_rank
         _check(gpus >= 0, "gpus_per_node", gpus, "0 or more")
         _check(cpus is None or cpus >= 1, "cpus_per_rank", cpus, "at least 1")
+        grace = self.exit_grace_s
+        _check(grace is None or grace >= 0, "exit_grace_s", grace, "0 or more")
         _check(bool(self.command), "command", self.command, "a command such as `tvr train ...`")
         # SLURM interprets backslashes in options and in file name patterns.
         for name in ("name", "run_dir", "directory"):
@@ -206,6 +217,8 @@ def job_environment(job: Job) -> dict[str, str]:
     if job.gpus_per_node:
         # A rank that sees fewer GPUs must fail instead of training on the CPU.
         variables["TVR_GPUS_PER_NODE"] = str(job.gpus_per_node)
+    if job.exit_grace_s is not None:
+        variables[EXIT_GRACE] = f"{job.exit_grace_s:g}"
     return variables
 
 
@@ -217,6 +230,32 @@ def command_run_dir(command: Sequence[str]) -> str | None:
         if word.startswith("--run-dir="):
             return word.removeprefix("--run-dir=")
     return None
+
+
+def task_run_dir(job: Job, task: str | None) -> Path:
+    """Folder to which the ranks of a job, or of one array task, write.
+
+    Args:
+        job: The job.
+        task: Number of the array task; None without an array.
+    """
+    # It may differ from `job.run_dir`, which holds the script and all output.
+    own = command_run_dir(job.command) or job.run_dir
+    return Path(job.directory, own if task is None else own.replace(TASK_ID, task))
+
+
+def all_run_dirs(job: Job) -> list[Path]:
+    """Folders of a job's tasks that exist; without an array, the job's own folder."""
+    folder = task_run_dir(job, None)
+    if job.array is None or TASK_ID not in str(folder):
+        return [folder]
+    pattern = glob.escape(str(folder)).replace(TASK_ID, "*")
+    return [Path(path) for path in sorted(glob.glob(pattern))]
+
+
+def default_exit_grace_s(ranks: int) -> float:
+    """Seconds between the first and the last exit of preempted ranks, with a margin."""
+    return min(MAX_EXIT_GRACE_S, max(MIN_EXIT_GRACE_S, EXIT_GRACE_PER_RANK_S * ranks))
 
 
 def parse_time_limit(time_limit: str) -> int:

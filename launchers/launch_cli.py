@@ -19,7 +19,7 @@ from tvr.launchers.job import (
 from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.restart_loop import run_with_restarts
 from tvr.launchers.restart_policy import NO_RESTARTS, RestartPolicy
-from tvr.launchers.run_status import notice_seconds, read_progress
+from tvr.launchers.run_status import DEFAULT_NOTICE_S
 from tvr.launchers.slurm.nodelist import expand_nodes
 from tvr.launchers.slurm.script import sbatch_script
 from tvr.launchers.slurm.submit import (
@@ -29,6 +29,7 @@ from tvr.launchers.slurm.submit import (
     resubmit_job,
     run_report,
     submit_job,
+    with_measured_notice,
 )
 from tvr.launchers.ssh.launch import read_hosts, run_on_hosts
 from tvr.launchers.torchrun.launch import run_local
@@ -137,6 +138,8 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     add("--run-dir", "run folder (default: --run-dir of the command)", **text)
     notice = "seconds before the time limit at which ranks save and exit (default: measured)"
     add("--notice", notice, **size)
+    grace = "seconds for which preempted ranks wait for each other at the end (default: 2, and 0.05"
+    add("--exit-grace", f"{grace} a rank, up to 30)", type=float, metavar="S")
     add("--interface", "network interface of NCCL and gloo", **text)
     add("--container", "image in which the ranks run", metavar="IMAGE")
     runtimes = ["pyxis", "apptainer"]
@@ -230,7 +233,7 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
             python=options.container_python,
         )
     ranks_per_node, notice_s = options.ranks_per_node, options.notice
-    return Job(
+    job = Job(
         command=tuple(command),
         run_dir=str(run_dir),
         directory=os.getcwd(),
@@ -248,14 +251,16 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         exclude=tuple(expand_nodes(options.exclude)) if options.exclude else (),
         dependency=options.dependency,
         array=options.array,
-        notice_s=notice_seconds(read_progress(run_dir)) if notice_s is None else notice_s,
+        notice_s=DEFAULT_NOTICE_S if notice_s is None else notice_s,
         notice_given=notice_s is not None,
+        exit_grace_s=options.exit_grace,
         interface=options.interface,
         environment=environment,
         container=container,
         targets=str(Path(options.targets).absolute()) if options.targets else None,
         policy=_policy(options),
     )
+    return with_measured_notice(job)
 
 
 def _status(options: argparse.Namespace, command: list[str]) -> int:

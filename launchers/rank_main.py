@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tvr.launchers.cli import main
 from tvr.launchers.exit_codes import EXIT_FAILED, EXIT_PREEMPTED
-from tvr.launchers.process import die_with_parent
+from tvr.launchers.process import PARENT_PID, die_with_parent
 from tvr.launchers.torchrun.rank_exits import record_rank
 
 # Signals by which a batch system announces a preemption.
@@ -34,7 +34,9 @@ def run_tvr(argv: Sequence[str]) -> int:
     A preemption notice that arrives before the command installs its own handlers ends the process
     at once: there is nothing to save yet.
     """
-    die_with_parent(signal.SIGKILL)
+    # Removed: it does not hold for processes that this one starts.
+    parent = os.environ.pop(PARENT_PID, None)
+    die_with_parent(signal.SIGKILL, int(parent) if parent else None)
     exit_on_notice()
     try:
         return main(argv)

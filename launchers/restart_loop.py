@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 from tvr.launchers.restart_policy import AttemptEnd, RestartPolicy, decide_restart
-from tvr.launchers.run_status import read_progress, reported_failure
+from tvr.launchers.run_status import RunMark, mark_run, read_progress, reported_failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +38,13 @@ def run_with_restarts(
     """
     ends: list[AttemptEnd] = []
     while True:
-        began_s = time.time()
+        # Marked by what the folder holds: the clock of a file server may differ.
+        mark = mark_run(run_dir) if run_dir else None
         last = launch_once()
         # A preempted job is restarted elsewhere, by whoever interrupted it.
         if last.signalled or last.code in (EXIT_DONE, EXIT_PREEMPTED):
             return last.code
-        ends.append(_attempt_end(last.code, run_dir, began_s))
+        ends.append(_attempt_end(last.code, run_dir, mark))
         decision = decide_restart(ends, policy)
         if policy.max_failures > 1:
             print(f"tvr launch: {decision.message}", file=sys.stderr, flush=True)
@@ -52,8 +53,8 @@ def run_with_restarts(
         time.sleep(decision.wait_s)
 
 
-def _attempt_end(code: int, run_dir: Path | None, began_s: float) -> AttemptEnd:
-    failure = reported_failure(run_dir, began_s) if run_dir else None
+def _attempt_end(code: int, run_dir: Path | None, mark: RunMark | None) -> AttemptEnd:
+    failure = reported_failure(run_dir, mark) if run_dir and mark else None
     return AttemptEnd(
         code=code,
         reason=failure.reason if failure else f"job failed with exit code {code}",

@@ -71,14 +71,53 @@ class ReportedFailure:
     reason: str
 
 
-def reported_failure(run_dir: Path, since_s: float) -> ReportedFailure | None:
-    """Returns the newest failure reported since `since_s` (Unix time), or None."""
-    files = (run_dir / "failures").glob("*.json")
-    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        if path.stat().st_mtime < since_s:
-            return None
+FileState = tuple[int, int, int]
+"""Inode, size and modification time of a file. Two states are only compared for equality: the time
+comes from a file server, whose clock may differ from this machine's."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunMark:
+    """What a run folder held at one moment, so that later files are recognised without a clock."""
+
+    attempt: int
+    """Number of the newest attempt; 0 without one."""
+    reports: Mapping[str, FileState]
+    """State of each failure report, by file name."""
+
+
+def mark_run(run_dir: Path) -> RunMark:
+    """Marks the beginning of an attempt: call it before the ranks start."""
+    newest = _newest_attempt(run_dir)
+    return RunMark(
+        attempt=int(newest.stem) if newest else 0,
+        reports=file_states(run_dir / "failures"),
+    )
+
+
+def file_states(folder: Path) -> dict[str, FileState]:
+    """States of the JSON files of a folder by name; empty if the folder does not exist."""
+    states: dict[str, FileState] = {}
+    for path in folder.glob("*.json"):
         try:
-            report = json.loads(path.read_text())
+            found = path.stat()
+        except FileNotFoundError:
+            continue  # its process has just removed it
+        states[path.name] = (found.st_ino, found.st_size, found.st_mtime_ns)
+    return states
+
+
+def reported_failure(run_dir: Path, since: RunMark) -> ReportedFailure | None:
+    """Returns the newest failure reported since a mark, or None."""
+    folder = run_dir / "failures"
+    new = [
+        (state[2], name)
+        for name, state in file_states(folder).items()
+        if since.reports.get(name) != state
+    ]
+    for _, name in sorted(new, reverse=True):
+        try:
+            report = json.loads((folder / name).read_text())
         except json.JSONDecodeError:
             continue  # the rank was killed while it wrote the report
         error = " ".join(report["error"].split())
@@ -86,18 +125,22 @@ def reported_failure(run_dir: Path, since_s: float) -> ReportedFailure | None:
     return None
 
 
-def is_superseded(run_dir: Path, job_id: str, since_s: float) -> bool:
-    """True if another SLURM job has started on the run since `since_s` (Unix time).
+def is_superseded(run_dir: Path, job_id: str, since: RunMark) -> bool:
+    """True if another SLURM job has started on the run since a mark.
 
     The trainer then refuses the writes of every earlier attempt.
     """
-    newest = max((run_dir / "attempts").glob("*.json"), default=None)
-    if newest is None or newest.stat().st_mtime < since_s:
+    newest = _newest_attempt(run_dir)
+    if newest is None or int(newest.stem) <= since.attempt:
         return False
     try:
         return json.loads(newest.read_text()).get("job") != job_id
     except json.JSONDecodeError:
         return False  # the attempt is being recorded
+
+
+def _newest_attempt(run_dir: Path) -> Path | None:
+    return max((run_dir / "attempts").glob("*.json"), default=None, key=lambda path: int(path.stem))
 
 
 def _events(log: Path) -> Iterator[Mapping[str, Any]]:

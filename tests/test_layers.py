@@ -24,11 +24,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data_prep", "kernels", "launchers", "trainer")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-# Standard library only: the contract between the command line and its launchers, and two helpers.
+# Standard library only: the contract between the command line and its launchers, and helpers.
 SHARED = (
     "tvr.launchers.exit_codes",
     "tvr.launchers.atomic_write",
     "tvr.launchers.host_limits",
+    "tvr.launchers.process",
 )
 # Written in terms of the optional package ffcv; the loader imports them only for an FFCV data set.
 PLUGIN = "tvr.data_prep.ffcv"

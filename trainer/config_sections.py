@@ -101,6 +101,11 @@ class DataConfig:
     max_bad_in_a_row: Positive = 20
     """Largest number of bad samples in a row on one rank, without a good one
     between them; one more stops the run."""
+    max_unavailable_in_a_row: Positive = 8
+    """Largest number of reads in a row on one rank that fail for the moment,
+    such as those of a storage that is down; one more stops the run. Their
+    samples are not bad: they do not count for `max_bad`, and are read again
+    at their next visit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

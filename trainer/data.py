@@ -97,6 +97,7 @@ def training_batches(
         tokenize=tokenizer,
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
+        max_unavailable_in_a_row=data.max_unavailable_in_a_row,
         known_bad=known_bad,
         augmentation=_augmentation(data),
         decoder=data.decoder,
@@ -134,6 +135,7 @@ def ordered_batches(
         tokenize=tokenizer,
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
+        max_unavailable_in_a_row=data.max_unavailable_in_a_row,
         decoder=data.decoder,
         shard_cache=_shard_cache(data),
     )

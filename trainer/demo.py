@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from tvr.data_prep.demo_clips import ANNOTATIONS, Scene, demo_scenes, write_clip
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.progress import show_progress
 from tvr.launchers.atomic_write import write_atomically
+from tvr.launchers.process import child_set_up
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.model.tokenizer import train_tokenizer
 
@@ -157,7 +159,9 @@ def train_on_ranks(ranks: int, arguments: list[str]) -> int:
     # On the CPU the demo gives the same result everywhere, and NCCL refuses two ranks on one GPU.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tvr.launchers.cli", *command], env=environment
+        [sys.executable, "-m", "tvr.launchers.cli", *command],
+        env=environment,
+        preexec_fn=child_set_up(signal.SIGTERM),
     )
     while True:
         try:

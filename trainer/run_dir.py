@@ -35,6 +35,7 @@ FREE = frozenset(
         "data.shard_cache_gib",
         "data.max_bad",
         "data.max_bad_in_a_row",
+        "data.max_unavailable_in_a_row",
         "train.eval_every",
         "train.log_every",
         "train.log_keys",

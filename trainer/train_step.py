@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tvr.data_prep.budget import BadSampleBudget
-from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
+from tvr.data_prep.records import TRANSIENT_REASONS, Batch, Replacement, TooManyBadSamples
 from tvr.kernels.device_transfer import to_device
 from tvr.kernels.text_lengths import host_lengths
 from tvr.trainer.checkpoint.manifest import SavedState
@@ -274,12 +274,18 @@ class TrainStep:
         return mine
 
     def _add_to_quarantine(self, entries: Sequence[Replacement]) -> None:
-        """Spends the run's budget, which covers all ranks and earlier starts, on bad samples."""
+        """Spends the run's budget, which covers all ranks and earlier starts, on bad samples.
+
+        A read that failed for the moment spends nothing: the sample is read at its next visit. Each
+        rank's loader limits such reads.
+        """
         data = self.config.data
         budget = BadSampleBudget(
             data.max_bad, f"in {data.train} on all ranks", known=self.quarantine
         )
         for entry in entries:
+            if entry.reason in TRANSIENT_REASONS:
+                continue
             self.quarantine[entry.key] = entry.reason
             budget.record_bad(entry.key, entry.reason, entry.detail)
 

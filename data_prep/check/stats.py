@@ -26,6 +26,7 @@ from tvr.data_prep.dataset.manifest import Layout, Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.storage.storage import Storage
+from tvr.data_prep.storage.storage_errors import is_passing_error
 from tvr.data_prep.video.frame_sampling import segment_centres
 
 
@@ -189,8 +190,10 @@ def _read_shard(
             facts.unread[error.reason] += 1
         except OSError as error:
             # The store has already retried; every other sample of the shard would fail as well.
-            missing = isinstance(error, FileNotFoundError)
-            facts.unread["missing_shard" if missing else "read_error"] += len(wanted) - done
+            reason = "unavailable" if is_passing_error(error) else "read_error"
+            if isinstance(error, FileNotFoundError):
+                reason = "missing_shard"
+            facts.unread[reason] += len(wanted) - done
             break
     return facts
 

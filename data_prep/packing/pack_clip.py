@@ -10,10 +10,14 @@ from tvr.data_prep.dataset.shard_writer import TarSample, content_hash, tar_byte
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger, clean_captions
 from tvr.data_prep.records import BadSample, Caption, Clip
-from tvr.data_prep.storage.storage import PERMANENT_ERRORS, Storage
+from tvr.data_prep.storage.storage import Storage
+from tvr.data_prep.storage.storage_errors import StorageUnavailable, is_passing_error
 from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, sample_frames
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
+
+# A source with such an error cannot be opened; any other refusal of the storage is a read error.
+MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,12 @@ class RefusedClip:
 def pack_clip(
     clip: Clip, settings: PackSettings, tagger: WordTagger | None = None
 ) -> TarSample | RefusedClip:
-    """Reads, checks and converts one clip. The same clip gives the same bytes."""
+    """Reads, checks and converts one clip. The same clip gives the same bytes.
+
+    Raises:
+        StorageUnavailable: the storage of the source fails for the moment. A refusal would leave
+            the clip out of the data set for good.
+    """
     captions = _captions(clip, tagger)
     try:
         if not captions:
@@ -118,6 +127,11 @@ def _read_source(clip: Clip) -> bytes:
     try:
         return Storage(clip.video).read_root()
     except OSError as error:
-        gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, PERMANENT_ERRORS)
+        if is_passing_error(error):
+            raise StorageUnavailable(
+                f"the storage of {clip.key}'s video fails for the moment; complete shards are kept:"
+                f" repeat the command to resume: {error}"
+            ) from error
+        gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, MISSING)
         reason = "missing_file" if gone else "read_error"
         raise BadSample(clip.key, reason, f"{type(error).__name__}: {error}") from error

@@ -11,12 +11,14 @@ threads of fsspec and torch without the threads, and a spawned process would imp
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 
 from tvr.data_prep.dataset.shard_writer import TarSample
@@ -24,6 +26,7 @@ from tvr.data_prep.packing.pack_clip import RefusedClip, pack_clip, refuse_clip
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger
 from tvr.data_prep.records import Clip
+from tvr.data_prep.storage.storage import StorageUnavailable
 from tvr.launchers.host_limits import host_cpus
 
 # Clips per process that may be in work, or done ahead of an earlier clip, so that a long video does
@@ -56,7 +59,8 @@ def pack_clips(
 
     Raises:
         ChildProcessError: a clip's process died twice, not both times by a crash.
-        RuntimeError: `pack_clip` raised an exception; the message holds its traceback.
+        StorageUnavailable: the storage of a clip's video fails for the moment.
+        RuntimeError: `pack_clip` raised another exception; the message holds its traceback.
     """
     if processes == 1:
         yield from (pack_clip(clip, settings, tagger) for clip in clips)
@@ -122,6 +126,8 @@ class _Worker:
         except (EOFError, OSError):
             self._replace_process(job)
             return
+        if isinstance(outcome, StorageUnavailable):
+            raise outcome
         if isinstance(outcome, str):
             raise RuntimeError(f"packing {job.clip.key} ({job.clip.video}) raised:\n{outcome}")
         job.outcome, self.job = outcome, None
@@ -168,14 +174,33 @@ def _exit_name(exit_code: int | None) -> str:
 
 def _worker_main(connection: Connection, settings: PackSettings, tagger: WordTagger | None) -> None:
     """Packs clips from the pipe until the parent closes it."""
+    _end_with_packing()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals the group; the parent reacts
     try:
         while True:
             clip = connection.recv()
             try:
                 outcome = pack_clip(clip, settings, tagger)
+            except StorageUnavailable as error:
+                outcome = StorageUnavailable(str(error))  # without its causes, which may not pickle
             except Exception:
                 outcome = traceback.format_exc()
             connection.send(outcome)
     except (EOFError, OSError):
         return
+
+
+def _end_with_packing() -> None:
+    """Ends this process when the packing process dies, also while it waits in a read.
+
+    The fork server is this process's parent for the kernel, and lives as long as its children do.
+    So a thread waits for the end of the pipe that the packing process holds open.
+    """
+    packing = parent_process()
+    assert packing is not None, "multiprocessing started this process"
+
+    def wait_for_end() -> None:
+        wait([packing.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, name="parent", daemon=True).start()

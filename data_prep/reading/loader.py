@@ -13,10 +13,6 @@ process group; and the store opens new connections after a fork.
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -38,6 +34,7 @@ from tvr.data_prep.reading.worker import (
     PositionBatches,
     TrainingDataset,
 )
+from tvr.data_prep.reading.worker_process import start_worker
 from tvr.data_prep.records import Batch, Replacement, Sample
 from tvr.data_prep.video.decoders import Decoder
 
@@ -57,6 +54,7 @@ def train_batches(
     tokenize: Tokenize,
     max_bad: int,
     max_bad_in_a_row: int | None = None,
+    max_unavailable_in_a_row: int | None = None,
     known_bad: Mapping[str, str] | None = None,
     augmentation: Augmentation = NO_AUGMENTATION,
     decoder: Decoder = "pyav",
@@ -86,8 +84,9 @@ def train_batches(
         image_size: Height and width of the frames in pixels.
         tokenize: Tokeniser.
         max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included.
-        max_bad_in_a_row: Limit for consecutive failures; None = no limit. Only a sample read as
+        max_bad_in_a_row: Limit for consecutive bad samples; None = no limit. Only a sample read as
             planned resets the count.
+        max_unavailable_in_a_row: Limit for consecutive reads that fail for the moment, likewise.
         known_bad: Reason by key of bad samples that this run found before a restart.
         augmentation: Random frames and crops.
         decoder: Video decoder, for the video layout.
@@ -139,7 +138,13 @@ def train_batches(
         dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
         collator = BatchCollator(reader, tokenize)
         batches = beton_batches(reader, order, dataset, positions, collator, workers)
-    budget = BadSampleBudget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row, known=known_bad)
+    budget = BadSampleBudget(
+        max_bad,
+        f"in {url} on rank {rank}",
+        max_bad_in_a_row,
+        max_unavailable_in_a_row=max_unavailable_in_a_row,
+        known=known_bad,
+    )
     return _within_budget(batches, budget, micro_batch)
 
 
@@ -155,6 +160,7 @@ def evaluation_batches(
     tokenize: Tokenize,
     max_bad: int,
     max_bad_in_a_row: int | None = None,
+    max_unavailable_in_a_row: int | None = None,
     decoder: Decoder = "pyav",
     shard_cache: CacheFolder | None = None,
 ) -> Iterator[Batch]:
@@ -186,7 +192,12 @@ def evaluation_batches(
     loader = _loader(
         EvaluationDataset(reader, end), positions, BatchCollator(reader, tokenize), workers
     )
-    budget = BadSampleBudget(max_bad, f"in {url} on rank {rank}", max_bad_in_a_row)
+    budget = BadSampleBudget(
+        max_bad,
+        f"in {url} on rank {rank}",
+        max_bad_in_a_row,
+        max_unavailable_in_a_row=max_unavailable_in_a_row,
+    )
     return _without_empty(_within_budget(loader, budget, 0), budget)
 
 
@@ -235,7 +246,7 @@ def _loader(
         # Without a generator, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=start_worker if workers else None,
     )
 
 
@@ -243,30 +254,6 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
     """Yields the loader's batches; takes frames that workers left in a slot from there."""
     for sent in loader:
         yield sent if slots is None else slots.receive(sent)
-
-
-def _start_worker(worker: int) -> None:
-    """Prepares a forked worker."""
-    # The rank may run the garbage collector on a schedule of steps, which a worker does not see.
-    gc.enable()
-    _exit_on_sigterm_of_parent(worker)
-
-
-def _exit_on_sigterm_of_parent(worker: int) -> None:
-    """Makes a worker exit on SIGTERM only if its own rank sent the signal.
-
-    Batch systems send SIGTERM to every process of a job, and the ranks need their workers to finish
-    the step. Without this function, torch's signal handler ends the worker.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    rank = os.getppid()
-
-    def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait_for_parent, name="sigterm", daemon=True).start()
 
 
 def _within_budget(

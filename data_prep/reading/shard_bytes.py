@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import zlib
 from collections import Counter, OrderedDict
@@ -11,7 +10,9 @@ from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
 from tvr.data_prep.reading.prefetch import ShardPrefetcher
 from tvr.data_prep.records import BadSample
+from tvr.data_prep.storage.retries import LOCAL_ATTEMPTS, Retries
 from tvr.data_prep.storage.storage import Storage
+from tvr.data_prep.storage.storage_errors import is_passing_error
 
 MAX_OPEN_SHARDS = 64
 
@@ -36,6 +37,7 @@ class ShardReader:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self.prefetcher: ShardPrefetcher | None = None
         self._store = Storage(url)
+        self._retries = Retries()
         self._manifest = manifest
         self._cache: ShardCache | None = None
         if folder is not None and not self._store.is_local and manifest.beton is None:
@@ -48,10 +50,12 @@ class ShardReader:
         """Reads the byte range of sample `key`; a truncated file gives fewer bytes.
 
         A range from the shard cache is compared with `crc32`: if it differs, the cached shard is
-        dropped and the range is read from the store. The caller checks all other ranges.
+        dropped and the range is read from the store. A range from the store that differs is read
+        once more, since a connection may have cut or damaged it. The caller checks the result.
 
         Raises:
-            BadSample: the shard is missing or cannot be read.
+            BadSample: the shard is missing ("missing_shard"), the storage refuses to deliver it
+                ("read_error"), or the storage fails for the moment ("unavailable").
         """
         name = self._manifest.file_of_shard(shard).name
         try:
@@ -67,21 +71,33 @@ class ShardReader:
                 if content is not None:
                     self._cache.drop(shard)
             self._reads["store"] += 1
-            return self._store.read_range(name, offset, offset + length)
+            content = self._store.read_range(name, offset, offset + length)
+            if zlib.crc32(content) != crc32:
+                content = self._store.read_range(name, offset, offset + length)
+            return content
         except FileNotFoundError as error:
             raise BadSample(key, "missing_shard", self._store.path(name)) from error
         except OSError as error:
-            raise BadSample(key, "read_error", str(error)) from error
+            # By cause: the storage or the network says nothing about the sample.
+            reason = "unavailable" if is_passing_error(error) else "read_error"
+            raise BadSample(key, reason, str(error)) from error
 
     def _read_local(self, name: str, offset: int, length: int) -> bytes:
-        try:
-            return os.pread(self._descriptor(name), length, offset)
-        except OSError as error:
-            if error.errno != errno.ESTALE or name not in self._descriptors:
+        def pread() -> bytes:
+            try:
+                return os.pread(self._descriptor(name), length, offset)
+            except OSError:
+                # A network file system invalidates open files, for example when its server
+                # restarts: the next attempt opens the file again.
+                if name in self._descriptors:
+                    os.close(self._descriptors.pop(name))
                 raise
-            # A network file system invalidates open files, for example when its server restarts.
-            os.close(self._descriptors.pop(name))
-            return os.pread(self._descriptor(name), length, offset)
+
+        try:
+            return pread()
+        except OSError:
+            pass  # often a stale file, which needs no wait
+        return self._retries.call(pread, self._store.path(name), LOCAL_ATTEMPTS)
 
     def _descriptor(self, name: str) -> int:
         # Forked workers may share a descriptor: pread does not move a file position.

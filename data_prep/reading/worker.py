@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +14,20 @@ from tvr.data_prep.reading.collate import Tokenize, collate
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.reading.word_drop import drop_words
-from tvr.data_prep.records import BadSample, Batch, Caption, Replacement, Sample
+from tvr.data_prep.records import (
+    TRANSIENT_REASONS,
+    BadSample,
+    Batch,
+    Caption,
+    Replacement,
+    Sample,
+)
 
 # If this many samples in a row are bad, the data set is bad, and the position stays empty.
 MAX_ATTEMPTS = 16
+# If so many reads of a position fail for the moment, the storage is down. Each of them has been
+# retried for minutes, and the run should end with that message before it counts as stalled.
+MAX_UNAVAILABLE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +81,12 @@ class TrainingDataset(Dataset[DrawnBatch]):
         """Draws a whole batch; torch's DataLoader calls this method."""
         slot = self._slot(len(positions))
         if slot is None:
-            return DrawnBatch([self.draw(position) for position in positions])
+            return DrawnBatch(_until_unavailable(map(self.draw, positions)))
         rows = slot.frames.numpy()
-        return DrawnBatch(
-            [self.draw(position, out=row) for position, row in zip(positions, rows, strict=True)],
-            slot,
+        drawn = (
+            self.draw(position, out=row) for position, row in zip(positions, rows, strict=True)
         )
+        return DrawnBatch(_until_unavailable(drawn), slot)
 
     def draw(
         self,
@@ -97,11 +107,15 @@ class TrainingDataset(Dataset[DrawnBatch]):
             self._reader.prefetch(self._order.next_window_shards(location))
         view = self._augmentation.draw(self._order.seed, position, self._reader.num_frames)
         replaced: list[Replacement] = []
+        num_unavailable = 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 sample = self._reader.read(location.sample, view, out=out, predecoded=predecoded)
             except BadSample as error:
                 replaced.append(_replacement(position, error))
+                num_unavailable += error.reason in TRANSIENT_REASONS
+                if num_unavailable >= MAX_UNAVAILABLE:
+                    break
                 location = self._order.substitute(position, attempt)
                 continue
             choice = caption_choice(
@@ -196,6 +210,19 @@ class BatchCollator:
         )
         batch = replace(batch, reads=reader.pop_read_counts())
         return batch if self._slots is None else self._slots.send(batch, drawn.slot)
+
+
+def _until_unavailable(drawn: Iterable[DrawnSample]) -> list[DrawnSample]:
+    """The samples of a batch, up to a position that the storage could not fill.
+
+    The stream ends at such a batch. Reading the rest first would only delay that.
+    """
+    taken: list[DrawnSample] = []
+    for sample in drawn:
+        taken.append(sample)
+        if sample.sample is None and sample.replaced[-1].reason in TRANSIENT_REASONS:
+            break
+    return taken
 
 
 def _replacement(position: int, error: BadSample) -> Replacement:

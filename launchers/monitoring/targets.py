@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tvr.launchers.atomic_write import write_atomically
-from tvr.launchers.job import TASK_ID, Job, command_run_dir
+from tvr.launchers.job import Job, task_run_dir
+from tvr.launchers.run_status import FileState, file_states
 
 METRICS_DIR = "metrics"
 
@@ -22,17 +23,18 @@ METRICS_DIR = "metrics"
 class TargetsFile:
     """Merged target file of one run, or of one array task."""
 
-    def __init__(self, path: Path, metrics: Path, since_s: float) -> None:
-        """Creates no file yet.
+    def __init__(self, path: Path, metrics: Path) -> None:
+        """Creates no file yet. Call it before the ranks start.
 
         Args:
             path: The merged file.
-            metrics: Folder of the nodes' files.
-            since_s: Unix time; older files in `metrics` belong to an earlier attempt.
+            metrics: Folder of the nodes' files. Those that it holds now belong to an earlier
+                attempt, until they change.
         """
         self.path = path
         self._metrics = metrics
-        self._since_s = since_s
+        self._earlier = file_states(metrics)
+        self._known: dict[str, tuple[FileState, list[Any]]] = {}
         self._written: list[Any] | None = None
 
     def refresh(self) -> None:
@@ -47,33 +49,34 @@ class TargetsFile:
         self.path.unlink(missing_ok=True)
 
     def _read_groups(self) -> list[Any]:
-        groups: list[Any] = []
-        for path in sorted(self._metrics.glob("*.json")):
+        """The endpoints of all nodes; reads only files that have changed since the last call."""
+        known: dict[str, tuple[FileState, list[Any]]] = {}
+        for name, state in sorted(file_states(self._metrics).items()):
+            if self._earlier.get(name) == state:
+                continue
+            if name in self._known and self._known[name][0] == state:
+                known[name] = self._known[name]
+                continue
             try:
-                if path.stat().st_mtime >= self._since_s:
-                    groups += json.loads(path.read_text())
+                known[name] = state, json.loads((self._metrics / name).read_text())
             except (FileNotFoundError, json.JSONDecodeError):
                 continue  # its rank has just exited, or is writing it
-        return groups
+        self._known = known
+        return [group for _, groups in known.values() for group in groups]
 
 
-def targets_file(job: Job, task: str | None, since_s: float) -> TargetsFile | None:
+def targets_file(job: Job, task: str | None) -> TargetsFile | None:
     """Returns the target file of a job, or None if the job has no targets folder.
 
     Args:
         job: The job.
         task: Number of the array task; None without an array.
-        since_s: Unix time at which the attempt began.
     """
     if job.targets is None:
         return None
-    run_dir, name = Path(job.run_dir), _stem(job)
-    if task is not None:
-        name = f"{name}-{task}"
-        # The ranks write to the run folder of their own command, if it has one.
-        task_run_dir = command_run_dir(job.command) or job.run_dir
-        run_dir = Path(job.directory, task_run_dir.replace(TASK_ID, task))
-    return TargetsFile(Path(job.targets, f"{name}.json"), run_dir / METRICS_DIR, since_s)
+    name = _stem(job) if task is None else f"{_stem(job)}-{task}"
+    metrics = task_run_dir(job, task) / METRICS_DIR
+    return TargetsFile(Path(job.targets, f"{name}.json"), metrics)
 
 
 def remove_targets(job: Job) -> None:

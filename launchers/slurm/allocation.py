@@ -22,6 +22,8 @@ class Allocation:
     restart: int
     nodes: tuple[str, ...]
     partition: str
+    task: str | None = None
+    """Number of the array task; None without an array."""
 
     @property
     def port(self) -> int:
@@ -40,4 +42,5 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
         restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
         nodes=tuple(expand_nodes(environment["SLURM_JOB_NODELIST"])),
         partition=environment["SLURM_JOB_PARTITION"],
+        task=environment.get("SLURM_ARRAY_TASK_ID"),
     )

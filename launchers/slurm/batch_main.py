@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from tvr.launchers.job import Job, read_job_record
+from tvr.launchers.job import Job, read_job_record, task_run_dir
 from tvr.launchers.monitoring.targets import targets_file
 from tvr.launchers.restart_policy import (
     MAX_NODE_FAILURES,
@@ -24,7 +24,7 @@ from tvr.launchers.restart_policy import (
     RestartDecision,
     decide_restart,
 )
-from tvr.launchers.run_status import is_superseded, read_progress
+from tvr.launchers.run_status import is_superseded, mark_run, read_progress
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import Allocation, read_allocation
 from tvr.launchers.slurm.attempt_log import AttemptLog
@@ -59,16 +59,18 @@ def _run_batch(record: Path, srun: Sequence[str]) -> int:
     if decision:
         unwanted = sorted({*_excludable_nodes(decision, job, allocation)} & {*allocation.nodes})
     if unwanted:
-        end = _preempted(job, f"SLURM allocated the excluded node {', '.join(unwanted)}")
+        run_dir = task_run_dir(job, allocation.task)
+        end = _preempted(run_dir, f"SLURM allocated the excluded node {', '.join(unwanted)}")
         attempts.record_end(allocation.restart, end)
         return _apply(_decide(attempts, job), job, allocation)
-    targets = targets_file(job, os.environ.get("SLURM_ARRAY_TASK_ID"), began_s)
-    end = SrunStep(job, allocation, targets, began_s).run(srun)
+    run_dir = task_run_dir(job, allocation.task)
+    targets, mark = targets_file(job, allocation.task), mark_run(run_dir)
+    end = SrunStep(job, allocation, targets, mark).run(srun)
     try:
         if end.code == EXIT_FAILED and not _is_running_here(allocation):
             # SLURM ended the ranks to give their nodes to another job: not a failure.
-            end = _unreported_end(allocation.nodes, began_s, job)
-        if end.code == EXIT_FAILED and is_superseded(Path(job.run_dir), allocation.job_id, began_s):
+            end = _unreported_end(allocation.nodes, began_s, run_dir)
+        if end.code == EXIT_FAILED and is_superseded(run_dir, allocation.job_id, mark):
             end = replace(end, node=None, superseded=True)
     finally:
         attempts.record_end(allocation.restart, end)
@@ -83,23 +85,25 @@ def _decide_from_earlier(
     """Records missing ends of earlier attempts, then decides; None for the first attempt."""
     for attempt in attempts.read():
         if attempt.end is None and attempt.restart < allocation.restart:
-            end = _unreported_end(attempt.nodes, attempt.began_s, job)
+            run_dir = task_run_dir(job, allocation.task)
+            end = _unreported_end(attempt.nodes, attempt.began_s, run_dir)
             attempts.record_end(attempt.restart, end)
     return _decide(attempts, job) if allocation.restart else None
 
 
-def _unreported_end(nodes: Sequence[str], began_s: float, job: Job) -> AttemptEnd:
+def _unreported_end(nodes: Sequence[str], began_s: float, run_dir: Path) -> AttemptEnd:
     """Infers the end of an attempt that SLURM ended: a failed node, or a preemption."""
-    for node in nodes:
-        if commands.node_failed_since(node, began_s):
-            saved_step = read_progress(Path(job.run_dir)).saved_step
-            reason = f"node {node} failed"
-            return AttemptEnd(code=EXIT_FAILED, reason=reason, node=node, saved_step=saved_step)
-    return _preempted(job, "SLURM preempted the job")
+    node = commands.failed_node_since(nodes, began_s)
+    if node is None:
+        return _preempted(run_dir, "SLURM preempted the job")
+    saved_step = read_progress(run_dir).saved_step
+    return AttemptEnd(
+        code=EXIT_FAILED, reason=f"node {node} failed", node=node, saved_step=saved_step
+    )
 
 
-def _preempted(job: Job, reason: str) -> AttemptEnd:
-    saved_step = read_progress(Path(job.run_dir)).saved_step
+def _preempted(run_dir: Path, reason: str) -> AttemptEnd:
+    saved_step = read_progress(run_dir).saved_step
     return AttemptEnd(code=EXIT_PREEMPTED, reason=reason, node=None, saved_step=saved_step)
 
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,20 +105,39 @@ def job_states(job_id: str) -> list[JobState]:
 
 def node_field(node: str, field: str) -> str:
     """Returns a field of `scontrol show node`, such as NodeAddr or State; times are Unix times."""
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
-    text = _run(["scontrol", "--oneliner", "show", "node", node], environment)
-    match = re.search(rf"\b{field}=(\S+)", text)
-    if match is None:
+    text = _show_nodes([node])
+    value = _field(text, field)
+    if value is None:
         raise ValueError(f"scontrol shows no {field} of node {node}: {text.strip()}")
-    return match[1]
+    return value
 
 
-def node_failed_since(node: str, since_s: float) -> bool:
-    """True if a node is down, or if it or its daemon has restarted since a Unix time."""
-    if DOWN.search(node_field(node, "State")):
-        return True
-    started = [node_field(node, field) for field in ("BootTime", "SlurmdStartTime")]
-    return any(time.isdecimal() and int(time) > since_s for time in started)
+def failed_node_since(nodes: Sequence[str], since_s: float) -> str | None:
+    """Returns the first node that is down, or that restarted since a Unix time, or None.
+
+    A node's daemon may have restarted alone. One command asks for all nodes: hundreds of commands,
+    each of which may wait for a controller that restarts, would take longer than the job may.
+    """
+    lines = {_field(line, "NodeName"): line for line in _show_nodes(nodes).splitlines()}
+    for node in nodes:
+        line = lines.get(node)
+        state = None if line is None else _field(line, "State")
+        if line is None or state is None:
+            raise ValueError(f"scontrol shows no State of node {node}")
+        started = [_field(line, field) for field in ("BootTime", "SlurmdStartTime")]
+        if DOWN.search(state) or any(t and t.isdecimal() and int(t) > since_s for t in started):
+            return node
+    return None
+
+
+def _show_nodes(nodes: Sequence[str]) -> str:
+    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    return _run(["scontrol", "--oneliner", "show", "node", ",".join(nodes)], environment)
+
+
+def _field(text: str, field: str) -> str | None:
+    match = re.search(rf"\b{field}=(\S+)", text)
+    return match[1] if match else None
 
 
 def usable_nodes(partition: str) -> set[str]:

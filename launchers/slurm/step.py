@@ -9,19 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
-from tvr.launchers.job import Job
+from tvr.launchers.job import Job, task_run_dir
 from tvr.launchers.monitoring.targets import TargetsFile
 from tvr.launchers.restart_policy import AttemptEnd
-from tvr.launchers.run_status import read_progress, reported_failure
+from tvr.launchers.run_status import RunMark, read_progress, reported_failure
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import Allocation
 
 POLL_S = 1.0
 # A notice that arrives before the ranks have started is lost, so it is repeated.
 NOTICE_REPEAT_S = 10.0
+MIN_REFRESH_S, FILES_PER_S = 4.0, 50
 
 
 def attempt_end(
@@ -71,14 +71,29 @@ def attempt_end(
     return AttemptEnd(code=job_code, reason=reason, node=node, saved_step=saved_step)
 
 
+def refresh_interval_s(nodes: int) -> float:
+    """Seconds between two looks at the nodes' metrics files: at most about 50 files a second."""
+    return MIN_REFRESH_S + nodes / FILES_PER_S
+
+
 class SrunStep:
     """One run of srun, which runs all ranks of an attempt."""
 
     def __init__(
-        self, job: Job, allocation: Allocation, targets: TargetsFile | None, began_s: float
+        self, job: Job, allocation: Allocation, targets: TargetsFile | None, mark: RunMark
     ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            job: The job.
+            allocation: Its resources.
+            targets: Target file of the job's metrics endpoints; None without one.
+            mark: State of the run folder before the ranks start.
+        """
         self._job, self._allocation = job, allocation
-        self._targets, self._began_s = targets, began_s
+        self._targets, self._mark = targets, mark
+        self._run_dir = task_run_dir(job, allocation.task)
+        self._refresh_at_s = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._errors: list[str] = []
         self._noticed = False
@@ -110,7 +125,9 @@ class SrunStep:
         try:
             return self._process.wait(POLL_S)
         except subprocess.TimeoutExpired:
-            self._refresh_targets()
+            if time.monotonic() >= self._refresh_at_s:
+                self._refresh_targets()
+                self._refresh_at_s = time.monotonic() + refresh_interval_s(self._job.nodes)
             if self._noticed and time.monotonic() - self._notified_s >= NOTICE_REPEAT_S:
                 self._notify_ranks()
             return None
@@ -149,7 +166,7 @@ class SrunStep:
         if failure is None:
             message = _last_line(errors)
         elif failure.rank is not None:
-            report = reported_failure(Path(self._job.run_dir), self._began_s)
+            report = reported_failure(self._run_dir, self._mark)
             message = report.reason if report else self._last_log_line(failure.rank)
             # SLURM assigns ranks to nodes in order, the same number to each.
             if report and report.rank is not None:
@@ -161,7 +178,7 @@ class SrunStep:
             reported=report is not None,
             failed_node=failed_node,
             noticed=self._noticed,
-            saved_step=read_progress(Path(self._job.run_dir)).saved_step,
+            saved_step=read_progress(self._run_dir).saved_step,
         )
 
     def _last_log_line(self, rank: int) -> str | None:

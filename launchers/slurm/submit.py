@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from tvr.launchers.atomic_write import write_atomically
-from tvr.launchers.job import JOB_FILE, LAUNCH_DIR, Job, read_job, to_json
+from tvr.launchers.job import (
+    JOB_FILE,
+    LAUNCH_DIR,
+    MIN_EXIT_GRACE_S,
+    Job,
+    all_run_dirs,
+    default_exit_grace_s,
+    read_job,
+    to_json,
+)
 from tvr.launchers.monitoring.targets import remove_targets
-from tvr.launchers.run_status import RunProgress, notice_seconds, read_progress
+from tvr.launchers.run_status import (
+    DEFAULT_NOTICE_S,
+    RunProgress,
+    notice_seconds,
+    read_progress,
+)
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.attempt_log import ATTEMPTS_DIR, AttemptLog
 from tvr.launchers.slurm.script import sbatch_script
@@ -63,7 +78,7 @@ def run_report(run_dir: Path) -> str:
     Raises:
         ValueError: the run was not launched on SLURM.
     """
-    read_job(run_dir)
+    job = read_job(run_dir)
     states = [
         state for job_id in list(_submitted(run_dir))[-1:] for state in commands.job_states(job_id)
     ]
@@ -76,7 +91,10 @@ def run_report(run_dir: Path) -> str:
             ],
         ),
         _table(("job", "attempt", "nodes", "ended"), list(_attempt_rows(run_dir))),
-        _progress_table(run_dir, read_progress(run_dir)),
+        *(
+            _progress_table(folder, read_progress(folder), is_task=job.array is not None)
+            for folder in all_run_dirs(job)
+        ),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -130,11 +148,21 @@ def resubmit_job(run_dir: Path) -> str:
         ValueError: a job of the run is unfinished, or SLURM rejects the job.
     """
     job = read_job(run_dir)
-    resubmitted = replace(job, dependency=None)
-    if not job.notice_given:
-        # The time of a save may have been measured since.
-        resubmitted = replace(resubmitted, notice_s=notice_seconds(read_progress(run_dir)))
-    return submit_job(resubmitted)
+    # The time of a save may have been measured since.
+    return submit_job(with_measured_notice(replace(job, dependency=None)))
+
+
+def with_measured_notice(job: Job) -> Job:
+    """Derives the notice from the slowest save of the job's tasks, unless the user gave it."""
+    if job.notice_given:
+        return job
+    measured = [notice_seconds(read_progress(folder)) for folder in all_run_dirs(job)]
+    grace_s = job.exit_grace_s
+    if grace_s is None:
+        grace_s = default_exit_grace_s(job.nodes * job.ranks_per_node)
+    # The smallest grace lies within the notice's own margin.
+    extra_s = math.ceil(max(0.0, grace_s - MIN_EXIT_GRACE_S))
+    return replace(job, notice_s=max(measured, default=DEFAULT_NOTICE_S) + extra_s)
 
 
 def waits_for_all(dependency: str, names: Mapping[str, str], name: str) -> bool:
@@ -202,11 +230,12 @@ def _attempt_rows(run_dir: Path) -> Iterator[tuple[object, ...]]:
             yield path.stem, attempt.restart, ",".join(attempt.nodes), text
 
 
-def _progress_table(run_dir: Path, progress: RunProgress) -> str:
+def _progress_table(run_dir: Path, progress: RunProgress, *, is_task: bool) -> str:
     config = run_dir / "config.json"
     steps = json.loads(config.read_text())["train"]["steps"] if config.exists() else EMPTY_CELL
     step = progress.step
-    cells = {
+    cells: dict[str, object] = {"run": run_dir.name} if is_task else {}
+    cells |= {
         "step": f"{step['step']} of {steps}" if step else EMPTY_CELL,
         "loss": f"{step['loss']:.4f}" if step else EMPTY_CELL,
         "pairs/s": f"{step['samples_per_s']:.1f}" if step else EMPTY_CELL,

@@ -9,12 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from tvr.launchers.exit_codes import EXIT_PREEMPTED
 from tvr.launchers.host_limits import host_cpus
+from tvr.launchers.job import EXIT_GRACE, default_exit_grace_s
 from tvr.launchers.process import is_tvr_command, path_with_scripts
 from tvr.launchers.rank_main import end_process, run_tvr
-
-# srun kills the other ranks as soon as one exits with a code other than 0. This delay lets all
-# preempted ranks finish first.
-PREEMPTED_EXIT_DELAY_S = 2.0
 
 
 def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -34,6 +31,16 @@ def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return variables
 
 
+def exit_grace_s(environment: Mapping[str, str]) -> float:
+    """Seconds for which a preempted rank waits before it exits.
+
+    srun kills the other ranks as soon as one exits with a code other than 0. The delay lets all
+    preempted ranks finish first.
+    """
+    given = environment.get(EXIT_GRACE)
+    return float(given) if given else default_exit_grace_s(int(environment["SLURM_NTASKS"]))
+
+
 def run_task(command: Sequence[str]) -> int:
     """Runs `tvr ...` in this process, or replaces the process with any other command."""
     os.environ.update(torch_environment(os.environ))
@@ -41,7 +48,7 @@ def run_task(command: Sequence[str]) -> int:
         os.execvp(command[0], list(command))
     code = run_tvr(command[1:])
     if code == EXIT_PREEMPTED:
-        time.sleep(PREEMPTED_EXIT_DELAY_S)
+        time.sleep(exit_grace_s(os.environ))
     return code
 
 

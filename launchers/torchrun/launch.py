@@ -16,7 +16,7 @@ from pathlib import Path
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.launchers.host_limits import host_cpus
 from tvr.launchers.process import (
-    die_with_parent,
+    child_set_up,
     is_running,
     is_tvr_command,
     path_with_scripts,
@@ -201,7 +201,7 @@ def _run_forwarding_signals(
             line,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+            preexec_fn=child_set_up(signal.SIGTERM),
         )
         pending = list(received)
 

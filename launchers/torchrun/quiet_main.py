@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import runpy
 import sys
 from pathlib import Path
+
+from tvr.launchers.process import PARENT_PID
 
 TORCHRUN = "torch.distributed.run"
 TORCHRUN_FAILED = 1
@@ -22,6 +25,7 @@ def run_torchrun(exit_codes: Path, argv: list[str]) -> int:
     """
     logging.disable(logging.ERROR)  # affects this process only, not the ranks
     sys.argv = [TORCHRUN, *argv]
+    os.environ[PARENT_PID] = str(os.getpid())  # torchrun starts the ranks from this process
     try:
         runpy.run_module(TORCHRUN, run_name="__main__", alter_sys=True)
     except Exception as error:

@@ -5,6 +5,7 @@ The fake commands reply as SLURM does in the named cases.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -267,3 +268,34 @@ def test_requeue_of_a_queued_job_succeeds(tmp_path: Path, monkeypatch: pytest.Mo
     error.write_text("Job is not requeueable for job 17\n")
     with pytest.raises(ValueError, match="not requeueable"):
         commands.requeue_job("17")
+
+
+@pytest.mark.parametrize("task", ["0", "1"])
+def test_a_task_of_an_array_reads_its_own_progress(shell: BatchShell, task: str) -> None:
+    """Each failure came after a new checkpoint, so the budget of 3 without one is not spent."""
+    job = replace(
+        shell.job,
+        command=("tvr", "train", "--run-dir", "runs/%a"),
+        array="0-1",
+        policy=RestartPolicy(back_off_s=0, max_failures=3),
+    )
+    record = shell.write_record(job)
+    own = shell.folder / "runs" / task
+    own.mkdir(parents=True)
+    report = {"rank": 0, "host": "n1", "code": 3, "error": "of this task", "of": None}
+    (shell.folder / "srun").write_text(
+        "#!/bin/bash\n"
+        f"cd {own}; mkdir -p failures\n"
+        "step=$(( ${SLURM_RESTART_COUNT:-0} * 10 + 10 ))\n"
+        'echo "{\\"event\\": \\"saved\\", \\"step\\": $step, \\"seconds\\": 1}" >> log.jsonl\n'
+        f"echo '{json.dumps(report)}' > failures/$step.json\n"
+        'echo "srun: error: n1: task 0: Exited with exit code 3" >&2; exit 3\n'
+    )
+    (shell.folder / "calls").write_text("")
+    line = [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record), "srun"]
+    array = ["env", "SLURM_ARRAY_JOB_ID=17", f"SLURM_ARRAY_TASK_ID={task}"]
+    for restart in range(5):
+        result = shell.execute(*array, *line, restart=restart)
+        assert "rank 0 on n1: of this task; restarting" in result.stderr
+    ends = [attempt.end for attempt in shell.attempts.read()]
+    assert [end and end.saved_step for end in ends] == [10, 20, 30, 40, 50]

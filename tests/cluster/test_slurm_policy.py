@@ -7,17 +7,26 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvr.launchers.job import Job
+from tvr.launchers.job import (
+    Job,
+    all_run_dirs,
+    from_json,
+    job_environment,
+    task_run_dir,
+    to_json,
+)
 from tvr.launchers.monitoring.targets import remove_targets, targets_file
 from tvr.launchers.restart_policy import AttemptEnd, RestartPolicy, decide_restart
 from tvr.launchers.run_status import (
     ReportedFailure,
     is_superseded,
+    mark_run,
     notice_seconds,
     read_progress,
     reported_failure,
@@ -26,8 +35,9 @@ from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import read_allocation
 from tvr.launchers.slurm.attempt_log import AttemptLog, JobAttempt
 from tvr.launchers.slurm.commands import StepFailure, first_step_failure
-from tvr.launchers.slurm.step import attempt_end
-from tvr.launchers.slurm.task_main import torch_environment
+from tvr.launchers.slurm.step import attempt_end, refresh_interval_s
+from tvr.launchers.slurm.submit import with_measured_notice
+from tvr.launchers.slurm.task_main import exit_grace_s, torch_environment
 from tvr.trainer.errors import Fenced
 from tvr.trainer.fencing import begin_attempt
 
@@ -296,20 +306,28 @@ def test_progress_is_read_from_an_incomplete_log(tmp_path: Path) -> None:
     assert notice_seconds(progress) == 160
 
 
-def test_newest_failure_report_of_the_attempt_is_read(tmp_path: Path) -> None:
-    assert reported_failure(tmp_path, 0.0) is None
-    folder = tmp_path / "failures"
-    folder.mkdir()
-    for age_s, text in ((50, "old"), (20, "ValueError:\n no"), (10, "")):
-        report = {"rank": 1, "host": "n2", "code": 3, "error": text, "of": 0}
-        path = folder / f"{age_s}.json"
-        path.write_text(json.dumps(report) if text else "")
-        os.utime(path, (1000 - age_s, 1000 - age_s))
-    assert reported_failure(tmp_path, 960.0) == ReportedFailure(0, "rank 1 on n2: ValueError: no")
-    assert reported_failure(tmp_path, 985.0) is None
-    report = {"rank": 1, "host": "n2", "code": 3, "error": "a stall", "of": None}
-    (folder / "none.json").write_text(json.dumps(report))
-    assert reported_failure(tmp_path, 985.0) == ReportedFailure(None, "rank 1 on n2: a stall")
+@pytest.mark.parametrize("skew_s", [-7200, 0, 7200])
+def test_newest_failure_report_of_the_attempt_is_read(tmp_path: Path, skew_s: float) -> None:
+    """Whatever the clock of the file server shows."""
+    now = time.time() + skew_s
+
+    def report(name: str, text: str, age_s: float, of: int | None = 0) -> None:
+        path = tmp_path / "failures" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        fields = {"rank": 1, "host": "n2", "code": 3, "error": text, "of": of}
+        path.write_text(json.dumps(fields) if text else "")
+        os.utime(path, (now - age_s, now - age_s))
+
+    assert reported_failure(tmp_path, mark_run(tmp_path)) is None
+    report("17-0", "old", 50)
+    mark = mark_run(tmp_path)
+    assert reported_failure(tmp_path, mark) is None
+    report("17-1", "ValueError:\n no", 20)
+    report("17-2", "", 10)  # its rank was killed while it wrote
+    assert reported_failure(tmp_path, mark) == ReportedFailure(0, "rank 1 on n2: ValueError: no")
+    assert reported_failure(tmp_path, mark_run(tmp_path)) is None
+    report("17-0", "a stall", 5, of=None)  # the same name again
+    assert reported_failure(tmp_path, mark) == ReportedFailure(None, "rank 1 on n2: a stall")
 
 
 def job_of(run_dir: Path, folder: Path, *options: str, array: str | None = None) -> Job:
@@ -327,19 +345,22 @@ def job_of(run_dir: Path, folder: Path, *options: str, array: str | None = None)
 def test_targets_are_merged_into_one_file(tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "a [run]", tmp_path / "sd"
     job = job_of(run_dir, folder)
-    targets = targets_file(job, None, time.time() - 60)
-    elsewhere = targets_file(job_of(tmp_path / "elsewhere" / "a [run]", folder), None, 0.0)
+    (run_dir / "metrics").mkdir(parents=True)
+    (run_dir / "metrics" / "n3.json").write_text("[3]")  # from an earlier attempt
+    # The clock of the file server is wrong, so no time tells which attempt wrote a file.
+    os.utime(run_dir / "metrics" / "n3.json", (time.time() + 7200,) * 2)
+    targets = targets_file(job, None)
+    elsewhere = targets_file(job_of(tmp_path / "elsewhere" / "a [run]", folder), None)
     assert targets is not None
     assert elsewhere is not None
     assert elsewhere.path != targets.path
     elsewhere.refresh()
     targets.refresh()
     assert json.loads(targets.path.read_text()) == []
-    (run_dir / "metrics").mkdir(parents=True)
-    groups = {name: [{"targets": [f"{name}:1"], "labels": {}}] for name in ("n1", "n2", "n3")}
+    groups = {name: [{"targets": [f"{name}:1"], "labels": {}}] for name in ("n1", "n2")}
     for name, group in groups.items():
         (run_dir / "metrics" / f"{name}.json").write_text(json.dumps(group))
-    os.utime(run_dir / "metrics" / "n3.json", (0, 0))  # from an earlier attempt
+        os.utime(run_dir / "metrics" / f"{name}.json", (0, 0))
     targets.refresh()
     assert json.loads(targets.path.read_text()) == groups["n1"] + groups["n2"]
     targets.remove()
@@ -350,11 +371,11 @@ def test_targets_are_merged_into_one_file(tmp_path: Path) -> None:
 def test_each_array_task_has_its_own_targets_file(tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "array", tmp_path / "sd"
     job = job_of(run_dir, folder, "--run-dir", "runs/%a", array="0-1")
+    first, second = (targets_file(job, task) for task in ("0", "1"))
     for task in ("0", "1"):
         metrics = tmp_path / "runs" / task / "metrics"
         metrics.mkdir(parents=True)
         (metrics / "n1.json").write_text(json.dumps([{"targets": [f"n1:{task}"]}]))
-    first, second = (targets_file(job, task, 0.0) for task in ("0", "1"))
     assert first is not None
     assert second is not None
     first.refresh()
@@ -384,15 +405,96 @@ def test_late_restart_gets_no_attempt_number(
     assert begin_attempt(tmp_path).number == 3
 
 
+@pytest.mark.parametrize("skew_s", [-7200, 7200])
 def test_run_is_superseded_once_a_later_job_has_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: float
 ) -> None:
-    assert not is_superseded(tmp_path, "17", 0.0)
-    for job_id, began_s in (("17", 100), ("18", 200)):
+    start = mark_run(tmp_path)
+    assert not is_superseded(tmp_path, "17", start)
+    for job_id in ("17", "18"):
         monkeypatch.setenv("SLURM_JOB_ID", job_id)
         attempt = begin_attempt(tmp_path)
-        os.utime(tmp_path / "attempts" / f"{attempt.number:06d}.json", (began_s, began_s))
-        assert not is_superseded(tmp_path, job_id, 0.0)
-    assert is_superseded(tmp_path, "17", 100.0)
+        shown_s = time.time() + skew_s  # by the clock of the file server
+        os.utime(tmp_path / "attempts" / f"{attempt.number:06d}.json", (shown_s, shown_s))
+        assert not is_superseded(tmp_path, job_id, start)
+    assert is_superseded(tmp_path, "17", start)
     # A later restart of job 17 that fails before it begins an attempt is not superseded.
-    assert not is_superseded(tmp_path, "17", 300.0)
+    assert not is_superseded(tmp_path, "17", mark_run(tmp_path))
+    # More attempts than the names have digits for.
+    for number in ("999999", "1000000"):
+        record = json.dumps({"job": "17" if number == "1000000" else "18"})
+        (tmp_path / "attempts" / f"{number}.json").write_text(record)
+    assert not is_superseded(tmp_path, "17", start)
+
+
+def test_only_changed_metrics_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, read = tmp_path / "run" / "metrics", Path.read_text
+    targets = targets_file(job_of(tmp_path / "run", tmp_path / "sd"), None)
+    assert targets is not None
+    metrics.mkdir(parents=True)
+    for node in range(5):
+        (metrics / f"n{node}.json").write_text(f"[{node}]")
+    names: list[str] = []
+
+    def counted(path: Path, *arguments: Any) -> str:
+        names.append(path.name)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    for _ in range(3):
+        targets.refresh()
+    assert names == [f"n{node}.json" for node in range(5)]
+    (metrics / "n2.json").write_text("[22]")
+    targets.refresh()
+    assert names[5:] == ["n2.json"]
+    assert json.loads(read(targets.path)) == [0, 1, 22, 3, 4]
+    assert refresh_interval_s(1) < 5
+    assert 1000 / refresh_interval_s(1000) <= 50
+
+
+def test_tasks_of_an_array_have_their_own_folders(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "array", tmp_path, "--run-dir", "runs/[x]-%a", array="0-2")
+    assert task_run_dir(job, "2") == tmp_path / "runs/[x]-2"
+    assert all_run_dirs(job) == []
+    for task, seconds in ((0, 10.0), (1, 700.0)):
+        folder = task_run_dir(job, str(task))
+        folder.mkdir(parents=True)
+        event = {"event": "saved", "step": 5, "seconds": seconds}
+        (folder / "log.jsonl").write_text(json.dumps(event) + "\n")
+    assert all_run_dirs(job) == [task_run_dir(job, "0"), task_run_dir(job, "1")]
+    assert with_measured_notice(job).notice_s == 730  # of the slowest save of all tasks
+    plain = job_of(tmp_path / "launch", tmp_path, "--run-dir", "runs/plain")
+    assert all_run_dirs(plain) == [tmp_path / "runs/plain"]
+
+
+def test_preempted_ranks_wait_longer_in_larger_jobs(tmp_path: Path) -> None:
+    for ranks, expected in ((1, 2.0), (40, 2.0), (400, 20.0), (4000, 30.0)):
+        assert exit_grace_s({"SLURM_NTASKS": str(ranks)}) == expected
+    job = replace(job_of(tmp_path, tmp_path), exit_grace_s=7.5)
+    assert job_environment(job)["TVR_EXIT_GRACE_S"] == "7.5"
+    assert exit_grace_s({"SLURM_NTASKS": "4000", **job_environment(job)}) == 7.5
+    assert from_json(to_json(job)) == job
+    assert with_measured_notice(job).notice_s == 306
+    large = replace(job, exit_grace_s=None, nodes=100, ranks_per_node=4)
+    assert with_measured_notice(large).notice_s == 318
+    with pytest.raises(ValueError, match=r"exit_grace_s=-1 must be 0 or more"):
+        replace(job, exit_grace_s=-1)
+
+
+def test_one_command_asks_for_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [f"n{number}" for number in range(300)]
+    states = dict.fromkeys(nodes, "State=IDLE BootTime=1 SlurmdStartTime=2")
+    calls: list[list[str]] = []
+
+    def run(line: list[str], *arguments: object) -> str:
+        calls.append(line)
+        return "\n".join(f"NodeName={node} {states[node]}" for node in line[-1].split(","))
+
+    monkeypatch.setattr(commands, "_run", run)
+    assert commands.failed_node_since(nodes, 5.0) is None
+    states["n271"], states["n298"] = "State=IDLE BootTime=9 SlurmdStartTime=9", "State=DOWN*"
+    assert commands.failed_node_since(nodes, 5.0) == "n271"
+    assert commands.failed_node_since(nodes, 10.0) == "n298"
+    assert len(calls) == 3

@@ -117,7 +117,7 @@ def faulty(
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
     """A data set behind an HTTP server that fails every third request with status 503."""
-    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.FIRST_WAIT_S", 0)
     write_data(tmp_path / "data", {})
     with serve_folder(tmp_path) as store:
         store.fails = lambda number: number % 3 == 0
@@ -242,7 +242,7 @@ def test_a_store_that_fails_every_third_read_costs_no_sample(
     check_one_epoch(rows, replaced, {})
     assert rows == streamed(str(store.folder / "data"), world_size=1, workers=0)[0]
     # Two clients share the server's count, so every attempt of one client may fail.
-    monkeypatch.setattr("tvr.data_prep.storage.storage.ATTEMPTS", 50)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.ATTEMPTS", 50)
     for world_size, workers in ((1, 2), (2, 0), (2, 2)):
         again = streamed(url, world_size=world_size, workers=workers, max_bad=0)
         assert again == (rows, replaced)
@@ -253,24 +253,21 @@ def test_a_store_that_fails_every_third_read_costs_no_sample(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_without_retries_a_failing_store_costs_samples(
+def test_without_retries_a_failing_store_costs_no_budget(
     store: HttpStorage, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     url = f"{store.url}/data"
     store.fails = lambda number: number > 2 and number % 3 == 0  # the manifest is read
-    monkeypatch.setattr("tvr.data_prep.storage.storage.ATTEMPTS", 1)
-    rows, replaced = streamed(url, world_size=1, workers=workers, max_bad=NUM_SAMPLES)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.ATTEMPTS", 1)
+    rows, replaced = streamed(url, world_size=1, workers=workers, max_bad=0)
     assert [position for position, *_ in rows] == list(range(NUM_SAMPLES))
-    assert Counter(entry.reason for entry in replaced) == {"read_error": len(replaced)}
+    assert Counter(entry.reason for entry in replaced) == {"unavailable": len(replaced)}
     assert len(replaced) >= NUM_SAMPLES // 3
     assert all("503" in entry.detail for entry in replaced)
     store.requests.clear()
-    with pytest.raises(TooManyBadSamples, match=r"max_bad=3 allowed \(4 read_error\)"):
-        streamed(url, world_size=1, workers=workers, max_bad=3, steps=50)
-    store.requests.clear()
     store.fails = lambda number: number > 4
-    with pytest.raises(TooManyBadSamples, match=r"max_bad_in_a_row=6 allowed \(\d read_error\)"):
-        streamed(url, world_size=1, workers=workers, max_bad=NUM_SAMPLES, max_bad_in_a_row=6)
+    with pytest.raises(TooManyBadSamples, match=r"3 reads in a row .*max_unavailable_in_a_row=2"):
+        streamed(url, world_size=1, workers=workers, max_bad=0, max_unavailable_in_a_row=2)
 
 
 def test_a_truncated_shard_over_http_is_a_checksum_error(store: HttpStorage) -> None:

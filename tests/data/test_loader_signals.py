@@ -11,14 +11,14 @@ import subprocess
 import torch
 from torch.utils.data import DataLoader
 
-from tvr.data_prep.reading.loader import _start_worker
+from tvr.data_prep.reading.worker_process import start_worker
 
 
 def numbers(workers: int) -> DataLoader:
     return DataLoader(
         range(200),  # type: ignore[arg-type]
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         multiprocessing_context="fork",
     )
 
@@ -52,7 +52,7 @@ def test_a_worker_collects_garbage_although_its_rank_does_so_on_a_schedule() -> 
             range(4),  # type: ignore[arg-type]
             num_workers=1,
             collate_fn=is_collecting,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             multiprocessing_context="fork",
         )
         assert all(loader)

@@ -37,7 +37,7 @@ NUM_SAMPLES = 12
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
     """A data set of 6 shards with 2 samples each, served over HTTP."""
-    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.FIRST_WAIT_S", 0)
     make_dataset(tmp_path, NUM_SAMPLES, samples_per_shard=2)
     with serve_folder(tmp_path) as store:
         yield store

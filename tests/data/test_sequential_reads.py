@@ -122,7 +122,7 @@ def test_an_error_cancels_the_other_threads_within_a_shard() -> None:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
-    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.FIRST_WAIT_S", 0)
     monkeypatch.setattr("tvr.data_prep.check.check_shard.CHUNK_BYTES", 4096)
     make_dataset(tmp_path, 12)
     with serve_folder(tmp_path / "data") as store:

@@ -176,7 +176,7 @@ def test_selected_samples_are_evenly_spaced_and_read_alone(
 def test_a_store_that_fails_every_third_read_gives_the_same_statistics(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.FIRST_WAIT_S", 0)
     expected = statistics_of(url)
     with serve_folder(Path(url)) as store:
         store.fail_every_third_of_a_file()

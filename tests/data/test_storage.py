@@ -15,12 +15,13 @@ from builders.http_store import HttpStorage, serve_folder
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.reading.loader import read_sample
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.storage.storage import ATTEMPTS, Storage
+from tvr.data_prep.storage.retries import ATTEMPTS
+from tvr.data_prep.storage.storage import Storage
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpStorage]:
-    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0)
+    monkeypatch.setattr("tvr.data_prep.storage.retries.FIRST_WAIT_S", 0)
     (tmp_path / "file").write_bytes(bytes(range(100)))
     with serve_folder(tmp_path) as store:
         yield store
@@ -78,22 +79,12 @@ def test_a_storage_that_ignores_ranges_is_refused(
         Storage(store.url).read_range("file", 0, 10)
 
 
-def test_waits_double_up_to_a_limit(store: HttpStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("tvr.data_prep.storage.storage.FIRST_WAIT_S", 0.5)
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
-    store.fails = lambda number: True
-    with pytest.raises(OSError, match="503"):
-        Storage(store.url).read_range("file", 0, 1, attempts=7)
-    assert waits == [0.5, 1, 2, 4, 8, 8]
-
-
 def test_retries_are_logged_at_powers_of_two(
     store: HttpStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.fails = lambda number: number % 2 == 1
     storage = Storage(store.url)
-    with caplog.at_level(logging.WARNING, logger="tvr.data_prep.storage.storage"):
+    with caplog.at_level(logging.WARNING, logger="tvr.data_prep.storage.retries"):
         for _ in range(20):
             storage.read("file")
     assert storage.num_retries == 20
@@ -120,8 +111,10 @@ def test_a_retried_read_keeps_no_reference_to_its_caller(store: HttpStorage) -> 
         gc.enable()
 
 
-def test_local_reads_are_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda wait_s: pytest.fail("waited"))
+def test_refused_local_reads_are_not_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda wait_s: pytest.fail("waited"))
     with pytest.raises(OSError, match="IsADirectoryError"):
         Storage(str(tmp_path)).read("")
 
@@ -134,7 +127,7 @@ def test_a_sample_is_bad_only_after_the_last_attempt(store: HttpStorage, tmp_pat
         assert read_sample(url, key, num_frames=4, image_size=16).key == key
     before = len(store.requests)
     store.fails = lambda number: number > before + 2  # the manifest succeeds, the shard fails
-    with pytest.raises(BadSample, match=r"c01: read_error: http://.*shard-000000.tar: .*503"):
+    with pytest.raises(BadSample, match=r"c01: unavailable: http://.*shard-000000.tar: .*503"):
         read_sample(url, "c01", num_frames=4, image_size=16)
     assert len(store.requests) == before + 2 + ATTEMPTS
     store.fails = lambda number: False

@@ -60,6 +60,7 @@ def convert(shards: Path, folder: Path, zero_stage: int, target: UniversalTarget
         "zero_stage": zero_stage,
         "target": {**asdict(target), "frozen": sorted(target.frozen)},
         "workers": workers,
+        "rank_pid": os.getpid(),
     }
     environment = {name: v for name, v in os.environ.items() if name not in RANK_VARIABLES}
     done = subprocess.run(
@@ -90,6 +91,7 @@ def num_workers(sizes: Sequence[int], cores: int, free: int) -> int:
 def main() -> None:
     """Does the job that standard input describes."""
     job = json.load(sys.stdin)
+    end_with_parent(job["rank_pid"])
     target = job["target"]
     shapes = {name: torch.Size(shape) for name, shape in target["shapes"].items()}
     write_universal(

@@ -13,6 +13,7 @@ This module completes it, so that the result loads at every stage:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tvr.launchers.process import end_with_parent
 
 VALUES = ("fp32", "exp_avg", "exp_avg_sq")
 MODEL_STATES = "mp_rank_00_model_states.pt"
@@ -113,7 +116,7 @@ def _share_out(work: Callable[[Sequence[str]], None], names: list[str], workers:
     if workers == 1:
         work(names)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         list(pool.map(work, [names[first::workers] for first in range(workers)]))
 
 
