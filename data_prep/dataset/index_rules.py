@@ -212,7 +212,7 @@ def read_columns(content: bytes, num_rows: int, where: str) -> dict[str, np.ndar
                     dtype, header_bytes = types[entry.filename]
                     file.read(header_bytes)
                     values = np.empty(num_rows, dtype)
-                    _read_into(file, memoryview(values.view(np.uint8)))
+                    _read_into(file, values.view(np.uint8).data)
                     file.read(1)  # at the end, zipfile compares the checksum
                     columns[names[entry.filename]] = values
             return columns
@@ -251,6 +251,7 @@ def _column_type(
 
 
 def _read_into(file: Any, view: memoryview) -> None:
+    """Fills the memory from a file."""
     while view:
         got = file.readinto(view[: 1 << 24])
         if not got:
