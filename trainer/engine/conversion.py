@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from tvr.launchers.host_limits import host_cpus, host_memory
+from tvr.launchers.process import end_with_parent
 from tvr.trainer.engine.engine import write_universal
 from tvr.trainer.engine.universal import UniversalTarget
 from tvr.trainer.errors import TrainingFailed
