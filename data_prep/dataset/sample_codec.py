@@ -72,10 +72,10 @@ def split_tar(content: bytes, key: str) -> dict[str, bytes]:
     at = 0
     while at < len(content):
         header = content[at : at + BLOCKSIZE]
+        if not header.strip(b"\0"):
+            break  # an empty block ends an archive
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
-            break  # an empty block ends an archive
         except tarfile.HeaderError as error:
             raise BadSample(key, "unreadable", f"byte {at} is no tar header: {error}") from error
         name = MEMBER_NAME.fullmatch(info.name)

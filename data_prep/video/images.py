@@ -66,7 +66,7 @@ def decode_jpeg(
         BadSample: "unreadable".
     """
     try:
-        height, width = simplejpeg.decode_jpeg_header(content)[:2]
+        height, width = map(int, simplejpeg.decode_jpeg_header(content)[:2])
         if height * width > MAX_JPEG_PIXELS:
             raise ValueError(f"{width} x {height} pixels, more than {MAX_JPEG_PIXELS}")
         if out is not None and (height, width) == out.shape[:2]:

@@ -102,7 +102,7 @@ def test_rank_records_its_exit_code(
         assert read_ranks(records)[0].code is None
         return code
 
-    monkeypatch.setattr("tvr.launchers.rank_main.die_with_parent", lambda number: None)
+    monkeypatch.setattr("tvr.launchers.rank_main.die_with_parent", lambda *_: None)
     monkeypatch.setattr("tvr.launchers.rank_main.exit_on_notice", lambda: None)
     monkeypatch.setattr("tvr.launchers.rank_main.main", main)
     assert read_ranks(records) == []
