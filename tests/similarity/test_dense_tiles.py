@@ -210,9 +210,11 @@ def test_the_default_backend_of_a_device() -> None:
 
 
 # Runs in a subprocess: here pytest wraps every function of the package in checks of its shapes,
-# which torch.compile cannot trace.
+# which torch.compile cannot trace. The traced graphs run without inductor, whose C++ takes minutes
+# to compile; `make gpu` runs the whole.
 COMPILE = """
-import sys, torch
+import functools, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
 from tvr.kernels.backends.tile_compiler import compile_failure
 from tvr.kernels.similarity import dmae_similarity
 arguments, weighting = torch.load(sys.argv[1])
