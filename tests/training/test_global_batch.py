@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from builders.gradients import Gradients, assert_equal_gradients
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
@@ -89,6 +90,8 @@ def test_two_ranks_equal_one_at_every_zero_stage(
     assert (max(g.numel() for g in gradients.values()) > RELEASED_SIZE) == (zero_stage == 3)
     # The frame predictor of TPM-CL gets no gradient, as published; every other parameter does.
     without_gradient = {key for key, gradient in gradients.items() if not gradient.any()}
+    # A bias before a softmax has a gradient of rounding errors, which may all be 0.
+    without_gradient -= {key for key in gradients if key.endswith("_weight.layers.0.bias")}
     assert without_gradient == {key for key in gradients if key.startswith("frame_predictor.")}
     for ranks_loss, ranks_gradients in two:
         assert ranks_loss == pytest.approx(loss, rel=1e-5)
@@ -124,6 +127,9 @@ def double_gradients(
     return results
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5", reason="CLIP of transformers 4 cannot run in float64"
+)
 def test_any_number_of_ranks_is_exact_in_double(data: Path) -> None:
     alone = double_gradients(0, 1, data)
     for world_size in (2, 3):
