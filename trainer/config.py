@@ -45,6 +45,7 @@ __all__ = [
     "accumulation_steps",
     "from_json",
     "merged",
+    "merged_objects",
     "read_overrides",
     "to_json",
 ]
@@ -165,7 +166,7 @@ def merged(base: Config, overrides: Mapping[str, Any], *, where: str) -> Config:
     """
     try:
         # Through JSON, so that the same strict types hold as in a file.
-        text = json.dumps(_override(asdict(base), overrides))
+        text = json.dumps(merged_objects(asdict(base), overrides))
         return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
         raise ValueError(f"{where}: {_describe(error)}") from None
@@ -188,12 +189,13 @@ def read_overrides(path: Path) -> Mapping[str, Any]:
     return overrides
 
 
-def _override(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def merged_objects(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the values of `overrides`; objects in both are merged in turn."""
     result = dict(base)
     for name, value in overrides.items():
         inner = result.get(name)
         if isinstance(value, Mapping) and isinstance(inner, dict):
-            result[name] = _override(inner, value)
+            result[name] = merged_objects(inner, value)
         else:
             result[name] = value
     return result

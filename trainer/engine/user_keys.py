@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tvr.trainer.config import merged_objects
+
 # Setting that controls a key and all keys below it.
 CONTROLLED_BY: dict[str, str] = {
     "train_batch_size": "train.global_batch",
@@ -62,18 +64,7 @@ def merge_user_keys(ours: Mapping[str, Any], added: Mapping[str, Any]) -> dict[s
                 " that word, and DeepSpeed does not know it: give a value, or remove the key, and"
                 " DeepSpeed's default holds"
             )
-    return _merged(ours, added)
-
-
-def _merged(ours: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(ours)
-    for key, value in added.items():
-        inner = result.get(key)
-        if isinstance(inner, Mapping) and isinstance(value, Mapping):
-            result[key] = _merged(inner, value)
-        else:
-            result[key] = value
-    return result
+    return merged_objects(ours, added)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
