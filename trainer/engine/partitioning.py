@@ -25,7 +25,7 @@ def partition_model(
         deepspeed: The package, initialised.
         settings: DeepSpeed's configuration.
     """
-    _broadcast_buffers(model, deepspeed, world)
+    _broadcast_buffers(model, world)
     dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
     first: Any = None
     for parameter in model.parameters():
@@ -42,9 +42,8 @@ def partition_model(
             first.convert_to_zero_parameters(param_list=[parameter])
 
 
-def _broadcast_buffers(model: nn.Module, deepspeed: Any, world: World) -> None:
+def _broadcast_buffers(model: nn.Module, world: World) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer = buffer.to(world.device).contiguous()
-            if world.world_size > 1:
-                deepspeed.comm.broadcast(buffer, 0)
+            module._buffers[name] = buffer.to(world.device)
+    world.broadcast_from_first(model.buffers())
