@@ -37,7 +37,7 @@ from tvr.kernels.backends.matmul import (
 )
 from tvr.kernels.backends.protocol import InputGradients, SavedTensors, VideoTensors
 from tvr.kernels.backends.tile_compiler import tile_function
-from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, text_tiles
+from tvr.kernels.backends.torch_tiles import VIDEOS_PER_TEXT, split_saved, text_tiles
 from tvr.kernels.text_lengths import TextLengths
 from tvr.kernels.token_sets import NEIGHBOUR_FACTOR, TokenSet
 
@@ -118,12 +118,10 @@ class DenseTiles:
         videos: VideoTensors,
         lengths: TextLengths | None,
     ) -> InputGradients:
-        tokens, weights, valid = saved
-        assert tokens is not None
-        assert weights is not None
-        assert valid is not None
-        text = TokenSet(tokens, weights, valid, lengths)
-        differentiate = tile_function(_differentiate, weights.device, compiled=self.compile_tiles)
+        text, _ = split_saved(saved, lengths)
+        differentiate = tile_function(
+            _differentiate, text.weights.device, compiled=self.compile_tiles
+        )
         size = self.texts_per_tile(*_slots(text, videos))
         rows = _row_tiles(text, size)
         operands = [self._operand(row.text.tokens) for row in rows]
@@ -164,7 +162,7 @@ class DenseTiles:
                     if total is not None and addend is not None:
                         total[columns] += addend
                 del found, coefficients, transposed  # else they live beside the next tile's tables
-        all_tokens, all_weights = (torch.zeros_like(x) for x in (tokens, weights))
+        all_tokens, all_weights = (torch.zeros_like(x) for x in text.tensors[:2])
         for row, (d_tokens, d_token_weights) in zip(rows, d_rows, strict=True):
             # A padded slot can win a maximum, but is a constant.
             all_tokens[row.texts, : row.slots] = d_tokens.masked_fill_(

@@ -68,12 +68,8 @@ class TorchTiles:
         videos: VideoTensors,
         lengths: TextLengths | None,
     ) -> InputGradients:
-        tokens, weights, valid, *indices = saved
-        assert tokens is not None
-        assert weights is not None
-        assert valid is not None
-        text = TokenSet(tokens, weights, valid, lengths)
-        d_tokens, d_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
+        text, indices = split_saved(saved, lengths)
+        d_tokens, d_weights = torch.zeros_like(text.tokens), torch.zeros_like(text.weights)
         d_videos = _zero_gradients(videos)
         remaining = iter(indices)
         for tile in text_tiles(text, self.chunk):
@@ -223,6 +219,15 @@ def _smallest_integers(indices: Tensor, size: int) -> Tensor:
     """Indices below `size` in the smallest integer type that holds them, contiguous."""
     dtype = torch.uint8 if size <= 2**8 else torch.int16 if size <= 2**15 else torch.int32
     return indices.to(dtype, memory_format=torch.contiguous_format)
+
+
+def split_saved(saved: SavedTensors, lengths: TextLengths | None) -> tuple[TokenSet, SavedTensors]:
+    """The token set that the forward has saved first, and what it has saved behind it."""
+    tokens, weights, valid, *others = saved
+    assert tokens is not None
+    assert weights is not None
+    assert valid is not None
+    return TokenSet(tokens, weights, valid, lengths), tuple(others)
 
 
 class TextTile(NamedTuple):
