@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_sampling import Span, frames_within
+from tvr.data_prep.video.images import MAX_PIXELS
 
 # libav's names of the containers that a clip may have. Others hold no video, or only refer to other
 # files and addresses, which libav would open: playlists (hls, dash, concat), sdp, image sequences.
@@ -33,8 +34,6 @@ OPENING = {
     # Neither the source nor anything in it may name another way to bytes: no network, no `concat:`.
     "protocol_whitelist": "file",
 }
-MAX_PIXELS = 1 << 26
-"""Pixels of a picture, such as 8192 x 8192; a larger one takes gigabytes when it is decoded."""
 # libav's names of containers with an exact index.
 SEEKABLE = {"mov", "matroska"}
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from tvr.data_prep.records import BadSample
 
-# Such as 8192 x 8192; a few kilobytes can claim 65,500 x 65,500 pixels, which are 12 GB.
-MAX_JPEG_PIXELS = 1 << 26
+MAX_PIXELS = 1 << 26
+"""Pixels of a picture, such as 8192 x 8192; a few kilobytes can claim far more, and decoding them
+takes gigabytes."""
 
 
 def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -67,8 +68,8 @@ def decode_jpeg(
     """
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(content)[:2])
-        if height * width > MAX_JPEG_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_JPEG_PIXELS}")
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
         if out is not None and (height, width) == out.shape[:2]:
             return simplejpeg.decode_jpeg(content, buffer=out)
         return simplejpeg.decode_jpeg(content)
