@@ -7,23 +7,21 @@ which tests reach their time-outs, kill the ranks, and leave the build to the ne
 from __future__ import annotations
 
 import os
-import sysconfig
 
 # Before deepspeed is imported: it reads the variable once.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# torch starts `ninja`, which lies beside the interpreter of an environment that is not activated.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 from deepspeed.accelerator import get_accelerator
 
-from tvr.kernels.backends.cpu_build import available_backend
+from tvr.kernels.backends.cpu_build import available_backend, ninja_on_path
 
 
 def main() -> None:
     """Builds what is missing: DeepSpeed's shared-memory extension and the similarity kernels."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and builder.is_compatible():
-        builder.load(verbose=False)
+        with ninja_on_path():
+            builder.load(verbose=False)
     available_backend()
 
 
