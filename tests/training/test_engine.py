@@ -194,6 +194,20 @@ def test_a_scalar_parameter_is_refused_before_deepspeed_starts(
         Engine(model, train(), SINGLE_RANK)
 
 
+def test_deepspeed_starts_without_mlflow_and_leaves_it_importable() -> None:
+    code = """
+import sys
+from tvr.trainer.engine.engine import _import_deepspeed
+_import_deepspeed(None)
+print([name for name in sys.modules if name.split(".")[0] == "mlflow"])
+import mlflow
+print(mlflow.__name__)
+"""
+    line = [sys.executable, "-c", code]
+    result = subprocess.run(line, capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.split("\n") == ["[]", "mlflow", ""]
+
+
 def test_a_stale_build_lock_blocks_no_start(data: Path, tmp_path: Path) -> None:
     """Builds DeepSpeed's extension beside the lock that torch leaves when a builder is killed."""
     lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"

@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvr.kernels.backends.cpu_build import build_lock, ninja_on_path
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import (
     deepspeed_config,
     has_own_optimizer,
     is_fused,
-    optimizer_builders,
 )
 from tvr.trainer.engine.gradients import global_norm
 from tvr.trainer.engine.partitioning import partition_model
 from tvr.trainer.engine.staging import Staging
+from tvr.trainer.engine.startup import build_extensions, not_importable
 from tvr.trainer.engine.tower_layers import explain_compile_cache_errors, wrap_tower_layers
 from tvr.trainer.engine.universal import (
     UniversalTarget,
@@ -73,7 +72,7 @@ class Engine:
             optimizer = torch.optim.AdamW(
                 groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
             )
-        _build_extensions(deepspeed, train)
+        build_extensions(deepspeed, train)
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         if train.zero_stage == 3:
@@ -307,30 +306,14 @@ def _import_deepspeed(world: World | None) -> Any:
         for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
             if name in os.environ:
                 os.environ[name] = str(world.device.index)
-    import deepspeed
+    with not_importable("mlflow"):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls two collectives by names that torch 2.13 deprecates.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", rf".*{name}. is deprecated", FutureWarning)
     return deepspeed
-
-
-def _build_extensions(deepspeed: Any, train: TrainConfig) -> None:
-    """Compiles the extensions that DeepSpeed needs, which happens on the first start ever.
-
-    DeepSpeed would compile them while the ranks wait for each other. A process killed during that
-    build leaves a stale lock that blocks later starts; `build_lock` removes such a lock.
-    """
-    from torch.utils import cpp_extension
-
-    for name in ("ShareMemCommBuilder", *optimizer_builders(train)):
-        builder = deepspeed.accelerator.get_accelerator().create_op_builder(name)
-        if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-            continue  # DeepSpeed runs without the extension, or raises an error that names it
-        folder = cpp_extension._get_build_directory(builder.NAME, verbose=False)
-        with build_lock(Path(folder)), ninja_on_path():
-            builder.load(verbose=False)
 
 
 def _backend(world: World) -> str:
