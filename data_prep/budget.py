@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tvr.data_prep.records import TRANSIENT_REASONS, TooManyBadSamples
+from tvr.data_prep.records import (
+    TRANSIENT_REASONS,
+    TooManyBadSamples,
+    TrainingSet,
+    set_of_key,
+)
 
 NUM_EXAMPLES = 5
 
@@ -110,3 +115,34 @@ class BadSampleBudget:
             " storage is down, unreachable or throttles; no sample is bad for it, and a restart"
             f" reads them again; last: {' | '.join(failed[-NUM_EXAMPLES:])}"
         )
+
+
+def set_budgets(
+    sets: Sequence[TrainingSet],
+    where: str,
+    max_bad_in_a_row: int | None = None,
+    *,
+    max_unavailable_in_a_row: int | None = None,
+    known: Mapping[str, str] | None = None,
+) -> dict[str, BadSampleBudget]:
+    """Returns a budget for each training set, by its name.
+
+    Args:
+        sets: Training sets.
+        where: Ranks that the error messages name, such as "on rank 3".
+        max_bad_in_a_row: As for `BadSampleBudget`, for each set.
+        max_unavailable_in_a_row: As for `BadSampleBudget`, for each set.
+        known: Reasons by key of known bad samples of all sets; each counts for the set in its key.
+    """
+    return {
+        each.name: BadSampleBudget(
+            each.max_bad,
+            f"in {f'the set {each.name}, ' if each.name else ''}{each.url} {where}",
+            max_bad_in_a_row,
+            max_unavailable_in_a_row=max_unavailable_in_a_row,
+            known={
+                key: reason for key, reason in (known or {}).items() if set_of_key(key) == each.name
+            },
+        )
+        for each in sets
+    }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tvr.data_prep.dataset.manifest import check_words, read_manifest
+from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
+from tvr.data_prep.mixture import BLOCK, Mixture
 from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.records import Batch
+from tvr.data_prep.records import Batch, TrainingSet
 from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.batch_copies import pin_pages
@@ -16,24 +17,71 @@ from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 
 
-def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> int:
+def training_sets(data: DataConfig) -> tuple[TrainingSet, ...]:
+    """The sets that a run trains on; the set of `data.train` has no name."""
+    if data.train is not None:
+        return (TrainingSet(url=data.train, max_bad=data.max_bad),)
+    return tuple(
+        TrainingSet(
+            name=name,
+            url=each.url,
+            weight=each.weight,
+            max_bad=data.max_bad if each.max_bad is None else each.max_bad,
+        )
+        for name, each in sorted(data.train_sets.items())
+    )
+
+
+def training_set_sizes(data: DataConfig) -> dict[str, int]:
+    """Returns the number of samples of each training set by its name; raises as `read_manifest`."""
+    return {each.name: read_manifest(each.url).num_samples for each in training_sets(data)}
+
+
+def training_mixture(data: DataConfig, train: TrainConfig) -> Mixture | None:
+    """The mixture of `data.train_sets`; None for a run with `data.train`."""
+    if not data.train_sets:
+        return None
+    return Mixture({name: each.weight for name, each in data.train_sets.items()}, train.seed)
+
+
+def mixture_line(data: DataConfig, train: TrainConfig) -> str:
+    """One line with the resolved share of each training set."""
+    mixture = training_mixture(data, train)
+    if mixture is None:
+        return f"training set: {data.train}"
+    shares = [
+        f"{name} {quota:,} ({quota / BLOCK:.2%}) from {data.train_sets[name].url}"
+        for name, quota in zip(mixture.names, mixture.quotas, strict=True)
+    ]
+    return f"training sets, pairs of every {BLOCK:,}: {'; '.join(shares)}"
+
+
+def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> dict[str, int]:
     """Reads the manifest of every data set and checks it against the settings.
 
     Returns:
-        The number of training samples.
+        The number of samples of each training set by its name, which is empty for `data.train`.
 
     Raises:
         ValueError: a data set is too small for the batch or the ranks, the two test sets hold
-            different keys, or a set lacks the words that `data.content_words` needs.
+            different keys, a set lacks the words that `data.content_words` or `data.word_drop`
+            needs, or a training set cannot be mixed with others.
         OSError, ShardCorrupt: a manifest is missing or damaged.
     """
-    train_set = read_manifest(data.train)
-    if train_set.num_samples < train.global_batch:
-        raise ValueError(
-            f"{data.train} holds {train_set.num_samples} samples, fewer than train.global_batch="
-            f"{train.global_batch}: a batch would hold some of them twice"
-        )
-    sets = [(data.train, train_set)]
+    training = {each.name: (each.url, read_manifest(each.url)) for each in training_sets(data)}
+    if data.train_sets:
+        check_mixed_sets({name: found for name, (_, found) in training.items()}, data, train)
+    else:
+        (_, train_set) = training[""]
+        if train_set.num_samples < train.global_batch:
+            raise ValueError(
+                f"{data.train} holds {train_set.num_samples} samples, fewer than"
+                f" train.global_batch={train.global_batch}: a batch would hold some of them twice"
+            )
+    if data.word_drop:
+        for url, manifest in training.values():
+            check_words(url, manifest, needed_by="data.word_drop")
+    sets = list(training.values())
     if data.test is not None:
         test = read_manifest(data.test)
         sets.append((data.test, test))
@@ -52,7 +100,33 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> in
     if data.content_words:
         for url, manifest in sets:
             check_words(url, manifest, needed_by="data.content_words")
-    return train_set.num_samples
+    return {name: manifest.num_samples for name, (_, manifest) in training.items()}
+
+
+def check_mixed_sets(sets: Mapping[str, Manifest], data: DataConfig, train: TrainConfig) -> None:
+    """Checks several training sets, by their names, against their shares of a batch.
+
+    Raises:
+        ValueError: a set cannot be mixed with others, or is too small for its weight.
+    """
+    mixture = training_mixture(data, train)
+    assert mixture is not None, "the caller has several sets"
+    for name, share in zip(mixture.names, mixture.shares, strict=True):
+        if name not in sets:
+            continue
+        manifest, pairs = sets[name], train.global_batch * share
+        where = f"data.train_sets.{name}: {data.train_sets[name].url}"
+        if manifest.beton is not None:
+            raise ValueError(
+                f"{where} is a beton, which cannot be mixed with other sets; give the shards that"
+                " it was written from"
+            )
+        if manifest.num_samples < pairs:
+            raise ValueError(
+                f"{where} holds {manifest.num_samples} samples, fewer than its {pairs:,.1f} pairs"
+                f" of a global batch ({share:.2%} of train.global_batch={train.global_batch}): a"
+                " batch would hold some of them twice; lower its weight"
+            )
 
 
 def build_tokenizer(model: ModelConfig, data: DataConfig) -> Tokenizer:
@@ -83,8 +157,9 @@ def training_batches(
     Raises:
         ValueError, OSError, TooManyBadSamples: as `train_batches`.
     """
+    sets = training_sets(data)
     return train_batches(
-        data.train,
+        sets[0].url if data.train is not None else sets,
         seed=train.seed,
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,

@@ -19,11 +19,13 @@ from dataclasses import replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tvr.data_prep.budget import BadSampleBudget
+from tvr.data_prep.budget import BadSampleBudget, set_budgets
 from tvr.data_prep.dataset.manifest import check_words
+from tvr.data_prep.mixture import Mixture
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
 from tvr.data_prep.reading.collate import Tokenize
+from tvr.data_prep.reading.mixed_sets import MixedOrder, MixedReader, TrainingReader
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
@@ -35,12 +37,12 @@ from tvr.data_prep.reading.worker import (
     TrainingDataset,
 )
 from tvr.data_prep.reading.worker_process import start_worker
-from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet, set_of_key
 from tvr.data_prep.video.decoders import Decoder
 
 
 def train_batches(
-    url: str,
+    source: str | Sequence[TrainingSet],
     *,
     seed: int,
     global_batch: int,
@@ -52,7 +54,7 @@ def train_batches(
     num_frames: int,
     image_size: int,
     tokenize: Tokenize,
-    max_bad: int,
+    max_bad: int = 0,
     max_bad_in_a_row: int | None = None,
     max_unavailable_in_a_row: int | None = None,
     known_bad: Mapping[str, str] | None = None,
@@ -71,8 +73,11 @@ def train_batches(
 
     A bad sample is replaced by `SampleOrder.substitute` and reported in `Batch.replaced`.
 
+    Several training sets are mixed as `mixture` states. Their layouts may differ. Each has its own
+    epochs and limits for bad samples, and the keys in its batches carry its name.
+
     Args:
-        url: Folder or fsspec URL of the data set.
+        source: Folder or fsspec URL of the data set, or several named sets.
         seed: Seed of the order and of all random choices.
         global_batch: Pairs per step on all ranks together.
         micro_batch: Pairs per batch.
@@ -83,7 +88,8 @@ def train_batches(
         num_frames: Frames per sample.
         image_size: Height and width of the frames in pixels.
         tokenize: Tokeniser.
-        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included.
+        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included. Each of
+            several sets has its own, and this one is unused.
         max_bad_in_a_row: Limit for consecutive bad samples; None = no limit. Only a sample read as
             planned resets the count.
         max_unavailable_in_a_row: Limit for consecutive reads that fail for the moment, likewise.
@@ -92,7 +98,8 @@ def train_batches(
         decoder: Video decoder, for the video layout.
         word_drop: Drop uninformative words from captions, see `drop_words`; the data set must be
             packed with words.
-        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`.
+        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`; several sets
+            share them by their weights.
         shard_cache: Folder of this node for shards of a remote data set.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
 
@@ -109,43 +116,58 @@ def train_batches(
     _check_global_batch(global_batch, micro_batch, world_size)
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
-    reader = SampleReader(
-        url,
-        num_frames=num_frames,
-        image_size=image_size,
-        decoder=decoder,
-        cache_bytes=cache_bytes,
-        shard_cache=shard_cache,
-    )
-    _check_augmentation(augmentation, reader, cache_bytes)
-    if word_drop:
-        check_words(url, reader.manifest, needed_by="data.word_drop")
-    order = SampleOrder(reader.manifest.shard_sizes, seed)
+    is_mixed = not isinstance(source, str)
+    sets = source if is_mixed else [TrainingSet(url=source, max_bad=max_bad)]
+    mixture = Mixture({each.name: each.weight for each in sets}, seed) if is_mixed else None
+    readers = {
+        each.name: SampleReader(
+            each.url,
+            num_frames=num_frames,
+            image_size=image_size,
+            decoder=decoder,
+            cache_bytes=int(cache_bytes * (mixture.share_of(each.name) if mixture else 1)),
+            shard_cache=shard_cache,
+        )
+        for each in sorted(sets, key=lambda each: each.name)
+    }
+    for each in readers.values():
+        _check_augmentation(augmentation, each, cache_bytes)
+        if word_drop:
+            check_words(each.url, each.manifest, needed_by="data.word_drop")
     first = start_step * global_batch + rank * micro_batch
     positions = PositionBatches(first, pairs_per_micro_step, micro_batch, None)
-    if reader.manifest.beton is None:
-        slots = _batch_slots(reader, micro_batch, workers, pin)
-        dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop, slots=slots)
-        loader = _loader(dataset, positions, BatchCollator(reader, tokenize, slots), workers)
-        batches = _received_batches(loader, slots)
-    else:
-        # FFCV is an optional package: import it only for a beton.
-        from tvr.data_prep.ffcv.optional_import import import_ffcv
-
-        import_ffcv(f"training from {url}")
-        from tvr.data_prep.ffcv.loader import beton_batches
-
-        dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
-        collator = BatchCollator(reader, tokenize)
-        batches = beton_batches(reader, order, dataset, positions, collator, workers)
-    budget = BadSampleBudget(
-        max_bad,
-        f"in {url} on rank {rank}",
+    budgets = set_budgets(
+        sets,
+        f"on rank {rank}",
         max_bad_in_a_row,
         max_unavailable_in_a_row=max_unavailable_in_a_row,
         known=known_bad,
     )
-    return _within_budget(batches, budget, micro_batch)
+    if mixture is None:
+        (reader,) = readers.values()
+        order = SampleOrder(reader.manifest.shard_sizes, seed)
+        if reader.manifest.beton is not None:
+            # FFCV is an optional package: import it only for a beton.
+            from tvr.data_prep.ffcv.optional_import import import_ffcv
+
+            import_ffcv(f"training from {source}")
+            from tvr.data_prep.ffcv.loader import beton_batches
+
+            dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
+            collator = BatchCollator(reader, tokenize)
+            batches = beton_batches(reader, order, dataset, positions, collator, workers)
+            return _within_budget(batches, budgets, micro_batch)
+    else:
+        reader = MixedReader(readers)
+        orders = [
+            SampleOrder(each.manifest.shard_sizes, mixture.set_seed(number))
+            for number, each in enumerate(readers.values())
+        ]
+        order = MixedOrder(mixture, orders)
+    slots = _batch_slots(reader, micro_batch, workers, pin)
+    dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop, slots=slots)
+    loader = _loader(dataset, positions, BatchCollator(reader, tokenize, slots), workers)
+    return _within_budget(_received_batches(loader, slots), budgets, micro_batch)
 
 
 def evaluation_batches(
@@ -198,7 +220,7 @@ def evaluation_batches(
         max_bad_in_a_row,
         max_unavailable_in_a_row=max_unavailable_in_a_row,
     )
-    return _without_empty(_within_budget(loader, budget, 0), budget)
+    return _without_empty(_within_budget(loader, {"": budget}, 0), budget)
 
 
 def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
@@ -225,7 +247,7 @@ def read_samples(
 
 
 def _batch_slots(
-    reader: SampleReader, micro_batch: int, workers: int, pin: PinPages | None
+    reader: TrainingReader, micro_batch: int, workers: int, pin: PinPages | None
 ) -> BatchSlots | None:
     if not workers or not reader.decodes_into_buffers:
         return None
@@ -257,29 +279,33 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
 
 
 def _within_budget(
-    batches: Iterable[Batch], budget: BadSampleBudget, min_rows: int
+    batches: Iterable[Batch], budgets: Mapping[str, BadSampleBudget], min_rows: int
 ) -> Iterator[Batch]:
+    """Yields the batches; each sample counts for the budget of its set, by the set's name."""
     for batch in batches:
-        _spend(budget, batch)
+        _spend(budgets, batch)
         if len(batch.keys) < min_rows:
-            raise budget.exhausted_error()
+            # The last position is the one that stayed empty.
+            raise budgets[set_of_key(batch.replaced[-1].key)].exhausted_error()
         yield batch
 
 
-def _spend(budget: BadSampleBudget, batch: Batch) -> None:
+def _spend(budgets: Mapping[str, BadSampleBudget], batch: Batch) -> None:
     """Counts bad samples in the order of positions.
 
-    A good substitute does not reset the consecutive-failure count: it comes from anywhere in the
+    A good substitute does not reset the consecutive-failure count: it comes from anywhere in its
     data set, so it does not show that the shard in use is readable.
     """
     bad: dict[int, list[Replacement]] = {}
     for entry in batch.replaced:
         bad.setdefault(entry.position, []).append(entry)
-    for position in sorted({*batch.positions.tolist(), *bad}):
+    keys = dict(zip(batch.positions.tolist(), batch.keys, strict=True))
+    for position in sorted({*keys, *bad}):
         for entry in bad.get(position, ()):
+            budget = budgets[set_of_key(entry.key)]
             budget.record_bad(entry.key, entry.reason, entry.detail)
         if position not in bad:
-            budget.record_good()
+            budgets[set_of_key(keys[position])].record_good()
 
 
 def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:

@@ -57,6 +57,7 @@ class SampleOrder:
             )
         self.seed = seed
         self.num_samples = sum(shard_sizes)
+        self.num_shards = len(shard_sizes)
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self._window_shards = window_shards

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchInSlot, BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.collate import Tokenize, collate
-from tvr.data_prep.reading.order import SampleOrder, caption_choice
+from tvr.data_prep.reading.mixed_sets import TrainingOrder, TrainingReader
+from tvr.data_prep.reading.order import caption_choice
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import (
@@ -64,8 +65,8 @@ class TrainingDataset(Dataset[DrawnBatch]):
 
     def __init__(
         self,
-        reader: SampleReader,
-        order: SampleOrder,
+        reader: TrainingReader,
+        order: TrainingOrder,
         augmentation: Augmentation,
         *,
         word_drop: bool,
@@ -189,7 +190,7 @@ class BatchCollator:
     """Collate function of the loader; with slots, `BatchSlots.receive` restores its results."""
 
     def __init__(
-        self, reader: SampleReader, tokenize: Tokenize, slots: BatchSlots | None = None
+        self, reader: TrainingReader, tokenize: Tokenize, slots: BatchSlots | None = None
     ) -> None:
         self._reader = reader
         self._tokenize = tokenize
