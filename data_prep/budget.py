@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tvr.data_prep.records import (
     TRANSIENT_REASONS,
+    Batch,
+    Replacement,
     TooManyBadSamples,
     TrainingSet,
     set_of_key,
@@ -146,3 +148,42 @@ def set_budgets(
         )
         for each in sets
     }
+
+
+def within_budget(
+    batches: Iterable[Batch], budgets: Mapping[str, BadSampleBudget], min_rows: int
+) -> Iterator[Batch]:
+    """Yields the batches, and counts their samples for the budgets of their sets.
+
+    Args:
+        batches: Batches of one rank.
+        budgets: Budget of each set by its name, see `set_of_key`.
+        min_rows: A batch with fewer rows has a position that could not be filled.
+
+    Raises:
+        TooManyBadSamples: a budget is exceeded, or a position could not be filled.
+    """
+    for batch in batches:
+        _spend(budgets, batch)
+        if len(batch.keys) < min_rows:
+            # The last position is the one that stayed empty.
+            raise budgets[set_of_key(batch.replaced[-1].key)].exhausted_error()
+        yield batch
+
+
+def _spend(budgets: Mapping[str, BadSampleBudget], batch: Batch) -> None:
+    """Counts bad samples in the order of positions.
+
+    A good substitute does not reset the consecutive-failure count: it comes from anywhere in its
+    data set, so it does not show that the shard in use is readable.
+    """
+    bad: dict[int, list[Replacement]] = {}
+    for entry in batch.replaced:
+        bad.setdefault(entry.position, []).append(entry)
+    keys = dict(zip(batch.positions.tolist(), batch.keys, strict=True))
+    for position in sorted({*keys, *bad}):
+        for entry in bad.get(position, ()):
+            budget = budgets[set_of_key(entry.key)]
+            budget.record_bad(entry.key, entry.reason, entry.detail)
+        if position not in bad:
+            budgets[set_of_key(keys[position])].record_good()

@@ -1,8 +1,8 @@
 """Batches of a packed data set, for training and for evaluation.
 
-A stream position names one sample (see `order`), so a batch is a range of positions, and the state
-of a stream is one integer: the step. torch's DataLoader reads in parallel and returns batches in
-the order of its sampler, whichever worker finishes first.
+A stream position names one sample (see `order`), so a global batch is a range of positions, and the
+state of a stream is one integer: the step. torch's DataLoader reads in parallel and returns batches
+in the order of its sampler, whichever worker finishes first.
 
 Workers are forked. They share the manifest's columns with the parent instead of copying them,
 they can read memory:// data sets, and they start in milliseconds. Forking is safe although the
@@ -13,19 +13,19 @@ process group; and the store opens new connections after a fork.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tvr.data_prep.budget import BadSampleBudget, set_budgets
+from tvr.data_prep.budget import BadSampleBudget, set_budgets, within_budget
 from tvr.data_prep.dataset.manifest import check_words
-from tvr.data_prep.mixture import Mixture
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
 from tvr.data_prep.reading.collate import Tokenize
-from tvr.data_prep.reading.mixed_sets import MixedOrder, MixedReader, TrainingReader
+from tvr.data_prep.reading.locality import RankShare
+from tvr.data_prep.reading.mixed_sets import TrainingReader, open_sets
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
@@ -33,11 +33,12 @@ from tvr.data_prep.reading.worker import (
     BatchCollator,
     DrawnBatch,
     EvaluationDataset,
-    PositionBatches,
+    MicroSteps,
+    RowBatches,
     TrainingDataset,
 )
 from tvr.data_prep.reading.worker_process import start_worker
-from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet, set_of_key
+from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet
 from tvr.data_prep.video.decoders import Decoder
 
 
@@ -63,13 +64,15 @@ def train_batches(
     word_drop: bool = False,
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
+    node: range | None = None,
     pin: PinPages | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
 
     With G = global_batch, W = world_size and b = micro_batch: step k consumes the stream positions
-    [k G, (k + 1) G); its micro-step m consumes W b of them, from k G + m W b; rank r takes the r-th
-    range of b positions. An epoch may end inside a batch.
+    [k G, (k + 1) G); its micro-step m consumes W b of them, from k G + m W b. Rank r takes b of
+    these by the place of their samples, see `locality`; its batch is in the order of positions. An
+    epoch may end inside a batch.
 
     A bad sample is replaced by `SampleOrder.substitute` and reported in `Batch.replaced`.
 
@@ -101,6 +104,7 @@ def train_batches(
         cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`; several sets
             share them by their weights.
         shard_cache: Folder of this node for shards of a remote data set.
+        node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
 
     Returns:
@@ -111,31 +115,34 @@ def train_batches(
         ImportError: the data set is a beton and FFCV is not installed.
         ValueError: sizes that do not fit together, or that the data set cannot provide.
     """
-    pairs_per_micro_step = micro_batch * world_size
     _check_rank(rank, world_size, micro_batch, workers)
+    if node is not None and (node.step != 1 or rank not in node or node.stop > world_size):
+        raise ValueError(f"node={node} must be consecutive ranks with rank={rank} among them")
     _check_global_batch(global_batch, micro_batch, world_size)
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
-    is_mixed = not isinstance(source, str)
-    sets = source if is_mixed else [TrainingSet(url=source, max_bad=max_bad)]
-    mixture = Mixture({each.name: each.weight for each in sets}, seed) if is_mixed else None
-    readers = {
-        each.name: SampleReader(
-            each.url,
-            num_frames=num_frames,
-            image_size=image_size,
-            decoder=decoder,
-            cache_bytes=int(cache_bytes * (mixture.share_of(each.name) if mixture else 1)),
-            shard_cache=shard_cache,
-        )
-        for each in sorted(sets, key=lambda each: each.name)
-    }
-    for each in readers.values():
+    sets = [TrainingSet(url=source, max_bad=max_bad)] if isinstance(source, str) else source
+    opened = open_sets(
+        sets,
+        seed=seed,
+        global_batch=global_batch,
+        num_frames=num_frames,
+        image_size=image_size,
+        decoder=decoder,
+        cache_bytes=cache_bytes,
+        shard_cache=shard_cache,
+    )
+    for each in opened.readers:
         _check_augmentation(augmentation, each, cache_bytes)
         if word_drop:
             check_words(each.url, each.manifest, needed_by="data.word_drop")
-    first = start_step * global_batch + rank * micro_batch
-    positions = PositionBatches(first, pairs_per_micro_step, micro_batch, None)
+    share = RankShare(
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        node=range(world_size) if node is None else node,
+    )
+    steps = MicroSteps(start_step * (global_batch // (world_size * micro_batch)))
     budgets = set_budgets(
         sets,
         f"on rank {rank}",
@@ -143,31 +150,26 @@ def train_batches(
         max_unavailable_in_a_row=max_unavailable_in_a_row,
         known=known_bad,
     )
-    if mixture is None:
-        (reader,) = readers.values()
-        order = SampleOrder(reader.manifest.shard_sizes, seed)
-        if reader.manifest.beton is not None:
-            # FFCV is an optional package: import it only for a beton.
-            from tvr.data_prep.ffcv.optional_import import import_ffcv
+    reader, order = opened.reader, opened.order
+    if isinstance(reader, SampleReader) and reader.manifest.beton is not None:
+        assert isinstance(order, SampleOrder), "a beton is the only training set"
+        # FFCV is an optional package: import it only for a beton.
+        from tvr.data_prep.ffcv.optional_import import import_ffcv
 
-            import_ffcv(f"training from {source}")
-            from tvr.data_prep.ffcv.loader import beton_batches
+        import_ffcv(f"training from {reader.url}")
+        from tvr.data_prep.ffcv.loader import beton_batches
 
-            dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
-            collator = BatchCollator(reader, tokenize)
-            batches = beton_batches(reader, order, dataset, positions, collator, workers)
-            return _within_budget(batches, budgets, micro_batch)
+        dataset = TrainingDataset(reader, order, share, augmentation, word_drop=word_drop)
+        collator = BatchCollator(reader, tokenize)
+        batches = beton_batches(reader, order, share, dataset, steps, collator, workers)
     else:
-        reader = MixedReader(readers)
-        orders = [
-            SampleOrder(each.manifest.shard_sizes, mixture.set_seed(number))
-            for number, each in enumerate(readers.values())
-        ]
-        order = MixedOrder(mixture, orders)
-    slots = _batch_slots(reader, micro_batch, workers, pin)
-    dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop, slots=slots)
-    loader = _loader(dataset, positions, BatchCollator(reader, tokenize, slots), workers)
-    return _within_budget(_received_batches(loader, slots), budgets, micro_batch)
+        slots = _batch_slots(reader, micro_batch, workers, pin)
+        dataset = TrainingDataset(
+            reader, order, share, augmentation, word_drop=word_drop, slots=slots
+        )
+        loader = _loader(dataset, steps, BatchCollator(reader, tokenize, slots), workers)
+        batches = _received_batches(loader, slots)
+    return within_budget(batches, budgets, micro_batch)
 
 
 def evaluation_batches(
@@ -210,17 +212,15 @@ def evaluation_batches(
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
-    positions = PositionBatches(first, micro_batch, micro_batch, end)
-    loader = _loader(
-        EvaluationDataset(reader, end), positions, BatchCollator(reader, tokenize), workers
-    )
+    rows = RowBatches(first, end, micro_batch)
+    loader = _loader(EvaluationDataset(reader, end), rows, BatchCollator(reader, tokenize), workers)
     budget = BadSampleBudget(
         max_bad,
         f"in {url} on rank {rank}",
         max_bad_in_a_row,
         max_unavailable_in_a_row=max_unavailable_in_a_row,
     )
-    return _without_empty(_within_budget(loader, {"": budget}, 0), budget)
+    return _without_empty(within_budget(loader, {"": budget}, 0), budget)
 
 
 def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
@@ -256,12 +256,15 @@ def _batch_slots(
 
 
 def _loader(
-    dataset: Dataset[DrawnBatch], positions: PositionBatches, collator: BatchCollator, workers: int
+    dataset: Dataset[DrawnBatch],
+    sampler: MicroSteps | RowBatches,
+    collator: BatchCollator,
+    workers: int,
 ) -> DataLoader:
     return DataLoader(
         dataset,
-        # torch accepts any iterable of index lists, contrary to its annotation.
-        batch_sampler=positions,  # type: ignore[arg-type]
+        # torch passes whatever an iterable yields to `__getitems__`, contrary to its annotation.
+        batch_sampler=sampler,  # type: ignore[arg-type]
         # Its argument is the result of `__getitems__`, not a list of items as torch annotates.
         collate_fn=collator,  # type: ignore[arg-type]
         num_workers=workers,
@@ -276,36 +279,6 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
     """Yields the loader's batches; takes frames that workers left in a slot from there."""
     for sent in loader:
         yield sent if slots is None else slots.receive(sent)
-
-
-def _within_budget(
-    batches: Iterable[Batch], budgets: Mapping[str, BadSampleBudget], min_rows: int
-) -> Iterator[Batch]:
-    """Yields the batches; each sample counts for the budget of its set, by the set's name."""
-    for batch in batches:
-        _spend(budgets, batch)
-        if len(batch.keys) < min_rows:
-            # The last position is the one that stayed empty.
-            raise budgets[set_of_key(batch.replaced[-1].key)].exhausted_error()
-        yield batch
-
-
-def _spend(budgets: Mapping[str, BadSampleBudget], batch: Batch) -> None:
-    """Counts bad samples in the order of positions.
-
-    A good substitute does not reset the consecutive-failure count: it comes from anywhere in its
-    data set, so it does not show that the shard in use is readable.
-    """
-    bad: dict[int, list[Replacement]] = {}
-    for entry in batch.replaced:
-        bad.setdefault(entry.position, []).append(entry)
-    keys = dict(zip(batch.positions.tolist(), batch.keys, strict=True))
-    for position in sorted({*keys, *bad}):
-        for entry in bad.get(position, ()):
-            budget = budgets[set_of_key(entry.key)]
-            budget.record_bad(entry.key, entry.reason, entry.detail)
-        if position not in bad:
-            budgets[set_of_key(keys[position])].record_good()
 
 
 def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:

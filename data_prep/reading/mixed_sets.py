@@ -6,26 +6,33 @@ video ids carry the name of their set, so that those of two sets never agree.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from tvr.data_prep.mixture import Mixture
 from tvr.data_prep.reading.augment import View
-from tvr.data_prep.reading.order import SampleLocation, SampleOrder
+from tvr.data_prep.reading.order import (
+    OrderWindow,
+    SampleLocation,
+    SampleLocations,
+    SampleOrder,
+    window_shards,
+)
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
-from tvr.data_prep.records import BadSample, Sample, key_in_set
+from tvr.data_prep.records import BadSample, Sample, TrainingSet, key_in_set
 
 
 class MixedOrder:
     """The order of several data sets; interface and promises are those of `SampleOrder`.
 
-    `mixture` states the contract.
+    `mixture` states the contract. The windows, epochs and places of a sample are those of its set.
 
     Args:
         mixture: The sets that positions belong to.
@@ -40,21 +47,45 @@ class MixedOrder:
         self._first_shard = _starts(order.num_shards for order in orders)
 
     def locate(self, position: int) -> SampleLocation:
-        """Returns the sample at a stream position; `epoch` counts the epochs of its set."""
+        """Returns the sample at a stream position."""
         number, own = self._mixture.locate(position)
         return self._numbered(number, self._orders[number].locate(own))
+
+    def locate_range(self, start: int, stop: int) -> SampleLocations:
+        """Returns the samples at the stream positions from `start` to below `stop`."""
+        sets, own = self._mixture.locate_range(start, stop)
+        length = stop - start
+        found = SampleLocations(
+            **{name: np.empty(length, np.int64) for name in ("epoch", "shard", "index", "sample")},
+            place=np.empty(length, np.float64),
+        )
+        for number, order in enumerate(self._orders):
+            here = np.flatnonzero(sets == number)
+            if len(here):
+                # The positions of a set have no gaps in its own stream.
+                part = order.locate_range(int(own[here[0]]), int(own[here[-1]]) + 1)
+                found.epoch[here] = part.epoch
+                found.shard[here] = part.shard + self._first_shard[number]
+                found.index[here] = part.index
+                found.sample[here] = part.sample + self._first_sample[number]
+                found.place[here] = part.place
+        return found
 
     def substitute(self, position: int, attempt: int) -> SampleLocation:
         """Returns the sample, of the same set, that replaces a bad sample at `position`."""
         number, own = self._mixture.locate(position)
         return self._numbered(number, self._orders[number].substitute(own, attempt))
 
-    def next_window_shards(self, location: SampleLocation) -> tuple[int, ...]:
-        """Returns the shards of the next window of the location's set."""
-        number = bisect_right(self._first_shard, location.shard) - 1
-        first = self._first_shard[number]
-        own = replace(location, shard=location.shard - first)
-        return tuple(first + shard for shard in self._orders[number].next_window_shards(own))
+    def next_windows(self, position: int) -> tuple[OrderWindow, ...]:
+        """Returns, for each set, the window that is read after the one in use at a position."""
+        drawn = self._mixture.drawn(position + 1)
+        windows = []
+        for name, order, first in zip(
+            self._mixture.names, self._orders, self._first_shard, strict=True
+        ):
+            (window,) = order.next_windows(max(0, drawn[name] - 1))
+            windows.append(replace(window, shards=window.shards + first))
+        return tuple(windows)
 
     def _numbered(self, number: int, own: SampleLocation) -> SampleLocation:
         return replace(
@@ -146,6 +177,60 @@ class MixedReader:
 
 TrainingReader: TypeAlias = SampleReader | MixedReader
 TrainingOrder: TypeAlias = SampleOrder | MixedOrder
+
+
+class OpenedSets(NamedTuple):
+    """The training sets of a run, opened."""
+
+    reader: TrainingReader
+    order: TrainingOrder
+    readers: Sequence[SampleReader]
+    """Reader of each set."""
+
+
+def open_sets(
+    sets: Sequence[TrainingSet],
+    *,
+    seed: int,
+    global_batch: int,
+    cache_bytes: int,
+    **reading: Any,
+) -> OpenedSets:
+    """Opens one training set without a name, or several with names.
+
+    Args:
+        sets: The sets.
+        seed: Seed of the run.
+        global_batch: Pairs per step on all ranks together.
+        cache_bytes: Bytes of decoded frames to cache per worker; sets share them by their weights.
+        reading: Other arguments of `SampleReader`.
+
+    Raises:
+        FileNotFoundError, OSError, ShardCorrupt: see `read_manifest`.
+        ValueError: as `SampleReader` and `Mixture`; or a set of several is a beton.
+    """
+    if not sets[0].name:
+        (alone,) = sets
+        reader = SampleReader(alone.url, cache_bytes=cache_bytes, **reading)
+        return OpenedSets(reader, _order(reader, seed, global_batch), [reader])
+    mixture = Mixture({each.name: each.weight for each in sets}, seed)
+    urls, readers, orders = {each.name: each.url for each in sets}, {}, []
+    for number, (name, share) in enumerate(zip(mixture.names, mixture.shares, strict=True)):
+        reader = SampleReader(urls[name], cache_bytes=int(cache_bytes * share), **reading)
+        if reader.manifest.beton is not None:
+            raise ValueError(
+                f"training set {name} (data.train_sets): {urls[name]} is a beton, which cannot be"
+                " mixed with other sets; give the shards that it was written from"
+            )
+        readers[name] = reader
+        orders.append(_order(reader, mixture.set_seed(number), math.ceil(global_batch * share)))
+    return OpenedSets(MixedReader(readers), MixedOrder(mixture, orders), list(readers.values()))
+
+
+def _order(reader: SampleReader, seed: int, global_batch: int) -> SampleOrder:
+    """The order of a set that has so many pairs of each global batch."""
+    sizes = reader.manifest.shard_sizes
+    return SampleOrder(sizes, seed, window_shards(global_batch, len(sizes)))
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:
