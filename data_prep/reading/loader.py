@@ -14,13 +14,13 @@ process group; and the store opens new connections after a fork.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tvr.data_prep.budget import BadSampleBudget
+from tvr.data_prep.budget import BadSampleBudget, set_budgets, within_budget
 from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
@@ -30,10 +30,10 @@ from tvr.data_prep.reading.locality import (
     CacheNeed,
     RankShare,
     evaluation_need,
-    training_need,
 )
+from tvr.data_prep.reading.mixed_sets import TrainingReader, open_sets
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import SampleOrder, window_shards
+from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import (
     BatchCollator,
@@ -44,14 +44,14 @@ from tvr.data_prep.reading.worker import (
     TrainingDataset,
 )
 from tvr.data_prep.reading.worker_process import start_worker
-from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet
 from tvr.data_prep.video.decoders import Decoder
 
 log = logging.getLogger(__name__)
 
 
 def train_batches(
-    url: str,
+    source: str | Sequence[TrainingSet],
     *,
     seed: int,
     global_batch: int,
@@ -63,7 +63,7 @@ def train_batches(
     num_frames: int,
     image_size: int,
     tokenize: Tokenize,
-    max_bad: int,
+    max_bad: int = 0,
     max_bad_in_a_row: int | None = None,
     max_unavailable_in_a_row: int | None = None,
     known_bad: Mapping[str, str] | None = None,
@@ -84,8 +84,11 @@ def train_batches(
 
     A bad sample is replaced by `SampleOrder.substitute` and reported in `Batch.replaced`.
 
+    Several training sets are mixed as `mixture` states. Their layouts may differ. Each has its own
+    epochs and limits for bad samples, and the keys in its batches carry its name.
+
     Args:
-        url: Folder or fsspec URL of the data set.
+        source: Folder or fsspec URL of the data set, or several named sets.
         seed: Seed of the order and of all random choices.
         global_batch: Pairs per step on all ranks together.
         micro_batch: Pairs per batch.
@@ -96,7 +99,8 @@ def train_batches(
         num_frames: Frames per sample.
         image_size: Height and width of the frames in pixels.
         tokenize: Tokeniser.
-        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included.
+        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included. Each of
+            several sets has its own, and this one is unused.
         max_bad_in_a_row: Limit for consecutive bad samples; None = no limit. Only a sample read as
             planned resets the count.
         max_unavailable_in_a_row: Limit for consecutive reads that fail for the moment, likewise.
@@ -105,7 +109,8 @@ def train_batches(
         decoder: Video decoder, for the video layout.
         word_drop: Drop uninformative words from captions, see `drop_words`; the data set must be
             packed with words.
-        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`.
+        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`; several sets
+            share them by their weights.
         shard_cache: Folder of this node for shards of a remote data set.
         node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
@@ -122,47 +127,49 @@ def train_batches(
     steps = MicroSteps(start_step * share.micro_steps(global_batch))
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
-    reader = SampleReader(
-        url,
+    sets = [TrainingSet(url=source, max_bad=max_bad)] if isinstance(source, str) else source
+    opened = open_sets(
+        sets,
+        seed=seed,
+        global_batch=global_batch,
         num_frames=num_frames,
         image_size=image_size,
         decoder=decoder,
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
     )
-    _check_augmentation(augmentation, reader, cache_bytes)
-    if word_drop:
-        check_words(url, reader.manifest, needed_by="data.word_drop")
-    sizes = reader.manifest.shard_sizes
-    window = window_shards(global_batch, len(sizes))
-    order = SampleOrder(sizes, seed, window)
-    if reader.caches_shards:
-        _reserve_cache(reader, training_need(reader.manifest.shards, window, share, workers), share)
-    if reader.manifest.beton is None:
+    for each in opened.readers:
+        _check_augmentation(augmentation, each, cache_bytes)
+        if word_drop:
+            check_words(each.url, each.manifest, needed_by="data.word_drop")
+    _reserve_cache(opened.readers, opened.cache_need(share, workers, global_batch), share)
+    budgets = set_budgets(
+        sets,
+        f"on rank {rank}",
+        max_bad_in_a_row,
+        max_unavailable_in_a_row=max_unavailable_in_a_row,
+        known=known_bad,
+    )
+    reader, order = opened.reader, opened.order
+    if isinstance(reader, SampleReader) and reader.manifest.beton is not None:
+        assert isinstance(order, SampleOrder), "a beton is the only training set"
+        # FFCV is an optional package: import it only for a beton.
+        from tvr.data_prep.ffcv.optional_import import import_ffcv
+
+        import_ffcv(f"training from {reader.url}")
+        from tvr.data_prep.ffcv.loader import beton_batches
+
+        dataset = TrainingDataset(reader, order, share, augmentation, word_drop=word_drop)
+        collator = BatchCollator(reader, tokenize)
+        batches = beton_batches(reader, order, share, dataset, steps, collator, workers)
+    else:
         slots = _batch_slots(reader, micro_batch, workers, pin)
         dataset = TrainingDataset(
             reader, order, share, augmentation, word_drop=word_drop, slots=slots
         )
         loader = _loader(dataset, steps, BatchCollator(reader, tokenize, slots), workers)
         batches = _received_batches(loader, slots)
-    else:
-        # FFCV is an optional package: import it only for a beton.
-        from tvr.data_prep.ffcv.optional_import import import_ffcv
-
-        import_ffcv(f"training from {url}")
-        from tvr.data_prep.ffcv.loader import beton_batches
-
-        dataset = TrainingDataset(reader, order, share, augmentation, word_drop=word_drop)
-        collator = BatchCollator(reader, tokenize)
-        batches = beton_batches(reader, order, share, dataset, steps, collator, workers)
-    budget = BadSampleBudget(
-        max_bad,
-        f"in {url} on rank {rank}",
-        max_bad_in_a_row,
-        max_unavailable_in_a_row=max_unavailable_in_a_row,
-        known=known_bad,
-    )
-    return _within_budget(batches, budget, micro_batch)
+    return within_budget(batches, budgets, micro_batch)
 
 
 def evaluation_batches(
@@ -207,7 +214,7 @@ def evaluation_batches(
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
     if reader.caches_shards:
-        _reserve_cache(reader, evaluation_need(reader.manifest.shards, share, workers), share)
+        _reserve_cache([reader], evaluation_need(reader.manifest.shards, share, workers), share)
     rows = RowBatches(first, end, micro_batch)
     dataset = EvaluationDataset(reader, end, share.node, world_size)
     loader = _loader(dataset, rows, BatchCollator(reader, tokenize), workers)
@@ -217,7 +224,7 @@ def evaluation_batches(
         max_bad_in_a_row,
         max_unavailable_in_a_row=max_unavailable_in_a_row,
     )
-    return _without_empty(_within_budget(loader, budget, 0), budget)
+    return _without_empty(within_budget(loader, {"": budget}, 0), budget)
 
 
 def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
@@ -244,7 +251,7 @@ def read_samples(
 
 
 def _batch_slots(
-    reader: SampleReader, micro_batch: int, workers: int, pin: PinPages | None
+    reader: TrainingReader, micro_batch: int, workers: int, pin: PinPages | None
 ) -> BatchSlots | None:
     if not workers or not reader.decodes_into_buffers:
         return None
@@ -277,32 +284,6 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
     """Yields the loader's batches; takes frames that workers left in a slot from there."""
     for sent in loader:
         yield sent if slots is None else slots.receive(sent)
-
-
-def _within_budget(
-    batches: Iterable[Batch], budget: BadSampleBudget, min_rows: int
-) -> Iterator[Batch]:
-    for batch in batches:
-        _spend(budget, batch)
-        if len(batch.keys) < min_rows:
-            raise budget.exhausted_error()
-        yield batch
-
-
-def _spend(budget: BadSampleBudget, batch: Batch) -> None:
-    """Counts bad samples in the order of positions.
-
-    A good substitute does not reset the consecutive-failure count: it comes from anywhere in the
-    data set, so it does not show that the shard in use is readable.
-    """
-    bad: dict[int, list[Replacement]] = {}
-    for entry in batch.replaced:
-        bad.setdefault(entry.position, []).append(entry)
-    for position in sorted({*batch.positions.tolist(), *bad}):
-        for entry in bad.get(position, ()):
-            budget.record_bad(entry.key, entry.reason, entry.detail)
-        if position not in bad:
-            budget.record_good()
 
 
 def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:
@@ -347,12 +328,14 @@ def _share(
     )
 
 
-def _reserve_cache(reader: SampleReader, need: CacheNeed, share: RankShare) -> None:
-    if not reader.reserve_cache(need) and share.rank == share.node.start:
+def _reserve_cache(readers: Sequence[SampleReader], need: CacheNeed, share: RankShare) -> None:
+    """Checks the shard cache's size for all data sets of a stream together."""
+    ahead = [reader.reserve_cache(need) for reader in readers if reader.caches_shards]
+    if not all(ahead) and share.rank == share.node.start:
         log.warning(
-            "%s: no shards are downloaded ahead, because the shard cache (data.shard_cache_gib)"
-            " has no room for them: this data set alone needs %d bytes, and %d without",
-            reader.url,
+            "%s: shards are not downloaded ahead, because the shard cache (data.shard_cache_gib)"
+            " has no room for them: these data sets alone need %d bytes, and %d without",
+            " and ".join(reader.url for reader in readers),
             need.full,
             need.least,
         )

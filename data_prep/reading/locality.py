@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tvr.data_prep.reading.order import SampleLocation, SampleOrder
+from tvr.data_prep.reading.order import SampleLocation, window_count, window_shards
 
 if TYPE_CHECKING:
-    # A simulation uses this module without the readers, which import much.
+    # A simulation uses this module without the readers, which import video decoders.
     from tvr.data_prep.dataset.manifest import Shard
+    from tvr.data_prep.reading.mixed_sets import TrainingOrder
 
 # Batches that a loader worker prepares ahead: torch's default for DataLoader.
 PREFETCH_FACTOR = 2
@@ -97,14 +98,14 @@ class RankShare:
         pairs = self.world_size * self.micro_batch
         return micro_step * pairs, (micro_step + 1) * pairs
 
-    def samples(self, order: SampleOrder, micro_step: int) -> list[tuple[int, SampleLocation]]:
+    def samples(self, order: TrainingOrder, micro_step: int) -> list[tuple[int, SampleLocation]]:
         """Returns this rank's positions of a micro-step, ascending, and the samples there."""
         start, stop = self.span(micro_step)
         found = order.locate_range(start, stop)
         own = assigned(found.place, self.rank, self.world_size)
         return list(zip((start + own).tolist(), found.take(own), strict=True))
 
-    def shards(self, order: SampleOrder, micro_step: int) -> tuple[list[int], list[int]]:
+    def shards(self, order: TrainingOrder, micro_step: int) -> tuple[list[int], list[int]]:
         """Returns the shards that the node owns in a micro-step's windows, and in those after."""
         current, upcoming = (
             [
@@ -164,24 +165,26 @@ def owned(starts: np.ndarray, node: range, world_size: int) -> np.ndarray:
 
 def training_need(
     shards: Sequence[Shard],
-    window_shards: int,
     share: RankShare,
     workers: int,
     *,
+    global_batch: int,
     part: float = 1.0,
 ) -> CacheNeed:
     """Returns the room that a training set needs in a node's cache, in any epoch.
 
     Args:
         shards: Shards of the data set.
-        window_shards: Shards of a window.
         share: The share of a rank of the node.
         workers: Loader processes per rank.
+        global_batch: Pairs of a step on all ranks together.
         part: Part of the stream's positions that read this data set.
     """
     sizes = np.sort([shard.num_samples for shard in shards])
     num_bytes = np.sort([shard.shard_bytes for shard in shards])[::-1]
-    num_windows = max(1, round(len(sizes) / window_shards))
+    num_windows = window_count(
+        len(sizes), window_shards(math.ceil(global_batch * part), len(sizes))
+    )
     fewest, most = len(sizes) // num_windows, -(-len(sizes) // num_windows)
     # The positions between the oldest and the newest batch that a worker of the node prepares.
     micro_steps = PREFETCH_FACTOR * workers + 1 + RANK_SKEW

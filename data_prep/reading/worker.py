@@ -13,7 +13,8 @@ from tvr.data_prep.reading.augment import Augmentation, drop_words
 from tvr.data_prep.reading.batch_buffers import BatchInSlot, BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.collate import Tokenize, collate
 from tvr.data_prep.reading.locality import PREFETCHED_SHARDS, RankShare, owned
-from tvr.data_prep.reading.order import SampleLocation, SampleOrder, caption_choice
+from tvr.data_prep.reading.mixed_sets import TrainingOrder, TrainingReader
+from tvr.data_prep.reading.order import SampleLocation, caption_choice
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.records import (
     TRANSIENT_REASONS,
@@ -66,8 +67,8 @@ class TrainingDataset(Dataset[DrawnBatch]):
 
     def __init__(
         self,
-        reader: SampleReader,
-        order: SampleOrder,
+        reader: TrainingReader,
+        order: TrainingOrder,
         share: RankShare,
         augmentation: Augmentation,
         *,
@@ -226,7 +227,7 @@ class BatchCollator:
     """Collate function of the loader; with slots, `BatchSlots.receive` restores its results."""
 
     def __init__(
-        self, reader: SampleReader, tokenize: Tokenize, slots: BatchSlots | None = None
+        self, reader: TrainingReader, tokenize: Tokenize, slots: BatchSlots | None = None
     ) -> None:
         self._reader = reader
         self._tokenize = tokenize
