@@ -14,16 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tvr.data_prep.reading.order import SampleLocation, window_count, window_shards
+from tvr.data_prep.reading.order import (
+    OrderWindow,
+    SampleLocation,
+    SampleLocations,
+    window_count,
+    window_shards,
+)
 
 if TYPE_CHECKING:
     # A simulation uses this module without the readers, which import video decoders.
     from tvr.data_prep.dataset.manifest import Shard
-    from tvr.data_prep.reading.mixed_sets import TrainingOrder
 
 # Batches that a loader worker prepares ahead: torch's default for DataLoader.
 PREFETCH_FACTOR = 2
@@ -48,6 +53,18 @@ class CacheNeed:
 
 
 NOTHING_NEEDED = CacheNeed(0, 0)
+
+
+class WindowedOrder(Protocol):
+    """An order of one data set or of several: see `SampleOrder`."""
+
+    def locate_range(self, start: int, stop: int) -> SampleLocations:
+        """Returns the samples of a range of stream positions."""
+        ...
+
+    def windows_in_use(self, start: int, stop: int) -> tuple[list[OrderWindow], list[OrderWindow]]:
+        """Returns the windows of a range of stream positions, and those that are read next."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +115,14 @@ class RankShare:
         pairs = self.world_size * self.micro_batch
         return micro_step * pairs, (micro_step + 1) * pairs
 
-    def samples(self, order: TrainingOrder, micro_step: int) -> list[tuple[int, SampleLocation]]:
+    def samples(self, order: WindowedOrder, micro_step: int) -> list[tuple[int, SampleLocation]]:
         """Returns this rank's positions of a micro-step, ascending, and the samples there."""
         start, stop = self.span(micro_step)
         found = order.locate_range(start, stop)
         own = assigned(found.place, self.rank, self.world_size)
         return list(zip((start + own).tolist(), found.take(own), strict=True))
 
-    def shards(self, order: TrainingOrder, micro_step: int) -> tuple[list[int], list[int]]:
+    def shards(self, order: WindowedOrder, micro_step: int) -> tuple[list[int], list[int]]:
         """Returns the shards that the node owns in a micro-step's windows, and in those after."""
         current, upcoming = (
             [
