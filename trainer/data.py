@@ -17,6 +17,7 @@ from tvr.data_prep.reading.locality import (
     evaluation_need,
     training_need,
 )
+from tvr.data_prep.reading.mixed_sets import set_order
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import window_shards
 from tvr.data_prep.records import Batch, TrainingSet
@@ -267,19 +268,15 @@ def _training_need(
     data: DataConfig, train: TrainConfig, world: World, sets: Mapping[str, tuple[str, Manifest]]
 ) -> CacheNeed:
     """What the training sets, by their names, need of the node's cache."""
-    mixture = training_mixture(data, train)
-    needs = [
-        training_need(
-            manifest.shards,
-            _rank_share(train, world),
-            data.workers,
-            global_batch=train.global_batch,
-            part=1.0 if mixture is None else mixture.share_of(name),
-        )
-        for name, (url, manifest) in sets.items()
-        if _is_cached(url, manifest)
-    ]
-    return sum(needs, NOTHING_NEEDED)
+    mixture, total = training_mixture(data, train), NOTHING_NEEDED
+    for name, (url, manifest) in sets.items():
+        if _is_cached(url, manifest):
+            part = 1.0 if mixture is None else mixture.share_of(name)
+            seed = train.seed if mixture is None else mixture.set_seed(mixture.names.index(name))
+            order = set_order(manifest, seed, train.global_batch, part)
+            share = _rank_share(train, world)
+            total += training_need(manifest.shards, order, share, data.workers, part=part)
+    return total
 
 
 def _test_need(

@@ -142,7 +142,7 @@ def train_batches(
         _check_augmentation(augmentation, each, cache_bytes)
         if word_drop:
             check_words(each.url, each.manifest, needed_by="data.word_drop")
-    _reserve_cache(opened.readers, opened.cache_need(share, workers, global_batch), share)
+    _reserve_cache(opened.readers, opened.cache_need(share, workers), share)
     budgets = set_budgets(
         sets,
         f"on rank {rank}",

@@ -22,8 +22,7 @@ from tvr.data_prep.reading.order import (
     OrderWindow,
     SampleLocation,
     SampleLocations,
-    window_count,
-    window_shards,
+    SampleOrder,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ PREFETCHED_SHARDS = 2
 # The ranks of a node may be so many micro-steps apart: one is in its next step, and its next batch
 # is on the way to the device.
 RANK_SKEW = 3
+# Windows of which the need of a cache is known.
+CHECKED_EPOCHS, CHECKED_WINDOWS = 4, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,37 +183,42 @@ def owned(starts: np.ndarray, node: range, world_size: int) -> np.ndarray:
 
 def training_need(
     shards: Sequence[Shard],
+    order: SampleOrder,
     share: RankShare,
     workers: int,
     *,
-    global_batch: int,
     part: float = 1.0,
 ) -> CacheNeed:
-    """Returns the room that a training set needs in a node's cache, in any epoch.
+    """Returns the room that a training set needs in a node's cache.
+
+    It is the largest need in the first epochs, and one shard more, since a later window may be a
+    little larger.
 
     Args:
         shards: Shards of the data set.
+        order: Its order.
         share: The share of a rank of the node.
         workers: Loader processes per rank.
-        global_batch: Pairs of a step on all ranks together.
         part: Part of the stream's positions that read this data set.
     """
-    sizes = np.sort([shard.num_samples for shard in shards])
-    num_bytes = np.sort([shard.shard_bytes for shard in shards])[::-1]
-    num_windows = window_count(
-        len(sizes), window_shards(math.ceil(global_batch * part), len(sizes))
-    )
-    fewest, most = len(sizes) // num_windows, -(-len(sizes) // num_windows)
+    num_bytes = np.array([shard.shard_bytes for shard in shards])
+    window, owned_bytes, samples = order.window_at(0), [], []
+    for _ in range(min(CHECKED_EPOCHS * order.num_windows, CHECKED_WINDOWS)):
+        is_owned = owned(window.starts, share.node, share.world_size)
+        owned_bytes.append(num_bytes[window.shards[is_owned]].sum())
+        samples.append(window.num_samples)
+        window = order.next_window(window)
     # The positions between the oldest and the newest batch that a worker of the node prepares.
     micro_steps = PREFETCH_FACTOR * workers + 1 + RANK_SKEW
     span = math.ceil(micro_steps * share.world_size * share.micro_batch * part)
-    windows = 1 + math.ceil((span - 1) / max(1, int(sizes[:fewest].sum())))
-    # All parts of owned shards lie within the node's part of the window, but for half of the first
-    # one and half of the last one.
-    on_node = int(sizes[-most:].sum()) * len(share.node) / share.world_size
-    count = int(np.searchsorted(np.cumsum(sizes), on_node + int(sizes[-1]), side="right"))
-    total, of_a_window = int(num_bytes.sum()), int(num_bytes[: min(count, most)].sum())
-    return CacheNeed(min(total, windows * of_a_window), min(total, (windows + 1) * of_a_window))
+    num_windows = 1 + math.ceil((span - 1) / min(samples))
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(owned_bytes)])
+    least, full = (
+        int((sums[min(count, len(samples)) :] - sums[: -min(count, len(samples))]).max())
+        for count in (num_windows, num_windows + 1)
+    )
+    total, more = int(num_bytes.sum()), int(num_bytes.max())
+    return CacheNeed(min(total, least + more), min(total, full + more))
 
 
 def evaluation_need(shards: Sequence[Shard], share: RankShare, workers: int) -> CacheNeed:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.mixture import Mixture
 from tvr.data_prep.reading.augment import View
 from tvr.data_prep.reading.locality import NOTHING_NEEDED, CacheNeed, RankShare, training_need
@@ -194,16 +195,16 @@ class OpenedSets(NamedTuple):
     order: TrainingOrder
     readers: Sequence[SampleReader]
     """Reader of each set."""
+    orders: Sequence[SampleOrder]
+    """Order of each set."""
     shares: Sequence[float]
     """Part of the stream that each set has."""
 
-    def cache_need(self, share: RankShare, workers: int, global_batch: int) -> CacheNeed:
+    def cache_need(self, share: RankShare, workers: int) -> CacheNeed:
         """Returns the room that the remote sets need in the node's shard cache, see `locality`."""
         needs = [
-            training_need(
-                reader.manifest.shards, share, workers, global_batch=global_batch, part=part
-            )
-            for reader, part in zip(self.readers, self.shares, strict=True)
+            training_need(reader.manifest.shards, order, share, workers, part=part)
+            for reader, order, part in zip(self.readers, self.orders, self.shares, strict=True)
             if reader.caches_shards
         ]
         return sum(needs, NOTHING_NEEDED)
@@ -233,7 +234,8 @@ def open_sets(
     if not sets[0].name:
         (alone,) = sets
         reader = SampleReader(alone.url, cache_bytes=cache_bytes, **reading)
-        return OpenedSets(reader, _order(reader, seed, global_batch), [reader], [1.0])
+        order = set_order(reader.manifest, seed, global_batch)
+        return OpenedSets(reader, order, [reader], [order], [1.0])
     mixture = Mixture({each.name: each.weight for each in sets}, seed)
     urls, readers, orders = {each.name: each.url for each in sets}, {}, []
     for number, (name, share) in enumerate(zip(mixture.names, mixture.shares, strict=True)):
@@ -244,16 +246,27 @@ def open_sets(
                 " mixed with other sets; give the shards that it was written from"
             )
         readers[name] = reader
-        orders.append(_order(reader, mixture.set_seed(number), math.ceil(global_batch * share)))
+        orders.append(set_order(reader.manifest, mixture.set_seed(number), global_batch, share))
     return OpenedSets(
-        MixedReader(readers), MixedOrder(mixture, orders), list(readers.values()), mixture.shares
+        MixedReader(readers),
+        MixedOrder(mixture, orders),
+        list(readers.values()),
+        orders,
+        mixture.shares,
     )
 
 
-def _order(reader: SampleReader, seed: int, global_batch: int) -> SampleOrder:
-    """The order of a set that has so many pairs of each global batch."""
-    sizes = reader.manifest.shard_sizes
-    return SampleOrder(sizes, seed, window_shards(global_batch, len(sizes)))
+def set_order(manifest: Manifest, seed: int, global_batch: int, share: float = 1.0) -> SampleOrder:
+    """Returns the order of a set that has a share of each global batch.
+
+    Args:
+        manifest: Index of the set.
+        seed: The set's own seed.
+        global_batch: Pairs per step on all ranks together.
+        share: Part of the stream that the set has.
+    """
+    sizes = manifest.shard_sizes
+    return SampleOrder(sizes, seed, window_shards(math.ceil(global_batch * share), len(sizes)))
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

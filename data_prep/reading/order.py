@@ -51,11 +51,6 @@ def window_shards(global_batch: int, num_shards: int) -> int:
     return min(num_shards, max(MIN_WINDOW_SHARDS, -(-global_batch // PAIRS_PER_SHARD)))
 
 
-def window_count(num_shards: int, window_shards: int) -> int:
-    """Returns the number of windows of an epoch; part of the contract."""
-    return max(1, round(num_shards / window_shards))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLocation:
     """The sample that is read at a stream position."""
@@ -161,7 +156,7 @@ class SampleOrder:
         self.seed = seed
         self.num_samples = int(sizes.sum())
         self.num_shards = len(sizes)
-        self.num_windows = window_count(len(sizes), window_shards)
+        self.num_windows = max(1, round(len(sizes) / window_shards))
         self._sizes = sizes
         self._starts = _starts(sizes)
         self._epochs: dict[int, _Epoch] = {}
