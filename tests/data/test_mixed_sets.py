@@ -120,18 +120,31 @@ def test_a_position_of_the_mixture_is_one_of_a_sets_own_order(
         assert other.sample == orders[number].substitute(own, 1).sample + number * sum(first)
 
 
-def test_the_next_windows_are_those_of_every_set() -> None:
+def test_the_windows_in_use_are_those_of_every_set() -> None:
     mixture = Mixture({"a": 1.0, "b": 3.0}, 5)
     orders = [SampleOrder([4] * 6, mixture.set_seed(number), 2) for number in (0, 1)]
     order = MixedOrder(mixture, orders)
-    for position in (0, 1, 17, 500, 9000):
-        drawn = mixture.drawn(position + 1)
-        for number, window in enumerate(order.next_windows(position)):
-            own = max(0, drawn[mixture.names[number]] - 1)
-            (expected,) = orders[number].next_windows(own)
-            assert window.first == expected.first > own
-            assert window.shards.tolist() == [6 * number + shard for shard in expected.shards]
-            assert window.starts.tolist() == expected.starts.tolist()
+    for start in (0, 1, 17, 500, 9000):
+        found = order.windows_in_use(start, start + 20)
+        sets, own = mixture.locate_range(start, start + 20)
+        expected = [
+            orders[number].windows_in_use(
+                int(own[sets == number][0]), int(own[sets == number][-1]) + 1
+            )
+            for number in (0, 1)
+        ]
+        for windows, parts in zip(found, zip(*expected, strict=True), strict=True):
+            assert [(w.first, w.starts.tolist()) for w in windows] == [
+                (w.first, w.starts.tolist()) for part in parts for w in part
+            ]
+            assert [w.shards.tolist() for w in windows] == [
+                [6 * number + shard for shard in w.shards.tolist()]
+                for number, part in enumerate(parts)
+                for w in part
+            ]
+        # All shards of the samples are among them.
+        read = set(order.locate_range(start, start + 20).shard.tolist())
+        assert read <= {shard for window in found[0] for shard in window.shards.tolist()}
 
 
 # ---------------------------------------------------------------- batches
