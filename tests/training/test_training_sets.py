@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_sets_come_from_a_file_or_a_flag_and_round_trip(
     assert heavier.data.train_sets["web"].weight == 9.0
     assert heavier.data.train_sets["films"] == given.data.train_sets["films"]
     assert [each.name for each in training_sets(recipe("demo").data)] == [""]
+
+
+def test_the_readmes_sets_are_settings() -> None:
+    text = (Path(__file__).parents[2] / "trainer" / "README.md").read_text()
+    (settings,) = (
+        json.loads(body)
+        for body in re.findall(r"^```json\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        if "train_sets" in body
+    )
+    config = merged(recipe("large_scale_l14_64gpu"), settings, where="README.md")
+    assert [each.name for each in training_sets(config.data)] == ["films", "own", "web"]
 
 
 @pytest.mark.parametrize(
