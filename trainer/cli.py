@@ -116,7 +116,7 @@ def show_config(argv: Sequence[str]) -> int:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
         from tvr.data_prep.video.decoders import describe_decoder
-        from tvr.trainer.data import mixture_line
+        from tvr.trainer.data import mixture_line, order_line
         from tvr.trainer.engine.deepspeed_config import deepspeed_line, optimizer_line
         from tvr.trainer.engine.staging import staging_line
         from tvr.trainer.memory.environment import device, device_line, similarity_line
@@ -124,6 +124,7 @@ def show_config(argv: Sequence[str]) -> int:
 
         print(device_line(), file=sys.stderr)
         print(mixture_line(resolved.data, resolved.train), file=sys.stderr)
+        print(order_line(resolved.data, resolved.train), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(deepspeed_line(resolved.train, ranks or 1), file=sys.stderr)
         print(similarity_line(resolved.data, resolved.train), file=sys.stderr)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import ceil
 
 from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
 from tvr.data_prep.mixture import BLOCK, Mixture
 from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
+from tvr.data_prep.reading.locality import (
+    NOTHING_NEEDED,
+    CacheNeed,
+    RankShare,
+    evaluation_need,
+    training_need,
+)
+from tvr.data_prep.reading.mixed_sets import set_order
 from tvr.data_prep.reading.node_cache import CacheFolder
+from tvr.data_prep.reading.order import window_shards
 from tvr.data_prep.records import Batch, TrainingSet
+from tvr.data_prep.storage.storage import Storage
 from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.batch_copies import pin_pages
@@ -56,6 +68,17 @@ def mixture_line(data: DataConfig, train: TrainConfig) -> str:
     return f"training sets, pairs of every {BLOCK:,}: {'; '.join(shares)}"
 
 
+def order_line(data: DataConfig, train: TrainConfig) -> str:
+    """One line with the shards that are read together."""
+    mixture = training_mixture(data, train)
+    parts = {"": 1.0} if mixture is None else dict(zip(mixture.names, mixture.shares, strict=True))
+    windows = [
+        f"{name}{': ' if name else ''}{window_shards(ceil(train.global_batch * part), 1 << 40)}"
+        for name, part in parts.items()
+    ]
+    return f"sample order: windows of about {', '.join(windows)} shards, or all of a smaller set"
+
+
 def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> dict[str, int]:
     """Reads the manifest of every data set and checks it against the settings.
 
@@ -65,7 +88,7 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
     Raises:
         ValueError: a data set is too small for the batch or the ranks, the two test sets hold
             different keys, a set lacks the words that `data.content_words` or `data.word_drop`
-            needs, or a training set cannot be mixed with others.
+            needs, a training set cannot be mixed with others, or `data.shard_cache` is too small.
         OSError, ShardCorrupt: a manifest is missing or damaged.
     """
     training = {each.name: (each.url, read_manifest(each.url)) for each in training_sets(data)}
@@ -100,6 +123,11 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
     if data.content_words:
         for url, manifest in sets:
             check_words(url, manifest, needed_by="data.content_words")
+    folder = _shard_cache(data)
+    if folder is not None:
+        needs = [_training_need(data, train, world, training)]
+        needs += [_test_need(data, train, world, *each) for each in sets[len(training) :]]
+        folder.check(sum(needs, NOTHING_NEEDED))
     return {name: manifest.num_samples for name, (_, manifest) in training.items()}
 
 
@@ -178,7 +206,8 @@ def training_batches(
         decoder=data.decoder,
         word_drop=data.word_drop,
         cache_bytes=data.cache_mib << 20,
-        shard_cache=_shard_cache(data),
+        shard_cache=_training_cache(data, train, world),
+        node=world.node,
         pin=pin_pages if world.device.type == "cuda" else None,
     )
 
@@ -213,6 +242,7 @@ def ordered_batches(
         max_unavailable_in_a_row=data.max_unavailable_in_a_row,
         decoder=data.decoder,
         shard_cache=_shard_cache(data),
+        node=world.node,
     )
 
 
@@ -221,6 +251,54 @@ def _shard_cache(data: DataConfig) -> CacheFolder | None:
     if data.shard_cache is None:
         return None
     return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
+
+
+def _training_cache(data: DataConfig, train: TrainConfig, world: World) -> CacheFolder | None:
+    """The node's cache for training, which leaves room for the test sets: their evaluations come
+    while the training shards stay in use."""
+    folder = _shard_cache(data)
+    tests = [url for url in (data.test, data.test_exchanged) if url is not None]
+    if folder is None or all(Storage(url).is_local for url in tests):
+        return folder
+    needs = [_test_need(data, train, world, url, read_manifest(url)) for url in tests]
+    return replace(folder, others=sum(needs, NOTHING_NEEDED))
+
+
+def _training_need(
+    data: DataConfig, train: TrainConfig, world: World, sets: Mapping[str, tuple[str, Manifest]]
+) -> CacheNeed:
+    """What the training sets, by their names, need of the node's cache."""
+    mixture, total = training_mixture(data, train), NOTHING_NEEDED
+    for name, (url, manifest) in sets.items():
+        if _is_cached(url, manifest):
+            part = 1.0 if mixture is None else mixture.share_of(name)
+            seed = train.seed if mixture is None else mixture.set_seed(mixture.names.index(name))
+            order = set_order(manifest, seed, train.global_batch, part)
+            share = _rank_share(train, world)
+            total += training_need(manifest.shards, order, share, data.workers, part=part)
+    return total
+
+
+def _test_need(
+    data: DataConfig, train: TrainConfig, world: World, url: str, manifest: Manifest
+) -> CacheNeed:
+    """What a test set needs of the node's cache."""
+    if not _is_cached(url, manifest):
+        return NOTHING_NEEDED
+    return evaluation_need(manifest.shards, _rank_share(train, world), data.workers)
+
+
+def _is_cached(url: str, manifest: Manifest) -> bool:
+    return manifest.beton is None and not Storage(url).is_local
+
+
+def _rank_share(train: TrainConfig, world: World) -> RankShare:
+    return RankShare(
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch=train.micro_batch,
+        node=range(world.world_size) if world.node is None else world.node,
+    )
 
 
 def _augmentation(data: DataConfig) -> Augmentation:

@@ -13,6 +13,7 @@ process group; and the store opens new connections after a fork.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -24,7 +25,12 @@ from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
 from tvr.data_prep.reading.collate import Tokenize
-from tvr.data_prep.reading.locality import RankShare
+from tvr.data_prep.reading.locality import (
+    PREFETCH_FACTOR,
+    CacheNeed,
+    RankShare,
+    evaluation_need,
+)
 from tvr.data_prep.reading.mixed_sets import TrainingReader, open_sets
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import SampleOrder
@@ -40,6 +46,8 @@ from tvr.data_prep.reading.worker import (
 from tvr.data_prep.reading.worker_process import start_worker
 from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet
 from tvr.data_prep.video.decoders import Decoder
+
+log = logging.getLogger(__name__)
 
 
 def train_batches(
@@ -115,10 +123,8 @@ def train_batches(
         ImportError: the data set is a beton and FFCV is not installed.
         ValueError: sizes that do not fit together, or that the data set cannot provide.
     """
-    _check_rank(rank, world_size, micro_batch, workers)
-    if node is not None and (node.step != 1 or rank not in node or node.stop > world_size):
-        raise ValueError(f"node={node} must be consecutive ranks with rank={rank} among them")
-    _check_global_batch(global_batch, micro_batch, world_size)
+    share = _share(rank, world_size, micro_batch, node, workers)
+    steps = MicroSteps(start_step * share.micro_steps(global_batch))
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
     sets = [TrainingSet(url=source, max_bad=max_bad)] if isinstance(source, str) else source
@@ -136,13 +142,7 @@ def train_batches(
         _check_augmentation(augmentation, each, cache_bytes)
         if word_drop:
             check_words(each.url, each.manifest, needed_by="data.word_drop")
-    share = RankShare(
-        rank=rank,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        node=range(world_size) if node is None else node,
-    )
-    steps = MicroSteps(start_step * (global_batch // (world_size * micro_batch)))
+    _reserve_cache(opened.readers, opened.cache_need(share, workers), share)
     budgets = set_budgets(
         sets,
         f"on rank {rank}",
@@ -187,6 +187,7 @@ def evaluation_batches(
     max_unavailable_in_a_row: int | None = None,
     decoder: Decoder = "pyav",
     shard_cache: CacheFolder | None = None,
+    node: range | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of a data set in manifest order, each sample once with all its captions.
 
@@ -203,7 +204,7 @@ def evaluation_batches(
     Raises:
         FileNotFoundError, ShardCorrupt, ValueError: as `train_batches`.
     """
-    _check_rank(rank, world_size, micro_batch, workers)
+    share = _share(rank, world_size, micro_batch, node, workers)
     reader = SampleReader(
         url,
         num_frames=num_frames,
@@ -212,8 +213,11 @@ def evaluation_batches(
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
+    if reader.caches_shards:
+        _reserve_cache([reader], evaluation_need(reader.manifest.shards, share, workers), share)
     rows = RowBatches(first, end, micro_batch)
-    loader = _loader(EvaluationDataset(reader, end), rows, BatchCollator(reader, tokenize), workers)
+    dataset = EvaluationDataset(reader, end, share.node, world_size)
+    loader = _loader(dataset, rows, BatchCollator(reader, tokenize), workers)
     budget = BadSampleBudget(
         max_bad,
         f"in {url} on rank {rank}",
@@ -268,6 +272,7 @@ def _loader(
         # Its argument is the result of `__getitems__`, not a list of items as torch annotates.
         collate_fn=collator,  # type: ignore[arg-type]
         num_workers=workers,
+        prefetch_factor=PREFETCH_FACTOR if workers else None,
         # Without a generator, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
@@ -310,20 +315,27 @@ def _check_augmentation(augmentation: Augmentation, reader: SampleReader, cache_
         )
 
 
-def _check_global_batch(global_batch: int, micro_batch: int, world_size: int) -> None:
-    unit = micro_batch * world_size
-    if global_batch < unit or global_batch % unit:
-        nearest = max(1, round(global_batch / unit)) * unit
-        raise ValueError(
-            f"global_batch={global_batch} must be a multiple of micro_batch x world_size ="
-            f" {micro_batch} x {world_size}; the nearest is {nearest}"
-        )
-
-
-def _check_rank(rank: int, world_size: int, micro_batch: int, workers: int) -> None:
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-    if micro_batch < 1:
-        raise ValueError(f"micro_batch={micro_batch} must be at least 1")
+def _share(
+    rank: int, world_size: int, micro_batch: int, node: range | None, workers: int
+) -> RankShare:
     if workers < 0:
         raise ValueError(f"workers={workers} must be 0 (load in this process) or more")
+    return RankShare(
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        node=range(world_size) if node is None else node,
+    )
+
+
+def _reserve_cache(readers: Sequence[SampleReader], need: CacheNeed, share: RankShare) -> None:
+    """Checks the shard cache's size for all data sets of a stream together."""
+    ahead = [reader.reserve_cache(need) for reader in readers if reader.caches_shards]
+    if not all(ahead) and share.rank == share.node.start:
+        log.warning(
+            "%s: shards are not downloaded ahead, because the shard cache (data.shard_cache_gib)"
+            " has no room for them: these data sets alone need %d bytes, and %d without",
+            " and ".join(reader.url for reader in readers),
+            need.full,
+            need.least,
+        )

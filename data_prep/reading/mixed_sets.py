@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.mixture import Mixture
 from tvr.data_prep.reading.augment import View
+from tvr.data_prep.reading.locality import NOTHING_NEEDED, CacheNeed, RankShare, training_need
 from tvr.data_prep.reading.order import (
     OrderWindow,
     SampleLocation,
@@ -76,16 +78,18 @@ class MixedOrder:
         number, own = self._mixture.locate(position)
         return self._numbered(number, self._orders[number].substitute(own, attempt))
 
-    def next_windows(self, position: int) -> tuple[OrderWindow, ...]:
-        """Returns, for each set, the window that is read after the one in use at a position."""
-        drawn = self._mixture.drawn(position + 1)
-        windows = []
+    def windows_in_use(self, start: int, stop: int) -> tuple[list[OrderWindow], list[OrderWindow]]:
+        """Returns the windows of a range's positions, of all sets, and those that are read next."""
+        before, after = self._mixture.drawn(start), self._mixture.drawn(stop)
+        current, upcoming = list[OrderWindow](), list[OrderWindow]()
         for name, order, first in zip(
             self._mixture.names, self._orders, self._first_shard, strict=True
         ):
-            (window,) = order.next_windows(max(0, drawn[name] - 1))
-            windows.append(replace(window, shards=window.shards + first))
-        return tuple(windows)
+            # A set without a position here has its next one soon.
+            own = order.windows_in_use(before[name], max(after[name], before[name] + 1))
+            for found, windows in zip((current, upcoming), own, strict=True):
+                found += [replace(window, shards=window.shards + first) for window in windows]
+        return current, upcoming
 
     def _numbered(self, number: int, own: SampleLocation) -> SampleLocation:
         return replace(
@@ -114,9 +118,9 @@ class MixedReader:
         return sum(len(reader) for reader in self._readers)
 
     @property
-    def prefetches(self) -> bool:
-        """True if any of the sets prefetches, see `SampleReader`."""
-        return any(reader.prefetches for reader in self._readers)
+    def caches_shards(self) -> bool:
+        """True if whole shards of any of the sets are cached on this node."""
+        return any(reader.caches_shards for reader in self._readers)
 
     @property
     def decodes_into_buffers(self) -> bool:
@@ -129,14 +133,11 @@ class MixedReader:
         own = self._readers[number].key(row - self._first_row[number])
         return key_in_set(self._names[number], own)
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Downloads shards in the background; does nothing for a set without a shard cache."""
-        by_set: dict[int, list[int]] = {}
-        for shard in shards:
-            number = bisect_right(self._first_shard, shard) - 1
-            by_set.setdefault(number, []).append(shard - self._first_shard[number])
-        for number, own in by_set.items():
-            self._readers[number].prefetch(own)
+    def use_shards(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        """Tells which shards this node downloads whole, see `SampleReader.use_shards`."""
+        now, soon = self._by_set(current), self._by_set(upcoming)
+        for reader, own, own_soon in zip(self._readers, now, soon, strict=True):
+            reader.use_shards(own, own_soon)
 
     def pop_read_counts(self) -> dict[str, int]:
         """Returns the number of samples read since the last call, by READ_SOURCES."""
@@ -171,6 +172,14 @@ class MixedReader:
             video_id=key_in_set(name, sample.video_id),
         )
 
+    def _by_set(self, shards: Sequence[int]) -> list[list[int]]:
+        """The shards of each set, in its own numbers."""
+        own: list[list[int]] = [[] for _ in self._readers]
+        for shard in shards:
+            number = bisect_right(self._first_shard, shard) - 1
+            own[number].append(shard - self._first_shard[number])
+        return own
+
     def _set_of(self, row: int) -> int:
         return bisect_right(self._first_row, row) - 1
 
@@ -186,6 +195,19 @@ class OpenedSets(NamedTuple):
     order: TrainingOrder
     readers: Sequence[SampleReader]
     """Reader of each set."""
+    orders: Sequence[SampleOrder]
+    """Order of each set."""
+    shares: Sequence[float]
+    """Part of the stream that each set has."""
+
+    def cache_need(self, share: RankShare, workers: int) -> CacheNeed:
+        """Returns the room that the remote sets need in the node's shard cache, see `locality`."""
+        needs = [
+            training_need(reader.manifest.shards, order, share, workers, part=part)
+            for reader, order, part in zip(self.readers, self.orders, self.shares, strict=True)
+            if reader.caches_shards
+        ]
+        return sum(needs, NOTHING_NEEDED)
 
 
 def open_sets(
@@ -212,7 +234,8 @@ def open_sets(
     if not sets[0].name:
         (alone,) = sets
         reader = SampleReader(alone.url, cache_bytes=cache_bytes, **reading)
-        return OpenedSets(reader, _order(reader, seed, global_batch), [reader])
+        order = set_order(reader.manifest, seed, global_batch)
+        return OpenedSets(reader, order, [reader], [order], [1.0])
     mixture = Mixture({each.name: each.weight for each in sets}, seed)
     urls, readers, orders = {each.name: each.url for each in sets}, {}, []
     for number, (name, share) in enumerate(zip(mixture.names, mixture.shares, strict=True)):
@@ -223,14 +246,27 @@ def open_sets(
                 " mixed with other sets; give the shards that it was written from"
             )
         readers[name] = reader
-        orders.append(_order(reader, mixture.set_seed(number), math.ceil(global_batch * share)))
-    return OpenedSets(MixedReader(readers), MixedOrder(mixture, orders), list(readers.values()))
+        orders.append(set_order(reader.manifest, mixture.set_seed(number), global_batch, share))
+    return OpenedSets(
+        MixedReader(readers),
+        MixedOrder(mixture, orders),
+        list(readers.values()),
+        orders,
+        mixture.shares,
+    )
 
 
-def _order(reader: SampleReader, seed: int, global_batch: int) -> SampleOrder:
-    """The order of a set that has so many pairs of each global batch."""
-    sizes = reader.manifest.shard_sizes
-    return SampleOrder(sizes, seed, window_shards(global_batch, len(sizes)))
+def set_order(manifest: Manifest, seed: int, global_batch: int, share: float = 1.0) -> SampleOrder:
+    """Returns the order of a set that has a share of each global batch.
+
+    Args:
+        manifest: Index of the set.
+        seed: The set's own seed.
+        global_batch: Pairs per step on all ranks together.
+        share: Part of the stream that the set has.
+    """
+    sizes = manifest.shard_sizes
+    return SampleOrder(sizes, seed, window_shards(math.ceil(global_batch * share), len(sizes)))
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

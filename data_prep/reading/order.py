@@ -216,9 +216,12 @@ class SampleOrder:
         """Returns the window that is read next; the last one is followed by the next epoch's."""
         return self.window_at(window.end)
 
-    def next_windows(self, position: int) -> tuple[OrderWindow, ...]:
-        """Returns the window that is read after that of a position, one for each data set."""
-        return (self.next_window(self.window_at(position)),)
+    def windows_in_use(self, start: int, stop: int) -> tuple[list[OrderWindow], list[OrderWindow]]:
+        """Returns the windows of the positions from `start` to below `stop`, and the next one."""
+        windows = [self.window_at(start)]
+        while windows[-1].end < stop:
+            windows.append(self.next_window(windows[-1]))
+        return windows, [self.next_window(windows[-1])]
 
     def _window(self, epoch: int, number: int) -> OrderWindow:
         drawn = self._epoch(epoch)
