@@ -124,27 +124,22 @@ def test_the_windows_in_use_are_those_of_every_set() -> None:
     mixture = Mixture({"a": 1.0, "b": 3.0}, 5)
     orders = [SampleOrder([4] * 6, mixture.set_seed(number), 2) for number in (0, 1)]
     order = MixedOrder(mixture, orders)
-    for start in (0, 1, 17, 500, 9000):
-        found = order.windows_in_use(start, start + 20)
-        sets, own = mixture.locate_range(start, start + 20)
-        expected = [
-            orders[number].windows_in_use(
-                int(own[sets == number][0]), int(own[sets == number][-1]) + 1
-            )
-            for number in (0, 1)
-        ]
-        for windows, parts in zip(found, zip(*expected, strict=True), strict=True):
-            assert [(w.first, w.starts.tolist()) for w in windows] == [
-                (w.first, w.starts.tolist()) for part in parts for w in part
-            ]
-            assert [w.shards.tolist() for w in windows] == [
-                [6 * number + shard for shard in w.shards.tolist()]
-                for number, part in enumerate(parts)
-                for w in part
-            ]
-        # All shards of the samples are among them.
-        read = set(order.locate_range(start, start + 20).shard.tolist())
-        assert read <= {shard for window in found[0] for shard in window.shards.tolist()}
+    for start, stop in ((0, 1), (0, 16), (17, 18), (500, 540), (9000, 9001)):
+        found = order.windows_in_use(start, stop)
+        expected: tuple[list, list] = ([], [])
+        for number, name in enumerate(mixture.names):
+            first, end = (mixture.drawn(position)[name] for position in (start, stop))
+            # A set that this stretch does not read is read soon.
+            own = orders[number].windows_in_use(first, max(end, first + 1))
+            for here, windows in zip(expected, own, strict=True):
+                here += [
+                    ((window.shards + 6 * number).tolist(), window.first, window.starts.tolist())
+                    for window in windows
+                ]
+        for windows, here in zip(found, expected, strict=True):
+            assert here == [(w.shards.tolist(), w.first, w.starts.tolist()) for w in windows]
+        used = {shard for shards, *_ in expected[0] for shard in shards}
+        assert set(order.locate_range(start, stop).shard.tolist()) <= used
 
 
 # ---------------------------------------------------------------- batches
