@@ -3,8 +3,8 @@
 THE CONTRACT. Stream positions are cut into blocks of BLOCK positions. Set s has exactly `quotas[s]`
 positions of each block: its share of all weights, rounded by the largest remainder. Its j-th one in
 a block has the key (j + u) / quota, u uniform in [0, 1), and the block lists its positions by
-rising key. So every stretch of a block holds the sets nearly in proportion. Each u is drawn from raw
-words of numpy's Philox generator, keyed by (seed, name of the set, block).
+rising key. So every stretch of a block holds the sets nearly in proportion. Each u is drawn from
+raw words of numpy's Philox generator, keyed by (seed, name of the set, block).
 
 The positions of a set, counted without gaps, are the positions of its own stream: the set has its
 own epochs, permutations and substitutes, under a seed of (seed, name). Neither the order in which
