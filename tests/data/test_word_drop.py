@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.reading.augment import drop_words
 from tvr.data_prep.reading.order import caption_choice
-from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import Batch, Caption, Clip, Word, WordKind
 from tvr.trainer.model.tokenizer import Tokenizer, train_tokenizer
 
@@ -191,7 +191,7 @@ def test_each_epoch_draws_anew_from_the_chosen_caption(
 ) -> None:
     url, clips = data
     texts: dict[str, set[str]] = {}
-    for position, (key, text, _, mask) in rows(list(islice(stream(url, tokenizer), 30))).items():
+    for position, (key, text, _, mask) in rows(list(islice(stream(url, tokenizer), 60))).items():
         sample = int(key.removeprefix("c"))
         captions = clips[sample].captions
         whole = captions[caption_choice(7, position // 9, sample, len(captions))]
