@@ -30,7 +30,7 @@ from tvr.trainer.pages.report import write_report
 from tvr.trainer.recipes.recipes import recipe
 from tvr.trainer.run_dir import claim
 
-GLOBAL_BATCH, STEPS, NUM_TRAIN = 8, 8, 48
+GLOBAL_BATCH, STEPS, NUM_TRAIN = 8, 6, 48
 WEIGHTS = {"films": 2.0, "web": 1.0}
 MIXTURE = Mixture(WEIGHTS, 0)
 ALONE = {"train": None, "test": None, "test_exchanged": None}
