@@ -29,6 +29,10 @@ COMMANDS = {
     "stats": Command(
         "tvr.data_prep.check.cli:stats", "write a page of statistics about a data set"
     ),
+    "simulate": Command(
+        "tvr.data_prep.simulation.cli:simulate",
+        "predict what training asks of an object store: requests, bytes, waits",
+    ),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command(
         "tvr.trainer.cli:evaluate", "compute the recall of a trained model, both directions"

@@ -1,0 +1,214 @@
+"""The processes of a run: ranks that train, loader workers that read, and prefetch threads."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tvr.data_prep.reading.node_cache import CHUNK_BYTES
+from tvr.data_prep.simulation.clock import Process, Signal, SimulatedClock
+from tvr.data_prep.simulation.fake_store import FakeStore, NodeLink
+from tvr.data_prep.simulation.reading_plan import Read, ReadingPlan
+
+# Batches that torch's DataLoader asks of each worker in advance.
+PREFETCH_FACTOR = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderShape:
+    """Ranks and loader workers of a run."""
+
+    world_size: int
+    ranks_per_node: int
+    workers: int
+    """Loader workers of a rank; 0 = each rank reads by itself, when it needs a batch."""
+    micro_batch: int
+    micro_step_s: float
+    """Seconds that a micro-step computes."""
+    decode_s: float
+    """Seconds that a worker needs for a sample, from bytes to tensor."""
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.world_size // self.ranks_per_node)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Requests and bytes from the store, by the window of their shards."""
+
+    downloads: Counter[int] = field(default_factory=Counter)
+    """Whole shards."""
+    chunk_requests: Counter[int] = field(default_factory=Counter)
+    """Requests of these downloads."""
+    download_bytes: Counter[int] = field(default_factory=Counter)
+    sample_requests: Counter[int] = field(default_factory=Counter)
+    """Samples read by one range request each."""
+    sample_bytes: Counter[int] = field(default_factory=Counter)
+
+
+class SimulatedNode:
+    """The shard cache of a node, without bytes, and the node's link to the store.
+
+    Args:
+        clock, store, traffic: Shared by all nodes.
+        shard_bytes: Bytes of each shard.
+        max_bytes: Limit of the cache; None = no cache.
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        store: FakeStore,
+        traffic: Traffic,
+        shard_bytes: Sequence[int],
+        max_bytes: int | None,
+    ) -> None:
+        self._clock = clock
+        self._store = store
+        self._traffic = traffic
+        self._shard_bytes = shard_bytes
+        self._max_bytes = max_bytes
+        self._link = NodeLink()
+        self._cached: OrderedDict[int, int] = OrderedDict()
+        self._in_flight: dict[int, Signal] = {}
+        self._used_bytes = 0
+        self.peak_bytes = 0
+        self.num_evicted = 0
+
+    def read(self, read: Read) -> Process:
+        """Waits until the bytes of a sample are there."""
+        if read.shard in self._cached:
+            self._cached.move_to_end(read.shard)
+            return
+        if read.is_owned and self._max_bytes is not None:
+            yield from self.download(read.shard, read.window)
+            if read.shard in self._cached:
+                return
+        self._traffic.sample_requests[read.window] += 1
+        self._traffic.sample_bytes[read.window] += read.num_bytes
+        yield self._store.answered_at(read.num_bytes, self._link)
+
+    def download(self, shard: int, window: int, *, wait: bool = True) -> Process:
+        """Downloads a shard unless it is cached; `wait` for another process that does so."""
+        if shard in self._cached:
+            return
+        if shard in self._in_flight:
+            if wait:
+                yield self._in_flight[shard]
+            return
+        num_bytes = self._shard_bytes[shard]
+        if not self._reserve(num_bytes):
+            return
+        published = self._in_flight[shard] = Signal()
+        traffic = self._traffic
+        for start in range(0, num_bytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, num_bytes - start)
+            traffic.chunk_requests[window] += 1
+            traffic.download_bytes[window] += length
+            yield self._store.answered_at(length, self._link)
+        traffic.downloads[window] += 1
+        self._cached[shard] = num_bytes
+        del self._in_flight[shard]
+        self._clock.fire(published)
+
+    def _reserve(self, num_bytes: int) -> bool:
+        assert self._max_bytes is not None
+        in_flight = sum(self._shard_bytes[shard] for shard in self._in_flight)
+        if in_flight + num_bytes > self._max_bytes:
+            return False
+        while self._used_bytes + num_bytes > self._max_bytes:
+            _, freed = self._cached.popitem(last=False)
+            self._used_bytes -= freed
+            self.num_evicted += 1
+        self._used_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+        return True
+
+
+class SimulatedRun:
+    """All processes of a run, for a number of micro-steps.
+
+    Args:
+        clock: Clock of the run.
+        plan: Reads of the ranks.
+        shape: Ranks and workers.
+        nodes: One for each node.
+        num_micro_steps: Where the run ends.
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        plan: ReadingPlan,
+        shape: LoaderShape,
+        nodes: Sequence[SimulatedNode],
+        num_micro_steps: int,
+    ) -> None:
+        self._clock = clock
+        self._plan = plan
+        self._shape = shape
+        self._nodes = nodes
+        self._num_micro_steps = num_micro_steps
+        self._asked = [Signal() for _ in range(num_micro_steps)]
+        """Fired when the batches of a micro-step may be read."""
+        self._complete = [Signal() for _ in range(num_micro_steps)]
+        """Fired when every rank has its batch."""
+        self._num_ready = [0] * num_micro_steps
+        self.ready_at = np.zeros((num_micro_steps, shape.world_size))
+        """Times at which the batches were ready."""
+        self.needed_at = np.zeros(num_micro_steps)
+        """Times at which the ranks needed them."""
+
+    def run(self) -> None:
+        """Runs from the start of the workers to the end of the last micro-step."""
+        for rank in range(self._shape.world_size):
+            for worker in range(max(self._shape.workers, 1)):
+                self._clock.start(self._work(rank, worker))
+        self._clock.start(self._train())
+        self._clock.run()
+
+    def _train(self) -> Process:
+        """All ranks together: each micro-step begins when the last rank has its batch."""
+        ahead = PREFETCH_FACTOR * self._shape.workers
+        for step in range(min(ahead, self._num_micro_steps)):
+            self._clock.fire(self._asked[step])
+        for step in range(self._num_micro_steps):
+            self.needed_at[step] = self._clock.now
+            if not ahead:
+                self._clock.fire(self._asked[step])
+            yield self._complete[step]
+            # The loader asks for a further batch when it hands one over.
+            if ahead and step + ahead < self._num_micro_steps:
+                self._clock.fire(self._asked[step + ahead])
+            yield self._clock.now + self._shape.micro_step_s
+        self._clock.stop()
+
+    def _work(self, rank: int, worker: int) -> Process:
+        """One loader worker: every `workers`-th batch of its rank."""
+        shape = self._shape
+        number = rank // shape.ranks_per_node
+        node, window = self._nodes[number], -1
+        decode_s = shape.decode_s * shape.micro_batch
+        for step in range(worker, self._num_micro_steps, max(shape.workers, 1)):
+            yield self._asked[step]
+            for read in self._plan.reads(step, rank):
+                if read.window > window:
+                    window = read.window
+                    self._clock.start(self._prefetch(number, window))
+                yield from node.read(read)
+            if decode_s:
+                yield self._clock.now + decode_s
+            self.ready_at[step, rank] = self._clock.now
+            self._num_ready[step] += 1
+            if self._num_ready[step] == shape.world_size:
+                self._clock.fire(self._complete[step])
+
+    def _prefetch(self, node: int, window: int) -> Process:
+        """The prefetch thread of a worker for one window."""
+        following, shards = self._plan.owned_next(window, node)
+        for shard in shards:
+            yield from self._nodes[node].download(shard, following, wait=False)

@@ -1,0 +1,184 @@
+"""What a data set's index costs at a start: bytes from the store, seconds, and memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from fsspec.core import url_to_fs
+
+from tvr.data_prep.dataset.index_rules import TAR_BLOCK
+from tvr.data_prep.dataset.manifest import (
+    MANIFEST_NAME,
+    PIECE_BYTES,
+    Manifest,
+    SampleTable,
+    Shard,
+    join_url,
+    read_manifest,
+    samples_name,
+    shard_name,
+    write_manifest,
+)
+
+# Rows of the index that stands for a larger one.
+MEASURED_ROWS = 40_000
+MEASURED_REPEATS = 3
+# A tar archive ends with two empty blocks, filled up to a record of 20 blocks.
+END_BYTES = 20 * TAR_BLOCK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexCost:
+    """Cost of one reading of the index, by one process."""
+
+    stored_bytes: int
+    requests: int
+    open_s: float
+    """Seconds to read it from a local disk, check it and build its columns, on this machine."""
+    memory_bytes: int
+    """Memory of the columns."""
+    measured_rows: int
+    """Rows of the index that was read; the cost of the others is extrapolated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCall:
+    """Cost of one call on this machine."""
+
+    seconds: float
+    held_bytes: int
+    """Memory that is in use after the call."""
+    peak_bytes: int
+
+
+def measure(call: Callable[[], Any], *, repeats: int = 1) -> tuple[Any, MeasuredCall]:
+    """Calls a function for its time, the shortest of `repeats`, and once more for its memory.
+
+    Returns:
+        The result of the last call, and the cost.
+    """
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    seconds = min(times)
+    gc.collect()
+    is_traced = tracemalloc.is_tracing()
+    if not is_traced:
+        tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    try:
+        result = call()
+        gc.collect()
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        if not is_traced:
+            tracemalloc.stop()
+    return result, MeasuredCall(
+        seconds=seconds, held_bytes=max(held - before, 0), peak_bytes=max(peak - before, 0)
+    )
+
+
+def index_cost(url: str) -> tuple[Manifest, IndexCost]:
+    """Reads the index of a data set and measures that.
+
+    Raises:
+        OSError, ValueError, ShardCorrupt: see `read_manifest`.
+    """
+    manifest, cost = measure(lambda: read_manifest(url))
+    fs, root = url_to_fs(url)
+    names = (MANIFEST_NAME, samples_name(manifest.generation))
+    sizes = [int(fs.size(join_url(root, name))) for name in names]
+    return manifest, _index_cost(sizes, cost.seconds, cost.held_bytes, manifest.num_samples)
+
+
+def described_index_cost(num_samples: int, samples_per_shard: int, clip_bytes: int) -> IndexCost:
+    """Measures two indexes of a few rows of a described data set and extrapolates to all rows."""
+    if num_samples <= MEASURED_ROWS:
+        sizes, cost = _measured(num_samples, samples_per_shard, clip_bytes)
+        return _index_cost(sizes, cost.seconds, cost.held_bytes, num_samples)
+    few, many = MEASURED_ROWS // 4, MEASURED_ROWS
+    few_sizes, few_cost = _measured(few, samples_per_shard, clip_bytes)
+    many_sizes, many_cost = _measured(many, samples_per_shard, clip_bytes)
+
+    def extrapolated(at_few: float, at_many: float) -> float:
+        each = max(at_many - at_few, 0) / (many - few)
+        return at_many + each * (num_samples - many)
+
+    return _index_cost(
+        [round(extrapolated(a, b)) for a, b in zip(few_sizes, many_sizes, strict=True)],
+        extrapolated(few_cost.seconds, many_cost.seconds),
+        round(extrapolated(few_cost.held_bytes, many_cost.held_bytes)),
+        many,
+    )
+
+
+def _measured(
+    num_samples: int, samples_per_shard: int, clip_bytes: int
+) -> tuple[list[int], MeasuredCall]:
+    """The sizes of an index's files, and the cost to open it; the fastest of several times."""
+    with TemporaryDirectory(prefix="tvr-simulate-") as folder:
+        write_manifest(folder, _described_manifest(num_samples, samples_per_shard, clip_bytes))
+        _, cost = measure(lambda: read_manifest(folder), repeats=MEASURED_REPEATS)
+        return [path.stat().st_size for path in sorted(Path(folder).iterdir())], cost
+
+
+def _index_cost(
+    sizes: Sequence[int], open_s: float, memory_bytes: int, measured_rows: int
+) -> IndexCost:
+    return IndexCost(
+        stored_bytes=sum(sizes),
+        # A piece that is not full ends a file.
+        requests=sum(size // PIECE_BYTES + 1 for size in sizes),
+        open_s=open_s,
+        memory_bytes=memory_bytes,
+        measured_rows=measured_rows,
+    )
+
+
+def _described_manifest(num_samples: int, samples_per_shard: int, clip_bytes: int) -> Manifest:
+    """An index with keys of 11 characters, and random numbers where a real one has hashes."""
+    random = np.random.Generator(np.random.Philox(0))
+    rows = np.arange(num_samples)
+    shards, within = np.divmod(rows, samples_per_shard)
+    length = -(-clip_bytes // TAR_BLOCK) * TAR_BLOCK
+    keys = np.array([f"clip{row:07d}" for row in rows])
+    table = SampleTable(
+        key=keys,
+        video_id=keys,
+        shard=shards.astype(np.int32),
+        offset=within * length,
+        length=np.full(num_samples, length),
+        crc32=random.integers(2**32, size=num_samples, dtype=np.uint32),
+        num_captions=np.ones(num_samples, dtype=np.int32),
+        content=random.integers(2**64, size=num_samples, dtype=np.uint64),
+    )
+    counts = np.bincount(shards)
+    return Manifest(
+        layout="frames",
+        num_frames=1,
+        short_side=None,
+        num_captions=num_samples,
+        num_empty_captions=0,
+        bad={},
+        shards=tuple(
+            Shard(
+                name=shard_name(number, 0),
+                num_samples=int(count),
+                shard_bytes=int(count) * length + END_BYTES,
+                sha256=f"{number:064x}",
+            )
+            for number, count in enumerate(counts)
+        ),
+        samples=table,
+    )
