@@ -28,12 +28,13 @@ from ffcv.traversal_order.base import TraversalOrder
 from tvr.data_prep.ffcv.field import JpegStackDecoder, JpegStackField, TextDecoder
 from tvr.data_prep.ffcv.optional_import import max_threads
 from tvr.data_prep.reading.batch_buffers import BatchSlot
-from tvr.data_prep.reading.order import SampleOrder
+from tvr.data_prep.reading.locality import RankShare
+from tvr.data_prep.reading.order import SampleLocation, SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader, StoredFrames
 from tvr.data_prep.reading.worker import (
     BatchCollator,
     DrawnBatch,
-    PositionBatches,
+    MicroSteps,
     TrainingDataset,
 )
 from tvr.data_prep.records import Batch, ShardCorrupt
@@ -48,18 +49,20 @@ POLL_S = 1.0
 def beton_batches(
     reader: SampleReader,
     order: SampleOrder,
+    share: RankShare,
     dataset: TrainingDataset,
-    positions: PositionBatches,
+    steps: MicroSteps,
     collator: BatchCollator,
     threads: int,
 ) -> Iterator[Batch]:
-    """Yields a batch for each range of stream positions, decoded by FFCV.
+    """Yields a batch for each micro-step, decoded by FFCV.
 
     Args:
         reader: Reader of the beton's data set.
         order: Order of the samples.
+        share: The rank's share of each micro-step.
         dataset: Draws the sample of a position.
-        positions: Positions of each batch.
+        steps: Numbers of the micro-steps.
         collator: Joins samples into a batch.
         threads: Threads of FFCV; at least one is used, and at most one per core.
 
@@ -68,11 +71,11 @@ def beton_batches(
         ShardCorrupt: the file is missing or truncated.
     """
     path = _checked_path(reader)
-    epochs = _Epochs(order, positions, max(1, EPOCH_SAMPLES // positions.length))
+    epochs = _Epochs(order, share, steps, max(1, EPOCH_SAMPLES // share.micro_batch))
     with _torch_threads_kept():
         loader = Loader(
             path,
-            batch_size=positions.length,
+            batch_size=share.micro_batch,
             num_workers=max(1, min(threads, max_threads())),
             os_cache=True,
             order=epochs,
@@ -86,13 +89,16 @@ def beton_batches(
 class _Epochs(TraversalOrder):
     """Divides the stream into FFCV epochs of `length` batches each."""
 
-    def __init__(self, order: SampleOrder, positions: PositionBatches, length: int) -> None:
+    def __init__(
+        self, order: SampleOrder, share: RankShare, steps: MicroSteps, length: int
+    ) -> None:
         self._order = order
-        self._batches = iter(positions)
+        self._share = share
+        self._steps = iter(steps)
         self._length = length
         self._epoch = -1
-        self.positions: list[list[int]] = []
-        """Stream positions of each batch of the current epoch."""
+        self.samples: list[list[tuple[int, SampleLocation]]] = []
+        """Stream positions and samples of each batch of the current epoch."""
         self.rows: list[list[int]] = []
         """Manifest rows of each batch of the current epoch."""
 
@@ -102,11 +108,10 @@ class _Epochs(TraversalOrder):
     def sample_order(self, epoch: int) -> Any:
         if epoch != self._epoch:  # FFCV requests the first epoch twice
             self._epoch = epoch
-            self.positions = list(islice(self._batches, self._length))
-            self.rows = [
-                [self._order.locate(position).sample for position in batch]
-                for batch in self.positions
+            self.samples = [
+                self._share.samples(self._order, step) for step in islice(self._steps, self._length)
             ]
+            self.rows = [[location.sample for _, location in batch] for batch in self.samples]
         return np.array(self.rows, dtype=np.uint64).ravel()
 
 
@@ -122,7 +127,8 @@ def _batches(
             (frames, _, _), _ = result
             intact = _intact(loader, reader, epochs.rows[index], result)
             drawn = [
-                dataset.draw(position, predecoded=intact) for position in epochs.positions[index]
+                dataset.draw(position, location, predecoded=intact)
+                for position, location in epochs.samples[index]
             ]
             batch = collator(DrawnBatch(drawn, _slot(reader, frames)))
             assert isinstance(batch, Batch), "a collator without slots returns batches"

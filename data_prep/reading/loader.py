@@ -1,8 +1,8 @@
 """Batches of a packed data set, for training and for evaluation.
 
-A stream position names one sample (see `order`), so a batch is a range of positions, and the state
-of a stream is one integer: the step. torch's DataLoader reads in parallel and returns batches in
-the order of its sampler, whichever worker finishes first.
+A stream position names one sample (see `order`), so a global batch is a range of positions, and the
+state of a stream is one integer: the step. torch's DataLoader reads in parallel and returns batches
+in the order of its sampler, whichever worker finishes first.
 
 Workers are forked. They share the manifest's columns with the parent instead of copying them,
 they can read memory:// data sets, and they start in milliseconds. Forking is safe although the
@@ -24,14 +24,16 @@ from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
 from tvr.data_prep.reading.collate import Tokenize
+from tvr.data_prep.reading.locality import RankShare
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import SampleOrder
+from tvr.data_prep.reading.order import SampleOrder, window_shards
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import (
     BatchCollator,
     DrawnBatch,
     EvaluationDataset,
-    PositionBatches,
+    MicroSteps,
+    RowBatches,
     TrainingDataset,
 )
 from tvr.data_prep.reading.worker_process import start_worker
@@ -61,13 +63,15 @@ def train_batches(
     word_drop: bool = False,
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
+    node: range | None = None,
     pin: PinPages | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
 
     With G = global_batch, W = world_size and b = micro_batch: step k consumes the stream positions
-    [k G, (k + 1) G); its micro-step m consumes W b of them, from k G + m W b; rank r takes the r-th
-    range of b positions. An epoch may end inside a batch.
+    [k G, (k + 1) G); its micro-step m consumes W b of them, from k G + m W b. Rank r takes b of
+    these by the place of their samples, see `locality`; its batch is in the order of positions. An
+    epoch may end inside a batch.
 
     A bad sample is replaced by `SampleOrder.substitute` and reported in `Batch.replaced`.
 
@@ -94,6 +98,7 @@ def train_batches(
             packed with words.
         cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`.
         shard_cache: Folder of this node for shards of a remote data set.
+        node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
 
     Returns:
@@ -104,8 +109,9 @@ def train_batches(
         ImportError: the data set is a beton and FFCV is not installed.
         ValueError: sizes that do not fit together, or that the data set cannot provide.
     """
-    pairs_per_micro_step = micro_batch * world_size
     _check_rank(rank, world_size, micro_batch, workers)
+    if node is not None and (node.step != 1 or rank not in node or node.stop > world_size):
+        raise ValueError(f"node={node} must be consecutive ranks with rank={rank} among them")
     _check_global_batch(global_batch, micro_batch, world_size)
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
@@ -120,13 +126,21 @@ def train_batches(
     _check_augmentation(augmentation, reader, cache_bytes)
     if word_drop:
         check_words(url, reader.manifest, needed_by="data.word_drop")
-    order = SampleOrder(reader.manifest.shard_sizes, seed)
-    first = start_step * global_batch + rank * micro_batch
-    positions = PositionBatches(first, pairs_per_micro_step, micro_batch, None)
+    sizes = reader.manifest.shard_sizes
+    order = SampleOrder(sizes, seed, window_shards(global_batch, len(sizes)))
+    share = RankShare(
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        node=range(world_size) if node is None else node,
+    )
+    steps = MicroSteps(start_step * (global_batch // (world_size * micro_batch)))
     if reader.manifest.beton is None:
         slots = _batch_slots(reader, micro_batch, workers, pin)
-        dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop, slots=slots)
-        loader = _loader(dataset, positions, BatchCollator(reader, tokenize, slots), workers)
+        dataset = TrainingDataset(
+            reader, order, share, augmentation, word_drop=word_drop, slots=slots
+        )
+        loader = _loader(dataset, steps, BatchCollator(reader, tokenize, slots), workers)
         batches = _received_batches(loader, slots)
     else:
         # FFCV is an optional package: import it only for a beton.
@@ -135,9 +149,9 @@ def train_batches(
         import_ffcv(f"training from {url}")
         from tvr.data_prep.ffcv.loader import beton_batches
 
-        dataset = TrainingDataset(reader, order, augmentation, word_drop=word_drop)
+        dataset = TrainingDataset(reader, order, share, augmentation, word_drop=word_drop)
         collator = BatchCollator(reader, tokenize)
-        batches = beton_batches(reader, order, dataset, positions, collator, workers)
+        batches = beton_batches(reader, order, share, dataset, steps, collator, workers)
     budget = BadSampleBudget(
         max_bad,
         f"in {url} on rank {rank}",
@@ -188,10 +202,8 @@ def evaluation_batches(
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
-    positions = PositionBatches(first, micro_batch, micro_batch, end)
-    loader = _loader(
-        EvaluationDataset(reader, end), positions, BatchCollator(reader, tokenize), workers
-    )
+    rows = RowBatches(first, end, micro_batch)
+    loader = _loader(EvaluationDataset(reader, end), rows, BatchCollator(reader, tokenize), workers)
     budget = BadSampleBudget(
         max_bad,
         f"in {url} on rank {rank}",
@@ -234,12 +246,15 @@ def _batch_slots(
 
 
 def _loader(
-    dataset: Dataset[DrawnBatch], positions: PositionBatches, collator: BatchCollator, workers: int
+    dataset: Dataset[DrawnBatch],
+    sampler: MicroSteps | RowBatches,
+    collator: BatchCollator,
+    workers: int,
 ) -> DataLoader:
     return DataLoader(
         dataset,
-        # torch accepts any iterable of index lists, contrary to its annotation.
-        batch_sampler=positions,  # type: ignore[arg-type]
+        # torch passes whatever an iterable yields to `__getitems__`, contrary to its annotation.
+        batch_sampler=sampler,  # type: ignore[arg-type]
         # Its argument is the result of `__getitems__`, not a list of items as torch annotates.
         collate_fn=collator,  # type: ignore[arg-type]
         num_workers=workers,

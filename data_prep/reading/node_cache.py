@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tvr.data_prep.dataset.index_rules import SHA256
 from tvr.data_prep.dataset.manifest import Shard
-from tvr.data_prep.reading.order import WINDOW_SHARDS
+from tvr.data_prep.reading.order import MIN_WINDOW_SHARDS
 from tvr.data_prep.storage.storage import Storage
 
 # Size of one request; a failed request is retried without downloading the shard from the start.
@@ -65,7 +65,7 @@ class ShardCache:
                     f"{shard.name}: sha256={shard.sha256!r} must be 64 lower-case hexadecimal"
                     " digits to name a file in the shard cache"
                 )
-        largest = sorted(shard.shard_bytes for shard in shards)[-WINDOW_SHARDS:]
+        largest = sorted(shard.shard_bytes for shard in shards)[-MIN_WINDOW_SHARDS:]
         self.window_bytes = sum(largest)
         if folder.max_bytes < self.window_bytes:
             raise ValueError(

@@ -1,11 +1,23 @@
-"""The sample order: a pure function of (seed, epoch, shard sizes, stream position).
+"""The sample order: a pure function of (seed, epoch, shard sizes, window size, stream position).
 
-THE CONTRACT. For a data set of N samples, stream position p belongs to epoch p // N. An epoch is a
-permutation of all samples: the shards are shuffled, then the samples within each window of
-`window_shards` shards, so that a reader uses few shards at a time. All random numbers are raw
-64-bit words of numpy's Philox generator, keyed by (seed, epoch) and sorted stably; numpy's own
-shuffles are avoided, because their results may change between releases. World size, loader workers
-and restarts do not affect the order.
+THE CONTRACT. For a data set of N samples in S shards, stream position p belongs to epoch p // N.
+An epoch is a permutation of all samples:
+
+1. The epoch's shards are shuffled: sorted stably by S random words.
+2. They are dealt, in this order, into max(1, round(S / window_shards)) windows. Window w of K takes
+   the shards from S w // K to S (w + 1) // K. An epoch reads one window after the other.
+3. Within a window the samples of each shard are shuffled: sorted stably by n random words for a
+   shard of n samples. Sample j of this order gets the key (j + u) / n, with u uniform in [0, 1)
+   from n more words. The samples of the window are sorted stably by key. Any run of positions in a
+   window therefore holds samples of each shard in proportion to the shard's size.
+
+All random numbers are raw 64-bit words of numpy's Philox generator with the key (seed, epoch). The
+generator is based on a counter, whose third word is 0 for the shuffle of shards and 1 + s for shard
+s: each shard's numbers can be drawn without any others. numpy's own shuffles are avoided, because
+their results may change between releases. World size, loader workers and restarts do not affect
+the order. `window_shards` gives the window's size, a function of the global batch.
+
+Only the windows in use are drawn and held, so time and memory do not depend on N.
 
 Changing any number of this module changes the data of every resumed run. Such a change needs the
 label "order break" in the change log and new golden positions in the tests.
@@ -15,12 +27,28 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW_SHARDS = 16
+# A window holds at least so many shards, so that a small batch mixes several.
+MIN_WINDOW_SHARDS = 16
+# Large batches take few samples of each shard. A node of 256 pairs then reads about 4 shards of a
+# window, and the shards that nodes have in common stay a small part.
+PAIRS_PER_SHARD = 64
+# A batch may lie in two windows.
+HELD_WINDOWS = 2
+# A batch may span two epochs, and its next window may belong to a third.
+HELD_EPOCHS = 3
+
+
+def window_shards(global_batch: int, num_shards: int) -> int:
+    """Returns the number of shards of a window, for a global batch and a data set.
+
+    Part of the contract. It depends on nothing that a restart may change.
+    """
+    return min(num_shards, max(MIN_WINDOW_SHARDS, -(-global_batch // PAIRS_PER_SHARD)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,46 +61,133 @@ class SampleLocation:
     """Row within the shard."""
     sample: int
     """Row within the data set (manifest row)."""
+    place: float
+    """Row within the window's shards, laid end to end, over the window's samples: in [0, 1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleLocations:
+    """The samples of a range of stream positions: one array for each field of SampleLocation."""
+
+    epoch: np.ndarray
+    shard: np.ndarray
+    index: np.ndarray
+    sample: np.ndarray
+    place: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, number: int) -> SampleLocation:
+        return SampleLocation(
+            epoch=int(self.epoch[number]),
+            shard=int(self.shard[number]),
+            index=int(self.index[number]),
+            sample=int(self.sample[number]),
+            place=float(self.place[number]),
+        )
+
+    def __iter__(self) -> Iterator[SampleLocation]:
+        return (self[number] for number in range(len(self)))
+
+    def take(self, numbers: np.ndarray) -> SampleLocations:
+        """Returns the samples with these numbers in the range."""
+        return SampleLocations(**{name: getattr(self, name)[numbers] for name in _COLUMNS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OrderWindow:
+    """A window of an epoch: the shards that are read together."""
+
+    epoch: int
+    number: int
+    first: int
+    """First stream position."""
+    shards: np.ndarray
+    """Numbers of the window's shards."""
+    starts: np.ndarray
+    """First row of each shard when the window's shards lie end to end, then the number of rows."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the window."""
+        return int(self.starts[-1])
+
+    @property
+    def end(self) -> int:
+        """The stream position after the last one."""
+        return self.first + self.num_samples
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Epoch:
+    shards: np.ndarray
+    """All shards, shuffled."""
+    starts: np.ndarray
+    """First position of each window within the epoch, then the number of samples."""
 
 
 class SampleOrder:
     """The order of one data set under one seed.
 
-    Caches the permutations of at most two epochs.
+    Holds the samples of `HELD_WINDOWS` windows and the shards of `HELD_EPOCHS` epochs at most.
+
+    Args:
+        shard_sizes: Samples of each shard.
+        seed: Seed of the run.
+        window_shards: Shards of a window, see the function of that name.
 
     Raises:
         ValueError: an argument is out of range, or there are no samples.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[int], seed: int, window_shards: int = WINDOW_SHARDS
+        self, shard_sizes: Sequence[int], seed: int, window_shards: int = MIN_WINDOW_SHARDS
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
         if window_shards < 1:
             raise ValueError(f"window_shards={window_shards} must be at least 1")
-        if any(size < 0 for size in shard_sizes) or sum(shard_sizes) == 0:
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if (sizes < 0).any() or sizes.sum() == 0:
             raise ValueError(
                 f"shard sizes {list(shard_sizes)[:8]}... hold no samples; expected at least one"
             )
         self.seed = seed
-        self.num_samples = sum(shard_sizes)
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
-        self._window_shards = window_shards
-        self._permutations: dict[int, np.ndarray] = {}
-        self._shard_orders: dict[int, np.ndarray] = {}
+        self.num_samples = int(sizes.sum())
+        self.num_windows = max(1, round(len(sizes) / window_shards))
+        self._sizes = sizes
+        self._starts = _starts(sizes)
+        self._epochs: dict[int, _Epoch] = {}
+        self._drawn: dict[tuple[int, int], np.ndarray] = {}
 
     def locate(self, position: int) -> SampleLocation:
         """Returns the sample at a stream position; positions start at 0 and have no end."""
-        epoch, step = divmod(position, self.num_samples)
-        return self._location(epoch, int(self._permutation(epoch)[step]))
+        return self.locate_range(position, position + 1)[0]
+
+    def locate_range(self, start: int, stop: int) -> SampleLocations:
+        """Returns the samples at the stream positions from `start` to below `stop`."""
+        parts, at = [], start
+        while at < stop:
+            window = self.window_at(at)
+            until = min(stop, window.end)
+            parts.append(self._located(window, at - window.first, until - window.first))
+            at = until
+        if len(parts) == 1:
+            return parts[0]
+        return SampleLocations(
+            **{
+                name: np.concatenate([np.empty(0, dtype), *(getattr(p, name) for p in parts)])
+                for name, dtype in _COLUMNS.items()
+            }
+        )
 
     def substitute(self, position: int, attempt: int) -> SampleLocation:
         """Returns the sample that replaces a bad sample at `position`.
 
         The choice is uniform over the data set, by blake2b of (seed, position, attempt), so every
         rank and every restart makes the same choice. The substitute may already be in the batch.
+        It takes the place of the sample that it replaces.
 
         Args:
             position: Stream position of the bad sample.
@@ -80,54 +195,80 @@ class SampleOrder:
         """
         if attempt < 1:
             raise ValueError(f"attempt={attempt} must be at least 1")
-        return self._location(
-            position // self.num_samples,
-            _hash("substitute", self.seed, position, attempt) % self.num_samples,
-        )
-
-    def next_window_shards(self, location: SampleLocation) -> tuple[int, ...]:
-        """Returns the shards of the next window; the last window is followed by the next epoch."""
-        shards = self._shard_order(location.epoch)
-        window = int(np.flatnonzero(shards == location.shard)[0]) // self._window_shards
-        first = (window + 1) * self._window_shards
-        if first >= len(shards):
-            shards, first = self._shard_order(location.epoch + 1), 0
-        return tuple(shards[first : first + self._window_shards].tolist())
-
-    def _shard_order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._shard_orders:
-            # A batch may span two epochs, and its next window may belong to a third.
-            while len(self._shard_orders) > 2:
-                self._shard_orders.pop(next(iter(self._shard_orders)))
-            self._shard_orders[epoch] = self._shuffled_shards(self._generator(epoch))
-        return self._shard_orders[epoch]
-
-    def _location(self, epoch: int, sample: int) -> SampleLocation:
+        sample = _hash("substitute", self.seed, position, attempt) % self.num_samples
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return SampleLocation(
-            epoch=epoch, shard=shard, index=sample - int(self._starts[shard]), sample=sample
+            epoch=position // self.num_samples,
+            shard=shard,
+            index=sample - int(self._starts[shard]),
+            sample=sample,
+            place=self.locate(position).place,
         )
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            while len(self._permutations) > 1:  # a batch spans at most two epochs
-                self._permutations.pop(next(iter(self._permutations)))
-            self._permutations[epoch] = self._draw(epoch)
-        return self._permutations[epoch]
+    def window_at(self, position: int) -> OrderWindow:
+        """Returns the window of a stream position, without drawing its samples."""
+        epoch, step = divmod(position, self.num_samples)
+        starts = self._epoch(epoch).starts
+        return self._window(epoch, int(np.searchsorted(starts, step, side="right")) - 1)
 
-    def _draw(self, epoch: int) -> np.ndarray:
-        generator = self._generator(epoch)
-        shards_shuffled = self._shuffled_shards(generator)
-        window_of_shard = np.empty(len(self._sizes), dtype=np.int64)
-        window_of_shard[shards_shuffled] = np.arange(len(self._sizes)) // self._window_shards
-        window_of_sample = np.repeat(window_of_shard, self._sizes)
-        return np.lexsort((generator.random_raw(self.num_samples), window_of_sample))
+    def next_window(self, window: OrderWindow) -> OrderWindow:
+        """Returns the window that is read next; the last one is followed by the next epoch's."""
+        return self.window_at(window.end)
 
-    def _generator(self, epoch: int) -> np.random.Philox:
-        return np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+    def _window(self, epoch: int, number: int) -> OrderWindow:
+        drawn = self._epoch(epoch)
+        first, end = (len(drawn.shards) * w // self.num_windows for w in (number, number + 1))
+        shards = drawn.shards[first:end]
+        return OrderWindow(
+            epoch=epoch,
+            number=number,
+            first=epoch * self.num_samples + int(drawn.starts[number]),
+            shards=shards,
+            starts=_starts(self._sizes[shards]),
+        )
 
-    def _shuffled_shards(self, generator: np.random.Philox) -> np.ndarray:
-        return np.argsort(generator.random_raw(len(self._sizes)), kind="stable")
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            words = _random_words(self.seed, epoch, 0, len(self._sizes))
+            shards = np.argsort(words, kind="stable")
+            bounds = np.arange(self.num_windows + 1) * len(shards) // self.num_windows
+            _make_room(self._epochs, HELD_EPOCHS)
+            self._epochs[epoch] = _Epoch(shards, _starts(self._sizes[shards])[bounds])
+        return self._epochs[epoch]
+
+    def _located(self, window: OrderWindow, start: int, stop: int) -> SampleLocations:
+        rows = self._rows(window)[start:stop].astype(np.int64)
+        member = np.searchsorted(window.starts, rows, side="right") - 1
+        shard = window.shards[member]
+        index = rows - window.starts[member]
+        return SampleLocations(
+            epoch=np.full(len(rows), window.epoch, np.int64),
+            shard=shard,
+            index=index,
+            sample=self._starts[shard] + index,
+            place=rows / window.num_samples,
+        )
+
+    def _rows(self, window: OrderWindow) -> np.ndarray:
+        """The window's rows in the order of positions."""
+        name = window.epoch, window.number
+        rows = self._drawn.pop(name, None)
+        if rows is None:
+            _make_room(self._drawn, HELD_WINDOWS)
+            rows = self._draw(window)
+        self._drawn[name] = rows  # the last one is the most recently used
+        return rows
+
+    def _draw(self, window: OrderWindow) -> np.ndarray:
+        rows = np.empty(window.num_samples, np.uint32)
+        keys = np.empty(window.num_samples, np.float64)
+        for member, shard in enumerate(window.shards.tolist()):
+            first, end = window.starts[member : member + 2].tolist()
+            size = end - first
+            words = _random_words(self.seed, window.epoch, 1 + shard, 2 * size)
+            rows[first:end] = first + np.argsort(words[:size], kind="stable")
+            keys[first:end] = (np.arange(size) + _unit(words[size:])) / size
+        return rows[np.argsort(keys, kind="stable")]
 
 
 def caption_choice(seed: int, epoch: int, sample: int, num_captions: int) -> int:
@@ -152,7 +293,7 @@ def uniforms(purpose: str, seed: int, position: int, count: int) -> np.ndarray:
         count: How many numbers.
     """
     key = np.array([_hash(purpose, seed, position), 0], dtype=np.uint64)
-    return (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    return _unit(np.random.Philox(key=key).random_raw(count))
 
 
 def _hash(purpose: str, *numbers: int) -> int:
@@ -160,3 +301,36 @@ def _hash(purpose: str, *numbers: int) -> int:
     return int.from_bytes(
         hashlib.blake2b(words, digest_size=8, person=purpose.encode()).digest(), "little"
     )
+
+
+_COLUMNS = {
+    "epoch": np.int64,
+    "shard": np.int64,
+    "index": np.int64,
+    "sample": np.int64,
+    "place": np.float64,
+}
+
+
+def _random_words(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """Draws all random words of the order: `count` uint64 of a stream that none other overlaps."""
+    generator = np.random.Philox(
+        key=np.array([seed, epoch], dtype=np.uint64),
+        counter=np.array([0, 0, stream, 0], dtype=np.uint64),
+    )
+    return generator.random_raw(count)
+
+
+def _unit(words: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) from random words."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """First row of each part when parts of these sizes lie end to end, then the total."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+def _make_room(held: dict, most: int) -> None:
+    while len(held) >= most:
+        held.pop(next(iter(held)))

@@ -1,9 +1,10 @@
-"""The work of a loader worker: stream positions -> samples with captions -> a batch."""
+"""The work of a loader worker: a micro-step's number -> samples with captions -> a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -11,7 +12,8 @@ from torch.utils.data import Dataset
 from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchInSlot, BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.collate import Tokenize, collate
-from tvr.data_prep.reading.order import SampleOrder, caption_choice
+from tvr.data_prep.reading.locality import RankShare, owned
+from tvr.data_prep.reading.order import SampleLocation, SampleOrder, caption_choice
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import (
@@ -52,11 +54,12 @@ class DrawnBatch:
 
 
 class TrainingDataset(Dataset[DrawnBatch]):
-    """Maps stream positions to augmented samples, each with one caption.
+    """Maps micro-steps to the augmented samples of one rank, each with one caption.
 
     Args:
         reader: Source of the samples.
         order: Order of the samples.
+        share: The rank's share of each micro-step.
         augmentation: Random frames and crops.
         word_drop: Drop uninformative words from captions.
         slots: Memory to decode batches into; None = allocate memory for each batch.
@@ -66,6 +69,7 @@ class TrainingDataset(Dataset[DrawnBatch]):
         self,
         reader: SampleReader,
         order: SampleOrder,
+        share: RankShare,
         augmentation: Augmentation,
         *,
         word_drop: bool,
@@ -73,24 +77,32 @@ class TrainingDataset(Dataset[DrawnBatch]):
     ) -> None:
         self._reader = reader
         self._order = order
+        self._share = share
         self._augmentation = augmentation
         self._word_drop = word_drop
         self._slots = slots
 
-    def __getitems__(self, positions: Sequence[int]) -> DrawnBatch:
-        """Draws a whole batch; torch's DataLoader calls this method."""
-        slot = self._slot(len(positions))
-        if slot is None:
-            return DrawnBatch(_until_unavailable(map(self.draw, positions)))
-        rows = slot.frames.numpy()
+    def __getitems__(self, micro_step: int) -> DrawnBatch:
+        """Draws a whole batch; torch's DataLoader calls this method.
+
+        The worker finds out which samples these are, so that the main process, which trains, does
+        not have to.
+        """
+        if self._reader.prefetches:
+            self._prefetch(micro_step)
+        samples = self._share.samples(self._order, micro_step)
+        slot = self._slot(len(samples))
+        rows = [None] * len(samples) if slot is None else slot.frames.numpy()
         drawn = (
-            self.draw(position, out=row) for position, row in zip(positions, rows, strict=True)
+            self.draw(position, location, out=row)
+            for (position, location), row in zip(samples, rows, strict=True)
         )
         return DrawnBatch(_until_unavailable(drawn), slot)
 
     def draw(
         self,
         position: int,
+        location: SampleLocation,
         *,
         out: np.ndarray | None = None,
         predecoded: Mapping[int, StoredFrames] = NOT_PREDECODED,
@@ -99,12 +111,10 @@ class TrainingDataset(Dataset[DrawnBatch]):
 
         Args:
             position: Stream position.
+            location: The sample there.
             out: Memory to decode into, see `SampleReader.read`.
             predecoded: Samples that need not be read, see `SampleReader.read`.
         """
-        location = self._order.locate(position)
-        if self._reader.prefetches:
-            self._reader.prefetch(self._order.next_window_shards(location))
         view = self._augmentation.draw(self._order.seed, position, self._reader.num_frames)
         replaced: list[Replacement] = []
         num_unavailable = 0
@@ -128,6 +138,12 @@ class TrainingDataset(Dataset[DrawnBatch]):
                 position=position, sample=sample, captions=(caption,), replaced=tuple(replaced)
             )
         return DrawnSample(position=position, sample=None, captions=(), replaced=tuple(replaced))
+
+    def _prefetch(self, micro_step: int) -> None:
+        share, order = self._share, self._order
+        window = order.next_window(order.window_at(share.span(micro_step)[1] - 1))
+        is_owned = owned(window.starts, share.node, share.world_size)
+        self._reader.prefetch(window.shards[is_owned].tolist())
 
     def _slot(self, count: int) -> BatchSlot | None:
         reader = self._reader
@@ -161,28 +177,33 @@ class EvaluationDataset(Dataset[DrawnBatch]):
         return DrawnSample(position=row, sample=sample, captions=sample.captions, replaced=())
 
 
-class PositionBatches:
-    """Batch sampler: `length` positions from `first`, from first + stride, and so on.
+class MicroSteps:
+    """Batch sampler for training: the numbers of the micro-steps from `first`, without end."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self._first)
+
+
+class RowBatches:
+    """Batch sampler for evaluation: the rows from `first` to below `end`, in order.
 
     Args:
-        first: First position of the first batch.
-        stride: Distance between the first positions of two batches.
-        length: Positions per batch; the last batch may be shorter.
-        end: Positions are below `end`; None = no end.
+        first: First row.
+        end: Rows are below `end`.
+        length: Rows per batch; the last batch may be shorter.
     """
 
-    def __init__(self, first: int, stride: int, length: int, end: int | None) -> None:
-        self.length = length
+    def __init__(self, first: int, end: int, length: int) -> None:
         self._first = first
-        self._stride = stride
         self._end = end
+        self._length = length
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._first
-        while self._end is None or start < self._end:
-            stop = start + self.length
-            yield list(range(start, stop if self._end is None else min(stop, self._end)))
-            start += self._stride
+        for start in range(self._first, self._end, self._length):
+            yield list(range(start, min(start + self._length, self._end)))
 
 
 class BatchCollator:

@@ -43,7 +43,7 @@ def global_sequence(url: str, world_size: int, steps: int, **changes: Any) -> li
         training(url, rank=rank, world_size=world_size, micro_batch=micro_batch, **changes)
         for rank in range(world_size)
     ]
-    rows = [rows_of([next(rank) for rank in ranks]) for _ in range(2 * steps)]
+    rows = [sorted(rows_of([next(rank) for rank in ranks])) for _ in range(2 * steps)]
     return [row for micro_step in rows for row in micro_step]
 
 
@@ -88,7 +88,9 @@ def test_a_late_start_reads_only_its_own_batch(
         ),
     )
     monkeypatch.setattr(
-        SampleOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)
+        SampleOrder,
+        "_draw",
+        lambda self, window: drawn.append(window.epoch) or draw(self, window),
     )
     for start_step in (0, 10, 1_000_000):
         read.clear()
