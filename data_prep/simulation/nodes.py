@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tvr.data_prep.reading.node_cache import CHUNK_BYTES
+from tvr.data_prep.reading.order import OrderWindow
 from tvr.data_prep.simulation.clock import Process, Signal, SimulatedClock
 from tvr.data_prep.simulation.fake_store import FakeStore, NodeLink
 from tvr.data_prep.simulation.reading_plan import Read, ReadingPlan
@@ -191,14 +192,16 @@ class SimulatedRun:
         """One loader worker: every `workers`-th batch of its rank."""
         shape = self._shape
         number = rank // shape.ranks_per_node
-        node, window = self._nodes[number], -1
+        node, window, thread = self._nodes[number], None, None
         decode_s = shape.decode_s * shape.micro_batch
         for step in range(worker, self._num_micro_steps, max(shape.workers, 1)):
             yield self._asked[step]
-            for read in self._plan.reads(step, rank):
-                if read.window > window:
-                    window = read.window
-                    self._clock.start(self._prefetch(number, window))
+            reads = self._plan.reads(step, rank)
+            following = self._plan.window_after(step)
+            if following is not window:
+                window, before, thread = following, thread, Signal()
+                self._clock.start(self._prefetch(number, window, before, thread))
+            for read in reads:
                 yield from node.read(read)
             if decode_s:
                 yield self._clock.now + decode_s
@@ -207,8 +210,12 @@ class SimulatedRun:
             if self._num_ready[step] == shape.world_size:
                 self._clock.fire(self._complete[step])
 
-    def _prefetch(self, node: int, window: int) -> Process:
-        """The prefetch thread of a worker for one window."""
-        following, shards = self._plan.owned_next(window, node)
-        for shard in shards:
-            yield from self._nodes[node].download(shard, following, wait=False)
+    def _prefetch(
+        self, node: int, window: OrderWindow, before: Signal | None, ended: Signal
+    ) -> Process:
+        """A prefetch thread: downloads the shards of a window, after the thread `before`."""
+        if before is not None:
+            yield before
+        for shard in self._plan.owned_shards(window)[node]:
+            yield from self._nodes[node].download(shard, self._plan.number(window), wait=False)
+        self._clock.fire(ended)

@@ -68,7 +68,8 @@ class ReadingPlan:
         self._node_of_rank = np.arange(world_size) // ranks_per_node
         self._steps_per_chunk = max(1, CHUNK_POSITIONS // self.pairs)
         self._chunks: OrderedDict[int, list[list[Read]]] = OrderedDict()
-        self._owned: OrderedDict[int, list[list[int]]] = OrderedDict()
+        self._owned: dict[int, list[list[int]]] = {}
+        self._after: dict[int, OrderWindow] = {}
         self._windows: dict[int, OrderWindow] = {}
 
     def reads(self, micro_step: int, rank: int) -> Sequence[Read]:
@@ -80,22 +81,22 @@ class ReadingPlan:
             self._chunks[number] = self._draw(number)
         return self._chunks[number][step * self._world_size + rank]
 
-    def window_number(self, window: OrderWindow) -> int:
+    def window_after(self, micro_step: int) -> OrderWindow:
+        """The window that follows the last one of a micro-step, the same object each time."""
+        if micro_step not in self._after:
+            last = self._first_position + (micro_step + 1) * self.pairs - 1
+            window = self._order.next_window(self._order.window_at(last))
+            self._after[micro_step] = self._windows.setdefault(self.number(window), window)
+        return self._after[micro_step]
+
+    def number(self, window: OrderWindow) -> int:
         """The number of a window, counted over all epochs."""
         return window.epoch * self._order.num_windows + window.number
 
-    def owned_next(self, number: int, node: int) -> tuple[int, Sequence[int]]:
-        """The number of the window after a window that was read, and what a node owns of it."""
-        following = self._order.next_window(self._windows[number])
-        return self.window_number(following), self.owned_shards(following)[node]
-
     def owned_shards(self, window: OrderWindow) -> list[list[int]]:
         """The shards of a window that each node downloads."""
-        number = self.window_number(window)
-        self._windows[number] = window
+        number = self.number(window)
         if number not in self._owned:
-            if len(self._owned) >= MAX_CHUNKS:
-                self._owned.popitem(last=False)
             self._owned[number] = [
                 window.shards[owned(window.starts, ranks, self._world_size)].tolist()
                 for ranks in self.node_ranks
@@ -143,7 +144,7 @@ class ReadingPlan:
             owner_of_shard = np.full(int(window.shards.max()) + 1, -1)
             for node, shards in enumerate(self.owned_shards(window)):
                 owner_of_shard[shards] = node
-            windows[here] = self.window_number(window)
+            windows[here] = self.number(window)
             owners[here] = owner_of_shard[found.shard[here]]
             at = window.end
         return windows, owners

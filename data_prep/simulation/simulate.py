@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -91,7 +91,15 @@ def simulate(
         order.locate_range(first_position, first_position + pairs)
         return order
 
-    order, order_cost = measure(first_draw)
+    def two_windows() -> SampleOrder:
+        order = first_draw()
+        # A worker holds the next window as well, when a batch lies in both.
+        order.locate(order.window_at(first_position).end)
+        return order
+
+    _, order_cost = measure(first_draw)
+    order, held = measure(two_windows)
+    order_cost = replace(order_cost, held_bytes=held.held_bytes)
     counted, end = _stretch(order, first_position, windows)
     num_micro_steps = -(-(end - first_position) // pairs)
     clock = SimulatedClock()
@@ -123,7 +131,7 @@ def simulate(
     )
     steady = (counted[1].first if len(counted) > 1 else counted[0].first) - first_position
     waiting = _waiting(simulated, shape, -(-steady // pairs), order.num_samples / pairs)
-    numbers = [plan.window_number(window) for window in counted]
+    numbers = [plan.number(window) for window in counted]
     start_up = _start_up(simulated, shape, network, index, order_cost)
     return Prediction(
         stretch=stretch,
