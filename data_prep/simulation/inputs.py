@@ -12,9 +12,9 @@ from tvr.data_prep.simulation.fake_store import Network
 from tvr.data_prep.simulation.nodes import LoaderShape
 from tvr.data_prep.simulation.simulate import DataShape, RunShape
 from tvr.data_prep.simulation.start_up import (
-    END_BYTES,
     IndexCost,
     described_index_cost,
+    described_shard,
     index_cost,
 )
 
@@ -97,8 +97,7 @@ def data_of(arguments: SimulateArguments) -> tuple[DataShape, IndexCost]:
     full, rest = divmod(clips, arguments.samples_per_shard)
     sizes = [arguments.samples_per_shard] * full + [rest] * (rest > 0)
     data = DataShape(
-        shard_sizes=sizes,
-        shard_bytes=[size * clip_bytes + END_BYTES for size in sizes],
+        shards=[described_shard(number, size, clip_bytes) for number, size in enumerate(sizes)],
         sample_bytes=lambda rows: np.full(len(rows), clip_bytes),
     )
     return data, described_index_cost(clips, arguments.samples_per_shard, clip_bytes)
@@ -112,11 +111,7 @@ def _data_at(url: str) -> tuple[DataShape, IndexCost]:
             " the data set of shards that it was made from"
         )
     lengths = manifest.samples.length
-    data = DataShape(
-        shard_sizes=manifest.shard_sizes,
-        shard_bytes=[shard.shard_bytes for shard in manifest.shards],
-        sample_bytes=lambda rows: lengths[rows],
-    )
+    data = DataShape(shards=manifest.shards, sample_bytes=lambda rows: lengths[rows])
     return data, cost
 
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tvr.data_prep.reading.cache_folder import evicted
+from tvr.data_prep.reading.locality import PREFETCH_FACTOR
 from tvr.data_prep.reading.node_cache import CHUNK_BYTES
-from tvr.data_prep.reading.order import OrderWindow
 from tvr.data_prep.simulation.clock import Process, Signal, SimulatedClock
 from tvr.data_prep.simulation.fake_store import FakeStore, NodeLink
-from tvr.data_prep.simulation.reading_plan import Read, ReadingPlan
-
-# Batches that torch's DataLoader asks of each worker in advance.
-PREFETCH_FACTOR = 2
+from tvr.data_prep.simulation.reading_plan import OwnedShards, Read, ReadingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +56,7 @@ class SimulatedNode:
         clock, store, traffic: Shared by all nodes.
         shard_bytes: Bytes of each shard.
         max_bytes: Limit of the cache; None = no cache.
+        downloads_ahead: Whether the cache has room for the shards that are read next.
     """
 
     def __init__(
@@ -67,16 +66,20 @@ class SimulatedNode:
         traffic: Traffic,
         shard_bytes: Sequence[int],
         max_bytes: int | None,
+        downloads_ahead: bool,
     ) -> None:
         self._clock = clock
         self._store = store
         self._traffic = traffic
         self._shard_bytes = shard_bytes
         self._max_bytes = max_bytes
+        self._downloads_ahead = downloads_ahead
         self._link = NodeLink()
         self._cached: OrderedDict[int, int] = OrderedDict()
+        """Bytes of the cached shards, the least recently used first."""
+        self._pinned: Counter[int] = Counter()
+        """Number of processes that have pinned a shard."""
         self._in_flight: dict[int, Signal] = {}
-        self._used_bytes = 0
         self.peak_bytes = 0
         self.num_evicted = 0
 
@@ -116,17 +119,29 @@ class SimulatedNode:
         del self._in_flight[shard]
         self._clock.fire(published)
 
+    def pin(self, shards: Sequence[int], instead_of: Sequence[int]) -> None:
+        """Pins shards for a process, which has pinned others before."""
+        self._pinned.update(shards)
+        self._pinned.subtract(instead_of)
+
+    def use(self, owned: OwnedShards) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        """What a process pins, and what its prefetch thread downloads with their windows."""
+        if self._max_bytes is None:
+            return (), ()
+        return (owned.both, owned.upcoming) if self._downloads_ahead else (owned.current, ())
+
     def _reserve(self, num_bytes: int) -> bool:
         assert self._max_bytes is not None
         in_flight = sum(self._shard_bytes[shard] for shard in self._in_flight)
-        if in_flight + num_bytes > self._max_bytes:
+        free = self._max_bytes - in_flight - num_bytes
+        names = evicted(self._cached, lambda shard: self._pinned[shard] > 0, free)
+        if names is None:
             return False
-        while self._used_bytes + num_bytes > self._max_bytes:
-            _, freed = self._cached.popitem(last=False)
-            self._used_bytes -= freed
-            self.num_evicted += 1
-        self._used_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+        for shard in names:
+            del self._cached[shard]
+        self.num_evicted += len(names)
+        used = in_flight + num_bytes + sum(self._cached.values())
+        self.peak_bytes = max(self.peak_bytes, used)
         return True
 
 
@@ -192,15 +207,20 @@ class SimulatedRun:
         """One loader worker: every `workers`-th batch of its rank."""
         shape = self._shape
         number = rank // shape.ranks_per_node
-        node, window, thread = self._nodes[number], None, None
+        node, thread = self._nodes[number], None
+        pinned: Sequence[int] = ()
+        requested: Sequence[tuple[int, int]] = ()
         decode_s = shape.decode_s * shape.micro_batch
         for step in range(worker, self._num_micro_steps, max(shape.workers, 1)):
             yield self._asked[step]
             reads = self._plan.reads(step, rank)
-            following = self._plan.window_after(step)
-            if following is not window:
-                window, before, thread = following, thread, Signal()
-                self._clock.start(self._prefetch(number, window, before, thread))
+            pins, upcoming = node.use(self._plan.owned_shards(step, number))
+            if pins != pinned:
+                node.pin(pins, instead_of=pinned)
+                pinned = pins
+            if upcoming != requested:
+                requested, before, thread = upcoming, thread, Signal()
+                self._clock.start(self._prefetch(node, upcoming, before, thread))
             for read in reads:
                 yield from node.read(read)
             if decode_s:
@@ -211,11 +231,15 @@ class SimulatedRun:
                 self._clock.fire(self._complete[step])
 
     def _prefetch(
-        self, node: int, window: OrderWindow, before: Signal | None, ended: Signal
+        self,
+        node: SimulatedNode,
+        shards: Sequence[tuple[int, int]],
+        before: Signal | None,
+        ended: Signal,
     ) -> Process:
-        """A prefetch thread: downloads the shards of a window, after the thread `before`."""
+        """A prefetch thread: downloads shards one by one, after the thread `before`."""
         if before is not None:
             yield before
-        for shard in self._plan.owned_shards(window)[node]:
-            yield from self._nodes[node].download(shard, self._plan.number(window), wait=False)
+        for shard, window in shards:
+            yield from node.download(shard, window, wait=False)
         self._clock.fire(ended)

@@ -33,6 +33,17 @@ class Read(NamedTuple):
     """Whether this node downloads the whole shard."""
 
 
+class OwnedShards(NamedTuple):
+    """What a node downloads whole for a micro-step."""
+
+    current: Sequence[int]
+    """Shards that it owns of the windows that are read."""
+    both: Sequence[int]
+    """These, and those of the window after them."""
+    upcoming: Sequence[tuple[int, int]]
+    """The shards of the window after them, each with the number of the window."""
+
+
 class ReadingPlan:
     """The reads of all ranks from a stream position on.
 
@@ -40,6 +51,7 @@ class ReadingPlan:
         order: Order of the samples.
         sample_bytes: Gives the bytes of the samples in these manifest rows.
         first_position: First stream position.
+        num_micro_steps: Where the plan ends.
         world_size: Number of ranks.
         ranks_per_node: Ranks of a node; the last one may have fewer.
         micro_batch: Pairs per batch of a rank.
@@ -51,6 +63,7 @@ class ReadingPlan:
         sample_bytes: Callable[[np.ndarray], np.ndarray],
         *,
         first_position: int,
+        num_micro_steps: int,
         world_size: int,
         ranks_per_node: int,
         micro_batch: int,
@@ -58,6 +71,7 @@ class ReadingPlan:
         self._order = order
         self._sample_bytes = sample_bytes
         self._first_position = first_position
+        self._num_micro_steps = num_micro_steps
         self._world_size = world_size
         self._micro_batch = micro_batch
         self.pairs = world_size * micro_batch
@@ -68,9 +82,9 @@ class ReadingPlan:
         self._node_of_rank = np.arange(world_size) // ranks_per_node
         self._steps_per_chunk = max(1, CHUNK_POSITIONS // self.pairs)
         self._chunks: OrderedDict[int, list[list[Read]]] = OrderedDict()
-        self._owned: dict[int, list[list[int]]] = {}
-        self._after: dict[int, OrderWindow] = {}
-        self._windows: dict[int, OrderWindow] = {}
+        self._of_windows: dict[int, list[list[int]]] = {}
+        self._owned: dict[tuple[tuple[int, ...], ...], list[OwnedShards]] = {}
+        self._in_use: dict[int, list[OwnedShards]] = {}
 
     def reads(self, micro_step: int, rank: int) -> Sequence[Read]:
         """The reads of a rank's batch, in order; micro-steps count from the first position."""
@@ -81,39 +95,56 @@ class ReadingPlan:
             self._chunks[number] = self._draw(number)
         return self._chunks[number][step * self._world_size + rank]
 
-    def window_after(self, micro_step: int) -> OrderWindow:
-        """The window that follows the last one of a micro-step, the same object each time."""
-        if micro_step not in self._after:
-            last = self._first_position + (micro_step + 1) * self.pairs - 1
-            window = self._order.next_window(self._order.window_at(last))
-            self._after[micro_step] = self._windows.setdefault(self.number(window), window)
-        return self._after[micro_step]
-
     def number(self, window: OrderWindow) -> int:
         """The number of a window, counted over all epochs."""
         return window.epoch * self._order.num_windows + window.number
 
-    def owned_shards(self, window: OrderWindow) -> list[list[int]]:
-        """The shards of a window that each node downloads."""
+    def owned_shards(self, micro_step: int, node: int) -> OwnedShards:
+        """The shards that a node downloads for a micro-step, and in advance."""
+        if micro_step not in self._in_use:
+            start = self._first_position + micro_step * self.pairs
+            current, upcoming = self._order.windows_in_use(start, start + self.pairs)
+            numbers = tuple(map(self.number, current)), tuple(map(self.number, upcoming))
+            if numbers not in self._owned:
+                self._owned[numbers] = self._of_nodes(current, upcoming)
+            self._in_use[micro_step] = self._owned[numbers]
+        return self._in_use[micro_step][node]
+
+    def _of_nodes(
+        self, current: Sequence[OrderWindow], upcoming: Sequence[OrderWindow]
+    ) -> list[OwnedShards]:
+        found = []
+        for node in range(len(self.node_ranks)):
+            now = [shard for window in current for shard in self._of_window(window)[node]]
+            later = [
+                (shard, self.number(window))
+                for window in upcoming
+                for shard in self._of_window(window)[node]
+            ]
+            found.append(OwnedShards(now, [*now, *(shard for shard, _ in later)], later))
+        return found
+
+    def _of_window(self, window: OrderWindow) -> list[list[int]]:
+        """The shards of a window that each node owns."""
         number = self.number(window)
-        if number not in self._owned:
-            self._owned[number] = [
+        if number not in self._of_windows:
+            self._of_windows[number] = [
                 window.shards[owned(window.starts, ranks, self._world_size)].tolist()
                 for ranks in self.node_ranks
             ]
-        return self._owned[number]
+        return self._of_windows[number]
 
     def _draw(self, number: int) -> list[list[Read]]:
         """The reads of a chunk of micro-steps, by (micro-step, rank)."""
-        start = self._first_position + number * self._steps_per_chunk * self.pairs
-        stop = start + self._steps_per_chunk * self.pairs
-        found = self._order.locate_range(start, stop)
-        shape = (self._steps_per_chunk, self.pairs)
+        first_step = number * self._steps_per_chunk
+        num_steps = min(self._steps_per_chunk, self._num_micro_steps - first_step)
+        start = self._first_position + first_step * self.pairs
+        found = self._order.locate_range(start, start + num_steps * self.pairs)
         # (micro-step, rank, sample) -> index into `found`
         taken = np.stack(
             [
                 step * self.pairs + dealt(places, self._world_size)
-                for step, places in enumerate(found.place.reshape(shape))
+                for step, places in enumerate(found.place.reshape(num_steps, self.pairs))
             ]
         )
         shards = found.shard[taken].ravel()
@@ -142,7 +173,7 @@ class ReadingPlan:
             window = self._order.window_at(at)
             here = slice(at - start, window.end - start)
             owner_of_shard = np.full(int(window.shards.max()) + 1, -1)
-            for node, shards in enumerate(self.owned_shards(window)):
+            for node, shards in enumerate(self._of_window(window)):
                 owner_of_shard[shards] = node
             windows[here] = self.number(window)
             owners[here] = owner_of_shard[found.shard[here]]

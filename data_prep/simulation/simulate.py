@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tvr.data_prep.dataset.manifest import Shard
+from tvr.data_prep.reading.locality import RankShare, training_need
+from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import OrderWindow, SampleOrder, window_shards
 from tvr.data_prep.simulation.clock import SimulatedClock
 from tvr.data_prep.simulation.fake_store import FakeStore, Network
@@ -39,11 +42,14 @@ INDEX_READINGS = 2
 class DataShape:
     """Sizes of a data set."""
 
-    shard_sizes: Sequence[int]
-    """Samples of each shard."""
-    shard_bytes: Sequence[int]
+    shards: Sequence[Shard]
     sample_bytes: Callable[[np.ndarray], np.ndarray]
     """Gives the bytes of the samples in these manifest rows."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.shard_bytes for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +88,14 @@ def simulate(
     """
     _check(run, network, windows)
     shape = run.loader
-    per_window = window_shards(run.global_batch, len(data.shard_sizes))
+    per_window = window_shards(run.global_batch, len(data.shards))
+    downloads_ahead = _fits_cache(data, run, per_window)
+    sizes = [shard.num_samples for shard in data.shards]
     first_position = run.start_step * run.global_batch
     pairs = shape.world_size * shape.micro_batch
 
     def first_draw() -> SampleOrder:
-        order = SampleOrder(data.shard_sizes, run.seed, per_window)
+        order = SampleOrder(sizes, run.seed, per_window)
         order.locate_range(first_position, first_position + pairs)
         return order
 
@@ -109,12 +117,14 @@ def simulate(
         order,
         data.sample_bytes,
         first_position=first_position,
+        num_micro_steps=num_micro_steps,
         world_size=shape.world_size,
         ranks_per_node=shape.ranks_per_node,
         micro_batch=shape.micro_batch,
     )
+    shard_bytes = [shard.shard_bytes for shard in data.shards]
     nodes = [
-        SimulatedNode(clock, store, traffic, data.shard_bytes, run.cache_bytes)
+        SimulatedNode(clock, store, traffic, shard_bytes, run.cache_bytes, downloads_ahead)
         for _ in plan.node_ranks
     ]
     simulated = SimulatedRun(clock, plan, shape, nodes, num_micro_steps)
@@ -135,7 +145,7 @@ def simulate(
     start_up = _start_up(simulated, shape, network, index, order_cost)
     return Prediction(
         stretch=stretch,
-        store=_load(traffic, store, numbers, stretch, waiting, start_up, sum(data.shard_bytes)),
+        store=_load(traffic, store, numbers, stretch, waiting, start_up, data.num_bytes),
         waiting=waiting,
         start_up=start_up,
         node=_memory(nodes, shape, index, order_cost),
@@ -165,6 +175,25 @@ def _check(run: RunShape, network: Network, windows: int | None) -> None:
             f"global_batch={run.global_batch} must be a multiple of micro_batch x ranks ="
             f" {shape.micro_batch} x {shape.world_size}; the nearest is {nearest}"
         )
+
+
+def _fits_cache(data: DataShape, run: RunShape, per_window: int) -> bool:
+    """Whether the cache has room for shards that are read next; see `CacheFolder.check`.
+
+    Raises:
+        ValueError: it has none for the shards that are read at once.
+    """
+    if run.cache_bytes is None:
+        return False
+    shape = run.loader
+    share = RankShare(
+        rank=0,
+        world_size=shape.world_size,
+        micro_batch=shape.micro_batch,
+        node=range(min(shape.ranks_per_node, shape.world_size)),
+    )
+    need = training_need(data.shards, per_window, share, shape.workers)
+    return CacheFolder(path="of a node", max_bytes=run.cache_bytes).check(need)
 
 
 def _stretch(

@@ -123,6 +123,16 @@ def described_index_cost(num_samples: int, samples_per_shard: int, clip_bytes: i
     )
 
 
+def described_shard(number: int, num_samples: int, clip_bytes: int) -> Shard:
+    """A shard of clips of equal sizes, multiples of a tar archive's blocks."""
+    return Shard(
+        name=shard_name(number, 0),
+        num_samples=num_samples,
+        shard_bytes=num_samples * clip_bytes + END_BYTES,
+        sha256=f"{number:064x}",
+    )
+
+
 def _measured(
     num_samples: int, samples_per_shard: int, clip_bytes: int
 ) -> tuple[list[int], MeasuredCall]:
@@ -172,13 +182,7 @@ def _described_manifest(num_samples: int, samples_per_shard: int, clip_bytes: in
         num_empty_captions=0,
         bad={},
         shards=tuple(
-            Shard(
-                name=shard_name(number, 0),
-                num_samples=int(count),
-                shard_bytes=int(count) * length + END_BYTES,
-                sha256=f"{number:064x}",
-            )
-            for number, count in enumerate(counts)
+            described_shard(number, count, length) for number, count in enumerate(counts.tolist())
         ),
         samples=table,
     )

@@ -13,7 +13,7 @@ Row = tuple[str, str]
 def prediction_table(data: DataShape, run: RunShape, prediction: Prediction) -> str:
     """Returns the text that `tvr simulate` prints: what was simulated, then what it costs."""
     rows = list(_rows(data, run, prediction))
-    width = max(len(name) for name, _ in rows)
+    width = max(len(name) for name, value in rows if value)
     lines = [f"  {name:<{width}}  {value}" if value else f"\n{name}" for name, value in rows]
     return "\n".join(lines).strip("\n")
 
@@ -27,8 +27,8 @@ def _rows(data: DataShape, run: RunShape, prediction: Prediction) -> Iterator[Ro
     yield "inputs", ""
     yield (
         "data set",
-        f"{stretch.samples_per_epoch:,} clips in {len(data.shard_sizes):,} shards,"
-        f" {_size(sum(data.shard_bytes))}",
+        f"{stretch.samples_per_epoch:,} clips in {len(data.shards):,} shards,"
+        f" {_size(data.num_bytes)}",
     )
     yield (
         "run",

@@ -1,4 +1,4 @@
-"""Real loaders of several nodes that read one data set over HTTP, and what they ask of the store."""
+"""Real loaders of several nodes that read one data set over HTTP, counted at the store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from PIL import Image
 
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
 from tvr.data_prep.dataset.shard_writer import TarSample, tar_bytes
-from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
+from tvr.data_prep.reading.cache_folder import ShardFolder
+from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import SampleOrder, window_shards
 from tvr.data_prep.reading.prefetch import THREAD_NAME
 
@@ -79,7 +80,8 @@ def write_clips_of_many_sizes(folder: Path, shards: int, per_shard: int) -> str:
             key = f"c{shard:03d}{sample:03d}"
             caption = "word " * int(rng.integers(10, 3500))
             meta = {"captions": [caption], "video_id": key, "frame_times_s": [0.0]}
-            stored = tar_bytes(key, {"json": json.dumps(meta).encode(), "00.jpg": picture.getvalue()})
+            members = {"json": json.dumps(meta).encode(), "00.jpg": picture.getvalue()}
+            stored = tar_bytes(key, members)
             row = shard * per_shard + sample
             samples.append(
                 TarSample(key=key, video_id=key, stored=stored, num_captions=1, content=row)
@@ -139,10 +141,8 @@ def measure_nodes(folder: Path, scratch: Path, run: NodesRun) -> Measured:
         for thread in threading.enumerate():
             if thread.name == THREAD_NAME:
                 thread.join()
-        measured.cache_peak_bytes = max(
-            (int(line) for number in range(len(nodes)) for line in peaks(scratch / f"node{number}")),
-            default=0,
-        )
+        lines = [line for number in range(len(nodes)) for line in peaks(scratch / f"node{number}")]
+        measured.cache_peak_bytes = max(map(int, lines), default=0)
     return measured
 
 
@@ -180,16 +180,16 @@ def _served(
 @contextmanager
 def _cache_peaks() -> Iterator[Any]:
     """Notes the bytes in a cache folder after each reservation, in workers too."""
-    reserve = ShardCache._reserve
+    reserve = ShardFolder.reserve
 
-    def noted(cache: ShardCache, *arguments: Any) -> bool:
-        reserved = reserve(cache, *arguments)
+    def noted(folder: ShardFolder, *arguments: Any) -> bool:
+        reserved = reserve(folder, *arguments)
         used = sum(
             path.stat().st_size
             for suffix in ("tar", "partial")
-            for path in cache._folder.glob(f"*.{suffix}")
+            for path in folder.path.glob(f"*.{suffix}")
         )
-        with Path(f"{cache._folder}.peaks").open("a") as file:
+        with Path(f"{folder.path}.peaks").open("a") as file:
             file.write(f"{used}\n")
         return reserved
 
@@ -197,5 +197,5 @@ def _cache_peaks() -> Iterator[Any]:
         file = Path(f"{folder}.peaks")
         return file.read_text().split() if file.exists() else []
 
-    with patch.object(ShardCache, "_reserve", noted):
+    with patch.object(ShardFolder, "reserve", noted):
         yield peaks
