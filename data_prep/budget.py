@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tvr.data_prep.records import TRANSIENT_REASONS, TooManyBadSamples
+from tvr.data_prep.records import (
+    TRANSIENT_REASONS,
+    Batch,
+    Replacement,
+    TooManyBadSamples,
+    TrainingSet,
+    set_of_key,
+)
 
 NUM_EXAMPLES = 5
 
@@ -110,3 +117,73 @@ class BadSampleBudget:
             " storage is down, unreachable or throttles; no sample is bad for it, and a restart"
             f" reads them again; last: {' | '.join(failed[-NUM_EXAMPLES:])}"
         )
+
+
+def set_budgets(
+    sets: Sequence[TrainingSet],
+    where: str,
+    max_bad_in_a_row: int | None = None,
+    *,
+    max_unavailable_in_a_row: int | None = None,
+    known: Mapping[str, str] | None = None,
+) -> dict[str, BadSampleBudget]:
+    """Returns a budget for each training set, by its name.
+
+    Args:
+        sets: Training sets.
+        where: Ranks that the error messages name, such as "on rank 3".
+        max_bad_in_a_row: As for `BadSampleBudget`, for each set.
+        max_unavailable_in_a_row: As for `BadSampleBudget`, for each set.
+        known: Reasons by key of known bad samples of all sets; each counts for the set in its key.
+    """
+    return {
+        each.name: BadSampleBudget(
+            each.max_bad,
+            f"in {f'the set {each.name}, ' if each.name else ''}{each.url} {where}",
+            max_bad_in_a_row,
+            max_unavailable_in_a_row=max_unavailable_in_a_row,
+            known={
+                key: reason for key, reason in (known or {}).items() if set_of_key(key) == each.name
+            },
+        )
+        for each in sets
+    }
+
+
+def within_budget(
+    batches: Iterable[Batch], budgets: Mapping[str, BadSampleBudget], min_rows: int
+) -> Iterator[Batch]:
+    """Yields the batches, and counts their samples for the budgets of their sets.
+
+    Args:
+        batches: Batches of one rank.
+        budgets: Budget of each set by its name, see `set_of_key`.
+        min_rows: A batch with fewer rows has a position that could not be filled.
+
+    Raises:
+        TooManyBadSamples: a budget is exceeded, or a position could not be filled.
+    """
+    for batch in batches:
+        _spend(budgets, batch)
+        if len(batch.keys) < min_rows:
+            # The last position is the one that stayed empty.
+            raise budgets[set_of_key(batch.replaced[-1].key)].exhausted_error()
+        yield batch
+
+
+def _spend(budgets: Mapping[str, BadSampleBudget], batch: Batch) -> None:
+    """Counts bad samples in the order of positions.
+
+    A good substitute does not reset the consecutive-failure count: it comes from anywhere in its
+    data set, so it does not show that the shard in use is readable.
+    """
+    bad: dict[int, list[Replacement]] = {}
+    for entry in batch.replaced:
+        bad.setdefault(entry.position, []).append(entry)
+    keys = dict(zip(batch.positions.tolist(), batch.keys, strict=True))
+    for position in sorted({*keys, *bad}):
+        for entry in bad.get(position, ()):
+            budget = budgets[set_of_key(entry.key)]
+            budget.record_bad(entry.key, entry.reason, entry.detail)
+        if position not in bad:
+            budgets[set_of_key(keys[position])].record_good()

@@ -131,13 +131,27 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """One of the data sets that a run trains on."""
+
+    url: str
+    """Folder or fsspec URL."""
+    max_bad: int
+    """Limit for distinct bad samples of this set."""
+    name: str = ""
+    """Name in a mixture, see `mixture.SET_NAME`; empty = the only set."""
+    weight: float = 1.0
+    """Share of the stream, relative to the weights of the other sets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
     """A bad sample in a batch: replaced in training, left out in evaluation."""
 
     position: int
     """Position in the sample order in training, manifest row in evaluation."""
     key: str
-    """Key of the bad sample."""
+    """Key of the bad sample, as in `Batch.keys`."""
     reason: str
     """One of BAD_SAMPLE_REASONS."""
     detail: str
@@ -155,6 +169,7 @@ class Batch:
     positions: Tensor
     """(B,) positions in the sample order; manifest rows in evaluation."""
     keys: tuple[str, ...]
+    """Keys of the videos; NAME/KEY if the run trains on several sets, see `set_of_key`."""
     video_ids: Tensor
     """(B,) stable 63-bit hashes, see `hash_video_id`."""
     frames: Tensor
@@ -171,6 +186,19 @@ class Batch:
     replaced: tuple[Replacement, ...] = field(default=())
     reads: Mapping[str, int] = field(default_factory=dict)
     """Number of samples read for this batch, by source (READ_SOURCES)."""
+
+
+def key_in_set(name: str, key: str) -> str:
+    """Returns a sample's key, or video id, so that those of two training sets never agree."""
+    return f"{name}/{key}" if name else key
+
+
+def set_of_key(key: str) -> str:
+    """Returns the name of the training set in a key of a batch; empty for the only set.
+
+    No key of a data set contains a slash, see KEY_PATTERN.
+    """
+    return key.rpartition("/")[0]
 
 
 def is_video_id(text: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.restore import restore_engine
 from tvr.trainer.checkpoint.saver import rank_files
 from tvr.trainer.config import Config
-from tvr.trainer.data import training_batches
+from tvr.trainer.data import training_batches, training_mixture
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine
@@ -96,7 +96,7 @@ def build_run(
     attempt: Attempt,
     log: LogWriter,
     tokenizer: Tokenizer,
-    num_samples: int,
+    num_samples: Mapping[str, int],
     checkpoint: Checkpoint | None = None,
     inspect_model: Callable[[TextVideoModel], None] | None = None,
     watch: Stopwatch | None = None,
@@ -105,7 +105,7 @@ def build_run(
 
     Args:
         run_dir: Folder of the run. A checkpoint of another layout is converted in it.
-        num_samples: Samples of the training set, which make an epoch.
+        num_samples: Samples of each training set, as `validate_data_sets` returns them.
         checkpoint: Checkpoint of this run to resume from; none starts at step 0.
         inspect_model: Called with the whole model, before ZeRO partitions it.
         watch: Measures the parts of each step.
@@ -126,7 +126,15 @@ def build_run(
         inspect_model(model)
     storage = checkpoints_of(config.checkpoint, run_dir)
     engine = restore_engine(checkpoint, storage, model, config.train, run_dir, world)
-    train_step = TrainStep(config, engine, log, world, num_samples, watch=watch or Stopwatch())
+    train_step = TrainStep(
+        config,
+        engine,
+        log,
+        world,
+        num_samples,
+        training_mixture(config.data, config.train),
+        watch=watch or Stopwatch(),
+    )
     resumed_from = checkpoint.state if checkpoint else None
     if resumed_from is not None:
         train_step.load_counters(resumed_from)

@@ -116,12 +116,15 @@ def show_config(argv: Sequence[str]) -> int:
             raise ValueError(f"--ranks {ranks} must be at least 1")
         sys.stdout.write(to_json(resolved))
         from tvr.data_prep.video.decoders import describe_decoder
+        from tvr.trainer.data import mixture_line, order_line
         from tvr.trainer.engine.deepspeed_config import deepspeed_line, optimizer_line
         from tvr.trainer.engine.staging import staging_line
         from tvr.trainer.memory.environment import device, device_line, similarity_line
         from tvr.trainer.monitoring.flops import peak_line
 
         print(device_line(), file=sys.stderr)
+        print(mixture_line(resolved.data, resolved.train), file=sys.stderr)
+        print(order_line(resolved.data, resolved.train), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(deepspeed_line(resolved.train, ranks or 1), file=sys.stderr)
         print(similarity_line(resolved.data, resolved.train), file=sys.stderr)
@@ -237,7 +240,7 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
 
     started = time.monotonic()
 
-    sets = ("train", "test", "test_exchanged")
+    sets = ("train", "train_sets", "test", "test_exchanged")
     given = [f"data.{n}" for n in sets if getattr(settings.data, n) != getattr(base.data, n)]
     if settings.model.tokenizer != base.model.tokenizer:
         given.append("model.tokenizer")

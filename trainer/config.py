@@ -21,12 +21,13 @@ from tvr.trainer.config_sections import (
     STRICT,
     DataConfig,
     Freeze,
-    LossConfig,
     ModelConfig,
     NotNegative,
     Positive,
+    Share,
     TowersConfig,
     TrainConfig,
+    TrainSetConfig,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Positive",
     "TowersConfig",
     "TrainConfig",
+    "TrainSetConfig",
     "WriterName",
     "accumulation_steps",
     "from_json",
@@ -51,6 +53,42 @@ __all__ = [
 ]
 
 WriterName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LossConfig:
+    """The training objective."""
+
+    similarity: Literal["info_nce", "neg_nce"] = "neg_nce"
+    """Contrastive loss over the pairs of a batch."""
+    neg_nce_mode: Literal["reference", "log"] = "log"
+    """Form of NegNCE. reference: as in the authors' code. log: in log space,
+    without a clamp, negatives normalised per row."""
+    neg_nce_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the penalty on hard negatives in NegNCE."""
+    temperature: Annotated[float, Field(gt=0.0)] = 0.01
+    """Logits are similarity / temperature. It is constant, not learned."""
+    mask_same_video: bool | None = None
+    """Excludes pairs of the same video id from the negatives. None: on for
+    neg_nce in log mode, otherwise off."""
+    tpm_cl: Literal[0, 2, 3, 4] = 4
+    """Type of TPM-CL, the loss on partially masked samples. 0: off. 2:
+    margins 1 and 2. 3: margin 3. 4: all three margins."""
+    tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of TPM-CL in the loss."""
+    margin: Annotated[float, Field(ge=0.0)] = 0.6
+    """Margin of the TPM-CL hinge."""
+    mask_threshold: Share = 0.6
+    """Share of the token weight that is removed from the partial samples of
+    TPM-CL."""
+    straight_through: bool = False
+    """Passes a gradient to the frame-weight predictor of TPM-CL, which
+    otherwise keeps its initial weights, as in the method."""
+    normalise_partial: bool = False
+    """Normalises the partial text vector of TPM-CL to unit length, as the
+    whole one."""
+    mask_padding_weights: bool = False
+    """Gives padding words and frames no weight in the predictors of TPM-CL."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -205,6 +243,8 @@ def _describe(error: pydantic.ValidationError) -> str:
     lines = []
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"])
-        given = "" if problem["type"] == "missing" else f" (given: {problem.get('input')!r})"
+        # An error of a whole section names the values itself: `input` would be the section.
+        is_plain = problem["type"] in ("missing", "value_error")
+        given = "" if is_plain else f" (given: {problem.get('input')!r})"
         lines.append(f"{field}: {problem['msg']}{given}")
     return "; ".join(lines)

@@ -1,4 +1,4 @@
-"""The sections of the configuration that shape the model and its training.
+"""The sections of the configuration for the data, the model and its training.
 
 The docstring below a field is its `--help` text. These docstrings wrap at 70 characters, since
 `--help` keeps their line breaks on a terminal of 80.
@@ -7,6 +7,7 @@ The docstring below a field is its `--help` text. These docstrings wrap at 70 ch
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -14,6 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tyro.constructors import PrimitiveConstructorSpec
 
+from tvr.data_prep.mixture import block_quotas
 from tvr.data_prep.reading.augment import FrameSampling
 from tvr.data_prep.video.decoders import Decoder
 
@@ -45,11 +47,44 @@ Freeze = NotNegative | Literal["text", "image", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainSetConfig:
+    """One of several training sets."""
+
+    url: str
+    """Folder or fsspec URL that `tvr pack` wrote."""
+    weight: Annotated[float, Field(gt=0.0)]
+    """Share of the training pairs, relative to the other sets' weights."""
+    max_bad: NotNegative | None = None
+    """Limit for different bad samples of this set. None: `data.max_bad`."""
+
+
+def _read_sets(arguments: list[str]) -> dict[str, TrainSetConfig]:
+    return pydantic.TypeAdapter(dict[str, TrainSetConfig]).validate_json(arguments[0])
+
+
+TrainSets = Annotated[
+    dict[str, TrainSetConfig],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_read_sets,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps({k: asdict(v) for k, v in value.items()})],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """The data sets, and how their samples are read."""
 
-    train: str
+    train: str | None = None
     """Training set: a folder or fsspec URL that `tvr pack` wrote."""
+    train_sets: TrainSets = Field(default_factory=dict)
+    """Several training sets instead of `train`, which is then None, as a JSON
+    object: name -> {"url": ..., "weight": ..., "max_bad": ...}. Each has
+    its own epochs, and its share of the pairs is its share of all
+    weights. A `max_bad` that is not given is `data.max_bad`."""
     test: str | None = None
     """Test set for evaluations. None: the run is not evaluated."""
     test_exchanged: str | None = None
@@ -97,15 +132,35 @@ class DataConfig:
     present ones are read."""
     max_bad: NotNegative = 100
     """Largest number of different bad samples that a run replaces, over all
-    ranks and restarts; one more stops the run."""
+    ranks and restarts; one more stops the run. Each of `train_sets` has
+    a limit of its own."""
     max_bad_in_a_row: Positive = 20
-    """Largest number of bad samples in a row on one rank, without a good one
-    between them; one more stops the run."""
+    """Largest number of bad samples of a set in a row on one rank, without a
+    good one between them; one more stops the run."""
     max_unavailable_in_a_row: Positive = 8
     """Largest number of reads in a row on one rank that fail for the moment,
     such as those of a storage that is down; one more stops the run. Their
     samples are not bad: they do not count for `max_bad`, and are read again
     at their next visit."""
+
+    def __post_init__(self) -> None:
+        if self.train is None and not self.train_sets:
+            raise ValueError("data.train or data.train_sets must name what to train on")
+        if self.train is not None and self.train_sets:
+            raise ValueError(
+                f"data.train={self.train} and data.train_sets exclude each other; with the sets,"
+                " give data.train null in a file, or --data.train None"
+            )
+        if self.train_sets:
+            block_quotas({name: each.weight for name, each in self.train_sets.items()})
+        names: dict[str, str] = {}
+        for name, each in sorted(self.train_sets.items()):
+            other = names.setdefault(each.url.rstrip("/"), name)
+            if other != name:
+                raise ValueError(
+                    f"data.train_sets: {other} and {name} have the same url {each.url}; give one"
+                    " of them the sum of their weights"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -162,42 +217,6 @@ class ModelConfig:
     frame."""
     weight_layers: Annotated[int, Field(ge=1, le=3)] = 1
     """Linear layers in the token-weight networks of wti and att_wti."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LossConfig:
-    """The training objective."""
-
-    similarity: Literal["info_nce", "neg_nce"] = "neg_nce"
-    """Contrastive loss over the pairs of a batch."""
-    neg_nce_mode: Literal["reference", "log"] = "log"
-    """Form of NegNCE. reference: as in the authors' code. log: in log space,
-    without a clamp, negatives normalised per row."""
-    neg_nce_weight: Annotated[float, Field(ge=0.0)] = 0.5
-    """Weight of the penalty on hard negatives in NegNCE."""
-    temperature: Annotated[float, Field(gt=0.0)] = 0.01
-    """Logits are similarity / temperature. It is constant, not learned."""
-    mask_same_video: bool | None = None
-    """Excludes pairs of the same video id from the negatives. None: on for
-    neg_nce in log mode, otherwise off."""
-    tpm_cl: Literal[0, 2, 3, 4] = 4
-    """Type of TPM-CL, the loss on partially masked samples. 0: off. 2:
-    margins 1 and 2. 3: margin 3. 4: all three margins."""
-    tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of TPM-CL in the loss."""
-    margin: Annotated[float, Field(ge=0.0)] = 0.6
-    """Margin of the TPM-CL hinge."""
-    mask_threshold: Share = 0.6
-    """Share of the token weight that is removed from the partial samples of
-    TPM-CL."""
-    straight_through: bool = False
-    """Passes a gradient to the frame-weight predictor of TPM-CL, which
-    otherwise keeps its initial weights, as in the method."""
-    normalise_partial: bool = False
-    """Normalises the partial text vector of TPM-CL to unit length, as the
-    whole one."""
-    mask_padding_weights: bool = False
-    """Gives padding words and frames no weight in the predictors of TPM-CL."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import ceil
 
-from tvr.data_prep.dataset.manifest import check_words, read_manifest
+from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
+from tvr.data_prep.mixture import BLOCK, Mixture
 from tvr.data_prep.reading.augment import Augmentation
 from tvr.data_prep.reading.loader import evaluation_batches, train_batches
+from tvr.data_prep.reading.locality import (
+    NOTHING_NEEDED,
+    CacheNeed,
+    RankShare,
+    evaluation_need,
+    training_need,
+)
+from tvr.data_prep.reading.mixed_sets import set_order
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.records import Batch
+from tvr.data_prep.reading.order import window_shards
+from tvr.data_prep.records import Batch, TrainingSet
+from tvr.data_prep.storage.storage import Storage
 from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.batch_copies import pin_pages
@@ -16,24 +29,82 @@ from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 
 
-def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> int:
+def training_sets(data: DataConfig) -> tuple[TrainingSet, ...]:
+    """The sets that a run trains on; the set of `data.train` has no name."""
+    if data.train is not None:
+        return (TrainingSet(url=data.train, max_bad=data.max_bad),)
+    return tuple(
+        TrainingSet(
+            name=name,
+            url=each.url,
+            weight=each.weight,
+            max_bad=data.max_bad if each.max_bad is None else each.max_bad,
+        )
+        for name, each in sorted(data.train_sets.items())
+    )
+
+
+def training_set_sizes(data: DataConfig) -> dict[str, int]:
+    """Returns the number of samples of each training set by its name; raises as `read_manifest`."""
+    return {each.name: read_manifest(each.url).num_samples for each in training_sets(data)}
+
+
+def training_mixture(data: DataConfig, train: TrainConfig) -> Mixture | None:
+    """The mixture of `data.train_sets`; None for a run with `data.train`."""
+    if not data.train_sets:
+        return None
+    return Mixture({name: each.weight for name, each in data.train_sets.items()}, train.seed)
+
+
+def mixture_line(data: DataConfig, train: TrainConfig) -> str:
+    """One line with the resolved share of each training set."""
+    mixture = training_mixture(data, train)
+    if mixture is None:
+        return f"training set: {data.train}"
+    shares = [
+        f"{name} {quota:,} ({quota / BLOCK:.2%}) from {data.train_sets[name].url}"
+        for name, quota in zip(mixture.names, mixture.quotas, strict=True)
+    ]
+    return f"training sets, pairs of every {BLOCK:,}: {'; '.join(shares)}"
+
+
+def order_line(data: DataConfig, train: TrainConfig) -> str:
+    """One line with the shards that are read together."""
+    mixture = training_mixture(data, train)
+    parts = {"": 1.0} if mixture is None else dict(zip(mixture.names, mixture.shares, strict=True))
+    windows = [
+        f"{name}{': ' if name else ''}{window_shards(ceil(train.global_batch * part), 1 << 40)}"
+        for name, part in parts.items()
+    ]
+    return f"sample order: windows of about {', '.join(windows)} shards, or all of a smaller set"
+
+
+def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> dict[str, int]:
     """Reads the manifest of every data set and checks it against the settings.
 
     Returns:
-        The number of training samples.
+        The number of samples of each training set by its name, which is empty for `data.train`.
 
     Raises:
         ValueError: a data set is too small for the batch or the ranks, the two test sets hold
-            different keys, or a set lacks the words that `data.content_words` needs.
+            different keys, a set lacks the words that `data.content_words` or `data.word_drop`
+            needs, a training set cannot be mixed with others, or `data.shard_cache` is too small.
         OSError, ShardCorrupt: a manifest is missing or damaged.
     """
-    train_set = read_manifest(data.train)
-    if train_set.num_samples < train.global_batch:
-        raise ValueError(
-            f"{data.train} holds {train_set.num_samples} samples, fewer than train.global_batch="
-            f"{train.global_batch}: a batch would hold some of them twice"
-        )
-    sets = [(data.train, train_set)]
+    training = {each.name: (each.url, read_manifest(each.url)) for each in training_sets(data)}
+    if data.train_sets:
+        check_mixed_sets({name: found for name, (_, found) in training.items()}, data, train)
+    else:
+        (_, train_set) = training[""]
+        if train_set.num_samples < train.global_batch:
+            raise ValueError(
+                f"{data.train} holds {train_set.num_samples} samples, fewer than"
+                f" train.global_batch={train.global_batch}: a batch would hold some of them twice"
+            )
+    if data.word_drop:
+        for url, manifest in training.values():
+            check_words(url, manifest, needed_by="data.word_drop")
+    sets = list(training.values())
     if data.test is not None:
         test = read_manifest(data.test)
         sets.append((data.test, test))
@@ -52,7 +123,38 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> in
     if data.content_words:
         for url, manifest in sets:
             check_words(url, manifest, needed_by="data.content_words")
-    return train_set.num_samples
+    folder = _shard_cache(data)
+    if folder is not None:
+        needs = [_training_need(data, train, world, training)]
+        needs += [_test_need(data, train, world, *each) for each in sets[len(training) :]]
+        folder.check(sum(needs, NOTHING_NEEDED))
+    return {name: manifest.num_samples for name, (_, manifest) in training.items()}
+
+
+def check_mixed_sets(sets: Mapping[str, Manifest], data: DataConfig, train: TrainConfig) -> None:
+    """Checks several training sets, by their names, against their shares of a batch.
+
+    Raises:
+        ValueError: a set cannot be mixed with others, or is too small for its weight.
+    """
+    mixture = training_mixture(data, train)
+    assert mixture is not None, "the caller has several sets"
+    for name, share in zip(mixture.names, mixture.shares, strict=True):
+        if name not in sets:
+            continue
+        manifest, pairs = sets[name], train.global_batch * share
+        where = f"data.train_sets.{name}: {data.train_sets[name].url}"
+        if manifest.beton is not None:
+            raise ValueError(
+                f"{where} is a beton, which cannot be mixed with other sets; give the shards that"
+                " it was written from"
+            )
+        if manifest.num_samples < pairs:
+            raise ValueError(
+                f"{where} holds {manifest.num_samples} samples, fewer than its {pairs:,.1f} pairs"
+                f" of a global batch ({share:.2%} of train.global_batch={train.global_batch}): a"
+                " batch would hold some of them twice; lower its weight"
+            )
 
 
 def build_tokenizer(model: ModelConfig, data: DataConfig) -> Tokenizer:
@@ -83,8 +185,9 @@ def training_batches(
     Raises:
         ValueError, OSError, TooManyBadSamples: as `train_batches`.
     """
+    sets = training_sets(data)
     return train_batches(
-        data.train,
+        sets[0].url if data.train is not None else sets,
         seed=train.seed,
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,
@@ -103,7 +206,8 @@ def training_batches(
         decoder=data.decoder,
         word_drop=data.word_drop,
         cache_bytes=data.cache_mib << 20,
-        shard_cache=_shard_cache(data),
+        shard_cache=_training_cache(data, train, world),
+        node=world.node,
         pin=pin_pages if world.device.type == "cuda" else None,
     )
 
@@ -138,6 +242,7 @@ def ordered_batches(
         max_unavailable_in_a_row=data.max_unavailable_in_a_row,
         decoder=data.decoder,
         shard_cache=_shard_cache(data),
+        node=world.node,
     )
 
 
@@ -146,6 +251,54 @@ def _shard_cache(data: DataConfig) -> CacheFolder | None:
     if data.shard_cache is None:
         return None
     return CacheFolder(path=data.shard_cache, max_bytes=data.shard_cache_gib << 30)
+
+
+def _training_cache(data: DataConfig, train: TrainConfig, world: World) -> CacheFolder | None:
+    """The node's cache for training, which leaves room for the test sets: their evaluations come
+    while the training shards stay in use."""
+    folder = _shard_cache(data)
+    tests = [url for url in (data.test, data.test_exchanged) if url is not None]
+    if folder is None or all(Storage(url).is_local for url in tests):
+        return folder
+    needs = [_test_need(data, train, world, url, read_manifest(url)) for url in tests]
+    return replace(folder, others=sum(needs, NOTHING_NEEDED))
+
+
+def _training_need(
+    data: DataConfig, train: TrainConfig, world: World, sets: Mapping[str, tuple[str, Manifest]]
+) -> CacheNeed:
+    """What the training sets, by their names, need of the node's cache."""
+    mixture, total = training_mixture(data, train), NOTHING_NEEDED
+    for name, (url, manifest) in sets.items():
+        if _is_cached(url, manifest):
+            part = 1.0 if mixture is None else mixture.share_of(name)
+            seed = train.seed if mixture is None else mixture.set_seed(mixture.names.index(name))
+            order = set_order(manifest, seed, train.global_batch, part)
+            share = _rank_share(train, world)
+            total += training_need(manifest.shards, order, share, data.workers, part=part)
+    return total
+
+
+def _test_need(
+    data: DataConfig, train: TrainConfig, world: World, url: str, manifest: Manifest
+) -> CacheNeed:
+    """What a test set needs of the node's cache."""
+    if not _is_cached(url, manifest):
+        return NOTHING_NEEDED
+    return evaluation_need(manifest.shards, _rank_share(train, world), data.workers)
+
+
+def _is_cached(url: str, manifest: Manifest) -> bool:
+    return manifest.beton is None and not Storage(url).is_local
+
+
+def _rank_share(train: TrainConfig, world: World) -> RankShare:
+    return RankShare(
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch=train.micro_batch,
+        node=range(world.world_size) if world.node is None else world.node,
+    )
 
 
 def _augmentation(data: DataConfig) -> Augmentation:

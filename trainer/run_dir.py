@@ -13,6 +13,7 @@ stalls/           progress and stacks of the ranks of a stalled job (watchdog.py
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,6 +74,10 @@ ROUNDING = frozenset(
         "train.scores",
     }
 )
+
+
+# Of each training set, this setting is FREE as well.
+FREE_OF_SETS = re.compile(r"data\.train_sets\.\w+\.max_bad")
 
 
 def claim(run_dir: Path, config: Config, world: World) -> None:
@@ -139,8 +144,8 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
         old, new = (dict(named_settings(asdict(settings))) for settings in (before, config))
         differing = [
             f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-            for name in old | new  # keys of train.deepspeed may be in one of them only
-            if old.get(name) != new.get(name) and name not in FREE | ROUNDING
+            for name in old | new  # keys of train.deepspeed and sets may be in one of them only
+            if old.get(name) != new.get(name) and not _may_change(name)
         ]
         differing += _other_negatives(before, saved, config, world_size)
         if differing:
@@ -149,6 +154,10 @@ def _claim(run_dir: Path, config: Config, world_size: int) -> None:
                 "Give the settings it was started with, or another folder"
             )
     write_atomically(path, to_json(config))
+
+
+def _may_change(setting: str) -> bool:
+    return setting in FREE | ROUNDING or FREE_OF_SETS.fullmatch(setting) is not None
 
 
 def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size: int) -> list[str]:

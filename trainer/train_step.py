@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tvr.data_prep.budget import BadSampleBudget
-from tvr.data_prep.records import TRANSIENT_REASONS, Batch, Replacement, TooManyBadSamples
+from tvr.data_prep.budget import set_budgets
+from tvr.data_prep.mixture import Mixture
+from tvr.data_prep.records import (
+    TRANSIENT_REASONS,
+    Batch,
+    Replacement,
+    TooManyBadSamples,
+    set_of_key,
+)
 from tvr.kernels.device_transfer import to_device
 from tvr.kernels.text_lengths import host_lengths
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.config import Config, accumulation_steps
+from tvr.trainer.data import training_sets
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.schedule import learning_rate_factor
@@ -44,8 +53,10 @@ class TrainStep:
     engine: Engine
     log: LogWriter
     world: World
-    num_samples: int
-    """Samples of the training set, which make an epoch."""
+    num_samples: Mapping[str, int]
+    """Samples of each training set by its name; all of them make an epoch."""
+    mixture: Mixture | None = None
+    """The order of several training sets."""
     quarantine: dict[str, str] = field(default_factory=dict)
     """Reason of every bad sample found so far on any rank, by key."""
     saved_counters: dict[str, float] = field(default_factory=lambda: {"trained_s": 0.0})
@@ -95,8 +106,9 @@ class TrainStep:
         named = computed_terms(named, self.config.loss)
         return StepRecord(
             step=step,
-            epoch=step * train.global_batch / self.num_samples,
+            epoch=step * train.global_batch / sum(self.num_samples.values()),
             **named,
+            **self._set_values(step),
             learning_rate=train.learning_rate * factor,
             encoder_learning_rate=train.encoder_learning_rate * factor,
             gradient_norm=numbers.gradient_norm,
@@ -108,6 +120,20 @@ class TrainStep:
             straggler_gap_s=gap_s,
             slowest_rank=slowest,
         )
+
+    def _set_values(self, step: int) -> dict[str, dict[str, Any]]:
+        """The values of each of several training sets after a step, by the field of the record."""
+        if self.mixture is None:
+            return {}
+        pairs, names = self.config.train.global_batch, self.mixture.names
+        before, now = (self.mixture.drawn(number * pairs) for number in (step - 1, step))
+        bad = Counter(map(set_of_key, self.quarantine))
+        return {
+            "set_epochs": {name: now[name] / self.num_samples[name] for name in names},
+            "set_pairs": {name: now[name] - before[name] for name in names},
+            "set_skipped": {name: self.counters.skipped_by_set[name] for name in names},
+            "set_quarantined": {name: bad[name] for name in names},
+        }
 
     def _next_batches(
         self, batches: Iterator[Batch], number: int, step: int
@@ -141,6 +167,7 @@ class TrainStep:
             bad = [entry for rank in self.world.all_gather_objects(replaced) for entry in rank]
             self.log.write_bad("replaced", step, bad)
             self.counters.skipped.update(entry.reason for entry in bad)
+            self.counters.skipped_by_set.update(set_of_key(entry.key) for entry in bad)
             self._add_to_quarantine(bad)
         return loaded, tuple(map(int, counts))
 
@@ -274,19 +301,18 @@ class TrainStep:
         return mine
 
     def _add_to_quarantine(self, entries: Sequence[Replacement]) -> None:
-        """Spends the run's budget, which covers all ranks and earlier starts, on bad samples.
+        """Spends the run's budgets, which cover all ranks and earlier starts, on bad samples.
 
         A read that failed for the moment spends nothing: the sample is read at its next visit. Each
         rank's loader limits such reads.
         """
-        data = self.config.data
-        budget = BadSampleBudget(
-            data.max_bad, f"in {data.train} on all ranks", known=self.quarantine
-        )
+        sets = training_sets(self.config.data)
+        budgets = set_budgets(sets, "on all ranks", known=self.quarantine)
         for entry in entries:
             if entry.reason in TRANSIENT_REASONS:
                 continue
             self.quarantine[entry.key] = entry.reason
+            budget = budgets[set_of_key(entry.key)]
             budget.record_bad(entry.key, entry.reason, entry.detail)
 
 

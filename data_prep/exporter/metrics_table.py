@@ -8,7 +8,7 @@ assignment; names are looked up and text is rendered only by readers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -34,7 +34,8 @@ class Metric:
     """run: reported by rank 0 only; node: sum over a node's ranks; rank: one series for each rank,
     with the label `rank`."""
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """All values of each label, without `rank`."""
+    """All values of each label, without `rank`; no value for a label whose values depend on the
+    run, see `with_labels`."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -44,6 +45,17 @@ class Metric:
     def series(self) -> list[tuple[str, ...]]:
         """All combinations of label values."""
         return list(product(*self.labels.values()))
+
+
+def with_labels(metrics: Sequence[Metric], values: Mapping[str, tuple[str, ...]]) -> list[Metric]:
+    """Returns the metrics with the values of this run for labels that have none."""
+    return [
+        replace(
+            metric,
+            labels={name: known or values.get(name, ()) for name, known in metric.labels.items()},
+        )
+        for metric in metrics
+    ]
 
 
 class MetricTable:

@@ -13,20 +13,27 @@ process group; and the store opens new connections after a fork.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tvr.data_prep.budget import BadSampleBudget
+from tvr.data_prep.budget import BadSampleBudget, set_budgets, within_budget
 from tvr.data_prep.dataset.manifest import check_words
 from tvr.data_prep.reading.augment import NO_AUGMENTATION, Augmentation
 from tvr.data_prep.reading.batch_buffers import BatchSlots, PinPages
 from tvr.data_prep.reading.collate import Tokenize
-from tvr.data_prep.reading.locality import RankShare
+from tvr.data_prep.reading.locality import (
+    PREFETCH_FACTOR,
+    CacheNeed,
+    RankShare,
+    evaluation_need,
+)
+from tvr.data_prep.reading.mixed_sets import TrainingReader, open_sets
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import SampleOrder, window_shards
+from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import (
     BatchCollator,
@@ -37,12 +44,14 @@ from tvr.data_prep.reading.worker import (
     TrainingDataset,
 )
 from tvr.data_prep.reading.worker_process import start_worker
-from tvr.data_prep.records import Batch, Replacement, Sample
+from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet
 from tvr.data_prep.video.decoders import Decoder
+
+log = logging.getLogger(__name__)
 
 
 def train_batches(
-    url: str,
+    source: str | Sequence[TrainingSet],
     *,
     seed: int,
     global_batch: int,
@@ -54,7 +63,7 @@ def train_batches(
     num_frames: int,
     image_size: int,
     tokenize: Tokenize,
-    max_bad: int,
+    max_bad: int = 0,
     max_bad_in_a_row: int | None = None,
     max_unavailable_in_a_row: int | None = None,
     known_bad: Mapping[str, str] | None = None,
@@ -75,8 +84,11 @@ def train_batches(
 
     A bad sample is replaced by `SampleOrder.substitute` and reported in `Batch.replaced`.
 
+    Several training sets are mixed as `mixture` states. Their layouts may differ. Each has its own
+    epochs and limits for bad samples, and the keys in its batches carry its name.
+
     Args:
-        url: Folder or fsspec URL of the data set.
+        source: Folder or fsspec URL of the data set, or several named sets.
         seed: Seed of the order and of all random choices.
         global_batch: Pairs per step on all ranks together.
         micro_batch: Pairs per batch.
@@ -87,7 +99,8 @@ def train_batches(
         num_frames: Frames per sample.
         image_size: Height and width of the frames in pixels.
         tokenize: Tokeniser.
-        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included.
+        max_bad: Limit for distinct bad samples on this rank, those of `known_bad` included. Each of
+            several sets has its own, and this one is unused.
         max_bad_in_a_row: Limit for consecutive bad samples; None = no limit. Only a sample read as
             planned resets the count.
         max_unavailable_in_a_row: Limit for consecutive reads that fail for the moment, likewise.
@@ -96,7 +109,8 @@ def train_batches(
         decoder: Video decoder, for the video layout.
         word_drop: Drop uninformative words from captions, see `drop_words`; the data set must be
             packed with words.
-        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`.
+        cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`; several sets
+            share them by their weights.
         shard_cache: Folder of this node for shards of a remote data set.
         node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
@@ -109,57 +123,53 @@ def train_batches(
         ImportError: the data set is a beton and FFCV is not installed.
         ValueError: sizes that do not fit together, or that the data set cannot provide.
     """
-    _check_rank(rank, world_size, micro_batch, workers)
-    if node is not None and (node.step != 1 or rank not in node or node.stop > world_size):
-        raise ValueError(f"node={node} must be consecutive ranks with rank={rank} among them")
-    _check_global_batch(global_batch, micro_batch, world_size)
+    share = _share(rank, world_size, micro_batch, node, workers)
+    steps = MicroSteps(start_step * share.micro_steps(global_batch))
     if start_step < 0:
         raise ValueError(f"start_step={start_step} must be 0 or more")
-    reader = SampleReader(
-        url,
+    sets = [TrainingSet(url=source, max_bad=max_bad)] if isinstance(source, str) else source
+    opened = open_sets(
+        sets,
+        seed=seed,
+        global_batch=global_batch,
         num_frames=num_frames,
         image_size=image_size,
         decoder=decoder,
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
     )
-    _check_augmentation(augmentation, reader, cache_bytes)
-    if word_drop:
-        check_words(url, reader.manifest, needed_by="data.word_drop")
-    sizes = reader.manifest.shard_sizes
-    order = SampleOrder(sizes, seed, window_shards(global_batch, len(sizes)))
-    share = RankShare(
-        rank=rank,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        node=range(world_size) if node is None else node,
+    for each in opened.readers:
+        _check_augmentation(augmentation, each, cache_bytes)
+        if word_drop:
+            check_words(each.url, each.manifest, needed_by="data.word_drop")
+    _reserve_cache(opened.readers, opened.cache_need(share, workers), share)
+    budgets = set_budgets(
+        sets,
+        f"on rank {rank}",
+        max_bad_in_a_row,
+        max_unavailable_in_a_row=max_unavailable_in_a_row,
+        known=known_bad,
     )
-    steps = MicroSteps(start_step * (global_batch // (world_size * micro_batch)))
-    if reader.manifest.beton is None:
+    reader, order = opened.reader, opened.order
+    if isinstance(reader, SampleReader) and reader.manifest.beton is not None:
+        assert isinstance(order, SampleOrder), "a beton is the only training set"
+        # FFCV is an optional package: import it only for a beton.
+        from tvr.data_prep.ffcv.optional_import import import_ffcv
+
+        import_ffcv(f"training from {reader.url}")
+        from tvr.data_prep.ffcv.loader import beton_batches
+
+        dataset = TrainingDataset(reader, order, share, augmentation, word_drop=word_drop)
+        collator = BatchCollator(reader, tokenize)
+        batches = beton_batches(reader, order, share, dataset, steps, collator, workers)
+    else:
         slots = _batch_slots(reader, micro_batch, workers, pin)
         dataset = TrainingDataset(
             reader, order, share, augmentation, word_drop=word_drop, slots=slots
         )
         loader = _loader(dataset, steps, BatchCollator(reader, tokenize, slots), workers)
         batches = _received_batches(loader, slots)
-    else:
-        # FFCV is an optional package: import it only for a beton.
-        from tvr.data_prep.ffcv.optional_import import import_ffcv
-
-        import_ffcv(f"training from {url}")
-        from tvr.data_prep.ffcv.loader import beton_batches
-
-        dataset = TrainingDataset(reader, order, share, augmentation, word_drop=word_drop)
-        collator = BatchCollator(reader, tokenize)
-        batches = beton_batches(reader, order, share, dataset, steps, collator, workers)
-    budget = BadSampleBudget(
-        max_bad,
-        f"in {url} on rank {rank}",
-        max_bad_in_a_row,
-        max_unavailable_in_a_row=max_unavailable_in_a_row,
-        known=known_bad,
-    )
-    return _within_budget(batches, budget, micro_batch)
+    return within_budget(batches, budgets, micro_batch)
 
 
 def evaluation_batches(
@@ -177,6 +187,7 @@ def evaluation_batches(
     max_unavailable_in_a_row: int | None = None,
     decoder: Decoder = "pyav",
     shard_cache: CacheFolder | None = None,
+    node: range | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of a data set in manifest order, each sample once with all its captions.
 
@@ -193,7 +204,7 @@ def evaluation_batches(
     Raises:
         FileNotFoundError, ShardCorrupt, ValueError: as `train_batches`.
     """
-    _check_rank(rank, world_size, micro_batch, workers)
+    share = _share(rank, world_size, micro_batch, node, workers)
     reader = SampleReader(
         url,
         num_frames=num_frames,
@@ -202,15 +213,18 @@ def evaluation_batches(
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
+    if reader.caches_shards:
+        _reserve_cache([reader], evaluation_need(reader.manifest.shards, share, workers), share)
     rows = RowBatches(first, end, micro_batch)
-    loader = _loader(EvaluationDataset(reader, end), rows, BatchCollator(reader, tokenize), workers)
+    dataset = EvaluationDataset(reader, end, share.node, world_size)
+    loader = _loader(dataset, rows, BatchCollator(reader, tokenize), workers)
     budget = BadSampleBudget(
         max_bad,
         f"in {url} on rank {rank}",
         max_bad_in_a_row,
         max_unavailable_in_a_row=max_unavailable_in_a_row,
     )
-    return _without_empty(_within_budget(loader, budget, 0), budget)
+    return _without_empty(within_budget(loader, {"": budget}, 0), budget)
 
 
 def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
@@ -237,7 +251,7 @@ def read_samples(
 
 
 def _batch_slots(
-    reader: SampleReader, micro_batch: int, workers: int, pin: PinPages | None
+    reader: TrainingReader, micro_batch: int, workers: int, pin: PinPages | None
 ) -> BatchSlots | None:
     if not workers or not reader.decodes_into_buffers:
         return None
@@ -258,6 +272,7 @@ def _loader(
         # Its argument is the result of `__getitems__`, not a list of items as torch annotates.
         collate_fn=collator,  # type: ignore[arg-type]
         num_workers=workers,
+        prefetch_factor=PREFETCH_FACTOR if workers else None,
         # Without a generator, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context="fork" if workers else None,
@@ -269,32 +284,6 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
     """Yields the loader's batches; takes frames that workers left in a slot from there."""
     for sent in loader:
         yield sent if slots is None else slots.receive(sent)
-
-
-def _within_budget(
-    batches: Iterable[Batch], budget: BadSampleBudget, min_rows: int
-) -> Iterator[Batch]:
-    for batch in batches:
-        _spend(budget, batch)
-        if len(batch.keys) < min_rows:
-            raise budget.exhausted_error()
-        yield batch
-
-
-def _spend(budget: BadSampleBudget, batch: Batch) -> None:
-    """Counts bad samples in the order of positions.
-
-    A good substitute does not reset the consecutive-failure count: it comes from anywhere in the
-    data set, so it does not show that the shard in use is readable.
-    """
-    bad: dict[int, list[Replacement]] = {}
-    for entry in batch.replaced:
-        bad.setdefault(entry.position, []).append(entry)
-    for position in sorted({*batch.positions.tolist(), *bad}):
-        for entry in bad.get(position, ()):
-            budget.record_bad(entry.key, entry.reason, entry.detail)
-        if position not in bad:
-            budget.record_good()
 
 
 def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:
@@ -326,20 +315,27 @@ def _check_augmentation(augmentation: Augmentation, reader: SampleReader, cache_
         )
 
 
-def _check_global_batch(global_batch: int, micro_batch: int, world_size: int) -> None:
-    unit = micro_batch * world_size
-    if global_batch < unit or global_batch % unit:
-        nearest = max(1, round(global_batch / unit)) * unit
-        raise ValueError(
-            f"global_batch={global_batch} must be a multiple of micro_batch x world_size ="
-            f" {micro_batch} x {world_size}; the nearest is {nearest}"
-        )
-
-
-def _check_rank(rank: int, world_size: int, micro_batch: int, workers: int) -> None:
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-    if micro_batch < 1:
-        raise ValueError(f"micro_batch={micro_batch} must be at least 1")
+def _share(
+    rank: int, world_size: int, micro_batch: int, node: range | None, workers: int
+) -> RankShare:
     if workers < 0:
         raise ValueError(f"workers={workers} must be 0 (load in this process) or more")
+    return RankShare(
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        node=range(world_size) if node is None else node,
+    )
+
+
+def _reserve_cache(readers: Sequence[SampleReader], need: CacheNeed, share: RankShare) -> None:
+    """Checks the shard cache's size for all data sets of a stream together."""
+    ahead = [reader.reserve_cache(need) for reader in readers if reader.caches_shards]
+    if not all(ahead) and share.rank == share.node.start:
+        log.warning(
+            "%s: shards are not downloaded ahead, because the shard cache (data.shard_cache_gib)"
+            " has no room for them: these data sets alone need %d bytes, and %d without",
+            " and ".join(reader.url for reader in readers),
+            need.full,
+            need.least,
+        )

@@ -2,29 +2,24 @@
 
 Each shard is downloaded once for all processes of the node. Files are named by their sha256, so
 that data sets, runs and versions of a data set can share a folder. A download goes to a temporary
-file, which is renamed once its checksum is verified. Locks are file locks (flock): the operating
-system releases them when a process dies. The next process that needs space deletes the temporary
-files of killed processes.
-
-The cache touches only files in its folder that have such a name. It follows no symbolic link there.
+file, which is renamed once its checksum is verified. `cache_folder` has the locks, the pins of
+shards in use, and the eviction.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tvr.data_prep.dataset.index_rules import SHA256
 from tvr.data_prep.dataset.manifest import Shard
-from tvr.data_prep.reading.order import MIN_WINDOW_SHARDS
+from tvr.data_prep.reading.cache_folder import ShardFolder, locked, open_file, release, write
+from tvr.data_prep.reading.locality import NOTHING_NEEDED, CacheNeed
 from tvr.data_prep.storage.storage import Storage
 
 # Size of one request; a failed request is retried without downloading the shard from the start.
@@ -42,6 +37,28 @@ class CacheFolder:
     path: str
     max_bytes: int
     """Limit for all files in the folder together."""
+    others: CacheNeed = NOTHING_NEEDED
+    """What other data sets that are read at the same time need of the folder."""
+
+    def check(self, need: CacheNeed) -> bool:
+        """Checks that the folder can hold what is needed.
+
+        Returns:
+            True if it has room for prefetched shards as well.
+
+        Raises:
+            ValueError: it cannot hold the shards that are read at once.
+        """
+        total = need + self.others
+        if self.max_bytes < total.least:
+            raise ValueError(
+                f"the shard cache {self.path} of {self.max_bytes} bytes must hold at least"
+                f" {total.least} bytes, the shards that the ranks of a node read at once"
+                f" ({total.full} with those that are downloaded ahead); raise the limit"
+                f" (data.shard_cache_gib) to {-(-total.least >> 30)} or better"
+                f" {-(-total.full >> 30)} GiB, or pack smaller shards"
+            )
+        return self.max_bytes >= total.full
 
 
 class ShardCache:
@@ -53,8 +70,7 @@ class ShardCache:
         shards: Shards of the data set; shard numbers index this sequence.
 
     Raises:
-        ValueError: the folder is too small for one window of shards, see `order`; or a sha256 is
-            none.
+        ValueError: a sha256 is none.
     """
 
     def __init__(self, folder: CacheFolder, store: Storage, shards: Sequence[Shard]) -> None:
@@ -65,26 +81,23 @@ class ShardCache:
                     f"{shard.name}: sha256={shard.sha256!r} must be 64 lower-case hexadecimal"
                     " digits to name a file in the shard cache"
                 )
-        largest = sorted(shard.shard_bytes for shard in shards)[-MIN_WINDOW_SHARDS:]
-        self.window_bytes = sum(largest)
-        if folder.max_bytes < self.window_bytes:
-            raise ValueError(
-                f"the shard cache {folder.path} of {folder.max_bytes} bytes must hold at least"
-                f" {self.window_bytes} bytes, because training reads {len(largest)} shards in turn;"
-                " raise the limit (data.shard_cache_gib), or pack smaller shards"
-            )
-        self._folder = Path(folder.path)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._max_bytes = folder.max_bytes
+        self._folder = ShardFolder(Path(folder.path), folder.max_bytes)
         self._store = store
         self._shards = shards
         self._disk_failed = False
+        self._has_warned = False
 
-    def read(self, shard: int, offset: int, length: int) -> bytes | None:
-        """Reads a byte range of a shard, which is downloaded first if it is not cached.
+    def read(self, shard: int, offset: int, length: int, *, download: bool = True) -> bytes | None:
+        """Reads a byte range of a shard.
+
+        Args:
+            shard: Number of the shard.
+            offset: First byte.
+            length: Number of bytes.
+            download: Download the shard first if it is not cached.
 
         Returns:
-            The bytes, or None if the shard cannot be cached here.
+            The bytes, or None if the shard is not cached or cannot be.
 
         Raises:
             OSError: the store fails, see `Storage.read_range`.
@@ -92,9 +105,9 @@ class ShardCache:
         for _ in range(2):
             try:
                 # Opened for each read: an open file would occupy disk space after its removal.
-                descriptor = _open(self._path(shard), os.O_RDONLY)
+                descriptor = open_file(self._path(shard), os.O_RDONLY)
             except FileNotFoundError:
-                if not self.fetch(shard):
+                if not download or not self.fetch(shard):
                     return None
                 continue
             try:
@@ -108,6 +121,19 @@ class ShardCache:
         """True if the shard is cached."""
         path = self._path(shard)
         return path.exists() and not path.is_symlink()
+
+    def pin(self, shards: Iterable[int]) -> None:
+        """Keeps shards from eviction until this process pins others, unpins all, or ends."""
+        if self._disk_failed:
+            return
+        try:
+            self._folder.pin([self._shards[shard].sha256 for shard in shards])
+        except OSError as error:
+            self._disable(error)
+
+    def unpin(self) -> None:
+        """Gives up what this process has pinned."""
+        self._folder.unpin()
 
     def drop(self, shard: int) -> None:
         """Deletes a cached shard whose bytes are damaged."""
@@ -146,18 +172,20 @@ class ShardCache:
             return self._path(shard).exists()
         published = False
         try:
-            if self._reserve(descriptor, self._shards[shard].shard_bytes):
+            if self._folder.reserve(descriptor, self._shards[shard].shard_bytes):
                 published = self._download(descriptor, shard, attempts, stopped)
+            else:
+                self._warn_full()
             if published:
                 os.replace(partial, self._path(shard))
             return published
         finally:
             if not published:
                 partial.unlink(missing_ok=True)
-            _release(descriptor)
+            release(descriptor)
 
     def _path(self, shard: int) -> Path:
-        return self._folder / f"{self._shards[shard].sha256}.tar"
+        return self._folder.shard(self._shards[shard].sha256)
 
     def _claim(self, partial: Path, shard: int, wait: bool) -> int | None:
         """Locks the temporary file of a shard.
@@ -166,50 +194,16 @@ class ShardCache:
         `wait` is false.
         """
         while not self._path(shard).exists():
-            descriptor = _locked(partial, os.O_RDWR | os.O_CREAT, wait)
+            descriptor = locked(partial, os.O_RDWR | os.O_CREAT, wait)
             if descriptor is None:
                 if not wait:
                     return None
             elif self._path(shard).exists():
                 partial.unlink(missing_ok=True)
-                _release(descriptor)
+                release(descriptor)
             else:
                 return descriptor
         return None
-
-    def _reserve(self, descriptor: int, num_bytes: int) -> bool:
-        """Evicts the least recently used shards, then reserves space by extending the file."""
-        with self._folder_lock():
-            reserved = self._delete_stale_partials()
-            cached = sorted(self._files(".tar"), key=_last_use)
-            used = reserved + sum(_size(path) for path in cached)
-            if reserved + num_bytes > self._max_bytes:
-                return False
-            for path in cached:
-                if used + num_bytes <= self._max_bytes:
-                    break
-                used -= _size(path)
-                path.unlink(missing_ok=True)
-            os.ftruncate(descriptor, num_bytes)
-        return True
-
-    def _files(self, suffix: str) -> list[Path]:
-        """Files of the cache; others, even if they are tar archives, belong to the user."""
-        found = self._folder.glob(f"*{suffix}")
-        return [path for path in found if SHA256.fullmatch(path.stem) is not None]
-
-    def _delete_stale_partials(self) -> int:
-        """Deletes temporary files of dead processes; returns the bytes that live ones reserved."""
-        reserved = 0
-        for path in self._files(".partial"):
-            # A live process holds the lock of its file.
-            stale = _locked(path, os.O_RDWR, wait=False)
-            if stale is not None:
-                path.unlink()
-                _release(stale)
-            else:
-                reserved += _size(path)
-        return reserved
 
     def _download(
         self, descriptor: int, shard: int, attempts: int | None, stopped: Callable[[], bool]
@@ -223,10 +217,9 @@ class ShardCache:
             content = self._store.read_range(name, start, min(start + CHUNK_BYTES, end), attempts)
             digest.update(content)
             try:
-                _write(descriptor, content, start)
+                write(descriptor, content, start)
             except OSError as error:
-                self._disk_failed = True
-                log.warning("%s: the shard cache is disabled: %s", self._folder, error)
+                self._disable(error)
                 return False
         if digest.hexdigest() != self._shards[shard].sha256:
             self._reject(shard)
@@ -234,8 +227,22 @@ class ShardCache:
         os.fsync(descriptor)  # in a crash, a published name must not outlive its content
         return True
 
+    def _disable(self, error: OSError) -> None:
+        self._disk_failed = True
+        log.warning("%s: the shard cache is disabled: %s", self._folder.path, error)
+
+    def _warn_full(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: shards in use, of other runs too, fill all %d bytes (data.shard_cache_gib);"
+                " samples of further shards are read from the store one by one",
+                self._folder.path,
+                self._folder.max_bytes,
+            )
+
     def _reject(self, shard: int) -> None:
-        descriptor = _open(self._rejection(shard), os.O_WRONLY | os.O_CREAT)
+        descriptor = open_file(self._rejection(shard), os.O_WRONLY | os.O_CREAT)
         os.utime(descriptor)
         os.close(descriptor)
         log.warning(
@@ -252,70 +259,3 @@ class ShardCache:
 
     def _rejection(self, shard: int) -> Path:
         return self._path(shard).with_suffix(".refused")
-
-    @contextmanager
-    def _folder_lock(self) -> Iterator[None]:
-        descriptor = _locked(self._folder / "lock", os.O_RDWR | os.O_CREAT, wait=True)
-        assert descriptor is not None, "the lock file is never deleted"
-        try:
-            yield
-        finally:
-            _release(descriptor)
-
-
-def _open(path: Path, flags: int) -> int:
-    """Opens a file of the cache. A symbolic link in its place is removed, never followed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    while True:
-        try:
-            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            if error.errno != errno.ELOOP or not path.is_symlink():
-                raise
-        path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, flags: int, wait: bool) -> int | None:
-    """Opens and locks a file exclusively; None if it is locked, or is not the file at `path`."""
-    try:
-        descriptor = _open(path, flags)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(path.stat(), os.fstat(descriptor)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)  # locked by another process, or renamed or deleted while waiting
-    return None
-
-
-def _release(descriptor: int) -> None:
-    # Unlock explicitly: closing is not enough if a forked process holds a copy of the descriptor.
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
-def _write(descriptor: int, content: bytes, at: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _last_use(path: Path) -> tuple[int, str]:
-    try:
-        return path.lstat().st_mtime_ns, path.name
-    except FileNotFoundError:
-        return 0, path.name

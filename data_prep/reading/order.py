@@ -155,6 +155,7 @@ class SampleOrder:
             )
         self.seed = seed
         self.num_samples = int(sizes.sum())
+        self.num_shards = len(sizes)
         self.num_windows = max(1, round(len(sizes) / window_shards))
         self._sizes = sizes
         self._starts = _starts(sizes)
@@ -214,6 +215,13 @@ class SampleOrder:
     def next_window(self, window: OrderWindow) -> OrderWindow:
         """Returns the window that is read next; the last one is followed by the next epoch's."""
         return self.window_at(window.end)
+
+    def windows_in_use(self, start: int, stop: int) -> tuple[list[OrderWindow], list[OrderWindow]]:
+        """Returns the windows of the positions from `start` to below `stop`, and the next one."""
+        windows = [self.window_at(start)]
+        while windows[-1].end < stop:
+            windows.append(self.next_window(windows[-1]))
+        return windows, [self.next_window(windows[-1])]
 
     def _window(self, epoch: int, number: int) -> OrderWindow:
         drawn = self._epoch(epoch)

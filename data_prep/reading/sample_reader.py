@@ -18,6 +18,7 @@ from tvr.data_prep.dataset.jpeg_stack import stack_names
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
 from tvr.data_prep.dataset.sample_codec import SampleMeta, decode_members, parse_meta, parse_range
 from tvr.data_prep.reading.augment import View, crop_box, crop_frames
+from tvr.data_prep.reading.locality import CacheNeed
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.sample_cache import DecodedSampleCache
 from tvr.data_prep.reading.shard_bytes import ShardReader
@@ -25,9 +26,6 @@ from tvr.data_prep.records import Sample
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import fit_square
-
-# Number of shards to prefetch in evaluation, which reads the shards in order.
-PREFETCHED_SHARDS = 2
 
 DecodedFrames = tuple[SampleMeta, np.ndarray, tuple[float, ...]]
 """Metadata, frames (F, H, W, 3) uint8, and the time of each frame in seconds."""
@@ -97,25 +95,34 @@ class SampleReader:
         return str(self.manifest.samples.key[row])
 
     @property
-    def prefetches(self) -> bool:
-        """True if shards are cached on this node and the cache has room for prefetched ones."""
-        return self._shards.prefetcher is not None
+    def caches_shards(self) -> bool:
+        """True if whole shards are cached on this node."""
+        return self._shards.has_cache
 
     @property
     def decodes_into_buffers(self) -> bool:
         """True if `read` can decode frames directly into a batch."""
         return self.manifest.layout == "frames" and not self._has_cache
 
-    def following_shards(self, row: int, end: int) -> tuple[int, ...]:
-        """Returns the shards to read next when rows are read in order, from `row` up to `end`."""
-        shards = self.manifest.samples.shard
-        here, last = int(shards[row]), int(shards[end - 1])
-        return tuple(range(here + 1, min(here + PREFETCHED_SHARDS, last) + 1))
+    def reserve_cache(self, need: CacheNeed) -> bool:
+        """Checks the size of the shard cache, and downloads shards ahead if it has room for them.
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Downloads shards in the background; does nothing without a shard cache."""
-        if self._shards.prefetcher is not None:
-            self._shards.prefetcher.prefetch(shards)
+        Returns:
+            True if shards are downloaded ahead.
+
+        Raises:
+            ValueError: see `CacheFolder.check`.
+        """
+        return self._shards.reserve(need)
+
+    def use_shards(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        """Tells which shards this node downloads whole; before the first call, every one read.
+
+        Args:
+            current: Shards that are read now, and stay in the cache until the next call.
+            upcoming: Shards that are read next; they are downloaded in the background.
+        """
+        self._shards.use(current, upcoming)
 
     def pop_read_counts(self) -> dict[str, int]:
         """Returns the number of samples read since the last call, by READ_SOURCES."""

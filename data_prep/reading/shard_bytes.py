@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 
 from tvr.data_prep.dataset.manifest import Manifest
+from tvr.data_prep.reading.locality import CacheNeed
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
 from tvr.data_prep.reading.prefetch import ShardPrefetcher
 from tvr.data_prep.records import BadSample
@@ -35,23 +37,62 @@ class ShardReader:
     ) -> None:
         self._reads = reads
         self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self.prefetcher: ShardPrefetcher | None = None
+        self._prefetcher: ShardPrefetcher | None = None
         self._store = Storage(url)
         self._retries = Retries()
         self._manifest = manifest
+        self._folder = folder
         self._cache: ShardCache | None = None
+        self._owned: frozenset[int] | None = None  # until told otherwise, all shards
         if folder is not None and not self._store.is_local and manifest.beton is None:
             self._cache = ShardCache(folder, self._store, manifest.shards)
-            # In a smaller cache, prefetched shards would evict the ones in use.
-            if folder.max_bytes >= 2 * self._cache.window_bytes:
-                self.prefetcher = ShardPrefetcher(self._cache)
+
+    @property
+    def has_cache(self) -> bool:
+        """True if whole shards are cached on this node."""
+        return self._cache is not None
+
+    def reserve(self, need: CacheNeed) -> bool:
+        """Checks the cache's size; shards are downloaded ahead if it has room for them.
+
+        Returns:
+            True if shards are downloaded ahead.
+
+        Raises:
+            ValueError: see `CacheFolder.check`.
+        """
+        if self._cache is None or self._folder is None:
+            return False
+        if self._folder.check(need):
+            self._prefetcher = ShardPrefetcher(self._cache)
+        return self._prefetcher is not None
+
+    def use(self, current: Sequence[int], upcoming: Sequence[int]) -> None:
+        """Tells which shards this node owns, see `locality`; only these are downloaded whole.
+
+        They are not evicted until the next call.
+
+        Args:
+            current: Shards that are read now.
+            upcoming: Shards that are read next, to be downloaded ahead.
+        """
+        if self._cache is None:
+            return
+        self._owned = frozenset(current)
+        if self._prefetcher is None:
+            self._cache.pin(self._owned)
+        else:
+            self._cache.pin(self._owned.union(upcoming))
+            self._prefetcher.prefetch(upcoming)
 
     def read(self, shard: int, offset: int, length: int, crc32: int, key: str) -> bytes:
         """Reads the byte range of sample `key`; a truncated file gives fewer bytes.
 
-        A range from the shard cache is compared with `crc32`: if it differs, the cached shard is
-        dropped and the range is read from the store. A range from the store that differs is read
-        once more, since a connection may have cut or damaged it. The caller checks the result.
+        A shard that this node does not own is not downloaded: unless it is cached, the range is
+        read from the store. A range from the shard cache is compared with `crc32`: if it differs,
+        the cached shard is dropped and the range is read from the store. A range from the store
+        that differs is read once more, since a connection may have cut or damaged it. The caller
+        checks the result.
 
         Raises:
             BadSample: the shard is missing ("missing_shard"), the storage refuses to deliver it
@@ -64,7 +105,8 @@ class ShardReader:
                 return self._read_local(name, offset, length)
             if self._cache is not None:
                 source = "shard_cache" if self._cache.has(shard) else "fetched"
-                content = self._cache.read(shard, offset, length)
+                is_owned = self._owned is None or shard in self._owned
+                content = self._cache.read(shard, offset, length, download=is_owned)
                 if content is not None and zlib.crc32(content) == crc32:
                     self._reads[source] += 1
                     return content
@@ -109,7 +151,9 @@ class ShardReader:
         return self._descriptors[name]
 
     def __del__(self) -> None:
-        if self.prefetcher is not None:
-            self.prefetcher.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        if self._cache is not None:
+            self._cache.unpin()
         for descriptor in self._descriptors.values():
             os.close(descriptor)

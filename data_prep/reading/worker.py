@@ -9,13 +9,13 @@ from itertools import count
 import numpy as np
 from torch.utils.data import Dataset
 
-from tvr.data_prep.reading.augment import Augmentation
+from tvr.data_prep.reading.augment import Augmentation, drop_words
 from tvr.data_prep.reading.batch_buffers import BatchInSlot, BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.collate import Tokenize, collate
-from tvr.data_prep.reading.locality import RankShare, owned
-from tvr.data_prep.reading.order import SampleLocation, SampleOrder, caption_choice
+from tvr.data_prep.reading.locality import PREFETCHED_SHARDS, RankShare, owned
+from tvr.data_prep.reading.mixed_sets import TrainingOrder, TrainingReader
+from tvr.data_prep.reading.order import SampleLocation, caption_choice
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
-from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import (
     TRANSIENT_REASONS,
     BadSample,
@@ -67,8 +67,8 @@ class TrainingDataset(Dataset[DrawnBatch]):
 
     def __init__(
         self,
-        reader: SampleReader,
-        order: SampleOrder,
+        reader: TrainingReader,
+        order: TrainingOrder,
         share: RankShare,
         augmentation: Augmentation,
         *,
@@ -88,8 +88,8 @@ class TrainingDataset(Dataset[DrawnBatch]):
         The worker finds out which samples these are, so that the main process, which trains, does
         not have to.
         """
-        if self._reader.prefetches:
-            self._prefetch(micro_step)
+        if self._reader.caches_shards:
+            self._reader.use_shards(*self._share.shards(self._order, micro_step))
         samples = self._share.samples(self._order, micro_step)
         slot = self._slot(len(samples))
         rows = [None] * len(samples) if slot is None else slot.frames.numpy()
@@ -139,12 +139,6 @@ class TrainingDataset(Dataset[DrawnBatch]):
             )
         return DrawnSample(position=position, sample=None, captions=(), replaced=tuple(replaced))
 
-    def _prefetch(self, micro_step: int) -> None:
-        share, order = self._share, self._order
-        window = order.next_window(order.window_at(share.span(micro_step)[1] - 1))
-        is_owned = owned(window.starts, share.node, share.world_size)
-        self._reader.prefetch(window.shards[is_owned].tolist())
-
     def _slot(self, count: int) -> BatchSlot | None:
         reader = self._reader
         if not reader.decodes_into_buffers:
@@ -155,11 +149,20 @@ class TrainingDataset(Dataset[DrawnBatch]):
 
 
 class EvaluationDataset(Dataset[DrawnBatch]):
-    """Maps manifest rows below `end` to samples with all their captions."""
+    """Maps manifest rows below `end` to samples with all their captions.
 
-    def __init__(self, reader: SampleReader, end: int) -> None:
+    Args:
+        reader: Source of the samples.
+        end: End of this rank's rows.
+        node: The ranks of this node.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, reader: SampleReader, end: int, node: range, world_size: int) -> None:
         self._reader = reader
         self._end = end
+        self._shard: int | None = None
+        self._is_owned = owned(np.cumsum([0, *reader.manifest.shard_sizes]), node, world_size)
 
     def __getitems__(self, rows: Sequence[int]) -> DrawnBatch:
         """Reads a whole batch; torch's DataLoader calls this method."""
@@ -167,14 +170,28 @@ class EvaluationDataset(Dataset[DrawnBatch]):
 
     def draw(self, row: int) -> DrawnSample:
         """Reads the sample of a manifest row; a bad sample is left out."""
-        if self._reader.prefetches:
-            self._reader.prefetch(self._reader.following_shards(row, self._end))
+        if self._reader.caches_shards:
+            self._use_shard(row)
         try:
             sample = self._reader.read(row)
         except BadSample as error:
             replaced = (_replacement(row, error),)
             return DrawnSample(position=row, sample=None, captions=(), replaced=replaced)
         return DrawnSample(position=row, sample=sample, captions=sample.captions, replaced=())
+
+    def _use_shard(self, row: int) -> None:
+        shards = self._reader.manifest.samples.shard
+        here, last = int(shards[row]), int(shards[self._end - 1])
+        if here != self._shard:
+            self._shard = here
+            own = [
+                shard
+                for shard in range(here, min(here + PREFETCHED_SHARDS, last) + 1)
+                if self._is_owned[shard]
+            ]
+            self._reader.use_shards(
+                [shard for shard in own if shard == here], [shard for shard in own if shard != here]
+            )
 
 
 class MicroSteps:
@@ -210,7 +227,7 @@ class BatchCollator:
     """Collate function of the loader; with slots, `BatchSlots.receive` restores its results."""
 
     def __init__(
-        self, reader: SampleReader, tokenize: Tokenize, slots: BatchSlots | None = None
+        self, reader: TrainingReader, tokenize: Tokenize, slots: BatchSlots | None = None
     ) -> None:
         self._reader = reader
         self._tokenize = tokenize

@@ -127,7 +127,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         engine = Engine(model, config.train, world)
         attempt = world.run_on_first(lambda: begin_attempt(folder))
         log = LogWriter(folder, attempt, world)
-        step = TrainStep(config, engine, log, world, options.pairs)
+        step = TrainStep(config, engine, log, world, {"": options.pairs})
         first = world.rank * of_rank
         size = config.train.micro_batch
         batches = (batch_of(at, size, tokenizer) for at in range(first, first + of_rank, size))

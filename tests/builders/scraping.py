@@ -6,7 +6,8 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tvr.trainer.monitoring.step_record import STEP_METRICS
+from tvr.trainer.monitoring.metrics import TRAINING_METRICS
+from tvr.trainer.monitoring.step_record import DATA_SET, STEP_METRICS
 
 Samples = dict[tuple[str, ...], float]
 """Value of each series: its metric's name, then its label values in the order of their names."""
@@ -14,13 +15,17 @@ Samples = dict[tuple[str, ...], float]
 RUN_GAUGES = {
     name: (found.name, *found.label_values)
     for name, found in STEP_METRICS.items()
-    if found.kind == "gauge" and found.per == "run"
+    if found.kind == "gauge"
+    and found.per == "run"
+    and bool(found.label) == bool(found.label_values)
 }
-"""Series of the values of a step that rank 0 exports as gauges, by their name in the log."""
+"""Series of the values of a step that rank 0 exports as gauges, by their name in the log; without
+those by training set, which a run with one set does not have."""
 
 ABSENT = {
     "tvr_train_zero_gradient_positives_ratio",  # of NegNCE's reference mode
     "tvr_device_memory_bytes",
+    *(metric.name for metric in TRAINING_METRICS if DATA_SET in metric.labels),
 }
 """Metrics that a default run on a CPU does not have."""
 

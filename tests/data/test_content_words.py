@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tvr.data_prep.packing.words import WordTagger
-from tvr.data_prep.reading.word_drop import drop_words
+from tvr.data_prep.reading.augment import drop_words
 from tvr.data_prep.records import Caption, Clip, Word, WordKind
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json

@@ -21,10 +21,10 @@ from builders.clip_files import make_dataset
 from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep.dataset.manifest import Manifest, read_manifest
+from tvr.data_prep.reading.locality import NOTHING_NEEDED, PREFETCHED_SHARDS, CacheNeed
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
-from tvr.data_prep.reading.order import SampleOrder
 from tvr.data_prep.reading.prefetch import THREAD_NAME
-from tvr.data_prep.reading.sample_reader import PREFETCHED_SHARDS, SampleReader
+from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import EvaluationDataset
 from tvr.data_prep.records import Batch
 from tvr.data_prep.storage.storage import Storage
@@ -120,9 +120,8 @@ def test_processes_share_downloaded_shards(store: HttpStorage, tmp_path: Path) -
 
 
 def test_the_limit_holds_and_the_least_recently_used_shard_is_evicted(
-    store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: HttpStorage, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tvr.data_prep.reading.node_cache.WINDOW_SHARDS", 2)
     sizes = [shard.shard_bytes for shard in read_manifest(str(tmp_path / "data")).shards]
     max_bytes = 3 * max(sizes)
     folder = tmp_path / "cache"
@@ -137,10 +136,6 @@ def test_the_limit_holds_and_the_least_recently_used_shard_is_evicted(
     for shard in (4, 5, 0, 1, 2, 3):
         assert cache.read(shard, 0, 512)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= max_bytes
-    with pytest.raises(
-        ValueError, match=r"bytes must hold at least \d+ bytes, because training reads 2 shards"
-    ):
-        opened(store, folder, max(sizes))
 
 
 def test_a_damaged_shard_is_not_cached_but_its_samples_are_read(
@@ -231,10 +226,7 @@ def test_on_a_full_disk_samples_are_read_from_the_store(
 def test_the_next_window_is_prefetched(
     store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tvr.data_prep.reading.node_cache.WINDOW_SHARDS", 2)
-    monkeypatch.setattr(
-        "tvr.data_prep.reading.loader.SampleOrder", lambda sizes, seed: SampleOrder(sizes, seed, 2)
-    )
+    monkeypatch.setattr("tvr.data_prep.reading.order.MIN_WINDOW_SHARDS", 2)
     url, folder = f"{store.url}/data", tmp_path / "cache"
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
     (batch,) = train(url, 1, shard_cache=limit)  # closing the stream ends the thread
@@ -255,7 +247,8 @@ def test_evaluation_prefetches_the_following_shards(store: HttpStorage, tmp_path
     reader = SampleReader(url, num_frames=4, image_size=16, shard_cache=limit)
     shards = reader.manifest.samples.shard.tolist()
     end = shards.index(5)  # a rank that reads all shards but the last
-    dataset = EvaluationDataset(reader, end)
+    assert reader.reserve_cache(NOTHING_NEEDED)
+    dataset = EvaluationDataset(reader, end, range(1), 1)
     num_cached = []
     for row in range(end):
         assert dataset.draw(row).sample is not None
@@ -280,8 +273,9 @@ def test_prefetch_stops_with_the_reader(
     monkeypatch.setattr(ShardCache, "fetch", until_stopped)
     folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=1 << 30)
     reader = SampleReader(f"{store.url}/data", num_frames=4, image_size=16, shard_cache=folder)
-    reader.prefetch([3, 1])
-    reader.prefetch([4])
+    reader.reserve_cache(NOTHING_NEEDED)
+    reader.use_shards([], [3, 1])
+    reader.use_shards([], [4])
     started.wait()
     del reader
     assert prefetch_threads() == []
@@ -294,12 +288,77 @@ def test_a_local_data_set_is_not_cached(store: HttpStorage, tmp_path: Path) -> N
     assert not (tmp_path / "cache").exists()
 
 
-def test_next_window_shards_are_read_next() -> None:
-    order = SampleOrder([2] * 5, seed=4, window_shards=2)
-    for position in range(40):
-        location = order.locate(position)
-        window_start = {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8, 9: 8}[position % 10]
-        following = position - position % 10 + min(window_start + 4, 10)
-        length = 2 if following % 10 == 8 else 4
-        expected = {order.locate(following + step).shard for step in range(length)}
-        assert set(order.next_window_shards(location)) == expected
+@pytest.mark.parametrize("max_gib", [0, 2, 3])
+def test_a_cache_that_is_too_small_is_refused_with_the_size_needed(
+    store: HttpStorage, tmp_path: Path, max_gib: int
+) -> None:
+    folder = CacheFolder(path=str(tmp_path), max_bytes=max_gib << 30, others=CacheNeed(1 << 30, 0))
+    need = CacheNeed(1 << 30, 5 << 29)
+    if max_gib:
+        assert folder.check(need) == (max_gib == 3)
+    else:
+        with pytest.raises(
+            ValueError,
+            match=r"of 0 bytes must hold at least 2147483648 bytes.*\(2684354560 with those that"
+            r" are downloaded ahead\); raise the limit \(data.shard_cache_gib\) to 2 or better 3",
+        ):
+            folder.check(need)
+
+
+def test_training_refuses_a_cache_below_its_windows(store: HttpStorage, tmp_path: Path) -> None:
+    sizes = [shard.shard_bytes for shard in read_manifest(str(tmp_path / "data")).shards]
+    folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=sum(sizes) - 1)
+    with pytest.raises(ValueError, match=rf"must hold at least {sum(sizes)} bytes"):
+        train(f"{store.url}/data", 1, shard_cache=folder)
+    enough = CacheFolder(path=str(tmp_path / "cache"), max_bytes=sum(sizes))
+    assert train(f"{store.url}/data", 1, shard_cache=enough)
+
+
+def test_only_owned_shards_are_downloaded_whole(store: HttpStorage, tmp_path: Path) -> None:
+    """Two nodes of one rank: each downloads its half, and reads the rest by ranges or from the
+    cache if it happens to be there."""
+    url = f"{store.url}/data"
+    plain = rows_of(train(str(tmp_path / "data"), 6))
+    found, reads, downloaded = [], Counter[str](), []
+    for rank in range(2):
+        folder = CacheFolder(path=str(tmp_path / f"cache{rank}"), max_bytes=1 << 30)
+        batches = train(
+            url,
+            6,
+            rank=rank,
+            world_size=2,
+            micro_batch=2,
+            node=range(rank, rank + 1),
+            shard_cache=folder,
+        )
+        found += rows_of(batches)
+        for batch in batches:
+            reads.update(batch.reads)
+        downloaded.append(cached(tmp_path / f"cache{rank}"))
+    assert sorted(found) == plain
+    assert all(downloaded)
+    assert reads["store"] > 0
+    # One request for each download, and one for each other sample that no download had brought.
+    downloads = sum(len(names) for names in downloaded)
+    assert requested_shards(store).total() == downloads + reads["store"]
+    # A shard that a rank does not own is read from its cache if it is there.
+    whole = CacheFolder(path=str(tmp_path / "whole"), max_bytes=1 << 30)
+    fetch_all(url, whole)
+    before = len(store.requests)
+    batches = train(url, 6, rank=0, world_size=2, micro_batch=2, node=range(1), shard_cache=whole)
+    assert {source for batch in batches for source in batch.reads} == {"shard_cache"}
+    assert not [name for name in store.requests[before:] if name.endswith(".tar")]
+
+
+def test_evaluation_downloads_a_border_shard_once(store: HttpStorage, tmp_path: Path) -> None:
+    """12 rows on 8 nodes: a node reads 1.5 of the 2 rows of a shard, and of others one."""
+    url, keys, owners = f"{store.url}/data", [], Counter[str]()
+    for rank in range(8):
+        folder = CacheFolder(path=str(tmp_path / f"cache{rank}"), max_bytes=1 << 30)
+        batches = evaluation(
+            url, rank=rank, world_size=8, node=range(rank, rank + 1), shard_cache=folder
+        )
+        keys += [key for batch in batches for key in batch.keys]
+        owners.update(cached(tmp_path / f"cache{rank}"))
+    assert keys == [f"c{row:02d}" for row in range(NUM_SAMPLES)]
+    assert set(owners.values()) == {1}

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.reading.augment import drop_words
 from tvr.data_prep.reading.order import caption_choice
-from tvr.data_prep.reading.word_drop import drop_words
 from tvr.data_prep.records import Batch, Caption, Clip, Word, WordKind
 from tvr.trainer.model.tokenizer import Tokenizer, train_tokenizer
 

@@ -27,7 +27,7 @@ from tvr.launchers.cli import main as tvr
 from tvr.trainer.config import to_json
 from tvr.trainer.monitoring.cli import markdown_page
 from tvr.trainer.monitoring.field_metric import export_field, field_metrics, metric, table_rows
-from tvr.trainer.monitoring.metrics import TRAINING
+from tvr.trainer.monitoring.metrics import training_table
 from tvr.trainer.monitoring.run_log import read_log
 from tvr.trainer.monitoring.step_record import ALL_PARTS, MonitoredStepRecord, log_event
 from tvr.trainer.pages import dashboard
@@ -78,15 +78,20 @@ def test_counters_are_drawn_as_increments_per_step(tmp_path: Path) -> None:
 def test_every_curve_has_a_panel_and_every_panel_a_metric(tmp_path: Path) -> None:
     forms = [form for forms in panel_specs().values() for form in forms]
     drawn = {name for form in forms for name in (form.metric, form.beside) if name}
-    assert drawn <= {metric.name for metric in TRAINING.metrics}
+    table = training_table(("films", "web"))
+    assert drawn <= {metric.name for metric in table.metrics}
     more = {key: 0.5 for key in RUN_GAUGES} | {"step": 1, "parts_s": dict.fromkeys(ALL_PARTS, 0.1)}
     more |= {"reads": {"local": 8}, "received_bytes": {"all_gather": 4}, "host_memory_bytes": 1e9}
     more |= {"device_memory_bytes": {"peak": 1e9}}
+    by_set = ("set_epochs", "set_pairs", "set_skipped", "set_quarantined")
+    more |= {name: {"web": 2, "films": 1} for name in by_set}
     found = read_run(
         write_run(tmp_path / "run", step_event(1, **more), save_event(1), evaluation_event(1))
     ).history
     assert {name for name, *_ in found} <= drawn
-    assert set(found) <= set(TRAINING.slots)
+    assert set(found) <= set(table.slots)
+    (epochs,) = [each for each in panels([found])["Data"] if each.metric == "tvr_data_set_epoch"]
+    assert [(line.label, line.y) for line in epochs.lines] == [("films", [1.0]), ("web", [2.0])]
 
 
 def test_a_metric_without_values_has_no_panel(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_a_metric_without_values_has_no_panel(tmp_path: Path) -> None:
 def test_titles_and_meanings_come_from_the_metrics_table(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", step_event(1), evaluation_event(1)))
     found = {panel.id: panel for group in panels([run.history]).values() for panel in group}
-    meanings = {metric.name: metric.meaning for metric in TRAINING.metrics}
+    meanings = {metric.name: metric.meaning for metric in training_table().metrics}
     assert all(panel.meaning.startswith(meanings[panel.metric]) for panel in found.values())
     of_rank_0 = {
         id

@@ -62,7 +62,7 @@ def seeded_model(config: Config) -> TextVideoModel:
 
 def train_step(config: Config, engine: Any, run_dir: Path, world: World) -> TrainStep:
     attempt = world.run_on_first(lambda: begin_attempt(run_dir))
-    return TrainStep(config, engine, LogWriter(run_dir, attempt, world), world, 48)
+    return TrainStep(config, engine, LogWriter(run_dir, attempt, world), world, {"": 48})
 
 
 def reads_of_second_step(

@@ -68,7 +68,7 @@ def build_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str,
                 attempt=attempt,
                 log=LogWriter(folder / "run", attempt, world),
                 tokenizer=build_tokenizer(config.model, config.data),
-                num_samples=48,
+                num_samples={"": 48},
                 inspect_model=models.append,
             )
         expected = seeded_model(config, config.train.seed)

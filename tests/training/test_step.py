@@ -78,7 +78,7 @@ def record_steps(
             engine = RecordingEngine(model, config.train, world)
             attempt = world.run_on_first(lambda: begin_attempt(run_dir))
             log = LogWriter(run_dir, attempt, world)
-            step = TrainStep(config, engine, log, world, 48)
+            step = TrainStep(config, engine, log, world, {"": 48})
             batches = training_batches(config.data, config.model, config.train, tokenizer, world)
             records = [log_event(step(number, batches)) for number in (1, 2)]
             assert engine.gradients is not None

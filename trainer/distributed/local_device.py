@@ -37,6 +37,23 @@ def whole_number(name: str, default: int) -> int:
         raise ValueError(f"environment variable {name}={text!r} must be a whole number") from None
 
 
+def node_ranks(rank: int, world_size: int) -> range:
+    """The ranks of this machine, as the launcher's variables tell; they share its disk.
+
+    A launcher that tells nothing, or whose ranks on a machine are not consecutive, gives a rank
+    itself alone. Two such ranks then do not count on each other's downloads.
+
+    Raises:
+        ValueError: a variable is not a whole number.
+    """
+    here = whole_number(LOCAL_WORLD_SIZE, 1)
+    first = rank - whole_number(LOCAL_RANK, 0)
+    fits = 0 <= first <= rank < first + here <= world_size
+    # Ranks dealt out to the machines in turn: the first rank of a machine is no multiple.
+    in_turn = world_size % max(1, here) == 0 and first % max(1, here) != 0
+    return range(first, first + here) if fits and not in_turn else range(rank, rank + 1)
+
+
 def select_device(rank: int) -> torch.device:
     """Selects this rank's GPU and makes it torch's current one, or returns the CPU if torch has
     no GPU.

@@ -22,6 +22,7 @@ from tvr.trainer.distributed.local_device import (
     check_own_gpus,
     gpu_identity,
     limit_threads,
+    node_ranks,
     select_device,
     whole_number,
 )
@@ -51,6 +52,8 @@ class World:
     """Bytes received in collectives of features, gradients and statistics, by COLLECTIVES."""
     wait_points: WaitPoints = field(default_factory=WaitPoints, compare=False, repr=False)
     """The collectives that this rank has entered: its own and DeepSpeed's."""
+    node: range | None = None
+    """The ranks of this machine; None = all ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -220,7 +223,9 @@ def join_world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
             # In memory, so that a group of one opens no port. (Public in torch, not in __all__.)
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    world = World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    node = node_ranks(rank, world_size)
+    world = World(rank=rank, world_size=world_size, device=device, node=node)
     with _counted_collectives(world.wait_points):
         world.check_connection(min(CONNECT_TIMEOUT_S, timeout_s))
         yield world

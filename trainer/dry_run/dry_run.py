@@ -7,7 +7,7 @@ config.json and a tokeniser, which give the shapes; for the step it must hold th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -26,7 +26,7 @@ from tvr.trainer.config import (
     TrainConfig,
     accumulation_steps,
 )
-from tvr.trainer.data import build_tokenizer
+from tvr.trainer.data import build_tokenizer, check_mixed_sets, training_mixture, training_sets
 from tvr.trainer.distributed.world import World
 from tvr.trainer.dry_run.synthetic_step import run_synthetic_step, single_rank_config
 from tvr.trainer.engine.deepspeed_config import deepspeed_config
@@ -62,13 +62,14 @@ def dry_run(
     data, train = config.data, config.train
     deepspeed_config(train, ranks)  # raises for settings that do not fit together
     sets = dict(_data_sets(data))
-    samples = _training_samples(data, sets["train"], samples)
+    samples = _training_samples(data, sets, samples)
     tokenizer = build_tokenizer(config.model, config.data)
     model = build_meta_model(config.model, config.loss, tokenizer, num_frames=data.num_frames)
     needs = rank_memory(config, tokenizer, ranks)
     for title, header, rows in (
         ("data", ("samples", "captions", "shards"), _data_rows(data, sets)),
         (f"batches on {ranks} ranks", ("",), _batch_rows(data, train, ranks, samples)),
+        *_set_tables(data, train, sets),
         ("learning rate at step", ("heads", "towers"), _rate_rows(train)),
         ("parameters", ("tensors", "numbers", "peak rate", "decay"), _group_rows(train, model)),
         (f"memory of one rank of {ranks}", ("MB",), needs.rows()),
@@ -81,10 +82,7 @@ def dry_run(
 
 def _data_sets(data: DataConfig) -> Iterator[tuple[str, Manifest | None]]:
     """Yields each configured data set by its field, with None for one that does not exist yet."""
-    for name in ("train", "test", "test_exchanged"):
-        url = getattr(data, name)
-        if url is None:
-            continue
+    for name, url in _urls(data):
         try:
             manifest = read_manifest(url)
         except FileNotFoundError:
@@ -94,7 +92,28 @@ def _data_sets(data: DataConfig) -> Iterator[tuple[str, Manifest | None]]:
         yield name, manifest
 
 
-def _training_samples(data: DataConfig, train: Manifest | None, given: int | None) -> int | None:
+def _urls(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yields the field and the address of each configured data set."""
+    for each in training_sets(data):
+        yield f"train_sets.{each.name}" if each.name else "train", each.url
+    if data.test is not None:
+        yield "test", data.test
+    if data.test_exchanged is not None:
+        yield "test_exchanged", data.test_exchanged
+
+
+def _training_samples(
+    data: DataConfig, sets: Mapping[str, Manifest | None], given: int | None
+) -> int | None:
+    if data.train_sets:
+        if given is not None:
+            raise ValueError(
+                f"--samples {given} is the size of data.train, and this run has data.train_sets"
+            )
+        found = [sets[f"train_sets.{name}"] for name in data.train_sets]
+        known = [manifest.num_samples for manifest in found if manifest is not None]
+        return sum(known) if len(known) == len(found) else None
+    train = sets["train"]
     if train is None:
         return given
     if given is not None:
@@ -106,8 +125,9 @@ def _training_samples(data: DataConfig, train: Manifest | None, given: int | Non
 
 
 def _data_rows(data: DataConfig, sets: dict[str, Manifest | None]) -> Iterator[Row]:
+    urls = dict(_urls(data))
     for name, manifest in sets.items():
-        title = f"data.{name}: {getattr(data, name)}"
+        title = f"data.{name}: {urls[name]}"
         if manifest is None:
             yield title, "missing", "", ""
         else:
@@ -129,10 +149,35 @@ def _batch_rows(
     yield "frames per forward of a rank", f"{train.micro_batch * data.num_frames:,}"
     yield "steps", f"{train.steps:,}"
     if samples is None:
-        yield "steps per epoch", "unknown without the training set; give its size by --samples N"
+        hint = "" if data.train_sets else "; give its size by --samples N"
+        yield "steps per epoch", f"unknown without the training set{hint}"
     else:
         yield "steps per epoch", f"{samples / train.global_batch:,.2f} ({samples:,} samples)"
         yield "epochs", f"{train.steps * train.global_batch / samples:,.2f}"
+
+
+def _set_tables(
+    data: DataConfig, train: TrainConfig, sets: Mapping[str, Manifest | None]
+) -> Iterator[tuple[str, Row, Iterator[Row]]]:
+    """Yields the table of several training sets: their shares and epochs."""
+    mixture = training_mixture(data, train)
+    if mixture is None:
+        return
+    found = {name: sets[f"train_sets.{name}"] for name in mixture.names}
+    check_mixed_sets({name: each for name, each in found.items() if each is not None}, data, train)
+    drawn = mixture.drawn(train.steps * train.global_batch)
+
+    def rows() -> Iterator[Row]:
+        for name, share in zip(mixture.names, mixture.shares, strict=True):
+            manifest, pairs = found[name], train.global_batch * share
+            epochs = steps = "unknown"
+            if manifest is not None:
+                epochs = f"{drawn[name] / manifest.num_samples:,.2f}"
+                steps = f"{manifest.num_samples / pairs:,.2f}"
+            yield name, f"{share:.2%}", f"{pairs:,.1f}", steps, epochs
+
+    header = ("share", "pairs of a step", "steps per epoch", "epochs of the run")
+    yield "training sets", header, rows()
 
 
 def _rate_rows(train: TrainConfig) -> Iterator[Row]:

@@ -43,7 +43,7 @@ def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> StepRecord:
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
         engine = Engine(model, config.train, world)
         log = LogWriter(Path(folder), begin_attempt(Path(folder)), world)
-        step = TrainStep(config, engine, log, world, config.train.global_batch)
+        step = TrainStep(config, engine, log, world, {"": config.train.global_batch})
         return step(1, random_batches(config.data, config.model, config.train, tokenizer))
 
 

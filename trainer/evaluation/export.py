@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tvr.trainer.config import Config, LossConfig, from_json, to_json
+from tvr.trainer.data import training_sets
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
@@ -158,7 +159,7 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         results=results,
         config=config,
         settings=to_json(config),
-        train=_name(config.data.train),
+        train=", ".join(_name(each.url) for each in training_sets(config.data)),
         start=None if config.model.pretrained is None else _name(config.model.pretrained),
         whole=model.family.whole.__name__,
         # Families trained without an attention mask are called without one.

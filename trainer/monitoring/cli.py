@@ -17,7 +17,8 @@ ABOUT = """\
 
 `tvr train` and `tvr pack --metrics-port` export these metrics. `tvr metrics --markdown` writes this
 page. Rank 0 exports the series per run. A series per node is the sum over the node's ranks. Series
-per rank have the label `rank`. A label takes the listed values and no others. Prometheus adds two
+per rank have the label `rank`. A label takes the listed values and no others; `data_set` takes the
+names in `data.train_sets`, and its series exist only in a run that has them. Prometheus adds two
 labels: `run`, the last two parts of the folder's path (`demo/run`), and `host`. A gauge is absent
 if it does not apply or is not known. Counters begin at 0 with each start of a run.
 
@@ -55,7 +56,10 @@ def rows(table: Sequence[Metric] = METRICS) -> list[tuple[str, ...]]:
             metric.name,
             metric.kind,
             metric.unit,
-            "; ".join(f"{name}: {', '.join(values)}" for name, values in metric.labels.items()),
+            "; ".join(
+                f"{name}: {', '.join(values)}" if values else name
+                for name, values in metric.labels.items()
+            ),
             metric.per,
             metric.meaning,
         )

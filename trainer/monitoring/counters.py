@@ -12,6 +12,8 @@ class RankCounters:
 
     skipped: Counter[str] = field(default_factory=Counter)
     """Bad samples that were replaced on any rank, by reason."""
+    skipped_by_set: Counter[str] = field(default_factory=Counter)
+    """The same samples by the name of their training set; empty for the only set."""
     reads: Counter[str] = field(default_factory=Counter)
     """Samples that this rank's loader read, by READ_SOURCES."""
     loading_s: float = 0.0

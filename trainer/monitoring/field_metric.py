@@ -30,7 +30,8 @@ class FieldMetric:
     label: str = ""
     """Name of the label of the metric's series; empty: the metric has a single series."""
     label_values: tuple[str, ...] = ()
-    """The label's value for this field, or its values for the keys of a mapping."""
+    """The label's value for this field, or its values for the keys of a mapping; none if the keys
+    depend on the run."""
     is_total: bool = False
     """The field of a counter holds the total since the start of the job."""
     panel: str = ""

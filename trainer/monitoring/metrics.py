@@ -10,14 +10,14 @@ neither fp32 nor bf16 has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from tvr.data_prep.exporter.metrics_table import Metric, MetricTable
+from tvr.data_prep.exporter.metrics_table import Metric, MetricTable, with_labels
 from tvr.data_prep.packing.pack_metrics import PACK_METRICS
 from tvr.data_prep.records import BAD_SAMPLE_REASONS
 from tvr.trainer.monitoring.field_metric import table_rows
-from tvr.trainer.monitoring.step_record import MonitoredStepRecord
+from tvr.trainer.monitoring.step_record import DATA_SET, MonitoredStepRecord
 
 DIRECTIONS = ("text_to_video", "video_to_text")
 SPLITS = ("test",)
@@ -173,7 +173,16 @@ RUN_METRICS = (
         name="tvr_data_bad_samples_limit",
         kind="gauge",
         unit="",
-        meaning="Most quarantined samples with which a run continues: data.max_bad.",
+        meaning="Most quarantined samples with which a run continues: data.max_bad. Absent if the"
+        " run has several training sets.",
+    ),
+    Metric(
+        name="tvr_data_set_bad_samples_limit",
+        kind="gauge",
+        unit="",
+        meaning="Most quarantined samples of each of several training sets with which a run"
+        " continues.",
+        labels={DATA_SET: ()},
     ),
     Metric(
         name="tvr_data_skipped_samples_total",
@@ -234,8 +243,16 @@ RUN_METRICS = (
 )
 
 TRAINING_METRICS = (*table_rows(MonitoredStepRecord), *RUN_METRICS)
-TRAINING = MetricTable(TRAINING_METRICS)
 METRICS = (*TRAINING_METRICS, *PACK_METRICS)
+
+
+def training_table(data_sets: Iterable[str] = ()) -> MetricTable:
+    """The table of a run.
+
+    Args:
+        data_sets: Names of its training sets, if it has several.
+    """
+    return MetricTable(with_labels(TRAINING_METRICS, {DATA_SET: tuple(data_sets)}))
 
 
 def evaluation_series(summary: Mapping[str, Any]) -> Iterator[tuple[Series, float]]:

@@ -22,6 +22,7 @@ from tvr.data_prep.exporter.metrics_http import PortInUse
 from tvr.data_prep.exporter.metrics_table import MetricValues
 from tvr.data_prep.records import UNDECODABLE_REASONS
 from tvr.trainer.config import Config
+from tvr.trainer.data import training_sets
 from tvr.trainer.distributed.shared_memory import ranks_on_node, shared_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import Preempted
@@ -30,7 +31,7 @@ from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.counters import RankCounters
 from tvr.trainer.monitoring.field_metric import export_field
 from tvr.trainer.monitoring.flops import flops_per_pair, peak_flops
-from tvr.trainer.monitoring.metrics import TRAINING, evaluation_series
+from tvr.trainer.monitoring.metrics import evaluation_series, training_table
 from tvr.trainer.monitoring.server import MetricsServer, remove_targets
 from tvr.trainer.monitoring.step_record import (
     STEP_METRICS,
@@ -125,9 +126,10 @@ class NodeMonitor(Monitor):
     def start(self, attempt: Attempt, start_step: int) -> None:
         self._world.run_on_first(lambda: remove_targets(self._run_dir))
         ranks = ranks_on_node(self._world)
-        lines = shared_rows(self._world, ranks, len(TRAINING.slots))
+        table = training_table(sorted(self._config.data.train_sets))
+        lines = shared_rows(self._world, ranks, len(table.slots))
         rank, metrics = self._world.rank, self._config.metrics
-        self._values = values = MetricValues(TRAINING, lines[rank])
+        self._values = values = MetricValues(table, lines[rank])
         self._run_began_s = attempt.run_began_s()
         self._export_settings(values, attempt, start_step)
         served = {rank: lines[rank]} if metrics.endpoint == "rank" else lines
@@ -135,7 +137,9 @@ class NodeMonitor(Monitor):
         if rank == min(served):
             local_rank = ranks.index(rank)
             try:
-                self._server = MetricsServer(metrics, self._run_dir, attempt, served, local_rank)
+                self._server = MetricsServer(
+                    metrics, self._run_dir, attempt, table, served, local_rank
+                )
             except ValueError as error:
                 finding = Finding(rank, str(error), is_node_fault=isinstance(error, PortInUse))
         if self._world.is_first:
@@ -155,7 +159,11 @@ class NodeMonitor(Monitor):
         values.set("tvr_train_finished", 0)
         values.set("tvr_train_temperature", config.loss.temperature)
         values.set("tvr_checkpoint_every_steps", config.checkpoint.every)
-        values.set("tvr_data_bad_samples_limit", config.data.max_bad)
+        for each in training_sets(config.data):
+            if each.name:
+                values.set("tvr_data_set_bad_samples_limit", each.max_bad, each.name)
+            else:
+                values.set("tvr_data_bad_samples_limit", each.max_bad)
         values.add("tvr_train_restarts_total", attempt.number - 1)
         if start_step:
             values.set("tvr_checkpoint_step", start_step)

@@ -16,12 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label, write_scrape_target
-from tvr.data_prep.exporter.metrics_table import MetricArray
+from tvr.data_prep.exporter.metrics_table import MetricArray, MetricTable
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.config import MetricsConfig
 from tvr.trainer.errors import Fenced
 from tvr.trainer.fencing import Attempt
-from tvr.trainer.monitoring.metrics import TRAINING
 
 FOLDER = "metrics"
 WRITE_EVERY_S = 5.0
@@ -44,13 +43,15 @@ class MetricsServer:
         metrics: MetricsConfig,
         run_dir: Path,
         attempt: Attempt,
+        table: MetricTable,
         lines: Mapping[int, MetricArray],
         local_rank: int,
     ) -> None:
         """Starts to serve.
 
         Args:
-            lines: Values of each served rank, in the places of `TRAINING`.
+            table: The run's metrics.
+            lines: Values of each served rank, in the places of `table`.
             local_rank: Added to `metrics.port`, so that ranks of a node use different ports.
 
         Raises:
@@ -59,7 +60,7 @@ class MetricsServer:
         """
         self.has_changed = False
         """True if the file of the last values is out of date."""
-        self._lines, self._attempt = lines, attempt
+        self._table, self._lines, self._attempt = table, lines, attempt
         folder = run_dir / FOLDER
         folder.mkdir(exist_ok=True)
         host = socket.gethostname()
@@ -76,7 +77,7 @@ class MetricsServer:
         self._thread.start()
 
     def _text(self) -> bytes:
-        return TRAINING.text(self._lines)
+        return self._table.text(self._lines)
 
     def _write_often(self) -> None:
         while not self._closed.wait(WRITE_EVERY_S):

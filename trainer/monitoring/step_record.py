@@ -34,6 +34,8 @@ PARTS = (
 ALL_PARTS = (*PARTS, "evaluation")
 """An evaluation may lie between two steps."""
 
+DATA_SET = "data_set"
+"""Label for the name of one of several training sets, as `data.train_sets` gives it."""
 TRAINING, SPEED, DATA = "Training", "Speed", "Data"
 COMMUNICATION, MINING = "Communication and memory", "Hard-negative mining"
 
@@ -46,7 +48,11 @@ class StepRecord:
         metadata=metric("tvr_train_step", "Optimiser steps done since the run began.")
     )
     epoch: float = field(
-        metadata=metric("tvr_train_epoch", "Passes over the training set, with their fraction.")
+        metadata=metric(
+            "tvr_train_epoch",
+            "Passes over the training set, with their fraction; with several sets, pairs divided by"
+            " the samples of all of them.",
+        )
     )
     loss: float = field(
         metadata=loss_term(
@@ -151,6 +157,49 @@ class StepRecord:
     )
     trained_s: float
     """Seconds of all steps since the run began."""
+    set_epochs: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=metric(
+            "tvr_data_set_epoch",
+            "Passes over each of several training sets, with their fraction.",
+            label=DATA_SET,
+            panel=DATA,
+        ),
+    )
+    """Empty, like the other values by set, in a run with one training set."""
+    set_pairs: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=metric(
+            "tvr_data_set_pairs_total",
+            "Pairs of each of several training sets, on all ranks.",
+            kind="counter",
+            label=DATA_SET,
+            panel=DATA,
+            stacked=True,
+        ),
+    )
+    set_skipped: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=metric(
+            "tvr_data_set_skipped_samples_total",
+            "Bad samples of each of several training sets that were replaced on any rank, counted"
+            " each time they are drawn.",
+            kind="counter",
+            label=DATA_SET,
+            is_total=True,
+            panel=DATA,
+        ),
+    )
+    set_quarantined: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=metric(
+            "tvr_data_set_quarantined_samples",
+            "Distinct bad samples of each of several training sets, found on any rank since the run"
+            " began.",
+            label=DATA_SET,
+            panel=DATA,
+        ),
+    )
     quarantined: int = field(
         metadata=metric(
             "tvr_data_quarantined_samples",

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from tvr.data_prep.exporter.metrics_table import Metric
+from tvr.data_prep.exporter.metrics_table import Metric, with_labels
 from tvr.trainer.monitoring.field_metric import field_metrics, table_rows
 from tvr.trainer.monitoring.metrics import RUN_METRICS, Series
 from tvr.trainer.monitoring.step_record import (
     COMMUNICATION,
     DATA,
+    DATA_SET,
     MINING,
     SPEED,
     TRAINING,
@@ -125,12 +126,23 @@ def panels(
     record_type: type[StepRecord] = MonitoredStepRecord,
 ) -> dict[str, list[Panel]]:
     """The panels of each group that has any, with the curves of all runs laid over one another."""
-    table = {metric.name: metric for metric in (*table_rows(record_type), *RUN_METRICS)}
+    metrics = [*table_rows(record_type), *RUN_METRICS]
+    metrics = with_labels(metrics, {DATA_SET: _data_sets(metrics, histories)})
+    table = {metric.name: metric for metric in metrics}
     drawn = {
         group: [panel for spec in specs for panel in _panels_of(spec, table, histories)]
         for group, specs in panel_specs(record_type).items()
     }
     return {group: found for group, found in drawn.items() if found}
+
+
+def _data_sets(
+    metrics: Sequence[Metric], histories: Sequence[Mapping[Series, Curve]]
+) -> tuple[str, ...]:
+    """The training sets of the runs, which name series of their own."""
+    by_set = {metric.name for metric in metrics if tuple(metric.labels) == (DATA_SET,)}
+    found = {series[1] for one in histories for series in one if series[0] in by_set}
+    return tuple(sorted(found))
 
 
 def title_of(metric: Metric) -> str:

@@ -127,6 +127,7 @@ def _summary(log: RunLog) -> list[tuple[str, str]]:
     return [
         ("steps", f"{last['step']:,}"),
         ("epochs", f"{last['epoch']:.1f}"),
+        *((f"epochs of {name}", f"{n:.1f}") for name, n in last.get("set_epochs", {}).items()),
         ("training time", _duration(last["elapsed_s"])),
         ("samples/s, median", f"{speed:,.1f}"),
         ("waiting for data", f"{100 * waited / stepped:.1f} %" if stepped else "-"),

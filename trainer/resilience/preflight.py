@@ -65,17 +65,17 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     raise_findings(findings, hosts)
 
 
-def check_data(data: DataConfig, train: TrainConfig, world: World) -> int:
+def check_data(data: DataConfig, train: TrainConfig, world: World) -> dict[str, int]:
     """Checks the data sets on every rank. All ranks call it.
 
     Returns:
-        Number of training samples.
+        Number of samples of each training set by name, as `validate_data_sets`.
 
     Raises:
         OSError, ShardCorrupt, ValueError: as `validate_data_sets`, if every rank fails.
         PreflightFailed: some ranks fail and others do not.
     """
-    num_samples, error = 0, None
+    num_samples, error = dict[str, int](), None
     try:
         num_samples = validate_data_sets(data, train, world)
     except (OSError, ShardCorrupt, ValueError) as caught:

@@ -179,7 +179,7 @@ def _deepspeed_step(
             attempt=attempt,
             log=LogWriter(folder, attempt, world),
             tokenizer=tokenizer,
-            num_samples=config.train.global_batch,
+            num_samples={"": config.train.global_batch},
             inspect_model=inspect,
         )
         return run.train_step

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from tvr_bench.scraper import Scraper
 
-from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.launchers.rank_main import end_process
@@ -23,7 +22,7 @@ from tvr.trainer.build_run import build_run
 from tvr.trainer.checkpoint.catalogue import Retention
 from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.config import Config, from_json
-from tvr.trainer.data import build_tokenizer
+from tvr.trainer.data import build_tokenizer, training_set_sizes
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.model.model import TextVideoModel
@@ -85,7 +84,7 @@ class _TimedRun:
             attempt=attempt,
             log=LogWriter(folder, attempt, world),
             tokenizer=build_tokenizer(config.model, config.data),
-            num_samples=read_manifest(config.data.train).num_samples,
+            num_samples=training_set_sizes(config.data),
             inspect_model=count_parameters,
             watch=self._watch,
         )
