@@ -169,12 +169,15 @@ class SimulatedRun:
         self._shape = shape
         self._nodes = nodes
         self._num_micro_steps = num_micro_steps
-        self._asked = [Signal() for _ in range(num_micro_steps)]
+        self._ahead = PREFETCH_FACTOR * shape.workers
+        # Workers read ahead of the ranks up to the end, too.
+        num_asked = num_micro_steps + self._ahead
+        self._asked = [Signal() for _ in range(num_asked)]
         """Fired when the batches of a micro-step may be read."""
-        self._complete = [Signal() for _ in range(num_micro_steps)]
+        self._complete = [Signal() for _ in range(num_asked)]
         """Fired when every rank has its batch."""
-        self._num_ready = [0] * num_micro_steps
-        self.ready_at = np.zeros((num_micro_steps, shape.world_size))
+        self._num_ready = [0] * num_asked
+        self.ready_at = np.zeros((num_asked, shape.world_size))
         """Times at which the batches were ready."""
         self.needed_at = np.zeros(num_micro_steps)
         """Times at which the ranks needed them."""
@@ -186,11 +189,12 @@ class SimulatedRun:
                 self._clock.start(self._work(rank, worker))
         self._clock.start(self._train())
         self._clock.run()
+        self.ready_at = self.ready_at[: self._num_micro_steps]
 
     def _train(self) -> Process:
         """All ranks together: each micro-step begins when the last rank has its batch."""
-        ahead = PREFETCH_FACTOR * self._shape.workers
-        for step in range(min(ahead, self._num_micro_steps)):
+        ahead = self._ahead
+        for step in range(ahead):
             self._clock.fire(self._asked[step])
         for step in range(self._num_micro_steps):
             self.needed_at[step] = self._clock.now
@@ -198,7 +202,7 @@ class SimulatedRun:
                 self._clock.fire(self._asked[step])
             yield self._complete[step]
             # The loader asks for a further batch when it hands one over.
-            if ahead and step + ahead < self._num_micro_steps:
+            if ahead:
                 self._clock.fire(self._asked[step + ahead])
             yield self._clock.now + self._shape.micro_step_s
         self._clock.stop()
@@ -211,7 +215,7 @@ class SimulatedRun:
         pinned: Sequence[int] = ()
         requested: Sequence[tuple[int, int]] = ()
         decode_s = shape.decode_s * shape.micro_batch
-        for step in range(worker, self._num_micro_steps, max(shape.workers, 1)):
+        for step in range(worker, len(self._asked), max(shape.workers, 1)):
             yield self._asked[step]
             reads = self._plan.reads(step, rank)
             pins, upcoming = node.use(self._plan.owned_shards(step, number))

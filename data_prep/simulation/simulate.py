@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvr.data_prep.dataset.manifest import Shard
-from tvr.data_prep.reading.locality import RankShare, training_need
+from tvr.data_prep.reading.locality import PREFETCH_FACTOR, RankShare, training_need
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import OrderWindow, SampleOrder, window_shards
 from tvr.data_prep.simulation.clock import SimulatedClock
@@ -89,7 +89,6 @@ def simulate(
     _check(run, network, windows)
     shape = run.loader
     per_window = window_shards(run.global_batch, len(data.shards))
-    downloads_ahead = _fits_cache(data, run, per_window)
     sizes = [shard.num_samples for shard in data.shards]
     first_position = run.start_step * run.global_batch
     pairs = shape.world_size * shape.micro_batch
@@ -117,15 +116,15 @@ def simulate(
         order,
         data.sample_bytes,
         first_position=first_position,
-        num_micro_steps=num_micro_steps,
+        num_micro_steps=num_micro_steps + PREFETCH_FACTOR * shape.workers,
         world_size=shape.world_size,
         ranks_per_node=shape.ranks_per_node,
         micro_batch=shape.micro_batch,
     )
     shard_bytes = [shard.shard_bytes for shard in data.shards]
     nodes = [
-        SimulatedNode(clock, store, traffic, shard_bytes, run.cache_bytes, downloads_ahead)
-        for _ in plan.node_ranks
+        SimulatedNode(clock, store, traffic, shard_bytes, run.cache_bytes, ahead)
+        for ahead in _downloads_ahead(data, run, order, plan.node_ranks)
     ]
     simulated = SimulatedRun(clock, plan, shape, nodes, num_micro_steps)
     simulated.run()
@@ -177,23 +176,30 @@ def _check(run: RunShape, network: Network, windows: int | None) -> None:
         )
 
 
-def _fits_cache(data: DataShape, run: RunShape, per_window: int) -> bool:
-    """Whether the cache has room for shards that are read next; see `CacheFolder.check`.
+def _downloads_ahead(
+    data: DataShape, run: RunShape, order: SampleOrder, nodes: Sequence[range]
+) -> list[bool]:
+    """Whether the cache of each node has room for shards that are read next.
 
     Raises:
-        ValueError: it has none for the shards that are read at once.
+        ValueError: a cache has none for the shards that are read at once, see `CacheFolder.check`.
     """
     if run.cache_bytes is None:
-        return False
+        return [False] * len(nodes)
     shape = run.loader
-    share = RankShare(
-        rank=0,
-        world_size=shape.world_size,
-        micro_batch=shape.micro_batch,
-        node=range(min(shape.ranks_per_node, shape.world_size)),
-    )
-    need = training_need(data.shards, per_window, share, shape.workers)
-    return CacheFolder(path="of a node", max_bytes=run.cache_bytes).check(need)
+    folder = CacheFolder(path="of a node", max_bytes=run.cache_bytes)
+    shares = [
+        RankShare(
+            rank=node.start,
+            world_size=shape.world_size,
+            micro_batch=shape.micro_batch,
+            node=node,
+        )
+        for node in nodes
+    ]
+    return [
+        folder.check(training_need(data.shards, order, share, shape.workers)) for share in shares
+    ]
 
 
 def _stretch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -71,7 +70,6 @@ def measure(call: Callable[[], Any], *, repeats: int = 1) -> tuple[Any, Measured
         call()
         times.append(time.perf_counter() - began)
     seconds = min(times)
-    gc.collect()
     is_traced = tracemalloc.is_tracing()
     if not is_traced:
         tracemalloc.start()
@@ -79,7 +77,6 @@ def measure(call: Callable[[], Any], *, repeats: int = 1) -> tuple[Any, Measured
     tracemalloc.reset_peak()
     try:
         result = call()
-        gc.collect()
         held, peak = tracemalloc.get_traced_memory()
     finally:
         if not is_traced:

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from tvr.data_prep.reading.order import SampleOrder, window_shards
 from tvr.data_prep.reading.prefetch import THREAD_NAME
 
 SEED = 7
+# Nothing is requested for so long only if nothing is left to request.
+QUIET_S = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +143,18 @@ def measure_nodes(folder: Path, scratch: Path, run: NodesRun) -> Measured:
         for thread in threading.enumerate():
             if thread.name == THREAD_NAME:
                 thread.join()
+        _wait_until_quiet(stores)
         lines = [line for number in range(len(nodes)) for line in peaks(scratch / f"node{number}")]
         measured.cache_peak_bytes = max(map(int, lines), default=0)
     return measured
+
+
+def _wait_until_quiet(stores: Sequence[HttpStorage]) -> None:
+    """Waits until workers have read and downloaded all that they do in advance."""
+    before = -1
+    while before != (count := sum(len(store.requests) for store in stores)):
+        before = count
+        time.sleep(QUIET_S)
 
 
 @contextmanager
