@@ -27,7 +27,7 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> in
             different keys, or a set lacks the words that `data.content_words` needs.
         OSError, ShardCorrupt: a manifest is missing or damaged.
     """
-    train_set = read_manifest(data.train)
+    train_set = read_manifest(data.train, node_folder=data.shard_cache)
     if train_set.num_samples < train.global_batch:
         raise ValueError(
             f"{data.train} holds {train_set.num_samples} samples, fewer than train.global_batch="
@@ -35,14 +35,14 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> in
         )
     sets = [(data.train, train_set)]
     if data.test is not None:
-        test = read_manifest(data.test)
+        test = read_manifest(data.test, node_folder=data.shard_cache)
         sets.append((data.test, test))
         if test.num_samples < world.world_size:
             raise ValueError(
                 f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
             )
         if data.test_exchanged is not None:
-            exchanged = read_manifest(data.test_exchanged)
+            exchanged = read_manifest(data.test_exchanged, node_folder=data.shard_cache)
             sets.append((data.test_exchanged, exchanged))
             if list(test.samples.key) != list(exchanged.samples.key):
                 raise ValueError(
