@@ -110,7 +110,7 @@ def _data_at(url: str) -> tuple[DataShape, IndexCost]:
             f"{url} is one FFCV file, which is read from a local disk and needs no store; simulate"
             " the data set of shards that it was made from"
         )
-    lengths = manifest.samples.length
+    lengths = np.asarray(manifest.samples.length)
     data = DataShape(shards=manifest.shards, sample_bytes=lambda rows: lengths[rows])
     return data, cost
 

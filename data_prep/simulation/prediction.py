@@ -62,13 +62,13 @@ class StartUp:
     """From the start of the processes to the first batch."""
 
     index_bytes: int
-    """From the store, of all ranks of a node together."""
+    """From the store: `manifest.json` for each rank of a node, the file of rows once."""
     index_requests: int
     """Likewise."""
     download_s: float
     """Seconds that the index's bytes need."""
     open_s: float
-    """Seconds to check the index and build its columns, on this machine."""
+    """Seconds to open the index and to hash its rows, on this machine."""
     measured_rows: int
     """Rows of the index that was opened for that; the rest is extrapolated."""
     order_s: float
@@ -86,6 +86,9 @@ class NodeMemory:
     """Memory of the processes of a node for index and order, and the disk space of its cache."""
 
     index_bytes: int
+    mapped_bytes: int
+    """Of the index's rows, which all processes share; the system may drop pages that are not in
+    use."""
     order_bytes: int
     cache_peak_bytes: int
     """Of the node with the largest."""

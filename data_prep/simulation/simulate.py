@@ -281,20 +281,21 @@ def _start_up(
     order: MeasuredCall,
 ) -> StartUp:
     readings = INDEX_READINGS * min(shape.ranks_per_node, shape.world_size)
-    index_bytes = readings * index.stored_bytes
+    index_bytes = readings * index.manifest_bytes + index.rows_bytes
     bandwidth = network.node_bytes_per_s
     if network.store_bytes_per_s is not None:
         bandwidth = min(bandwidth, network.store_bytes_per_s / shape.num_nodes)
+    # The requests of one process follow each other.
+    in_turn = INDEX_READINGS * index.manifest_bytes + index.rows_bytes
     download_s = index_bytes / bandwidth
     if network.request_bytes_per_s is not None:
-        alone_s = INDEX_READINGS * index.stored_bytes / network.request_bytes_per_s
-        download_s = max(download_s, alone_s)
+        download_s = max(download_s, in_turn / network.request_bytes_per_s)
+    waits = INDEX_READINGS * index.manifest_requests + index.rows_requests
     return StartUp(
         index_bytes=index_bytes,
-        index_requests=readings * index.requests,
-        # The requests of a rank follow each other.
-        download_s=download_s + INDEX_READINGS * index.requests * network.latency_s,
-        open_s=INDEX_READINGS * index.open_s,
+        index_requests=readings * index.manifest_requests + index.rows_requests,
+        download_s=download_s + waits * network.latency_s,
+        open_s=INDEX_READINGS * index.open_s + index.verify_s,
         measured_rows=index.measured_rows,
         order_s=order.seconds,
         first_batch_s=float(simulated.ready_at[0].max()),
@@ -306,8 +307,9 @@ def _memory(
 ) -> NodeMemory:
     ranks = min(shape.ranks_per_node, shape.world_size)
     return NodeMemory(
-        # Workers are forked and share the columns with their rank.
+        # Workers are forked and share this memory with their rank.
         index_bytes=ranks * index.memory_bytes,
+        mapped_bytes=index.rows_bytes,
         order_bytes=ranks * max(shape.workers, 1) * order.held_bytes,
         cache_peak_bytes=max(node.peak_bytes for node in nodes),
         evicted=sum(node.num_evicted for node in nodes),

@@ -1,10 +1,15 @@
-"""What a data set's index costs at a start: bytes from the store, seconds, and memory."""
+"""What a data set's index costs at a start: bytes from the store, seconds, and memory.
+
+Each rank reads `manifest.json`. The file of rows is downloaded and verified once a node, and mapped
+by all its processes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +23,6 @@ from tvr.data_prep.dataset.manifest import (
     MANIFEST_NAME,
     PIECE_BYTES,
     Manifest,
-    SampleTable,
     Shard,
     join_url,
     read_manifest,
@@ -26,26 +30,42 @@ from tvr.data_prep.dataset.manifest import (
     shard_name,
     write_manifest,
 )
+from tvr.data_prep.dataset.sample_table import SampleTable
 
 # Rows of the index that stands for a larger one.
 MEASURED_ROWS = 40_000
 MEASURED_REPEATS = 3
+HASHED_BYTES = 1 << 24
 # A tar archive ends with two empty blocks, filled up to a record of 20 blocks.
 END_BYTES = 20 * TAR_BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexCost:
-    """Cost of one reading of the index, by one process."""
+    """Cost of an index: a part for each reading by a process, and a part for each node."""
 
-    stored_bytes: int
-    requests: int
+    manifest_bytes: int
+    """Of `manifest.json`, which each process reads."""
+    rows_bytes: int
+    """Of the file of rows, which a node downloads once and its processes map."""
     open_s: float
-    """Seconds to read it from a local disk, check it and build its columns, on this machine."""
+    """Seconds to open both from a local disk, on this machine."""
+    verify_s: float
+    """Seconds to hash the file of rows, on this machine."""
     memory_bytes: int
-    """Memory of the columns."""
+    """Memory of a process that has opened it, without the mapped file."""
     measured_rows: int
-    """Rows of the index that was read; the cost of the others is extrapolated."""
+    """Rows of the index that was opened; the cost of the others is extrapolated."""
+
+    @property
+    def manifest_requests(self) -> int:
+        """Requests of one process; a piece that is not full ends the file."""
+        return self.manifest_bytes // PIECE_BYTES + 1
+
+    @property
+    def rows_requests(self) -> int:
+        """Requests of a node: the header, the table, then all bytes in pieces."""
+        return 2 - (-self.rows_bytes // PIECE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,31 +112,52 @@ def index_cost(url: str) -> tuple[Manifest, IndexCost]:
     Raises:
         OSError, ValueError, ShardCorrupt: see `read_manifest`.
     """
+    manifest = read_manifest(url)  # which downloads the rows of a remote data set
     manifest, cost = measure(lambda: read_manifest(url))
     fs, root = url_to_fs(url)
     names = (MANIFEST_NAME, samples_name(manifest.generation))
-    sizes = [int(fs.size(join_url(root, name))) for name in names]
+    sizes = [float(fs.size(join_url(root, name))) for name in names]
     return manifest, _index_cost(sizes, cost.seconds, cost.held_bytes, manifest.num_samples)
 
 
 def described_index_cost(num_samples: int, samples_per_shard: int, clip_bytes: int) -> IndexCost:
     """Measures two indexes of a few rows of a described data set and extrapolates to all rows."""
-    if num_samples <= MEASURED_ROWS:
-        sizes, cost = _measured(num_samples, samples_per_shard, clip_bytes)
-        return _index_cost(sizes, cost.seconds, cost.held_bytes, num_samples)
-    few, many = MEASURED_ROWS // 4, MEASURED_ROWS
-    few_sizes, few_cost = _measured(few, samples_per_shard, clip_bytes)
-    many_sizes, many_cost = _measured(many, samples_per_shard, clip_bytes)
+    many = min(num_samples, MEASURED_ROWS)
+    values = _measured(many, samples_per_shard, clip_bytes)
+    if many < num_samples:
+        few = many // 4
+        at_few = _measured(few, samples_per_shard, clip_bytes)
+        each = np.maximum(values - at_few, 0) / (many - few)
+        values = values + each * (num_samples - many)
+    *sizes, seconds, memory = values.tolist()
+    return _index_cost(sizes, seconds, memory, many)
 
-    def extrapolated(at_few: float, at_many: float) -> float:
-        each = max(at_many - at_few, 0) / (many - few)
-        return at_many + each * (num_samples - many)
 
-    return _index_cost(
-        [round(extrapolated(a, b)) for a, b in zip(few_sizes, many_sizes, strict=True)],
-        extrapolated(few_cost.seconds, many_cost.seconds),
-        round(extrapolated(few_cost.held_bytes, many_cost.held_bytes)),
-        many,
+def _measured(num_samples: int, samples_per_shard: int, clip_bytes: int) -> np.ndarray:
+    """The sizes of an index's two files, the seconds to open it, and the memory that it takes."""
+    with TemporaryDirectory(prefix="tvr-simulate-") as folder:
+        write_manifest(folder, _described_manifest(num_samples, samples_per_shard, clip_bytes))
+        _, cost = measure(lambda: read_manifest(folder), repeats=MEASURED_REPEATS)
+        names = (MANIFEST_NAME, samples_name(0))
+        sizes = [(Path(folder) / name).stat().st_size for name in names]
+    return np.array([*sizes, cost.seconds, cost.held_bytes], dtype=np.float64)
+
+
+def _index_cost(
+    sizes: list[float], open_s: float, memory_bytes: float, measured_rows: int
+) -> IndexCost:
+    content = bytes(HASHED_BYTES)
+    began = time.perf_counter()
+    hashlib.sha256(content)
+    second_per_byte = (time.perf_counter() - began) / len(content)
+    manifest_bytes, rows_bytes = map(round, sizes)
+    return IndexCost(
+        manifest_bytes=manifest_bytes,
+        rows_bytes=rows_bytes,
+        open_s=open_s,
+        verify_s=rows_bytes * second_per_byte,
+        memory_bytes=round(memory_bytes),
+        measured_rows=measured_rows,
     )
 
 
@@ -127,29 +168,6 @@ def described_shard(number: int, num_samples: int, clip_bytes: int) -> Shard:
         num_samples=num_samples,
         shard_bytes=num_samples * clip_bytes + END_BYTES,
         sha256=f"{number:064x}",
-    )
-
-
-def _measured(
-    num_samples: int, samples_per_shard: int, clip_bytes: int
-) -> tuple[list[int], MeasuredCall]:
-    """The sizes of an index's files, and the cost to open it; the fastest of several times."""
-    with TemporaryDirectory(prefix="tvr-simulate-") as folder:
-        write_manifest(folder, _described_manifest(num_samples, samples_per_shard, clip_bytes))
-        _, cost = measure(lambda: read_manifest(folder), repeats=MEASURED_REPEATS)
-        return [path.stat().st_size for path in sorted(Path(folder).iterdir())], cost
-
-
-def _index_cost(
-    sizes: Sequence[int], open_s: float, memory_bytes: int, measured_rows: int
-) -> IndexCost:
-    return IndexCost(
-        stored_bytes=sum(sizes),
-        # A piece that is not full ends a file.
-        requests=sum(size // PIECE_BYTES + 1 for size in sizes),
-        open_s=open_s,
-        memory_bytes=memory_bytes,
-        measured_rows=measured_rows,
     )
 
 

@@ -71,7 +71,11 @@ def _rows(data: DataShape, run: RunShape, prediction: Prediction) -> Iterator[Ro
         f"{_size(start.index_bytes)} in {start.index_requests:,} requests a node,"
         f" {start.download_s:.1f} s; opened in {start.open_s:.1f} s",
     )
-    yield "first batch", f"order {start.order_s:.1f} s, bytes {start.first_batch_s:.1f} s"
+    yield (
+        "first batch",
+        f"order {start.order_s:.1f} s, and again in each worker for each window;"
+        f" bytes {start.first_batch_s:.1f} s",
+    )
     yield (
         "together",
         f"{start.total_s:.1f} s (opening and order as on this machine; opening measured with"
@@ -84,7 +88,8 @@ def _rows(data: DataShape, run: RunShape, prediction: Prediction) -> Iterator[Ro
     )
     yield (
         "memory",
-        f"index {_size(node.index_bytes)}, windows of the order {_size(node.order_bytes)}",
+        f"index {_size(node.index_bytes)} and {_size(node.mapped_bytes)} mapped,"
+        f" windows of the order {_size(node.order_bytes)}",
     )
 
 

@@ -188,6 +188,14 @@ def _served(
         yield store
 
 
+def _size(path: Path) -> int:
+    """0 for a file that another process has renamed or removed meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 @contextmanager
 def _cache_peaks() -> Iterator[Any]:
     """Notes the bytes in a cache folder after each reservation, in workers too."""
@@ -195,11 +203,8 @@ def _cache_peaks() -> Iterator[Any]:
 
     def noted(folder: ShardFolder, *arguments: Any) -> bool:
         reserved = reserve(folder, *arguments)
-        used = sum(
-            path.stat().st_size
-            for suffix in ("tar", "partial")
-            for path in folder.path.glob(f"*.{suffix}")
-        )
+        used = sum(map(_size, folder.path.glob("*.tar")))
+        used += sum(map(_size, folder.path.glob("*.partial")))
         with Path(f"{folder.path}.peaks").open("a") as file:
             file.write(f"{used}\n")
         return reserved
