@@ -26,8 +26,15 @@ COMMANDS = {
     ),
     "pack": Command("tvr.data_prep.cli:pack", "pack videos and captions into shards"),
     "verify": Command("tvr.data_prep.check.cli:verify", "check a data set against its manifest"),
+    "upgrade": Command(
+        "tvr.data_prep.dataset.cli:upgrade", "convert data sets of the previous format to this one"
+    ),
     "stats": Command(
         "tvr.data_prep.check.cli:stats", "write a page of statistics about a data set"
+    ),
+    "simulate": Command(
+        "tvr.data_prep.simulation.cli:simulate",
+        "predict what training asks of an object store: requests, bytes, waits",
     ),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command(

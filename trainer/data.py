@@ -46,7 +46,10 @@ def training_sets(data: DataConfig) -> tuple[TrainingSet, ...]:
 
 def training_set_sizes(data: DataConfig) -> dict[str, int]:
     """Returns the number of samples of each training set by its name; raises as `read_manifest`."""
-    return {each.name: read_manifest(each.url).num_samples for each in training_sets(data)}
+    return {
+        each.name: read_manifest(each.url, node_folder=data.shard_cache).num_samples
+        for each in training_sets(data)
+    }
 
 
 def training_mixture(data: DataConfig, train: TrainConfig) -> Mixture | None:
@@ -91,7 +94,10 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
             needs, a training set cannot be mixed with others, or `data.shard_cache` is too small.
         OSError, ShardCorrupt: a manifest is missing or damaged.
     """
-    training = {each.name: (each.url, read_manifest(each.url)) for each in training_sets(data)}
+    training = {
+        each.name: (each.url, read_manifest(each.url, node_folder=data.shard_cache))
+        for each in training_sets(data)
+    }
     if data.train_sets:
         check_mixed_sets({name: found for name, (_, found) in training.items()}, data, train)
     else:
@@ -106,14 +112,14 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
             check_words(url, manifest, needed_by="data.word_drop")
     sets = list(training.values())
     if data.test is not None:
-        test = read_manifest(data.test)
+        test = read_manifest(data.test, node_folder=data.shard_cache)
         sets.append((data.test, test))
         if test.num_samples < world.world_size:
             raise ValueError(
                 f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
             )
         if data.test_exchanged is not None:
-            exchanged = read_manifest(data.test_exchanged)
+            exchanged = read_manifest(data.test_exchanged, node_folder=data.shard_cache)
             sets.append((data.test_exchanged, exchanged))
             if list(test.samples.key) != list(exchanged.samples.key):
                 raise ValueError(
@@ -260,7 +266,10 @@ def _training_cache(data: DataConfig, train: TrainConfig, world: World) -> Cache
     tests = [url for url in (data.test, data.test_exchanged) if url is not None]
     if folder is None or all(Storage(url).is_local for url in tests):
         return folder
-    needs = [_test_need(data, train, world, url, read_manifest(url)) for url in tests]
+    needs = [
+        _test_need(data, train, world, url, read_manifest(url, node_folder=data.shard_cache))
+        for url in tests
+    ]
     return replace(folder, others=sum(needs, NOTHING_NEEDED))
 
 

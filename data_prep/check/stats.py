@@ -24,6 +24,7 @@ from tvr.data_prep.check.sequential_reads import (
 )
 from tvr.data_prep.dataset.manifest import Layout, Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
+from tvr.data_prep.dataset.sample_table import hash_texts
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_errors import is_passing_error
@@ -146,7 +147,7 @@ def read_facts(
 def dataset_statistics(manifest: Manifest, facts: FactsAccumulator) -> DatasetStatistics:
     """Computes the statistics of a data set from its manifest and the facts of its samples."""
     samples = manifest.samples
-    video_ids, videos = np.unique(samples.video_id, return_inverse=True)
+    video_ids, videos = np.unique(hash_texts(samples.video_id), return_inverse=True)
     width, height = (np.array(side, dtype=np.float64) for side in (facts.width, facts.height))
     return DatasetStatistics(
         layout=manifest.layout,
@@ -157,8 +158,10 @@ def dataset_statistics(manifest: Manifest, facts: FactsAccumulator) -> DatasetSt
         num_bytes=sum(shard.shard_bytes for shard in manifest.files),
         refused=manifest.bad,
         num_empty_captions=manifest.num_empty_captions,
-        captions_per_video=distribution(np.bincount(videos, samples.num_captions), whole=True),
-        sample_bytes=distribution(samples.length),
+        captions_per_video=distribution(
+            np.bincount(videos, np.asarray(samples.num_captions)), whole=True
+        ),
+        sample_bytes=distribution(np.asarray(samples.length)),
         samples_per_shard=distribution(np.array(manifest.shard_sizes), whole=True),
         num_read=len(width),
         unread=dict(sorted(facts.unread.items())),
@@ -180,7 +183,8 @@ def _read_shard(
 ) -> FactsAccumulator:
     facts = FactsAccumulator()
     file = SequentialShard(store, manifest.files[number], meter, read_ahead=read_ahead)
-    wanted = np.intersect1d(rows, manifest.rows_of_file(number)).tolist()
+    within = manifest.rows_of_file(number)
+    wanted = rows[slice(*np.searchsorted(rows, (within.start, within.stop)))].tolist()
     for done, row in enumerate(wanted):
         try:
             facts.add(

@@ -17,7 +17,7 @@ from tvr.data_prep.check.check_shard import (
     sample_location,
 )
 from tvr.data_prep.check.sequential_reads import JOBS, OnBytes, ReadMeter, map_shards
-from tvr.data_prep.dataset.leakage import repeated_content, shared_samples
+from tvr.data_prep.dataset.leakage import repeated_content, repeated_keys, shared_samples
 from tvr.data_prep.dataset.manifest import BAD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.frame_sampling import segment_centres
@@ -66,7 +66,8 @@ def verify_dataset(
 ) -> VerifyReport:
     """Verifies a packed data set; reads every byte once.
 
-    It checks that each shard exists and has the size and sha256 of the manifest, that each sample
+    It checks every row of the index, that each shard exists and has the size and sha256 of the
+    manifest, that each sample
     has its byte range, members and JSON, that no sample is duplicated, that the list of refused
     clips agrees with the manifest, and that words lie within their captions. It does not judge
     frame counts or frame sizes.
@@ -89,6 +90,8 @@ def verify_dataset(
         raise ValueError(f"decode={decode} must be 0 or more samples")
     manifest = read_manifest(url)
     others = {other: read_manifest(other) for other in against}
+    for each in (manifest, *others.values()):
+        each.check_samples()
     read = [manifest, *(others.values() if compare_captions else ())]
     meter = ReadMeter(sum(s.shard_bytes for each in read for s in each.files), on_bytes)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
@@ -139,11 +142,11 @@ def _read_all(
 
 def _duplicates(manifest: Manifest) -> Iterator[Problem]:
     samples = manifest.samples
-    for what, names in (
-        ("sample key", samples.key.tolist()),
-        ("shard name", [shard.name for shard in manifest.shards]),
+    for what, counts in (
+        ("sample key", repeated_keys(samples)),
+        ("shard name", Counter(shard.name for shard in manifest.shards)),
     ):
-        for name, count in Counter(names).items():
+        for name, count in counts.items():
             if count > 1:
                 yield Problem(where=MANIFEST_NAME, what=f"{what} {name} occurs {count} times")
     for row, first in repeated_content(samples):

@@ -6,15 +6,11 @@ become memory, and texts reach logs and pages, so each has a pattern, a type and
 
 from __future__ import annotations
 
-import io
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.lib import format as npy
 
 from tvr.data_prep.records import (
     BAD_SAMPLE_REASONS,
@@ -24,6 +20,7 @@ from tvr.data_prep.records import (
     REFUSED_TEXT,
     VIDEO_ID_RULE,
     ShardCorrupt,
+    is_video_id,
 )
 
 # A plain name within the data set's folder: no separator, drive, URL, hidden file or "..".
@@ -39,9 +36,8 @@ MAX_FRAMES = 10**5
 MAX_SIDE = 1 << 16
 MAX_TEXT = 200
 MAX_MANIFEST_BYTES = 1 << 28
-MAX_COLUMNS_BYTES = 1 << 34
-"""Of all columns together, unpacked."""
-CHECKED_ROWS = 1 << 16  # at a time, which bounds the memory of a check
+KEY_BYTES = re.compile(rb"[A-Za-z0-9_-]*")
+"""Any number of keys, one after another."""
 
 COLUMN_TYPES: Mapping[str, np.dtype[Any]] = {
     "shard": np.dtype(np.int32),
@@ -185,153 +181,98 @@ def generation_of(values: Mapping[str, Any], where: str) -> int:
     return IndexFields({"generation": 0, **values}, where).integer("generation", 0, MAX_GENERATION)
 
 
-def read_columns(content: bytes, num_rows: int, where: str) -> dict[str, np.ndarray]:
-    """Reads the columns from the content of an npz file.
-
-    Types, lengths and sizes are read from the headers, and checked, before memory is taken. No
-    pickle is read.
-
-    Raises:
-        ShardCorrupt: a column is missing or differs from what `num_rows` rows need.
-    """
-    names = {f"{name}.npy": name for name in (*TEXT_COLUMNS, *COLUMN_TYPES)}
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.infolist()
-            if sorted(entry.filename for entry in entries) != sorted(names):
-                found = [entry.filename for entry in entries[: 2 * len(names)]]
-                refuse(where, "columns", found, ", ".join(sorted(names)))
-            num_bytes = sum(entry.file_size for entry in entries)
-            if num_bytes > MAX_COLUMNS_BYTES:
-                refuse(where, "bytes", num_bytes, f"at most {MAX_COLUMNS_BYTES} when unpacked")
-            # Checked for all columns first: a wrong header costs no memory.
-            types = {e.filename: _column_type(archive, e, num_rows, where) for e in entries}
-            columns = {}
-            for entry in entries:
-                with archive.open(entry) as file:
-                    dtype, header_bytes = types[entry.filename]
-                    file.read(header_bytes)
-                    values = np.empty(num_rows, dtype)
-                    _read_into(file, values.view(np.uint8).data)
-                    file.read(1)  # at the end, zipfile compares the checksum
-                    columns[names[entry.filename]] = values
-            return columns
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-        raise ShardCorrupt(f"{where}: damaged or edited: {error!r}") from error
-    except RuntimeError as error:  # an encrypted file
-        raise ShardCorrupt(f"{where}: damaged or edited: {error!r}") from error
-
-
-def _column_type(
-    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, num_rows: int, where: str
-) -> tuple[np.dtype[Any], int]:
-    """Returns the type of a column, and the bytes before its values."""
-    name = entry.filename.removesuffix(".npy")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        refuse(where, f"compression of {name}", entry.compress_type, "stored or deflated")
-    with archive.open(entry) as file:
-        major, minor = npy.read_magic(file)
-        if (major, minor) != (1, 0):
-            refuse(where, f"version of {name}", (major, minor), "(1, 0)")
-        shape, _, dtype = npy.read_array_header_1_0(file)
-        header_bytes = file.tell()
-    if shape != (num_rows,):
-        allowed = f"({num_rows},): index and columns disagree on the samples per shard"
-        refuse(where, f"shape of {name}", shape, allowed)
-    if name in TEXT_COLUMNS:
-        longest = TEXT_COLUMNS[name]
-        if dtype.kind != "U" or not dtype.isnative or not 4 <= dtype.itemsize <= 4 * longest:
-            refuse(where, f"type of {name}", dtype, f"texts of 1 to {longest} characters")
-    elif dtype != COLUMN_TYPES[name]:
-        refuse(where, f"type of {name}", dtype, str(COLUMN_TYPES[name]))
-    expected = header_bytes + num_rows * dtype.itemsize
-    if entry.file_size != expected:
-        refuse(where, f"bytes of {name}", entry.file_size, f"{expected} for {num_rows} rows")
-    return dtype, header_bytes
-
-
-def _read_into(file: Any, view: memoryview) -> None:
-    """Fills the memory from a file."""
-    while view:
-        got = file.readinto(view[: 1 << 24])
-        if not got:
-            raise EOFError("a column ends too early")
-        view = view[got:]
-
-
 def check_rows(
-    columns: Mapping[str, np.ndarray], file_bytes: np.ndarray, *, is_tar: bool, where: str
+    columns: Mapping[str, Any], file_bytes: int | np.ndarray, *, is_tar: bool, where: str
 ) -> None:
-    """Checks the values of all rows.
+    """Checks numbers and texts of rows in memory.
 
     Args:
-        columns: From `read_columns`.
-        file_bytes: Size of the file that holds each shard's samples.
+        columns: Columns of a `SampleTable` by name.
+        file_bytes: Size of the file that holds each row's sample.
         is_tar: The samples lie in tar files, hence in whole blocks.
-        where: Location of the columns, for errors.
+        where: Location of the rows, for errors.
 
     Raises:
         ShardCorrupt: a value is not allowed; the message names the first such row.
+        UnicodeEncodeError: a text has no UTF-8 form.
     """
-    for start in range(0, len(columns["key"]), CHECKED_ROWS):
-        rows = {name: column[start : start + CHECKED_ROWS] for name, column in columns.items()}
-        _check(rows["shard"], _within(rows["shard"], len(file_bytes)), "shard", start, where)
-        ends = file_bytes[rows["shard"]]
-        step = TAR_BLOCK if is_tar else 1
-        for name, least, most in (
-            ("length", step, np.minimum(ends, MAX_SAMPLE_BYTES)),
-            # No overflow: the length was checked.
-            ("offset", 0, ends - rows["length"]),
-            # Each caption is a text in the sample's JSON.
-            ("num_captions", 0, rows["length"]),
-        ):
-            values = rows[name]
-            valid = (values >= least) & (values <= most)
-            if name != "num_captions":
-                valid &= values % step == 0
-            _check(values, valid, name, start, where)
-        for name in TEXT_COLUMNS:
-            _check_texts(rows[name], name, start, where)
+    check_numbers(columns, np.asarray(file_bytes), 0, is_tar=is_tar, where=where)
+    for name in TEXT_COLUMNS:
+        texts = [str(text).encode() for text in columns[name]]
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        check_texts(name, b"".join(texts), ends, 0, where)
 
 
-def _within(values: np.ndarray, count: int) -> np.ndarray:
-    return (values >= 0) & (values < count)
+def check_numbers(
+    numbers: Mapping[str, np.ndarray],
+    file_bytes: np.ndarray | np.int64,
+    first_row: int,
+    *,
+    is_tar: bool,
+    where: str,
+) -> None:
+    """Checks the byte ranges and the counts of captions of rows; see `check_rows`."""
+    length = numbers["length"]
+    step = TAR_BLOCK if is_tar else 1
+    for name, least, most in (
+        ("length", step, np.minimum(file_bytes, MAX_SAMPLE_BYTES)),
+        # No overflow: the length was checked.
+        ("offset", 0, file_bytes - length),
+        # Each caption is a text in the sample's JSON.
+        ("num_captions", 0, length),
+    ):
+        values = numbers[name]
+        valid = (values >= least) & (values <= most)
+        if name != "num_captions":
+            valid &= values % step == 0
+        if not valid.all():
+            at = int(np.flatnonzero(~valid)[0])
+            allowed = {
+                "length": "a sample's bytes within its file",
+                "offset": "such that offset + length lies within the file",
+                "num_captions": "0 or more, and at most the sample's bytes",
+            }
+            refuse(where, f"{name} of row {first_row + at}", values[at].item(), allowed[name])
 
 
-def _check(values: np.ndarray, valid: np.ndarray, name: str, start: int, where: str) -> None:
-    if not valid.all():
-        row = int(np.flatnonzero(~valid)[0])
-        allowed = {
-            "shard": "the number of a shard",
-            "length": "a sample's bytes within its file",
-            "offset": "such that offset + length lies within the file",
-            "num_captions": "0 or more, and at most the sample's bytes",
-        }
-        refuse(where, f"{name} of row {start + row}", values[row].item(), allowed[name])
+def check_texts(name: str, texts: bytes, ends: np.ndarray, first_row: int, where: str) -> None:
+    """Checks the texts of a column; see `check_rows`.
 
-
-def _check_texts(values: np.ndarray, name: str, start: int, where: str) -> None:
-    """Refuses a text that is empty, has a character that its column excludes, or hides one.
-
-    numpy pads texts with NUL characters.
+    Args:
+        name: Column.
+        texts: All texts as UTF-8.
+        ends: End of each text in `texts`.
     """
-    codes = np.ascontiguousarray(values).view(np.uint32).reshape(len(values), -1)
-    padding = codes == 0
+    starts = np.append(0, ends[:-1]).astype(np.int64)
+    lengths = ends.astype(np.int64) - starts
+    if len(ends) and ((lengths < 0).any() or ends[-1] != len(texts)):
+        at = int(np.flatnonzero(lengths < 0)[0]) if (lengths < 0).any() else len(ends) - 1
+        refuse(where, f"end of {name} of row {first_row + at}", int(ends[at]), "within its texts")
+    if not len(ends) or _are_texts(name, texts, starts, lengths):
+        return
+    # Text by text, to name the row. A long text of many bytes may still be valid.
+    for at, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        shown = content = texts[start : start + length]
+        try:
+            shown = content.decode()
+        except UnicodeDecodeError:
+            pass
+        is_valid = KEY_PATTERN.fullmatch if name == "key" else is_video_id
+        if not isinstance(shown, str) or not is_valid(shown):
+            allowed = f"match {KEY_PATTERN.pattern}" if name == "key" else VIDEO_ID_RULE
+            refuse(where, f"{name} of row {first_row + at}", shown, allowed)
+
+
+def _are_texts(name: str, texts: bytes, starts: np.ndarray, lengths: np.ndarray) -> bool:
+    """True if all texts are valid, found without a loop over them; False if one may not be."""
+    if lengths.min() < 1 or lengths.max() > TEXT_COLUMNS[name]:
+        return False
     if name == "key":
-        refused = ~KEY_CODES[np.minimum(codes, len(KEY_CODES) - 1)] & ~padding
-    else:
-        refused = ((codes < 32) & ~padding) | ((codes >= 0x7F) & (codes < 0xA0))
-        refused |= (codes == 0x2028) | (codes == 0x2029) | (codes > 0x10FFFF)
-        refused |= (codes >= 0xD800) & (codes < 0xE000)
-    refused[:, 1:] |= padding[:, :-1] & ~padding[:, 1:]
-    valid = ~refused.any(axis=1) & ~padding[:, 0]
-    if not valid.all():
-        row = int(np.flatnonzero(~valid)[0])
-        text = codes[row][~padding[row]].tolist()
-        shown = "".join(chr(code) if code <= 0x10FFFF else "?" for code in text)
-        allowed = f"match {KEY_PATTERN.pattern}" if name == "key" else VIDEO_ID_RULE
-        refuse(where, f"{name} of row {start + row}", shown, allowed)
-
-
-# Whether each character below 128 may be in a key; the last one stands for all others.
-KEY_CODES = np.array([KEY_PATTERN.fullmatch(chr(code)) is not None for code in range(129)])
+        return KEY_BYTES.fullmatch(texts) is not None
+    try:
+        text = texts.decode()
+    except UnicodeDecodeError:
+        return False
+    # A text must not begin within a character.
+    begins = np.frombuffer(texts, dtype=np.uint8)[starts]
+    return REFUSED_TEXT.search(text) is None and not ((begins & 0xC0) == 0x80).any()

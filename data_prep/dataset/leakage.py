@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tvr.data_prep.dataset.manifest import SampleTable
+from tvr.data_prep.dataset.sample_table import SampleTable, hash_texts
 
 COLUMNS = ("key", "video_id", "content")
 
@@ -27,13 +27,15 @@ def shared_samples(samples: SampleTable, others: SampleTable) -> list[SharedSamp
     """Returns every pair of samples of two data sets with equal key, video_id or content."""
     by: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     for name in COLUMNS:
-        ours, theirs = getattr(samples, name), getattr(others, name)
-        rows: defaultdict[object, list[int]] = defaultdict(list)
+        ours, theirs = _values(samples, name), _values(others, name)
+        rows: defaultdict[int, list[int]] = defaultdict(list)
         for other_row in np.flatnonzero(np.isin(theirs, ours)).tolist():
-            rows[theirs[other_row]].append(other_row)
+            rows[int(theirs[other_row])].append(other_row)
         for row in np.flatnonzero(np.isin(ours, theirs)).tolist():
-            for other_row in rows[ours[row]]:
-                by[row, other_row].append(name)
+            for other_row in rows[int(ours[row])]:
+                # Two texts may have one hash.
+                if getattr(samples, name)[row] == getattr(others, name)[other_row]:
+                    by[row, other_row].append(name)
     return [
         SharedSample(row=row, other_row=other_row, by=tuple(names))
         for (row, other_row), names in sorted(by.items())
@@ -45,7 +47,23 @@ def repeated_content(samples: SampleTable) -> Iterator[tuple[int, int]]:
 
     Training would treat two samples of the same video as negatives of each other.
     """
-    _, first_rows, groups = np.unique(samples.content, return_index=True, return_inverse=True)
-    firsts = first_rows[groups]
-    for row in np.flatnonzero(samples.video_id != samples.video_id[firsts]).tolist():
+    content = np.asarray(samples.content)
+    _, first_rows, groups = np.unique(content, return_index=True, return_inverse=True)
+    firsts, videos = first_rows[groups], _values(samples, "video_id")
+    for row in np.flatnonzero(videos != videos[firsts]).tolist():
         yield row, int(firsts[row])
+
+
+def repeated_keys(samples: SampleTable) -> dict[str, int]:
+    """Returns the number of samples of each key that occurs more than once."""
+    hashes = _values(samples, "key")
+    _, groups, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(counts[groups] > 1).tolist()
+    found = Counter(str(samples.key[row]) for row in rows)
+    return {key: count for key, count in found.items() if count > 1}
+
+
+def _values(samples: SampleTable, name: str) -> np.ndarray:
+    """A column as 64-bit numbers, texts by their hashes."""
+    column = getattr(samples, name)
+    return np.asarray(column) if name == "content" else hash_texts(column)

@@ -1,39 +1,41 @@
-"""A data set's index: `manifest.json` (totals and shards) and `samples.npz` (columns of samples).
+"""A data set's index: `manifest.json` (totals and shards) and `samples.rows` (a row per sample).
 
-`manifest.json` is written last and holds the sha256 of `samples.npz`, so a data set with a
+`manifest.json` is written last and holds the hash of `samples.rows`, so a data set with a
 `manifest.json` is complete. A data set that replaces another one has a generation number in its
 file names. Both share the folder until the new `manifest.json` replaces the old one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, cast, get_args
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from fsspec.core import url_to_fs
 
 from tvr.data_prep.dataset.index_rules import (
-    MAX_COLUMNS_BYTES,
     MAX_COUNT,
+    MAX_FILE_BYTES,
     MAX_FRAMES,
     MAX_GENERATION,
     MAX_MANIFEST_BYTES,
     MAX_SIDE,
     IndexFields,
-    check_rows,
-    read_columns,
 )
+from tvr.data_prep.dataset.mapped_samples import MappedRows, SampleFiles
+from tvr.data_prep.dataset.sample_blocks import RowsFile, write_rows
+from tvr.data_prep.dataset.sample_table import SampleTable, concat_samples
 from tvr.data_prep.records import PACKED_WITHOUT_WORDS, ShardCorrupt
 from tvr.data_prep.storage.storage import Storage, write_file
 
 # Increase it with every change of the stored format, and list the change in CHANGELOG as a
 # shard-format break.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# `tvr upgrade` reads data sets of this version.
+UPGRADED_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BAD_NAME = "bad.jsonl"
 PIECE_BYTES = 1 << 25
@@ -49,26 +51,6 @@ class Shard:
     num_samples: int
     shard_bytes: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SampleTable:
-    """One row per sample, in shard order.
-
-    Columns keep a million samples in tens of megabytes.
-    """
-
-    key: np.ndarray  # str
-    video_id: np.ndarray  # str
-    shard: np.ndarray  # int32, index in Manifest.shards
-    offset: np.ndarray  # int64, first byte in the shard, a multiple of 512
-    length: np.ndarray  # int64, bytes of the sample's tar members, a multiple of 512
-    crc32: np.ndarray  # uint32 of these bytes
-    num_captions: np.ndarray  # int32
-    content: np.ndarray  # uint64, see `content_hash`
-
-    def __len__(self) -> int:
-        return len(self.key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,10 +79,18 @@ class Manifest:
     beton: Shard | None = None
     """FFCV file that holds all samples. `shards` then lists the tar shards it was made from, which
     still determine the sample order."""
+    check_samples: Callable[[], None] = lambda: None
+    """Checks all rows, where `read_manifest` opened them. Raises ShardCorrupt."""
+    row_starts: np.ndarray = field(init=False)
+    """First row of each shard, then the number of rows; int64."""
+
+    def __post_init__(self) -> None:
+        starts = np.cumsum([0, *self.shard_sizes], dtype=np.int64)
+        object.__setattr__(self, "row_starts", starts)
 
     @property
     def num_samples(self) -> int:
-        return len(self.samples)
+        return int(self.row_starts[-1])
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -112,11 +102,11 @@ class Manifest:
         """The files that hold the samples, in row order."""
         return self.shards if self.beton is None else (self.beton,)
 
-    def rows_of_file(self, file: int) -> list[int]:
+    def rows_of_file(self, file: int) -> range:
         """Returns the rows of the samples in a file, by its index in `files`."""
         if self.beton is not None:
-            return list(range(self.num_samples))
-        return np.flatnonzero(self.samples.shard == file).tolist()
+            return range(self.num_samples)
+        return range(int(self.row_starts[file]), int(self.row_starts[file + 1]))
 
     def file_of_shard(self, shard: int) -> Shard:
         """Returns the file that holds the samples of a shard."""
@@ -129,17 +119,8 @@ def shard_name(number: int, generation: int) -> str:
 
 
 def samples_name(generation: int) -> str:
-    """Returns the file name of the columns."""
-    return "samples.npz" if not generation else f"samples-{generation}.npz"
-
-
-def concat_samples(parts: Sequence[SampleTable]) -> SampleTable:
-    """Concatenates the rows of shards and sets `shard` to the index of each part."""
-    columns = {name: [getattr(part, name) for part in parts] for name in SampleTable.__slots__}
-    columns["shard"] = [
-        np.full(len(part), number, dtype=np.int32) for number, part in enumerate(parts)
-    ]
-    return SampleTable(**{name: np.concatenate(column) for name, column in columns.items()})
+    """Returns the file name of the rows."""
+    return "samples.rows" if not generation else f"samples-{generation}.rows"
 
 
 def join_url(url: str, name: str) -> str:
@@ -147,31 +128,59 @@ def join_url(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
-def read_manifest(url: str) -> Manifest:
-    """Reads and checks the index of a data set at a folder path or fsspec URL.
+def read_manifest(url: str, *, node_folder: str | None = None) -> Manifest:
+    """Reads and checks `manifest.json` of a data set, and opens the file of its rows.
+
+    The rows are not read: each block of rows is checked when it is first used, by its sha256 and by
+    the rules of `index_rules`. `check_samples` checks all of them.
+
+    Args:
+        url: Folder path or fsspec URL of the data set.
+        node_folder: Folder on this node's disk for the rows of a remote data set, shared by all
+            processes of the node; None = a folder of this user for temporary files.
 
     Raises:
         FileNotFoundError: there is no complete data set at `url`.
-        OSError: the storage fails.
+        OSError: the storage fails, or a remote data set's rows find no space on this node.
         ValueError: the data set has another format version.
-        ShardCorrupt: the index is damaged, or a value is not allowed; see `index_rules`.
+        ShardCorrupt: the index is damaged, or a value is not allowed; see `index_rules`. A column
+            raises it, too.
     """
     fields = read_manifest_json(url)
-    version = fields.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{join_url(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
-            f" {FORMAT_VERSION}; pack the data set again"
-        )
-    where = join_url(url, MANIFEST_NAME)
-    index = IndexFields(fields, where)
+    _check_version(fields.get("format_version"), url)
+    manifest, index = parse_manifest(fields, url), IndexFields(fields, join_url(url, MANIFEST_NAME))
+    entry = index.child("samples")
+    rows = MappedRows(
+        url,
+        entry.file_name("name", ".rows"),
+        RowsFile(entry.integer("num_bytes", 1, MAX_FILE_BYTES), entry.sha256("sha256")),
+        SampleFiles(
+            num_samples=manifest.shard_sizes,
+            num_bytes=[manifest.file_of_shard(n).shard_bytes for n in range(len(manifest.shards))],
+            is_tar=manifest.beton is None,
+        ),
+        node_folder,
+    )
+    return replace(manifest, samples=rows.table(), check_samples=rows.check_all)
+
+
+def parse_manifest(fields: dict[str, Any], url: str) -> Manifest:
+    """Checks the fields of `manifest.json`, of this format or the one before.
+
+    Returns:
+        The manifest, without its samples.
+
+    Raises:
+        ShardCorrupt: a value is not allowed.
+    """
+    index = IndexFields(fields, join_url(url, MANIFEST_NAME))
     shards = tuple(Shard(**shard.shard(".tar")) for shard in index.children("shards"))
     has_beton = fields.get("beton") is not None
     beton = Shard(**index.child("beton").shard(".beton")) if has_beton else None
     num_samples = sum(shard.num_samples for shard in shards)
     if beton is not None and beton.num_samples != num_samples:
         index.refuse("beton.num_samples", beton.num_samples, f"{num_samples}, as in its shards")
-    manifest = Manifest(
+    return Manifest(
         layout=cast(Layout, index.choice("layout", get_args(Layout))),
         num_frames=index.integer("num_frames", 0, MAX_FRAMES),
         short_side=index.optional_integer("short_side", 1, MAX_SIDE),
@@ -180,13 +189,23 @@ def read_manifest(url: str) -> Manifest:
         tagger=index.optional_text("tagger"),
         bad=index.bad_counts("bad"),
         shards=shards,
-        samples=_read_samples(url, index.child("samples"), shards, beton),
+        samples=concat_samples([]),
         fingerprint=index.text("fingerprint"),
         generation=index.integer("generation", 0, MAX_GENERATION),
         beton=beton,
     )
-    _check_agreement(manifest, url)
-    return manifest
+
+
+def _check_version(version: object, url: str) -> None:
+    if version == FORMAT_VERSION:
+        return
+    hint = "pack the data set again"
+    if version == UPGRADED_VERSION:
+        hint = f"`tvr upgrade {url}` converts the data set without packing it again"
+    raise ValueError(
+        f"{join_url(url, MANIFEST_NAME)}: format_version={version!r}, this release reads"
+        f" {FORMAT_VERSION}; {hint}"
+    )
 
 
 def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
@@ -201,12 +220,26 @@ def check_words(url: str, manifest: Manifest, *, needed_by: str) -> None:
         )
 
 
-def write_manifest(url: str, manifest: Manifest) -> None:
-    """Writes the columns, then `manifest.json`, each atomically."""
-    buffer = io.BytesIO()
-    columns = {name: getattr(manifest.samples, name) for name in SampleTable.__slots__}
-    np.savez_compressed(buffer, allow_pickle=False, **columns)
+def write_manifest(url: str, manifest: Manifest, rows: Iterable[SampleTable] | None = None) -> None:
+    """Writes the file of rows, then `manifest.json`, each atomically.
+
+    Args:
+        url: Folder path or fsspec URL of the data set.
+        manifest: Index to write.
+        rows: Rows of each shard in turn, of which one is held in memory at a time; None = those of
+            `manifest.samples`.
+
+    Raises:
+        ValueError: the shards have other numbers of rows.
+    """
     samples = samples_name(manifest.generation)
+    fs, root = url_to_fs(url)
+    written = write_rows(
+        fs,
+        join_url(root, samples),
+        _rows_by_shard(manifest) if rows is None else rows,
+        manifest.shard_sizes,
+    )
     fields = {
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
@@ -219,12 +252,10 @@ def write_manifest(url: str, manifest: Manifest) -> None:
         "num_empty_captions": manifest.num_empty_captions,
         "tagger": manifest.tagger,
         "bad": manifest.bad,
-        "samples": {"name": samples, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
+        "samples": {"name": samples, **written._asdict()},
         "shards": [asdict(shard) for shard in manifest.shards],
         "beton": asdict(manifest.beton) if manifest.beton else None,
     }
-    fs, root = url_to_fs(url)
-    write_file(fs, join_url(root, samples), buffer.getvalue())
     text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
     write_file(fs, join_url(root, MANIFEST_NAME), text.encode())
 
@@ -233,7 +264,7 @@ def read_manifest_json(url: str) -> dict:
     """Reads `manifest.json` of any version without checks. Raises as `read_manifest`."""
     location = join_url(url, MANIFEST_NAME)
     try:
-        content = _read_at_most(url, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        content = read_at_most(url, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{location} does not exist: no data set there, or packing did not finish; make one"
@@ -248,7 +279,7 @@ def read_manifest_json(url: str) -> dict:
     return fields
 
 
-def _read_at_most(url: str, name: str, most: int) -> bytes:
+def read_at_most(url: str, name: str, most: int) -> bytes:
     """Reads a file piece by piece: a hostile store could send bytes without end."""
     store, content = Storage(url), bytearray()
     while len(content) <= most:
@@ -259,27 +290,13 @@ def _read_at_most(url: str, name: str, most: int) -> bytes:
     raise ShardCorrupt(f"{join_url(url, name)}: has more than {most} bytes")
 
 
-def _read_samples(
-    url: str, entry: IndexFields, shards: Sequence[Shard], beton: Shard | None
-) -> SampleTable:
-    name, sha256 = entry.file_name("name", ".npz"), entry.sha256("sha256")
-    location = join_url(url, name)
-    try:
-        content = _read_at_most(url, name, MAX_COLUMNS_BYTES)
-    except FileNotFoundError as error:
-        raise ShardCorrupt(f"{location} is missing although {MANIFEST_NAME} is there") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ShardCorrupt(f"{location}: sha256 differs from the one in {MANIFEST_NAME}")
-    columns = read_columns(content, sum(shard.num_samples for shard in shards), location)
-    file_bytes = np.array([(beton or shard).shard_bytes for shard in shards])
-    check_rows(columns, file_bytes, is_tar=beton is None, where=location)
-    return SampleTable(**columns)
-
-
-def _check_agreement(manifest: Manifest, url: str) -> None:
-    counts = np.bincount(manifest.samples.shard, minlength=len(manifest.shards))
-    in_order = bool(np.all(np.diff(manifest.samples.shard) >= 0))
-    if tuple(counts.tolist()) != manifest.shard_sizes or not in_order:
-        raise ShardCorrupt(
-            f"{url}: {MANIFEST_NAME} and the columns disagree on the samples per shard"
-        )
+def _rows_by_shard(manifest: Manifest) -> Iterator[SampleTable]:
+    """Cuts a table at the shards, whose numbers of samples must agree with its column `shard`."""
+    samples, starts = manifest.samples, manifest.row_starts.tolist()
+    if len(samples) != starts[-1]:
+        raise ValueError(f"{len(samples)} rows, {starts[-1]} samples in the shards")
+    for shard, (start, stop) in enumerate(pairwise(starts)):
+        rows = samples.rows(start, stop)
+        if (np.asarray(rows.shard) != shard).any():
+            raise ValueError(f"a row from {start} to {stop - 1} is not of shard {shard}")
+        yield rows

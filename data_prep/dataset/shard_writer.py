@@ -15,7 +15,8 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from webdataset.writer import TarWriter
 
-from tvr.data_prep.dataset.manifest import SampleTable, Shard
+from tvr.data_prep.dataset.manifest import Shard
+from tvr.data_prep.dataset.sample_table import SampleTable, text_array
 
 # Two empty blocks end a tar archive.
 END_OF_TAR = bytes(1024)
@@ -84,8 +85,8 @@ class ShardWriter:
         columns = zip(*self._rows, strict=True) if self._rows else ((),) * 7
         key, video_id, offset, length, crc32, num_captions, content = columns
         return SampleTable(
-            key=np.array(key, dtype=np.str_),
-            video_id=np.array(video_id, dtype=np.str_),
+            key=text_array(key),
+            video_id=text_array(video_id),
             shard=np.zeros(len(self._rows), dtype=np.int32),
             offset=np.array(offset, dtype=np.int64),
             length=np.array(length, dtype=np.int64),

@@ -26,6 +26,7 @@ from tvr.data_prep.dataset.manifest import (
     MANIFEST_NAME,
     Manifest,
     Shard,
+    read_manifest,
     read_manifest_json,
     samples_name,
     write_manifest,
@@ -105,10 +106,11 @@ def write_beton(
         write_manifest(url, manifest)
     finally:
         partial.unlink(missing_ok=True)
-    for path in (*folder.glob("*.beton"), *folder.glob("samples*.npz")):
-        if path.name not in (beton.name, samples_name(generation)):
-            path.unlink()  # belongs to the replaced beton
-    return manifest
+    for pattern in ("*.beton", "samples*.rows", "samples*.npz"):
+        for path in folder.glob(pattern):
+            if path.name not in (beton.name, samples_name(generation)):
+                path.unlink()  # belongs to the replaced beton
+    return read_manifest(url)
 
 
 def _next_generation(url: str, folder: Path, overwrite: bool) -> int:

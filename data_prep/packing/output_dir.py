@@ -3,7 +3,7 @@
     .packing/plan.json           clips, settings and versions of the packing
     .packing/shard-000012.json   shard 12 is complete, see `shard_record`
     shard-000012.tar             complete shard, written before its record
-    samples.npz, bad.jsonl, manifest.json   written in this order when all shards are complete
+    samples.rows, bad.jsonl, manifest.json   written in this order when all shards are complete
 
 There are no locks, because object stores have none. Every file is a pure function of the plan and
 the source videos, and is written to a unique temporary name and then renamed. Two processes that
@@ -51,7 +51,7 @@ WORK_FOLDER = ".packing"
 PLAN_NAME = "plan.json"
 # Files that `publish` removes unless the manifest names them.
 PACKED_FILES = re.compile(
-    rf"shard-(\d+-)?\d{{6,}}\.tar|samples(-\d+)?\.npz|.*{re.escape(PARTIAL_SUFFIX)}"
+    rf"shard-(\d+-)?\d{{6,}}\.tar|samples(-\d+)?\.(npz|rows)|.*{re.escape(PARTIAL_SUFFIX)}"
 )
 
 

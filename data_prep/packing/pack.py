@@ -57,7 +57,7 @@ def pack_shards(
 ) -> Manifest | None:
     """Packs clips into a data set.
 
-    Writes `shard-NNNNNN.tar`, `samples.npz`, `bad.jsonl` and, last, `manifest.json`. The data set
+    Writes `shard-NNNNNN.tar`, `samples.rows`, `bad.jsonl` and, last, `manifest.json`. The data set
     exists once `manifest.json` does; a data set that is overwritten stays readable until then.
 
     An interrupted packing resumes if the call is repeated with the same clips and settings. With

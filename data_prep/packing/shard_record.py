@@ -8,13 +8,18 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tvr.data_prep.dataset.index_rules import COLUMN_TYPES, IndexFields, check_rows
-from tvr.data_prep.dataset.manifest import SampleTable, Shard
+from tvr.data_prep.dataset.index_rules import (
+    COLUMN_TYPES,
+    TEXT_COLUMNS,
+    IndexFields,
+    check_rows,
+)
+from tvr.data_prep.dataset.manifest import Shard
+from tvr.data_prep.dataset.sample_table import SampleTable, text_array
 from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.records import ShardCorrupt
 
-COLUMN_DTYPES = {"key": np.str_, "video_id": np.str_, **COLUMN_TYPES}
-
+COLUMNS = (*TEXT_COLUMNS, *COLUMN_TYPES)
 RECORD = "the record"
 
 log = logging.getLogger(__name__)
@@ -47,7 +52,7 @@ def encode_record(record: ShardRecord, packing: str) -> bytes:
     fields = {
         "packing": packing,
         "shard": asdict(record.shard),
-        "samples": {name: getattr(record.samples, name).tolist() for name in COLUMN_DTYPES},
+        "samples": {name: getattr(record.samples, name).tolist() for name in COLUMNS},
         "num_empty_captions": record.num_empty_captions,
         "bad": [asdict(entry) for entry in record.bad],
     }
@@ -60,15 +65,16 @@ def decode_record(content: bytes, packing: str) -> ShardRecord | None:
         fields = json.loads(content)
         if fields["packing"] != packing:
             return None
-        columns = {
-            name: np.array(fields["samples"][name], dtype=dtype)
-            for name, dtype in COLUMN_DTYPES.items()
+        columns: dict[str, np.ndarray] = {
+            name: text_array([str(text) for text in fields["samples"][name]])
+            for name in TEXT_COLUMNS
         }
+        for name, dtype in COLUMN_TYPES.items():
+            columns[name] = np.array(fields["samples"][name], dtype=dtype)
         shard = Shard(**fields["shard"])
         if len(columns["key"]):
             IndexFields(fields, RECORD).child("shard").shard(".tar")
-            sizes = np.array([shard.shard_bytes])
-            check_rows(columns, sizes, is_tar=True, where=RECORD)
+            check_rows(columns, shard.shard_bytes, is_tar=True, where=RECORD)
         return ShardRecord(
             shard=shard,
             samples=SampleTable(**columns),

@@ -15,11 +15,14 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from tvr.data_prep.dataset.index_rules import SHA256
+
+Name = TypeVar("Name")
 
 
 class ShardFolder:
@@ -83,17 +86,14 @@ class ShardFolder:
             False if the pinned shards and other downloads leave no room; nothing is evicted then.
         """
         with self._lock():
-            used = self._delete_stale_partials()
+            room = self.max_bytes - self._delete_stale_partials() - num_bytes
             pinned = self._all_pinned()
-            sizes = {path: _size(path) for path in self._files(".tar")}
-            used += sum(sizes.values())
-            evictable = sorted((path for path in sizes if path.stem not in pinned), key=_last_use)
-            if used + num_bytes - sum(sizes[path] for path in evictable) > self.max_bytes:
+            paths = sorted(self._files(".tar"), key=_last_use)
+            sizes = {path: _size(path) for path in paths}
+            to_evict = evicted(sizes, lambda path: path.stem in pinned, room)
+            if to_evict is None:
                 return False
-            for path in evictable:
-                if used + num_bytes <= self.max_bytes:
-                    break
-                used -= sizes[path]
+            for path in to_evict:
                 path.unlink(missing_ok=True)
             os.ftruncate(descriptor, num_bytes)
         return True
@@ -146,6 +146,32 @@ class ShardFolder:
             yield
         finally:
             release(descriptor)
+
+
+def evicted(
+    sizes: Mapping[Name, int], is_pinned: Callable[[Name], bool], room: int
+) -> list[Name] | None:
+    """Returns which shards to evict so that the others take at most `room` bytes.
+
+    Args:
+        sizes: Bytes of the shards, the least recently used first.
+        is_pinned: Whether a process needs a shard.
+        room: Bytes for the shards that stay.
+
+    Returns:
+        The fewest of the least recently used that suffice; None if the pinned ones take more.
+    """
+    evictable = [name for name in sizes if not is_pinned(name)]
+    used = sum(sizes.values())
+    if used - sum(sizes[name] for name in evictable) > room:
+        return None
+    taken: list[Name] = []
+    for name in evictable:
+        if used <= room:
+            break
+        used -= sizes[name]
+        taken.append(name)
+    return taken
 
 
 def open_file(path: Path, flags: int) -> int:

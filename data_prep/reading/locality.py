@@ -162,6 +162,15 @@ def assigned(places: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return np.sort(by_place[skipped : skipped + end - first])
 
 
+def dealt(places: np.ndarray, world_size: int) -> np.ndarray:
+    """Returns what every rank reads: (world_size, micro_batch), whose rows are those of `assigned`.
+
+    The number of places must be a multiple of `world_size`.
+    """
+    by_place = np.argsort(places, kind="stable")
+    return np.sort(by_place.reshape(world_size, -1), axis=1)
+
+
 def owned(starts: np.ndarray, node: range, world_size: int) -> np.ndarray:
     """Returns which shards a node downloads whole; it reads samples of the others one by one.
 

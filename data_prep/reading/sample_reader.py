@@ -74,7 +74,8 @@ class SampleReader:
         cache_bytes: int = 0,
         shard_cache: CacheFolder | None = None,
     ) -> None:
-        self.manifest = read_manifest(url)
+        node_folder = None if shard_cache is None else shard_cache.path
+        self.manifest = read_manifest(url, node_folder=node_folder)
         _check_sizes(url, self.manifest, num_frames, image_size)
         self.url = url
         self.num_frames = num_frames

@@ -12,6 +12,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tvr.data_prep.storage.retries import LOCAL_ATTEMPTS, Retries
 from tvr.data_prep.storage.storage_errors import (
@@ -38,6 +39,7 @@ class Storage:
         self._fs: Any
         self._fs, self._root = url_to_fs(url)
         self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.is_in_memory = isinstance(self._fs, MemoryFileSystem)
         self._retries = Retries()
 
     @property

@@ -60,6 +60,8 @@ def serve_folder(folder: Path) -> Iterator[HttpStorage]:
     store = HttpStorage(folder)
 
     class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True  # the headers and the body are two packets
+
         def do_GET(self) -> None:
             status, content = store.answer(self.path.lstrip("/"), self.headers["Range"])
             self.send_response(status)

@@ -68,7 +68,7 @@ def test_bad_clips_are_left_out(undisturbed_packing: tuple[list[Clip], Path]) ->
     assert manifest.samples.shard.tolist() == [0, 0, 1, 1, 2, 3]
     assert verify_dataset(str(folder)).problems == ()
     assert set(file_contents(folder)) == {
-        *("bad.jsonl", "manifest.json", "samples.npz"),
+        *("bad.jsonl", "manifest.json", "samples.rows"),
         *(shard.name for shard in manifest.shards),
     }
     bad = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
@@ -224,7 +224,7 @@ def test_an_overwritten_data_set_stays_complete(tmp_path: Path) -> None:
     assert set(read[:-1]) == {0}
     assert manifest.generation == 1
     assert sorted(file_contents(tmp_path / "data")) == [
-        *("bad.jsonl", "manifest.json", "samples-1.npz"),
+        *("bad.jsonl", "manifest.json", "samples-1.rows"),
         *(f"shard-1-00000{number}.tar" for number in range(3)),
     ]
 
@@ -260,7 +260,7 @@ def test_another_process_publishes_first(
         with monkeypatch.context() as patch:
             patch.setattr(OutputDir, "_remove_work", lambda _: None)
             pack_shards(clips, url, max_bad=3, **FRAMES)
-        raise FileNotFoundError("samples.npz.partial")
+        raise FileNotFoundError("samples.rows.partial")
 
     monkeypatch.setattr(output_dir, "write_manifest", publish_by_another)
     manifest = pack_shards(clips, url, max_bad=3, **FRAMES)
@@ -275,10 +275,10 @@ def test_a_lost_partial_file_is_an_error(
     """A missing file is an error if no other process has published the data set."""
 
     def lose_file(url: str, manifest: Manifest) -> None:
-        raise FileNotFoundError("samples.npz.partial")
+        raise FileNotFoundError("samples.rows.partial")
 
     monkeypatch.setattr(output_dir, "write_manifest", lose_file)
-    with pytest.raises(FileNotFoundError, match=r"samples\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"samples\.rows"):
         pack_shards(undisturbed_packing[0], str(tmp_path / "data"), max_bad=3, **FRAMES)
 
 
