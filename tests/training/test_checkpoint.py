@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from builders.file_damage import DAMAGE
+from builders.savers import ALONE, save, saver, stage, state, wait_until_ready
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
@@ -34,45 +35,14 @@ from tvr.trainer.checkpoint.catalogue import (
     record_evaluation,
 )
 from tvr.trainer.checkpoint.file_writer import NICENESS
-from tvr.trainer.checkpoint.manifest import SavedState, create_manifest
+from tvr.trainer.checkpoint.manifest import create_manifest
 from tvr.trainer.checkpoint.restore import local_files
-from tvr.trainer.checkpoint.saver import Saver, rank_files
 from tvr.trainer.checkpoint.verification import CheckpointScan, find_newest_intact
-from tvr.trainer.distributed.world import World
 from tvr.trainer.engine import staging as staging_module
 from tvr.trainer.engine.random_state import get_random_state, set_random_state
 from tvr.trainer.engine.staging import Staging, pinned_bytes, staged_bytes
 from tvr.trainer.errors import CheckpointDamaged, Fenced, PreflightFailed
 from tvr.trainer.fencing import Attempt, begin_attempt
-from tvr.trainer.records import SaveResult
-
-ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-def state(step: int, **changes: Any) -> SavedState:
-    fields = {"step": step, "world_size": 1, "zero_stage": 1, "precision": "fp32", "attempt": 1}
-    return SavedState(**{**fields, "files": {}, **changes})
-
-
-def saver(folder: Path | str, run_dir: Path, **settings: Any) -> Saver:
-    retention = settings.pop("retention", Retention())
-    settings.setdefault("background", False)
-    return Saver(StorageFolder(str(folder)), ALONE, begin_attempt(run_dir), retention, **settings)
-
-
-def stage(value: float) -> dict[str, Any]:
-    shards = {"model.pt": {"weight": torch.full((1000,), value)}, "optimiser.pt": {"step": value}}
-    return rank_files(shards, 0, get_random_state())
-
-
-def save(to: Saver, step: int) -> SaveResult:
-    (saved,) = to.save(state(step), lambda copy: stage(float(step)))
-    return saved
-
-
-def wait_until_ready(writer: Saver) -> None:
-    while not writer.is_ready:
-        pass
 
 
 def names(folder: Path) -> list[str]:
