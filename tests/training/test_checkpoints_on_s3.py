@@ -28,8 +28,9 @@ from builders.s3_server import (
 )
 from builders.savers import ALONE, save, saver, stage, state, wait_until_ready
 from builders.tiny import tiny_config
+from fsspec.core import url_to_fs
 
-from tvr.data_prep.storage.storage import StorageUnavailable
+from tvr.data_prep.storage.storage import StorageUnavailable, write_file
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import (
     Retention,
@@ -121,6 +122,19 @@ def test_each_file_is_sent_once_and_never_copied(proxy: FaultProxy, tmp_path: Pa
     assert len(sent) == len(set(sent)) == len(FILES) + 2  # and the manifest, and `latest`
     assert sent[-2].endswith("/manifest.json")
     assert not [request for request in proxy.requests if request.method in ("POST", "DELETE")]
+
+
+def test_small_file_is_one_request(proxy: FaultProxy, s3: S3Server) -> None:
+    fs, path = url_to_fs(f"{URL}/manifest.json")
+    write_file(fs, path, b"first")
+    proxy.reset()
+    write_file(fs, path, b"second")
+    assert [(r.method, r.path) for r in proxy.requests] == [("PUT", f"/{path}")]
+    proxy.fail = burst(1, 9, throttled())
+    proxy.reset()
+    write_file(fs, path, b"third")
+    assert s3.read(path.removeprefix(f"{BUCKET}/")) == b"third"
+    assert s3.keys() == [path.removeprefix(f"{BUCKET}/")]
 
 
 def test_kill_between_files_and_manifest_leaves_the_checkpoint_before(
