@@ -1,0 +1,150 @@
+"""The files of an output folder: renamed into place on a local disk, one PUT each on a store.
+
+Object stores make a PUT atomic, so that a file has its final name from the start: no copy, no
+rename. Requests to a store are retried (`retries`). A large file is first written to a local one,
+so that its upload can be repeated, and a killed process leaves no upload behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from tvr.data_prep.storage.retries import Retries
+from tvr.data_prep.storage.storage import Storage, partial_name, write_file
+
+WORK_FOLDER = ".packing"
+"""Folder of what is not part of the data set."""
+
+Result = TypeVar("Result")
+
+
+class OutputFiles:
+    """Files below a folder, a path or fsspec URL; names are relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self._fs: Any
+        self._fs, self._root = url_to_fs(url)
+        self._storage = Storage(url)
+        self._retries = Retries()
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+
+    def read(self, name: str) -> bytes | None:
+        """Reads a file; None if it does not exist."""
+        try:
+            return self._storage.read(name)
+        except FileNotFoundError:
+            return None
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Reads the bytes [start, end). Raises FileNotFoundError if there is no such file."""
+        return self._storage.read_range(name, start, end)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file; readers see the old content or the new."""
+        path = self._path(name)
+        if self.is_local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(self._fs, path, content)
+        else:
+            self._call(lambda: self._fs.pipe_file(path, content), path)
+
+    def put(self, local: Path, name: str) -> None:
+        """Copies a local file of any size; readers see all of it or nothing."""
+        path = self._path(name)
+        if not self.is_local:
+            self._call(lambda: self._fs.put_file(str(local), path), path)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = partial_name(path)
+        try:
+            shutil.copyfile(local, partial)
+            _sync(partial)
+            os.replace(partial, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
+
+    @contextmanager
+    def scratch(self, folder: str, name: str) -> Iterator[str]:
+        """Yields the path of a local file to write and then `move`; removes what is left of it.
+
+        Args:
+            folder: Where the file lies if the output is local, so that it can be renamed.
+            name: Start of its name.
+        """
+        if self.is_local:
+            os.makedirs(self._path(folder), exist_ok=True)
+            path = partial_name(self._path(f"{folder}/{name}"))
+        else:
+            handle, path = tempfile.mkstemp(prefix=f"{name}.")
+            os.close(handle)
+        try:
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def move(self, scratch: str, name: str) -> None:
+        """Gives a file of `scratch` its name.
+
+        Raises:
+            FileNotFoundError: another process removed the local file.
+        """
+        if self.is_local:
+            os.replace(scratch, self._path(name))
+        else:
+            self.put(Path(scratch), name)
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Returns the sizes of the entries of a folder by name; empty if there is none."""
+        path = self._path(folder).rstrip("/")
+
+        def request() -> list[dict[str, Any]]:
+            self._fs.invalidate_cache()  # other processes write here
+            return self._fs.ls(path, detail=True)
+
+        try:
+            listed = self._call(request, path)
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in listed}
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes files; one that is gone is no error."""
+        paths = [self._path(name) for name in names]
+        if not paths:
+            return
+        if not self.is_local:
+            with suppress(FileNotFoundError):
+                self._call(lambda: self._fs.rm(paths), paths[0])  # stores take many at once
+                return
+        for path in paths:
+            with suppress(FileNotFoundError):
+                self._call(lambda path=path: self._fs.rm_file(path), path)
+
+    def remove_folder(self, folder: str) -> None:
+        """Removes a local folder if it is empty; stores have no folders."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self._path(folder))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _call(self, request: Callable[[], Result], path: str) -> Result:
+        # A local disk gives the same error again, and at once.
+        return request() if self.is_local else self._retries.call(request, path)
+
+
+def _sync(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
