@@ -97,7 +97,7 @@ def train(
             background=config.checkpoint.background,
         )
         log = LogWriter(run_dir, attempt, world)
-        checkpoint = find_resume_checkpoint(saver.storage, log, world, resume, run_dir)
+        checkpoint = find_resume_checkpoint(saver, log, world, resume, run_dir)
 
         def inspect_model(model: TextVideoModel) -> None:
             check_disk(config.checkpoint, config.train, run_dir, model, world)

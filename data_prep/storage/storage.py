@@ -110,8 +110,12 @@ def partial_name(path: str) -> str:
 def write_file(fs: Any, path: str, content: bytes) -> None:
     """Writes a file of an fsspec file system atomically.
 
-    The content goes to a temporary file in the same folder, which is then renamed to `path`.
+    On a local disk the content goes to a temporary file in the same folder, which is then renamed
+    to `path`. A store gets one request under the final name, which it makes atomic, with retries.
     """
+    if not isinstance(fs, LocalFileSystem):
+        Retries().call(lambda: fs.pipe_file(path, content), path)
+        return
     partial = partial_name(path)
     try:
         fs.pipe_file(partial, content)

@@ -63,18 +63,8 @@ class CountingStorage(StorageFolder):
         self.num_bytes[name] += len(content)
         return content
 
-    @contextmanager
-    def open_read(self, name: str) -> Iterator[Any]:
-        with super().open_read(name) as file:
-            self.opened[name] += 1
-            yield _CountingFile(file, self.num_bytes, name)
-
-
-class _CountingFile:
-    def __init__(self, file: Any, num_bytes: Counter[str], name: str) -> None:
-        self._file, self._num_bytes, self._name = file, num_bytes, name
-
-    def read(self, size: int = -1) -> bytes:
-        content = self._file.read(size)
-        self._num_bytes[self._name] += len(content)
-        return content
+    def read_chunks(self, name: str) -> Iterator[bytes]:
+        for number, content in enumerate(super().read_chunks(name)):
+            self.opened[name] += number == 0
+            self.num_bytes[name] += len(content)
+            yield content

@@ -137,13 +137,9 @@ def steps_logged(run_dir: Path) -> int:
 
 
 def is_writing(run_dir: Path) -> bool:
-    """True while a checkpoint is being written."""
-    try:
-        names = os.listdir(run_dir / "checkpoints")
-        # Checkpoints that are being removed are hidden folders, too.
-        return any(name.startswith(".step-") and name.endswith(".partial") for name in names)
-    except FileNotFoundError:
-        return False
+    """True while a checkpoint is being written: a step's folder has no manifest yet."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return any(not (folder / "manifest.json").exists() for folder in folders)
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -153,8 +149,14 @@ def losses(run_dir: Path) -> list[float]:
 
 def final_weights(run_dir: Path, config: Config) -> dict[str, torch.Tensor]:
     """The weights in the last step's checkpoint."""
-    shards = run_dir / "checkpoints" / f"step-{config.train.steps:08d}" / "shards"
+    shards = shards_folder(run_dir, config.train.steps)
     return consolidated_weights(shards, config.train.zero_stage)
+
+
+def shards_folder(run_dir: Path, step: int) -> Path:
+    """The folder of a step's shards."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    return folder / json.loads((folder / "manifest.json").read_text())["folder"] / "shards"
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:

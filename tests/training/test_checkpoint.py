@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +30,14 @@ from tvr.trainer.checkpoint.catalogue import (
     Retention,
     best_step,
     newest_checkpoint,
+    read_state,
     record_evaluation,
 )
 from tvr.trainer.checkpoint.file_writer import NICENESS
-from tvr.trainer.checkpoint.manifest import SavedState
+from tvr.trainer.checkpoint.manifest import SavedState, create_manifest
 from tvr.trainer.checkpoint.restore import local_files
 from tvr.trainer.checkpoint.saver import Saver, rank_files
-from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
+from tvr.trainer.checkpoint.verification import CheckpointScan, find_newest_intact
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine import staging as staging_module
 from tvr.trainer.engine.random_state import get_random_state, set_random_state
@@ -75,6 +79,17 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def files_of(folder: Path, step: int) -> Path:
+    """The folder with the files of a step's checkpoint."""
+    path = folder / f"step-{step:08d}"
+    return path / json.loads((path / "manifest.json").read_text())["folder"]
+
+
+def path_in(folder: Path, step: int, name: str) -> Path:
+    inside = folder / f"step-{step:08d}" if name == "manifest.json" else files_of(folder, step)
+    return inside / name
+
+
 def test_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         assert find_newest_intact(StorageFolder(str(folder)), ALONE).newest is None
@@ -87,10 +102,12 @@ def test_manifest_lists_every_file_of_a_checkpoint(tmp_path: Path) -> None:
     assert (result.step, result.error) == (3, None)
     assert names(folder) == ["latest", "step-00000003"]
     assert (folder / "latest").read_text() == "step-00000003\n"
-    written = {str(p.relative_to(folder / "step-00000003")) for p in all_files(folder)}
+    written = {p.relative_to(folder / "step-00000003").as_posix() for p in all_files(folder)}
     found = find_newest_intact(StorageFolder(str(folder)), ALONE).newest
     assert found is not None
-    assert set(found.state.files) | {"manifest.json"} == written
+    inside = {f"{found.state.folder}/{name}" for name in found.state.files}
+    assert inside | {"manifest.json"} == written
+    assert re.fullmatch(r"attempt-000001-[0-9a-f]{8}-1", found.state.folder)
     assert set(found.state.files) == {
         "random-rank-00000.pt",
         "shards/model.pt",
@@ -134,19 +151,35 @@ def test_damage_to_any_file_is_reported_and_the_checkpoint_before_is_used(
     writer = saver(folder, tmp_path)
     for step in (3, 6):
         save(writer, step)
-    DAMAGE[kind](folder / "step-00000006" / name)
+    damaged = path_in(folder, 6, name)
+    DAMAGE[kind](damaged)
     found = find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert found.newest is not None
     assert found.newest.state.step == 3
     (lines,) = found.damaged.values()
-    assert f"step-00000006/{name}" in " ".join(lines)
-    # The renamed checkpoint stays, and retention no longer counts it.
-    rename_damaged(StorageFolder(str(folder)), found)
-    assert names(folder) == ["damaged-step-00000006", "latest", "step-00000003"]
-    save(writer, 6)
+    assert str(damaged) in " ".join(lines)
+    # The files stay, without a manifest, and retention no longer counts them.
+    before = {path.name for path in (folder / "step-00000006").iterdir()} - {"manifest.json"}
+    writer = saver(folder, tmp_path)
+    writer.set_aside_damaged(found)
+    assert names(folder / "step-00000006") == sorted({*before, "damaged.json"})
+    assert (folder / "latest").read_text() == "step-00000003\n"
     storage = StorageFolder(str(folder))
-    assert find_newest_intact(storage, ALONE).newest == newest_checkpoint(storage)
-    assert names(folder)[1:] == ["latest", "step-00000003", "step-00000006"]
+    assert find_newest_intact(storage, ALONE) == CheckpointScan(newest=found.newest, damaged={})
+    record = json.loads((folder / "step-00000006" / "damaged.json").read_text())
+    assert record["errors"] == list(lines)
+    # The step is saved again beside them.
+    save(writer, 6)
+    found = find_newest_intact(storage, ALONE)
+    assert found.newest == newest_checkpoint(storage)
+    assert found.newest is not None
+    assert found.newest.state.step == 6
+    kept = {*before, "damaged.json", "manifest.json", found.newest.state.folder}
+    assert names(folder / "step-00000006") == sorted(kept)
+    save(writer, 9)
+    assert names(folder) == ["latest", "step-00000006", "step-00000009"]
+    save(writer, 12)
+    assert names(folder / "step-00000006") == sorted({*before, "damaged.json"})
 
 
 def test_unlisted_file_is_damage(tmp_path: Path) -> None:
@@ -154,12 +187,12 @@ def test_unlisted_file_is_damage(tmp_path: Path) -> None:
     writer = saver(folder, tmp_path)
     for step in (3, 6):
         save(writer, step)
-    more = folder / "step-00000006" / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    more = files_of(folder, 6) / "shards" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     more.write_bytes(b"the loader of the other shards would read this file, too")
     found = find_newest_intact(StorageFolder(str(folder)), ALONE)
     assert found.newest is not None
     assert found.newest.state.step == 3
-    assert found.damaged == {"step-00000006": (f"{more}: the manifest does not list it",)}
+    assert found.damaged == {6: (f"{more}: the manifest does not list it",)}
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/model.pt"])
@@ -171,16 +204,18 @@ def test_passing_read_error_is_no_damage(
     for step in (3, 6):
         save(writer, step)
 
+    file = path_in(folder, 6, name).relative_to(folder).as_posix()
+
     def stale(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(storage: StorageFolder, file: str) -> Any:
-            if file == f"step-00000006/{name}":
+        def call(storage: StorageFolder, asked: str) -> Any:
+            if asked == file:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            return method(storage, file)
+            return method(storage, asked)
 
         return call
 
     with monkeypatch.context() as patch:
-        for attribute in ("read", "open_read"):
+        for attribute in ("read", "read_chunks"):
             patch.setattr(StorageFolder, attribute, stale(getattr(StorageFolder, attribute)))
         with pytest.raises(PreflightFailed, match=r"06 cannot be read now: .*Stale") as refused:
             find_newest_intact(StorageFolder(str(folder)), ALONE)
@@ -195,7 +230,7 @@ def test_all_damaged_checkpoints_are_reported_and_training_does_not_restart(tmp_
     writer = saver(folder, tmp_path)
     for step in (3, 6):
         save(writer, step)
-        DAMAGE["one bit"](folder / f"step-{step:08d}" / "shards" / "model.pt")
+        DAMAGE["one bit"](files_of(folder, step) / "shards" / "model.pt")
     with pytest.raises(CheckpointDamaged, match=r"all checkpoints are damaged: .*06/.*; .*03/"):
         find_newest_intact(StorageFolder(str(folder)), ALONE)
 
@@ -251,7 +286,8 @@ def test_background_save_is_invisible_before_publication(tmp_path: Path) -> None
     writer = saver(folder, tmp_path, background=True)
     assert writer.save(state(3), lambda copy: stage(3.0)) == []
     wait_until_ready(writer)
-    assert names(folder) == [".step-00000003.attempt-1.partial"]
+    assert names(folder) == ["step-00000003"]
+    assert newest_checkpoint(StorageFolder(str(folder))) is None
     assert writer.advance() == []
     wait_until_ready(writer)
     (result,) = writer.advance()
@@ -311,7 +347,7 @@ def test_old_checkpoints_are_removed_on_a_thread_of_low_priority(
         in_main = threading.current_thread() is threading.main_thread()
         seen.append((in_main, os.getpriority(os.PRIO_PROCESS, ident)))
 
-    monkeypatch.setattr("tvr.trainer.checkpoint.saver.prune", removing)
+    monkeypatch.setattr("tvr.trainer.checkpoint.publication.Publisher._prune", removing)
     monkeypatch.setattr(
         "tvr.trainer.engine.staging.host_memory", lambda: SimpleNamespace(available=free)
     )
@@ -417,9 +453,81 @@ def test_full_disk_costs_one_checkpoint_only(tmp_path: Path, background: bool) -
 def test_new_attempt_removes_an_unfinished_save(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(saver(folder, tmp_path), 3)
-    (folder / ".step-00000006.attempt-1.partial" / "shards").mkdir(parents=True)
+    (folder / "step-00000006" / "attempt-000001-0a1b2c3d-2" / "shards").mkdir(parents=True)
+    (folder / "step-00000003" / "attempt-000001-0a1b2c3d-2").mkdir()
+    (folder / ".step-00000009.attempt-1.partial" / "shards").mkdir(parents=True)
     saver(folder, tmp_path)
     assert names(folder) == ["latest", "step-00000003"]
+    assert len(names(folder / "step-00000003")) == 2
+    assert find_newest_intact(StorageFolder(str(folder)), ALONE).damaged == {}
+
+
+def test_files_of_a_newer_attempt_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    newer = folder / "step-00000003" / "attempt-000002-0a1b2c3d-1"
+    newer.mkdir(parents=True)
+    save(saver(folder, tmp_path), 3)
+    assert newer.exists()
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_late_manifest_of_an_older_attempt_is_removed(tmp_path: Path, kind: str) -> None:
+    """Its files may be gone, since a newer attempt removes what is not published."""
+    url = str(tmp_path / "checkpoints") if kind == "local" else f"memory://{tmp_path.name}"
+    storage = StorageFolder(url)
+    save(saver(url, tmp_path), 3)
+    writer = saver(url, tmp_path)
+    for step in (6, 9):
+        late = replace(state(step), folder="attempt-000001-0a1b2c3d-2")
+        create_manifest(storage, f"step-{step:08d}", late)
+    save(writer, 6)  # the same step
+    assert [step for step in (3, 6, 9) if read_state(storage, step)[0]] == [3, 6]
+    found = find_newest_intact(storage, ALONE)
+    assert found.damaged == {}
+    assert found.newest is not None
+    assert found.newest.state.folder.startswith("attempt-000002")
+
+
+def test_lost_manifest_of_the_newest_checkpoint_is_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(saver(folder, tmp_path), 3)
+    (folder / "step-00000003" / "manifest.json").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"03/manifest.json: missing, although .*latest"):
+        find_newest_intact(StorageFolder(str(folder)), ALONE)
+
+
+def test_checkpoint_of_format_version_1_is_read_and_removed(tmp_path: Path) -> None:
+    """Its files lie directly in the step's folder."""
+    folder = tmp_path / "checkpoints"
+    first = saver(folder, tmp_path)
+    for step in (3, 6):
+        save(first, step)
+        path = folder / f"step-{step:08d}"
+        for file in files_of(folder, step).iterdir():
+            file.rename(path / file.name)
+        files_of(folder, step).rmdir()
+        fields = json.loads((path / "manifest.json").read_text())
+        fields.pop("folder")
+        fields.pop("sha256")
+        fields["format_version"] = 1
+        digest = hashlib.sha256(
+            json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+        (path / "manifest.json").write_text(json.dumps({**fields, "sha256": digest}))
+    storage = StorageFolder(str(folder))
+    found = find_newest_intact(storage, ALONE)
+    assert found.damaged == {}
+    assert found.newest is not None
+    files = local_files(storage, found.newest, tmp_path / "unused")
+    assert files == folder / "step-00000006"
+    weight = torch.load(files / "shards" / "model.pt")["weight"]
+    assert torch.equal(weight, torch.full((1000,), 6.0))
+    writer = saver(folder, tmp_path)
+    save(writer, 9)
+    assert names(folder) == ["latest", "step-00000006", "step-00000009"]
+    assert names(folder / "step-00000006") == ["manifest.json", "random-rank-00000.pt", "shards"]
+    save(writer, 12)
+    assert names(folder) == ["latest", "step-00000009", "step-00000012"]
 
 
 def test_other_hidden_files_stay(tmp_path: Path) -> None:
@@ -442,7 +550,7 @@ def test_failed_removal_of_an_old_checkpoint_does_not_fail_the_save(
 
     def busy(name: str) -> None:
         remove(name)  # removes some of the files, or all
-        if name == "step-00000003":
+        if name.startswith("step-00000003"):
             raise OSError(39, "Directory not empty")
 
     monkeypatch.setattr(writer.storage, "remove", busy)

@@ -25,7 +25,7 @@ from builders.worlds import SINGLE_RANK, on_thread_ranks, world_of
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import checkpoint_name
-from tvr.trainer.checkpoint.manifest import FileRecord, SavedState, write_manifest
+from tvr.trainer.checkpoint.manifest import FileRecord, SavedState, create_manifest
 from tvr.trainer.checkpoint.restore import find_newest_weights, local_files
 from tvr.trainer.checkpoint.verification import find_newest_intact, split_files
 from tvr.trainer.config import Config, from_json, to_json
@@ -58,7 +58,7 @@ def write_checkpoint(storage: StorageFolder, ranks: int, step: int, **changes: A
         records[name] = FileRecord(num_bytes=size, sha256=digest)
     fields = {"zero_stage": 1, "precision": "fp32", "attempt": 1, "world_size": ranks, **changes}
     state = SavedState(**{"step": step, **fields, "files": records})
-    write_manifest(storage, checkpoint_name(step), state)
+    create_manifest(storage, checkpoint_name(step), state)
     return state
 
 
@@ -105,7 +105,7 @@ def test_all_ranks_fall_back_alike_and_name_the_damaged_file(tmp_path: Path, ran
         assert scan.newest is not None
         assert scan.newest.name == checkpoint_name(3)
         line = f"{damaged}: its sha256 differs from the manifest's"
-        assert scan.damaged == {checkpoint_name(6): (line,)}
+        assert scan.damaged == {6: (line,)}
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -198,6 +198,12 @@ def start_and_resume(rank: int, world_size: int, file: Path, run_dir: Path) -> d
     return opened
 
 
+def saved_in(run_dir: Path, step: int) -> str:
+    """The folder of a checkpoint's files, relative to the run's checkpoints."""
+    shards = jobs.shards_folder(run_dir, step)
+    return shards.parent.relative_to(run_dir / "checkpoints").as_posix()
+
+
 def digest(model: torch.nn.Module) -> str:
     weights = (value.numpy().tobytes() for value in model.state_dict().values())
     return hashlib.sha256(b"".join(weights)).hexdigest()
@@ -241,10 +247,10 @@ def test_each_rank_of_a_resumed_run_reads_no_more_than_one_rank_alone(
     for name in state["files"]:
         # A rank alone verifies the file and loads it; DeepSpeed loads the model's file twice.
         same = name.replace("rank_1_", "rank_0_").replace("rank-00001", "rank-00000")
-        loads = alone["resume"][f"step-00000002/{same}"] - 1
+        loads = alone["resume"][f"{saved_in(copies[0], 2)}/{same}"] - 1
         # Of two ranks, one verifies it, and both load the model's file of ZeRO-1.
         expected = 1 + loads * (2 if name == MODEL else 1)
-        assert opened[f"step-00000002/{name}"] == expected, name
+        assert opened[f"{saved_in(copies[1], 2)}/{name}"] == expected, name
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -255,8 +261,9 @@ def test_ranks_of_an_evaluation_share_the_files_with_weights(
     opened = sum((opened["evaluation"] for opened in ranks), Counter())
     names = {name for name in opened if name.startswith("step-00000004/")}
     if stage == 1:
-        assert names == {f"step-00000004/{MODEL}", "step-00000004/manifest.json"}
-        assert opened[f"step-00000004/{MODEL}"] == 2  # verified and loaded
+        model_file = f"{saved_in(run_dir, 4)}/{MODEL}"
+        assert names == {model_file, "step-00000004/manifest.json"}
+        assert opened[model_file] == 2  # verified and loaded
         assert ranks[1]["evaluation"] == {}
     else:
         assert not any("random" in name for name in names)
@@ -272,7 +279,7 @@ def test_damage_outside_the_weights_does_not_stop_an_evaluation(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(runs[1, 2][0], run_dir)
-    config, folder = read_config(run_dir), run_dir / "checkpoints/step-00000004"
+    config, folder = read_config(run_dir), run_dir / "checkpoints" / saved_in(run_dir, 4)
     before, _, _ = load_run(run_dir, config)
     DAMAGE["gone"](folder / "random-rank-00001.pt")
     DAMAGE["one bit"](folder / optimiser_file(1))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import jobs
 from builders.tiny import damaged_data, tiny_config, with_ranks
 
 from tvr.trainer.cli import train as tvr_train
@@ -62,7 +63,7 @@ def keys_by_step(run_dir: Path) -> list[list[str]]:
 
 
 def weights(run_dir: Path, step: int, zero_stage: int = 1) -> dict[str, torch.Tensor]:
-    return consolidated_weights(run_dir / "checkpoints" / f"step-{step:08d}" / "shards", zero_stage)
+    return consolidated_weights(jobs.shards_folder(run_dir, step), zero_stage)
 
 
 def test_workers_and_ranks_do_not_change_the_samples(data: Path, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step-00000006")
     (stopped / "checkpoints" / "latest").write_text("step-00000003\n")
-    (stopped / "checkpoints" / ".step-00000006.partial").mkdir()
+    (stopped / "checkpoints" / "step-00000006" / "attempt-000001-0a1b2c3d-2").mkdir(parents=True)
     (stopped / "evaluation.json").unlink()
     done = train(config, stopped, ranks=2)
     assert done.returncode == 0, done.stderr

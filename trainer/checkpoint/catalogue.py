@@ -1,12 +1,15 @@
-"""Lists a run's checkpoints, decides which ones stay, and removes the others.
+"""Lists a run's checkpoints, and decides which ones stay.
 
-    checkpoints/step-00000300/shards/     DeepSpeed's files: weights and optimiser, by rank
-                              random-rank-00000.pt ...
-                              manifest.json             written last; marks a complete checkpoint
-                latest        name of the newest checkpoint, for people and scripts
+    checkpoints/step-00000300/attempt-000003-1a2b3c4d-7/shards/   DeepSpeed's files, by rank
+                                                        random-rank-00000.pt ...
+                              manifest.json     names that folder; written last
+                              damaged.json      instead of the manifest: the checkpoint was damaged
+                latest        name of the newest checkpoint
                 best.json     step with the best evaluation
 
-A checkpoint is complete or absent: saver.py publishes it only once all its files are written. The
+Nothing is renamed, so that disks and object stores are used alike. A checkpoint is complete or
+absent: its manifest, which publication.py writes once all files are written, publishes it. A
+listing only proposes steps, since a store's may be old; the manifest is read by its name. The
 module reads manifests only; verification.py reads and checks whole checkpoints.
 """
 
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.manifest import (
+    MANIFEST,
     MISSING_FILE_ERRORS,
     SavedState,
     find_unlisted_files,
@@ -38,6 +42,11 @@ class Checkpoint:
 
     name: str
     state: SavedState
+
+    @property
+    def folder(self) -> str:
+        """The folder of its files."""
+        return self.state.files_folder(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +74,26 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def list_steps(storage: StorageFolder) -> list[int]:
-    """Steps of all folders that have a checkpoint's name, in rising order."""
+def list_step_folders(storage: StorageFolder) -> list[int]:
+    """Steps of the folders that the listing shows, published or not, in rising order."""
     matches = (STEP_PATTERN.fullmatch(name) for name in storage.list_names())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def list_candidates(storage: StorageFolder) -> list[int]:
+    """Steps that may have a checkpoint, in rising order: listed ones, and the one in `latest`."""
+    latest = read_latest(storage)
+    return sorted({*list_step_folders(storage), *([] if latest is None else [latest])})
+
+
+def published_steps(storage: StorageFolder) -> list[int]:
+    """Steps with a manifest, in rising order.
+
+    Raises:
+        PreflightFailed: a manifest cannot be read at the moment.
+    """
+    found = ((step, *read_state(storage, step)) for step in list_candidates(storage))
+    return [step for step, state, lines in found if state is not None or lines]
 
 
 def newest_checkpoint(storage: StorageFolder) -> Checkpoint | None:
@@ -77,11 +102,23 @@ def newest_checkpoint(storage: StorageFolder) -> Checkpoint | None:
     Raises:
         PreflightFailed: a manifest cannot be read at the moment.
     """
-    for step in reversed(list_steps(storage)):
-        state, _ = read_state(storage, checkpoint_name(step))
+    for step in reversed(list_candidates(storage)):
+        state, _ = read_state(storage, step)
         if state is not None:
             return Checkpoint(name=checkpoint_name(step), state=state)
     return None
+
+
+def read_latest(storage: StorageFolder) -> int | None:
+    """The step that `latest` names; None if it is missing, or names none."""
+    content = _read_if_exists(storage, LATEST)
+    match = STEP_PATTERN.fullmatch((content or b"").decode(errors="replace").strip())
+    return int(match[1]) if match else None
+
+
+def write_latest(storage: StorageFolder, name: str) -> None:
+    """Stores the name of the newest checkpoint."""
+    storage.write_atomically(LATEST, f"{name}\n".encode())
 
 
 def best_step(storage: StorageFolder) -> int | None:
@@ -97,31 +134,33 @@ def record_evaluation(storage: StorageFolder, step: int, score: float) -> None:
         storage.write_atomically(BEST, content.encode())
 
 
-def prune(storage: StorageFolder, retention: Retention) -> None:
-    """Removes the checkpoints that `retention` does not keep."""
-    best = best_step(storage) if retention.best else None
-    for step in retention.expired_steps(list_steps(storage), best):
-        storage.remove(checkpoint_name(step))
-
-
-def read_state(storage: StorageFolder, name: str) -> tuple[SavedState | None, list[str]]:
-    """Reads a checkpoint's manifest.
+def read_state(storage: StorageFolder, step: int) -> tuple[SavedState | None, list[str]]:
+    """Reads the manifest of a step's checkpoint.
 
     Returns:
-        The state, or None if the manifest is missing or damaged; and a line for each error, among
-        them files that the manifest does not list.
+        The state, or None if there is no manifest, or a damaged one; and a line for each error,
+        among them files that the manifest does not list.
 
     Raises:
         PreflightFailed: the manifest cannot be read at the moment.
     """
+    name = checkpoint_name(step)
     try:
         state = read_manifest(storage, name)
         return state, find_unlisted_files(storage, name, state, SHARDS)
-    except (ValueError, *MISSING_FILE_ERRORS) as error:
+    except MISSING_FILE_ERRORS:
+        return None, []
+    except ValueError as error:
         return None, [str(error)]
     except OSError as error:
         raise_if_unreadable(storage, name, [f"{type(error).__name__}: {error}"])
         raise
+
+
+def lost_manifest(storage: StorageFolder, step: int) -> str:
+    """The line for a checkpoint that `latest` names although it has no manifest."""
+    path = storage.path(f"{checkpoint_name(step)}/{MANIFEST}")
+    return f"{path}: missing, although {storage.path(LATEST)} names this checkpoint"
 
 
 def raise_if_unreadable(storage: StorageFolder, name: str, errors: Sequence[str | None]) -> None:
@@ -138,7 +177,15 @@ def raise_if_unreadable(storage: StorageFolder, name: str, errors: Sequence[str 
 
 def _best(storage: StorageFolder) -> tuple[int | None, float | None]:
     """Step and score of the best evaluation."""
-    if BEST not in storage.list_names():
+    content = _read_if_exists(storage, BEST)
+    if content is None:
         return None, None
-    fields = json.loads(storage.read(BEST))
+    fields = json.loads(content)
     return fields["step"], fields["score"]
+
+
+def _read_if_exists(storage: StorageFolder, name: str) -> bytes | None:
+    try:
+        return storage.read(name)
+    except MISSING_FILE_ERRORS:
+        return None

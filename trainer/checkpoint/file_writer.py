@@ -31,14 +31,14 @@ def writer_thread(*, low_priority: bool) -> ThreadPoolExecutor:
 def write_files(
     storage: StorageFolder, folder: str, staged: Mapping[str, Any]
 ) -> dict[str, FileRecord]:
-    """Writes each value to `folder` by `torch.save`; returns the files' records by name."""
-    records = {}
-    for name, value in staged.items():
-        with storage.open_write(f"{folder}/{name}") as file:
-            hashing = _HashingFile(file)
-            torch.save(value, cast(IO[bytes], hashing))
-        records[name] = FileRecord(num_bytes=hashing.num_bytes, sha256=hashing.hexdigest())
-    return records
+    """Writes each value to `folder` by `torch.save`; returns the files' records by name.
+
+    A file whose upload fails for the moment is written again, whole.
+    """
+    return {
+        name: storage.write(f"{folder}/{name}", lambda file, value=value: _save(value, file))
+        for name, value in staged.items()
+    }
 
 
 def write_result(
@@ -47,9 +47,14 @@ def write_result(
     """The records of a finished `write_files`, and its error if it failed."""
     error = written.exception()
     if error is not None:
-        cause = _first_error(error)
-        return {}, f"{type(cause).__name__}: {cause}"
+        return {}, f"{type(error).__name__}: {error}"
     return written.result(), None
+
+
+def _save(value: Any, file: Any) -> FileRecord:
+    hashing = _HashingFile(file)
+    torch.save(value, cast(IO[bytes], hashing))
+    return FileRecord(num_bytes=hashing.num_bytes, sha256=hashing.hexdigest())
 
 
 def _lower_priority() -> None:
@@ -57,13 +62,6 @@ def _lower_priority() -> None:
     thread = threading.get_native_id()
     niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
     os.setpriority(os.PRIO_PROCESS, thread, niceness)
-
-
-def _first_error(error: BaseException) -> BaseException:
-    """The error that came first: torch's writer raises another one as it closes the file."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
 
 
 class _HashingFile:

@@ -1,14 +1,15 @@
 """A checkpoint's manifest, and the comparison of its files with it.
 
-manifest.json records size and sha256 of every file of a checkpoint, and a sha256 of its own other
-fields. It is the last file written: a folder without it is no checkpoint.
+manifest.json records where the files of a checkpoint lie, the size and sha256 of each, and a sha256
+of its own other fields. It is the last file written: a step's folder without it is no checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,8 +19,10 @@ import pydantic
 from tvr.data_prep.storage.storage_folder import StorageFolder
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-READ_BYTES = 1 << 22
+FORMAT_VERSION = 2
+# The files of version 1 lie directly in the step's folder.
+READ_VERSIONS = (1, 2)
+ATTEMPT_FOLDER = re.compile(r"attempt-(\d{6,})-[0-9a-f]{8}-\d+")
 # A missing file is damage. Any other OSError of a disk or store may pass.
 MISSING_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -47,19 +50,37 @@ class SavedState:
     """Bad samples of all ranks so far: key to reason."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Counters that continue after a restart."""
+    folder: str = ""
+    """Folder of the files, relative to the step's; the attempt and the save that wrote them."""
     files: dict[str, FileRecord]
-    """Record of each file, by path relative to the checkpoint's folder."""
+    """Record of each file, by path relative to `folder`."""
+
+    def files_folder(self, name: str) -> str:
+        """Folder of the files of the checkpoint `name`."""
+        return f"{name}/{self.folder}" if self.folder else name
 
 
-def write_manifest(storage: StorageFolder, folder: str, state: SavedState) -> None:
-    """Writes the manifest that turns the files in `folder` into a checkpoint."""
+def create_manifest(
+    storage: StorageFolder,
+    name: str,
+    state: SavedState,
+    before: Callable[[], object] = lambda: None,
+) -> None:
+    """Writes the manifest that turns the files in `state.folder` into the checkpoint `name`.
+
+    Args:
+        before: Called right before each attempt at it; its error ends the call.
+
+    Raises:
+        FileExistsError: the step has another manifest.
+    """
     fields = {"format_version": FORMAT_VERSION, **asdict(state)}
     text = json.dumps({**fields, "sha256": _digest(fields)}, indent=1) + "\n"
-    storage.write_atomically(f"{folder}/{MANIFEST}", text.encode())
+    storage.create(f"{name}/{MANIFEST}", text.encode(), before)
 
 
 def read_manifest(storage: StorageFolder, folder: str) -> SavedState:
-    """Reads and validates the manifest in `folder`.
+    """Reads and validates the manifest in a step's folder.
 
     Raises:
         ValueError: it is damaged, or has another format version.
@@ -74,14 +95,17 @@ def read_manifest(storage: StorageFolder, folder: str) -> SavedState:
     if digest != _digest(fields):
         raise ValueError(f"{path}: damaged: its sha256 does not match its content")
     version = fields.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version={version}, this release reads {FORMAT_VERSION}")
+    if version not in READ_VERSIONS:
+        known = " and ".join(map(str, READ_VERSIONS))
+        raise ValueError(f"{path}: format_version={version}, this release reads {known}")
     try:
         state = pydantic.TypeAdapter(SavedState).validate_python(fields)
     except pydantic.ValidationError as error:
         raise ValueError(
             f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
         ) from None
+    if state.folder and not ATTEMPT_FOLDER.fullmatch(state.folder):
+        raise ValueError(f"{path}: damaged: folder={state.folder!r} is not a save's")
     outside = [name for name in state.files if name.startswith("/") or ".." in name.split("/")]
     if outside:
         raise ValueError(f"{path}: damaged: it lists files outside the checkpoint: {outside}")
@@ -89,37 +113,49 @@ def read_manifest(storage: StorageFolder, folder: str) -> SavedState:
 
 
 def find_unlisted_files(
-    storage: StorageFolder, folder: str, state: SavedState, part: str
+    storage: StorageFolder, name: str, state: SavedState, part: str
 ) -> list[str]:
-    """A line for each file in `folder`/`part` that the manifest does not list.
+    """A line for each local file in `part` of a checkpoint that the manifest does not list.
 
-    Such a file is damage, since the loader of that part might read it.
+    Such a file is damage, since the loader of that part might read it. From a store only the files
+    that the manifest lists are fetched.
     """
-    listed = {name.split("/")[1] for name in state.files if name.startswith(f"{part}/")}
+    if not storage.is_local:
+        return []
+    folder = f"{state.files_folder(name)}/{part}"
+    listed = {file.split("/")[1] for file in state.files if file.startswith(f"{part}/")}
     return [
-        f"{storage.path(f'{folder}/{part}/{name}')}: the manifest does not list it"
-        for name in storage.list_names(f"{folder}/{part}")
-        if name not in listed
+        f"{storage.path(f'{folder}/{file}')}: the manifest does not list it"
+        for file in storage.list_names(folder)
+        if file not in listed
     ]
 
 
 def find_damage(
     storage: StorageFolder,
-    folder: str,
+    name: str,
     state: SavedState,
-    names: Iterable[str],
+    files: Iterable[str],
     copies: StorageFolder | None = None,
 ) -> list[str]:
-    """A line for each of these files that differs from its record. It reads each file once.
+    """A line for each of these files of a checkpoint that differs from its record.
+
+    It reads each file once.
 
     Args:
+        files: Names in the manifest.
         copies: Gets a copy of each intact file, under the same name.
 
     Raises:
         OSError: a file cannot be read, or copied, at the moment.
     """
-    found = (_damage(storage, folder, name, state.files[name], copies) for name in names)
+    folder = state.files_folder(name)
+    found = (_damage(storage, folder, file, state.files[file], copies) for file in files)
     return [line for line in found if line is not None]
+
+
+class _Differs(Exception):
+    """A file differs from its record; its copy is then given up."""
 
 
 def _damage(
@@ -130,31 +166,33 @@ def _damage(
     copies: StorageFolder | None,
 ) -> str | None:
     """How a file differs from its record; None if it does not."""
-    path, partial = storage.path(f"{folder}/{name}"), f"{name}.partial"
-    with nullcontext() if copies is None else copies.open_write(partial) as copy:
-        try:
-            found = _read_through(storage, f"{folder}/{name}", copy)
-        except MISSING_FILE_ERRORS as error:
-            return f"{path}: {type(error).__name__}: {error}"
-    if found.num_bytes != record.num_bytes:
-        return f"{path}: {found.num_bytes} bytes, the manifest lists {record.num_bytes}"
-    if found.sha256 != record.sha256:
-        return f"{path}: its sha256 differs from the manifest's"
-    if copies is not None:
-        copies.rename(partial, name)  # a copy under its name is whole
+    try:
+        with nullcontext() if copies is None else copies.open_write(name) as copy:
+            _compare(storage, f"{folder}/{name}", record, copy)
+    except _Differs as error:
+        return str(error)
     return None
 
 
-def _read_through(storage: StorageFolder, name: str, copy: Any) -> FileRecord:
-    """Size and digest of a file, which is also written to `copy`, if that is a file."""
-    digest, num_bytes = hashlib.sha256(), 0
-    with storage.open_read(name) as file:
-        while content := file.read(READ_BYTES):
-            digest.update(content)
-            num_bytes += len(content)
-            if copy is not None:
-                copy.write(content)
-    return FileRecord(num_bytes=num_bytes, sha256=digest.hexdigest())
+def _compare(storage: StorageFolder, name: str, record: FileRecord, copy: Any) -> None:
+    """Compares a file with its record while it writes it to `copy`, if that is a file."""
+    path, digest, num_bytes = storage.path(name), hashlib.sha256(), 0
+    chunks = storage.read_chunks(name)
+    while True:
+        try:
+            content = next(chunks, None)
+        except MISSING_FILE_ERRORS as error:
+            raise _Differs(f"{path}: {type(error).__name__}: {error}") from None
+        if content is None:
+            break
+        digest.update(content)
+        num_bytes += len(content)
+        if copy is not None:
+            copy.write(content)
+    if num_bytes != record.num_bytes:
+        raise _Differs(f"{path}: {num_bytes} bytes, the manifest lists {record.num_bytes}")
+    if digest.hexdigest() != record.sha256:
+        raise _Differs(f"{path}: its sha256 differs from the manifest's")
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

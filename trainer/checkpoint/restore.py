@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
-from tvr.trainer.checkpoint.catalogue import SHARDS, Checkpoint
+from tvr.trainer.checkpoint.catalogue import SHARDS, Checkpoint, checkpoint_name
 from tvr.trainer.checkpoint.manifest import SavedState, find_damage
-from tvr.trainer.checkpoint.verification import find_newest_intact, rename_damaged
+from tvr.trainer.checkpoint.saver import Saver
+from tvr.trainer.checkpoint.verification import find_newest_intact
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.conversion import convert
@@ -48,9 +49,9 @@ class _LoadableFiles:
 
 
 def find_resume_checkpoint(
-    storage: StorageFolder, log: LogWriter, world: World, resume: Resume, run_dir: Path
+    saver: Saver, log: LogWriter, world: World, resume: Resume, run_dir: Path
 ) -> Checkpoint | None:
-    """The newest intact checkpoint; damaged ones are logged and renamed. All ranks call it.
+    """The newest intact checkpoint; damaged ones are logged and set aside. All ranks call it.
 
     The ranks copy a remote checkpoint to a temporary folder of `run_dir` while they verify it, for
     `restore_engine`.
@@ -62,11 +63,13 @@ def find_resume_checkpoint(
     scratch = run_dir / SCRATCH
     world.run_on_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
     copies = None if resume == "never" else scratch / FETCHED
+    storage = saver.storage
     scan = find_newest_intact(storage, world, copies=copies)
-    for name, lines in scan.damaged.items():
+    for step, lines in scan.damaged.items():
+        name = checkpoint_name(step)
         log.write("checkpoint_damaged", {"name": name, "errors": lines})
         log.warn(f"{name} is damaged and not used: {'; '.join(lines)}")
-    world.run_on_first(lambda: rename_damaged(storage, scan))
+    saver.set_aside_damaged(scan)
     if scan.newest is not None and resume == "never":
         raise ValueError(
             f"{storage.url} holds {scan.newest.name} and --resume is never: continue with --resume"
@@ -164,9 +167,9 @@ def find_newest_weights(storage: StorageFolder, world: World, folder: Path) -> C
     """
     copies = folder if world.is_first else None
     scan = find_newest_intact(storage, world, is_needed=_has_weights, copies=copies)
-    for name, lines in scan.damaged.items():
+    for step, lines in scan.damaged.items():
         if world.is_first:
-            log.warning("%s is damaged and not used: %s", name, "; ".join(lines))
+            log.warning("%s is damaged: %s", checkpoint_name(step), "; ".join(lines))
     return scan.newest
 
 
@@ -200,6 +203,7 @@ def local_files(
 ) -> Path:
     """A local folder with a checkpoint's files: its own, or verified copies in `folder`.
 
+    Its `shards` hold the files that the manifest lists and no others, as DeepSpeed's loader needs.
     Files that `folder` holds already are not fetched again.
 
     Args:
@@ -209,7 +213,7 @@ def local_files(
         CheckpointDamaged: a file differs from the checkpoint's manifest.
     """
     if storage.is_local:
-        return Path(storage.path(checkpoint.name))
+        return Path(storage.path(checkpoint.folder))
     wanted = checkpoint.state.files if names is None else names
     missing = [name for name in wanted if not (folder / name).exists()]
     copies = StorageFolder(str(folder))

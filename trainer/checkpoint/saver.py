@@ -3,11 +3,11 @@
 A save has three stages:
 
 1. Staging: every rank copies its state to host memory while the training step waits.
-2. Writing: a thread on each rank writes the copy to a temporary folder, hashes the files and syncs
-   them to disk.
+2. Writing: a thread on each rank writes the copy under its final names, in a folder that this save
+   alone uses, hashes the files and syncs them to disk.
 3. Publication: at a later step boundary all ranks agree that all files are written. Rank 0's
-   thread then writes the manifest, renames the folder, updates `latest` and removes old
-   checkpoints. All ranks learn the result at another step boundary.
+   thread then writes the manifest, updates `latest` and removes old checkpoints (publication.py).
+   All ranks learn the result at another step boundary.
 
 A rank that dies during a save leaves the earlier checkpoints intact. If the save fails on one rank,
 all ranks discard it, the failure is logged, and training continues.
@@ -20,7 +20,7 @@ machine's memory. Every save result records the mode.
 from __future__ import annotations
 
 import logging
-import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -29,24 +29,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
-from tvr.trainer.checkpoint.catalogue import (
-    LATEST,
-    SHARDS,
-    STEP_PATTERN,
-    Retention,
-    checkpoint_name,
-    prune,
-)
+from tvr.trainer.checkpoint.catalogue import SHARDS, Retention, checkpoint_name
 from tvr.trainer.checkpoint.file_writer import write_files, write_result, writer_thread
-from tvr.trainer.checkpoint.manifest import MANIFEST, FileRecord, SavedState, write_manifest
+from tvr.trainer.checkpoint.manifest import FileRecord, SavedState
+from tvr.trainer.checkpoint.publication import Publisher
+from tvr.trainer.checkpoint.verification import CheckpointScan
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.random_state import random_state_file
 from tvr.trainer.engine.staging import staging_shortage
 from tvr.trainer.fencing import Attempt
 from tvr.trainer.records import SaveResult
-
-# Hidden folders that saving and removing create on a local disk; all others belong to the user.
-TEMPORARY_FOLDER = re.compile(r"\.+(damaged-)?step-\d{8,}(\.attempt-\d+\.partial)?(\.trash-\d+)*")
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +48,6 @@ class _PendingSave:
     """A save that has begun and is not yet published."""
 
     state: SavedState
-    folder: str
     start: float
     written: Future[dict[str, FileRecord]]
     published: Future[str | None] | None = None
@@ -94,7 +85,7 @@ class Saver:
         self.storage = storage
         self.attempt = attempt
         self._world = world
-        self._retention = retention
+        self._publisher = Publisher(storage, attempt, retention)
         self._background = background
         self._is_memory_checked = False
         self._no_room: str | None = None
@@ -102,7 +93,21 @@ class Saver:
         self._pending: _PendingSave | None = None
         self.last: SaveResult | None = None
         """The result of the last finished save."""
-        world.run_on_first(self._remove_unpublished)
+        # Two runs that share a storage by mistake may have equal attempt numbers.
+        self._token = world.run_on_first(lambda: secrets.token_hex(4))
+        self._num_saves = 0
+        world.run_on_first(self._publisher.begin)
+
+    def set_aside_damaged(self, scan: CheckpointScan) -> None:
+        """Takes the damaged checkpoints of a scan out of use, see `Publisher.set_aside`.
+
+        All ranks call it.
+        """
+        newest = scan.newest
+        if newest is not None and scan.damaged:
+            self._world.run_on_first(
+                lambda: self._publisher.set_aside(scan.damaged, newest.state.step)
+            )
 
     def save(
         self,
@@ -114,7 +119,7 @@ class Saver:
         """Starts a save, after an unfinished one has ended.
 
         Args:
-            state: Written to the manifest; `files` is filled in.
+            state: Written to the manifest; `folder` and `files` are filled in.
             stage: Returns this rank's state by file name; copies the tensors if called with True.
             is_last: True if no training step follows, so that the thread keeps its priority.
 
@@ -132,10 +137,10 @@ class Saver:
         # Each save starts a thread, since a thread cannot raise its own priority again.
         self._thread.shutdown()
         self._thread = writer_thread(low_priority=copy and not is_last)
-        folder = self._write_folder(state.step)
+        state = replace(state, folder=self._next_folder())
+        folder = state.files_folder(checkpoint_name(state.step))
         self._pending = _PendingSave(
             state=state,
-            folder=folder,
             start=start,
             written=self._thread.submit(write_files, self.storage, folder, staged),
             blocked_s=time.perf_counter() - start,
@@ -203,66 +208,26 @@ class Saver:
         pending.state = replace(pending.state, files=dict(sorted(files.items())))
         error = errors[0] if errors else None
         if self._world.is_first:
-            return self._thread.submit(
-                self._publish_or_discard, pending.folder, pending.state, error
-            )
+            return self._thread.submit(self._publish_or_discard, pending.state, error)
         done: Future[str | None] = Future()
         done.set_result(None)
         return done
 
-    def _write_folder(self, step: int) -> str:
-        """The folder that the files are written to."""
-        # A store cannot rename a folder in one step. There the manifest, which is written last,
-        # marks the checkpoint as complete.
-        if not self.storage.is_local:
-            return checkpoint_name(step)
-        return f".{checkpoint_name(step)}.attempt-{self.attempt.number}.partial"
+    def _next_folder(self) -> str:
+        """The folder, within the step's, that the next save alone writes to; equal on all ranks."""
+        self._num_saves += 1
+        return f"attempt-{self.attempt.number:06d}-{self._token}-{self._num_saves}"
 
-    def _publish_or_discard(self, folder: str, state: SavedState, error: str | None) -> str | None:
+    def _publish_or_discard(self, state: SavedState, error: str | None) -> str | None:
         """Publishes written files, or removes them if a rank failed. Returns the error."""
-        error = error or self._publish(folder, state)
+        if error is None:
+            try:
+                self._publisher.publish(state)
+            except OSError as caught:
+                error = f"rank 0: {type(caught).__name__}: {caught}"
         if error is not None:
-            self._discard(folder)
+            self._publisher.discard(state.step)
         return error
-
-    def _publish(self, folder: str, state: SavedState) -> str | None:
-        """Turns written files into a checkpoint. Returns the error that prevented it."""
-        self.attempt.check()
-        name = checkpoint_name(state.step)
-        try:
-            write_manifest(self.storage, folder, state)
-            if folder != name:
-                self.storage.remove(name)
-                self.storage.rename(folder, name)
-        except OSError as error:
-            return f"rank 0: {type(error).__name__}: {error}"
-        try:
-            self.storage.write_atomically(LATEST, f"{name}\n".encode())
-            prune(self.storage, self._retention)
-        except OSError as error:
-            # The checkpoint is published. The next save removes the old ones again.
-            log.warning("%s is saved, but old checkpoints could not be removed: %s", name, error)
-        return None
-
-    def _discard(self, folder: str) -> None:
-        """Removes the files of a failed save."""
-        # Writing also fails if a newer attempt has removed this one's files.
-        self.attempt.check()
-        try:
-            self.storage.remove(folder)
-        except OSError:
-            pass  # The disk has failed. The next attempt removes the files.
-
-    def _remove_unpublished(self) -> None:
-        """Removes unfinished saves of earlier attempts, which can no longer be published."""
-        for name in self.storage.list_names():
-            if TEMPORARY_FOLDER.fullmatch(name) or (
-                STEP_PATTERN.fullmatch(name) and not self._is_published(name)
-            ):
-                self.storage.remove(name)
-
-    def _is_published(self, name: str) -> bool:
-        return self.storage.is_local or MANIFEST in self.storage.list_names(name)
 
 
 def rank_files(staged: Mapping[str, Any], rank: int, random: Any) -> dict[str, Any]:

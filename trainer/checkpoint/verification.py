@@ -20,8 +20,10 @@ from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import (
     Checkpoint,
     checkpoint_name,
-    list_steps,
+    list_candidates,
+    lost_manifest,
     raise_if_unreadable,
+    read_latest,
     read_state,
 )
 from tvr.trainer.checkpoint.manifest import SavedState, find_damage
@@ -37,8 +39,8 @@ class CheckpointScan:
     """The newest intact checkpoint, and the damaged ones that are newer."""
 
     newest: Checkpoint | None
-    damaged: dict[str, tuple[str, ...]]
-    """Lines that describe the errors, by name of the checkpoint."""
+    damaged: dict[int, tuple[str, ...]]
+    """Lines that describe the errors, by step."""
 
 
 def find_newest_intact(
@@ -63,10 +65,11 @@ def find_newest_intact(
         CheckpointDamaged: there are checkpoints, and all are damaged.
         PreflightFailed: a checkpoint cannot be read at the moment, so its state is unknown.
     """
-    damaged: dict[str, tuple[str, ...]] = {}
-    for step in reversed(world.run_on_first(lambda: list_steps(storage))):
+    damaged: dict[int, tuple[str, ...]] = {}
+    steps, latest = world.run_on_first(lambda: (list_candidates(storage), read_latest(storage)))
+    for step in reversed(steps):
         name = checkpoint_name(step)
-        state, lines = world.run_on_first(lambda name=name: read_state(storage, name))
+        state, lines = world.run_on_first(lambda step=step: read_state(storage, step))
         if state is not None:
             needed = [file for file in state.files if is_needed is None or is_needed(state, file)]
             own_files = split_files(state, needed, world.world_size)[world.rank]
@@ -78,7 +81,10 @@ def find_newest_intact(
                 return CheckpointScan(newest=Checkpoint(name=name, state=state), damaged=damaged)
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-        damaged[name] = tuple(lines)
+        elif not lines and step == latest:
+            lines = [lost_manifest(storage, step)]
+        if lines:  # otherwise the files of an unfinished save, or those of a removed checkpoint
+            damaged[step] = tuple(lines)
     if damaged:
         text = "; ".join(line for lines in damaged.values() for line in lines)
         raise CheckpointDamaged(
@@ -114,16 +120,6 @@ def split_files(state: SavedState, names: Iterable[str], world_size: int) -> lis
         shares[rank].append(name)
         heapq.heappush(loads, (load + state.files[name].num_bytes, rank))
     return shares
-
-
-def rename_damaged(storage: StorageFolder, scan: CheckpointScan) -> None:
-    """Gives each damaged checkpoint the prefix `damaged-`.
-
-    It no longer counts as a checkpoint, and its files stay for inspection.
-    """
-    for name in scan.damaged:
-        storage.remove(f"damaged-{name}")
-        storage.rename(name, f"damaged-{name}")
 
 
 def _verify(

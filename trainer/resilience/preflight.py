@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.storage_folder import StorageFolder
-from tvr.trainer.checkpoint.catalogue import list_steps
+from tvr.trainer.checkpoint.catalogue import published_steps
 from tvr.trainer.config import CheckpointConfig, Config, DataConfig, TrainConfig, to_json
 from tvr.trainer.data import validate_data_sets
 from tvr.trainer.distributed.shared_memory import ranks_on_node
@@ -109,7 +109,7 @@ def check_disk(
 
     def check() -> None:
         size = checkpoint_bytes(model, train)
-        coming = max(1, checkpoint.keep_last + 1 - len(list_steps(storage)))
+        coming = max(1, checkpoint.keep_last + 1 - len(published_steps(storage)))
         folder = storage.path("")
         while not os.path.exists(folder):
             folder = os.path.dirname(folder.rstrip("/")) or "/"
@@ -225,18 +225,23 @@ def _storage_errors(
 
 
 def _storage_error(storage: StorageFolder, folder: str) -> _StorageError | None:
-    """Writes, renames, reads and removes a small file, as a save does with large ones."""
-    content = os.urandom(64)
+    """Writes, creates, reads and removes small files, as a save does with large ones."""
+    content, error = os.urandom(64), None
+    file, manifest = f"{folder}/files/file", f"{folder}/manifest"
     try:
-        with storage.open_write(f"{folder}/file") as file:
-            file.write(content)
-        storage.rename(folder, f"{folder}-moved")
-        folder = f"{folder}-moved"
-        found = storage.read(f"{folder}/file")
+        storage.write(file, lambda opened: opened.write(content))
+        storage.create(manifest, content)
+        if any(b"".join(storage.read_chunks(name)) != content for name in (file, manifest)):
+            error = _StorageError("a file was read back with other content", is_name=False)
+    except OSError as caught:
+        is_name = isinstance(caught, WRONG_NAME_ERRORS)
+        error = _StorageError(f"{type(caught).__name__}: {caught}", is_name)
+    try:
+        # By their names, since the listing of a store may not show them yet.
+        for name in (manifest, file):
+            storage.remove_file(name)
         storage.remove(folder)
-    except OSError as error:
-        is_name = isinstance(error, WRONG_NAME_ERRORS)
-        return _StorageError(f"{type(error).__name__}: {error}", is_name)
-    if found != content:
-        return _StorageError("a file was read back with other content", is_name=False)
-    return None
+    except OSError as caught:
+        is_name = isinstance(caught, WRONG_NAME_ERRORS)
+        error = error or _StorageError(f"{type(caught).__name__}: {caught}", is_name)
+    return error
