@@ -197,7 +197,7 @@ class OutputDir:
             yield
         except FileNotFoundError:
             # The manifest decides: the publisher removes the plan after it.
-            if not self._is_published():
+            if self._header is None or not self._is_published():
                 raise
 
     @property

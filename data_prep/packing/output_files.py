@@ -1,8 +1,11 @@
 """The files of an output folder: renamed into place on a local disk, one PUT each on a store.
 
 Object stores make a PUT atomic, so that a file has its final name from the start: no copy, no
-rename. Requests to a store are retried (`retries`). A large file is first written to a local one,
-so that its upload can be repeated, and a killed process leaves no upload behind.
+rename. Requests to a store are retried (`StorageFolder`). A large file is first written to a local
+one, so that its upload can be repeated.
+
+On a local disk, any number of processes may write a file at the same time: each has a temporary
+name of its own.
 """
 
 from __future__ import annotations
@@ -13,16 +16,19 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from tvr.data_prep.storage.retries import Retries
 from tvr.data_prep.storage.storage import Storage, partial_name, write_file
+from tvr.data_prep.storage.storage_folder import StorageFolder
 
 WORK_FOLDER = ".packing"
 """Folder of what is not part of the data set."""
+
+COPY_BYTES = 1 << 22
 
 Result = TypeVar("Result")
 
@@ -33,36 +39,36 @@ class OutputFiles:
     def __init__(self, url: str) -> None:
         self._fs: Any
         self._fs, self._root = url_to_fs(url)
-        self._storage = Storage(url)
+        self._folder = StorageFolder(url)
+        self._reader = Storage(url)
         self._retries = Retries()
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def read(self, name: str) -> bytes | None:
         """Reads a file; None if it does not exist."""
         try:
-            return self._storage.read(name)
+            return self._folder.read(name)
         except FileNotFoundError:
             return None
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """Reads the bytes [start, end). Raises FileNotFoundError if there is no such file."""
-        return self._storage.read_range(name, start, end)
+        return self._reader.read_range(name, start, end)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file; readers see the old content or the new."""
         path = self._path(name)
         if self.is_local:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_file(self._fs, path, content)
-        else:
-            self._call(lambda: self._fs.pipe_file(path, content), path)
+        write_file(self._fs, path, content)
 
     def put(self, local: Path, name: str) -> None:
         """Copies a local file of any size; readers see all of it or nothing."""
-        path = self._path(name)
         if not self.is_local:
-            self._call(lambda: self._fs.put_file(str(local), path), path)
+            with open(local, "rb") as source:
+                self._folder.write(name, lambda file: _copy(source, file))
             return
+        path = self._path(name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = partial_name(path)
         try:
@@ -143,6 +149,11 @@ class OutputFiles:
     def _call(self, request: Callable[[], Result], path: str) -> Result:
         # A local disk gives the same error again, and at once.
         return request() if self.is_local else self._retries.call(request, path)
+
+
+def _copy(source: BinaryIO, file: Any) -> None:
+    source.seek(0)  # an earlier attempt may have read a part
+    shutil.copyfileobj(source, file, COPY_BYTES)
 
 
 def _sync(path: str) -> None:
