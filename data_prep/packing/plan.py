@@ -34,6 +34,8 @@ from tvr.data_prep.records import Clip, ShardCorrupt
 WRITER_PACKAGES = ("av", "pillow", "HanTa")
 MAX_SHARD_BYTES = 1 << 40
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackSettings:
@@ -200,7 +202,12 @@ def encode_clip(clip: Clip) -> bytes:
         *(clip.start_s, clip.end_s),
     )
     # A path may hold bytes that are no UTF-8, which Python keeps as surrogates.
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    return _JSON.encode(fields).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def decode_captions(line: bytes) -> list[str]:
+    """Returns the captions of a line from `encode_clip`."""
+    return json.loads(line.decode("utf-8", "surrogatepass"))[2]
 
 
 def decode_clip(line: bytes) -> Clip:

@@ -27,6 +27,7 @@ from tvr.data_prep.annotations.read import merge_clips
 from tvr.data_prep.packing.plan import (
     PackSettings,
     PlanHeader,
+    decode_captions,
     decode_clip,
     encode_clip,
     plan_record,
@@ -301,7 +302,7 @@ def _write_rows(
             digest.update(line)
             size, crc32 = size + len(line), zlib.crc32(line, crc32)
             if settings.words:
-                words.add(word_forms(decode_clip(line).captions))
+                words.add(word_forms(decode_captions(line)))
             count += 1
             if count % REPORT_EVERY == 0:
                 on_plan("ordered", count)

@@ -21,7 +21,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -121,8 +121,11 @@ class WordTagger:
 
 
 def word_forms(captions: Iterable[str]) -> Iterator[str]:
-    """Yields the forms of a clip's words, by which words are counted."""
-    return _forms(clean_captions(captions))
+    """Yields the forms of a clip's words, as `_forms` does, for counting those of millions."""
+    for text in clean_captions(captions):
+        for token in _TOKEN.findall(text):
+            if form := _form(token):
+                yield form
 
 
 def tagger_name() -> str:
@@ -164,6 +167,12 @@ def _tokens(text: str) -> Iterator[_Token]:
             end = start + clitic.start()
         after = clitic.group() if clitic is not None else ""
         yield _Token(start, end, text[start:end], after, text[start].isalnum())
+
+
+@lru_cache(maxsize=1 << 17)
+def _form(token: str) -> str:
+    """Returns the form of a match of _TOKEN; "" for one that is no word."""
+    return next(_forms([token]), "")
 
 
 def _forms(texts: Iterable[str]) -> Iterator[str]:
