@@ -14,12 +14,11 @@ import tyro
 from pydantic.dataclasses import dataclass
 
 from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
-from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join_url
-from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.packing.pack import AnnotationFile, pack_shards
 from tvr.data_prep.packing.pack_metrics import serve_metrics
-from tvr.data_prep.packing.progress import show_progress
+from tvr.data_prep.packing.progress import show_planning, show_progress
 from tvr.data_prep.packing.worker_pool import available_processes
 from tvr.data_prep.records import Clip, TooManyBadSamples
 
@@ -54,7 +53,12 @@ class PackArguments:
     jpeg_quality: int = 90
     """1 to 100 (layout frames)."""
     samples_per_shard: int = 1000
-    """Clips per tar file."""
+    """Clips per shard."""
+    shard_bytes: int = 1 << 30
+    """A shard that would be larger is split into several tar files of at most this size."""
+    shuffle_seed: int | None = 0
+    """Seed of the order of clips, in which the cuts of one video stay together; None keeps the
+    order of the annotations."""
     max_bad: int = 0
     """Bad clips (missing, unreadable, without caption) that packing tolerates."""
     reencode: bool = False
@@ -66,6 +70,12 @@ class PackArguments:
     task: str | None = None
     """i/n with 0 <= i < n: pack only this share of the shards; the last task completes the data
     set."""
+    plan_only: bool = False
+    """Read the annotations, store the plan of all shards at `out` and end. Tasks that start later
+    read their shares of it; without this, one of them plans while the others wait."""
+    packing_id: str | None = None
+    """With --overwrite and --task: a name that all tasks of one launch have in common, so that a
+    task that starts again does not replace their data set; default: the id of the SLURM array."""
     words: bool = True
     """Tag the words of English captions, as `data.word_drop` and `data.content_words` need."""
     metrics_port: int | None = None
@@ -99,6 +109,7 @@ def _pack(arguments: PackArguments) -> int:
         processes = available_processes()
     clips = _clips(arguments)
     with (
+        show_planning("planning") as show_plan,
         show_progress("packing") as show,
         serve_metrics(show, arguments.metrics_port) as on_progress,
     ):
@@ -110,6 +121,8 @@ def _pack(arguments: PackArguments) -> int:
             short_side=arguments.short_side,
             jpeg_quality=arguments.jpeg_quality,
             samples_per_shard=arguments.samples_per_shard,
+            shard_bytes=arguments.shard_bytes,
+            shuffle_seed=arguments.shuffle_seed,
             max_bad=arguments.max_bad,
             reencode=arguments.reencode,
             keyframe_interval=arguments.keyframe_interval,
@@ -118,7 +131,18 @@ def _pack(arguments: PackArguments) -> int:
             processes=processes,
             task=task,
             num_tasks=num_tasks,
+            packing_id=arguments.packing_id,
+            plan_only=arguments.plan_only,
+            on_plan=show_plan,
             on_progress=on_progress,
+        )
+    if manifest is None and arguments.plan_only:
+        print(f"planned; pack the shards at {arguments.out} with the same settings and --task i/n")
+        return 0
+    if manifest is None and arguments.task is None:
+        raise ValueError(
+            f"{arguments.out}: files of complete shards were missing or damaged; repeat the command"
+            " to pack them again"
         )
     if manifest is None:
         print(
@@ -154,11 +178,11 @@ def _task(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _clips(arguments: PackArguments) -> Sequence[Clip]:
+def _clips(arguments: PackArguments) -> Sequence[Clip] | AnnotationFile:
     if arguments.dataset is None:
         if arguments.split is not None:
             raise ValueError(f"split={arguments.split!r} needs a benchmark: set --dataset")
-        return read_annotations(arguments.annotations, videos=arguments.videos)
+        return AnnotationFile(arguments.annotations, arguments.videos)
     selection = read_benchmark(
         arguments.dataset,
         arguments.split,

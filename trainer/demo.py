@@ -206,6 +206,7 @@ def _pack(
             short_side=image_size,
             jpeg_quality=95,
             samples_per_shard=500,
+            shuffle_seed=None,  # the clips are drawn at random already
             processes=workers,
             on_progress=on_progress,
         )

@@ -5,6 +5,9 @@ JSONL has one video or one caption a line; CSV and Parquet have one caption a ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.records import Clip
@@ -37,29 +40,79 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         ValueError: the file is malformed (the message has file:line), has no clips, has a duplicate
             key, or is remote and names a video on this machine.
     """
+    clips: dict[str, Clip] = {}
+    for clip, may_continue in annotated_clips(url, videos=videos):
+        first = clips.get(clip.key)
+        clips[clip.key] = (
+            clip if first is None else merge_clips(first, clip, may_continue=may_continue)
+        )
+    return list(clips.values())
+
+
+def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Clip, bool]]:
+    """Yields the clips of an annotation file in file order, without holding them.
+
+    Rows that follow each other and belong to one clip are merged. Rows of one clip that lie apart
+    are yielded apart; `merge_clips` joins them.
+
+    Yields:
+        A clip, and whether other rows may continue it: those of CSV and Parquet files, and those
+        that name a video to look up.
+
+    Raises as `read_annotations`, except for keys that occur again.
+    """
     base = videos if videos is not None else _parent(url)
-    drafts: dict[str, Draft] = {}
-    merge = file_format(url) != "jsonl"
+    merge, local = file_format(url) != "jsonl", is_local(url)
+    files: VideoFiles | None = None
+    current: Draft | None = None
     for row in annotation_rows(url):
-        first = drafts.get(row.key)
-        if first is None:
-            drafts[row.key] = row
-        elif (merge or row.by_name) and first.source == row.source:
-            _merge(first, row)
-        else:
-            raise ValueError(
-                f"{row.origin}: duplicate key {row.key!r}, first at {first.origin}; give each clip"
-                ' its own "key" (the default is the video\'s file name)'
-            )
-    if not drafts:
+        if row.by_name and files is None:
+            files = VideoFiles(base)
+        if not local:
+            _check_remote(row, url)
+        if current is not None and _continues(row, current, merge):
+            current.captions.extend(row.captions)
+            continue
+        if current is not None:
+            yield _clip(current, base, files), merge or current.by_name
+        current = row
+    if current is None:
         raise ValueError(
             f"{url}: empty annotation without clips; expected one JSON object or CSV row a clip"
         )
-    files = VideoFiles(base) if any(draft.by_name for draft in drafts.values()) else None
-    if not is_local(url):
-        for draft in drafts.values():
-            _check_remote(draft, url)
-    return [_clip(draft, base, files) for draft in drafts.values()]
+    yield _clip(current, base, files), merge or current.by_name
+
+
+def merge_clips(first: Clip, clip: Clip, *, may_continue: bool) -> Clip:
+    """Returns the clip of two rows with the same key.
+
+    Args:
+        may_continue: The format allows several rows a clip, see `annotated_clips`.
+
+    Raises:
+        ValueError: the rows are two clips, or disagree.
+    """
+    where, first_at = clip.origin or clip.video, first.origin or first.video
+    if not may_continue or (first.video, first.span) != (clip.video, clip.span):
+        raise ValueError(
+            f"{where}: duplicate key {clip.key!r}, first at {first_at}; give each clip"
+            ' its own "key" (the default is the video\'s file name)'
+        )
+    if first.video_id != clip.video_id:
+        raise ValueError(
+            f"{where}: video_id={clip.video_id!r} differs from {first.video_id!r} of the same"
+            f" video at {first_at}"
+        )
+    return replace(first, captions=(*first.captions, *clip.captions))
+
+
+def _continues(row: Draft, current: Draft, merge: bool) -> bool:
+    return (
+        (merge or row.by_name)
+        and row.key == current.key
+        and row.source == current.source
+        and row.video_id == current.video_id
+    )
 
 
 def _clip(draft: Draft, base: str, files: VideoFiles | None) -> Clip:
@@ -100,15 +153,6 @@ def _check_remote(draft: Draft, url: str) -> None:
             f" videos, because the annotation file {url} is not on this machine; copy the"
             " annotation file here to read such videos"
         )
-
-
-def _merge(first: Draft, row: Draft) -> None:
-    if first.video_id != row.video_id:
-        raise ValueError(
-            f"{row.origin}: video_id={row.video_id!r} differs from {first.video_id!r} of the same"
-            f" video at {first.origin}"
-        )
-    first.captions.extend(row.captions)
 
 
 def _resolve(video: str, base: str) -> str:

@@ -113,14 +113,25 @@ def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()[:length]
 
 
+class ContentHash:
+    """Hashes the clips of one source file, which is read through once."""
+
+    def __init__(self, source: bytes) -> None:
+        self._digest = hashlib.blake2b(source, digest_size=8)
+
+    def of(self, span: tuple[float, float | None] | None) -> int:
+        """Returns `content_hash` of the source and a cut range."""
+        digest = self._digest.copy()
+        if span is not None:
+            start_s, end_s = span
+            digest.update(struct.pack("<2d", start_s, math.inf if end_s is None else end_s))
+        return int.from_bytes(digest.digest(), "little")
+
+
 def content_hash(source: bytes, span: tuple[float, float | None] | None) -> int:
     """Returns a 64-bit hash of a clip's content: blake2b of the source file and the cut range.
 
     Args:
         span: Cut range in seconds; None = the whole source.
     """
-    digest = hashlib.blake2b(source, digest_size=8)
-    if span is not None:
-        start_s, end_s = span
-        digest.update(struct.pack("<2d", start_s, math.inf if end_s is None else end_s))
-    return int.from_bytes(digest.digest(), "little")
+    return ContentHash(source).of(span)

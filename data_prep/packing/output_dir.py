@@ -1,181 +1,189 @@
 """The output folder of a packing, shared by any number of processes on any machines.
 
-    .packing/plan.json           clips, settings and versions of the packing
-    .packing/shard-000012.json   shard 12 is complete, see `shard_record`
-    shard-000012.tar             complete shard, written before its record
+    .packing/clips-FINGERPRINT.jsonl, .bin   clips of all shards, and their index, see `plan`
+    .packing/plan.json                       the plan is stored; settings, versions, generation
+    .packing/shard-0-000012-1-0.json         shard 12 is complete, see `shard_record`
+    shard-000012.tar, shard-000012-001.tar   files of a complete shard, written before its record
     samples.rows, bad.jsonl, manifest.json   written in this order when all shards are complete
+    .packing/launch-ID.json                  with `overwrite`: what the launch ID decided
 
 There are no locks, because object stores have none. Every file is a pure function of the plan and
-the source videos, and is written to a unique temporary name and then renamed. Two processes that
-write the same file therefore replace it with the same bytes.
+the source videos, and appears at once, see `output_files`. Two processes that write the same file
+therefore replace it with the same bytes.
 
-With `overwrite`, the new files have the next generation number in their names. The old data set
-stays complete until `manifest.json` is renamed; its files are removed after that.
+The files of a packing have a generation number in their names that no earlier packing of the
+folder had, so that a process of an earlier one cannot touch them. A data set that is replaced stays
+complete until `manifest.json` is written; its files are removed after that.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
-
-from fsspec.core import url_to_fs
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
 
 from tvr.data_prep.dataset.index_rules import generation_of
 from tvr.data_prep.dataset.manifest import (
     BAD_NAME,
     Manifest,
-    join_url,
     read_manifest_json,
-    samples_name,
-    shard_name,
     write_manifest,
 )
-from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample
+from tvr.data_prep.packing.output_files import WORK_FOLDER, OutputFiles
 from tvr.data_prep.packing.pack_clip import RefusedClip
-from tvr.data_prep.packing.plan import PackPlan, plan_differences
-from tvr.data_prep.packing.shard_record import (
-    ShardRecord,
-    decode_record,
-    encode_record,
-    packing_id,
-    record_name,
+from tvr.data_prep.packing.plan import (
+    PackPlan,
+    PackSettings,
+    PlanHeader,
+    plan_differences,
+    settings_record,
 )
+from tvr.data_prep.packing.plan_build import BuiltPlan
+from tvr.data_prep.packing.shard_record import is_replaced, packing_id
+from tvr.data_prep.packing.shard_records import ShardRecords
 from tvr.data_prep.records import ShardCorrupt
-from tvr.data_prep.storage.storage import PARTIAL_SUFFIX, partial_name, write_file
 
-WORK_FOLDER = ".packing"
 PLAN_NAME = "plan.json"
-# Files that `publish` removes unless the manifest names them.
-PACKED_FILES = re.compile(
-    rf"shard-(\d+-)?\d{{6,}}\.tar|samples(-\d+)?\.(npz|rows)|.*{re.escape(PARTIAL_SUFFIX)}"
-)
+LAUNCH_PREFIX = "launch-"
+PlanState = Literal["absent", "joined", "complete"]
+
+log = logging.getLogger(__name__)
 
 
 class OutputDir:
-    """Output folder of one packing; see the module's docstring for its files."""
+    """Output folder of one packing; see the module's docstring for its files.
 
-    def __init__(self, url: str, plan: PackPlan) -> None:
+    Args:
+        overwrite: Replace a complete data set, or an unfinished packing with another plan.
+        launch: Name that all tasks of one launch have in common, also when they start again.
+    """
+
+    def __init__(self, url: str, *, overwrite: bool = False, launch: str | None = None) -> None:
         self.url = url
-        self._plan = plan
-        self._fs: Any
-        self._fs, root = url_to_fs(url)
-        self._root = root
-        self._work = join_url(root, WORK_FOLDER)
+        self.files = OutputFiles(url)
         self.generation = 0
-        """Number of data sets that this folder held before this one."""
-        self._records: dict[int, ShardRecord] = {}
+        """Number of packings that this folder held before this one."""
+        self._overwrite = overwrite
+        self._launch = launch if overwrite else None
+        self._header: PlanHeader | None = None
+        self._records: ShardRecords | None = None
 
-    def claim(self, *, overwrite: bool = False) -> bool:
-        """Starts the packing, or joins a packing with the same plan.
+    def join(self, source: dict[str, Any] | None, settings: PackSettings) -> PlanState:
+        """Joins a stored plan of the same source and settings, without reading the clips.
+
+        Args:
+            source: See `ClipSource.identity`.
 
         Returns:
-            True if the data set of this plan is already complete.
+            "joined", "complete" if this launch's data set is published, or "absent".
+        """
+        if source is None:
+            return "absent"
+        stored = self._read_json(PLAN_NAME)
+        if stored is not None and _is_of(stored, source, settings):
+            self._adopt(stored)
+            return "joined"
+        decided = self._read_decision()
+        if decided is not None and _is_of(decided, source, settings):
+            published = self._read_published()
+            if _is_published(published, decided["fingerprint"], decided["generation"], self.url):
+                return "complete"
+        return "absent"
+
+    def claim(self, built: BuiltPlan, source: dict[str, Any] | None) -> PlanState:
+        """Stores a plan and so starts its packing, or joins one with the same plan.
+
+        Returns:
+            "joined", or "complete" if the data set of this plan is already published.
 
         Raises:
-            FileExistsError: the folder holds another complete data set, and `overwrite` is false.
+            FileExistsError: the folder holds another complete data set that is not to be replaced.
             ValueError: the folder holds an unfinished packing with another plan, and `overwrite`
                 is false.
         """
-        unfinished = self._read_plan()
-        if unfinished is not None and unfinished["fingerprint"] == self._plan.fingerprint:
-            self.generation = unfinished["generation"]
-            return False
-        if unfinished is not None and not overwrite:
-            changes = plan_differences(unfinished["plan"], self._plan.record)
-            raise ValueError(
-                f"{self.url} holds an unfinished packing of other clips or settings ({changes});"
-                " pack to another folder, repeat the earlier settings to resume it, or replace it"
-                " with --overwrite"
-            )
-        published = self._read_published()
-        if published is not None and not overwrite:
-            if self._is_this_packing(published):
-                self._remove_work()
-                return True
-            raise FileExistsError(
-                f"{self.url} holds a complete data set; pack to another folder, or replace it with"
-                " --overwrite"
-            )
-        # Processes that start this packing at the same time compute the same generation. Manifests
-        # of format version 1 have none.
-        self.generation = 0 if published is None else generation_of(published, self.url) + 1
-        self._fs.makedirs(self._work, exist_ok=True)
-        record = {
-            "fingerprint": self._plan.fingerprint,
-            "generation": self.generation,
-            "plan": self._plan.record,
-        }
-        content = json.dumps(record, indent=1).encode()
-        write_file(self._fs, join_url(self._work, PLAN_NAME), content)
-        return False
+        header = built.header
+        if (state := self._decide(header)) == "absent":
+            self.files.put(built.rows, f"{WORK_FOLDER}/{header.rows_name}")
+            self.files.put(built.index, f"{WORK_FOLDER}/{header.index_name}")
+            # Copying took time; others may have started or ended this packing meanwhile.
+            if (state := self._decide(header)) == "absent":
+                self._store_plan(header, source)
+                is_published = self._is_published()
+                state = "complete" if is_published else "joined"
+        if state == "complete":
+            self._remove_work()
+        return state
 
-    def complete_shards(self) -> dict[int, ShardRecord]:
-        """Returns the records of shards whose files are present, by shard number."""
-        records = self.recorded_shards()
-        sizes = self._file_sizes(self._root)
-        return {
-            number: record
-            for number, record in sorted(records.items())
-            if not record.samples or sizes.get(record.shard.name) == record.shard.shard_bytes
-        }
+    def open_plan(self, settings: PackSettings, folder: Path) -> PackPlan:
+        """Reads the index of the claimed plan.
 
-    def recorded_shards(self) -> dict[int, ShardRecord]:
-        """Returns the records of complete shards without checking the shards' files."""
-        listed = self._list_names(self._work)
-        for number in range(self._plan.num_shards):
-            if record_name(number) not in listed:
-                self._records.pop(number, None)
-            elif number not in self._records:
-                content = self._fs.cat_file(join_url(self._work, record_name(number)))
-                record = decode_record(content, self._packing_id)
-                if record is not None:
-                    self._records[number] = record
-        return dict(self._records)
+        Args:
+            folder: Local folder of this process.
 
-    @contextmanager
-    def open_shard(self, number: int) -> Iterator[OpenShard]:
-        """Opens a temporary file for a shard; `OpenShard.commit` completes the shard."""
-        name = shard_name(number, self.generation)
-        partial = partial_name(join_url(self._work, name))
-        writer = ShardWriter(self._fs, partial)
-        try:
-            yield OpenShard(self, writer, number, name, partial)
-        finally:
-            with suppress(OSError):  # a full disk fails here a second time
-                writer.close()
-            self._remove(partial)
+        Raises:
+            FileNotFoundError: another process has published this data set.
+        """
+        header = self._claimed
+        index_name = f"{WORK_FOLDER}/{header.index_name}"
+        index = self.files.read(index_name)
+        if index is None:
+            raise FileNotFoundError(f"{self.url}/{index_name} is gone")
+        rows_name = f"{WORK_FOLDER}/{header.rows_name}"
+
+        def read_rows(start: int, end: int) -> bytes:
+            return self.files.read_range(rows_name, start, end)
+
+        return PackPlan(header, settings, index, read_rows, folder)
 
     def publish(self, manifest: Manifest, bad: Sequence[RefusedClip]) -> None:
-        """Writes the index, `manifest.json` last, then removes the files that it does not name.
+        """Writes the index, `manifest.json` last, then removes the files that it replaces.
 
         Raises:
             FileNotFoundError: another process already published this data set.
         """
-        if not self.is_active():
-            raise FileNotFoundError(f"{self.url}: {WORK_FOLDER} is gone")
+        self.check_active()
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in bad)
-        write_file(self._fs, join_url(self._root, BAD_NAME), lines.encode())
+        self.files.write(BAD_NAME, lines.encode())
         write_manifest(self.url, manifest)
-        named = {shard.name for shard in manifest.shards} | {samples_name(manifest.generation)}
-        for name in self._list_names(self._root):
-            if PACKED_FILES.fullmatch(name) and name not in named:
-                self._remove(join_url(self._root, name))
+        named = {shard.name for shard in manifest.shards}
+        replaced = [
+            name
+            for name in self.files.sizes()
+            if name not in named and is_replaced(name, self.generation)
+        ]
+        self.files.remove(replaced)
         self._remove_work()
 
-    def is_active(self) -> bool:
-        """True while this packing is unfinished. Raises as `claim`."""
-        before = self._packing_id
-        return not self.claim() and self._packing_id == before
+    def check_active(self) -> None:
+        """Checks that this packing is unfinished.
+
+        Raises:
+            FileNotFoundError: the packing is published, or its work folder was removed.
+            ValueError: the folder holds an unfinished packing of another plan.
+        """
+        stored = self._read_json(PLAN_NAME)
+        if stored is None:
+            raise FileNotFoundError(
+                f"{self.url}/{WORK_FOLDER}/{PLAN_NAME} is gone: the data set is published, or the"
+                " folder was removed; repeat the command"
+            )
+        if packing_id(stored["fingerprint"], stored["generation"]) != self._packing_id:
+            raise self._unfinished_error(stored, self._claimed)
 
     def discard_if_empty(self) -> None:
         """Removes the work folder if this packing has no complete shard."""
-        unfinished = self._read_plan() or {"fingerprint": "", "generation": 0}
-        id_in_folder = packing_id(unfinished["fingerprint"], unfinished["generation"])
-        if id_in_folder == self._packing_id and not self.complete_shards():
+        stored = self._read_json(PLAN_NAME)
+        if (
+            self._header is not None
+            and stored is not None
+            and packing_id(stored["fingerprint"], stored["generation"]) == self._packing_id
+            and not self.records.names()
+        ):
             self._remove_work()
 
     @contextmanager
@@ -183,46 +191,114 @@ class OutputDir:
         """Ignores a FileNotFoundError if another process has published this data set.
 
         Several processes may see all shards complete and publish at the same time. The first one
-        removes temporary files that the others still use.
+        removes files that the others still use.
         """
         try:
             yield
         except FileNotFoundError:
-            # The manifest decides: the publisher removes partial files first, the plan later.
-            if not self._is_this_packing(self._read_published()):
+            # The manifest decides: the publisher removes the plan after it.
+            if self._header is None or not self._is_published():
                 raise
 
     @property
+    def records(self) -> ShardRecords:
+        """The records of complete shards of the claimed packing."""
+        if self._records is None:
+            self._records = ShardRecords(self.files, self._claimed.fingerprint, self.generation)
+        return self._records
+
+    @property
+    def _claimed(self) -> PlanHeader:
+        assert self._header is not None, "claim or join came first"
+        return self._header
+
+    @property
     def _packing_id(self) -> str:
-        return packing_id(self._plan.fingerprint, self.generation)
+        return packing_id(self._claimed.fingerprint, self.generation)
 
-    def _commit(self, number: int, partial: str, record: ShardRecord) -> None:
-        """Renames a shard's file, writes its record and removes other processes' partial files."""
-        name = record.shard.name
-        if record.samples:
-            self._rename_shard(number, partial, name)
-        content = encode_record(record, self._packing_id)
-        write_file(self._fs, join_url(self._work, record_name(number)), content)
-        self._records[number] = record
-        # Their writers were killed, or will find the record.
-        for other in self._list_names(self._work):
-            if other.startswith(name) and other.endswith(PARTIAL_SUFFIX):
-                self._remove(join_url(self._work, other))
+    def _decide(self, header: PlanHeader) -> PlanState:
+        """Reads what the folder holds, and sets the generation."""
+        self._header = header
+        unfinished = self._read_json(PLAN_NAME)
+        if unfinished is not None and unfinished["fingerprint"] == header.fingerprint:
+            self._adopt(unfinished)
+            return "joined"
+        if unfinished is not None and not self._overwrite:
+            raise self._unfinished_error(unfinished, header)
+        # Read before and after the manifest: whoever published has decided before.
+        decided = self._read_decision()
+        published = self._read_published()
+        decided = decided or self._read_decision()
+        if decided is not None and decided["fingerprint"] == header.fingerprint:
+            self.generation = decided["generation"]
+            if unfinished is not None and unfinished["generation"] > self.generation:
+                raise self._unfinished_error(unfinished, header)
+        else:
+            # Processes that start this packing at the same time compute the same generation.
+            earlier = [] if published is None else [generation_of(published, self.url)]
+            earlier += [] if unfinished is None else [int(unfinished["generation"])]
+            self.generation = max(earlier) + 1 if earlier and self._overwrite else 0
+            if published is None or self._overwrite:
+                return "absent"
+        if self._is_this_packing(published):
+            return "complete"
+        if published is None or generation_of(published, self.url) < self.generation:
+            return "absent"
+        raise FileExistsError(
+            f"{self.url} holds a complete data set; pack to another folder, or replace it with"
+            " --overwrite"
+            if decided is None
+            else f"{self.url} holds a later data set than the one of {self._launch}"
+        )
 
-    def _rename_shard(self, number: int, partial: str, name: str) -> None:
-        try:
-            self._fs.mv(partial, join_url(self._root, name))
-        except FileNotFoundError:
-            # Another process completed this shard meanwhile and removed this partial file.
-            if record_name(number) not in self._list_names(self._work):
-                raise
+    def _store_plan(self, header: PlanHeader, source: dict[str, Any] | None) -> None:
+        index = asdict(header)
+        stored = {
+            "fingerprint": index.pop("fingerprint"),
+            "generation": self.generation,
+            "plan": index.pop("record"),
+            "source": source,
+            "index": index,
+        }
+        self._write_decision(stored)
+        content = json.dumps(stored, indent=1).encode()
+        self.files.write(f"{WORK_FOLDER}/{PLAN_NAME}", content)
 
-    def _read_plan(self) -> dict[str, Any] | None:
-        """Returns the plan of the unfinished packing in the folder, if there is one."""
-        try:
-            return json.loads(self._fs.cat_file(join_url(self._work, PLAN_NAME)))
-        except FileNotFoundError:
-            return None
+    def _adopt(self, stored: dict[str, Any]) -> None:
+        """Takes over a stored plan."""
+        self.generation = stored["generation"]
+        self._header = PlanHeader(
+            fingerprint=stored["fingerprint"], record=stored["plan"], **stored["index"]
+        )
+        if self._launch is not None and self._read_decision() is None:
+            self._write_decision(stored)
+
+    def _write_decision(self, stored: dict[str, Any]) -> None:
+        if self._launch is not None:
+            names = ("fingerprint", "generation", "plan", "source")
+            decision = {"launch": self._launch, **{name: stored[name] for name in names}}
+            self.files.write(self._decision_name, json.dumps(decision, indent=1).encode())
+
+    def _read_decision(self) -> dict[str, Any] | None:
+        """Returns what this launch decided: its plan and generation."""
+        return None if self._launch is None else self._read_json(self._decision_name, "")
+
+    @property
+    def _decision_name(self) -> str:
+        digest = sha256(str(self._launch).encode()).hexdigest()
+        return f"{WORK_FOLDER}/{LAUNCH_PREFIX}{digest[:16]}.json"
+
+    def _read_json(self, name: str, folder: str = f"{WORK_FOLDER}/") -> dict[str, Any] | None:
+        content = self.files.read(folder + name)
+        return None if content is None else json.loads(content)
+
+    def _unfinished_error(self, unfinished: dict[str, Any], header: PlanHeader) -> ValueError:
+        changes = plan_differences(unfinished["plan"], header.record)
+        return ValueError(
+            f"{self.url} holds an unfinished packing of other clips or settings ({changes});"
+            " pack to another folder, repeat the earlier settings to resume it, or replace it"
+            " with --overwrite"
+        )
 
     def _read_published(self) -> dict[str, Any] | None:
         """Returns `manifest.json` if it exists; an empty dict for a damaged one."""
@@ -235,76 +311,38 @@ class OutputDir:
         except ShardCorrupt:
             return {}
 
+    def _is_published(self) -> bool:
+        return self._is_this_packing(self._read_published())
+
     def _is_this_packing(self, published: dict[str, Any] | None) -> bool:
         """True if the published data set has this packing's plan."""
-        return (
-            published is not None
-            and generation_of(published, self.url) >= self.generation
-            and published.get("fingerprint") == self._plan.fingerprint
-        )
-
-    def _list_names(self, folder: str) -> set[str]:
-        self._fs.invalidate_cache()
-        try:
-            return {path.rsplit("/", 1)[-1] for path in self._fs.ls(folder, detail=False)}
-        except FileNotFoundError:
-            return set()
-
-    def _file_sizes(self, folder: str) -> dict[str, int]:
-        self._fs.invalidate_cache()
-        listed = self._fs.ls(folder, detail=True)
-        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed}
-
-    def _remove(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            self._fs.rm_file(path)
+        header = self._claimed
+        return _is_published(published, header.fingerprint, self.generation, self.url)
 
     def _remove_work(self) -> None:
         """Removes the work folder, plan first: a plan without records means missing shards."""
-        for name in sorted(self._list_names(self._work), key=lambda name: name != PLAN_NAME):
-            self._remove(join_url(self._work, name))
-        with suppress(OSError):  # already removed, or a store without folders
-            self._fs.rmdir(self._work)
+        self.files.remove([f"{WORK_FOLDER}/{PLAN_NAME}"])
+        names = [
+            name for name in self.files.sizes(WORK_FOLDER) if not name.startswith(LAUNCH_PREFIX)
+        ]
+        self.files.remove(f"{WORK_FOLDER}/{name}" for name in sorted(names))
+        self.files.remove_folder(WORK_FOLDER)
 
 
-class OpenShard:
-    """A shard while it is written; see `OutputDir.open_shard`."""
+def _is_of(stored: dict[str, Any], source: dict[str, Any], settings: PackSettings) -> bool:
+    """True if a stored plan is of a source and settings."""
+    planned = stored["plan"]
+    return stored.get("source") == source and all(
+        name in planned and planned[name] == value
+        for name, value in settings_record(settings).items()
+    )
 
-    def __init__(
-        self, output: OutputDir, writer: ShardWriter, number: int, name: str, partial: str
-    ) -> None:
-        self._output = output
-        self._writer = writer
-        self._number = number
-        self._name = name
-        self._partial = partial
-        self._bad: list[RefusedClip] = []
-        self._num_empty_captions = 0
 
-    def append(self, outcome: TarSample | RefusedClip) -> None:
-        """Writes a packed clip, or notes a refused one for the shard's record."""
-        if isinstance(outcome, RefusedClip):
-            self._bad.append(outcome)
-        else:
-            self._num_empty_captions += outcome.num_empty_captions
-            self._writer.append(outcome)
-
-    def commit(self) -> bool:
-        """Renames the shard to its final name and writes its record.
-
-        Returns:
-            False if another process has completed the data set meanwhile.
-
-        Raises as `OutputDir.claim` if the folder holds another packing now.
-        """
-        shard, samples = self._writer.finish(self._name)
-        if not self._output.is_active():
-            return False
-        record = ShardRecord(
-            shard=shard,
-            samples=samples,
-            num_empty_captions=self._num_empty_captions,
-            bad=tuple(self._bad),
-        )
-        self._output._commit(self._number, self._partial, record)
-        return True
+def _is_published(
+    published: dict[str, Any] | None, fingerprint: str, generation: int, url: str
+) -> bool:
+    return (
+        published is not None
+        and generation_of(published, url) >= generation
+        and published.get("fingerprint") == fingerprint
+    )

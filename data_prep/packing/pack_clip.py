@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tvr.data_prep.dataset.shard_writer import TarSample, content_hash, tar_bytes
+from tvr.data_prep.dataset.shard_writer import ContentHash, TarSample, tar_bytes
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger, clean_captions
 from tvr.data_prep.records import BadSample, Caption, Clip
@@ -31,10 +31,56 @@ class RefusedClip:
     detail: str
 
 
+class LastSource:
+    """The source that a process read last, which the next clip may be cut from, too."""
+
+    def __init__(self) -> None:
+        self._url: str | None = None
+        self._source: _Source | _Refusal | None = None
+
+    def read(self, clip: Clip) -> _Source:
+        """Returns the source of a clip, read and opened once for clips in a row.
+
+        Raises:
+            BadSample: it cannot be read or is no video.
+            StorageUnavailable: the storage fails for the moment.
+        """
+        if self._source is None or self._url != clip.video:
+            self._url, self._source = clip.video, None  # frees the last one before the next
+            try:
+                content = _read_source(clip)
+                info = describe_video(content, key=clip.key)
+                self._source = _Source(content, ContentHash(content), info)
+            except BadSample as error:
+                self._source = _Refusal(error.reason, error.detail)
+        if isinstance(self._source, _Refusal):
+            raise BadSample(clip.key, self._source.reason, self._source.detail)
+        return self._source
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    content: bytes
+    hash: ContentHash
+    info: VideoInfo
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    reason: str
+    detail: str
+
+
 def pack_clip(
-    clip: Clip, settings: PackSettings, tagger: WordTagger | None = None
+    clip: Clip,
+    settings: PackSettings,
+    tagger: WordTagger | None = None,
+    last_source: LastSource | None = None,
 ) -> TarSample | RefusedClip:
     """Reads, checks and converts one clip. The same clip gives the same bytes.
+
+    Args:
+        last_source: Keeps the source for the next clip.
 
     Raises:
         StorageUnavailable: the storage of the source fails for the moment. A refusal would leave
@@ -45,7 +91,7 @@ def pack_clip(
         if not captions:
             found = f"{len(clip.captions)} captions, none with a character"
             raise BadSample(clip.key, "no_caption", found)
-        source = _read_source(clip)
+        source = (last_source or LastSource()).read(clip)
         members = _members(clip, source, captions, settings)
     except BadSample as error:
         return refuse_clip(clip, error.reason, error.detail)
@@ -55,7 +101,7 @@ def pack_clip(
         stored=tar_bytes(clip.key, members),
         num_captions=len(captions),
         num_empty_captions=len(clip.captions) - len(captions),
-        content=content_hash(source, clip.span),
+        content=source.hash.of(clip.span),
     )
 
 
@@ -73,9 +119,9 @@ def refuse_clip(clip: Clip, reason: str, detail: str) -> RefusedClip:
 
 
 def _members(
-    clip: Clip, source: bytes, captions: tuple[Caption, ...], settings: PackSettings
+    clip: Clip, opened: _Source, captions: tuple[Caption, ...], settings: PackSettings
 ) -> dict[str, bytes]:
-    info = describe_video(source, key=clip.key)
+    source, info = opened.content, opened.info
     times_s: tuple[float, ...] = ()
     if settings.layout == "frames":
         frames, times_s = sample_frames(source, settings.num_frames, span=clip.span, key=clip.key)

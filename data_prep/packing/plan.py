@@ -1,27 +1,40 @@
 """The plan of a packing: the clips of each shard, and a fingerprint of everything that determines
 the data set's bytes.
 
-The plan is a pure function of the clip list and the settings. It depends neither on processes and
+The plan is a pure function of the clips and the settings. It depends neither on processes and
 tasks, nor on restarts, nor on clips that turn out to be bad. Any process can therefore pack any
 shard, with the same bytes.
+
+A plan has two files, which `plan_build` writes once and all tasks read:
+
+- the rows, one clip a line of JSON, in the order of the shards;
+- the index: where each shard begins in the rows, and in how many clips each word occurs.
+
+A task reads the index and the lines of its own shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, get_args
 
-from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_rule
+import numpy as np
+
 from tvr.data_prep.dataset.manifest import FORMAT_VERSION, Layout
-from tvr.data_prep.records import VIDEO_ID_RULE, Clip, is_video_id
-from tvr.data_prep.video.frame_sampling import check_span
+from tvr.data_prep.packing.word_counts import WordCounts
+from tvr.data_prep.records import Clip, ShardCorrupt
 
 # Packages whose versions determine the stored pictures, videos and words.
 WRITER_PACKAGES = ("av", "pillow", "HanTa")
+MAX_SHARD_BYTES = 1 << 40
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +49,11 @@ class PackSettings:
     reencode: bool
     keyframe_interval: int
     words: bool
+    shard_bytes: int = 1 << 30
+    """A shard is split into files of at most this size; a larger sample has its own file."""
+    shuffle_seed: int | None = None
+    """Seed of the order of clips, in which the cuts of one video are neighbours; None keeps the
+    order of the annotations."""
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
@@ -46,6 +64,8 @@ class PackSettings:
             ("jpeg_quality", 1, 100),
             ("samples_per_shard", 1, 10**6),
             ("keyframe_interval", 1, 1000),
+            ("shard_bytes", 1, MAX_SHARD_BYTES),
+            ("shuffle_seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -60,69 +80,148 @@ class PackSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackPlan:
-    """Clips and settings of a packing."""
+class PlanHeader:
+    """What identifies a plan, and the layout of its index; JSON values."""
 
-    clips: tuple[Clip, ...]
-    settings: PackSettings
-    record: dict[str, Any]
-    """Everything that determines the data set's bytes except the source videos; JSON values."""
     fingerprint: str
     """sha256 of `record`."""
+    record: dict[str, Any]
+    """Everything that determines the data set's bytes except the source videos."""
+    num_clips: int
+    num_shards: int
+    num_words: int
+    """Forms in the index; 0 without words."""
+    index_sha256: str
+    in_memory: str
+    """A clip's URL in the memory of one process; empty if there is none."""
+
+    @property
+    def rows_name(self) -> str:
+        """File name of the rows. Equal names have equal contents."""
+        return f"clips-{self.fingerprint[:16]}.jsonl"
+
+    @property
+    def index_name(self) -> str:
+        """File name of the index. Equal names have equal contents."""
+        return f"clips-{self.fingerprint[:16]}.bin"
+
+
+class PackPlan:
+    """The clips of each shard, read from the plan's files.
+
+    Args:
+        index: Content of the index.
+        read_rows: Returns the bytes [start, end) of the rows.
+        folder: Local folder of this process, in which the counts of words are kept as a file, so
+            that packing processes map one copy.
+
+    Raises:
+        ShardCorrupt: the index is damaged.
+    """
+
+    def __init__(
+        self,
+        header: PlanHeader,
+        settings: PackSettings,
+        index: bytes,
+        read_rows: Callable[[int, int], bytes],
+        folder: Path,
+    ) -> None:
+        if hashlib.sha256(index).hexdigest() != header.index_sha256:
+            raise ShardCorrupt(f"{header.index_name}: sha256 differs from the plan's")
+        self.header = header
+        self.settings = settings
+        self._read_rows = read_rows
+        numbers, shards = np.frombuffer(index, np.uint64), header.num_shards
+        # Copies: the slices of `numbers` would keep the words in memory.
+        self._first_rows = numbers[: shards + 1].copy()
+        self._offsets = numbers[shards + 1 : 2 * shards + 2].copy()
+        self._crc32s = numbers[2 * shards + 2 : 3 * shards + 2].copy()
+        self._words_file = folder / "words.bin"
+        WordCounts(header.num_clips, numbers[3 * shards + 2 :]).write(self._words_file)
 
     @property
     def num_shards(self) -> int:
-        return -(-len(self.clips) // self.settings.samples_per_shard)
+        return self.header.num_shards
 
-    def shard_clips(self, number: int) -> Sequence[Clip]:
-        """Returns the clips of a shard: `samples_per_shard`, fewer in the last shard."""
-        first = number * self.settings.samples_per_shard
-        return self.clips[first : first + self.settings.samples_per_shard]
+    @property
+    def fingerprint(self) -> str:
+        return self.header.fingerprint
+
+    def shard_size(self, number: int) -> int:
+        """Returns the number of clips of a shard."""
+        return int(self._first_rows[number + 1] - self._first_rows[number])
+
+    def shard_clips(self, number: int) -> list[Clip]:
+        """Reads the clips of a shard.
+
+        Raises:
+            ShardCorrupt: the rows are damaged.
+        """
+        start, end = int(self._offsets[number]), int(self._offsets[number + 1])
+        content = self._read_rows(start, end)
+        if zlib.crc32(content) != int(self._crc32s[number]):
+            raise ShardCorrupt(
+                f"{self.header.rows_name}: bytes {start} to {end} are damaged; remove the folder"
+                " .packing of the output and repeat the command"
+            )
+        return [decode_clip(line) for line in content.splitlines()]
+
+    def word_counts(self) -> WordCounts:
+        """Returns in how many clips of the data set each word occurs."""
+        return WordCounts.map_file(self.header.num_clips, self._words_file)
 
     def task_shards(self, task: int, num_tasks: int) -> range:
         """Returns the numbers of the shards that a task packs."""
         return range(task, self.num_shards, num_tasks)
 
 
-def make_plan(clips: Iterable[Clip], settings: PackSettings) -> PackPlan:
-    """Assigns `samples_per_shard` clips to each shard, in order.
-
-    Raises:
-        ValueError: a key is invalid or not unique, a video_id is invalid, or the layout cannot
-            store a cut.
-    """
-    clips = tuple(clips)
-    digest = hashlib.sha256()
-    origins: dict[str, str] = {}
-    for clip in clips:
-        where = clip.origin or clip.video
-        if not KEY_PATTERN.fullmatch(clip.key):
-            raise ValueError(f"{where}: {key_rule(clip.key)}")
-        if not is_video_id(clip.video_id):
-            raise ValueError(f"{where}: video_id={clip.video_id!r} must be {VIDEO_ID_RULE}")
-        if clip.key in origins:
-            raise ValueError(f"{where}: duplicate key {clip.key!r}, first at {origins[clip.key]}")
-        check_span(clip.span)
-        if clip.span is not None and settings.layout == "video" and not settings.reencode:
-            raise ValueError(
-                f"{where}: clip {clip.key!r} is cut out of its video; layout=video needs"
-                " reencode=True (--reencode) for that, because a copy is the whole file"
-            )
-        origins[clip.key] = where
-        digest.update(json.dumps(_clip_fields(clip)).encode() + b"\n")
-    record = {
+def settings_record(settings: PackSettings) -> dict[str, Any]:
+    """Returns the settings and versions that determine the data set's bytes; JSON values."""
+    return {
         "format_version": FORMAT_VERSION,
-        "num_clips": len(clips),
-        "clips": digest.hexdigest(),
         **asdict(settings),
         **{name: version(name) for name in WRITER_PACKAGES},
     }
-    text = json.dumps(record, sort_keys=True)
-    return PackPlan(
-        clips=clips,
-        settings=settings,
-        record=record,
-        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+
+
+def plan_record(settings: PackSettings, num_clips: int, clips_sha256: str) -> dict[str, Any]:
+    """Returns the record of a plan, see `PlanHeader`."""
+    return {"num_clips": num_clips, "clips": clips_sha256, **settings_record(settings)}
+
+
+def record_fingerprint(record: dict[str, Any]) -> str:
+    """Returns the fingerprint of a plan's record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def encode_clip(clip: Clip) -> bytes:
+    """Returns the line of a clip: the fields that determine a sample, or its line in bad.jsonl."""
+    fields = (
+        *(clip.key, clip.video, clip.captions, clip.video_id, clip.origin),
+        *(clip.start_s, clip.end_s),
+    )
+    # A path may hold bytes that are no UTF-8, which Python keeps as surrogates.
+    return _JSON.encode(fields).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def decode_captions(line: bytes) -> list[str]:
+    """Returns the captions of a line from `encode_clip`."""
+    return json.loads(line.decode("utf-8", "surrogatepass"))[2]
+
+
+def decode_clip(line: bytes) -> Clip:
+    """Returns the clip of a line from `encode_clip`."""
+    fields = json.loads(line.decode("utf-8", "surrogatepass"))
+    key, video, captions, video_id, origin, start_s, end_s = fields
+    return Clip(
+        key=key,
+        video=video,
+        captions=tuple(captions),
+        video_id=video_id,
+        origin=origin,
+        start_s=start_s,
+        end_s=end_s,
     )
 
 
@@ -135,11 +234,3 @@ def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
         elif before.get(name) != now.get(name):
             differences.append(f"{name} was {before.get(name)!r}, is {now.get(name)!r}")
     return "; ".join(differences)
-
-
-def _clip_fields(clip: Clip) -> tuple[Any, ...]:
-    """Returns the fields that determine a sample, or its line in bad.jsonl."""
-    return (
-        *(clip.key, clip.video, clip.captions, clip.video_id, clip.origin),
-        *(clip.start_s, clip.end_s),
-    )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tvr.data_prep.packing.pack import PackProgress
+from tvr.data_prep.packing.plan_build import OnPlan
 
 LINE_EVERY_S = 30.0
 
@@ -38,6 +39,26 @@ def show_progress(
     )
     with Progress(*columns, console=console) as bar:
         yield _Bar(title, bar, clock)
+
+
+@contextmanager
+def show_planning(
+    title: str, *, line_every_s: float = LINE_EVERY_S, clock: Callable[[], float] = time.monotonic
+) -> Iterator[OnPlan]:
+    """Yields a callback that shows what planning does, a line every 30 s.
+
+    Planning has no bar: the number of clips is known at its end.
+    """
+    last_line_s = clock()
+
+    def show(step: str, done: int) -> None:
+        nonlocal last_line_s
+        now_s = clock()
+        if now_s - last_line_s >= line_every_s:
+            last_line_s = now_s
+            print(f"{title}: {step} {done:,} clips", file=sys.stderr, flush=True)
+
+    yield show
 
 
 @dataclass(slots=True)

@@ -21,12 +21,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import NamedTuple
 
 from HanTa.HanoverTagger import HanoverTagger
 
+from tvr.data_prep.packing.word_counts import WordCounter, WordCounts
 from tvr.data_prep.records import Caption, Clip, Word, WordKind
 
 # Nouns, names, adjectives, full verbs. Forms of be, have and do, modals, determiners and pronouns
@@ -69,15 +70,17 @@ class WordTagger:
     drops fillers first, and few other words.
 
     Args:
-        clips: Clips of the whole split, also if only a part of it is packed.
+        clips: Clips of the whole split, also if only a part of it is packed; or their counts.
     """
 
-    def __init__(self, clips: Iterable[Clip]) -> None:
-        self._num_clips = 0
-        self._clips_with: Counter[str] = Counter()
+    def __init__(self, clips: Iterable[Clip] | WordCounts) -> None:
+        if isinstance(clips, WordCounts):
+            self._clips_with = clips
+            return
+        counter = WordCounter()
         for clip in clips:
-            self._num_clips += 1
-            self._clips_with.update(set(_forms(clean_captions(clip.captions))))
+            counter.add(word_forms(clip.captions))
+        self._clips_with = counter.finish()
 
     def tag(self, texts: Sequence[str]) -> tuple[Caption, ...]:
         """Returns one clip's captions with their words; `texts` come from `clean_captions`."""
@@ -86,7 +89,7 @@ class WordTagger:
         return tuple(Caption(text=text, words=self._words(text, weights)) for text in texts)
 
     def _weight(self, form: str, share: float) -> float:
-        return share * math.log((1 + self._num_clips) / (1 + self._clips_with[form]))
+        return share * math.log((1 + self._clips_with.num_clips) / (1 + self._clips_with[form]))
 
     def _words(self, text: str, weights: dict[str, float]) -> tuple[Word, ...]:
         tokens = list(_tokens(text))
@@ -115,6 +118,14 @@ class WordTagger:
             has_content_tag = tag.startswith(CONTENT_TAGS) and token.form not in STOP_WORDS
             content.append(token.is_word and has_content_tag)
         return content
+
+
+def word_forms(captions: Iterable[str]) -> Iterator[str]:
+    """Yields the forms of a clip's words, as `_forms` does, for counting those of millions."""
+    for text in clean_captions(captions):
+        for token in _TOKEN.findall(text):
+            if form := _form(token):
+                yield form
 
 
 def tagger_name() -> str:
@@ -156,6 +167,12 @@ def _tokens(text: str) -> Iterator[_Token]:
             end = start + clitic.start()
         after = clitic.group() if clitic is not None else ""
         yield _Token(start, end, text[start:end], after, text[start].isalnum())
+
+
+@lru_cache(maxsize=1 << 17)
+def _form(token: str) -> str:
+    """Returns the form of a match of _TOKEN; "" for one that is no word."""
+    return next(_forms([token]), "")
 
 
 def _forms(texts: Iterable[str]) -> Iterator[str]:

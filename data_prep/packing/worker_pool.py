@@ -18,20 +18,23 @@ import traceback
 from collections import deque
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 
 from tvr.data_prep.dataset.shard_writer import TarSample
-from tvr.data_prep.packing.pack_clip import RefusedClip, pack_clip, refuse_clip
+from tvr.data_prep.packing.pack_clip import LastSource, RefusedClip, pack_clip, refuse_clip
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger
 from tvr.data_prep.records import Clip
 from tvr.data_prep.storage.storage import StorageUnavailable
 from tvr.launchers.host_limits import host_cpus
 
-# Clips per process that may be in work, or done ahead of an earlier clip, so that a long video does
-# not stall the other processes.
+# Videos per process that may be in work, or done ahead of an earlier clip, so that a long video
+# does not stall the other processes.
 WINDOW_PER_PROCESS = 4
+# Bytes of clips that may be done ahead.
+HELD_BYTES = 1 << 29
 # Signals by which a decoder's own fault ends a process. SIGKILL comes from outside: from the
 # kernel when memory runs out, or from a user.
 CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -54,7 +57,8 @@ def pack_clips(
 ) -> Generator[PackedClip, None, None]:
     """Yields `pack_clip` of every clip, in order.
 
-    One process means the calling process. A clip whose process dies is packed once more by a new
+    One process means the calling process. Clips of one video that follow each other go to one
+    process, which reads the video once. A clip whose process dies is packed once more by a new
     process. If its decoder crashes both times, the clip is refused as unreadable.
 
     Raises:
@@ -63,26 +67,38 @@ def pack_clips(
         RuntimeError: `pack_clip` raised another exception; the message holds its traceback.
     """
     if processes == 1:
-        yield from (pack_clip(clip, settings, tagger) for clip in clips)
+        last_source = LastSource()
+        yield from (pack_clip(clip, settings, tagger, last_source) for clip in clips)
         return
-    clips = iter(clips)
+    groups = (list(group) for _, group in groupby(clips, key=lambda clip: clip.video))
     window: deque[_Job] = deque()
+    num_groups = num_held = 0
     workers = [_Worker(settings, tagger) for _ in range(processes)]
     try:
         while True:
             for worker in workers:
-                if worker.job is None and len(window) < WINDOW_PER_PROCESS * processes:
-                    for clip in clips:
-                        window.append(_Job(clip))
-                        worker.submit(window[-1])
+                if worker.job is not None:
+                    continue
+                if not worker.queue and num_groups < WINDOW_PER_PROCESS * processes:
+                    for group in groups:
+                        worker.queue.extend(_Job(clip) for clip in group)
+                        worker.queue[-1].ends_group = True
+                        window.extend(worker.queue)
+                        num_groups += 1
                         break
+                # The first clip of all is never held up: the others wait for it.
+                if worker.queue and (num_held < HELD_BYTES or worker.queue[0] is window[0]):
+                    worker.submit(worker.queue.popleft())
             if not window:
                 return
             busy = {worker.connection: worker for worker in workers if worker.job is not None}
             for connection in wait(list(busy), timeout=0 if window[0].outcome else None):
-                busy[connection].receive()  # type: ignore[index]
+                num_held += busy[connection].receive()  # type: ignore[index]
             if window[0].outcome is not None:
-                yield window.popleft().outcome  # type: ignore[misc]
+                job = window.popleft()
+                num_held -= job.num_bytes
+                num_groups -= job.ends_group
+                yield job.outcome  # type: ignore[misc]
     finally:
         for worker in workers:
             worker.stop()
@@ -92,8 +108,15 @@ def pack_clips(
 class _Job:
     clip: Clip
     outcome: PackedClip | None = None
+    ends_group: bool = False
+    """True for the last of the clips of one video."""
     exit_codes: list[int | None] = field(default_factory=list)
     """Exit codes of the processes that died while they packed the clip."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed clip."""
+        return len(self.outcome.stored) if isinstance(self.outcome, TarSample) else 0
 
 
 class _Worker:
@@ -105,6 +128,8 @@ class _Worker:
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self.job: _Job | None = None
+        self.queue: deque[_Job] = deque()
+        """Clips of the same video that come next."""
         self._start()
 
     def submit(self, job: _Job) -> None:
@@ -117,20 +142,24 @@ class _Worker:
             self._start()
             self.connection.send(job.clip)
 
-    def receive(self) -> None:
-        """Receives the packed clip, or handles the death of the process."""
+    def receive(self) -> int:
+        """Receives the packed clip, or handles the death of the process.
+
+        Returns the bytes of the clip.
+        """
         job = self.job
         assert job is not None
         try:
             outcome = self.connection.recv()
         except (EOFError, OSError):
             self._replace_process(job)
-            return
+            return 0
         if isinstance(outcome, StorageUnavailable):
             raise outcome
         if isinstance(outcome, str):
             raise RuntimeError(f"packing {job.clip.key} ({job.clip.video}) raised:\n{outcome}")
         job.outcome, self.job = outcome, None
+        return job.num_bytes
 
     def stop(self) -> None:
         """Terminates the process; it holds no state."""
@@ -176,11 +205,12 @@ def _worker_main(connection: Connection, settings: PackSettings, tagger: WordTag
     """Packs clips from the pipe until the parent closes it."""
     _end_with_packing()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals the group; the parent reacts
+    last_source = LastSource()
     try:
         while True:
             clip = connection.recv()
             try:
-                outcome = pack_clip(clip, settings, tagger)
+                outcome = pack_clip(clip, settings, tagger, last_source)
             except StorageUnavailable as error:
                 outcome = StorageUnavailable(str(error))  # without its causes, which may not pickle
             except Exception:

@@ -387,10 +387,10 @@ def test_a_hostile_record_of_a_shard_is_packed_again(
     samples = {"key": ["k"], "video_id": ["v"], "shard": [0], "offset": [0], "length": [512]}
     samples |= {"crc32": [1], "num_captions": [1], "content": [1]}
     shard = {"name": "shard-000000.tar", "num_samples": 1, "shard_bytes": 1536, "sha256": "a" * 64}
-    record: dict[str, Any] = {"packing": "p", "shard": shard, "samples": samples}
-    record |= {"num_empty_captions": 0, "bad": []}
+    file: dict[str, Any] = {"shard": shard, "samples": samples}
+    record = {"packing": "p", "files": [file], "num_empty_captions": 0, "bad": []}
     assert decode_record(json.dumps(record).encode(), "p") is not None
-    record[path[0]][path[1]] = value
+    file[path[0]][path[1]] = value
     assert decode_record(json.dumps(record).encode(), "p") is None
     assert "damaged" in caplog.text
 
