@@ -34,6 +34,8 @@ NO_DEVICES = ("", "-1")
 
 EXIT_GRACE = "TVR_EXIT_GRACE_S"
 """Environment variable that carries `Job.exit_grace_s` to the ranks."""
+METRICS_ADDRESS = "TVR_METRICS_ADDRESS"
+"""Environment variable that says where ranks serve metrics, unless `metrics.address` does."""
 # Ranks finish a save within a spread that grows with their number.
 MIN_EXIT_GRACE_S, MAX_EXIT_GRACE_S, EXIT_GRACE_PER_RANK_S = 2.0, 30.0, 0.05
 
@@ -232,6 +234,9 @@ def job_environment(job: Job) -> dict[str, str]:
     if job.gpus_per_node:
         # A rank that sees fewer GPUs must fail instead of training on the CPU.
         variables["TVR_GPUS_PER_NODE"] = str(job.gpus_per_node)
+    if job.targets is not None:
+        # Another machine scrapes the metrics, so loopback would not do.
+        variables[METRICS_ADDRESS] = "0.0.0.0"
     if job.exit_grace_s is not None:
         variables[EXIT_GRACE] = f"{job.exit_grace_s:g}"
     return variables

@@ -22,7 +22,7 @@ from tvr.data_prep.exporter.metrics_http import PortInUse
 from tvr.data_prep.exporter.metrics_table import MetricValues
 from tvr.data_prep.records import UNDECODABLE_REASONS
 from tvr.trainer.config import Config
-from tvr.trainer.distributed.shared_memory import ranks_on_node, shared_rows
+from tvr.trainer.distributed.shared_memory import machines, ranks_on_node, shared_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import Preempted
 from tvr.trainer.fencing import Attempt
@@ -124,7 +124,8 @@ class NodeMonitor(Monitor):
 
     def start(self, attempt: Attempt, start_step: int) -> None:
         self._world.run_on_first(lambda: remove_targets(self._run_dir))
-        ranks = ranks_on_node(self._world)
+        nodes = machines(self._world)
+        ranks = ranks_on_node(self._world, nodes)
         lines = shared_rows(self._world, ranks, len(TRAINING.slots))
         rank, metrics = self._world.rank, self._config.metrics
         self._values = values = MetricValues(TRAINING, lines[rank])
@@ -135,7 +136,9 @@ class NodeMonitor(Monitor):
         if rank == min(served):
             local_rank = ranks.index(rank)
             try:
-                self._server = MetricsServer(metrics, self._run_dir, attempt, served, local_rank)
+                self._server = MetricsServer(
+                    metrics, self._run_dir, attempt, served, local_rank, len(set(nodes))
+                )
             except ValueError as error:
                 finding = Finding(rank, str(error), is_node_fault=isinstance(error, PortInUse))
         if self._world.is_first:
