@@ -122,7 +122,7 @@ class SrunStep:
         address = rendezvous_address(self._allocation)
         environment, dropped = step_environment(os.environ)
         if dropped:
-            log(f"{', '.join(dropped)} in the job's environment would change srun, and are dropped")
+            log(f"variables that would change srun are dropped: {', '.join(dropped)}")
         environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(self._allocation.port)}
         try:
             self._process = subprocess.Popen(

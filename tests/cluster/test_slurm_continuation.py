@@ -214,7 +214,7 @@ def test_variables_that_override_srun_are_dropped_from_the_step(site: Site) -> N
     names = {line.partition("=")[0] for line in passed_on}
     assert not names & {"SLURM_TIMELIMIT", "SLURM_LABELIO", "SLURM_STDERRMODE"}
     assert {"SLURM_CPU_BIND", "SLURM_JOB_ID", "SLURM_CONF", "MASTER_ADDR"} <= names
-    assert "SLURM_LABELIO, SLURM_STDERRMODE, SLURM_TIMELIMIT in the job's environment" in log
+    assert "srun are dropped: SLURM_LABELIO, SLURM_STDERRMODE, SLURM_TIMELIMIT\n" in log
 
 
 def test_output_in_another_encoding_does_not_end_the_batch_shell(site: Site) -> None:
