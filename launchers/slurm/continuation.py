@@ -18,6 +18,7 @@ from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import Allocation
 from tvr.launchers.slurm.attempt_log import AttemptLog
 from tvr.launchers.slurm.environment import command_environment
+from tvr.launchers.slurm.sbatch_reply import ReplyLost
 from tvr.launchers.slurm.step import log
 from tvr.launchers.slurm.submission import write_and_submit
 
@@ -60,6 +61,9 @@ def continue_job(
     try:
         # A dependency holds on the job's own cluster only.
         submitted, _ = write_and_submit(following, begin, command_environment(os.environ))
+    except ReplyLost as error:
+        log(f"{reason}; whether a job continues the run is unknown: {error}")
+        return decision.code
     except ValueError as error:
         log(
             f"{reason}; {error}; NOT FINISHED, and no job continues the run: start it again with"

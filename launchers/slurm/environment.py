@@ -111,7 +111,8 @@ def unused_variables(environment: Mapping[str, str], adopted: Mapping[str, str])
             continue
         option = name.removeprefix("SBATCH_")
         option = OPTION_NAMES.get(option, option.lower().replace("_", "-"))
-        lines.append(f"{name}={value} is not passed on; {instead_of(option, value)}")
+        shown = _shown(name, value)
+        lines.append(f"{name}={shown} is not passed on; {instead_of(option, shown)}")
     if within:
         job_id = environment.get("SLURM_JOB_ID") or environment.get("SLURM_JOBID")
         lines.append(f"the variables of job {job_id}, in which this runs, are not passed on")
@@ -124,4 +125,6 @@ def is_within_a_job(environment: Mapping[str, str]) -> bool:
 
 
 def _shown(name: str, value: str) -> str:
-    return "..." if SECRET.search(name) else value
+    # A value may list further variables, as SBATCH_EXPORT does.
+    is_secret = SECRET.search(name) or ("=" in value and SECRET.search(value.upper()))
+    return "..." if is_secret else value

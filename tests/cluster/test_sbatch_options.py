@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tvr.launchers import launch_cli
-from tvr.launchers.job import Job, parse_time_limit, read_job
+from tvr.launchers.job import Job, from_json, parse_time_limit, read_job, to_json
 from tvr.launchers.sbatch_options import OTHERS, OWN, gpus_per_node, read_sbatch_options
 from tvr.launchers.slurm.nodelist import expand_nodes
 from tvr.launchers.slurm.sbatch_reply import SubmittedJob, only_number, read_reply
@@ -212,15 +212,19 @@ def test_gpus_of_a_gres_are_counted(gres: str, number: int | None) -> None:
 
 
 def test_the_notice_regards_the_shortest_limit() -> None:
-    job = Job(**{**vars_of(JOB), "time_limit": "60", "sbatch": ("time-min=4",)})
+    job = replace(JOB, time_limit="60", sbatch=("time-min=4",))
     assert effective_notice_s(job) == 120
-    unlimited = Job(**{**vars_of(JOB), "time_limit": "UNLIMITED"})
+    unlimited = replace(JOB, time_limit="UNLIMITED")
     assert effective_notice_s(unlimited) == 300
     assert parse_time_limit("infinite") == 0
 
 
-def vars_of(job: Job) -> dict[str, object]:
-    return {name: getattr(job, name) for name in Job.__dataclass_fields__}
+def test_a_record_of_an_earlier_version_is_read() -> None:
+    """Its job may run for days."""
+    record = json.loads(to_json(JOB))
+    for name in ("sbatch", "continues", "failed_nodes"):
+        del record[name]
+    assert from_json(json.dumps(record)) == JOB
 
 
 # ------------------------------------------------------------ variables
@@ -234,7 +238,7 @@ def test_variables_of_the_shell_do_not_change_the_job(
         "SBATCH_NO_REQUEUE": "1",
         "SBATCH_SIGNAL": "TERM@1",
         "SBATCH_GRES": "gpu:8",
-        "SBATCH_EXPORT": "NONE",
+        "SBATCH_EXPORT": "ALL,HF_TOKEN=hidden",
         "SRUN_CPUS_PER_TASK": "1",
         "SLURM_TIMELIMIT": "1",
         "CUDA_VISIBLE_DEVICES": "3",
@@ -255,6 +259,7 @@ def test_variables_of_the_shell_do_not_change_the_job(
     assert "--time=60" in shell.directives
     errors = capsys.readouterr().err
     assert "secret" not in errors
+    assert "hidden" not in errors
     assert "SBATCH_TIMELIMIT=1 is not passed on; give --time\n" in errors
     assert 'SBATCH_GRES=gpu:8 is not passed on; give --sbatch "--gres=gpu:8"\n' in errors
     assert "SRUN_CPUS_PER_TASK=1 is not passed on to the ranks\n" in errors

@@ -174,6 +174,32 @@ def test_a_finished_or_cancelled_job_is_not_continued(site: Site) -> None:
     assert site.run(site.job, "18")[:2] == (0, [])
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("CLUSTER: c\nRUNNING             0", (75, ["requeue 17"])),
+        # SLURM has requeued the job itself, or the user has cancelled it.
+        ("PENDING             1", (75, [])),
+        ("COMPLETING          0", (75, [])),
+    ],
+)
+def test_squeue_knows_the_state_if_scontrol_does_not(
+    site: Site, listed: str, expected: tuple[int, list[str]]
+) -> None:
+    (site.folder / "broken").write_text("show slurm_load_jobs error: Access denied\n")
+    (site.folder / "squeue").write_text(f"#!/bin/bash\necho '{listed}'\n")
+    assert site.run(site.job)[:2] == expected
+
+
+def test_a_reply_without_a_number_leaves_the_record_of_the_following_job(site: Site) -> None:
+    (site.folder / "broken").write_text(REFUSALS["disabled"] + "\n")
+    (site.folder / "sbatch").write_text("#!/bin/bash\necho accepted\n")
+    code, _, log = site.run(site.job)
+    assert code == 75
+    assert "whether a job continues the run is unknown: sbatch accepted the job" in log
+    assert len(list((site.folder / "run" / "launch").glob("jobs/*.json"))) == 1
+
+
 def test_a_job_that_slurm_requeues_is_requeued(site: Site) -> None:
     code, calls, _ = site.run(site.job)
     assert (code, calls) == (75, ["requeue 17"])
