@@ -46,8 +46,8 @@ DOWN = re.compile(r"DOWN|FAIL|\*")
 USABLE = re.compile(r"(idle|mixed|allocated|completing|reserved|planned)[~#@%^$!+-]?")
 # Long enough for a restart of the controller, which must not decide how a job ends.
 RETRY_WAITS_S = (5, 10, 20, 40, 80, 160)
-STATE_FORMAT = "State:32,RestartCnt:16"
-LISTED_STATE = re.compile(r"([A-Z_]+)\s+(\d+)")
+STATE_FORMAT = "JobArrayID:40,State:32,RestartCnt:16,NodeList:2000"
+LISTED_STATE = re.compile(r"(\S+)\s+([A-Z_]+)\s+(\d+)\s*(\S*)")
 TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 NODE_FAILED = re.compile(r"srun: error: Node failure on (\S+)")
 EXITED = re.compile(r"Exited with exit code (\d+)")
@@ -135,36 +135,41 @@ def _listed_job(script: Path) -> SubmittedJob | None:
 
 
 def job_states(job_id: str, cluster: str | None = None) -> list[JobState]:
-    """Returns the state of a job, or of every task of an array; `GONE` if SLURM lists neither."""
+    """Returns the state of a job, or of every task of an array; `GONE` if SLURM lists neither.
+
+    Where scontrol fails or is missing, squeue answers.
+    """
     try:
         text = _run(["scontrol", "--oneliner", *_on(cluster), "show", "job", job_id])
+        # A wrapper, or the choice of a cluster, may add other lines.
+        states = [_job_state(line) for line in text.splitlines() if _field(line, "JobState")]
+        if not states:
+            raise ValueError(f"scontrol shows no job {job_id}: {text.strip()!r}")
     except ValueError as error:
         if "Invalid job id" in str(error):
             return [JobState(job_id=job_id, state=GONE, restarts=0, reason="", nodes="")]
-        raise
-    # A wrapper, or the choice of a cluster, may add other lines.
-    states = [_job_state(line) for line in text.splitlines() if _field(line, "JobState")]
-    if not states:
-        raise ValueError(f"scontrol shows no job {job_id}: {text.strip()!r}")
+        states = _listed_states(job_id, cluster)
+        if not states:
+            raise
     return states
 
 
 def job_state(job_id: str) -> JobState:
-    """Returns the state of one job or array task, from scontrol or else from squeue."""
+    """Returns the state of one job or array task."""
+    return job_states(job_id)[0]
+
+
+def _listed_states(job_id: str, cluster: str | None) -> list[JobState]:
+    line = ["squeue", "--noheader", "--states=all", *_on(cluster), f"--jobs={job_id}"]
     try:
-        return job_states(job_id)[0]
-    except ValueError as error:
-        try:
-            listed = _run(["squeue", "--noheader", f"--jobs={job_id}", f"--Format={STATE_FORMAT}"])
-        except ValueError:
-            raise error from None
-        for line in listed.splitlines():
-            if match := LISTED_STATE.fullmatch(line.strip()):
-                restarts = int(match[2])
-                return JobState(
-                    job_id=job_id, state=match[1], restarts=restarts, reason="", nodes=""
-                )
-        raise
+        listed = _run([*line, f"--Format={STATE_FORMAT}"])
+    except ValueError:
+        return []
+    return [
+        JobState(job_id=found[1], state=found[2], restarts=int(found[3]), reason="", nodes=found[4])
+        for line in listed.splitlines()
+        if (found := LISTED_STATE.fullmatch(line.strip()))
+    ]
 
 
 def node_field(node: str, field: str) -> str:

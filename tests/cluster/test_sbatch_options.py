@@ -359,6 +359,23 @@ def test_a_job_of_another_cluster_is_asked_for_there(
     assert calls[-1] == "scancel --clusters=slaking 123"
 
 
+def test_status_and_resume_work_without_scontrol(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell.launch() == 0
+    shell._write("scontrol", "#!/bin/bash\necho 'scontrol: Access denied' >&2; exit 1\n")
+    run_dir = str(shell.folder / "run")
+    assert launch_cli.launch(["status", run_dir]) == 2
+    assert "Access denied" in capsys.readouterr().err
+    shell._write("squeue", "#!/bin/bash\necho '17   RUNNING   2   n[1-2]'\n")
+    assert launch_cli.launch(["status", run_dir]) == 0
+    assert "17   RUNNING  2         n[1-2]" in capsys.readouterr().out
+    assert launch_cli.launch(["resume", run_dir]) == 2
+    assert "job 17 of" in capsys.readouterr().err
+    shell._write("squeue", "#!/bin/bash\necho '17   COMPLETED   2   n[1-2]'\n")
+    assert launch_cli.launch(["resume", run_dir]) == 0
+
+
 @pytest.mark.parametrize(
     "reply",
     [

@@ -177,10 +177,10 @@ def test_a_finished_or_cancelled_job_is_not_continued(site: Site) -> None:
 @pytest.mark.parametrize(
     ("listed", "expected"),
     [
-        ("CLUSTER: c\nRUNNING             0", (75, ["requeue 17"])),
+        ("CLUSTER: c\n17        RUNNING             0       n1", (75, ["requeue 17"])),
         # SLURM has requeued the job itself, or the user has cancelled it.
-        ("PENDING             1", (75, [])),
-        ("COMPLETING          0", (75, [])),
+        ("17        PENDING             1", (75, [])),
+        ("17        COMPLETING          0       n1", (75, [])),
     ],
 )
 def test_squeue_knows_the_state_if_scontrol_does_not(
