@@ -80,6 +80,9 @@ class PackArguments:
     """Tag the words of English captions, as `data.word_drop` and `data.content_words` need."""
     metrics_port: int | None = None
     """Port of the Prometheus metrics of packing (see `tvr metrics`); 0: any free port."""
+    metrics_address: str = "127.0.0.1"
+    """IP address of the network interface for the metrics; 0.0.0.0: all, for a Prometheus on
+    another machine."""
     overwrite: bool = False
     """Replace a complete data set at `out`, or an unfinished packing of other clips or settings."""
 
@@ -111,7 +114,7 @@ def _pack(arguments: PackArguments) -> int:
     with (
         show_planning("planning") as show_plan,
         show_progress("packing") as show,
-        serve_metrics(show, arguments.metrics_port) as on_progress,
+        serve_metrics(show, arguments.metrics_port, arguments.metrics_address) as on_progress,
     ):
         manifest = pack_shards(
             clips,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tvr.launchers.job_values import check_job_values
 from tvr.launchers.restart_policy import RestartPolicy
+from tvr.launchers.sbatch_options import check_sbatch_options
 
 LAUNCH_DIR = "launch"
 JOB_FILE = "job.json"
@@ -33,10 +34,13 @@ NO_DEVICES = ("", "-1")
 
 EXIT_GRACE = "TVR_EXIT_GRACE_S"
 """Environment variable that carries `Job.exit_grace_s` to the ranks."""
+METRICS_ADDRESS = "TVR_METRICS_ADDRESS"
+"""Environment variable that says where ranks serve metrics, unless `metrics.address` does."""
 # Ranks finish a save within a spread that grows with their number.
 MIN_EXIT_GRACE_S, MAX_EXIT_GRACE_S, EXIT_GRACE_PER_RANK_S = 2.0, 30.0, 0.05
 
 NAME = re.compile(r"[^\\]+")
+NO_LIMIT = ("UNLIMITED", "INFINITE")
 TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
@@ -96,10 +100,19 @@ class Job:
     None derives it from the number of ranks."""
     targets: str | None = None
     """Folder of Prometheus's file_sd target files."""
+    sbatch: tuple[str, ...] = ()
+    """Further options of sbatch, each `NAME` or `NAME=VALUE`."""
+    continues: tuple[str, ...] = ()
+    """IDs of the jobs whose work this one continues, oldest first: it shares their restart budget.
+    A job that SLURM does not requeue submits one that continues it."""
+    failed_nodes: tuple[str, ...] = ()
+    """Nodes to exclude because those jobs failed there."""
     policy: RestartPolicy = field(default_factory=RestartPolicy)
 
     def __post_init__(self) -> None:
-        check_job_values({each.name: getattr(self, each.name) for each in fields(self)})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        check_job_values(values)
+        check_sbatch_options(self.sbatch, values)
         for name in ("nodes", "ranks_per_node", "notice_s"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         gpus, cpus = self.gpus_per_node, self.cpus_per_rank
@@ -162,6 +175,10 @@ def from_json(text: str) -> Job:
         values["container"] = Container(**{**container, "mounts": tuple(container["mounts"])})
     values["policy"] = RestartPolicy(**values["policy"])
     values |= {name: tuple(values[name]) for name in ("command", "exclude")}
+    # Absent in the records of earlier versions, whose jobs may still run.
+    values |= {
+        name: tuple(values.get(name, ())) for name in ("sbatch", "continues", "failed_nodes")
+    }
     return Job(**values)
 
 
@@ -217,6 +234,9 @@ def job_environment(job: Job) -> dict[str, str]:
     if job.gpus_per_node:
         # A rank that sees fewer GPUs must fail instead of training on the CPU.
         variables["TVR_GPUS_PER_NODE"] = str(job.gpus_per_node)
+    if job.targets is not None:
+        # Another machine scrapes the metrics, so loopback would not do.
+        variables[METRICS_ADDRESS] = "0.0.0.0"
     if job.exit_grace_s is not None:
         variables[EXIT_GRACE] = f"{job.exit_grace_s:g}"
     return variables
@@ -261,9 +281,13 @@ def default_exit_grace_s(ranks: int) -> float:
 def parse_time_limit(time_limit: str) -> int:
     """Converts a SLURM time to seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
+    0, UNLIMITED and INFINITE are 0: without a limit.
+
     Raises:
         ValueError: the text has none of these forms.
     """
+    if time_limit.upper() in NO_LIMIT:
+        return 0
     match = TIME_LIMIT.fullmatch(time_limit)
     if match is None:
         raise ValueError(f"time {time_limit!r} must be minutes, H:M:S or D-H:M:S")

@@ -36,6 +36,7 @@ OPTIONS = {
     "account": (PLAIN_VALUE, f"{PLAIN} (--account)"),
     "qos": (PLAIN_VALUE, f"{PLAIN} (--qos)"),
     "exclude": (re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII), "names of nodes (--exclude)"),
+    "failed_nodes": (re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII), "names of nodes"),
     "dependency": (PLAIN_VALUE, f"{PLAIN} (--dependency)"),
     "array": (re.compile(r"[0-9,:%-]+"), "task numbers such as 0-7 or 0-31%4 (--array)"),
 }

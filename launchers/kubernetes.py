@@ -31,12 +31,12 @@ def pytorch_job(job: Job) -> str:
     container = job.container
     if container is None:
         raise ValueError("container=None: pods need an image (--container)")
-    for name in ("array", "dependency", "partition", "account", "qos", "exclude"):
+    for name in ("array", "dependency", "partition", "account", "qos", "exclude", "sbatch"):
         if getattr(job, name):
             raise ValueError(f"{name}={getattr(job, name)!r} is for SLURM only")
     policy: dict[str, Any] = {"cleanPodPolicy": "Running", "backoffLimit": job.policy.max_failures}
-    if job.time_limit is not None:
-        policy["activeDeadlineSeconds"] = parse_time_limit(job.time_limit)
+    if job.time_limit is not None and (limit_s := parse_time_limit(job.time_limit)):
+        policy["activeDeadlineSeconds"] = limit_s
     replicas = {"Master": _replica(job, container, 1)}
     if job.nodes > 1:
         replicas["Worker"] = _replica(job, container, job.nodes - 1)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_USAGE
@@ -14,17 +15,21 @@ from tvr.launchers.job import (
     Job,
     captured_environment,
     command_run_dir,
+    read_job,
     without_gpu_selection,
 )
 from tvr.launchers.kubernetes import pytorch_job
 from tvr.launchers.restart_loop import run_with_restarts
 from tvr.launchers.restart_policy import NO_RESTARTS, RestartPolicy
 from tvr.launchers.run_status import DEFAULT_NOTICE_S
+from tvr.launchers.sbatch_options import gpus_per_node as gpus_in
+from tvr.launchers.sbatch_options import read_sbatch_options
+from tvr.launchers.slurm.environment import adopted_options, unused_variables
 from tvr.launchers.slurm.nodelist import expand_nodes
 from tvr.launchers.slurm.script import sbatch_script
+from tvr.launchers.slurm.submission import new_record_name
 from tvr.launchers.slurm.submit import (
     cancel_jobs,
-    new_record_name,
     read_logs,
     resubmit_job,
     run_report,
@@ -39,6 +44,7 @@ USAGE_LINE = (
     "       tvr launch {status,logs,cancel,resume} RUN\n"
     "       tvr launch monitor [options]"
 )
+SBATCH = "--sbatch"
 # A container image has its own programs and libraries.
 HOST_VARIABLES = {
     "PATH",
@@ -58,6 +64,7 @@ def launch(argv: list[str]) -> int:
 
         return monitor(argv[1:])
     arguments, command = _split(argv)
+    arguments = _joined(arguments)
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -132,6 +139,8 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     for name in ("partition", "account", "qos", "exclude", "dependency"):
         add(f"--{name}", f"same as sbatch --{name}", **text)
     add("--time", "same as sbatch --time", dest="time_limit", **text)
+    sbatch = "an option for sbatch, such as --constraint=a100; may be repeated, in quotes"
+    add(SBATCH, sbatch, action="append", default=[], metavar="OPTION")
     array = "task numbers such as 0-7; %%a in the command is replaced by a task's number"
     add("--array", array, **text)
     add("--name", "job name (default: the name of the run folder)", **text)
@@ -202,7 +211,8 @@ def _deepspeed(options: argparse.Namespace, command: list[str]) -> int:
 
 
 def _slurm(options: argparse.Namespace, command: list[str]) -> int:
-    job = _job(options, command)
+    job = _with_adopted_options(_job(options, command))
+    _name_unused_variables(job)
     if options.show:
         sys.stdout.write(sbatch_script(job, job.record_path(new_record_name())))
     else:
@@ -233,6 +243,8 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
             python=options.container_python,
         )
     ranks_per_node, notice_s = options.ranks_per_node, options.notice
+    sbatch = read_sbatch_options(options.sbatch)
+    gpus_per_node: int = options.gpus_per_node or gpus_in(sbatch) or 0
     job = Job(
         command=tuple(command),
         run_dir=str(run_dir),
@@ -240,8 +252,8 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         python=sys.executable,
         name=options.name or run_dir.name,
         nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        ranks_per_node=max(1, options.gpus_per_node) if ranks_per_node is None else ranks_per_node,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=max(1, gpus_per_node) if ranks_per_node is None else ranks_per_node,
         cpus_per_rank=options.cpus_per_rank,
         memory=options.memory,
         partition=options.partition,
@@ -258,6 +270,7 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
         environment=environment,
         container=container,
         targets=str(Path(options.targets).absolute()) if options.targets else None,
+        sbatch=sbatch,
         policy=_policy(options),
     )
     return with_measured_notice(job)
@@ -280,8 +293,41 @@ def _cancel(options: argparse.Namespace, command: list[str]) -> int:
 
 
 def _resume(options: argparse.Namespace, command: list[str]) -> int:
+    _name_unused_variables(read_job(options.run_dir.absolute()))
     print(resubmit_job(options.run_dir.absolute()))
     return EXIT_DONE
+
+
+def _with_adopted_options(job: Job) -> Job:
+    """Takes the place of the job from SBATCH_* variables where no option gives it."""
+    adopted = adopted_options(os.environ)
+    taken = {option.partition("=")[0] for option in job.sbatch}
+    fields = {name: adopted.pop(name, None) for name in ("account", "partition", "qos")}
+    changes = {
+        name: value
+        for name, value in fields.items()
+        if value and getattr(job, name) is None and name not in taken
+    }
+    further = tuple(f"{name}={value}" for name, value in adopted.items() if name not in taken)
+    return replace(job, **changes, sbatch=(*job.sbatch, *further))
+
+
+def _name_unused_variables(job: Job) -> None:
+    given = {name: getattr(job, name) for name in ("account", "partition", "qos")}
+    given |= dict(option.split("=", 1) for option in job.sbatch if "=" in option)
+    for line in unused_variables(os.environ, given):
+        print(f"tvr launch: {line}", file=sys.stderr)
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Joins `--sbatch` with its value, which argparse would take for an option."""
+    joined: list[str] = []
+    for word in arguments:
+        if joined and joined[-1] == SBATCH:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -120,6 +120,7 @@ def show_config(argv: Sequence[str]) -> int:
         from tvr.trainer.engine.deepspeed_config import deepspeed_line, optimizer_line
         from tvr.trainer.engine.staging import staging_line
         from tvr.trainer.memory.environment import device, device_line, similarity_line
+        from tvr.trainer.monitoring.address import metrics_line
         from tvr.trainer.monitoring.flops import peak_line
 
         print(device_line(), file=sys.stderr)
@@ -131,6 +132,7 @@ def show_config(argv: Sequence[str]) -> int:
         print(describe_decoder(resolved.data.decoder), file=sys.stderr)
         print(peak_line(resolved.metrics, resolved.train), file=sys.stderr)
         print(staging_line(resolved.checkpoint), file=sys.stderr)
+        print(metrics_line(resolved.metrics), file=sys.stderr)
         print(host_line(), file=sys.stderr)
         if memory:
             from tvr.trainer.memory.memory_table import memory_table

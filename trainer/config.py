@@ -126,8 +126,15 @@ class MetricsConfig:
     """HTTP endpoints that Prometheus scrapes: one for each node, one for
     each rank, or none. Addresses are in run_dir/metrics/HOST.json, a file
     for file_sd."""
-    address: str = "0.0.0.0"
-    """IP address of the network interface that the endpoint listens on."""
+    address: str | None = None
+    """IP address of the network interface that the endpoint listens on.
+    None: loopback (127.0.0.1) for a run on one machine; all interfaces
+    (0.0.0.0) on several ones, or with `tvr launch slurm --targets`."""
+    host: Annotated[str, Field(pattern=r"^[\w.:{}\[\]-]+$")] = "auto"
+    """Host in the addresses for Prometheus: `fqdn`, `ip`, `hostname`, or
+    text in which {hostname} stands for the node's name. auto: the address
+    that the endpoint listens on, or with all interfaces the full name of
+    the node if it has one, else its IP address, else its name."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the endpoint; with `rank`, the port of the first rank of a
     node. 0: any free port."""

@@ -52,6 +52,7 @@ FREE = frozenset(
         "metrics.enabled",
         "metrics.endpoint",
         "metrics.address",
+        "metrics.host",
         "metrics.port",
         "metrics.peak_tflops",
         "metrics.writers",

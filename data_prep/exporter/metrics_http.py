@@ -17,12 +17,15 @@ from socketserver import TCPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from tvr.data_prep.exporter.target_host import AUTO, bracketed, target_host
 from tvr.launchers.atomic_write import write_atomically
 
 CACHE_S = 1.0
 # Time that a scraped process stays at its end for a final scrape.
 LINGER_S = 8.0
-ALL_INTERFACES = ("", "0.0.0.0", "::")
+HOST_RULE = "__meta_tvr_host"
+"""Label that says by which rule a target's host was chosen. Prometheus shows it, but stores no
+label that begins with `__`."""
 
 
 class PortInUse(ValueError):
@@ -36,13 +39,16 @@ class MetricsEndpoint:
         render: Returns the metrics in Prometheus text format.
         address: Interface to listen on; "" and "0.0.0.0" mean all.
         port: Port to listen on; 0 means any free port.
+        host: Host in the target's address, as in `target_host`.
 
     Raises:
         PortInUse: another process uses the port.
         ValueError: the address does not belong to this machine, or the port is out of range.
     """
 
-    def __init__(self, render: Callable[[], bytes], address: str, port: int) -> None:
+    def __init__(
+        self, render: Callable[[], bytes], address: str, port: int, host: str = AUTO
+    ) -> None:
         self._render = render
         self._lock = threading.Lock()
         self._rendered_at, self._rendered = -CACHE_S, b""
@@ -72,8 +78,8 @@ class MetricsEndpoint:
                 f"metrics cannot be served at {address or '*'}:{port} of {socket.gethostname()}"
                 f" ({error}); choose another address or port, or port 0 for any free port"
             ) from None
-        host = socket.gethostname() if address in ALL_INTERFACES else address
-        self.target = f"{host}:{self._server.server_port}"
+        name, self.host_rule = target_host(address, host)
+        self.target = f"{bracketed(name)}:{self._server.server_port}"
         """HOST:PORT, as Prometheus names the target."""
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="metrics", daemon=True

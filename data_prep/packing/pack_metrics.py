@@ -60,21 +60,27 @@ PACK_METRICS = (
 PACK_TABLE = MetricTable(PACK_METRICS)
 
 
+LOOPBACK = "127.0.0.1"
+
+
 @contextmanager
-def serve_metrics(show: OnProgress, port: int | None) -> Iterator[OnProgress]:
+def serve_metrics(
+    show: OnProgress, port: int | None, address: str = LOOPBACK
+) -> Iterator[OnProgress]:
     """Yields a progress callback that calls `show` and updates the metrics of a local endpoint.
 
     Args:
         port: Port of the endpoint, 0 for any free port; None yields `show` itself.
+        address: IP address of the network interface that it listens on.
 
     Raises:
-        ValueError: the port is in use.
+        ValueError: the port is in use, or the address is not this machine's.
     """
     if port is None:
         yield show
         return
     numbers = np.empty(len(PACK_TABLE.slots))
-    endpoint = MetricsEndpoint(lambda: PACK_TABLE.text({0: numbers}), "0.0.0.0", port)
+    endpoint = MetricsEndpoint(lambda: PACK_TABLE.text({0: numbers}), address, port)
     print(f"metrics: http://{endpoint.target}/metrics", flush=True)
     try:
         yield _MetricsUpdater(MetricValues(PACK_TABLE, numbers), show)

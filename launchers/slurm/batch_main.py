@@ -1,8 +1,11 @@
 """Batch shell of a job: supervises srun on the first node, and decides about a restart.
 
 It sets the rendezvous address, forwards the preemption notice to the ranks, records how the attempt
-ended, and requeues the job within its restart budget. If SLURM itself requeues the job after a node
-failure, the next attempt's shell records how the previous one ended.
+ended, and continues the job within its restart budget. If SLURM itself requeues the job after a
+node failure, the next attempt's shell records how the previous one ended.
+
+A question that SLURM does not answer never ends a job: the log names it, and the job goes on as if
+nothing were wrong with its nodes.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from tvr.launchers.job import Job, read_job_record, task_run_dir
@@ -28,7 +32,11 @@ from tvr.launchers.run_status import is_superseded, mark_run, read_progress
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import Allocation, read_allocation
 from tvr.launchers.slurm.attempt_log import AttemptLog
+from tvr.launchers.slurm.continuation import continue_job, earlier_ends
 from tvr.launchers.slurm.step import SrunStep, log
+from tvr.launchers.slurm.submission import is_cancelled
+
+T = TypeVar("T")
 
 
 def run_batch(record: Path, srun: Sequence[str]) -> int:
@@ -41,7 +49,7 @@ def run_batch(record: Path, srun: Sequence[str]) -> int:
     try:
         return _run_batch(record, srun)
     except ValueError as error:
-        # SLURM rejected a command, or its controller stayed unreachable.
+        # The record or the allocation cannot be read, or srun is missing: the same everywhere.
         log(str(error))
         return EXIT_FAILED
 
@@ -93,7 +101,7 @@ def _decide_from_earlier(
 
 def _unreported_end(nodes: Sequence[str], began_s: float, run_dir: Path) -> AttemptEnd:
     """Infers the end of an attempt that SLURM ended: a failed node, or a preemption."""
-    node = commands.failed_node_since(nodes, began_s)
+    node = _answer(lambda: commands.failed_node_since(nodes, began_s), "no node is blamed", None)
     if node is None:
         return _preempted(run_dir, "SLURM preempted the job")
     saved_step = read_progress(run_dir).saved_step
@@ -108,27 +116,43 @@ def _preempted(run_dir: Path, reason: str) -> AttemptEnd:
 
 
 def _is_running_here(allocation: Allocation) -> bool:
-    """True if SLURM still lists this attempt as running."""
-    (state,) = commands.job_states(allocation.full_id)
-    return (state.state, state.restarts) == ("RUNNING", allocation.restart)
+    """True if SLURM still lists this attempt as running, or does not say."""
+    state = _state(allocation)
+    return state is None or (state.state, state.restarts) == ("RUNNING", allocation.restart)
+
+
+def _state(allocation: Allocation) -> commands.JobState | None:
+    return _answer(lambda: commands.job_state(allocation.full_id), "its state is unknown", None)
+
+
+def _answer(ask: Callable[[], T], otherwise: str, default: T) -> T:
+    """Asks SLURM; returns a default, and logs why, if it does not answer."""
+    try:
+        return ask()
+    except ValueError as error:
+        log(f"{error}; {otherwise}")
+        return default
 
 
 def _decide(attempts: AttemptLog, job: Job) -> RestartDecision | None:
     ends = [attempt.end for attempt in attempts.read() if attempt.end is not None]
-    return decide_restart(ends, job.policy) if ends else None
+    return decide_restart([*earlier_ends(job), *ends], job.policy) if ends else None
 
 
 def _apply(decision: RestartDecision | None, job: Job, allocation: Allocation) -> int:
-    """Requeues the job if it restarts, and returns the attempt's exit code."""
+    """Continues the job if it restarts, and returns the attempt's exit code."""
     assert decision is not None, "at least one attempt has ended"
     if not decision.restart:
         log(decision.message)
         return decision.code
-    (state,) = commands.job_states(allocation.full_id)
+    state = _state(allocation)
     # A shell that outlived its node's daemon must not requeue the job, nor may one that ends
     # because the job is cancelled.
-    if (state.state, state.restarts) != ("RUNNING", allocation.restart):
+    if state and (state.state, state.restarts) != ("RUNNING", allocation.restart):
         log(f"job {allocation.full_id} is {state.state}: this attempt does not requeue it")
+        return decision.code
+    if is_cancelled(job.launch_dir, allocation.full_id):
+        log("the job is cancelled: this attempt does not continue it")
         return decision.code
     excluded = _excludable_nodes(decision, job, allocation)
     failed = f"{', '.join(decision.exclude)}, which failed {MAX_NODE_FAILURES} times"
@@ -142,14 +166,7 @@ def _apply(decision: RestartDecision | None, job: Job, allocation: Allocation) -
     else:
         log(decision.message)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it on a requeue
-    commands.requeue_job(allocation.full_id)
-    # An empty list is a change, too: it clears the nodes that an earlier attempt excluded.
-    exclude = dict.fromkeys((*job.exclude, *excluded)) if decision.exclude else None
-    try:
-        commands.update_queued_job(allocation.full_id, decision.wait_s, exclude)
-    except ValueError as error:
-        log(f"{error}; the job restarts without this change")
-    return decision.code
+    return continue_job(job, allocation, decision, excluded, may_requeue=state is not None)
 
 
 def _excludable_nodes(
@@ -161,7 +178,9 @@ def _excludable_nodes(
     """
     if not decision.exclude:
         return ()
-    usable = commands.usable_nodes(allocation.partition) - {*job.exclude, *decision.exclude}
+    partition, none = allocation.partition, set[str]()
+    listed = _answer(lambda: commands.usable_nodes(partition), "no node is excluded", none)
+    usable = listed - {*job.exclude, *decision.exclude}
     return decision.exclude if len(usable) >= job.nodes else ()
 
 

@@ -9,7 +9,17 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+
+from tvr.launchers.slurm.environment import command_environment, submission_environment
+from tvr.launchers.slurm.sbatch_reply import (
+    ReplyLost,
+    SubmittedJob,
+    job_of_script,
+    only_number,
+    read_reply,
+)
 
 FINAL_STATES = {
     "BOOT_FAIL",
@@ -17,6 +27,7 @@ FINAL_STATES = {
     "COMPLETED",
     "DEADLINE",
     "FAILED",
+    "LAUNCH_FAILED",
     "NODE_FAIL",
     "OUT_OF_MEMORY",
     "PREEMPTED",
@@ -35,6 +46,8 @@ DOWN = re.compile(r"DOWN|FAIL|\*")
 USABLE = re.compile(r"(idle|mixed|allocated|completing|reserved|planned)[~#@%^$!+-]?")
 # Long enough for a restart of the controller, which must not decide how a job ends.
 RETRY_WAITS_S = (5, 10, 20, 40, 80, 160)
+STATE_FORMAT = "JobArrayID:40,State:32,RestartCnt:16,NodeList:2000"
+LISTED_STATE = re.compile(r"(\S+)\s+([A-Z_]+)\s+(\d+)\s*(\S*)")
 TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 NODE_FAILED = re.compile(r"srun: error: Node failure on (\S+)")
 EXITED = re.compile(r"Exited with exit code (\d+)")
@@ -75,32 +88,88 @@ class StepFailure:
         return int(match[1]) if match else None
 
 
-def submit_script(script: Path) -> str:
-    """Submits a batch script and returns the job ID.
+def submit_script(
+    script: Path,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> SubmittedJob:
+    """Submits a batch script.
+
+    Args:
+        script: The script.
+        options: Options of sbatch that override its lines.
+        environment: Variables of the caller; None means this process's. Those that would change
+            the job are not passed on.
 
     Raises:
+        ReplyLost: SLURM may have accepted the script, but the ID of its job is unknown.
         ValueError: SLURM rejects the script, is unreachable, or is not installed.
     """
-    # Inside another job, that job's variables would override the script's options.
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name == "SLURM_CONF"
-    }
-    # A retry after a lost reply would submit a second job.
-    output = _run(["sbatch", "--parsable", str(script)], environment, retry_on=NOT_CONNECTED)
-    return output.strip().split(";")[0]
-
-
-def job_states(job_id: str) -> list[JobState]:
-    """Returns the state of a job, or of every task of an array; `GONE` if SLURM lists neither."""
+    variables = submission_environment(os.environ if environment is None else environment)
+    line = ["sbatch", "--parsable", *options, str(script)]
     try:
-        text = _run(["scontrol", "--oneliner", "show", "job", job_id])
+        # A retry after a lost reply would submit a second job.
+        output = _run(line, variables, retry_on=NOT_CONNECTED)
+    except ValueError as error:
+        if UNREACHABLE.search(str(error)) is None or NOT_CONNECTED.search(str(error)):
+            raise
+        if found := _listed_job(script):
+            return found
+        raise ReplyLost(f"{error}; the job may be queued all the same: see `squeue --me`") from None
+    found = read_reply(output) or _listed_job(script) or only_number(output)
+    if found is None:
+        raise ReplyLost(
+            f"sbatch accepted the job, but its output names no job ID: {output.strip()!r}; see"
+            " `squeue --me`"
+        )
+    return found
+
+
+def _listed_job(script: Path) -> SubmittedJob | None:
+    """Asks the queue for the job of a script, whose name is unique."""
+    line = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F %o"]
+    try:
+        return job_of_script(_run(line), script)
+    except ValueError:
+        return None
+
+
+def job_states(job_id: str, cluster: str | None = None) -> list[JobState]:
+    """Returns the state of a job, or of every task of an array; `GONE` if SLURM lists neither.
+
+    Where scontrol fails or is missing, squeue answers.
+    """
+    try:
+        text = _run(["scontrol", "--oneliner", *_on(cluster), "show", "job", job_id])
+        # A wrapper, or the choice of a cluster, may add other lines.
+        states = [_job_state(line) for line in text.splitlines() if _field(line, "JobState")]
+        if not states:
+            raise ValueError(f"scontrol shows no job {job_id}: {text.strip()!r}")
     except ValueError as error:
         if "Invalid job id" in str(error):
             return [JobState(job_id=job_id, state=GONE, restarts=0, reason="", nodes="")]
-        raise
-    return [_job_state(line) for line in text.splitlines() if line.strip()]
+        states = _listed_states(job_id, cluster)
+        if not states:
+            raise
+    return states
+
+
+def job_state(job_id: str) -> JobState:
+    """Returns the state of one job or array task."""
+    return job_states(job_id)[0]
+
+
+def _listed_states(job_id: str, cluster: str | None) -> list[JobState]:
+    line = ["squeue", "--noheader", "--states=all", *_on(cluster), f"--jobs={job_id}"]
+    try:
+        listed = _run([*line, f"--Format={STATE_FORMAT}"])
+    except ValueError:
+        return []
+    return [
+        JobState(job_id=found[1], state=found[2], restarts=int(found[3]), reason="", nodes=found[4])
+        for line in listed.splitlines()
+        if (found := LISTED_STATE.fullmatch(line.strip()))
+    ]
 
 
 def node_field(node: str, field: str) -> str:
@@ -124,15 +193,25 @@ def failed_node_since(nodes: Sequence[str], since_s: float) -> str | None:
         state = None if line is None else _field(line, "State")
         if line is None or state is None:
             raise ValueError(f"scontrol shows no State of node {node}")
-        started = [_field(line, field) for field in ("BootTime", "SlurmdStartTime")]
-        if DOWN.search(state) or any(t and t.isdecimal() and int(t) > since_s for t in started):
+        started = [_unix_time(_field(line, field)) for field in ("BootTime", "SlurmdStartTime")]
+        if DOWN.search(state) or any(time_s > since_s for time_s in started):
             return node
     return None
 
 
 def _show_nodes(nodes: Sequence[str]) -> str:
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    environment = command_environment(os.environ) | {"SLURM_TIME_FORMAT": "%s"}
     return _run(["scontrol", "--oneliner", "show", "node", ",".join(nodes)], environment)
+
+
+def _unix_time(text: str | None) -> float:
+    """Reads a time of scontrol; 0 if it is unknown. Old versions know SLURM's own format only."""
+    if text is None or text.isdecimal():
+        return float(text or 0)
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _field(text: str, field: str) -> str | None:
@@ -140,10 +219,11 @@ def _field(text: str, field: str) -> str | None:
     return match[1] if match else None
 
 
-def usable_nodes(partition: str) -> set[str]:
-    """Returns the nodes of a partition that a job may get now or later."""
-    lines = _run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N %T"]).splitlines()
-    nodes = [line.split() for line in lines if line.strip()]
+def usable_nodes(partition: str | None) -> set[str]:
+    """Returns the nodes of a partition, or of any one, that a job may get now or later."""
+    of_partition = [] if partition is None else ["-p", partition]
+    lines = _run(["sinfo", "-h", "-N", *of_partition, "-o", "%N %T"]).splitlines()
+    nodes = [words for line in lines if len(words := line.split()) == 2]
     return {node for node, state in nodes if USABLE.fullmatch(state)}
 
 
@@ -172,9 +252,13 @@ def update_queued_job(job_id: str, wait_s: float, exclude: Iterable[str] | None)
         _run(["scontrol", "update", f"JobId={job_id}", *changes])
 
 
-def cancel_job(job_id: str) -> None:
+def cancel_job(job_id: str, cluster: str | None = None) -> None:
     """Ends a pending or running job."""
-    _run(["scancel", job_id])
+    _run(["scancel", *_on(cluster), job_id])
+
+
+def _on(cluster: str | None) -> list[str]:
+    return [] if cluster is None else [f"--clusters={cluster}"]
 
 
 def first_step_failure(srun_errors: str) -> StepFailure | None:
@@ -210,10 +294,14 @@ def _run(
     retry_on: re.Pattern[str] = UNREACHABLE,
 ) -> str:
     message = ""
+    environment = command_environment(os.environ) if environment is None else environment
     for wait_s in (*RETRY_WAITS_S, None):
         try:
-            result = subprocess.run(line, env=environment, capture_output=True, text=True)
-        except FileNotFoundError:
+            # A wrapper may print text in any encoding.
+            result = subprocess.run(
+                line, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+            )
+        except (FileNotFoundError, PermissionError):
             raise ValueError(f"{line[0]} is not installed: SLURM's commands are needed") from None
         if result.returncode == 0:
             return result.stdout

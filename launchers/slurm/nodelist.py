@@ -18,8 +18,9 @@ def expand_nodes(nodelist: str) -> list[str]:
     Raises:
         ValueError: the text is not a node list.
     """
-    names = NODE_NAME.findall(nodelist)
-    if not names or ",".join(names) != nodelist:
+    without_spaces = re.sub(" *, *", ",", nodelist.strip(" "))
+    names = NODE_NAME.findall(without_spaces)
+    if not names or ",".join(names) != without_spaces:
         raise ValueError(f"node list {nodelist!r} must be names such as gpu[08-10,12],login")
     return [node for name in names for node in _expand(name)]
 

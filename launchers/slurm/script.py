@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tvr.launchers.job import TASK_ID, Container, Job, job_environment, parse_time_limit
+from tvr.launchers.job_values import PLAIN_VALUE
+from tvr.launchers.sbatch_options import gpus_per_node, option_value
 
 
 def sbatch_script(job: Job, record: Path) -> str:
@@ -47,15 +49,17 @@ def sbatch_script(job: Job, record: Path) -> str:
 
 def effective_notice_s(job: Job) -> int:
     """Seconds before the time limit at which SLURM sends the notice: at most half of the limit."""
-    limit = parse_time_limit(job.time_limit) if job.time_limit else 0
-    return min(job.notice_s, limit // 2) if limit else job.notice_s
+    # SLURM may shorten the limit down to --time-min to start the job earlier.
+    texts = (job.time_limit, option_value(job.sbatch, "time-min"))
+    limits = [limit for text in texts if text and (limit := parse_time_limit(text))]
+    return min(job.notice_s, min(limits) // 2) if limits else job.notice_s
 
 
 def _options(job: Job) -> Iterator[str]:
     yield f"job-name={_directive_quoted(job.name)}"
     yield f"nodes={job.nodes}"
     yield f"ntasks-per-node={job.ranks_per_node}"
-    if job.gpus_per_node:
+    if job.gpus_per_node and gpus_per_node(job.sbatch) is None:
         yield f"gpus-per-node={job.gpus_per_node}"
     optional = {
         "cpus-per-task": job.cpus_per_rank,
@@ -64,11 +68,12 @@ def _options(job: Job) -> Iterator[str]:
         "account": job.account,
         "qos": job.qos,
         "time": job.time_limit,
-        "exclude": ",".join(job.exclude) or None,
+        "exclude": ",".join(dict.fromkeys((*job.exclude, *job.failed_nodes))) or None,
         "dependency": job.dependency,
         "array": job.array,
     }
     yield from (f"{name}={value}" for name, value in optional.items() if value is not None)
+    yield from map(_quoted_option, job.sbatch)
     yield f"chdir={_directive_quoted(job.directory)}"
     yield f"output={_directive_quoted(_output_pattern(job, '%j.out'))}"
     yield "open-mode=append"
@@ -78,8 +83,8 @@ def _options(job: Job) -> Iterator[str]:
 
 
 def _srun(job: Job) -> list[str]:
-    # A site may set SBATCH_EXPORT=NONE, which would hide the rendezvous address from the ranks, or
-    # WaitTime, which would end ranks that still save.
+    # A job may have --export=NONE, which would hide the rendezvous address from the ranks. A site
+    # may set WaitTime, which would end ranks that still save.
     line = ["srun", "--export=ALL", "--wait=0", "--kill-on-bad-exit=1", "--open-mode=append"]
     line.append(f"--output={_output_pattern(job, '%j.rank-%5t.log')}")
     if job.cpus_per_rank is not None:
@@ -123,6 +128,12 @@ def _quoted_join(parts: Sequence[str], separator: str) -> str:
 def _output_pattern(job: Job, name: str) -> str:
     """File name pattern for SLURM, with the folder's own per cent signs escaped."""
     return f"{job.launch_dir}/".replace("%", "%%") + name
+
+
+def _quoted_option(option: str) -> str:
+    name, sign, value = option.partition("=")
+    is_plain = PLAIN_VALUE.fullmatch(value) is not None
+    return f"{name}{sign}{value}" if is_plain or not sign else f"{name}={_directive_quoted(value)}"
 
 
 def _directive_quoted(text: str) -> str:

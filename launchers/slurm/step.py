@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from tvr.launchers.restart_policy import AttemptEnd
 from tvr.launchers.run_status import RunMark, read_progress, reported_failure
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.allocation import Allocation
+from tvr.launchers.slurm.environment import step_environment
 
 POLL_S = 1.0
 # A notice that arrives before the ranks have started is lost, so it is repeated.
@@ -76,6 +78,17 @@ def refresh_interval_s(nodes: int) -> float:
     return MIN_REFRESH_S + nodes / FILES_PER_S
 
 
+def rendezvous_address(allocation: Allocation) -> str:
+    """Address of the first node, on which rank 0 runs: as SLURM knows it, or else its name."""
+    node = allocation.nodes[0]
+    try:
+        return commands.node_field(node, "NodeAddr")
+    except ValueError as error:
+        address = allocation.addresses.get(node, node)
+        log(f"{error}; the ranks meet at {address}")
+        return address
+
+
 class SrunStep:
     """One run of srun, which runs all ranks of an attempt."""
 
@@ -106,12 +119,22 @@ class SrunStep:
         signal.signal(signal.SIGUSR1, self._on_notice)
         # SLURM sends SIGTERM to the ranks, too; this process still has to see how they end.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
-        address = commands.node_field(self._allocation.nodes[0], "NodeAddr")
-        environment = os.environ | {
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(self._allocation.port),
-        }
-        self._process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+        address = rendezvous_address(self._allocation)
+        environment, dropped = step_environment(os.environ)
+        if dropped:
+            log(f"variables that would change srun are dropped: {', '.join(dropped)}")
+        environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(self._allocation.port)}
+        try:
+            self._process = subprocess.Popen(
+                line,
+                env=environment,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                # Ranks may print text in any encoding.
+                errors="replace",
+            )
+        except FileNotFoundError:
+            raise ValueError(f"{line[0]} is not installed on {socket.gethostname()}") from None
         reader = threading.Thread(target=self._copy_errors, name="srun")
         reader.start()
         while (code := self._poll()) is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +28,14 @@ from tvr.launchers.run_status import (
 )
 from tvr.launchers.slurm import commands
 from tvr.launchers.slurm.attempt_log import ATTEMPTS_DIR, AttemptLog
-from tvr.launchers.slurm.script import sbatch_script
+from tvr.launchers.slurm.submission import (
+    Submission,
+    mark_cancelled,
+    read_submissions,
+    write_and_submit,
+)
 
 SCRIPT_FILE = "job.sbatch"
-SUBMISSIONS_FILE = "submitted.jsonl"
 EMPTY_CELL = "-"
 # Dependency types that hold only after the named jobs have ended.
 AFTER_END = {"afterany", "afterok", "afternotok"}
@@ -45,31 +47,15 @@ def submit_job(job: Job) -> str:
     Files that other jobs of the run or the user read change only after sbatch accepts the job.
 
     Raises:
+        ReplyLost: the job may be queued, but its ID is unknown.
         ValueError: another job of the run is unfinished and this one does not wait for its end, or
             SLURM rejects the job.
     """
     _refuse_concurrent_jobs(job)
-    record = job.record_path(new_record_name())
-    script = record.with_suffix(".sbatch")
-    write_atomically(record, to_json(job))
-    write_atomically(script, sbatch_script(job, record))
-    try:
-        job_id = commands.submit_script(script)
-    except ValueError:
-        record.unlink()
-        script.unlink()
-        raise
-    with (job.launch_dir / SUBMISSIONS_FILE).open("a") as file:
-        line = {"job_id": job_id, "name": job.name, "at_s": time.time()}
-        file.write(json.dumps(line) + "\n")
+    submitted, script = write_and_submit(job)
     write_atomically(job.launch_dir / JOB_FILE, to_json(job))
     script.replace(job.launch_dir / SCRIPT_FILE)
-    return job_id
-
-
-def new_record_name() -> str:
-    """Returns a unique name for a job's record: the job has no ID before it is submitted."""
-    return secrets.token_hex(4)
+    return submitted.job_id
 
 
 def run_report(run_dir: Path) -> str:
@@ -79,9 +65,7 @@ def run_report(run_dir: Path) -> str:
         ValueError: the run was not launched on SLURM.
     """
     job = read_job(run_dir)
-    states = [
-        state for job_id in list(_submitted(run_dir))[-1:] for state in commands.job_states(job_id)
-    ]
+    states = _shown_states(run_dir)
     parts = [
         _table(
             ("job", "state", "restarts", "nodes", "pending reason"),
@@ -90,6 +74,7 @@ def run_report(run_dir: Path) -> str:
                 for s in states
             ],
         ),
+        _table(("sbatch option",), [(f"--{option}",) for option in job.sbatch]),
         _table(("job", "attempt", "nodes", "ended"), list(_attempt_rows(run_dir))),
         *(
             _progress_table(folder, read_progress(folder), is_task=job.array is not None)
@@ -135,8 +120,9 @@ def cancel_jobs(run_dir: Path) -> str:
     unfinished = _unfinished(run_dir)
     if not unfinished:
         raise ValueError(f"{run_dir} has no unfinished job")
-    for job_id in unfinished:
-        commands.cancel_job(job_id)
+    for job_id, submission in unfinished.items():
+        mark_cancelled(run_dir, job_id)
+        commands.cancel_job(job_id, submission.cluster)
     remove_targets(job)
     return ", ".join(unfinished)
 
@@ -193,7 +179,7 @@ def _waited_for(conditions: str, names: Mapping[str, str], name: str) -> set[str
 
 def _refuse_concurrent_jobs(job: Job) -> None:
     """Two concurrent jobs would supersede each other's attempts."""
-    unfinished = _unfinished(Path(job.run_dir))
+    unfinished = {job_id: each.name for job_id, each in _unfinished(Path(job.run_dir)).items()}
     if unfinished and not waits_for_all(job.dependency or "", unfinished, job.name):
         raise ValueError(
             f"job {', '.join(unfinished)} of {job.run_dir} is unfinished; wait for it, cancel it,"
@@ -201,20 +187,30 @@ def _refuse_concurrent_jobs(job: Job) -> None:
         )
 
 
-def _unfinished(run_dir: Path) -> dict[str, str]:
-    """Names of the run's pending and running jobs by ID."""
+def _unfinished(run_dir: Path) -> dict[str, Submission]:
+    """The run's pending and running jobs by ID."""
     return {
-        job_id: name
-        for job_id, name in _submitted(run_dir).items()
-        if any(not state.is_finished for state in commands.job_states(job_id))
+        job_id: submission
+        for job_id, submission in read_submissions(run_dir).items()
+        if any(not state.is_finished for state in _states(job_id, submission))
     }
 
 
-def _submitted(run_dir: Path) -> dict[str, str]:
-    """Names of all jobs by ID, in the order of submission."""
-    path = run_dir / LAUNCH_DIR / SUBMISSIONS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {line["job_id"]: line["name"] for line in map(json.loads, lines)}
+def _shown_states(run_dir: Path) -> list[commands.JobState]:
+    """States of the newest job and, as one may continue another, of all unfinished ones."""
+    submissions = read_submissions(run_dir)
+    states = {job_id: _states(job_id, each) for job_id, each in submissions.items()}
+    newest = list(submissions)[-1:]
+    return [
+        state
+        for job_id, found in states.items()
+        if job_id in newest or any(not state.is_finished for state in found)
+        for state in found
+    ]
+
+
+def _states(job_id: str, submission: Submission) -> list[commands.JobState]:
+    return commands.job_states(job_id, submission.cluster)
 
 
 def _pending_reason(state: commands.JobState) -> str:

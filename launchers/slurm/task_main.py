@@ -16,10 +16,10 @@ from tvr.launchers.rank_main import end_process, run_tvr
 
 def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Translates SLURM's variables of a task to the variables that torch.distributed reads."""
-    ranks_here = environment["SLURM_NTASKS_PER_NODE"]
+    ranks_here = str(ranks_on_this_node(environment))
     variables = {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "WORLD_SIZE": str(number_of_ranks(environment)),
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": ranks_here,
     }
@@ -31,6 +31,26 @@ def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return variables
 
 
+def number_of_ranks(environment: Mapping[str, str]) -> int:
+    """Ranks of the job. Versions of SLURM differ in the variables that they set."""
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_NPROCS"):
+        if environment.get(name):
+            return int(environment[name])
+    raise ValueError("SLURM_NTASKS is missing: srun must start the ranks")
+
+
+def ranks_on_this_node(environment: Mapping[str, str]) -> int:
+    """Ranks on this node: from the number for all nodes, or else from the list `2(x3),1`."""
+    if environment.get("SLURM_NTASKS_PER_NODE"):
+        return int(environment["SLURM_NTASKS_PER_NODE"])
+    listed = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"]
+    counts: list[int] = []
+    for item in listed.split(","):
+        count, _, times = item.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[int(environment.get("SLURM_NODEID", 0))]
+
+
 def exit_grace_s(environment: Mapping[str, str]) -> float:
     """Seconds for which a preempted rank waits before it exits.
 
@@ -38,7 +58,7 @@ def exit_grace_s(environment: Mapping[str, str]) -> float:
     preempted ranks finish first.
     """
     given = environment.get(EXIT_GRACE)
-    return float(given) if given else default_exit_grace_s(int(environment["SLURM_NTASKS"]))
+    return float(given) if given else default_exit_grace_s(number_of_ranks(environment))
 
 
 def run_task(command: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ INJECTED = "\ntouch injected\n"
 TEXT_OPTIONS = (
     *("--mem", "--partition", "--account", "--qos", "--exclude", "--dependency", "--time"),
     *("--array", "--name", "--run-dir", "--interface", "--container", "--targets"),
+    "--sbatch",
 )
 CONTAINER_OPTIONS = ("--container-mounts", "--container-python")
 
@@ -64,6 +66,10 @@ def test_a_newline_in_any_option_is_refused_before_anything_is_written(
         ("exclude", ("-n1",)),
         ("name", "a\rb"),
         ("name", "a\u2028b"),
+        ("sbatch", ("comment=a\n#SBATCH --uid=0",)),
+        ("sbatch", ("gres=gpu:1\\",)),
+        ("sbatch", ("comment --uid=0",)),
+        ("failed_nodes", ("n1 --uid=0",)),
         ("python", "/bin/python\nid"),
         ("directory", "/disk\nid"),
         ("run_dir", "/disk/\udcff"),
@@ -111,6 +117,20 @@ def test_a_command_may_have_several_lines(tmp_path: Path) -> None:
     script = sbatch_script(job, tmp_path / "record")
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("bash -c a\n#SBATCH --uid=0\n\tb\n")
+
+
+@given(st.text(max_size=20))
+def test_an_accepted_option_of_sbatch_stays_in_its_line(text: str) -> None:
+    try:
+        job = replace(JOB, sbatch=(f"comment={text}",))
+    except ValueError:
+        return
+    lines = sbatch_script(job, Path("/record")).splitlines()
+    plain = sbatch_script(JOB, Path("/record")).splitlines()
+    (line,) = set(lines) - set(plain)
+    assert len(lines) == len(plain) + 1
+    # sbatch reads quotes in a line as a shell does.
+    assert shlex.split(line.removeprefix("#SBATCH ")) == [f"--comment={text}"]
 
 
 @given(st.text(max_size=20))

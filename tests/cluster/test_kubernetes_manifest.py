@@ -90,6 +90,7 @@ def test_claim_may_be_mounted_at_several_paths() -> None:
     [
         ({"container": None}, r"pods need an image \(--container\)"),
         ({"partition": "gpu"}, r"partition='gpu' is for SLURM only"),
+        ({"sbatch": ("exclusive",)}, r"sbatch=\('exclusive',\) is for SLURM only"),
         ({"exclude": ("n1",)}, r"exclude=\('n1',\) is for SLURM only"),
         ({"name": "?"}, r"name='\?' must contain a letter or a digit"),
         ({"container": Container(image="i", mounts=("/data",))}, "'/data' must be CLAIM:PATH"),

@@ -398,6 +398,32 @@ def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) 
     assert first.restarts == 0
 
 
+def test_a_job_that_may_not_be_requeued_goes_on_in_another(
+    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options of `--sbatch` hold in both jobs, and the shell's SBATCH_TIMELIMIT in neither."""
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "1")
+    released = folder / "released"
+    script = 'until [[ -e $1 ]]; do sleep 0.2; done; [[ -e $1.first ]] && exit 0; touch "$1.first"'
+    command = ["bash", "-c", f"{script}; exit 75", "bash", str(released)]
+    options = ("--time", "60", "--sbatch", "--comment=tvr --gres=gpu:1")
+    first = launch(cluster, folder / "continued", *options, command=command)
+    first.until(lambda: first.state == "RUNNING", "the first job runs")
+    cluster.run("scontrol", "update", f"JobId={first.job_id}", "Requeue=0")
+    released.touch()
+    assert cluster.until_ended(first.job_id) == "COMPLETED", first.output
+    assert "continues the run when this one has ended" in first.output
+    lines = (first.run_dir / "launch" / "submitted.jsonl").read_text().splitlines()
+    second = LaunchedJob(cluster, first.run_dir, json.loads(lines[-1])["job_id"])
+    second.until_done()
+    assert second.job_id != first.job_id
+    assert [[end.code for end in job.ends] for job in (first, second)] == [[75], [0]]
+    for job in (first, second):
+        shown = cluster.job(job.job_id)
+        assert (shown["TimeLimit"], shown["Comment"]) == ("01:00:00", "tvr")
+        assert "gpu:1" in shown["TresPerNode"]
+
+
 @pytest.mark.parametrize("nodelist", ["n[1-3]", "gpu[08-10,12],login", "r[1-2]n[3-4]", "a[9-11]"])
 def test_node_lists_are_expanded_like_slurm(cluster: Cluster, nodelist: str) -> None:
     assert cluster.run("scontrol", "show", "hostnames", nodelist).split() == expand_nodes(nodelist)

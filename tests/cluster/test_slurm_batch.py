@@ -31,6 +31,8 @@ case "$*" in
 esac
 """,
     "sinfo": "cat nodes\n",
+    "squeue": 'echo "squeue: error: Access denied" >&2; exit 1\n',
+    "sbatch": 'echo "sbatch $*" >> calls; env > sbatch-env; cp "${@: -1}" script; echo 18\n',
     "srun": 'echo ran >> calls; echo "srun: error: n1: task 0: Killed" >&2; exit 137\n',
 }
 REQUEUE = ["requeue 17", "update JobId=17 ExcNodeList="]
@@ -66,22 +68,26 @@ class BatchShell:
         record.write_text(to_json(job))
         return record
 
-    def execute(self, *line: str, restart: int = 0) -> subprocess.CompletedProcess[str]:
+    def batch_line(self, job: Job) -> list[str]:
+        record = self.write_record(job)
+        return [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record), "srun"]
+
+    def execute(
+        self, *line: str, restart: int = 0, path: str | None = None, **further: str
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command with the environment that SLURM gives to the batch shell."""
         variables = {"JOB_ID": "17", "JOB_NODELIST": "n1", "JOB_PARTITION": "main"}
-        variables |= {"RESTART_COUNT": str(restart)} if restart else {}
+        variables |= ({"RESTART_COUNT": str(restart)} if restart else {}) | further
         environment = {f"SLURM_{name}": value for name, value in variables.items()}
-        environment["PATH"] = f"{self.folder}:{os.environ['PATH']}"
+        environment["PATH"] = path or f"{self.folder}:{os.environ['PATH']}"
         return subprocess.run(
             line, cwd=self.folder, env=environment, capture_output=True, text=True
         )
 
     def run(self, restart: int) -> tuple[int, list[str], list[str]]:
         """Returns the exit code, the calls that change SLURM's state, and the log messages."""
-        record = self.write_record(self.job)
         (self.folder / "calls").write_text("")
-        batch_main = [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record)]
-        result = self.execute(*batch_main, "srun", restart=restart)
+        result = self.execute(*self.batch_line(self.job), restart=restart)
         calls = [
             line
             for line in (self.folder / "calls").read_text().splitlines()
@@ -225,15 +231,21 @@ def test_ranks_run_in_a_container(shell: BatchShell) -> None:
     assert lines[-1].startswith("tvr ")
 
 
-def test_scontrol_error_is_logged_and_the_end_is_recorded(shell: BatchShell) -> None:
-    (shell.folder / "state").write_text("RUNNING")
-    scontrol = shell.folder / "scontrol"
-    reject = '[[ "$*" == *"show job"* ]] && { echo "Access denied" >&2; exit 1; }\n'
-    scontrol.write_text(scontrol.read_text().replace("\n", f"\n{reject}", 1))
-    assert shell.run(0) == (3, ["ran"], ["scontrol --oneliner: Access denied"])
-    (attempt,) = shell.attempts.read()
-    assert attempt.end is not None
-    assert attempt.end.reason == "rank 0 on n1: Killed"
+def test_node_list_and_address_without_scontrol(shell: BatchShell) -> None:
+    (shell.folder / "scontrol").unlink()
+    print_address = 'echo "$MASTER_ADDR" > address\n'
+    (shell.folder / "srun").write_text(f"#!/bin/bash\n{print_address}")
+    line = shell.batch_line(shell.job)
+    aliases = {"NODE_ALIASES": "n1:10.1.2.3:host1,n2:10.1.2.4:host2"}
+    for further, address in (({}, "n1"), (aliases, "10.1.2.3")):
+        (shell.folder / "launch" / "attempts" / "17.jsonl").unlink(missing_ok=True)
+        result = shell.execute(*line, path=str(shell.folder), **further)
+        assert result.returncode == 0, result.stderr
+        assert (shell.folder / "address").read_text().strip() == address
+        assert (
+            f"scontrol is not installed: SLURM's commands are needed; the ranks meet at {address}"
+            in result.stderr
+        )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +291,6 @@ def test_a_task_of_an_array_reads_its_own_progress(shell: BatchShell, task: str)
         array="0-1",
         policy=RestartPolicy(back_off_s=0, max_failures=3),
     )
-    record = shell.write_record(job)
     own = shell.folder / "runs" / task
     own.mkdir(parents=True)
     report = {"rank": 0, "host": "n1", "code": 3, "error": "of this task", "of": None}
@@ -292,7 +303,7 @@ def test_a_task_of_an_array_reads_its_own_progress(shell: BatchShell, task: str)
         'echo "srun: error: n1: task 0: Exited with exit code 3" >&2; exit 3\n'
     )
     (shell.folder / "calls").write_text("")
-    line = [sys.executable, "-m", "tvr.launchers.slurm.batch_main", str(record), "srun"]
+    line = shell.batch_line(job)
     array = ["env", "SLURM_ARRAY_JOB_ID=17", f"SLURM_ARRAY_TASK_ID={task}"]
     for restart in range(5):
         result = shell.execute(*array, *line, restart=restart)

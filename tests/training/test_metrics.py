@@ -279,7 +279,11 @@ def test_a_node_has_one_endpoint_or_one_for_each_rank_or_none(data: Path, tmp_pa
     host = socket.gethostname()
     # With "node" the ranks share an endpoint, which has a series for each.
     assert first["node"].files == [f"{host}.json"]
-    assert first["node"].targets[0]["labels"] == {"run": f"{tmp_path.name}/node", "host": host}
+    assert first["node"].targets[0]["labels"] == {
+        "run": f"{tmp_path.name}/node",
+        "host": host,
+        "__meta_tvr_host": "listens there only",
+    }
     (during,) = first["node"].during
     assert second["node"].during == [during]
     assert during["tvr_train_step_seconds", "0"] == 1.0
@@ -453,4 +457,5 @@ def test_pack_prints_the_url_of_its_endpoint(
     (tmp_path / "a.csv").write_text("video,caption\na.mp4,one\n")
     line = ["--annotations", str(tmp_path / "a.csv"), "--out", str(tmp_path / "data")]
     assert pack([*line, "--layout", "frames", "--num-frames", "3", "--metrics-port", "0"]) == 0
-    assert re.match(r"metrics: http://\S+:\d+/metrics\n", capsys.readouterr().out)
+    # On loopback, unless --metrics-address says otherwise.
+    assert re.match(r"metrics: http://127\.0\.0\.1:\d+/metrics\n", capsys.readouterr().out)

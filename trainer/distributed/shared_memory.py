@@ -16,9 +16,19 @@ IN_MEMORY = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def ranks_on_node(world: World) -> list[int]:
-    """The ranks on this rank's machine, in order. All ranks call it."""
-    nodes = world.all_gather_objects(_node_id())
+def machines(world: World) -> list[str]:
+    """The machine of each rank. All ranks call it."""
+    return world.all_gather_objects(_node_id())
+
+
+def ranks_on_node(world: World, nodes: list[str] | None = None) -> list[int]:
+    """The ranks on this rank's machine, in order. All ranks call it.
+
+    Args:
+        world: The ranks.
+        nodes: The machine of each rank, from `machines`; None asks for them.
+    """
+    nodes = machines(world) if nodes is None else nodes
     return [rank for rank, node in enumerate(nodes) if node == nodes[world.rank]]
 
 

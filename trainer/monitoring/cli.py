@@ -22,6 +22,10 @@ names in `data.train_sets`, and its series exist only in a run that has them. Pr
 labels: `run`, the last two parts of the folder's path (`demo/run`), and `host`. A gauge is absent
 if it does not apply or is not known. Counters begin at 0 with each start of a run.
 
+A run on one machine serves its metrics on loopback, one on several machines on all interfaces, as
+`metrics.address` says. `metrics.host` is the name under which Prometheus finds a node. The label
+`__meta_tvr_host` of a target says by which rule that name was chosen; Prometheus does not store it.
+
 """
 COLUMNS = ("name", "type", "unit", "labels", "per", "meaning")
 

@@ -23,7 +23,7 @@ from tvr.data_prep.exporter.metrics_table import MetricValues
 from tvr.data_prep.records import UNDECODABLE_REASONS
 from tvr.trainer.config import Config
 from tvr.trainer.data import training_sets
-from tvr.trainer.distributed.shared_memory import ranks_on_node, shared_rows
+from tvr.trainer.distributed.shared_memory import machines, ranks_on_node, shared_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.errors import Preempted
 from tvr.trainer.fencing import Attempt
@@ -125,7 +125,8 @@ class NodeMonitor(Monitor):
 
     def start(self, attempt: Attempt, start_step: int) -> None:
         self._world.run_on_first(lambda: remove_targets(self._run_dir))
-        ranks = ranks_on_node(self._world)
+        nodes = machines(self._world)
+        ranks = ranks_on_node(self._world, nodes)
         table = training_table(sorted(self._config.data.train_sets))
         lines = shared_rows(self._world, ranks, len(table.slots))
         rank, metrics = self._world.rank, self._config.metrics
@@ -138,7 +139,7 @@ class NodeMonitor(Monitor):
             local_rank = ranks.index(rank)
             try:
                 self._server = MetricsServer(
-                    metrics, self._run_dir, attempt, table, served, local_rank
+                    metrics, self._run_dir, attempt, table, served, local_rank, len(set(nodes))
                 )
             except ValueError as error:
                 finding = Finding(rank, str(error), is_node_fault=isinstance(error, PortInUse))

@@ -15,12 +15,18 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from tvr.data_prep.exporter.metrics_http import MetricsEndpoint, job_label, write_scrape_target
+from tvr.data_prep.exporter.metrics_http import (
+    HOST_RULE,
+    MetricsEndpoint,
+    job_label,
+    write_scrape_target,
+)
 from tvr.data_prep.exporter.metrics_table import MetricArray, MetricTable
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.config import MetricsConfig
 from tvr.trainer.errors import Fenced
 from tvr.trainer.fencing import Attempt
+from tvr.trainer.monitoring.address import listening_address, named_address
 
 FOLDER = "metrics"
 WRITE_EVERY_S = 5.0
@@ -46,6 +52,7 @@ class MetricsServer:
         table: MetricTable,
         lines: Mapping[int, MetricArray],
         local_rank: int,
+        machines: int,
     ) -> None:
         """Starts to serve.
 
@@ -53,6 +60,7 @@ class MetricsServer:
             table: The run's metrics.
             lines: Values of each served rank, in the places of `table`.
             local_rank: Added to `metrics.port`, so that ranks of a node use different ports.
+            machines: Number of machines of the run.
 
         Raises:
             PortInUse: another process uses the port.
@@ -69,9 +77,15 @@ class MetricsServer:
         self._endpoint: MetricsEndpoint | None = None
         if metrics.endpoint != "none":
             port = metrics.port + local_rank if metrics.port else 0
-            self._endpoint = endpoint = MetricsEndpoint(self._text, metrics.address, port)
-            labels = {"run": job_label(run_dir), "host": host}
+            address, why = listening_address(metrics, machines=machines)
+            self._endpoint = endpoint = MetricsEndpoint(self._text, address, port, metrics.host)
+            labels = {"run": job_label(run_dir), "host": host, HOST_RULE: endpoint.host_rule}
             write_scrape_target(self._target, endpoint.target, labels)
+            if machines > 1 and 0 in lines:
+                log.warning(
+                    "metrics are served on %s of each machine (%s), here as %s (%s)",
+                    *(named_address(address), why, endpoint.target, endpoint.host_rule),
+                )
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write_often, name="last-values", daemon=True)
         self._thread.start()

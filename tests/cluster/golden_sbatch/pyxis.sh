@@ -23,6 +23,7 @@ export TORCH_EXTENSIONS_DIR=/disk/ext
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export TVR_GPUS_PER_NODE=8
+export TVR_METRICS_ADDRESS=0.0.0.0
 
 # batch_main sets the rendezvous address, forwards the preemption notice to the
 # ranks, and decides whether the job restarts.
