@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
@@ -21,8 +20,10 @@ from tvr.data_prep.video.frame_index import (
     index_packets,
     open_video,
     with_frame_index,
+    with_keyframes,
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
+from tvr.data_prep.video.picture import PicturePainter, fit_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +48,19 @@ def sample_frames(
     span: Span | None = None,
     offsets: Sequence[float] | None = None,
     key: str = "video",
+    adjusted: set[str] | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Decodes one frame from each of `num_frames` equal segments of a video or a span of it.
 
     Args:
         offsets: Position within each segment, see `segment_frames`.
         key: Name of the sample in error messages.
+        adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
 
     Returns:
-        Upright frames (F, H, W, 3) uint8 RGB, and the time of each in seconds from the first frame
-        of the span. F is `num_frames`, or the number of frames in the span if that is smaller.
+        Frames (F, H, W, 3) uint8 RGB as a player shows them, all of the first one's size, and the
+        time of each in seconds from the first frame of the span. F is `num_frames`, or the number
+        of frames in the span if that is smaller.
 
     Raises:
         BadSample: "unreadable" (damaged, truncated, unknown format), "no_frames" (in the span) or
@@ -67,16 +71,40 @@ def sample_frames(
 
     def sample(frame_index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
-        scaler = VideoReformatter()  # one per frame would take four times as long
-        frames = {
-            index: upright(frame, scaler)
-            for index, frame in decode_frames(source, frame_index, sorted(set(chosen)), key)
-        }
-        if len({frame.shape for frame in frames.values()}) > 1:
-            raise BadSample(key, "unreadable", "the picture size changes within the video")
+        painter = PicturePainter(key)
+        frames: dict[int, np.ndarray] = {}
+        height = width = 0
+        for index, frame in shown_frames(source, frame_index, chosen, key, painter):
+            picture = painter.picture(frame)
+            if not frames:
+                height, width = picture.shape[:2]
+            elif picture.shape[:2] != (height, width):
+                painter.adjusted.add("size_change")
+            frames[index] = fit_picture(picture, width, height)
+        if adjusted is not None:
+            adjusted.update(painter.adjusted)
         return np.stack([frames[index] for index in chosen]), times_s
 
     return with_frame_index(source, key, sample)
+
+
+def shown_frames(
+    source: Source,
+    frame_index: FrameIndex,
+    wanted: Sequence[int],
+    key: str,
+    painter: PicturePainter,
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yields the wanted frames once each, in ascending order, as `decode_frames` does.
+
+    `painter` is ready to convert the frame that is yielded.
+    """
+    is_wanted = set(wanted)
+    decoded = with_keyframes(frame_index, wanted)
+    for index, frame in decode_frames(source, frame_index, decoded, key, painter.open):
+        painter.see(frame)
+        if index in is_wanted:
+            yield index, frame
 
 
 def choose_frames(
@@ -92,9 +120,27 @@ def choose_frames(
     return chosen, tuple(round(times_s[i] - times_s[within[0]], 6) for i in chosen)
 
 
-def check_frames(source: Source, *, key: str = "video") -> None:
-    """Decodes every frame once. Raises BadSample as `sample_frames`, for damage anywhere."""
+def check_frames(source: Source, *, key: str = "video", adjusted: set[str] | None = None) -> None:
+    """Decodes every frame once. Raises BadSample as `sample_frames`, for damage anywhere.
+
+    Args:
+        adjusted: Receives the names in ADJUSTMENTS of what the first picture needs.
+    """
     index_decoded_frames(source, key)
+    if adjusted is not None:
+        adjusted.update(first_frame(source, key)[1].adjusted)
+
+
+def first_frame(source: Source, key: str) -> tuple[VideoFrame, PicturePainter]:
+    """Decodes the first frame. Raises BadSample as `sample_frames`."""
+    painter = PicturePainter(key)
+    with open_video(source, key) as (container, stream):
+        painter.open(container, stream)
+        for frame in container.decode(stream):
+            painter.see(frame)
+            painter.note(frame)
+            return frame, painter
+    raise BadSample(key, "no_frames", "the decoder returned no picture")
 
 
 def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
@@ -110,12 +156,6 @@ def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
             frame_rate_hz=rate,
             duration_s=_duration_s(container, stream) or (num_frames / rate if rate else 0.0),
         )
-
-
-def upright(frame: VideoFrame, scaler: VideoReformatter) -> np.ndarray:
-    """Converts a frame to RGB (H, W, 3) uint8 and applies the container's rotation."""
-    picture = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(picture, k=round(frame.rotation / 90) % 4)  # counter-clockwise degrees
 
 
 def _duration_s(container: InputContainer, stream: VideoStream) -> float:

@@ -2,19 +2,39 @@
 
 torchcodec uses the system's FFmpeg libraries; PyAV brings its own. Only version 0.13.0 is known to
 load with this project's torch: later wheels are built against CUDA.
+
+torchcodec turns pictures by the angle of the container's matrix and knows no other rule of
+`picture`. Mirrored pictures and pixels that are not square are put right afterwards. A video whose
+colours, fields or orientation need each frame's own data is left to PyAV, with one warning.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from av.stream import Discard
+from av.video.frame import VideoFrame
 from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video.decode import choose_frames
-from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
+from tvr.data_prep.video import decode
+from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets, open_video
 from tvr.data_prep.video.frame_sampling import Span, check_span
+from tvr.data_prep.video.images import resize
+from tvr.data_prep.video.orientation import QUARTER_TURNS, display_matrices
+from tvr.data_prep.video.parameter_sets import changes_pictures
+from tvr.data_prep.video.picture import (
+    SPECIFIED,
+    PicturePainter,
+    untagged_matrix,
+    warn_once,
+)
+from tvr.data_prep.video.tone_map import HDR_TRANSFERS
+
+FULL_RANGE = 2
 
 
 def sample_frames(
@@ -37,15 +57,24 @@ def sample_frames(
     """
     check_span(span)
     frame_index = index_packets(source, key)
-    chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
+    chosen, times_s = decode.choose_frames(frame_index, num_frames, span, offsets, key)
     wanted = sorted(set(chosen))
-    frames = _decode(source, frame_index, wanted, key)
+    if frame_index.pts is None:
+        raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
+    try:
+        frames = _decode(source, frame_index, wanted, key)
+    except _OnlyPyAV as reason:
+        warn_once(f"torchcodec leaves videos to PyAV, the first is {key}: {reason}")
+        return decode.sample_frames(source, num_frames, span=span, offsets=offsets, key=key)
     return frames[np.searchsorted(wanted, chosen)], times_s
 
 
+class _OnlyPyAV(Exception):
+    """torchcodec would show the video otherwise than a player."""
+
+
 def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
-    if frame_index.pts is None:
-        raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
+    assert frame_index.pts is not None
     try:
         # One thread, as for PyAV. By default torchcodec reads the whole index and seeks exactly.
         decoder = VideoDecoder(
@@ -54,6 +83,9 @@ def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str
             dimension_order="NHWC",
             num_ffmpeg_threads=1,
         )
+        angle = decoder.metadata.rotation
+        frame, painter = _first_keyframe(source, key)
+        _check_frame(frame, has_container_matrix=angle is not None)
         batch = decoder.get_frames_at(wanted)
     except (RuntimeError, ValueError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
@@ -63,4 +95,57 @@ def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str
         raise BadSample(
             key, "unreadable", "torchcodec returned frames of other times than requested"
         )
-    return batch.data.numpy()
+    # Half a turn is 2 or -2 quarters, rounded as torchcodec does: halves away from zero.
+    turns = int(math.copysign(math.floor(abs(angle or 0) / 90 + 0.5), angle or 0)) % 4
+    return _reshape(batch.data.numpy(), frame, turns, painter)
+
+
+def _first_keyframe(source: Source, key: str) -> tuple[VideoFrame, PicturePainter]:
+    """Decodes the first keyframe, and reads all others' packets for changes of the pictures."""
+    painter = PicturePainter(key)
+    first: VideoFrame | None = None
+    with open_video(source, key) as (container, stream):
+        painter.open(container, stream)
+        stream.discard = Discard.nonkey
+        for packet in container.demux(stream):
+            if not packet.size or not packet.is_keyframe:
+                continue
+            if first is None:
+                for first in [*stream.decode(packet), *stream.decode(None)][:1]:
+                    painter.see(first)
+            if changes_pictures(packet, stream.codec_context):
+                raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
+    if first is None:
+        raise BadSample(key, "unreadable", "torchcodec: the first keyframe cannot be decoded")
+    return first, painter
+
+
+def _check_frame(frame: VideoFrame, *, has_container_matrix: bool) -> None:
+    """Raises _OnlyPyAV unless torchcodec shows such frames as `picture` does."""
+    if frame.interlaced_frame:
+        raise _OnlyPyAV("interlaced pictures")
+    if frame.color_trc in HDR_TRANSFERS:
+        raise _OnlyPyAV(f"pictures in {HDR_TRANSFERS[frame.color_trc].upper()}")
+    if len(display_matrices(frame)) > has_container_matrix:
+        raise _OnlyPyAV("an orientation in the video stream")
+    if frame.format.is_rgb or frame.format.has_palette:
+        return
+    is_full_format = frame.format.name.startswith("yuvj")
+    if frame.color_range == FULL_RANGE and not is_full_format:
+        raise _OnlyPyAV("colours of full range")
+    if frame.colorspace not in SPECIFIED:
+        # The matrix that libav takes for pictures of any size.
+        if untagged_matrix(frame.width, frame.height) != untagged_matrix(1, 1):
+            raise _OnlyPyAV("large pictures without a tag of their colours")
+
+
+def _reshape(
+    frames: np.ndarray, frame: VideoFrame, turns: int, painter: PicturePainter
+) -> np.ndarray:
+    """Applies what torchcodec does not: mirroring, and the shape of pixels."""
+    if painter.pixel_shape == 1 and painter.orientation == QUARTER_TURNS[turns]:
+        return frames
+    stored = np.rot90(frames, k=-turns, axes=(1, 2))
+    if painter.pixel_shape != 1:
+        stored = resize(stored, *painter.square_size(frame))
+    return np.ascontiguousarray(painter.orientation.apply(stored))
