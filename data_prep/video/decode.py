@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import av
 import numpy as np
@@ -101,7 +102,8 @@ def shown_frames(
     """
     is_wanted = set(wanted)
     decoded = with_keyframes(frame_index, wanted)
-    for index, frame in decode_frames(source, frame_index, decoded, key, painter.open):
+    start = partial(painter.open, skips_first=bool(decoded) and decoded[0] > 0)
+    for index, frame in decode_frames(source, frame_index, decoded, key, start):
         painter.see(frame)
         if index in is_wanted:
             yield index, frame

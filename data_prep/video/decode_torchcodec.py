@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from av.stream import Discard
@@ -64,7 +63,7 @@ def sample_frames(
     try:
         frames = _decode(source, frame_index, wanted, key)
     except _OnlyPyAV as reason:
-        warn_once(f"torchcodec leaves videos to PyAV, the first is {key}: {reason}")
+        warn_once(str(reason), f"torchcodec leaves videos to PyAV, for example {key}: {reason}")
         return decode.sample_frames(source, num_frames, span=span, offsets=offsets, key=key)
     return frames[np.searchsorted(wanted, chosen)], times_s
 
@@ -111,13 +110,15 @@ def _first_keyframe(source: Source, key: str) -> tuple[VideoFrame, PicturePainte
             if not packet.size or not packet.is_keyframe:
                 continue
             if first is None:
-                for first in [*stream.decode(packet), *stream.decode(None)][:1]:
+                frames = [*stream.decode(packet), *stream.decode(None)]
+                stream.codec_context.flush_buffers()
+                if frames:  # none for a packet that an edit list hides
+                    first = frames[0]
                     painter.see(first)
             if changes_pictures(packet, stream.codec_context):
                 raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
-    if first is None:
-        raise BadSample(key, "unreadable", "torchcodec: the first keyframe cannot be decoded")
-    return first, painter
+    # An edit list may hide every keyframe, and show frames that follow them.
+    return (first, painter) if first is not None else decode.first_frame(source, key)
 
 
 def _check_frame(frame: VideoFrame, *, has_container_matrix: bool) -> None:

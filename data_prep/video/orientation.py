@@ -92,23 +92,32 @@ def display_matrices(frame: VideoFrame) -> list[Matrix]:
 
 
 class OrientationTracker:
-    """Finds the orientation of each frame of a decode.
+    """Finds the matrix of each frame of a decode.
 
     A message in the video stream (SEI) precedes the container's matrix. The codec gives it with
-    some frames only, and it holds until the next keyframe. So the tracker must see each keyframe
+    some frames only. It holds until the next keyframe, and a keyframe without one has the message
+    of the first frame. So the tracker must see the first frame of the video, and each keyframe
     before the frames that follow it.
     """
 
     def __init__(self) -> None:
+        self._first: Matrix | None = None
         self._held: Matrix | None = None
-        self._is_beside_container = False
+        self._has_seen = self._has_container = False
 
     def matrix(self, frame: VideoFrame) -> Matrix | None:
         """Returns the matrix of the next frame in presentation order."""
-        if frame.key_frame:
-            self._held, self._is_beside_container = None, False
         matrices = display_matrices(frame)
-        # A single matrix after a pair is the container's, which every frame has.
-        if len(matrices) > 1 or (matrices and not self._is_beside_container):
-            self._held, self._is_beside_container = matrices[-1], len(matrices) > 1
-        return self._held
+        self._has_container |= len(matrices) > 1
+        # A single matrix is the container's, which every frame has, if there was a pair.
+        is_message = len(matrices) > self._has_container
+        message = matrices[-1] if is_message else None
+        if not self._has_seen:
+            self._has_seen, self._first = True, message
+        if message is not None:
+            self._held = message
+        elif frame.key_frame:
+            self._held = self._first
+        if self._held is not None:
+            return self._held
+        return matrices[0] if matrices else None

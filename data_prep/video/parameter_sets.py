@@ -24,18 +24,32 @@ def changes_pictures(packet: Packet, context: CodecContext) -> bool:
         return True
     if context.name not in NAL_TYPES:
         return False
-    parameter_set, message, header = NAL_TYPES[context.name]
     known = context.extradata or b""
-    for unit in _nal_units(bytes(packet), known, context.name):
-        kind = unit[0] & 31 if context.name == "h264" else unit[0] >> 1 & 63
-        if kind == parameter_set and unit not in known:
-            return True
-        if kind == message and DISPLAY_ORIENTATION in _message_types(unit[header:]):
-            return True
-    return False
+    parameter_set = NAL_TYPES[context.name][0]
+    units = _nal_units(bytes(packet), known, context.name)
+    is_new = any(kind == parameter_set and unit not in known for kind, unit in units)
+    return is_new or has_orientation(packet, context)
 
 
-def _nal_units(content: bytes, extradata: bytes, codec: str) -> Iterator[bytes]:
+def has_orientation(packet: Packet, context: CodecContext) -> bool:
+    """True if a packet has a message with the orientation of its picture."""
+    if context.name not in NAL_TYPES:
+        return False
+    _, message, header = NAL_TYPES[context.name]
+    units = _nal_units(bytes(packet), context.extradata or b"", context.name)
+    return any(
+        kind == message and DISPLAY_ORIENTATION in _message_types(unit[header:])
+        for kind, unit in units
+    )
+
+
+def _nal_units(content: bytes, extradata: bytes, codec: str) -> Iterator[tuple[int, bytes]]:
+    """Yields (type, content) of each unit of a packet."""
+    for unit in _split(content, extradata, codec):
+        yield (unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63), unit
+
+
+def _split(content: bytes, extradata: bytes, codec: str) -> Iterator[bytes]:
     if extradata[:1] != b"\1":  # Annex B: start codes
         for unit in content.split(b"\0\0\1")[1:]:
             if unit := unit.rstrip(b"\0"):

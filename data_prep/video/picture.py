@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from fractions import Fraction
-from functools import cache
 
 import av.error
 import numpy as np
@@ -28,6 +27,7 @@ from tvr.data_prep.video.orientation import (
     orientation_of,
     shape_in_matrix,
 )
+from tvr.data_prep.video.parameter_sets import has_orientation
 from tvr.data_prep.video.tone_map import HDR_TRANSFERS, tone_map
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,15 @@ class PicturePainter:
         self._orientation = UPRIGHT
         self._shape = Fraction(1)
 
-    def open(self, container: InputContainer, stream: VideoStream) -> None:
-        """Starts with a container that was just opened, before its first frame."""
+    def open(
+        self, container: InputContainer, stream: VideoStream, *, skips_first: bool = False
+    ) -> None:
+        """Starts with a container that was just opened.
+
+        Args:
+            skips_first: The first frame will not be seen. A seek follows, so its packet is read
+                here, and decoded if it says how the video is turned.
+        """
         self._stream = stream
         self._opened_shape = stream.codec_context.sample_aspect_ratio
         self._shape_of_all = stream.sample_aspect_ratio
@@ -77,6 +84,12 @@ class PicturePainter:
             or bool(STORE_SHAPE & set(container.format.name.split(",")))
         )
         self._shape_changes = False
+        if skips_first:
+            packet = next(iter(container.demux(stream)))
+            if packet.size and has_orientation(packet, stream.codec_context):
+                for frame in [*stream.decode(packet), *stream.decode(None)][:1]:
+                    self._tracker.matrix(frame)
+                stream.codec_context.flush_buffers()
 
     def see(self, frame: VideoFrame) -> None:
         """Notes how the next frame is turned. Keyframes must be seen, others may be left out."""
@@ -223,10 +236,14 @@ def fit_picture(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     return framed
 
 
-@cache
-def warn_once(text: str) -> None:
-    """Logs a warning the first time that this process meets it."""
-    log.warning("%s", text)
+_warned: set[str] = set()
+
+
+def warn_once(about: str, text: str) -> None:
+    """Logs a warning, the first one about something in this process."""
+    if about not in _warned:
+        _warned.add(about)
+        log.warning("%s", text)
 
 
 def _deinterlace(frame: VideoFrame) -> VideoFrame:
