@@ -32,9 +32,6 @@ from tvr.data_prep.video.tone_map import HDR_TRANSFERS, tone_map
 
 log = logging.getLogger(__name__)
 
-ADJUSTMENTS = ("turned", "reshaped", "deinterlaced", "pq", "hlg", "size_change")
-"""What a clip's pictures needed, by the name under which packing counts it."""
-
 MOST_UNEQUAL = 8
 """Largest ratio of a pixel's sides. Real ones are below 3; more is taken for a damaged value."""
 SAME_ASPECT = 0.02
@@ -264,7 +261,7 @@ def _deinterlace(frame: VideoFrame) -> VideoFrame:
 def _measure_shape(frame: VideoFrame) -> Fraction | None:
     """Reads the shape of a frame's pixels, which PyAV does not show, through a filter's result."""
     steps = 1 << 14
-    graph = _graph(frame, "scale", f"w=clip(round(sar*{steps})\\,1\\,{32 * steps}):h=2")
+    graph = _graph(frame, "scale", f"w=clip(round(sar*{steps})\\,1\\,{32 * steps}):h=2:eval=frame")
     graph.vpush(frame)
     return Fraction(graph.vpull().width, steps).limit_denominator(255)
 

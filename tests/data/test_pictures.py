@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import logging
+from pathlib import Path
 
 import av
 import numpy as np
@@ -30,7 +31,10 @@ from builders.shown_videos import (
     with_pixel_shape,
 )
 
-from tvr.data_prep.records import BadSample
+from tvr.data_prep.check.stats import dataset_statistics, read_facts
+from tvr.data_prep.dataset.sample_codec import decode_members, parse_meta, parse_range
+from tvr.data_prep.packing.pack import PackProgress, pack_shards
+from tvr.data_prep.records import BadSample, Clip
 from tvr.data_prep.video import frame_index, picture
 from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
@@ -214,6 +218,7 @@ def test_a_later_size_is_limited_as_the_first(
 
 def test_the_pixel_shape_changes_midway() -> None:
     first, second = segments()
+    first = with_pixel_shape(first, "1/1", "mpegts")
     joined = first + with_pixel_shape(second, "3/2", "mpegts")
     frames, _ = sample_frames(joined, 32)
     # The later ones are 96 x 48, shown within the size of the first.
@@ -368,3 +373,50 @@ def test_the_stream_that_a_player_shows(
     first = (100, 200)[shown]
     numbers = read_all(content, decoder, lambda p: p, sizes[shown], 8)
     assert numbers == list(range(first, first + 8))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"layout": "frames"}, {"layout": "video"}, {"layout": "video", "reencode": True}],
+    ids=["frames", "copy", "reencode"],
+)
+def test_both_layouts_follow_and_are_counted(tmp_path: Path, settings: dict[str, object]) -> None:
+    videos = {
+        "plain": (counter(), lambda p: p, (64, 48)),
+        "mirrored": (
+            remux(with_pixel_shape(counter(), "16/9"), matrix=matrix_of(-1, 0, 0, 1)),
+            ORIENTATIONS["mirrored"][1],
+            (114, 48),
+        ),
+        "fields": (
+            make_interlaced([(n, 1000 + n) for n in range(40)], top_first=True),
+            lambda p: p,
+            (64, 96),
+        ),
+        "hlg": (make_hdr(GREYS, HLG), None, (192, 64)),
+    }
+    clips = []
+    for name, (content, _, _) in videos.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+        clips.append(
+            Clip(key=name, video=str(tmp_path / f"{name}.mp4"), captions=("a",), video_id=name)
+        )
+    seen: list[PackProgress] = []
+    url = str(tmp_path / "data")
+    manifest = pack_shards(clips, url, num_frames=12, on_progress=seen.append, **settings)  # type: ignore[arg-type]
+    assert manifest is not None
+    counts = {"turned": 1, "reshaped": 1, "deinterlaced": 1, "hlg": 1}
+    assert seen[-1].adjusted == counts
+    assert dataset_statistics(manifest, read_facts(url, manifest)).adjusted == counts
+    shard = (tmp_path / "data" / manifest.shards[0].name).read_bytes()
+    for row, (name, (_, turn, size)) in enumerate(videos.items()):
+        start = int(manifest.samples.offset[row])
+        members = parse_range(
+            manifest, row, shard[start : start + int(manifest.samples.length[row])]
+        )
+        frames, _ = decode_members(name, members, parse_meta(name, members), 12)
+        assert frames.shape[1:3] == size[::-1], name
+        if turn is not None:
+            assert [read_number(undo(turn, frame)) for frame in frames] == MIDDLES, name
+    if settings == {"layout": "video"}:
+        assert members["mp4"] == videos[name][0]  # a copy keeps its bytes
