@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,18 +74,18 @@ def sample_frames(
     def sample(frame_index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
         painter = PicturePainter(key)
-        frames: dict[int, np.ndarray] = {}
-        height = width = 0
+        frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
         for index, frame in shown_frames(source, frame_index, chosen, key, painter):
             picture = painter.picture(frame)
-            if not frames:
-                height, width = picture.shape[:2]
-            elif picture.shape[:2] != (height, width):
+            if not len(frames):
+                frames = np.empty((len(chosen), *picture.shape), dtype=np.uint8)
+            elif picture.shape != frames.shape[1:]:
                 painter.adjusted.add("size_change")
-            frames[index] = fit_picture(picture, width, height)
+                picture = fit_picture(picture, frames.shape[2], frames.shape[1])
+            frames[bisect_left(chosen, index) : bisect_right(chosen, index)] = picture
         if adjusted is not None:
             adjusted.update(painter.adjusted)
-        return np.stack([frames[index] for index in chosen]), times_s
+        return frames, times_s
 
     return with_frame_index(source, key, sample)
 

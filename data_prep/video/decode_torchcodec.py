@@ -14,13 +14,15 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from av.stream import Discard
+from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import decode
-from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets, open_video
+from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
 from tvr.data_prep.video.frame_sampling import Span, check_span
 from tvr.data_prep.video.images import resize
 from tvr.data_prep.video.orientation import QUARTER_TURNS, display_matrices
@@ -55,13 +57,14 @@ def sample_frames(
         ValueError: a span or offsets are out of range.
     """
     check_span(span)
-    frame_index = index_packets(source, key)
+    pictures = _Pictures(key)
+    frame_index = index_packets(source, key, pictures.read)
     chosen, times_s = decode.choose_frames(frame_index, num_frames, span, offsets, key)
     wanted = sorted(set(chosen))
     if frame_index.pts is None:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
-        frames = _decode(source, frame_index, wanted, key)
+        frames = _decode(source, frame_index, wanted, pictures, key)
     except _OnlyPyAV as reason:
         warn_once(str(reason), f"torchcodec leaves videos to PyAV, for example {key}: {reason}")
         return decode.sample_frames(source, num_frames, span=span, offsets=offsets, key=key)
@@ -72,7 +75,9 @@ class _OnlyPyAV(Exception):
     """torchcodec would show the video otherwise than a player."""
 
 
-def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
+def _decode(
+    source: Source, frame_index: FrameIndex, wanted: list[int], pictures: _Pictures, key: str
+) -> np.ndarray:
     assert frame_index.pts is not None
     try:
         # One thread, as for PyAV. By default torchcodec reads the whole index and seeks exactly.
@@ -83,7 +88,11 @@ def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str
             num_ffmpeg_threads=1,
         )
         angle = decoder.metadata.rotation
-        frame, painter = _first_keyframe(source, key)
+        frame, painter = pictures.first, pictures.painter
+        if frame is None:
+            frame, painter = decode.first_frame(source, key)
+        if pictures.change:
+            raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
         _check_frame(frame, has_container_matrix=angle is not None)
         batch = decoder.get_frames_at(wanted)
     except (RuntimeError, ValueError) as error:
@@ -99,26 +108,29 @@ def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str
     return _reshape(batch.data.numpy(), frame, turns, painter)
 
 
-def _first_keyframe(source: Source, key: str) -> tuple[VideoFrame, PicturePainter]:
-    """Decodes the first keyframe, and reads all others' packets for changes of the pictures."""
-    painter = PicturePainter(key)
-    first: VideoFrame | None = None
-    with open_video(source, key) as (container, stream):
-        painter.open(container, stream)
-        stream.discard = Discard.nonkey
-        for packet in container.demux(stream):
-            if not packet.size or not packet.is_keyframe:
-                continue
-            if first is None:
-                frames = [*stream.decode(packet), *stream.decode(None)]
-                stream.codec_context.flush_buffers()
-                if frames:  # none for a packet that an edit list hides
-                    first = frames[0]
-                    painter.see(first)
-            if changes_pictures(packet, stream.codec_context):
-                raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
-    # An edit list may hide every keyframe, and show frames that follow them.
-    return (first, painter) if first is not None else decode.first_frame(source, key)
+class _Pictures:
+    """Looks at the packets of a video for what torchcodec does not show."""
+
+    def __init__(self, key: str) -> None:
+        self.painter = PicturePainter(key)
+        self.first: VideoFrame | None = None
+        """The first keyframe that is shown; None if an edit list hides all of them."""
+        self.change = False
+        """A later keyframe announces pictures of another kind."""
+
+    def read(self, container: InputContainer, stream: VideoStream, packet: Packet) -> None:
+        """Decodes the first keyframe, and reads the others' packets for changes."""
+        if not packet.is_keyframe:
+            return
+        context = stream.codec_context
+        if self.first is None:
+            self.painter.open(container, stream)
+            frames = [*stream.decode(packet), *stream.decode(None)]
+            context.flush_buffers()
+            if frames:
+                self.first = frames[0]
+                self.painter.see(self.first)
+        self.change = self.change or changes_pictures(packet, context)
 
 
 def _check_frame(frame: VideoFrame, *, has_container_matrix: bool) -> None:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import av
 import av.error
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -39,6 +40,7 @@ SEEKABLE = {"mov", "matroska"}
 
 Source = bytes | str | PathLike[str]
 Result = TypeVar("Result")
+OnPacket = Callable[[InputContainer, VideoStream, Packet], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +132,19 @@ def with_frame_index(source: Source, key: str, act: Callable[[FrameIndex], Resul
         raise BadSample(key, "unreadable", f"two decodes give different frames: {error}") from error
 
 
-def index_packets(source: Source, key: str) -> FrameIndex:
-    """Indexes the container's packets without decoding. Raises BadSample if packets are missing."""
+def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -> FrameIndex:
+    """Indexes the container's packets without decoding. Raises BadSample if packets are missing.
+
+    Args:
+        on_packet: Called for each packet.
+    """
     shown = []
     num_packets = 0
     with open_video(source, key) as (container, stream):
         for packet in container.demux(stream):
             if packet.size:
+                if on_packet is not None:
+                    on_packet(container, stream, packet)
                 num_packets += 1
                 if not packet.is_discard:
                     shown.append((packet.pts, packet.is_keyframe))

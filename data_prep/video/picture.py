@@ -32,6 +32,7 @@ from tvr.data_prep.video.tone_map import HDR_TRANSFERS, tone_map
 
 log = logging.getLogger(__name__)
 
+SQUARE = Fraction(1)
 MOST_UNEQUAL = 8
 """Largest ratio of a pixel's sides. Real ones are below 3; more is taken for a damaged value."""
 SAME_ASPECT = 0.02
@@ -61,7 +62,7 @@ class PicturePainter:
         self._scaler = VideoReformatter()  # one per frame would take four times as long
         self._tracker = OrientationTracker()
         self._orientation = UPRIGHT
-        self._shape = Fraction(1)
+        self._shape = SQUARE
 
     def open(
         self, container: InputContainer, stream: VideoStream, *, skips_first: bool = False
@@ -93,12 +94,15 @@ class PicturePainter:
         matrix = self._tracker.matrix(frame)
         self._orientation = orientation_of(matrix)
         shape = self._frame_shape(frame)
+        if shape is None or shape == 1:
+            self._shape = SQUARE
+            return
         scale = None if matrix is None else shape_in_matrix(matrix)
         # A shape that libav computed from the matrix is for the shown picture, not the stored one.
         if scale is not None and abs(shape / scale[1] - 1) < Fraction(1, 100):
             shape = scale[0]
         is_sane = Fraction(1, MOST_UNEQUAL) <= shape <= MOST_UNEQUAL
-        self._shape = shape if is_sane else Fraction(1)
+        self._shape = shape if is_sane else SQUARE
 
     @property
     def orientation(self) -> Orientation:
@@ -114,7 +118,7 @@ class PicturePainter:
         """Adds what the frame that was seen last needs to `adjusted`."""
         if self._orientation != UPRIGHT:
             self.adjusted.add("turned")
-        if self._shape != 1:
+        if self._shape is not SQUARE:
             self.adjusted.add("reshaped")
         if frame.interlaced_frame:
             self.adjusted.add("deinterlaced")
@@ -128,7 +132,7 @@ class PicturePainter:
         """
         self.note(frame)
         picture = self._rgb(self.progressive(frame))
-        if self._shape != 1:
+        if self._shape is not SQUARE:
             width, height = self.square_size(frame)
             picture = resize(picture[None], width, height)[0]
         return self._orientation.apply(picture)
@@ -187,13 +191,12 @@ class PicturePainter:
     def _unreadable(self, error: Exception) -> BadSample:
         return BadSample(self._key, "unreadable", f"a frame cannot be converted: {error}")
 
-    def _frame_shape(self, frame: VideoFrame) -> Fraction:
-        if not self._shape_changes:
+    def _frame_shape(self, frame: VideoFrame) -> Fraction | None:
+        if not self._shape_changes and not self._container_decides:
             now = self._stream.codec_context.sample_aspect_ratio
-            self._shape_changes = now != self._opened_shape and not self._container_decides
+            self._shape_changes = now != self._opened_shape
         # The decoder may be ahead of this frame, so its own value is asked for.
-        shape = _measure_shape(frame) if self._shape_changes else self._shape_of_all
-        return shape if shape is not None and shape > 0 else Fraction(1)
+        return _measure_shape(frame) if self._shape_changes else self._shape_of_all
 
 
 def color_matrix(frame: VideoFrame) -> Colorspace | None:
@@ -258,7 +261,7 @@ def _deinterlace(frame: VideoFrame) -> VideoFrame:
     return progressive
 
 
-def _measure_shape(frame: VideoFrame) -> Fraction | None:
+def _measure_shape(frame: VideoFrame) -> Fraction:
     """Reads the shape of a frame's pixels, which PyAV does not show, through a filter's result."""
     steps = 1 << 14
     graph = _graph(frame, "scale", f"w=clip(round(sar*{steps})\\,1\\,{32 * steps}):h=2:eval=frame")
