@@ -196,7 +196,12 @@ class PicturePainter:
             now = self._stream.codec_context.sample_aspect_ratio
             self._shape_changes = now != self._opened_shape
         # The decoder may be ahead of this frame, so its own value is asked for.
-        return _measure_shape(frame) if self._shape_changes else self._shape_of_all
+        if not self._shape_changes:
+            return self._shape_of_all
+        try:
+            return _measure_shape(frame)
+        except av.error.FFmpegError as error:
+            raise self._unreadable(error) from error
 
 
 def color_matrix(frame: VideoFrame) -> Colorspace | None:

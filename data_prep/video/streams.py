@@ -18,17 +18,18 @@ NO_VIDEO = (
 def choose_video_stream(container: InputContainer) -> VideoStream | None:
     """Returns the stream that a player shows; None if there is no video stream.
 
-    Covers and thumbnails are no video. A stream with a decoder precedes one without, then the
-    stream that the container marks as its default, then the one with the largest pictures, then
-    the first.
+    Covers and thumbnails are no video. A stream with a decoder precedes one without, a stream of
+    several pictures one of a single picture, then the stream that the container marks as its
+    default, then the one with the largest pictures, then the first.
     """
     streams = [stream for stream in container.streams.video if not stream.disposition & NO_VIDEO]
     return max(streams, key=_rank, default=None)  # the first of equals
 
 
-def _rank(stream: VideoStream) -> tuple[bool, bool, int]:
+def _rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
     context = stream.codec_context
     if context is None:
-        return (False, False, 0)
+        return (False, False, False, 0)
     is_default = bool(stream.disposition & Disposition.default)
-    return (True, is_default, context.width * context.height)
+    is_moving = stream.frames != 1  # 0: the container does not tell
+    return (True, is_moving, is_default, context.width * context.height)

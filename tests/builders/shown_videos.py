@@ -11,6 +11,7 @@ import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.filter import Graph
+from av.stream import Disposition
 from builders.counter_files import Encoding, number_of, picture
 
 ONE = 1 << 16
@@ -203,6 +204,36 @@ def join(*parts: bytes, container: str) -> bytes:
     a container. The parts' time stamps ascend."""
     whole = b"".join(parts)
     return whole if container == "mpegts" else remux(whole, container)
+
+
+def with_picture(content: bytes, *, is_cover: bool) -> bytes:
+    """Adds a larger stream of one picture before the video: a cover, or a track that looks like a
+    video."""
+    picture_file, buffer = io.BytesIO(), io.BytesIO()
+    with av.open(picture_file, "w", format="mjpeg") as output:
+        stream = output.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
+        grey = av.VideoFrame.from_ndarray(np.full((240, 320, 3), 99, np.uint8), format="rgb24")
+        output.mux(stream.encode(grey))
+        output.mux(stream.encode(None))
+    with (
+        av.open(io.BytesIO(picture_file.getvalue()), "r", format="mjpeg") as cover,
+        av.open(io.BytesIO(content), "r") as source,
+        av.open(buffer, "w", format="mp4") as output,
+    ):
+        streams = [
+            output.add_stream_from_template(each.streams.video[0]) for each in (cover, source)
+        ]
+        if is_cover:
+            streams[0].disposition = Disposition.attached_pic
+        for each, copy in zip((cover, source), streams, strict=True):
+            for packet in each.demux(each.streams.video[0]):
+                if packet.size:
+                    packet.stream = copy
+                    if each is cover:
+                        packet.pts = packet.dts = 0
+                    output.mux(packet)
+    return buffer.getvalue()
 
 
 def two_streams(

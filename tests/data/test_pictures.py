@@ -28,6 +28,7 @@ from builders.shown_videos import (
     undo,
     with_container_shape,
     with_message,
+    with_picture,
     with_pixel_shape,
 )
 
@@ -373,6 +374,13 @@ def test_the_stream_that_a_player_shows(
     first = (100, 200)[shown]
     numbers = read_all(content, decoder, lambda p: p, sizes[shown], 8)
     assert numbers == list(range(first, first + 8))
+
+
+@pytest.mark.parametrize("is_cover", [True, False])
+@decoders
+def test_a_single_picture_is_no_video(decoder: Decoder, is_cover: bool) -> None:
+    content = with_picture(counter(), is_cover=is_cover)
+    assert read_all(content, decoder, lambda p: p, (64, 48)) == MIDDLES
 
 
 @pytest.mark.parametrize(

@@ -427,7 +427,9 @@ def test_packing_exports_its_progress(capsys: pytest.CaptureFixture[str]) -> Non
         while not found:
             time.sleep(0.01)
         report_progress(
-            PackProgress(num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1}, adjusted={"pq": 2})
+            PackProgress(
+                num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1}, adjusted={"pq": 2}
+            )
         )
     scraper.join(10)
     assert [progress.num_done for progress in shown] == [3, 5]
