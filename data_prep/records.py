@@ -42,6 +42,16 @@ BAD_SAMPLE_REASONS = (
 # and does not count towards the limit of bad samples.
 TRANSIENT_REASONS = ("unavailable",)
 
+# What a clip's pictures need to be those that a player shows. Fixed, because it is a metric label.
+ADJUSTMENTS = (
+    "turned",  # turned or mirrored, by a display matrix or a message in the video stream
+    "reshaped",  # pixels that are not square
+    "deinterlaced",  # frames of two fields
+    "pq",  # high dynamic range, tone-mapped
+    "hlg",  # the same with the other transfer function
+    "size_change",  # pictures of several sizes, fitted to the first
+)
+
 UNDECODABLE_REASONS = ("unreadable", "no_frames")
 
 # Sources of a sample's bytes.

@@ -176,6 +176,9 @@ def _stats(arguments: StatsArguments) -> int:
         f" {statistics.num_captions:,} captions of {statistics.num_videos:,} videos;"
         f" see {arguments.out}"
     )
+    if statistics.adjusted:
+        counts = ", ".join(f"{count:,} {what}" for what, count in statistics.adjusted.items())
+        print(f"shown otherwise than stored: {counts}")
     if unread := sum(statistics.unread.values()):
         print(f"{unread:,} samples could not be read; `tvr verify` lists them")
     for other, problems in problems_by_url.items():

@@ -25,7 +25,7 @@ from tvr.data_prep.check.sequential_reads import (
 from tvr.data_prep.dataset.manifest import Layout, Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.dataset.sample_table import hash_texts
-from tvr.data_prep.records import BadSample
+from tvr.data_prep.records import ADJUSTMENTS, BadSample
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_errors import is_passing_error
 from tvr.data_prep.video.frame_sampling import segment_centres
@@ -42,6 +42,8 @@ class SampleFacts:
     width: int
     """Pixels of the source, before any rotation."""
     height: int
+    adjusted: tuple[str, ...]
+    """What the pictures needed to be shown, names in ADJUSTMENTS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,9 @@ class DatasetStatistics:
     short_side: Distribution | None
     """Pixels of the source."""
     aspect: Distribution | None
-    """Width / height of the source."""
+    """Width / height of the source, as stored."""
+    adjusted: dict[str, int]
+    """Samples whose pictures are shown otherwise than stored, by ADJUSTMENTS."""
 
 
 @dataclass(slots=True)
@@ -88,6 +92,7 @@ class FactsAccumulator:
     frame_rate_hz: array[float] = field(default_factory=lambda: array("d"))
     width: array[int] = field(default_factory=lambda: array("I"))
     height: array[int] = field(default_factory=lambda: array("I"))
+    adjusted: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
 
     def add(self, facts: SampleFacts) -> None:
@@ -97,6 +102,7 @@ class FactsAccumulator:
         self.frame_rate_hz.append(facts.frame_rate_hz)
         self.width.append(facts.width)
         self.height.append(facts.height)
+        self.adjusted.update(facts.adjusted)
 
     def merge(self, other: FactsAccumulator) -> None:
         """Adds the samples of another accumulator."""
@@ -105,6 +111,7 @@ class FactsAccumulator:
         self.frame_rate_hz.extend(other.frame_rate_hz)
         self.width.extend(other.width)
         self.height.extend(other.height)
+        self.adjusted.update(other.adjusted)
         self.unread.update(other.unread)
 
 
@@ -170,6 +177,7 @@ def dataset_statistics(manifest: Manifest, facts: FactsAccumulator) -> DatasetSt
         frame_rate_hz=distribution(np.array(facts.frame_rate_hz)),
         short_side=distribution(np.minimum(width, height), whole=True),
         aspect=distribution(width / height),
+        adjusted=dict(sorted(facts.adjusted.items())),
     )
 
 
@@ -214,6 +222,7 @@ def _parse_facts(key: str, members: dict[str, bytes]) -> SampleFacts:
             frame_rate_hz=float(fields["fps"]),
             width=int(width),
             height=int(height),
+            adjusted=tuple(name for name in ADJUSTMENTS if name in fields.get("adjusted", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadSample(key, "unreadable", f"json: {error!r}") from error

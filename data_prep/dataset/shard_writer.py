@@ -35,6 +35,8 @@ class TarSample:
     """Empty captions that packing dropped."""
     content: int
     """Hash of the clip's content, from `content_hash`."""
+    adjusted: tuple[str, ...] = ()
+    """What the clip's pictures needed to be shown, names in ADJUSTMENTS."""
 
 
 class ShardWriter:

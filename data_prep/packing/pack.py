@@ -49,6 +49,8 @@ class PackProgress:
     """Sample bytes packed by this call."""
     refused: Mapping[str, int] = field(default_factory=dict)
     """Clips refused by this call, by reason."""
+    adjusted: Mapping[str, int] = field(default_factory=dict)
+    """Clips packed by this call whose pictures are shown otherwise than stored, by ADJUSTMENTS."""
 
 
 def pack_shards(
@@ -218,6 +220,7 @@ class _PackTask:
         self._next_look_s = 0.0
         self._num_done = self._num_clips = self._num_bytes = 0
         self._refused: Counter[str] = Counter()
+        self._adjusted: Counter[str] = Counter()
 
     def pack_missing(self, shards: range, processes: int) -> None:
         """Packs the incomplete ones of `shards`."""
@@ -324,6 +327,7 @@ class _PackTask:
             self._budget.record_bad(outcome.key, outcome.reason, outcome.detail)
         else:
             self._num_bytes += len(outcome.stored)
+            self._adjusted.update(outcome.adjusted)
         self._report_progress()
 
     def _report_progress(self) -> None:
@@ -333,5 +337,6 @@ class _PackTask:
                 num_clips=self._num_clips,
                 num_bytes=self._num_bytes,
                 refused=dict(self._refused),
+                adjusted=dict(self._adjusted),
             )
         )

@@ -92,7 +92,8 @@ def pack_clip(
             found = f"{len(clip.captions)} captions, none with a character"
             raise BadSample(clip.key, "no_caption", found)
         source = (last_source or LastSource()).read(clip)
-        members = _members(clip, source, captions, settings)
+        adjusted: set[str] = set()
+        members = _members(clip, source, captions, settings, adjusted)
     except BadSample as error:
         return refuse_clip(clip, error.reason, error.detail)
     return TarSample(
@@ -102,6 +103,7 @@ def pack_clip(
         num_captions=len(captions),
         num_empty_captions=len(clip.captions) - len(captions),
         content=source.hash.of(clip.span),
+        adjusted=tuple(sorted(adjusted)),
     )
 
 
@@ -119,12 +121,19 @@ def refuse_clip(clip: Clip, reason: str, detail: str) -> RefusedClip:
 
 
 def _members(
-    clip: Clip, opened: _Source, captions: tuple[Caption, ...], settings: PackSettings
+    clip: Clip,
+    opened: _Source,
+    captions: tuple[Caption, ...],
+    settings: PackSettings,
+    adjusted: set[str],
 ) -> dict[str, bytes]:
+    """Returns the clip's members; adds to `adjusted` what its pictures needed."""
     source, info = opened.content, opened.info
     times_s: tuple[float, ...] = ()
     if settings.layout == "frames":
-        frames, times_s = sample_frames(source, settings.num_frames, span=clip.span, key=clip.key)
+        frames, times_s = sample_frames(
+            source, settings.num_frames, span=clip.span, key=clip.key, adjusted=adjusted
+        )
         if settings.short_side is not None:
             frames = resize_short_side(frames, settings.short_side)
         digits = max(2, len(str(settings.num_frames - 1)))
@@ -139,6 +148,7 @@ def _members(
             keyframe_interval=settings.keyframe_interval,
             span=clip.span,
             key=clip.key,
+            adjusted=adjusted,
         )
         members = {"mp4": video, **index_member(video, clip.key)}
     else:
@@ -146,9 +156,11 @@ def _members(
             raise BadSample(
                 clip.key, "not_mp4", f"container {info.container}; --reencode turns it into MP4"
             )
-        decoded = check_frames(source, key=clip.key)
+        decoded = check_frames(source, key=clip.key, adjusted=adjusted)
         members = {"mp4": source, **index_member(source, clip.key, decoded)}
     meta = _meta(clip, captions, info, times_s)
+    if adjusted:
+        meta["adjusted"] = sorted(adjusted)
     text = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return {"json": text.encode(), **members}
 

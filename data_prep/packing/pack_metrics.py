@@ -11,7 +11,7 @@ import numpy as np
 
 from tvr.data_prep.exporter.metrics_http import MetricsEndpoint
 from tvr.data_prep.exporter.metrics_table import Metric, MetricTable, MetricValues
-from tvr.data_prep.records import BAD_SAMPLE_REASONS
+from tvr.data_prep.records import ADJUSTMENTS, BAD_SAMPLE_REASONS
 
 if TYPE_CHECKING:
     # Packing imports webdataset, which imports torch; `tvr metrics` needs the table alone.
@@ -49,6 +49,13 @@ PACK_METRICS = (
         unit="",
         meaning="Clips refused by this process.",
         labels={"reason": BAD_SAMPLE_REASONS},
+    ),
+    Metric(
+        name="tvr_pack_adjusted_clips_total",
+        kind="counter",
+        unit="",
+        meaning="Clips packed by this process whose pictures are shown otherwise than stored.",
+        labels={"what": ADJUSTMENTS},
     ),
     Metric(
         name="tvr_pack_last_clip_timestamp_seconds",
@@ -103,6 +110,8 @@ class _MetricsUpdater:
         values.add("tvr_pack_bytes_total", progress.num_bytes - last.num_bytes)
         for reason, count in progress.refused.items():
             values.add("tvr_pack_refused_clips_total", count - last.refused.get(reason, 0), reason)
+        for what, count in progress.adjusted.items():
+            values.add("tvr_pack_adjusted_clips_total", count - last.adjusted.get(what, 0), what)
         if self._last is not None:
             values.set("tvr_pack_last_clip_timestamp_seconds", time.time())
         self._last = progress

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
@@ -21,8 +22,10 @@ from tvr.data_prep.video.frame_index import (
     index_packets,
     open_video,
     with_frame_index,
+    with_keyframes,
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
+from tvr.data_prep.video.picture import PicturePainter, fit_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ def sample_frames(
     offsets: Sequence[float] | None = None,
     key: str = "video",
     frame_index: FrameIndex | None = None,
+    adjusted: set[str] | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Decodes one frame from each of `num_frames` equal segments of a video or a span of it.
 
@@ -56,10 +60,12 @@ def sample_frames(
         key: Name of the sample in error messages.
         frame_index: Index that was stored with the video; None = list the packets of the container.
             A wrong one costs time only: it is compared with the frames that are decoded.
+        adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
 
     Returns:
-        Upright frames (F, H, W, 3) uint8 RGB, and the time of each in seconds from the first frame
-        of the span. F is `num_frames`, or the number of frames in the span if that is smaller.
+        Frames (F, H, W, 3) uint8 RGB as a player shows them, all of the first one's size, and the
+        time of each in seconds from the first frame of the span. F is `num_frames`, or the number
+        of frames in the span if that is smaller.
 
     Raises:
         BadSample: "unreadable" (damaged, truncated, unknown format), "no_frames" (in the span) or
@@ -70,16 +76,41 @@ def sample_frames(
 
     def sample(index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
-        scaler = VideoReformatter()  # one per frame would take four times as long
-        frames = {
-            number: upright(frame, scaler)
-            for number, frame in decode_frames(source, index, sorted(set(chosen)), key)
-        }
-        if len({frame.shape for frame in frames.values()}) > 1:
-            raise BadSample(key, "unreadable", "the picture size changes within the video")
-        return np.stack([frames[number] for number in chosen]), times_s
+        painter = PicturePainter(key)
+        frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
+        for number, frame in shown_frames(source, index, chosen, key, painter):
+            picture = painter.picture(frame)
+            if not len(frames):
+                frames = np.empty((len(chosen), *picture.shape), dtype=np.uint8)
+            elif picture.shape != frames.shape[1:]:
+                painter.adjusted.add("size_change")
+                picture = fit_picture(picture, frames.shape[2], frames.shape[1])
+            frames[bisect_left(chosen, number) : bisect_right(chosen, number)] = picture
+        if adjusted is not None:
+            adjusted.update(painter.adjusted)
+        return frames, times_s
 
     return with_frame_index(source, key, sample, frame_index)
+
+
+def shown_frames(
+    source: Source,
+    frame_index: FrameIndex,
+    wanted: Sequence[int],
+    key: str,
+    painter: PicturePainter,
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yields the wanted frames once each, in ascending order, as `decode_frames` does.
+
+    `painter` is ready to convert the frame that is yielded.
+    """
+    is_wanted = set(wanted)
+    decoded = with_keyframes(frame_index, wanted)
+    start = partial(painter.open, skips_first=bool(decoded) and decoded[0] > 0)
+    for index, frame in decode_frames(source, frame_index, decoded, key, start):
+        painter.see(frame)
+        if index in is_wanted:
+            yield index, frame
 
 
 def choose_frames(
@@ -96,12 +127,32 @@ def choose_frames(
     return chosen, tuple(round(frame_index.time_s(i) - first_s, 6) for i in chosen)
 
 
-def check_frames(source: Source, *, key: str = "video") -> FrameIndex:
+def check_frames(
+    source: Source, *, key: str = "video", adjusted: set[str] | None = None
+) -> FrameIndex:
     """Decodes every frame once, and returns their index.
 
     Raises BadSample as `sample_frames`, for damage anywhere.
+
+    Args:
+        adjusted: Receives the names in ADJUSTMENTS of what the first picture needs.
     """
-    return index_decoded_frames(source, key)
+    frame_index = index_decoded_frames(source, key)
+    if adjusted is not None:
+        adjusted.update(first_frame(source, key)[1].adjusted)
+    return frame_index
+
+
+def first_frame(source: Source, key: str) -> tuple[VideoFrame, PicturePainter]:
+    """Decodes the first frame. Raises BadSample as `sample_frames`."""
+    painter = PicturePainter(key)
+    with open_video(source, key) as (container, stream):
+        painter.open(container, stream)
+        for frame in container.decode(stream):
+            painter.see(frame)
+            painter.note(frame)
+            return frame, painter
+    raise BadSample(key, "no_frames", "the decoder returned no picture")
 
 
 def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
@@ -117,12 +168,6 @@ def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
             frame_rate_hz=rate,
             duration_s=_duration_s(container, stream) or (num_frames / rate if rate else 0.0),
         )
-
-
-def upright(frame: VideoFrame, scaler: VideoReformatter) -> np.ndarray:
-    """Converts a frame to RGB (H, W, 3) uint8 and applies the container's rotation."""
-    picture = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(picture, k=round(frame.rotation / 90) % 4)  # counter-clockwise degrees
 
 
 def _duration_s(container: InputContainer, stream: VideoStream) -> float:

@@ -2,19 +2,40 @@
 
 torchcodec uses the system's FFmpeg libraries; PyAV brings its own. Only version 0.13.0 is known to
 load with this project's torch: later wheels are built against CUDA.
+
+torchcodec turns pictures by the angle of the container's matrix and knows no other rule of
+`picture`. Mirrored pictures and pixels that are not square are put right afterwards. A video whose
+colours, fields or orientation need each frame's own data is left to PyAV, with one warning.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video.decode import choose_frames
-from tvr.data_prep.video.frame_index import FrameIndex, FrameIndexMismatch, Source, index_packets
+from tvr.data_prep.video import decode
+from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
 from tvr.data_prep.video.frame_sampling import Span, check_span
+from tvr.data_prep.video.images import resize
+from tvr.data_prep.video.orientation import QUARTER_TURNS, display_matrices
+from tvr.data_prep.video.parameter_sets import changes_pictures
+from tvr.data_prep.video.picture import (
+    SPECIFIED,
+    PicturePainter,
+    untagged_matrix,
+    warn_once,
+)
+from tvr.data_prep.video.tone_map import HDR_TRANSFERS
+
+FULL_RANGE = 2
 
 
 def sample_frames(
@@ -31,33 +52,40 @@ def sample_frames(
     Damaged pictures are not detected. Use it only for videos that were checked before, such as
     those of a data set.
 
+    Args:
+        frame_index: Index that was stored with the video, for a video that is left to PyAV. For
+            others the packets are read anyway: they say what torchcodec does not show.
+
     Raises:
         BadSample: as `decode.sample_frames`; "unreadable" also if torchcodec's frames differ from
             the container's index.
         ValueError: a span or offsets are out of range.
     """
     check_span(span)
-
-    def sample(index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
-        chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
-        wanted = sorted(set(chosen))
-        frames = _decode(source, index, wanted, key)
-        return frames[np.searchsorted(wanted, chosen)], times_s
-
-    if frame_index is not None:
-        try:
-            return sample(frame_index)
-        except FrameIndexMismatch:
-            pass
-    try:
-        return sample(index_packets(source, key))
-    except FrameIndexMismatch as error:
-        raise BadSample(key, "unreadable", str(error)) from error
-
-
-def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
-    if frame_index.pts is None:
+    pictures = _Pictures(key)
+    packets = index_packets(source, key, pictures.read)
+    chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key)
+    wanted = sorted(set(chosen))
+    if packets.pts is None:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
+    try:
+        frames = _decode(source, packets, wanted, pictures, key)
+    except _OnlyPyAV as reason:
+        warn_once(str(reason), f"torchcodec leaves videos to PyAV, for example {key}: {reason}")
+        return decode.sample_frames(
+            source, num_frames, span=span, offsets=offsets, key=key, frame_index=frame_index
+        )
+    return frames[np.searchsorted(wanted, chosen)], times_s
+
+
+class _OnlyPyAV(Exception):
+    """torchcodec would show the video otherwise than a player."""
+
+
+def _decode(
+    source: Source, frame_index: FrameIndex, wanted: list[int], pictures: _Pictures, key: str
+) -> np.ndarray:
+    assert frame_index.pts is not None
     try:
         # One thread, as for PyAV. By default torchcodec reads the whole index and seeks exactly.
         decoder = VideoDecoder(
@@ -66,13 +94,78 @@ def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str
             dimension_order="NHWC",
             num_ffmpeg_threads=1,
         )
+        angle = decoder.metadata.rotation
+        frame, painter = pictures.first, pictures.painter
+        if frame is None:
+            frame, painter = decode.first_frame(source, key)
+        if pictures.change:
+            raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
+        _check_frame(frame, has_container_matrix=angle is not None)
         batch = decoder.get_frames_at(wanted)
-    except IndexError as error:  # the index has more frames
-        raise FrameIndexMismatch(f"torchcodec: {error}") from error
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
     expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in wanted]
     returned_s = batch.pts_seconds.numpy()
     if len(decoder) != frame_index.num_frames or not np.allclose(returned_s, expected_s, 0, 1e-6):
-        raise FrameIndexMismatch("torchcodec returned frames of other times than requested")
-    return batch.data.numpy()
+        raise BadSample(
+            key, "unreadable", "torchcodec returned frames of other times than requested"
+        )
+    # Half a turn is 2 or -2 quarters, rounded as torchcodec does: halves away from zero.
+    turns = int(math.copysign(math.floor(abs(angle or 0) / 90 + 0.5), angle or 0)) % 4
+    return _reshape(batch.data.numpy(), frame, turns, painter)
+
+
+class _Pictures:
+    """Looks at the packets of a video for what torchcodec does not show."""
+
+    def __init__(self, key: str) -> None:
+        self.painter = PicturePainter(key)
+        self.first: VideoFrame | None = None
+        """The first keyframe that is shown; None if an edit list hides all of them."""
+        self.change = False
+        """A later keyframe announces pictures of another kind."""
+
+    def read(self, container: InputContainer, stream: VideoStream, packet: Packet) -> None:
+        """Decodes the first keyframe, and reads the others' packets for changes."""
+        if not packet.is_keyframe:
+            return
+        context = stream.codec_context
+        if self.first is None:
+            self.painter.open(container, stream)
+            frames = [*stream.decode(packet), *stream.decode(None)]
+            context.flush_buffers()
+            if frames:
+                self.first = frames[0]
+                self.painter.see(self.first)
+        self.change = self.change or changes_pictures(packet, context)
+
+
+def _check_frame(frame: VideoFrame, *, has_container_matrix: bool) -> None:
+    """Raises _OnlyPyAV unless torchcodec shows such frames as `picture` does."""
+    if frame.interlaced_frame:
+        raise _OnlyPyAV("interlaced pictures")
+    if frame.color_trc in HDR_TRANSFERS:
+        raise _OnlyPyAV(f"pictures in {HDR_TRANSFERS[frame.color_trc].upper()}")
+    if len(display_matrices(frame)) > has_container_matrix:
+        raise _OnlyPyAV("an orientation in the video stream")
+    if frame.format.is_rgb or frame.format.has_palette:
+        return
+    is_full_format = frame.format.name.startswith("yuvj")
+    if frame.color_range == FULL_RANGE and not is_full_format:
+        raise _OnlyPyAV("colours of full range")
+    if frame.colorspace not in SPECIFIED:
+        # The matrix that libav takes for pictures of any size.
+        if untagged_matrix(frame.width, frame.height) != untagged_matrix(1, 1):
+            raise _OnlyPyAV("large pictures without a tag of their colours")
+
+
+def _reshape(
+    frames: np.ndarray, frame: VideoFrame, turns: int, painter: PicturePainter
+) -> np.ndarray:
+    """Applies what torchcodec does not: mirroring, and the shape of pixels."""
+    if painter.pixel_shape == 1 and painter.orientation == QUARTER_TURNS[turns]:
+        return frames
+    stored = np.rot90(frames, k=-turns, axes=(1, 2))
+    if painter.pixel_shape != 1:
+        stored = resize(stored, *painter.square_size(frame))
+    return np.ascontiguousarray(painter.orientation.apply(stored))

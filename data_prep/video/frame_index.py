@@ -15,13 +15,14 @@ from typing import TypeVar
 import av
 import av.error
 from av.container import InputContainer
-from av.stream import Disposition
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_sampling import Span, frames_within
 from tvr.data_prep.video.images import MAX_PIXELS
+from tvr.data_prep.video.streams import choose_video_stream
 
 # libav's names of the containers that a clip may have. Others hold no video, or only refer to other
 # files and addresses, which libav would open: playlists (hls, dash, concat), sdp, image sequences.
@@ -39,6 +40,7 @@ SEEKABLE = {"mov", "matroska"}
 
 Source = bytes | str | PathLike[str]
 Result = TypeVar("Result")
+OnPacket = Callable[[InputContainer, VideoStream, Packet], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ class FrameIndexMismatch(Exception):
 
 @contextmanager
 def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens a container and its first video stream that is not a cover picture.
+    """Opens a container and its video stream, see `choose_video_stream`.
 
     libav's errors become BadSample.
     """
@@ -98,12 +100,10 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
     try:
         # Tags in encodings other than UTF-8 are common, and unused here.
         with av.open(file, "r", metadata_errors="replace", container_options=OPENING) as container:
-            streams = [
-                s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-            ]
-            if not streams:
+            stream = choose_video_stream(container)
+            if stream is None:
                 raise BadSample(key, "no_frames", "the file has no video stream")
-            context = streams[0].codec_context
+            context = stream.codec_context
             if context is None:
                 raise BadSample(key, "unreadable", "no decoder for the video's codec")
             if context.width * context.height > MAX_PIXELS:
@@ -113,7 +113,7 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
             context.options = {**context.options, "max_pixels": str(MAX_PIXELS)}
             # Loader workers already use all cores; decoder threads would compete with them.
             context.thread_count = 1
-            yield container, streams[0]
+            yield container, stream
     except av.error.FFmpegError as error:
         reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
         detail = f"{error.strerror} ({type(error).__name__})"
@@ -151,13 +151,19 @@ def with_frame_index(
         raise BadSample(key, "unreadable", f"two decodes give different frames: {error}") from error
 
 
-def index_packets(source: Source, key: str) -> FrameIndex:
-    """Indexes the container's packets without decoding. Raises BadSample if packets are missing."""
+def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -> FrameIndex:
+    """Indexes the container's packets without decoding. Raises BadSample if packets are missing.
+
+    Args:
+        on_packet: Called for each packet.
+    """
     shown = []
     num_packets = 0
     with open_video(source, key) as (container, stream):
         for packet in container.demux(stream):
             if packet.size:
+                if on_packet is not None:
+                    on_packet(container, stream, packet)
                 num_packets += 1
                 if not packet.is_discard:
                     shown.append((packet.pts, packet.is_keyframe))
@@ -189,7 +195,11 @@ def index_decoded_frames(source: Source, key: str) -> FrameIndex:
 
 
 def decode_frames(
-    source: Source, frame_index: FrameIndex, wanted: Iterable[int], key: str
+    source: Source,
+    frame_index: FrameIndex,
+    wanted: Iterable[int],
+    key: str,
+    on_open: Callable[[InputContainer, VideoStream], object] = lambda container, stream: None,
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Yields the wanted frames, each with its index.
 
@@ -198,12 +208,14 @@ def decode_frames(
 
     Args:
         wanted: Frame indices in ascending order.
+        on_open: Called before the first frame is decoded.
 
     Raises:
         FrameIndexMismatch: the decoder's frames differ from the index.
         BadSample: a frame is damaged.
     """
     with open_video(source, key) as (container, stream):
+        on_open(container, stream)
         frames = container.decode(stream)
         decoded, has_seeked = -1, False  # index of the last decoded frame
         for index in wanted:
@@ -225,6 +237,15 @@ def decode_frames(
             count = decoded + 1 + sum(1 for _ in _reject_damaged(frames, key))
             if count != frame_index.num_frames:
                 raise FrameIndexMismatch(f"{count} frames instead of {frame_index.num_frames}")
+
+
+def with_keyframes(frame_index: FrameIndex, wanted: Iterable[int]) -> list[int]:
+    """Returns the wanted frames, and the frames decoded before them that may say how all the
+    following ones are shown: the keyframe before each, or all frames if keyframes are unknown."""
+    chosen = sorted(set(wanted))
+    if not frame_index.keyframes:
+        return list(range(chosen[-1] + 1)) if chosen else []
+    return sorted({*chosen, *(_keyframe_before(frame_index, index) for index in chosen)})
 
 
 def _keyframe_before(frame_index: FrameIndex, index: int) -> int:

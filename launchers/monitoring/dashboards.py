@@ -117,6 +117,9 @@ DATA_PANELS = (
            "Clips packed or refused, and refused clips by reason (`tvr pack --metrics-port`).",
            per_second("tvr_pack_clips_total", name="clips"),
            per_second("tvr_pack_refused_clips_total", "reason")),
+    _graph("Packing: clips shown otherwise than stored", "short",
+           "Clips per second by what their pictures needed: turned, deinterlaced, tone-mapped.",
+           per_second("tvr_pack_adjusted_clips_total", "what")),
     _graph("Packing: progress", "percentunit", "Share of the task's clips that are done.",
            Query(f"max by (run) (tvr_pack_done_clips{RUN}) / max by (run) "
                  f"(tvr_pack_planned_clips{RUN})", "{{run}}")),

@@ -433,7 +433,9 @@ def test_packing_exports_its_progress(capsys: pytest.CaptureFixture[str]) -> Non
         while not found:
             time.sleep(0.01)
         report_progress(
-            PackProgress(num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1})
+            PackProgress(
+                num_done=5, num_clips=9, num_bytes=70, refused={"no_frames": 1}, adjusted={"pq": 2}
+            )
         )
     scraper.join(10)
     assert [progress.num_done for progress in shown] == [3, 5]
@@ -445,6 +447,7 @@ def test_packing_exports_its_progress(capsys: pytest.CaptureFixture[str]) -> Non
     assert last["tvr_pack_clips_total",] == 2
     assert last["tvr_pack_bytes_total",] == 70
     assert last["tvr_pack_refused_clips_total", "no_frames"] == 1
+    assert last["tvr_pack_adjusted_clips_total", "pq"] == 2
     assert abs(last["tvr_pack_last_clip_timestamp_seconds",] - time.time()) < 60
     keys = {(name, *labels) for metric in PACK_METRICS for name, labels in series_of(metric)}
     assert last.keys() == keys

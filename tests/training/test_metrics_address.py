@@ -22,6 +22,7 @@ from tvr.trainer.config import MetricsConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.fencing import begin_attempt
 from tvr.trainer.monitoring.address import ADDRESS_VARIABLE, listening_address, metrics_line
+from tvr.trainer.monitoring.metrics import training_table
 from tvr.trainer.monitoring.monitor import NodeMonitor
 from tvr.trainer.monitoring.server import MetricsServer
 
@@ -192,7 +193,10 @@ def test_a_run_on_several_machines_says_where_it_serves(
     monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
     metrics = MetricsConfig(host="{hostname}.cluster.org")
     with caplog.at_level(logging.WARNING):
-        server = MetricsServer(metrics, tmp_path, begin_attempt(tmp_path), {0: []}, 0, 2)  # type: ignore[dict-item]
+        server = MetricsServer(
+            *(metrics, tmp_path, begin_attempt(tmp_path), training_table()),
+            *({0: []}, 0, 2),  # type: ignore[arg-type]
+        )
     server._lines = {}
     server.close()
     target = f"{socket.gethostname()}.cluster.org"
