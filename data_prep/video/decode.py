@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_index import (
     FrameIndex,
+    FrameIndexMismatch,
     Source,
     decode_frames,
     index_decoded_frames,
@@ -25,7 +26,13 @@ from tvr.data_prep.video.frame_index import (
     with_keyframes,
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
+from tvr.data_prep.video.indexed_decode import decode_indexed
 from tvr.data_prep.video.picture import PicturePainter, fit_picture
+
+OnOpen = Callable[[InputContainer, VideoStream], object]
+FrameDecoder = Callable[
+    [Source, FrameIndex, Sequence[int], str, OnOpen], Iterator[tuple[int, VideoFrame]]
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +65,8 @@ def sample_frames(
     Args:
         offsets: Position within each segment, see `segment_frames`.
         key: Name of the sample in error messages.
-        frame_index: Index that was stored with the video; None = list the packets of the container.
-            A wrong one costs time only: it is compared with the frames that are decoded.
+        frame_index: Index that was stored with the video, whose frames are known to be whole; see
+            `decode_indexed`. None = list the packets of the container.
         adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
 
     Returns:
@@ -74,11 +81,13 @@ def sample_frames(
     """
     check_span(span)
 
-    def sample(index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
+    def sample(
+        index: FrameIndex, decode: FrameDecoder = decode_frames
+    ) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
         painter = PicturePainter(key)
         frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
-        for number, frame in shown_frames(source, index, chosen, key, painter):
+        for number, frame in shown_frames(source, index, chosen, key, painter, decode):
             picture = painter.picture(frame)
             if not len(frames):
                 frames = np.empty((len(chosen), *picture.shape), dtype=np.uint8)
@@ -90,7 +99,12 @@ def sample_frames(
             adjusted.update(painter.adjusted)
         return frames, times_s
 
-    return with_frame_index(source, key, sample, frame_index)
+    if frame_index is not None:
+        try:
+            return sample(frame_index, decode_indexed)
+        except FrameIndexMismatch:
+            pass
+    return with_frame_index(source, key, sample)
 
 
 def shown_frames(
@@ -99,15 +113,16 @@ def shown_frames(
     wanted: Sequence[int],
     key: str,
     painter: PicturePainter,
+    decode: FrameDecoder = decode_frames,
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Yields the wanted frames once each, in ascending order, as `decode_frames` does.
+    """Yields the wanted frames once each, in ascending order, as `decode` does.
 
     `painter` is ready to convert the frame that is yielded.
     """
     is_wanted = set(wanted)
     decoded = with_keyframes(frame_index, wanted)
     start = partial(painter.open, skips_first=bool(decoded) and decoded[0] > 0)
-    for index, frame in decode_frames(source, frame_index, decoded, key, start):
+    for index, frame in decode(source, frame_index, decoded, key, start):
         painter.see(frame)
         if index in is_wanted:
             yield index, frame
