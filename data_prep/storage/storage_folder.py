@@ -25,6 +25,9 @@ LOCAL_READ_BYTES = 1 << 22
 # One request each.
 STORE_READ_BYTES = 1 << 24
 PRECONDITION_FAILED = 412
+NOT_IMPLEMENTED = 501
+# What a client without the argument raises.
+CLIENT_CANNOT = (TypeError, NotImplementedError)
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 Result = TypeVar("Result")
@@ -47,6 +50,8 @@ class StorageFolder:
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self._reader = Storage(url)
         self._retries = Retries()
+        self._can_create = True
+        """False once the store has refused to write a file only if there is none."""
 
     def path(self, name: str) -> str:
         """Full path of a file, as the file system takes it and messages show it."""
@@ -231,17 +236,21 @@ class StorageFolder:
     def _put(self, name: str, content: bytes) -> bool:
         """One request that creates an object; False if there is one already."""
         path = self.path(name)
-        try:
-            self._fs.pipe_file(path, content, mode="create")
-        except (TypeError, NotImplementedError) as error:
-            log.warning("%s: the store cannot refuse to replace a file: %s", path, error)
-            self._fs.pipe_file(path, content)
-        except FileExistsError:
-            return False
-        except Exception as error:
-            if is_storage_error(error) and translate_error(error).status == PRECONDITION_FAILED:
+        if self._can_create:
+            try:
+                self._fs.pipe_file(path, content, mode="create")
+                return True
+            except FileExistsError:
                 return False
-            raise
+            except Exception as error:
+                status = translate_error(error).status if is_storage_error(error) else None
+                if status == PRECONDITION_FAILED:
+                    return False
+                if status != NOT_IMPLEMENTED and not isinstance(error, CLIENT_CANNOT):
+                    raise
+                log.warning("%s: this store cannot refuse to replace a file: %s", path, error)
+            self._can_create = False
+        self._fs.pipe_file(path, content)
         return True
 
 

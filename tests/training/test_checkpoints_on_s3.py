@@ -137,6 +137,27 @@ def test_small_file_is_one_request(proxy: FaultProxy, s3: S3Server) -> None:
     assert s3.keys() == [path.removeprefix(f"{BUCKET}/")]
 
 
+def test_store_without_conditional_writes_is_used_and_named_once(
+    proxy: FaultProxy, s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[Request] = []
+
+    def refuse_first(request: Request) -> Fault | None:
+        is_hit = request.path.endswith("manifest.json") and request.method == "PUT" and not refused
+        refused.extend([request] if is_hit else [])
+        return Fault(status=501, code="NotImplemented") if is_hit else None
+
+    proxy.fail = refuse_first
+    writer = saver(URL, tmp_path)
+    for step in (3, 6):
+        assert save(writer, step).error is None
+    assert [text for text in caplog.messages if "cannot refuse to replace" in text] == [
+        text for text in caplog.messages if "NotImplemented" in text or "injected" in text
+    ]
+    assert len(refused) == 1
+    assert names(s3) == ["latest", *of_step(3, 1, 1), *of_step(6, 1, 2)]
+
+
 def test_kill_between_files_and_manifest_leaves_the_checkpoint_before(
     s3: S3Server, tmp_path: Path
 ) -> None:
