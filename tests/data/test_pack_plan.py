@@ -352,6 +352,26 @@ def test_a_requeued_task_does_not_replace_what_its_launch_published(
     assert json.loads((out / ".packing" / "plan.json").read_bytes())["generation"] == 3
 
 
+def test_a_late_task_leaves_a_later_packing_alone(tmp_path: Path) -> None:
+    """With clips in memory too, whose plan each task makes."""
+    clips, url = write_clips(tmp_path, 4), str(tmp_path / "data")
+    first: dict[str, Any] = {"num_tasks": 2, "overwrite": True, "packing_id": "first", **FRAMES}
+    for task in (0, 1):
+        pack_shards(clips, url, task=task, **first)
+    later = first | {"packing_id": "later", "num_frames": 1}
+    assert pack_shards(clips, url, task=1, **later) is None
+    before = file_contents(tmp_path / "data")
+    assert ".packing/plan.json" in before
+    assert pack_shards(clips, url, task=0, **first) is not None
+    assert file_contents(tmp_path / "data") == before
+    # A lost file of the plan is written again by the next task.
+    for path in (tmp_path / "data" / ".packing").glob("clips-*"):
+        path.unlink()
+    manifest = pack_shards(clips, url, task=0, **later)
+    assert manifest is not None
+    assert (manifest.num_frames, manifest.generation) == (1, 1)
+
+
 def test_tasks_that_overwrite_need_the_name_of_their_launch(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 2)
     url = str(tmp_path / "data")
