@@ -23,7 +23,7 @@ from tvr.data_prep.annotations.clip_source import AnnotationFile, ClipList
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.packing import planning, shard_records
+from tvr.data_prep.packing import planning, shard_records, worker_pool
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.output_files import OutputFiles
 from tvr.data_prep.packing.pack import pack_shards
@@ -450,6 +450,21 @@ def test_a_source_of_many_cuts_is_read_once(tmp_path: Path, processes: int) -> N
     assert contents[0] == contents[1]
     assert len(set(contents[0].values())) == 21
     assert verify_dataset(str(tmp_path / "data")).problems == ()
+
+
+def test_a_limit_of_clips_done_ahead_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = write_clips(tmp_path, 6)
+    cuts = [
+        replace(clip, key=f"{clip.key}-{n}", start_s=n / 10, end_s=(n + 2) / 10)
+        for clip in clips
+        for n in range(3)
+    ]
+    pack_shards(cuts, str(tmp_path / "one"), **FRAMES)
+    monkeypatch.setattr(worker_pool, "HELD_BYTES", 1)
+    pack_shards(cuts, str(tmp_path / "three"), processes=3, **FRAMES)
+    assert file_contents(tmp_path / "three") == file_contents(tmp_path / "one")
 
 
 def test_a_task_reads_no_record_of_another_one_and_the_publisher_each_once(
