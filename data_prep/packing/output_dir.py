@@ -40,11 +40,11 @@ from tvr.data_prep.packing.plan import (
     PackPlan,
     PackSettings,
     PlanHeader,
+    is_plan_of,
     plan_differences,
-    settings_record,
 )
 from tvr.data_prep.packing.plan_build import BuiltPlan
-from tvr.data_prep.packing.shard_record import is_replaced, packing_id
+from tvr.data_prep.packing.shard_record import is_replaced
 from tvr.data_prep.packing.shard_records import ShardRecords
 from tvr.data_prep.records import ShardCorrupt
 
@@ -84,16 +84,16 @@ class OutputDir:
         """
         if source is None:
             return "absent"
-        stored = self._read_json(PLAN_NAME)
-        if stored is not None and _is_of(stored, source, settings):
-            self._adopt(stored)
-            return "joined"
         decided = self._read_decision()
-        if decided is not None and _is_of(decided, source, settings):
+        if decided is not None and is_plan_of(decided, source, settings):
             published = self._read_published()
             if _is_published(published, decided["fingerprint"], decided["generation"], self.url):
                 return "complete"
-        return "absent"
+        stored = self._read_json(PLAN_NAME)
+        if stored is None or not is_plan_of(stored, source, settings):
+            return "absent"
+        self._adopt(stored)
+        return "joined" if self._has_plan_files() else "absent"
 
     def claim(self, built: BuiltPlan, source: dict[str, Any] | None) -> PlanState:
         """Stores a plan and so starts its packing, or joins one with the same plan.
@@ -106,17 +106,18 @@ class OutputDir:
             ValueError: the folder holds an unfinished packing with another plan, and `overwrite`
                 is false.
         """
-        header = built.header
-        if (state := self._decide(header)) == "absent":
-            self.files.put(built.rows, f"{WORK_FOLDER}/{header.rows_name}")
-            self.files.put(built.index, f"{WORK_FOLDER}/{header.index_name}")
+        state = self._decide(built.header)
+        if state == "absent" or (state == "joined" and not self._has_plan_files()):
+            self.files.put(built.rows, f"{WORK_FOLDER}/{built.header.rows_name}")
+            self.files.put(built.index, f"{WORK_FOLDER}/{built.header.index_name}")
             # Copying took time; others may have started or ended this packing meanwhile.
-            if (state := self._decide(header)) == "absent":
-                self._store_plan(header, source)
-                is_published = self._is_published()
-                state = "complete" if is_published else "joined"
+            if (state := self._decide(built.header)) == "absent":
+                self._store_plan(built.header, source)
+                state = "complete" if self._is_published() else "joined"
         if state == "complete":
-            self._remove_work()
+            stored = self._read_json(PLAN_NAME)
+            if stored is None or self._is_mine(stored):  # and no later packing's
+                self._remove_work()
         return state
 
     def open_plan(self, settings: PackSettings, folder: Path) -> PackPlan:
@@ -172,7 +173,7 @@ class OutputDir:
                 f"{self.url}/{WORK_FOLDER}/{PLAN_NAME} is gone: the data set is published, or the"
                 " folder was removed; repeat the command"
             )
-        if packing_id(stored["fingerprint"], stored["generation"]) != self._packing_id:
+        if not self._is_mine(stored):
             raise self._unfinished_error(stored, self._claimed)
 
     def discard_if_empty(self) -> None:
@@ -181,7 +182,7 @@ class OutputDir:
         if (
             self._header is not None
             and stored is not None
-            and packing_id(stored["fingerprint"], stored["generation"]) == self._packing_id
+            and self._is_mine(stored)
             and not self.records.names()
         ):
             self._remove_work()
@@ -212,44 +213,55 @@ class OutputDir:
         assert self._header is not None, "claim or join came first"
         return self._header
 
-    @property
-    def _packing_id(self) -> str:
-        return packing_id(self._claimed.fingerprint, self.generation)
+    def _is_mine(self, stored: dict[str, Any]) -> bool:
+        """True if a stored plan is the claimed one."""
+        header, generation = self._claimed, self.generation
+        return (stored["fingerprint"], stored["generation"]) == (header.fingerprint, generation)
+
+    def _has_plan_files(self) -> bool:
+        """False if the end of an earlier packing removed the files of the claimed plan."""
+        names = (self._claimed.rows_name, self._claimed.index_name)
+        return all(self.files.size(f"{WORK_FOLDER}/{name}") for name in names)
 
     def _decide(self, header: PlanHeader) -> PlanState:
         """Reads what the folder holds, and sets the generation."""
         self._header = header
-        unfinished = self._read_json(PLAN_NAME)
-        if unfinished is not None and unfinished["fingerprint"] == header.fingerprint:
-            self._adopt(unfinished)
-            return "joined"
-        if unfinished is not None and not self._overwrite:
-            raise self._unfinished_error(unfinished, header)
-        # Read before and after the manifest: whoever published has decided before.
+        stored = self._read_json(PLAN_NAME)
+        same = stored if stored and stored["fingerprint"] == header.fingerprint else None
+        other = stored if same is None else None
         decided = self._read_decision()
+        if same is not None and decided is None:
+            self._adopt(same)
+            return "joined"
+        if other is not None and not self._overwrite:
+            raise self._unfinished_error(other, header)
         published = self._read_published()
+        # Once more: whoever published meanwhile has decided before.
         decided = decided or self._read_decision()
         if decided is not None and decided["fingerprint"] == header.fingerprint:
             self.generation = decided["generation"]
-            if unfinished is not None and unfinished["generation"] > self.generation:
-                raise self._unfinished_error(unfinished, header)
-        else:
+            if self._is_this_packing(published):
+                return "complete"
+            if other is not None and other["generation"] > self.generation:
+                raise self._unfinished_error(other, header)
+            if published is not None and generation_of(published, self.url) >= self.generation:
+                raise FileExistsError(f"{self.url} holds a later data set than {self._launch}'s")
+        elif same is None:
             # Processes that start this packing at the same time compute the same generation.
             earlier = [] if published is None else [generation_of(published, self.url)]
-            earlier += [] if unfinished is None else [int(unfinished["generation"])]
+            earlier += [] if other is None else [int(other["generation"])]
             self.generation = max(earlier) + 1 if earlier and self._overwrite else 0
-            if published is None or self._overwrite:
-                return "absent"
-        if self._is_this_packing(published):
-            return "complete"
-        if published is None or generation_of(published, self.url) < self.generation:
+            if not self._overwrite and published is not None:
+                if self._is_this_packing(published):
+                    return "complete"
+                raise FileExistsError(
+                    f"{self.url} holds a complete data set; pack to another folder, or replace it"
+                    " with --overwrite"
+                )
+        if same is None:
             return "absent"
-        raise FileExistsError(
-            f"{self.url} holds a complete data set; pack to another folder, or replace it with"
-            " --overwrite"
-            if decided is None
-            else f"{self.url} holds a later data set than the one of {self._launch}"
-        )
+        self._adopt(same)
+        return "joined"
 
     def _store_plan(self, header: PlanHeader, source: dict[str, Any] | None) -> None:
         index = asdict(header)
@@ -261,8 +273,7 @@ class OutputDir:
             "index": index,
         }
         self._write_decision(stored)
-        content = json.dumps(stored, indent=1).encode()
-        self.files.write(f"{WORK_FOLDER}/{PLAN_NAME}", content)
+        self.files.write(f"{WORK_FOLDER}/{PLAN_NAME}", json.dumps(stored, indent=1).encode())
 
     def _adopt(self, stored: dict[str, Any]) -> None:
         """Takes over a stored plan."""
@@ -270,13 +281,15 @@ class OutputDir:
         self._header = PlanHeader(
             fingerprint=stored["fingerprint"], record=stored["plan"], **stored["index"]
         )
-        if self._launch is not None and self._read_decision() is None:
-            self._write_decision(stored)
+        if self._launch is not None:
+            decided = self._read_decision()
+            if decided is None or decided["fingerprint"] != stored["fingerprint"]:
+                self._write_decision(stored)
 
     def _write_decision(self, stored: dict[str, Any]) -> None:
         if self._launch is not None:
             names = ("fingerprint", "generation", "plan", "source")
-            decision = {"launch": self._launch, **{name: stored[name] for name in names}}
+            decision = {"launch": self._launch} | {name: stored[name] for name in names}
             self.files.write(self._decision_name, json.dumps(decision, indent=1).encode())
 
     def _read_decision(self) -> dict[str, Any] | None:
@@ -316,26 +329,15 @@ class OutputDir:
 
     def _is_this_packing(self, published: dict[str, Any] | None) -> bool:
         """True if the published data set has this packing's plan."""
-        header = self._claimed
-        return _is_published(published, header.fingerprint, self.generation, self.url)
+        return _is_published(published, self._claimed.fingerprint, self.generation, self.url)
 
     def _remove_work(self) -> None:
         """Removes the work folder, plan first: a plan without records means missing shards."""
         self.files.remove([f"{WORK_FOLDER}/{PLAN_NAME}"])
-        names = [
-            name for name in self.files.sizes(WORK_FOLDER) if not name.startswith(LAUNCH_PREFIX)
-        ]
-        self.files.remove(f"{WORK_FOLDER}/{name}" for name in sorted(names))
+        names = sorted(self.files.sizes(WORK_FOLDER))
+        kept = [name for name in names if name.startswith(LAUNCH_PREFIX)]
+        self.files.remove(f"{WORK_FOLDER}/{name}" for name in names if name not in kept)
         self.files.remove_folder(WORK_FOLDER)
-
-
-def _is_of(stored: dict[str, Any], source: dict[str, Any], settings: PackSettings) -> bool:
-    """True if a stored plan is of a source and settings."""
-    planned = stored["plan"]
-    return stored.get("source") == source and all(
-        name in planned and planned[name] == value
-        for name, value in settings_record(settings).items()
-    )
 
 
 def _is_published(

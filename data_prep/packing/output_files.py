@@ -132,6 +132,19 @@ class OutputFiles:
             return {}
         return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] for entry in listed}
 
+    def size(self, name: str) -> int | None:
+        """Returns the size of a file, whatever the listings say; None if it does not exist."""
+        path = self._path(name)
+
+        def request() -> int:
+            self._fs.invalidate_cache()
+            return self._fs.info(path)["size"]
+
+        try:
+            return self._call(request, path)
+        except FileNotFoundError:
+            return None
+
     def remove(self, names: Iterable[str]) -> None:
         """Removes files; one that is gone is no error."""
         paths = [self._path(name) for name in names]

@@ -225,6 +225,15 @@ def decode_clip(line: bytes) -> Clip:
     )
 
 
+def is_plan_of(stored: dict[str, Any], source: dict[str, Any], settings: PackSettings) -> bool:
+    """True if a stored plan is of a source, see `ClipSource.identity`, and of these settings."""
+    planned = stored["plan"]
+    return stored.get("source") == source and all(
+        name in planned and planned[name] == value
+        for name, value in settings_record(settings).items()
+    )
+
+
 def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Describes the differences between the records of two plans."""
     differences = []

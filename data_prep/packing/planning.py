@@ -83,6 +83,7 @@ class PlanLease:
             return
         note = self._files.read(self._name)
         if note is not None and note != self._stale and _owner(note) != self._owner:
+            self._is_held = False  # the note is the other task's
             raise PlannedElsewhere
         content = {"owner": self._owner, "clips": done, "beat": uuid.uuid4().hex}
         self._files.write(self._name, json.dumps(content).encode())

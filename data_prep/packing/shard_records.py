@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tvr.data_prep.packing.output_files import WORK_FOLDER, OutputFiles
 from tvr.data_prep.packing.shard_record import (
     RecordName,
+    ShardFile,
     ShardRecord,
     decode_record,
     encode_record,
@@ -61,15 +62,18 @@ class ShardRecords:
         whole: dict[int, ShardRecord] = {}
         for name in names:
             record = self.read(name)
-            if record is not None and all(
-                sizes.get(file.shard.name) == file.shard.shard_bytes for file in record.files
-            ):
+            if record is not None and all(self._is_whole(file, sizes) for file in record.files):
                 whole[name.number] = record
                 continue
             self._records.pop(name.number, None)
             self._written.pop(name.number, None)
             self._files.remove([f"{WORK_FOLDER}/{name.text}"])
         return whole
+
+    def _is_whole(self, file: ShardFile, sizes: dict[str, int]) -> bool:
+        name, expected = file.shard.name, file.shard.shard_bytes
+        # A listing may be late: it does not decide that a file is missing.
+        return sizes.get(name) == expected or self._files.size(name) == expected
 
     def write(self, number: int, record: ShardRecord) -> None:
         """Writes the record of a shard whose files are complete."""

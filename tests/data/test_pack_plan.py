@@ -23,7 +23,7 @@ from tvr.data_prep.annotations.clip_source import AnnotationFile, ClipList
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.packing import planning, shard_records
+from tvr.data_prep.packing import planning, shard_records, worker_pool
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.output_files import OutputFiles
 from tvr.data_prep.packing.pack import pack_shards
@@ -352,6 +352,26 @@ def test_a_requeued_task_does_not_replace_what_its_launch_published(
     assert json.loads((out / ".packing" / "plan.json").read_bytes())["generation"] == 3
 
 
+def test_a_late_task_leaves_a_later_packing_alone(tmp_path: Path) -> None:
+    """With clips in memory too, whose plan each task makes."""
+    clips, url = write_clips(tmp_path, 4), str(tmp_path / "data")
+    first: dict[str, Any] = {"num_tasks": 2, "overwrite": True, "packing_id": "first", **FRAMES}
+    for task in (0, 1):
+        pack_shards(clips, url, task=task, **first)
+    later = first | {"packing_id": "later", "num_frames": 1}
+    assert pack_shards(clips, url, task=1, **later) is None
+    before = file_contents(tmp_path / "data")
+    assert ".packing/plan.json" in before
+    assert pack_shards(clips, url, task=0, **first) is not None
+    assert file_contents(tmp_path / "data") == before
+    # A lost file of the plan is written again by the next task.
+    for path in (tmp_path / "data" / ".packing").glob("clips-*"):
+        path.unlink()
+    manifest = pack_shards(clips, url, task=0, **later)
+    assert manifest is not None
+    assert (manifest.num_frames, manifest.generation) == (1, 1)
+
+
 def test_tasks_that_overwrite_need_the_name_of_their_launch(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 2)
     url = str(tmp_path / "data")
@@ -430,6 +450,21 @@ def test_a_source_of_many_cuts_is_read_once(tmp_path: Path, processes: int) -> N
     assert contents[0] == contents[1]
     assert len(set(contents[0].values())) == 21
     assert verify_dataset(str(tmp_path / "data")).problems == ()
+
+
+def test_a_limit_of_clips_done_ahead_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = write_clips(tmp_path, 6)
+    cuts = [
+        replace(clip, key=f"{clip.key}-{n}", start_s=n / 10, end_s=(n + 2) / 10)
+        for clip in clips
+        for n in range(3)
+    ]
+    pack_shards(cuts, str(tmp_path / "one"), **FRAMES)
+    monkeypatch.setattr(worker_pool, "HELD_BYTES", 1)
+    pack_shards(cuts, str(tmp_path / "three"), processes=3, **FRAMES)
+    assert file_contents(tmp_path / "three") == file_contents(tmp_path / "one")
 
 
 def test_a_task_reads_no_record_of_another_one_and_the_publisher_each_once(
