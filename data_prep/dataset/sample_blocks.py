@@ -48,7 +48,7 @@ NUMBERS = {
     "crc32": np.dtype("<u4"),
     "num_captions": np.dtype("<i4"),
 }
-TEXTS = ("key", "video_id")
+TEXTS: tuple[str, ...] = ("key", "video_id")
 TEXT_END = np.dtype("<u4")
 
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import struct
 import zlib
@@ -290,7 +289,7 @@ def _write_rows(
     order: _Order,
     first_rows: np.ndarray,
     settings: PackSettings,
-    out: io.BufferedWriter,
+    out: BinaryIO,
     on_plan: OnPlan,
 ) -> _Written:
     offsets, crc32s, words, digest = [0], [], WordCounter(), hashlib.sha256()

@@ -86,7 +86,7 @@ def sample_frames(
     ) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
         painter = PicturePainter(key)
-        frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
+        frames: np.ndarray = np.empty((0, 0, 0, 3), dtype=np.uint8)
         for number, frame in shown_frames(source, index, chosen, key, painter, decode):
             picture = painter.picture(frame)
             if not len(frames):

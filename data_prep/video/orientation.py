@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
 
 Matrix = tuple[int, ...]
@@ -81,7 +83,7 @@ def display_matrices(frame: VideoFrame) -> list[Matrix]:
     try:
         return [
             struct.unpack("9i", bytes(data))
-            for data in frame.side_data
+            for data in cast(Iterable[SideData], frame.side_data)
             if data.type is Type.DISPLAYMATRIX
         ]
     except ValueError:  # a kind of side data that PyAV does not know; the angle is readable

@@ -108,7 +108,8 @@ def rows(speeds: Sequence[Speed]) -> list[dict[str, Any]]:
 
 def _sources(arguments: DataArguments) -> tuple[list[str], dict[str, str]]:
     """The sources to measure, plain ones included, and the reasons why others are left out."""
-    wanted, left_out = set(arguments.source), {}
+    wanted: set[str] = set(arguments.source)
+    left_out = {}
     if "beton" in wanted and find_spec("ffcv") is None:
         wanted.remove("beton")
         left_out["beton"] = "FFCV is not installed (make ffcv)"
