@@ -115,7 +115,10 @@ class S3Server(S3Endpoint):
 
     def _send(self, method: str, path: str, content: bytes | None = None) -> bytes:
         # The server compares no signature, but finds the service by the header's words.
-        headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/x"}
+        headers = {
+            "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/x",
+            "Content-Type": "application/octet-stream",  # not a form, which the server would parse
+        }
         request = urllib.request.Request(
             f"{self.url}{path}", data=content, method=method, headers=headers
         )

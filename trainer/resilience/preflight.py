@@ -52,7 +52,8 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     own = (socket.gethostname(), _identity(config), storage_errors)
     results = world.all_gather_objects(own)
     if world.is_first:
-        _remove_empty_folder(checkpoints_of(config.checkpoint, run_dir))
+        for storage in _written_folders(config.checkpoint, run_dir).values():
+            _remove_empty_folder(storage)
     hosts, identities, errors = zip(*results, strict=True)
     findings = find_differences(identities)
     # A name that no rank can use is wrong; a name that some rank can use is right.
@@ -202,6 +203,14 @@ def _remove_empty_folder(storage: StorageFolder) -> None:
             os.rmdir(storage.path(""))  # fails if the folder is not empty
 
 
+def _written_folders(checkpoint: CheckpointConfig, run_dir: Path) -> dict[str, StorageFolder]:
+    """The folders that all ranks write to, by their use."""
+    folders = {"checkpoints": checkpoints_of(checkpoint, run_dir)}
+    if checkpoint.url is not None:
+        folders["a run"] = StorageFolder(str(run_dir))
+    return folders
+
+
 @dataclass(frozen=True, slots=True)
 class _StorageError:
     text: str
@@ -213,10 +222,7 @@ def _storage_errors(
     checkpoint: CheckpointConfig, run_dir: Path, world: World
 ) -> Iterator[_StorageError]:
     """Tests the folders that all ranks write to."""
-    folders = {"checkpoints": checkpoints_of(checkpoint, run_dir)}
-    if checkpoint.url is not None:
-        folders["a run"] = StorageFolder(str(run_dir))
-    for use, storage in folders.items():
+    for use, storage in _written_folders(checkpoint, run_dir).items():
         name = f"preflight-{socket.gethostname()}-{os.getpid()}-{world.rank}"
         error = _storage_error(storage, name)
         if error is not None:
