@@ -40,13 +40,13 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         ValueError: the file is malformed (the message has file:line), has no clips, has a duplicate
             key, or is remote and names a video on this machine.
     """
-    clips: dict[str, Clip] = {}
+    clips: dict[str, tuple[Clip, bool]] = {}
     for clip, may_continue in annotated_clips(url, videos=videos):
-        first = clips.get(clip.key)
-        clips[clip.key] = (
-            clip if first is None else merge_clips(first, clip, may_continue=may_continue)
-        )
-    return list(clips.values())
+        if clip.key in clips:
+            first, is_open = clips[clip.key]
+            clip = merge_clips(first, clip, may_continue=may_continue and is_open)
+        clips[clip.key] = clip, may_continue
+    return [clip for clip, _ in clips.values()]
 
 
 def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Clip, bool]]:
@@ -56,8 +56,8 @@ def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Cl
     are yielded apart; `merge_clips` joins them.
 
     Yields:
-        A clip, and whether other rows may continue it: those of CSV and Parquet files, and those
-        that name a video to look up.
+        A clip, and whether it may continue one, or be continued: by rows of CSV and Parquet files,
+        and by those that name a video to look up.
 
     Raises as `read_annotations`, except for keys that occur again.
     """
@@ -87,7 +87,7 @@ def merge_clips(first: Clip, clip: Clip, *, may_continue: bool) -> Clip:
     """Returns the clip of two rows with the same key.
 
     Args:
-        may_continue: The format allows several rows a clip, see `annotated_clips`.
+        may_continue: Both rows may be one of several of a clip, see `annotated_clips`.
 
     Raises:
         ValueError: the rows are two clips, or disagree.

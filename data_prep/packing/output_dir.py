@@ -19,7 +19,6 @@ complete until `manifest.json` is written; its files are removed after that.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -51,8 +50,6 @@ from tvr.data_prep.records import ShardCorrupt
 PLAN_NAME = "plan.json"
 LAUNCH_PREFIX = "launch-"
 PlanState = Literal["absent", "joined", "complete"]
-
-log = logging.getLogger(__name__)
 
 
 class OutputDir:

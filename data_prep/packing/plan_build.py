@@ -214,7 +214,8 @@ class _Repeats:
         """Raises ValueError for the first row in the file that is no part of the earlier clip."""
         for place in np.argsort(self.rows).tolist():
             first, row = int(self._firsts[place]), int(self.rows[place])
-            merge_clips(spool.clip(first), spool.clip(row), may_continue=spool.may_continue(row))
+            may_continue = spool.may_continue(first) and spool.may_continue(row)
+            merge_clips(spool.clip(first), spool.clip(row), may_continue=may_continue)
 
 
 def _order(spool: _Spool, settings: PackSettings) -> tuple[_Order, np.ndarray]:
