@@ -25,14 +25,14 @@ from tvr.data_prep.simulation.inputs import data_of, network_of, run_of
 from tvr.data_prep.simulation.simulate import simulate
 
 SHARDS, PER_SHARD = 64, 12
-LATENCY_MS, NODE_MB_S, STEP_S = 20.0, 4.0, 0.1
+LATENCY_MS, NODE_MB_S, STEP_S = 20.0, 0.5, 0.1
 MUCH = 1 << 30
 RUNS = [
-    NodesRun(ranks=2, ranks_per_node=2, micro_batch=8, workers=1, cache_bytes=MUCH, windows=3),
-    NodesRun(ranks=4, ranks_per_node=2, micro_batch=4, workers=1, cache_bytes=MUCH, windows=3),
-    NodesRun(ranks=3, ranks_per_node=1, micro_batch=8, workers=1, cache_bytes=MUCH, windows=3),
-    NodesRun(ranks=4, ranks_per_node=1, micro_batch=4, workers=2, cache_bytes=MUCH, windows=3),
-    NodesRun(ranks=4, ranks_per_node=2, micro_batch=4, workers=1, cache_bytes=None, windows=3),
+    NodesRun(ranks=2, ranks_per_node=2, micro_batch=8, workers=1, cache_bytes=MUCH, windows=2),
+    NodesRun(ranks=4, ranks_per_node=2, micro_batch=4, workers=1, cache_bytes=MUCH, windows=2),
+    NodesRun(ranks=3, ranks_per_node=1, micro_batch=8, workers=1, cache_bytes=MUCH, windows=2),
+    NodesRun(ranks=4, ranks_per_node=1, micro_batch=4, workers=2, cache_bytes=MUCH, windows=2),
+    NodesRun(ranks=4, ranks_per_node=2, micro_batch=4, workers=1, cache_bytes=None, windows=2),
 ]
 # 8 GPUs a node, 4 workers a GPU, 3 GB/s a node, 30 ms, 1 s a step.
 LARGE = [
@@ -74,9 +74,12 @@ def small(folder: Path, scratch: Path, run: NodesRun) -> dict[str, Any]:
             "downloads": round(store.shard_downloads * share),
             "cache_peak_bytes": prediction.node.cache_peak_bytes,
             "first_batch_s": prediction.start_up.first_batch_s,
-            "waited_s": stretch.simulated_s
-            - prediction.start_up.first_batch_s
-            - stretch.micro_steps * STEP_S,
+            "waited_s": max(
+                stretch.simulated_s
+                - prediction.start_up.first_batch_s
+                - stretch.micro_steps * STEP_S,
+                0.0,
+            ),
         },
         "measured": asdict(measured),
     }
