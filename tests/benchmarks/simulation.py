@@ -11,6 +11,7 @@ PYTHONPATH=tests simulation.py > tests/benchmarks/results/simulation.json
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -108,6 +109,8 @@ def main() -> None:
         "store": {"latency_ms": LATENCY_MS, "node_mb_s": NODE_MB_S, "pause_s": STEP_S},
         "rows": rows,
         "large": [large(arguments) for arguments in LARGE],
+        # Processes that wanted a core in the last 15 minutes, these included: they slow the loaders.
+        "load": os.getloadavg()[2],
         "versions": versions(),
         "machine": machine(),
     }
