@@ -124,12 +124,15 @@ class DataConfig:
     useful for small data sets. 0: no cache."""
     shard_cache: str | None = None
     """Local folder in which the ranks of a node cache shards of remote data
-    sets. None: each sample is read from the store by itself."""
+    sets. A node downloads the shards of which it reads at least half, and
+    single samples of others. None: each sample is read from the store by
+    itself."""
     shard_cache_gib: Positive = 100
-    """Largest size of `shard_cache` in GiB; the least recently used shards
-    are removed first. If it holds at least twice the 16 shards of a
-    reading window, the shards of the next window are downloaded while the
-    present ones are read."""
+    """Largest size of `shard_cache` in GiB. The least recently used shards
+    that no process needs now or next are removed first. A size below what
+    the loader processes read at once, in all data sets of the run, is
+    refused with the number. With room for one more reading window, the
+    next shards are downloaded while the present ones are read."""
     max_bad: NotNegative = 100
     """Largest number of different bad samples that a run replaces, over all
     ranks and restarts; one more stops the run. Each of `train_sets` has

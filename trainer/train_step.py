@@ -121,7 +121,7 @@ class TrainStep:
             slowest_rank=slowest,
         )
 
-    def _set_values(self, step: int) -> dict[str, dict[str, Any]]:
+    def _set_values(self, step: int) -> dict[str, Any]:
         """The values of each of several training sets after a step, by the field of the record."""
         if self.mixture is None:
             return {}

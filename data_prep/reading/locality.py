@@ -152,9 +152,14 @@ def assigned(places: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     Returns:
         (micro_batch,) indices into `places`, ascending.
     """
-    by_place = np.argsort(places, kind="stable")
     first, end = (len(places) * r // world_size for r in (rank, rank + 1))
-    return np.sort(by_place[first:end])
+    # Only the run itself is sorted: a thousand ranks would sort all places a thousand times.
+    bounds = np.partition(places, (first, end - 1))
+    candidates = np.flatnonzero((bounds[first] <= places) & (places <= bounds[end - 1]))
+    by_place = candidates[np.argsort(places[candidates], kind="stable")]
+    # Of equal places at the lower bound, some may belong to lower ranks.
+    skipped = first - np.count_nonzero(places < bounds[first])
+    return np.sort(by_place[skipped : skipped + end - first])
 
 
 def dealt(places: np.ndarray, world_size: int) -> np.ndarray:

@@ -120,18 +120,26 @@ def test_a_position_of_the_mixture_is_one_of_a_sets_own_order(
         assert other.sample == orders[number].substitute(own, 1).sample + number * sum(first)
 
 
-def test_the_next_windows_are_those_of_every_set() -> None:
+def test_the_windows_in_use_are_those_of_every_set() -> None:
     mixture = Mixture({"a": 1.0, "b": 3.0}, 5)
     orders = [SampleOrder([4] * 6, mixture.set_seed(number), 2) for number in (0, 1)]
     order = MixedOrder(mixture, orders)
-    for position in (0, 1, 17, 500, 9000):
-        drawn = mixture.drawn(position + 1)
-        for number, window in enumerate(order.next_windows(position)):
-            own = max(0, drawn[mixture.names[number]] - 1)
-            (expected,) = orders[number].next_windows(own)
-            assert window.first == expected.first > own
-            assert window.shards.tolist() == [6 * number + shard for shard in expected.shards]
-            assert window.starts.tolist() == expected.starts.tolist()
+    for start, stop in ((0, 1), (0, 16), (17, 18), (500, 540), (9000, 9001)):
+        found = order.windows_in_use(start, stop)
+        expected: tuple[list, list] = ([], [])
+        for number, name in enumerate(mixture.names):
+            first, end = (mixture.drawn(position)[name] for position in (start, stop))
+            # A set that this stretch does not read is read soon.
+            own = orders[number].windows_in_use(first, max(end, first + 1))
+            for here, windows in zip(expected, own, strict=True):
+                here += [
+                    ((window.shards + 6 * number).tolist(), window.first, window.starts.tolist())
+                    for window in windows
+                ]
+        for windows, here in zip(found, expected, strict=True):
+            assert here == [(w.shards.tolist(), w.first, w.starts.tolist()) for w in windows]
+        used = {shard for shards, *_ in expected[0] for shard in shards}
+        assert set(order.locate_range(start, stop).shard.tolist()) <= used
 
 
 # ---------------------------------------------------------------- batches

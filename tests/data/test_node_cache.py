@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders.batches import evaluation, rows_of, training
 from builders.clip_files import make_dataset
 from builders.http_store import HttpStorage, serve_folder
@@ -28,6 +29,9 @@ from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import EvaluationDataset
 from tvr.data_prep.records import Batch
 from tvr.data_prep.storage.storage import Storage
+from tvr.trainer.config import DataConfig, TrainConfig
+from tvr.trainer.data import validate_data_sets
+from tvr.trainer.distributed.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -312,6 +316,27 @@ def test_training_refuses_a_cache_below_its_windows(store: HttpStorage, tmp_path
         train(f"{store.url}/data", 1, shard_cache=folder)
     enough = CacheFolder(path=str(tmp_path / "cache"), max_bytes=sum(sizes))
     assert train(f"{store.url}/data", 1, shard_cache=enough)
+
+
+def test_a_run_refuses_a_cache_without_room_for_all_its_sets(
+    store: HttpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and test sets share the folder; each alone would fit."""
+    url = f"{store.url}/data"
+    sizes = [shard.shard_bytes for shard in read_manifest(url).shards]
+    data = DataConfig(train=url, test=url, workers=2, shard_cache=str(tmp_path / "cache"))
+    settings = TrainConfig(steps=1, global_batch=4, micro_batch=4)
+    cpu = World(rank=0, world_size=1, device=torch.device("cpu"))
+
+    def limit_to(max_bytes: int) -> None:
+        folder = CacheFolder(path=str(tmp_path / "cache"), max_bytes=max_bytes)
+        monkeypatch.setattr("tvr.trainer.data._shard_cache", lambda data: folder)
+
+    limit_to(2 * sum(sizes) - 1)
+    with pytest.raises(ValueError, match=rf"hold at least {2 * sum(sizes)} bytes.*shard_cache_gib"):
+        validate_data_sets(data, settings, cpu)
+    limit_to(2 * sum(sizes))
+    assert validate_data_sets(data, settings, cpu) == {"": NUM_SAMPLES}
 
 
 def test_only_owned_shards_are_downloaded_whole(store: HttpStorage, tmp_path: Path) -> None:

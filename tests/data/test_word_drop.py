@@ -191,7 +191,7 @@ def test_each_epoch_draws_anew_from_the_chosen_caption(
 ) -> None:
     url, clips = data
     texts: dict[str, set[str]] = {}
-    for position, (key, text, _, mask) in rows(list(islice(stream(url, tokenizer), 30))).items():
+    for position, (key, text, _, mask) in rows(list(islice(stream(url, tokenizer), 60))).items():
         sample = int(key.removeprefix("c"))
         captions = clips[sample].captions
         whole = captions[caption_choice(7, position // 9, sample, len(captions))]

@@ -18,6 +18,7 @@ from tvr.trainer.distributed.local_device import (
     gpu_identity,
     gpu_index,
     limit_threads,
+    node_ranks,
     select_device,
 )
 from tvr.trainer.distributed.world import World, join_world
@@ -51,6 +52,26 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "world_size", "expected"),
+    [
+        ({"LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4}, 6, 8, range(4, 8)),
+        ({"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}, 0, 4, range(4)),
+        ({}, 5, 8, range(5, 6)),  # a launcher that tells nothing
+        ({"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}, 3, 4, range(2, 4)),
+        ({"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}, 2, 4, range(2, 3)),  # ranks dealt out in turn
+        ({"LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}, 1, 8, range(1, 2)),
+        ({"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}, 6, 8, range(6, 7)),
+        ({"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 3}, 6, 7, range(6, 7)),
+    ],
+)
+def test_the_ranks_of_a_node(
+    machine: Machine, variables: dict[str, int], rank: int, world_size: int, expected: range
+) -> None:
+    machine.rank(visible=0, **variables)
+    assert node_ranks(rank, world_size) == expected
 
 
 @pytest.mark.parametrize(

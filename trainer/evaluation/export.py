@@ -159,7 +159,7 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         results=results,
         config=config,
         settings=to_json(config),
-        train=", ".join(_name(each.url) for each in training_sets(config.data)),
+        train=[_name(each.url) for each in training_sets(config.data)],
         start=None if config.model.pretrained is None else _name(config.model.pretrained),
         whole=model.family.whole.__name__,
         # Families trained without an attention mask are called without one.
