@@ -13,9 +13,16 @@ from tvr.data_prep.check.sequential_reads import (
     read_members,
 )
 from tvr.data_prep.dataset.manifest import Manifest, Shard
-from tvr.data_prep.dataset.sample_codec import decode_members, parse_meta, parse_range
+from tvr.data_prep.dataset.sample_codec import (
+    decode_members,
+    parse_meta,
+    parse_range,
+    stored_index,
+)
 from tvr.data_prep.records import BadSample, Caption
 from tvr.data_prep.storage.storage import Storage
+from tvr.data_prep.video.frame_index import index_packets
+from tvr.data_prep.video.stored_index import INDEX_MEMBER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +144,10 @@ def _check_sample(
     try:
         members = parse_range(manifest, row, content)
         meta = parse_meta(key, members)
+        stored = stored_index(key, members)
+        if decode and stored is not None and stored != index_packets(members["mp4"], key):
+            what = f"{INDEX_MEMBER} differs from the packets of the video"
+            findings.problems.append(Problem(where=where, what=what))
         if decode:
             decode_members(key, members, meta, manifest.num_frames or 1)
     except BadSample as error:

@@ -108,8 +108,7 @@ class MappedRows:
     def check_all(self) -> None:
         """Checks every block. Raises ShardCorrupt for the first wrong one."""
         for number in range(len(self._table)):
-            self._check(number, self._view(number))
-            self._checked[number] = 1
+            self._check(number)
 
     def find(self, row: int) -> tuple[SampleBlock, int]:
         """Returns the block of a row, and the row's place in it.
@@ -141,10 +140,7 @@ class MappedRows:
     def _block(self, number: int) -> SampleBlock:
         block = self._recent.get(number)
         if block is None:
-            block = self._view(number)
-            if not self._checked[number]:
-                self._check(number, block)
-                self._checked[number] = 1
+            block = self._view(number) if self._checked[number] else self._check(number)
             if len(self._recent) >= RECENT_BLOCKS:
                 self._recent.clear()
             self._recent[number] = block
@@ -155,7 +151,7 @@ class MappedRows:
         first, stop = self._starts[number : number + 2]
         return SampleBlock(self._content[start:end], stop - first, first, self.where)
 
-    def _check(self, number: int, block: SampleBlock) -> None:
+    def _check(self, number: int) -> SampleBlock:
         # Read, not mapped: a damaged disk or a truncated file gives an error here, where reading
         # mapped memory would kill the process.
         content = self._read(*self._positions[number : number + 2].tolist())
@@ -164,12 +160,15 @@ class MappedRows:
                 with suppress(OSError):
                     os.unlink(self._copy)  # the next start downloads it again
             raise ShardCorrupt(
-                f"{self.where}: the rows from {block.first_row} on are damaged: their sha256"
+                f"{self.where}: the rows from {self._starts[number]} on are damaged: their sha256"
                 " differs from the one in the file's table; copy the data set again, or pack it"
                 " again"
             )
         num_bytes = self._files.num_bytes[int(self._blocks.shards[number])]
+        block = self._view(number)
         block.check(num_bytes, is_tar=self._files.is_tar, where=self.where)
+        self._checked[number] = 1
+        return block
 
     def _open(self, store: Storage, name: str, entry: RowsFile, node_folder: str | None) -> None:
         self._content: memoryview

@@ -25,8 +25,10 @@ from tvr.data_prep.records import (
 )
 from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.decoders import FrameSampler
+from tvr.data_prep.video.frame_index import FrameIndex
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import decode_jpeg
+from tvr.data_prep.video.stored_index import INDEX_MEMBER, decode_index
 
 BLOCKSIZE = tarfile.BLOCKSIZE
 # webdataset splits a name at its first dot.
@@ -184,6 +186,17 @@ def _times(values: Any) -> tuple[float, ...]:
     return tuple(values)
 
 
+def stored_index(key: str, members: dict[str, bytes]) -> FrameIndex | None:
+    """Returns the frame index that was stored with the video, if there is one.
+
+    Raises:
+        BadSample: it is damaged, or a value is not allowed.
+    """
+    if "mp4" not in members or INDEX_MEMBER not in members:
+        return None
+    return decode_index(members[INDEX_MEMBER], len(members["mp4"]), key)
+
+
 def decode_members(
     key: str,
     members: dict[str, bytes],
@@ -209,7 +222,8 @@ def decode_members(
         BadSample: a frame cannot be decoded, or the JPEGs differ in size.
     """
     if "mp4" in members:
-        return sample(members["mp4"], num_frames, offsets=offsets, key=key)
+        index = stored_index(key, members)
+        return sample(members["mp4"], num_frames, offsets=offsets, key=key, frame_index=index)
     chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
     times_s = tuple(meta.frame_times_s[i] for i in chosen)
     pictures = [

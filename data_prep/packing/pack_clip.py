@@ -15,6 +15,7 @@ from tvr.data_prep.storage.storage_errors import StorageUnavailable, is_passing_
 from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, sample_frames
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
+from tvr.data_prep.video.stored_index import index_member
 
 # A source with such an error cannot be opened; any other refusal of the storage is a read error.
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -93,14 +94,14 @@ def _members(
             span=clip.span,
             key=clip.key,
         )
-        members = {"mp4": video}
+        members = {"mp4": video, **index_member(video, clip.key)}
     else:
         if "mp4" not in info.container.split(","):
             raise BadSample(
                 clip.key, "not_mp4", f"container {info.container}; --reencode turns it into MP4"
             )
-        check_frames(source, key=clip.key)
-        members = {"mp4": source}
+        decoded = check_frames(source, key=clip.key)
+        members = {"mp4": source, **index_member(source, clip.key, decoded)}
     meta = _meta(clip, captions, info, times_s)
     text = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return {"json": text.encode(), **members}

@@ -47,12 +47,15 @@ def sample_frames(
     span: Span | None = None,
     offsets: Sequence[float] | None = None,
     key: str = "video",
+    frame_index: FrameIndex | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Decodes one frame from each of `num_frames` equal segments of a video or a span of it.
 
     Args:
         offsets: Position within each segment, see `segment_frames`.
         key: Name of the sample in error messages.
+        frame_index: Index that was stored with the video; None = list the packets of the container.
+            A wrong one costs time only: it is compared with the frames that are decoded.
 
     Returns:
         Upright frames (F, H, W, 3) uint8 RGB, and the time of each in seconds from the first frame
@@ -65,18 +68,18 @@ def sample_frames(
     """
     check_span(span)
 
-    def sample(frame_index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
-        chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
+    def sample(index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
+        chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
         scaler = VideoReformatter()  # one per frame would take four times as long
         frames = {
-            index: upright(frame, scaler)
-            for index, frame in decode_frames(source, frame_index, sorted(set(chosen)), key)
+            number: upright(frame, scaler)
+            for number, frame in decode_frames(source, index, sorted(set(chosen)), key)
         }
         if len({frame.shape for frame in frames.values()}) > 1:
             raise BadSample(key, "unreadable", "the picture size changes within the video")
-        return np.stack([frames[index] for index in chosen]), times_s
+        return np.stack([frames[number] for number in chosen]), times_s
 
-    return with_frame_index(source, key, sample)
+    return with_frame_index(source, key, sample, frame_index)
 
 
 def choose_frames(
@@ -87,14 +90,18 @@ def choose_frames(
     key: str,
 ) -> tuple[list[int], tuple[float, ...]]:
     """Returns the indices and times of the frames that `sample_frames` samples."""
-    within, times_s = frame_index.within(span, key), frame_index.times_s
+    within = frame_index.within(span, key)
     chosen = [within[i] for i in segment_frames(len(within), num_frames, offsets)]
-    return chosen, tuple(round(times_s[i] - times_s[within[0]], 6) for i in chosen)
+    first_s = frame_index.time_s(within[0])
+    return chosen, tuple(round(frame_index.time_s(i) - first_s, 6) for i in chosen)
 
 
-def check_frames(source: Source, *, key: str = "video") -> None:
-    """Decodes every frame once. Raises BadSample as `sample_frames`, for damage anywhere."""
-    index_decoded_frames(source, key)
+def check_frames(source: Source, *, key: str = "video") -> FrameIndex:
+    """Decodes every frame once, and returns their index.
+
+    Raises BadSample as `sample_frames`, for damage anywhere.
+    """
+    return index_decoded_frames(source, key)
 
 
 def describe_video(source: Source, *, key: str = "video") -> VideoInfo:

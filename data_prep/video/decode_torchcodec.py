@@ -13,7 +13,7 @@ from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImp
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decode import choose_frames
-from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
+from tvr.data_prep.video.frame_index import FrameIndex, FrameIndexMismatch, Source, index_packets
 from tvr.data_prep.video.frame_sampling import Span, check_span
 
 
@@ -24,6 +24,7 @@ def sample_frames(
     span: Span | None = None,
     offsets: Sequence[float] | None = None,
     key: str = "video",
+    frame_index: FrameIndex | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Samples frames as `decode.sample_frames`, from MP4 and similar containers.
 
@@ -36,11 +37,22 @@ def sample_frames(
         ValueError: a span or offsets are out of range.
     """
     check_span(span)
-    frame_index = index_packets(source, key)
-    chosen, times_s = choose_frames(frame_index, num_frames, span, offsets, key)
-    wanted = sorted(set(chosen))
-    frames = _decode(source, frame_index, wanted, key)
-    return frames[np.searchsorted(wanted, chosen)], times_s
+
+    def sample(index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
+        chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
+        wanted = sorted(set(chosen))
+        frames = _decode(source, index, wanted, key)
+        return frames[np.searchsorted(wanted, chosen)], times_s
+
+    if frame_index is not None:
+        try:
+            return sample(frame_index)
+        except FrameIndexMismatch:
+            pass
+    try:
+        return sample(index_packets(source, key))
+    except FrameIndexMismatch as error:
+        raise BadSample(key, "unreadable", str(error)) from error
 
 
 def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str) -> np.ndarray:
@@ -55,12 +67,12 @@ def _decode(source: Source, frame_index: FrameIndex, wanted: list[int], key: str
             num_ffmpeg_threads=1,
         )
         batch = decoder.get_frames_at(wanted)
+    except IndexError as error:  # the index has more frames
+        raise FrameIndexMismatch(f"torchcodec: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
     expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in wanted]
     returned_s = batch.pts_seconds.numpy()
     if len(decoder) != frame_index.num_frames or not np.allclose(returned_s, expected_s, 0, 1e-6):
-        raise BadSample(
-            key, "unreadable", "torchcodec returned frames of other times than requested"
-        )
+        raise FrameIndexMismatch("torchcodec returned frames of other times than requested")
     return batch.data.numpy()

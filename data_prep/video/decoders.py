@@ -10,7 +10,7 @@ import numpy as np
 
 # The settings name a decoder, and are read where none is installed: both are imported when used.
 if TYPE_CHECKING:
-    from tvr.data_prep.video.frame_index import Source
+    from tvr.data_prep.video.frame_index import FrameIndex, Source
     from tvr.data_prep.video.frame_sampling import Span
 
 Decoder = Literal["pyav", "torchcodec"]
@@ -27,6 +27,7 @@ class FrameSampler(Protocol):
         span: Span | None = None,
         offsets: Sequence[float] | None = None,
         key: str = "video",
+        frame_index: FrameIndex | None = None,
     ) -> tuple[np.ndarray, tuple[float, ...]]: ...
 
 

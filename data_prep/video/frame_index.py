@@ -67,10 +67,16 @@ class FrameIndex:
     @property
     def times_s(self) -> list[float]:
         """Times of all frames in seconds since the first frame, rounded to microseconds."""
-        return [round(float(self.ticks(i) * self.unit_s), 6) for i in range(self.num_frames)]
+        return [self.time_s(index) for index in range(self.num_frames)]
+
+    def time_s(self, index: int) -> float:
+        """Returns a frame's time in seconds since the first frame, rounded to microseconds."""
+        return round(float(self.ticks(index) * self.unit_s), 6)
 
     def within(self, span: Span | None, key: str) -> range:
         """Returns the frames in a span. Raises BadSample("no_frames") if there are none."""
+        if span is None:
+            return range(self.num_frames)
         found = frames_within(self.times_s, span)
         if not found:
             detail = f"none of {self.num_frames} frames, the last at {self.times_s[-1]} s, is in"
@@ -116,12 +122,25 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
         raise BadSample(key, reason, detail) from error
 
 
-def with_frame_index(source: Source, key: str, act: Callable[[FrameIndex], Result]) -> Result:
+def with_frame_index(
+    source: Source,
+    key: str,
+    act: Callable[[FrameIndex], Result],
+    stored: FrameIndex | None = None,
+) -> Result:
     """Calls `act` with the packets' index, and on FrameIndexMismatch with the decoder's index.
+
+    An index that was stored with the video is tried first. A listing of all packets takes longer
+    than the decode of a few frames.
 
     Field-coded pictures may have two packets a frame, and leading packets may be undecodable. The
     decoder's index is exact, but needs a decode of the whole video.
     """
+    if stored is not None:
+        try:
+            return act(stored)
+        except FrameIndexMismatch:
+            pass
     try:
         return act(index_packets(source, key))
     except FrameIndexMismatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -14,10 +15,12 @@ from builders.counter_files import TICKS_PER_S, Encoding, make_video, number_of
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import frame_index
-from tvr.data_prep.video.decode import sample_frames
+from tvr.data_prep.video.decode import check_frames, sample_frames
 from tvr.data_prep.video.decoders import Decoder, FrameSampler, frame_sampler
+from tvr.data_prep.video.frame_index import index_packets
 from tvr.data_prep.video.frame_sampling import Span
 from tvr.data_prep.video.reencode import reencode_video
+from tvr.data_prep.video.stored_index import INDEX_MEMBER, decode_index, index_member
 
 try:
     frame_sampler("torchcodec")
@@ -180,6 +183,52 @@ def test_a_cut_holds_the_frames_of_its_span(name: str) -> None:
     assert [number_of(frame, even) for frame in stored] == numbers
     assert again_s == pytest.approx(times_s, abs=0.001)
     assert (upright.width % 2, upright.height % 2) == (0, 0)
+
+
+# Their containers have no reliable time stamps.
+NOT_STORED = {"avi without time stamps", "bare h264"}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "name"),
+    [pytest.param("pyav", name) for name in ENCODINGS]
+    + [pytest.param("torchcodec", name, marks=torchcodec.marks) for name in INDEXED],
+)
+def test_a_stored_index_gives_the_same_frames(
+    decoder: Decoder, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, sample = video(name), frame_sampler(decoder)
+    members = index_member(content, "k", check_frames(content))
+    assert bool(members) == (name not in NOT_STORED)
+    if not members:
+        return
+    stored = decode_index(members[INDEX_MEMBER], len(content), "k")
+    assert stored == index_packets(content, "k")
+    offsets = [None, np.random.default_rng(0).random(7).tolist()]
+    before = [sample(content, 7, offsets=each) for each in offsets]
+    if name != "intra refresh":  # its marked keyframes cannot start a decode
+        for module in ("frame_index", "decode_torchcodec"):
+            if f"tvr.data_prep.video.{module}" in sys.modules:
+                path = f"tvr.data_prep.video.{module}.index_packets"
+                monkeypatch.setattr(path, lambda *_: pytest.fail("the packets were listed"))
+    for each, (frames, times_s) in zip(offsets, before, strict=True):
+        again, again_s = sample(content, 7, offsets=each, frame_index=stored)
+        assert np.array_equal(frames, again)
+        assert times_s == again_s
+
+
+@pytest.mark.parametrize("other", ["30 s", "gop 8", "variable rate", "late start", "one frame"])
+@decoders
+def test_a_wrong_index_does_not_change_the_frames(decoder: Decoder, other: str) -> None:
+    sample, name = frame_sampler(decoder), "no b-frames"
+    wrong = index_packets(video(other), "k")
+    right, right_s = sample(video(name), 12)
+    frames, times_s = sample(video(name), 12, frame_index=wrong)
+    if other == "one frame":  # which is the start of the true index
+        assert np.array_equal(frames, right[:1])
+    else:
+        assert np.array_equal(frames, right)
+        assert times_s == right_s
 
 
 def test_only_frames_after_the_last_keyframe_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

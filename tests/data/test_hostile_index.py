@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
-import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from builders.clip_files import make_dataset
+from builders.old_format import edit_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvr.data_prep.dataset import manifest as manifest_file
 from tvr.data_prep.dataset.index_rules import SHA256
 from tvr.data_prep.dataset.manifest import Shard, read_manifest
+from tvr.data_prep.dataset.sample_blocks import (
+    HEADER,
+    TABLE_ENTRY,
+    RowsWriter,
+    encode_block,
+    table_sha256,
+)
+from tvr.data_prep.dataset.sample_table import SampleTable, text_array
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.shard_record import decode_record
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
@@ -55,36 +63,9 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset, tmp_path / "copy"))
 
 
-def edited(folder: Path, path: tuple[str | int, ...], value: object) -> None:
-    """Sets a value in manifest.json."""
-    fields = json.loads((folder / "manifest.json").read_text())
-    place = fields
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    (folder / "manifest.json").write_text(json.dumps(fields))
-
-
-def replace_columns(folder: Path, content: bytes) -> None:
-    """Replaces samples.npz, with the right sha256 in manifest.json."""
-    (folder / "samples.npz").write_bytes(content)
-    edited(folder, ("samples", "sha256"), hashlib.sha256(content).hexdigest())
-
-
-def columns_of(folder: Path) -> dict[str, np.ndarray]:
-    with np.load(folder / "samples.npz") as columns:
-        return dict(columns)
-
-
-def npz(columns: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **columns)
-    return buffer.getvalue()
-
-
 EDITS = [
     *((("shards", 0, "name"), name) for name in NAMES),
-    *((("samples", "name"), name) for name in ("../samples.npz", "/samples.npz", "a/b.npz", 3)),
+    *((("samples", "name"), name) for name in ("../samples.rows", "/samples.rows", "a/b.rows", 3)),
     *(
         ((*place, "sha256"), value)
         for place in (("shards", 0), ("samples",))
@@ -102,7 +83,8 @@ EDITS = [
     *((("fingerprint",), value) for value in (1, None, "a\x1b[2J", "x" * 300)),
     *((("bad",), value) for value in (1, [], {"unknown": 1}, {"unreadable": -1}, {"a\n": 1})),
     *((("shards",), value) for value in ({}, [], None, [1], [[]], "shards")),
-    *((("samples",), value) for value in ([], None, "samples.npz")),
+    *((("samples",), value) for value in ([], None, "samples.rows")),
+    *((("samples", "num_bytes"), value) for value in (*NUMBERS, 0, 64)),
     (("shards", 0, "more"), 1),
     (("beton",), "x.beton"),
     (("beton",), {"name": "../x.beton", "num_samples": 4, "shard_bytes": 9999, "sha256": "a" * 64}),
@@ -118,12 +100,12 @@ EDITS = [
 def test_hostile_fields_are_refused_by_name(
     copy: Path, path: tuple[str | int, ...], value: object
 ) -> None:
-    edited(copy, path, value)
+    edit_manifest(copy, path, value)
     with pytest.raises(ShardCorrupt) as caught:
-        read_manifest(str(copy))
+        read_manifest(str(copy)).check_samples()
     message = str(caught.value)
     # A wrong size of a file is seen at the rows that lie in it.
-    names = {str(path[-1]), "length", "offset", "shape"} if value != HUGE else {str(path[-1])}
+    names = {str(path[-1]), "length", "offset"} if value != HUGE else {str(path[-1])}
     assert any(name in message for name in names)
     assert str(copy) in message
     assert len(message) < 1000
@@ -152,155 +134,185 @@ def test_an_index_is_read_in_pieces(copy: Path, monkeypatch: pytest.MonkeyPatch)
         assert read_manifest(str(copy)).num_samples == 4
 
 
-def with_column(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[Path], bytes]:
-    def build(folder: Path) -> bytes:
-        columns = columns_of(folder)
-        return npz({**columns, name: change(columns[name])})
+def write_block(folder: Path, block: bytes, num_rows: int = 2) -> None:
+    """Writes samples.rows with this block for shard 0, all hashes being right."""
+    samples = read_manifest(str(folder)).samples
+    file = io.BytesIO()
+    writer = RowsWriter(file)
+    writer.append(samples.rows(0, 2))
+    writer.append(samples.rows(2, 4))
+    _, (num_bytes, count, digest) = writer._table
+    second = encode_block(samples.rows(2, 4))
+    table = np.array(
+        [(len(block), num_rows, hashlib.sha256(block).digest()), (num_bytes, count, digest)],
+        dtype=TABLE_ENTRY,
+    ).tobytes()
+    header = file.getvalue()[: HEADER.size]
+    publish(folder, header + block + second + table, header, table)
+
+
+def publish(folder: Path, content: bytes, header: bytes, table: bytes) -> None:
+    """Replaces samples.rows, with its size and hash in manifest.json."""
+    (folder / "new.rows").write_bytes(content)
+    (folder / "new.rows").rename(folder / "samples.rows")
+    edit_manifest(folder, ("samples", "num_bytes"), len(content))
+    edit_manifest(folder, ("samples", "sha256"), table_sha256(header, table))
+
+
+def with_value(name: str, value: object) -> Callable[[SampleTable], bytes]:
+    """A block whose first row has this value."""
+
+    def build(rows: SampleTable) -> bytes:
+        column = np.array(getattr(rows, name))
+        column[0] = value
+        return encode_block(replace(rows, **{name: column}))
 
     return build
 
 
-def first(value: object) -> Callable[[np.ndarray], np.ndarray]:
-    def change(column: np.ndarray) -> np.ndarray:
-        dtype = np.str_ if isinstance(value, str) else column.dtype
-        return np.array([value, *column[1:].tolist()], dtype=dtype)
+def with_text(name: str, text: bytes) -> Callable[[SampleTable], bytes]:
+    """A block whose first row has these bytes as its text."""
 
-    return change
-
-
-def with_codes(codes: list[int]) -> Callable[[np.ndarray], np.ndarray]:
-    """A column of texts whose first one has these characters, whatever they are."""
-
-    def change(column: np.ndarray) -> np.ndarray:
-        widened = column.astype("U8")
-        widened.view(np.uint32).reshape(len(column), -1)[0] = [*codes, *[0] * (8 - len(codes))]
-        return widened
-
-    return change
-
-
-def without_column(folder: Path) -> bytes:
-    columns = columns_of(folder)
-    del columns["crc32"]
-    return npz(columns)
-
-
-def with_extra_column(folder: Path) -> bytes:
-    return npz({**columns_of(folder), "more": np.zeros(4)})
-
-
-def huge_shape(name: str, count: int) -> Callable[[Path], bytes]:
-    """A column whose header claims `count` values, without the values."""
-
-    def build(folder: Path) -> bytes:
-        content = io.BytesIO(npz(columns_of(folder)))
-        made = io.BytesIO()
-        with zipfile.ZipFile(content) as source, zipfile.ZipFile(made, "w") as archive:
-            for entry in source.infolist():
-                data = source.read(entry)
-                if entry.filename == f"{name}.npy":
-                    data = data.replace(b"(4,), }", f"({count},), }}".encode())
-                archive.writestr(entry.filename, data)
-        return made.getvalue()
+    def build(rows: SampleTable) -> bytes:
+        stand_in = "x" * len(text)  # the bytes may be no UTF-8
+        values = text_array([stand_in, *getattr(rows, name).tolist()[1:]])
+        block = encode_block(replace(rows, **{name: values}))
+        return block.replace(stand_in.encode(), text, 1) if text else block
 
     return build
 
 
-def bomb(folder: Path) -> bytes:
-    """A small file that unpacks to a gigabyte."""
-    made = io.BytesIO()
-    with (
-        zipfile.ZipFile(io.BytesIO(npz(columns_of(folder)))) as source,
-        zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-    ):
-        for entry in source.infolist():
-            if entry.filename != "crc32.npy":
-                archive.writestr(entry.filename, source.read(entry))
-        with archive.open("crc32.npy", "w", force_zip64=True) as file:
-            for _ in range(64):
-                file.write(bytes(1 << 20))
-    return made.getvalue()
+def with_bytes(at: int, content: bytes) -> Callable[[SampleTable], bytes]:
+    """A block with other bytes at a place."""
+
+    def build(rows: SampleTable) -> bytes:
+        block = bytearray(encode_block(rows))
+        block[at : at + len(content)] = content
+        return bytes(block)
+
+    return build
+
+
+# Places in a block of 2 rows: after the header, each column has 64 bytes.
+KEY_ENDS, VIDEO_ID_ENDS = 64 * 6, 64 * 7
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (with_column("shard", first(-1)), "shard of row 0=-1"),
-        (with_column("shard", first(2**31 - 1)), "shard of row 0=2147483647"),
-        (with_column("offset", first(-512)), "offset of row 0=-512"),
-        (with_column("offset", first(2**62)), "offset of row 0"),
-        (with_column("offset", first(1)), "offset of row 0=1"),
-        (with_column("length", first(-512)), "length of row 0=-512"),
-        (with_column("length", first(0)), "length of row 0=0"),
-        (with_column("length", first(2**62)), "length of row 0"),
-        (with_column("num_captions", first(-1)), "num_captions of row 0=-1"),
-        (with_column("num_captions", first(2**31 - 1)), "num_captions of row 0"),
-        (with_column("key", first("../../x")), "key of row 0='../../x'"),
-        (with_column("key", first("a.b")), "key of row 0"),
-        (with_column("key", first("")), "key of row 0"),
-        (with_column("key", first("<script>")), "key of row 0"),
-        (with_column("key", first("k" * 81)), "type of key"),
-        (with_column("key", with_codes([97, 0, 98])), "key of row 0"),
-        (with_column("key", with_codes([0, 98])), "key of row 0"),
-        (with_column("video_id", first("a\nb")), "video_id of row 0='a\\\\nb'"),
-        (with_column("video_id", first("")), "video_id of row 0"),
-        (with_column("video_id", with_codes([97, 0xD800])), "video_id of row 0"),
-        (with_column("video_id", with_codes([0x110000])), "video_id of row 0"),
-        (with_column("video_id", with_codes([0xFFFFFFFF])), "video_id of row 0"),
-        (with_column("video_id", lambda old: old.astype("U5000")), "type of video_id"),
-        (with_column("offset", lambda old: old.astype(np.float64)), "type of offset"),
-        (with_column("offset", lambda old: old.astype(">i8")), "type of offset"),
-        (with_column("offset", lambda old: old[:3]), "shape of offset"),
-        (with_column("offset", lambda old: old.reshape(2, 2)), "shape of offset"),
-        (with_column("offset", lambda old: old.astype(object)), "type of offset"),
-        (with_column("key", lambda old: old.astype("S3")), "type of key"),
-        (without_column, "columns="),
-        (with_extra_column, "columns="),
-        (huge_shape("offset", 10**15), "shape of offset"),
-        (huge_shape("key", 10**15), "shape of key"),
-        (bomb, "magic"),
-        (lambda folder: b"no zip", "BadZipFile"),
-        (lambda folder: b"", "BadZipFile"),
-        (lambda folder: npz(columns_of(folder))[:-100], "BadZipFile"),
+        (with_value("offset", -512), "offset of row 0=-512"),
+        (with_value("offset", 2**62), "offset of row 0"),
+        (with_value("offset", 1), "offset of row 0=1"),
+        (with_value("length", -512), "length of row 0=-512"),
+        (with_value("length", 0), "length of row 0=0"),
+        (with_value("length", 2**62), "length of row 0"),
+        (with_value("num_captions", -1), "num_captions of row 0=-1"),
+        (with_value("num_captions", 2**31 - 1), "num_captions of row 0"),
+        (with_text("key", b"../../x"), r"key of row 0='\.\./\.\./x'"),
+        (with_text("key", b"a.b"), "key of row 0"),
+        (with_text("key", b""), "key of row 0"),
+        (with_text("key", b"<script>"), "key of row 0"),
+        (with_text("key", b"k" * 81), "key of row 0"),
+        (with_text("key", b"a\0b"), "key of row 0"),
+        (with_text("key", b"caf\xc3\xa9"), "key of row 0"),
+        (with_text("video_id", b"a\nb"), r"video_id of row 0='a\\nb'"),
+        (with_text("video_id", b""), "video_id of row 0"),
+        (with_text("video_id", b"\xff\xfe\xfd"), "video_id of row 0=b"),
+        (with_text("video_id", b"\xed\xa0\x80"), "video_id of row 0=b"),  # half a UTF-16 pair
+        (with_text("video_id", b"\xf4\x90\x80\x80"), "video_id of row 0=b"),  # beyond Unicode
+        (with_text("video_id", b"\xc0\xaf"), "video_id of row 0=b"),  # an overlong slash
+        (with_text("video_id", b"x" * 5000), "video_id of row 0"),
+        (with_text("video_id", b"a\xe2\x80\xa8b"), "video_id of row 0"),  # a line separator
+        (with_bytes(0, b"\3"), r"block of row 0=\(3"),
+        (with_bytes(4, b"\xff\xff\xff\xff"), "block of row 0"),
+        (with_bytes(8, b"\xff"), "block of row 0"),
+        (with_bytes(KEY_ENDS, b"\xff\xff\xff\xff"), "end of key of row 1=6"),
+        (with_bytes(KEY_ENDS + 4, b"\5"), "end of key of row 1=5"),
+        (with_bytes(KEY_ENDS, b"\0"), "key of row 0=''"),
+        (with_bytes(VIDEO_ID_ENDS, b"\7"), "end of video_id of row 1=6"),
+        (lambda rows: encode_block(rows)[:-64], "block of row 0"),
+        (lambda rows: bytes(64), "block of row 0"),
+        (lambda rows: b"", "block of row 0"),
+        (lambda rows: encode_block(rows) + bytes(64), "block of row 0"),
     ],
 )
-def test_hostile_columns_are_refused_by_name(
-    copy: Path, build: Callable[[Path], bytes], message: str
+def test_hostile_rows_are_refused_by_name(
+    copy: Path, build: Callable[[SampleTable], bytes], message: str
 ) -> None:
-    replace_columns(copy, build(copy))
-    with pytest.raises(ShardCorrupt, match=message):
-        read_manifest(str(copy))
+    write_block(copy, build(read_manifest(str(copy)).samples.rows(0, 2)))
+    manifest = read_manifest(str(copy))  # reads no row
+    assert manifest.samples.key[2] == "c02"
+    for read in (lambda: manifest.samples.offset[1], manifest.check_samples):
+        with pytest.raises(ShardCorrupt, match=message) as caught:
+            read()
+    assert str(copy) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
 
 
-def test_a_pickle_in_a_column_is_not_executed(copy: Path, tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "executed"),)
+def test_hostile_tables_are_refused_at_opening(copy: Path) -> None:
+    content = (copy / "samples.rows").read_bytes()
+    header, table = content[: HEADER.size], content[-2 * TABLE_ENTRY.itemsize :]
+    blocks = content[HEADER.size : -len(table)]
+    entries = np.frombuffer(table, TABLE_ENTRY)
 
-    payload = np.array([Payload()] * 4, dtype=object)
-    replace_columns(copy, npz({**columns_of(copy), "offset": payload}))
-    with pytest.raises(ShardCorrupt, match="type of offset"):
-        read_manifest(str(copy))
-    assert not (tmp_path / "executed").exists()
+    def changed(name: str, values: list[int]) -> bytes:
+        copied = entries.copy()
+        copied[name] = values
+        return copied.tobytes()
+
+    sizes = entries["num_bytes"].tolist()
+    for head, end, message in (
+        (header.replace(b"TVR", b"RVT"), table, "magic"),
+        (header[:8] + b"\2" + header[9:], table, "version"),
+        (header, changed("num_bytes", [sizes[0] + 64, sizes[1]]), "sizes of blocks"),
+        (header, changed("num_bytes", [sizes[0] - 1, sizes[1] + 1]), "sizes of blocks"),
+        (header, changed("num_bytes", [2**64 - 64, sum(sizes) + 64]), "sizes of blocks"),
+        (header, changed("num_rows", [1, 3]), "disagree on the samples per shard"),
+    ):
+        publish(copy, head + blocks + end, head, end)
+        with pytest.raises(ShardCorrupt, match=message):
+            read_manifest(str(copy))
 
 
-def test_flipped_bytes_of_an_index_are_refused_or_harmless(dataset: Path, tmp_path: Path) -> None:
-    """Whatever an edited npz holds, it is refused as ShardCorrupt, or reads as valid columns."""
-    folder = Path(shutil.copytree(dataset, tmp_path / "flipped"))
-    content = (folder / "samples.npz").read_bytes()
+def test_flipped_bytes_of_rows_are_refused_or_harmless(dataset: Path, tmp_path: Path) -> None:
+    """Whatever an edited block holds, it is refused as ShardCorrupt, or reads as valid rows."""
+    block = encode_block(read_manifest(str(dataset)).samples.rows(0, 2))
+    folder = tmp_path / "flipped"
 
-    @settings(max_examples=150, deadline=None)
-    @given(st.integers(0, len(content) - 1), st.integers(1, 255))
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, len(block) - 1), st.integers(1, 255))
     def check(at: int, change: int) -> None:
-        flipped = bytearray(content)
+        flipped = bytearray(block)
         flipped[at] ^= change
-        replace_columns(folder, bytes(flipped))
+        shutil.copytree(dataset, folder, dirs_exist_ok=True, ignore=lambda *_: ["bad.jsonl"])
+        write_block(folder, bytes(flipped))
         try:
-            assert read_manifest(str(folder)).num_samples == 4
+            samples = read_manifest(str(folder)).samples
+            assert len(samples.key.tolist()) == 4
         except ShardCorrupt:
             pass
 
     check()
+
+
+def test_a_damaged_block_is_found_when_it_is_read(copy: Path) -> None:
+    content = bytearray((copy / "samples.rows").read_bytes())
+    content[HEADER.size + 64] ^= 1
+    (copy / "samples.rows").write_bytes(content)
+    samples = read_manifest(str(copy)).samples
+    assert samples.key[2:].tolist() == ["c02", "c03"]
+    for _ in range(2):
+        with pytest.raises(ShardCorrupt, match="rows from 0 on are damaged: their sha256 differs"):
+            samples.key[0]
+
+
+def test_a_file_that_is_cut_off_while_open_ends_no_process(copy: Path) -> None:
+    samples = read_manifest(str(copy)).samples
+    with (copy / "samples.rows").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ShardCorrupt, match="rows from 2 on are damaged"):
+        samples.key[3]
 
 
 def test_a_hostile_manifest_cannot_make_the_cache_delete_a_file(tmp_path: Path) -> None:
@@ -385,7 +397,7 @@ def test_a_hostile_record_of_a_shard_is_packed_again(
 
 @pytest.mark.parametrize("generation", ["../x", -1, 10**9, 1.5, [1]])
 def test_a_hostile_generation_is_replaced(copy: Path, generation: object, tmp_path: Path) -> None:
-    edited(copy, ("generation",), generation)
+    edit_manifest(copy, ("generation",), generation)
     clips = [Clip(key="k", video=str(tmp_path / "none.mp4"), captions=("x",), video_id="v")]
     with pytest.raises(ValueError, match="no usable clip"):
         pack_shards(clips, str(copy), layout="video", overwrite=True, max_bad=1)
