@@ -63,7 +63,13 @@ def small(folder: Path, scratch: Path, run: NodesRun) -> dict[str, Any]:
     prediction = simulate(
         data, run_of(arguments), network_of(arguments), index, windows=run.windows
     )
-    run = replace(run, step_s=STEP_S, latency_s=LATENCY_MS / 1e3, node_bytes_per_s=NODE_MB_S * 1e6)
+    run = replace(
+        run,
+        step_s=STEP_S,
+        latency_s=LATENCY_MS / 1e3,
+        node_bytes_per_s=NODE_MB_S * 1e6,
+        at_once=True,
+    )
     measured = measure_nodes(folder, scratch, run)
     stretch, store = prediction.stretch, prediction.store
     share = stretch.samples / stretch.samples_per_epoch
