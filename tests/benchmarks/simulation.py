@@ -115,7 +115,7 @@ def main() -> None:
         "store": {"latency_ms": LATENCY_MS, "node_mb_s": NODE_MB_S, "pause_s": STEP_S},
         "rows": rows,
         "large": [large(arguments) for arguments in LARGE],
-        # Processes that wanted a core in the last 15 minutes, these included: they slow the loaders.
+        # Processes that wanted a core in the last 15 minutes; others slow the loaders.
         "load": os.getloadavg()[2],
         "versions": versions(),
         "machine": machine(),
