@@ -3,8 +3,8 @@
 THE CONTRACT. Stream positions are cut into blocks of BLOCK positions. Set s has exactly `quotas[s]`
 positions of each block: its share of all weights, rounded by the largest remainder. Its j-th one in
 a block has the key (j + u) / quota, u uniform in [0, 1), and the block lists its positions by
-rising key. So every stretch of a block holds each set in proportion, up to two positions. Each u
-is drawn from raw words of numpy's Philox generator, keyed by (seed, name of the set, block).
+rising key. So every stretch of a block holds the sets nearly in proportion. Each u is drawn from
+raw words of numpy's Philox generator, keyed by (seed, name of the set, block).
 
 The positions of a set, counted without gaps, are the positions of its own stream: the set has its
 own epochs, permutations and substitutes, under a seed of (seed, name). Neither the order in which
@@ -31,8 +31,8 @@ import numpy as np
 BLOCK = 4096
 SET_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 SET_NAME_RULE = "a letter, then at most 31 letters, digits and _; small letters only"
-# A batch reads one block or two, and the bookkeeping of epochs another one.
-MAX_BLOCKS = 4
+# A batch of up to 16,384 pairs reads at most five blocks.
+MAX_BLOCKS = 8
 
 
 class _Block(NamedTuple):

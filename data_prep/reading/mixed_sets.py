@@ -231,6 +231,7 @@ def open_sets(
         FileNotFoundError, OSError, ShardCorrupt: see `read_manifest`.
         ValueError: as `SampleReader` and `Mixture`; or a set of several is a beton.
     """
+    assert len({each.name for each in sets}) == len(sets), "two training sets have the same name"
     if not sets[0].name:
         (alone,) = sets
         reader = SampleReader(alone.url, cache_bytes=cache_bytes, **reading)

@@ -162,7 +162,8 @@ class EvaluationDataset(Dataset[DrawnBatch]):
         self._reader = reader
         self._end = end
         self._shard: int | None = None
-        self._is_owned = owned(np.cumsum([0, *reader.manifest.shard_sizes]), node, world_size)
+        self._starts = np.cumsum([0, *reader.manifest.shard_sizes])
+        self._is_owned = owned(self._starts, node, world_size)
 
     def __getitems__(self, rows: Sequence[int]) -> DrawnBatch:
         """Reads a whole batch; torch's DataLoader calls this method."""
@@ -180,8 +181,9 @@ class EvaluationDataset(Dataset[DrawnBatch]):
         return DrawnSample(position=row, sample=sample, captions=sample.captions, replaced=())
 
     def _use_shard(self, row: int) -> None:
-        shards = self._reader.manifest.samples.shard
-        here, last = int(shards[row]), int(shards[self._end - 1])
+        here, last = (
+            np.searchsorted(self._starts, (row, self._end - 1), side="right") - 1
+        ).tolist()
         if here != self._shard:
             self._shard = here
             own = [

@@ -166,6 +166,7 @@ def test_hardware_and_code_paths_are_on_stderr(capsys: pytest.CaptureFixture[str
     assert show_config([]) == 0
     printed = capsys.readouterr().err
     assert "runs on: " in printed
+    assert "sample order: windows of about 16 shards, or all of a smaller set" in printed
     assert "checkpoints: written in the background, if copies of the state fit" in printed
     assert show_config(["--checkpoint.no-background"]) == 0
     assert "checkpoints: steps wait for the disk" in capsys.readouterr().err
