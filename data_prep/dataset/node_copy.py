@@ -28,6 +28,8 @@ CHUNK_BYTES = 1 << 25
 UNUSED_S = 30 * 86400.0
 COPY_NAME = re.compile(r"[0-9a-f]{64}\.rows(\.partial)?")
 LOCK_NAME = "rows.lock"
+_used: dict[str, Path] = {}
+"""Copies that this process has opened, by name; their folders may differ."""
 
 
 def copy_to_node(
@@ -50,13 +52,21 @@ def copy_to_node(
             write to it.
         OSError: the store fails, or the folder has no space.
     """
-    path = (_temporary_folder() if folder is None else Path(folder)) / f"{entry.sha256}.rows"
+    copy = f"{entry.sha256}.rows"
+    path = (_temporary_folder() if folder is None else Path(folder)) / copy
+    known = [path, *(_used[copy],) * (copy in _used)]
+    with suppress(OSError):  # of a process that was given no folder
+        known.append(_own(_temporary_path()) / copy)
+    for each in known:
+        if _is_there(each, entry):
+            _used[copy] = each
+            return str(each)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_there(path, entry):
-        with _locked(path.parent / LOCK_NAME):
-            if not _is_there(path, entry):  # another process may have downloaded it meanwhile
-                _remove_unused(path.parent)
-                _download(store, name, entry, blocks, path)
+    with _locked(path.parent / LOCK_NAME):
+        if not _is_there(path, entry):  # another process may have downloaded it meanwhile
+            _remove_unused(path.parent)
+            _download(store, name, entry, blocks, path)
+    _used[copy] = path
     return str(path)
 
 
@@ -118,9 +128,18 @@ def _remove_unused(folder: Path) -> None:
 
 def _temporary_folder() -> Path:
     """A folder that only this user can write to; others might replace its files otherwise."""
-    path = Path(tempfile.gettempdir()) / f"tvr-{os.getuid()}"
+    path = _temporary_path()
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
+    return _own(path)
+
+
+def _temporary_path() -> Path:
+    return Path(tempfile.gettempdir()) / f"tvr-{os.getuid()}"
+
+
+def _own(path: Path) -> Path:
+    """Returns a folder that only this user can write to. Raises PermissionError for another one."""
     status = path.lstat()
     if (
         not stat.S_ISDIR(status.st_mode)

@@ -30,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tvr.data_prep.dataset.index_rules import check_numbers, check_texts, refuse
 from tvr.data_prep.dataset.sample_table import SampleTable
 from tvr.data_prep.records import ShardCorrupt
+from tvr.data_prep.storage.retries import Retries
 from tvr.data_prep.storage.storage import partial_name
 
 MAGIC = b"TVR ROWS"
@@ -129,7 +130,7 @@ def write_rows(fs: Any, path: str, shards: Iterable[SampleTable], sizes: Sequenc
         with tempfile.NamedTemporaryFile(prefix="tvr-rows-") as file:
             written = _write_shards(file, shards, sizes)
             file.flush()
-            fs.put_file(file.name, path)
+            Retries().call(lambda: fs.put_file(file.name, path), path)
         return written
     partial = partial_name(path)
     try:

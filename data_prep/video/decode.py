@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import av
@@ -15,6 +15,7 @@ from av.video.stream import VideoStream
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_index import (
     FrameIndex,
+    FrameIndexMismatch,
     Source,
     decode_frames,
     index_decoded_frames,
@@ -23,6 +24,9 @@ from tvr.data_prep.video.frame_index import (
     with_frame_index,
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
+from tvr.data_prep.video.indexed_decode import decode_indexed
+
+FrameDecoder = Callable[[Source, FrameIndex, list[int], str], Iterator[tuple[int, VideoFrame]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +58,8 @@ def sample_frames(
     Args:
         offsets: Position within each segment, see `segment_frames`.
         key: Name of the sample in error messages.
-        frame_index: Index that was stored with the video; None = list the packets of the container.
-            A wrong one costs time only: it is compared with the frames that are decoded.
+        frame_index: Index that was stored with the video, whose frames are known to be whole; see
+            `decode_indexed`. None = list the packets of the container.
 
     Returns:
         Upright frames (F, H, W, 3) uint8 RGB, and the time of each in seconds from the first frame
@@ -68,18 +72,25 @@ def sample_frames(
     """
     check_span(span)
 
-    def sample(index: FrameIndex) -> tuple[np.ndarray, tuple[float, ...]]:
+    def sample(
+        index: FrameIndex, decode: FrameDecoder = decode_frames
+    ) -> tuple[np.ndarray, tuple[float, ...]]:
         chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
         scaler = VideoReformatter()  # one per frame would take four times as long
         frames = {
             number: upright(frame, scaler)
-            for number, frame in decode_frames(source, index, sorted(set(chosen)), key)
+            for number, frame in decode(source, index, sorted(set(chosen)), key)
         }
         if len({frame.shape for frame in frames.values()}) > 1:
             raise BadSample(key, "unreadable", "the picture size changes within the video")
         return np.stack([frames[number] for number in chosen]), times_s
 
-    return with_frame_index(source, key, sample, frame_index)
+    if frame_index is not None:
+        try:
+            return sample(frame_index, decode_indexed)
+        except FrameIndexMismatch:
+            pass
+    return with_frame_index(source, key, sample)
 
 
 def choose_frames(

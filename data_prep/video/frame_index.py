@@ -126,21 +126,12 @@ def with_frame_index(
     source: Source,
     key: str,
     act: Callable[[FrameIndex], Result],
-    stored: FrameIndex | None = None,
 ) -> Result:
     """Calls `act` with the packets' index, and on FrameIndexMismatch with the decoder's index.
-
-    An index that was stored with the video is tried first. A listing of all packets takes longer
-    than the decode of a few frames.
 
     Field-coded pictures may have two packets a frame, and leading packets may be undecodable. The
     decoder's index is exact, but needs a decode of the whole video.
     """
-    if stored is not None:
-        try:
-            return act(stored)
-        except FrameIndexMismatch:
-            pass
     try:
         return act(index_packets(source, key))
     except FrameIndexMismatch:
@@ -207,7 +198,7 @@ def decode_frames(
         frames = container.decode(stream)
         decoded, has_seeked = -1, False  # index of the last decoded frame
         for index in wanted:
-            start = _keyframe_before(frame_index, index)
+            start = keyframe_before(frame_index, index)
             if start > decoded + 1:
                 frames = _frames_from(container, stream, frame_index, start)
                 decoded, has_seeked = start - 1, True
@@ -227,7 +218,8 @@ def decode_frames(
                 raise FrameIndexMismatch(f"{count} frames instead of {frame_index.num_frames}")
 
 
-def _keyframe_before(frame_index: FrameIndex, index: int) -> int:
+def keyframe_before(frame_index: FrameIndex, index: int) -> int:
+    """Returns the frame at which a decode of frame `index` starts."""
     count = bisect_right(frame_index.keyframes, index)
     return frame_index.keyframes[count - 1] if count else 0
 

@@ -26,17 +26,19 @@ def test_a_shrunk_run_measures_every_source(
 ) -> None:
     file = tmp_path / "numbers.json"
     flags = [*FLAGS, "--epochs", "1", "--repeats", "1", "--source", "frames", "video"]
+    flags += ["--clip-frames", "20", "--keyframe-interval", "8"]
     assert bench(["data", *flags, "--json", str(file)]) == 0
     table = capsys.readouterr().out
     result = json.loads(file.read_text())
     rows = {row["source"]: row for row in result["rows"]}
-    assert list(rows) == ["plain jpeg", "frames", "plain mp4", "video"]
+    assert list(rows) == ["plain jpeg", "frames", "plain mp4", "video without index", "video"]
     for name, row in rows.items():
         assert name in table
         assert row["clips_per_s"] > 0
         steps = {"1"} if name.startswith("plain") else {"1", "10", "1000000"}
         assert set(row["first_batch_s"]) == steps
     assert result["sizes"]["clips"] == 4
+    assert result["sizes"]["clip_frames"] == 20
     assert {"webdataset", "simplejpeg", "torch"} <= set(result["versions"])
     assert result["machine"]["cpu"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from builders.counter_files import TICKS_PER_S, Encoding, make_video, number_of
 
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video import frame_index
+from tvr.data_prep.video import frame_index, indexed_decode
 from tvr.data_prep.video.decode import check_frames, sample_frames
 from tvr.data_prep.video.decoders import Decoder, FrameSampler, frame_sampler
 from tvr.data_prep.video.frame_index import index_packets
@@ -187,6 +188,8 @@ def test_a_cut_holds_the_frames_of_its_span(name: str) -> None:
 
 # Their containers have no reliable time stamps.
 NOT_STORED = {"avi without time stamps", "bare h264"}
+# The keyframes that these mark cannot start a decode.
+APPROXIMATE = {"intra refresh"}
 
 
 @pytest.mark.parametrize(
@@ -204,31 +207,72 @@ def test_a_stored_index_gives_the_same_frames(
         return
     stored = decode_index(members[INDEX_MEMBER], len(content), "k")
     assert stored == index_packets(content, "k")
-    offsets = [None, np.random.default_rng(0).random(7).tolist()]
-    before = [sample(content, 7, offsets=each) for each in offsets]
-    if name != "intra refresh":  # its marked keyframes cannot start a decode
+    draws = np.random.default_rng(0)
+    offsets = [
+        None,
+        *(draws.random(7).tolist() for _ in range(4)),
+        *([share] for share in (0, 0.99)),
+    ]
+    counts = [len(each or range(7)) for each in offsets]
+    before = [
+        sample(content, count, offsets=each) for count, each in zip(counts, offsets, strict=True)
+    ]
+    if name not in APPROXIMATE:
         for module in ("frame_index", "decode_torchcodec"):
             if f"tvr.data_prep.video.{module}" in sys.modules:
                 path = f"tvr.data_prep.video.{module}.index_packets"
                 monkeypatch.setattr(path, lambda *_: pytest.fail("the packets were listed"))
-    for each, (frames, times_s) in zip(offsets, before, strict=True):
-        again, again_s = sample(content, 7, offsets=each, frame_index=stored)
+    for count, each, (frames, times_s) in zip(counts, offsets, before, strict=True):
+        again, again_s = sample(content, count, offsets=each, frame_index=stored)
         assert np.array_equal(frames, again)
         assert times_s == again_s
 
 
-@pytest.mark.parametrize("other", ["30 s", "gop 8", "variable rate", "late start", "one frame"])
+@pytest.mark.parametrize("name", list(ENCODINGS))
+def test_a_stored_index_gives_every_frame(name: str) -> None:
+    """One by one, so that each is the last one of a decode, and all others may be skipped."""
+    content = video(name)
+    members = index_member(content, "k", check_frames(content))
+    if not members:
+        return
+    stored = decode_index(members[INDEX_MEMBER], len(content), "k")
+    every, _ = sample_frames(content, stored.num_frames)
+    step = max(1, stored.num_frames // 25)
+    for number in range(0, stored.num_frames, step):
+        share = (number + 0.5) / stored.num_frames
+        (frame,), _ = sample_frames(content, 1, offsets=[share], frame_index=stored)
+        assert np.array_equal(frame, every[number]), number
+
+
+def test_frames_that_no_other_refers_to_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, shown = video("30 s gop 16"), list[int]()
+    stored = decode_index(index_member(content, "k")[INDEX_MEMBER], len(content), "k")
+    true_frames = indexed_decode._frames
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for frame in true_frames(*arguments):
+            shown.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(indexed_decode, "_frames", counted)
+    offsets = [0.7] * 30  # frames 17.5, 42.5, ...: behind a keyframe by 1 to 15 frames
+    sample_frames(content, 30, offsets=offsets, frame_index=stored)
+    decoded = []
+    fits = frame_index._fits
+    monkeypatch.setattr(frame_index, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
+    sample_frames(content, 30, offsets=offsets)
+    assert 30 <= len(shown) < 0.8 * len(decoded)
+
+
+@pytest.mark.parametrize("other", ["30 s", "gop 8", "variable rate", "late start"])
 @decoders
 def test_a_wrong_index_does_not_change_the_frames(decoder: Decoder, other: str) -> None:
     sample, name = frame_sampler(decoder), "no b-frames"
     wrong = index_packets(video(other), "k")
     right, right_s = sample(video(name), 12)
     frames, times_s = sample(video(name), 12, frame_index=wrong)
-    if other == "one frame":  # which is the start of the true index
-        assert np.array_equal(frames, right[:1])
-    else:
-        assert np.array_equal(frames, right)
-        assert times_s == right_s
+    assert np.array_equal(frames, right)
+    assert times_s == right_s
 
 
 def test_only_frames_after_the_last_keyframe_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

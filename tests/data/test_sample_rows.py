@@ -48,6 +48,7 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """The folder in which copies of remote indexes are, for this test alone."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(node_copy.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(node_copy, "_used", {})
     return tmp_path / "tmp" / f"tvr-{os.getuid()}"
 
 
@@ -292,6 +293,17 @@ def test_the_shard_cache_holds_the_index(
     assert reader.read(11).key == "c11"
     assert len(list((tmp_path / "cache").glob("*.rows"))) == 1
     assert not own_temporary_folder.exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_copy_is_found_with_and_without_a_shard_cache(
+    store: HttpStorage, tmp_path: Path, first: bool
+) -> None:
+    folders = [str(tmp_path / "cache"), None]
+    for folder in folders if first else folders[::-1]:
+        samples = read_manifest(f"{store.url}/data", node_folder=folder).samples
+        assert samples.key[11] == "c11"
+    assert store.requests.count("data/samples.rows") == 3
 
 
 def test_a_damaged_remote_index_is_refused_and_not_kept(

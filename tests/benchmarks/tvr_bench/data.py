@@ -42,6 +42,10 @@ class DataArguments:
     """Frames of a clip in a batch."""
     size: Positive = 256
     """Height and width of clips and frames in pixels."""
+    clip_frames: Positive = 64
+    """Frames of a clip's video; 64 are two or three seconds."""
+    keyframe_interval: Positive = 250
+    """Most frames from one keyframe of a clip's video to the next; x264 uses 250."""
     batch: Positive = 8
     workers: Positive = 2
     """Worker processes, or threads of FFCV."""
@@ -63,6 +67,8 @@ def bench_data(argv: Sequence[str]) -> int:
         clips=arguments.clips,
         frames=arguments.frames,
         size=arguments.size,
+        clip_frames=arguments.clip_frames,
+        keyframe_interval=arguments.keyframe_interval,
         batch=arguments.batch,
         workers=arguments.workers,
         epochs=arguments.epochs,
@@ -109,12 +115,14 @@ def _sources(arguments: DataArguments) -> tuple[list[str], dict[str, str]]:
         print(f"tvr bench data: beton left out: {left_out['beton']}", file=sys.stderr)
     if not wanted:
         raise ValueError("nothing to measure: --source must name a source that is installed")
+    if "video" in wanted:
+        wanted.add("video without index")
     wanted |= {PLAIN[source] for source in wanted}
     return [source for source in SOURCES if source in wanted], left_out
 
 
 def _package_versions() -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -12,7 +12,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,17 +20,26 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from webdataset.compat import WebDataset, WebLoader
 
-from tvr.data_prep.dataset.manifest import Layout, read_manifest
+from tvr.data_prep.dataset.manifest import Layout, read_manifest, write_manifest
+from tvr.data_prep.dataset.shard_writer import ShardWriter, TarSample, tar_bytes
 from tvr.data_prep.ffcv.writer import write_beton
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.reading.loader import train_batches
+from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Caption, Clip
 from tvr.data_prep.video.frame_sampling import segment_centres
+from tvr.data_prep.video.stored_index import INDEX_MEMBER
 
-SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "video")
-PLAIN = {"frames": "plain jpeg", "beton": "plain jpeg", "video": "plain mp4"}
+SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "video without index", "video")
+PLAIN = {
+    "frames": "plain jpeg",
+    "beton": "plain jpeg",
+    "video without index": "plain mp4",
+    "video": "plain mp4",
+}
 """The plain source that each source is compared with."""
 STEPS = (1, 10, 1_000_000)
 """Steps at which the time to the first batch is measured."""
@@ -44,6 +53,10 @@ class DataBenchSizes:
     frames: int
     size: int
     """Height and width in pixels of clips, and of frames in a batch."""
+    clip_frames: int = 64
+    """Frames of a clip's video."""
+    keyframe_interval: int = 250
+    """Most frames from one keyframe of a clip's video to the next."""
     batch: int
     workers: int
     epochs: int
@@ -114,24 +127,49 @@ def make_data(folder: Path, sizes: DataBenchSizes, sources: Sequence[str]) -> No
     }
     used: dict[Layout, set[str]] = {
         "frames": {"plain jpeg", "frames", "beton"},
-        "video": {"plain mp4", "video"},
+        "video": {"plain mp4", "video", "video without index"},
     }
     for layout, names in used.items():
         if names & set(sources):
             pack_shards(clips, str(folder / layout), layout=layout, **shape)
+    if "video without index" in sources:
+        _write_without_index(str(folder / "video"), folder / "video without index")
     if "beton" in sources:
         write_beton(str(folder / "frames"), str(folder / "beton"))
 
 
+def _write_without_index(url: str, folder: Path) -> None:
+    """Copies a data set without the frame indexes of its videos, as earlier releases packed it."""
+    reader = SampleReader(url, num_frames=1, image_size=1)
+    manifest, fs, written = reader.manifest, LocalFileSystem(), []
+    folder.mkdir()
+    for number, shard in enumerate(manifest.shards):
+        writer = ShardWriter(fs, str(folder / shard.name))
+        for row in manifest.rows_of_file(number):
+            members = reader.members(row)
+            del members[INDEX_MEMBER]
+            sample = TarSample(
+                key=reader.key(row),
+                video_id=manifest.samples.video_id[row],
+                stored=tar_bytes(reader.key(row), members),
+                num_captions=int(manifest.samples.num_captions[row]),
+                content=int(manifest.samples.content[row]),
+            )
+            writer.append(sample)
+        written.append(writer.finish(shard.name))
+    shards = tuple(shard for shard, _ in written)
+    write_manifest(str(folder), replace(manifest, shards=shards), [rows for _, rows in written])
+
+
 def _write_clip(path: Path, number: int, sizes: DataBenchSizes) -> None:
-    """Writes 64 frames, as many as a clip of two or three seconds has."""
     noise = np.random.default_rng(number).normal(0, 10, (sizes.size, sizes.size, 3))
     y, x = np.mgrid[: sizes.size, : sizes.size]
     with av.open(str(path), "w", format="mp4") as output:
         stream = output.add_stream("libx264", rate=25)
         stream.width = stream.height = sizes.size
-        stream.pix_fmt, stream.options = "yuv420p", {"preset": "veryfast"}
-        for index in range(64):
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"preset": "veryfast", "g": str(sizes.keyframe_interval)}
+        for index in range(sizes.clip_frames):
             waves = (
                 np.sin(x / 17 + index / 5 + number),
                 np.cos(y / 19 + index / 7),
