@@ -54,7 +54,7 @@ def copy_to_node(
     """
     copy = f"{entry.sha256}.rows"
     path = (_temporary_folder() if folder is None else Path(folder)) / copy
-    known = [path, *(_used[copy],) * (copy in _used)]
+    known = [path, _used.get(copy, path)]
     with suppress(OSError):  # of a process that was given no folder
         known.append(_own(_temporary_path()) / copy)
     for each in known:

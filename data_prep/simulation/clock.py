@@ -30,7 +30,6 @@ class SimulatedClock:
         self.now = 0.0
         self._events: list[tuple[float, int, Process]] = []
         self._numbers = count()
-        self._is_stopped = False
 
     def start(self, process: Process) -> None:
         """Lets a process begin now, after those that are due already."""
@@ -43,14 +42,10 @@ class SimulatedClock:
             self.start(process)
         signal.waiting.clear()
 
-    def stop(self) -> None:
-        """Ends `run` after the present event."""
-        self._is_stopped = True
-
     def run(self) -> None:
-        """Serves events until none is left or `stop` is called."""
+        """Serves events until none is left."""
         events, numbers = self._events, self._numbers
-        while events and not self._is_stopped:
+        while events:
             self.now, _, process = heappop(events)
             for wanted in process:
                 if not isinstance(wanted, Signal):

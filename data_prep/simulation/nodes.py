@@ -179,11 +179,13 @@ class SimulatedRun:
         self._num_ready = [0] * num_asked
         self.ready_at = np.zeros((num_asked, shape.world_size))
         """Times at which the batches were ready."""
+        self.ended_at = 0.0
+        """Time of the end of the last micro-step."""
         self.needed_at = np.zeros(num_micro_steps)
         """Times at which the ranks needed them."""
 
     def run(self) -> None:
-        """Runs from the start of the workers to the end of the last micro-step."""
+        """Runs to the end of the last micro-step, and of what was read in advance by then."""
         for rank in range(self._shape.world_size):
             for worker in range(max(self._shape.workers, 1)):
                 self._clock.start(self._work(rank, worker))
@@ -205,7 +207,7 @@ class SimulatedRun:
             if ahead:
                 self._clock.fire(self._asked[step + ahead])
             yield self._clock.now + self._shape.micro_step_s
-        self._clock.stop()
+        self.ended_at = self._clock.now
 
     def _work(self, rank: int, worker: int) -> Process:
         """One loader worker: every `workers`-th batch of its rank."""

@@ -136,7 +136,7 @@ def simulate(
         samples=samples,
         samples_per_epoch=order.num_samples,
         micro_steps=num_micro_steps,
-        simulated_s=clock.now,
+        simulated_s=simulated.ended_at,
     )
     steady = (counted[1].first if len(counted) > 1 else counted[0].first) - first_position
     waiting = _waiting(simulated, shape, -(-steady // pairs), order.num_samples / pairs)

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ from tvr.data_prep.reading.order import SampleOrder, window_shards
 from tvr.data_prep.reading.prefetch import THREAD_NAME
 
 SEED = 7
-# Nothing is requested for so long only if nothing is left to request.
 QUIET_S = 0.4
 
 
@@ -49,6 +49,8 @@ class NodesRun:
     """Pause after a micro-step."""
     latency_s: float = 0.0
     node_bytes_per_s: float | None = None
+    at_once: bool = False
+    """All ranks read at the same time, as in a run, instead of in turn."""
 
     @property
     def global_batch(self) -> int:
@@ -93,7 +95,7 @@ def write_clips_of_many_sizes(folder: Path, shards: int, per_shard: int) -> str:
 
 
 def measure_nodes(folder: Path, scratch: Path, run: NodesRun) -> Measured:
-    """Reads the windows with all ranks in turn, and counts."""
+    """Reads the windows with all ranks, and counts."""
     manifest = read_manifest(str(folder))
     sizes = manifest.shard_sizes
     order = SampleOrder(sizes, SEED, window_shards(run.global_batch, len(sizes)))
@@ -130,10 +132,12 @@ def measure_nodes(folder: Path, scratch: Path, run: NodesRun) -> Measured:
                     shard_cache=cache,
                 )
                 ranks.append(stack.enter_context(closing(batches)))
+        read_all: Any = map
+        if run.at_once:
+            read_all = stack.enter_context(ThreadPoolExecutor(len(ranks))).map
         for step in range(micro_steps):
             began = time.monotonic()
-            for batches in ranks:
-                next(batches)
+            list(read_all(next, ranks))
             waited = time.monotonic() - began
             if step:
                 measured.waited_s += waited
@@ -143,18 +147,27 @@ def measure_nodes(folder: Path, scratch: Path, run: NodesRun) -> Measured:
         for thread in threading.enumerate():
             if thread.name == THREAD_NAME:
                 thread.join()
-        _wait_until_quiet(stores)
+        slowest_s = 0.0
+        if run.node_bytes_per_s is not None:
+            largest = max(shard.shard_bytes for shard in manifest.shards)
+            # The link serves the prefetch threads of all workers of a node in turn.
+            workers = run.ranks_per_node * max(run.workers, 1)
+            slowest_s = workers * largest / run.node_bytes_per_s
+        _wait_until_quiet(stores, QUIET_S + slowest_s)
         lines = [line for number in range(len(nodes)) for line in peaks(scratch / f"node{number}")]
         measured.cache_peak_bytes = max(map(int, lines), default=0)
     return measured
 
 
-def _wait_until_quiet(stores: Sequence[HttpStorage]) -> None:
-    """Waits until workers have read and downloaded all that they do in advance."""
+def _wait_until_quiet(stores: Sequence[HttpStorage], seconds: float) -> None:
+    """Waits until workers have read and downloaded all that they do in advance.
+
+    Nothing is requested for so many seconds only if nothing is left to request.
+    """
     before = -1
     while before != (count := sum(len(store.requests) for store in stores)):
         before = count
-        time.sleep(QUIET_S)
+        time.sleep(seconds)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tvr.data_prep.reading import worker
 from tvr.data_prep.reading.loader import train_batches
 from tvr.data_prep.reading.order import SampleOrder, caption_choice
 from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.reading.shard_bytes import ShardReader
 from tvr.data_prep.records import Batch
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.video.images import encode_jpeg
@@ -201,7 +202,7 @@ def test_a_start_at_any_step_costs_the_same(
     count_calls(SampleOrder, "substitute")
     count_calls(SampleOrder, "_draw")
     count_calls(worker, "caption_choice")
-    count_calls(os, "pread")
+    count_calls(ShardReader, "_read_local")
     count_calls(Storage, "_read")
     start = Start(world_size=world_size, micro_batch=6, workers=0, steps=1)
     costs = []
@@ -216,7 +217,7 @@ def test_a_start_at_any_step_costs_the_same(
         "read": pairs,
         "locate_range": world_size,
         "caption_choice": pairs,
-        "pread": pairs,
+        "_read_local": pairs,
         "_draw": world_size,
         "_read": 2 * world_size,  # manifest and columns
     }

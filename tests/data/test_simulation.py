@@ -198,6 +198,17 @@ def test_a_slow_store_makes_ranks_wait_as_long_as_its_bytes_need(
     assert waiting["lost_share"] == pytest.approx(0.69, abs=0.05)
 
 
+@pytest.mark.parametrize("nodes", [1, 8, 50])
+def test_all_nodes_together_read_the_data_set_about_once(
+    nodes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("--ranks", str(8 * nodes), "--micro-batch", "32", "--step-s", "1")
+    data = ("--clips", "128000", "--clip-kb", "100", "--samples-per-shard", "160")
+    code, text, _ = simulated(*run, *data, "--json", "-", capsys=capsys)
+    assert code == 0
+    assert 1 <= json.loads(text)["store"]["over_data_set"] < 1.2
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
