@@ -219,7 +219,7 @@ def test_a_start_at_any_step_costs_the_same(
         "caption_choice": pairs,
         "_read_local": pairs,
         "_draw": world_size,
-        "_read": 2 * world_size,  # manifest and columns
+        "_read": world_size,  # the manifest; its rows are mapped
     }
 
 
