@@ -262,7 +262,9 @@ def _deinterlace(frame: VideoFrame) -> VideoFrame:
     graph.vpush(frame)
     graph.vpush(None)
     progressive = graph.vpull()
-    progressive.pts, progressive.time_base = pts, frame.time_base
+    progressive.pts = pts
+    if frame.time_base is not None:  # a frame of a decoder that no container feeds has none
+        progressive.time_base = frame.time_base
     return progressive
 
 
