@@ -100,6 +100,8 @@ class OpenShard:
             if self._number not in self._output.records.names():
                 raise
             self._is_complete_elsewhere = True
-        self._files.append(ShardFile(shard=shard, samples=samples))
+        self._files.append(
+            ShardFile(shard=shard, num_captions=int(samples.num_captions.sum()), samples=samples)
+        )
         self._scratch.close()
         self._writer, self._num_bytes = None, 0

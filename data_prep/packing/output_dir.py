@@ -19,7 +19,7 @@ complete until `manifest.json` is written; its files are removed after that.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -33,6 +33,7 @@ from tvr.data_prep.dataset.manifest import (
     read_manifest_json,
     write_manifest,
 )
+from tvr.data_prep.dataset.sample_table import SampleTable
 from tvr.data_prep.packing.output_files import WORK_FOLDER, OutputFiles
 from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.packing.plan import (
@@ -138,8 +139,13 @@ class OutputDir:
 
         return PackPlan(header, settings, index, read_rows, folder)
 
-    def publish(self, manifest: Manifest, bad: Sequence[RefusedClip]) -> None:
+    def publish(
+        self, manifest: Manifest, bad: Sequence[RefusedClip], rows: Iterable[SampleTable]
+    ) -> None:
         """Writes the index, `manifest.json` last, then removes the files that it replaces.
+
+        Args:
+            rows: Rows of each file in turn.
 
         Raises:
             FileNotFoundError: another process already published this data set.
@@ -147,7 +153,7 @@ class OutputDir:
         self.check_active()
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in bad)
         self.files.write(BAD_NAME, lines.encode())
-        write_manifest(self.url, manifest)
+        write_manifest(self.url, manifest, rows)
         named = {shard.name for shard in manifest.shards}
         replaced = [
             name

@@ -260,8 +260,9 @@ class _PackTask:
             self._count_bad(number, record)
         bad = [entry for record in records for entry in record.bad]
         manifest = self._manifest(records, bad)
-        self._output.publish(manifest, bad)
-        return manifest
+        rows = self._output.records.rows(names[number] for number in sorted(whole))
+        self._output.publish(manifest, bad, rows)
+        return read_manifest(self._output.url)
 
     def _manifest(self, records: list[ShardRecord], bad: list[RefusedClip]) -> Manifest:
         refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
@@ -269,16 +270,15 @@ class _PackTask:
         if not files:
             raise ValueError(f"no usable clip to pack to {self._output.url}; refused: {refused}")
         settings = self._plan.settings
-        samples = concat_samples([file.samples for file in files])
         return Manifest(
             layout=settings.layout,
             num_frames=settings.num_frames if settings.layout == "frames" else 0,
             short_side=settings.short_side,
-            num_captions=int(samples.num_captions.sum()),
+            num_captions=sum(file.num_captions for file in files),
             num_empty_captions=sum(record.num_empty_captions for record in records),
             bad=refused,
             shards=tuple(file.shard for file in files),
-            samples=samples,
+            samples=concat_samples([]),  # `publish` gets the rows shard by shard
             tagger=tagger_name() if settings.words else None,
             fingerprint=self._plan.fingerprint,
             generation=self._output.generation,

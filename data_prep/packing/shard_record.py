@@ -41,8 +41,9 @@ class ShardFile:
     """A tar file of a shard."""
 
     shard: Shard
-    samples: SampleTable
-    """Rows of this file, with `shard` 0."""
+    num_captions: int
+    samples: SampleTable | None
+    """Rows of this file, with `shard` 0; None = not held in memory, see `ShardRecords.rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,4 +148,5 @@ def _decode_file(fields: dict[str, Any]) -> ShardFile:
     IndexFields(fields, RECORD).child("shard").shard(".tar")
     shard = Shard(**fields["shard"])
     check_rows(columns, shard.shard_bytes, is_tar=True, where=RECORD)
-    return ShardFile(shard=shard, samples=SampleTable(**columns))
+    num_captions = int(columns["num_captions"].sum())
+    return ShardFile(shard=shard, num_captions=num_captions, samples=SampleTable(**columns))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
+from tvr.data_prep.dataset.sample_table import SampleTable
 from tvr.data_prep.packing.output_files import WORK_FOLDER, OutputFiles
 from tvr.data_prep.packing.shard_record import (
     RecordName,
@@ -15,17 +17,22 @@ from tvr.data_prep.packing.shard_record import (
     packing_id,
     parse_record_name,
 )
+from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.storage import PARTIAL_SUFFIX
+
+# Rows that stay in memory, about 200 bytes each. Those of other records are read again.
+KEPT_ROWS = 1 << 20
 
 
 class ShardRecords:
-    """Reads each record at most once, and knows the progress of other tasks from a listing."""
+    """Reads records once, but for the rows of large data sets; counts others' by a listing."""
 
     def __init__(self, files: OutputFiles, fingerprint: str, generation: int) -> None:
         self._files = files
         self._generation = generation
         self._packing_id = packing_id(fingerprint, generation)
         self._records: dict[int, ShardRecord] = {}
+        self._num_kept_rows = 0
         self._written: dict[int, RecordName] = {}
         self._conflicts: dict[int, set[str]] = {}
 
@@ -45,11 +52,44 @@ class ShardRecords:
         """Reads the record of a complete shard, once; None if it is damaged or gone."""
         record = self._records.get(name.number)
         if record is None:
-            content = self._files.read(f"{WORK_FOLDER}/{name.text}")
-            record = None if content is None else decode_record(content, self._packing_id)
+            record = self._decode(name)
             if record is not None:
-                self._records[name.number] = record
+                self._keep(name.number, record)
         return record
+
+    def rows(self, names: Iterable[RecordName]) -> Iterator[SampleTable]:
+        """Yields the rows of each file of complete shards that were read before.
+
+        Raises:
+            ShardCorrupt: a record is damaged, gone or changed since it was read.
+        """
+        for name in names:
+            kept = self._records[name.number]
+            whole = all(file.samples is not None for file in kept.files)
+            record = kept if whole else self._decode(name)
+            if record is None or [file.shard for file in record.files] != [
+                file.shard for file in kept.files
+            ]:
+                raise ShardCorrupt(
+                    f"{WORK_FOLDER}/{name.text}: changed while the data set was published; repeat"
+                    " the command"
+                )
+            for file in record.files:
+                assert file.samples is not None, "a record that was just decoded has rows"
+                yield file.samples
+
+    def _decode(self, name: RecordName) -> ShardRecord | None:
+        content = self._files.read(f"{WORK_FOLDER}/{name.text}")
+        return None if content is None else decode_record(content, self._packing_id)
+
+    def _keep(self, number: int, record: ShardRecord) -> None:
+        num_rows = sum(file.shard.num_samples for file in record.files)
+        if self._num_kept_rows + num_rows > KEPT_ROWS:
+            files = tuple(replace(file, samples=None) for file in record.files)
+            record = replace(record, files=files)
+        else:
+            self._num_kept_rows += num_rows
+        self._records[number] = record
 
     def read_whole(self, names: Sequence[RecordName]) -> dict[int, ShardRecord]:
         """Reads records and compares the sizes of their files with the folder.
@@ -85,7 +125,8 @@ class ShardRecords:
         )
         content = encode_record(record, self._packing_id)
         self._files.write(f"{WORK_FOLDER}/{name.text}", content)
-        self._records[number], self._written[number] = record, name
+        self._keep(number, record)
+        self._written[number] = name
         others = self._conflicts.pop(number, set()) - {name.text}
         self._files.remove(f"{WORK_FOLDER}/{other}" for other in others)
         if self._files.is_local:

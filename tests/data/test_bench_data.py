@@ -31,7 +31,7 @@ def test_a_shrunk_run_measures_every_source(
     table = capsys.readouterr().out
     result = json.loads(file.read_text())
     rows = {row["source"]: row for row in result["rows"]}
-    assert list(rows) == ["plain jpeg", "frames", "plain mp4", "unindexed video", "video"]
+    assert list(rows) == ["plain jpeg", "frames", "plain mp4", "unindexed", "video"]
     for name, row in rows.items():
         assert name in table
         assert row["clips_per_s"] > 0

@@ -495,6 +495,28 @@ def test_a_task_reads_no_record_of_another_one_and_the_publisher_each_once(
     assert read == {1: 1, 2: 1, 4: 1, 5: 1}
 
 
+def test_rows_beyond_the_limit_are_read_again_when_the_data_set_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = write_clips(tmp_path, 8)
+    pack_shards(clips, str(tmp_path / "kept"), **FRAMES)
+    monkeypatch.setattr(shard_records, "KEPT_ROWS", 2)
+    kept: list[bool] = []
+    rows = shard_records.ShardRecords.rows
+
+    def note(self: shard_records.ShardRecords, names: Any) -> Any:
+        kept.extend(
+            file.samples is not None for each in self._records.values() for file in each.files
+        )
+        return rows(self, names)
+
+    monkeypatch.setattr(shard_records.ShardRecords, "rows", note)
+    manifest = pack_shards(clips, str(tmp_path / "read"), **FRAMES)
+    assert kept.count(True) == 1 and kept.count(False) == 3
+    assert manifest is not None and len(manifest.samples) == 8
+    assert file_contents(tmp_path / "read") == file_contents(tmp_path / "kept")
+
+
 def test_a_late_straggler_cannot_touch_a_later_packing(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 4)
     url = str(tmp_path / "data")

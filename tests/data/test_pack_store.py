@@ -114,7 +114,7 @@ def test_a_data_set_on_a_store_is_replaced(
     pack_shards(clips, url, **FRAMES)
     pack_shards(clips[:2], url, overwrite=True, **FRAMES)
     assert sorted(stored(server, "data/")) == [
-        *("bad.jsonl", "manifest.json", "samples-1.npz"),
+        *("bad.jsonl", "manifest.json", "samples-1.rows"),
         *("shard-1-000000.tar", "shard-1-000001.tar"),
     ]
     assert verify_dataset(url).problems == ()

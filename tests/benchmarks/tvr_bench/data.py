@@ -117,7 +117,7 @@ def _sources(arguments: DataArguments) -> tuple[list[str], dict[str, str]]:
     if not wanted:
         raise ValueError("nothing to measure: --source must name a source that is installed")
     if "video" in wanted:
-        wanted.add("unindexed video")
+        wanted.add("unindexed")
     wanted |= {PLAIN[source] for source in wanted}
     return [source for source in SOURCES if source in wanted], left_out
 

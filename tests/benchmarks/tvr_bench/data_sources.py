@@ -33,11 +33,11 @@ from tvr.data_prep.records import Caption, Clip
 from tvr.data_prep.video.frame_sampling import segment_centres
 from tvr.data_prep.video.stored_index import INDEX_MEMBER
 
-SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "unindexed video", "video")
+SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "unindexed", "video")
 PLAIN = {
     "frames": "plain jpeg",
     "beton": "plain jpeg",
-    "unindexed video": "plain mp4",
+    "unindexed": "plain mp4",
     "video": "plain mp4",
 }
 """The plain source that each source is compared with."""
@@ -127,13 +127,13 @@ def make_data(folder: Path, sizes: DataBenchSizes, sources: Sequence[str]) -> No
     }
     used: dict[Layout, set[str]] = {
         "frames": {"plain jpeg", "frames", "beton"},
-        "video": {"plain mp4", "video", "unindexed video"},
+        "video": {"plain mp4", "video", "unindexed"},
     }
     for layout, names in used.items():
         if names & set(sources):
             pack_shards(clips, str(folder / layout), layout=layout, **shape)
-    if "unindexed video" in sources:
-        _write_without_index(str(folder / "video"), folder / "unindexed video")
+    if "unindexed" in sources:
+        _write_without_index(str(folder / "video"), folder / "unindexed")
     if "beton" in sources:
         write_beton(str(folder / "frames"), str(folder / "beton"))
 
