@@ -139,11 +139,11 @@ def test_content_is_a_hash_of_the_source_and_the_cut(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 3)
     (tmp_path / "copy.mp4").write_bytes((tmp_path / "c01.mp4").read_bytes())
     copy = replace(clips[1], key="copy", video=str(tmp_path / "copy.mp4"), captions=("other",))
-    content = pack_shards([*clips, copy], str(tmp_path / "data"), layout="video").samples.content
+    manifest = pack_shards([*clips, copy], str(tmp_path / "data"), layout="video")
+    content = np.asarray(manifest.samples.content)
     assert content.dtype == np.uint64
     assert content[3] == content[1]
     assert len(set(content.tolist())) == 3
-    assert read_manifest(str(tmp_path / "data")).samples.content.tolist() == content.tolist()
     spans = [None, (0.5, None), (0.5, 1.0), (0.0, 1.0)]
     assert len({content_hash(b"the same bytes", span) for span in spans}) == 4
 

@@ -512,8 +512,9 @@ def test_rows_beyond_the_limit_are_read_again_when_the_data_set_is_published(
 
     monkeypatch.setattr(shard_records.ShardRecords, "rows", note)
     manifest = pack_shards(clips, str(tmp_path / "read"), **FRAMES)
-    assert kept.count(True) == 1 and kept.count(False) == 3
-    assert manifest is not None and len(manifest.samples) == 8
+    assert (kept.count(True), kept.count(False)) == (1, 3)
+    assert manifest is not None
+    assert len(manifest.samples) == 8
     assert file_contents(tmp_path / "read") == file_contents(tmp_path / "kept")
 
 

@@ -14,7 +14,7 @@ import pytest
 from builders.clip_files import file_contents, numbered_video, read_number, write_clips
 
 from tvr.data_prep.check.verify import verify_dataset
-from tvr.data_prep.dataset.manifest import Manifest, read_manifest
+from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.packing import output_dir
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack import PackProgress, pack_shards
@@ -263,7 +263,7 @@ def test_another_process_publishes_first(
     clips, undisturbed = undisturbed_packing
     url = str(tmp_path / "data")
 
-    def publish_by_another(url: str, manifest: Manifest) -> None:
+    def publish_by_another(*_: object) -> None:
         monkeypatch.undo()
         with monkeypatch.context() as patch:
             patch.setattr(OutputDir, "_remove_work", lambda _: None)
@@ -282,7 +282,7 @@ def test_a_lost_partial_file_is_an_error(
 ) -> None:
     """A missing file is an error if no other process has published the data set."""
 
-    def lose_file(url: str, manifest: Manifest) -> None:
+    def lose_file(*_: object) -> None:
         raise FileNotFoundError("samples.rows.partial")
 
     monkeypatch.setattr(output_dir, "write_manifest", lose_file)
