@@ -1,17 +1,18 @@
-"""Time and memory of opening the index of ten million clips, and of the first rows of a late step.
+"""Time and memory of opening the index of ten million clips, and of a late step's first batches.
 
     .venv/bin/python tests/benchmarks/synthetic_index.py --json out.json
 
-Writes an index without samples, opens it in a fresh process, and looks up the rows of the first
-batch of each of 4 workers of some of 64 ranks at step 1,000,000. The rows are those of a window of
-shards, in a shuffled order, as training reads them. Memory is that of the process, without the page
-cache.
+Writes an index without samples, opens it in a fresh process, and finds the samples of the first
+batch of each of 4 workers of some of 64 ranks from step 1,000,000 on: each worker draws the order
+of its window, divides its micro-step between the ranks, and looks up the rows of its own. Memory is
+that of the process, without the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 TESTS = Path(__file__).resolve().parent.parent
-WORKERS, BATCH = 4, 64
+RANKS, WORKERS, BATCH, FIRST_STEP = 64, 4, 32, 1_000_000
 
 
 def main() -> None:
@@ -39,7 +40,9 @@ def main() -> None:
         print(json.dumps(opened(arguments.open, arguments.ranks)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = {"benchmark": "synthetic index", "rows": arguments.rows}
+        versions = {"python": platform.python_version(), "numpy": np.__version__}
+        result: dict[str, Any] = {"benchmark": "synthetic index", "versions": versions}
+        result["rows"] = arguments.rows
         result |= written(folder, arguments.rows)
         command = [sys.executable, __file__, "--open", folder, "--ranks", str(arguments.ranks)]
         for repeat in ("first", "second"):  # the second finds the file in the page cache
@@ -67,31 +70,41 @@ def written(folder: str, num_rows: int) -> dict[str, Any]:
     }
 
 
+def alone(rank: int) -> range:
+    """A node with one rank."""
+    return range(rank, rank + 1)
+
+
 def opened(folder: str, num_ranks: int) -> dict[str, Any]:
     """Opens the index and looks rows up; returns seconds and memory."""
     from tvr.data_prep.dataset.manifest import read_manifest
+    from tvr.data_prep.reading.locality import RankShare
+    from tvr.data_prep.reading.order import SampleOrder, window_shards
 
     before = anonymous_mb()
     start = time.perf_counter()
     manifest = read_manifest(folder)
     open_s, after = time.perf_counter() - start, anonymous_mb()
-    samples, sizes = manifest.samples, manifest.row_starts
-    draws = np.random.default_rng(0)
-    times = []
-    for _ in range(num_ranks):
+    samples, sizes, times = manifest.samples, manifest.shard_sizes, []
+    for rank in (RANKS - 1) * np.arange(num_ranks) // max(1, num_ranks - 1):
+        share = RankShare(
+            rank=int(rank), world_size=RANKS, micro_batch=BATCH, node=alone(int(rank))
+        )
         start = time.perf_counter()
-        for _ in range(WORKERS):
-            shards = draws.choice(len(manifest.shards), 16, replace=False)
-            rows = sizes[draws.choice(shards, BATCH)] + draws.integers(0, 1000, BATCH)
-            for row in np.minimum(rows, len(samples) - 1).tolist():
-                ranges = (samples.shard[row], samples.offset[row], samples.length[row])
-                assert min(*ranges, samples.crc32[row]) >= 0
+        for worker in range(WORKERS):
+            # A worker is a process of its own, so it draws its window itself.
+            order = SampleOrder(sizes, 0, window_shards(RANKS * BATCH, len(sizes)))
+            for position, location in share.samples(order, FIRST_STEP + worker):
+                row = location.sample
+                assert position // (RANKS * BATCH) == FIRST_STEP + worker
+                assert samples.shard[row] == location.shard
+                assert min(samples.offset[row], samples.length[row], samples.crc32[row]) >= 0
                 assert samples.key[row]
         times.append(time.perf_counter() - start)
     return {
         "open_s": round(open_s, 3),
         "open_mb": round(after - before, 1),
-        "first_rows_of_a_rank_s": [round(value, 4) for value in times],
+        "first_batches_of_the_workers_of_a_rank_s": [round(value, 4) for value in times],
         "process_mb_after_rows": round(anonymous_mb() - before, 1),
     }
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +43,9 @@ def main() -> None:
         for length in arguments.lengths
         for interval in arguments.intervals
     ]
-    text = json.dumps({"benchmark": "video index", "frames_read": FRAMES, "rows": rows}, indent=1)
+    versions = {"python": platform.python_version(), "av": version("av"), "numpy": np.__version__}
+    result = {"benchmark": "video index", "versions": versions, "frames_read": FRAMES, "rows": rows}
+    text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
         Path(arguments.json).write_text(text + "\n")
