@@ -22,8 +22,8 @@ from tvr.trainer.checkpoint import restore
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.model.tokenizer import load_tokenizer
 
-# Each stage kills each rank once after a step and once during a save.
-RANKS, STEPS, KILLS = 2, 32, 4
+# Each stage kills one rank after a step and the other one during a save; the stages take turns.
+RANKS, STEPS, KILLS = 2, 16, 2
 SEED = 2026
 
 
