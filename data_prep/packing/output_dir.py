@@ -142,10 +142,7 @@ class OutputDir:
     def publish(
         self, manifest: Manifest, bad: Sequence[RefusedClip], rows: Iterable[SampleTable]
     ) -> None:
-        """Writes the index, `manifest.json` last, then removes the files that it replaces.
-
-        Args:
-            rows: Rows of each file in turn.
+        """Writes the index from the `rows` of each file, then removes the files that it replaces.
 
         Raises:
             FileNotFoundError: another process already published this data set.
