@@ -37,6 +37,7 @@ from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.plan import PackSettings, PlanHeader, plan_record, record_fingerprint
 from tvr.data_prep.packing.plan_build import BuiltPlan, build_plan
 from tvr.data_prep.packing.words import WordTagger
+from tvr.launchers.host_limits import host_cpus
 
 SETTINGS = PackSettings(
     layout="frames",
@@ -192,7 +193,7 @@ def main() -> None:
     report = {
         **parts,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "cpus": os.cpu_count(),
+        "cpus": host_cpus().usable,
         "load": [round(value, 1) for value in os.getloadavg()],
     }
     text = json.dumps(report, indent=1)
