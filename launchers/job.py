@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tvr.launchers.job_values import check_job_values
 from tvr.launchers.restart_policy import RestartPolicy
-from tvr.launchers.sbatch_options import check_sbatch_options
+from tvr.launchers.sbatch_options import check_sbatch_options, option_value
 
 LAUNCH_DIR = "launch"
 JOB_FILE = "job.json"
@@ -113,6 +113,13 @@ class Job:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         check_job_values(values)
         check_sbatch_options(self.sbatch, values)
+        for variable in (option_value(self.sbatch, "export") or "").split(","):
+            name, has_value, _ = variable.partition("=")
+            if has_value and SECRET.search(name):
+                raise ValueError(
+                    f"sbatch: --export gives {name} a value, which would be stored in the run's"
+                    f" folder; export it in the shell, and pass on its name alone"
+                )
         for name in ("nodes", "ranks_per_node", "notice_s"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         gpus, cpus = self.gpus_per_node, self.cpus_per_rank

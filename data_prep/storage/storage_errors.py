@@ -73,7 +73,7 @@ THROTTLED_CODES = re.compile(
 )
 TRANSIENT_CODES = re.compile(
     r"RequestTimeout\w*|InternalError|ServiceUnavailable|OperationAborted|RequestTimeTooSkewed"
-    r"|OperationTimedOut|backendError"
+    r"|OperationTimedOut|backendError|ConditionalRequestConflict"
 )
 GONE_CODES = re.compile(r"NoSuch\w+|NotFound|BlobNotFound|ContainerNotFound")
 # Errors by which clients refuse to send a request at all.

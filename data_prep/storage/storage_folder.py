@@ -18,7 +18,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from tvr.data_prep.storage.retries import Retries
-from tvr.data_prep.storage.storage import PARTIAL_SUFFIX, Storage
+from tvr.data_prep.storage.storage import PARTIAL_SUFFIX, Storage, partial_name
 from tvr.data_prep.storage.storage_errors import is_storage_error, translate_error
 
 LOCAL_READ_BYTES = 1 << 22
@@ -105,9 +105,10 @@ class StorageFolder:
         """
         if self.is_local:
             changed = _make_folders(os.path.dirname(self.path(name)))
-            with self._open_partial(name) as file:
+            partial = self.path(f"{name}{PARTIAL_SUFFIX}")
+            with _open_partial(partial) as file:
                 yield file
-            os.replace(self.path(f"{name}{PARTIAL_SUFFIX}"), self.path(name))
+            os.replace(partial, self.path(name))
             _sync_folders(changed)
             return
         file = self._fs.open(self.path(name), "wb")
@@ -173,50 +174,54 @@ class StorageFolder:
         if not self._call(request, name) and self.read(name) != content:
             raise FileExistsError(f"{self.path(name)} exists")
 
-    def remove_file(self, name: str) -> None:
-        """Removes a file by its name, whatever the listings say, if it exists."""
+    def remove_file(self, name: str, before: Callable[[], object] = lambda: None) -> None:
+        """Removes a file by its name, whatever the listings say, if it exists.
+
+        Args:
+            before: Called right before each attempt; its error ends the call.
+        """
 
         def request() -> None:
-            with suppress(FileNotFoundError):
-                self._fs.rm_file(self.path(name))
-                if self.is_local:
-                    _sync_folders([os.path.dirname(self.path(name))])
+            before()
+            self._fs.rm_file(self.path(name))
+            if self.is_local:
+                _sync_folders([os.path.dirname(self.path(name))])
 
-        self._call(request, name)
+        with suppress(FileNotFoundError):
+            self._call(request, name)
 
-    def remove(self, name: str) -> None:
-        """Removes a file, or a folder with all that its listing shows, if it exists."""
+    def remove(self, name: str, before: Callable[[], object] = lambda: None) -> None:
+        """Removes a file, or a folder with all that its listing shows, if it exists.
+
+        Args:
+            before: As for `remove_file`.
+        """
 
         def request() -> None:
-            with suppress(FileNotFoundError):
-                self._fs.invalidate_cache()
-                self._fs.rm(self.path(name), recursive=True)
+            before()
+            self._fs.invalidate_cache()
+            self._fs.rm(self.path(name), recursive=True)
 
-        self._call(request, name)
+        with suppress(FileNotFoundError):
+            self._call(request, name)
+
+    def remove_empty(self, name: str) -> None:
+        """Removes a local folder if it is empty; stores have no folders."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self.path(name))
 
     def _call(self, function: Callable[[], Result], name: str) -> Result:
         if self.is_local:
             return function()
         return self._retries.call(function, self.path(name))
 
-    @contextmanager
-    def _open_partial(self, name: str) -> Iterator[Any]:
-        """A local file beside `name`, synced at the end, and removed after an error."""
-        path = self.path(f"{name}{PARTIAL_SUFFIX}")
-        try:
-            with open(path, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(path)
-            raise
-
     def _create_local(self, name: str, content: bytes) -> bool:
-        partial, path = self.path(f"{name}{PARTIAL_SUFFIX}"), self.path(name)
+        path = self.path(name)
+        # A name of its own: a writer that shared it could change the file after the link.
+        partial = partial_name(path)
         changed = _make_folders(os.path.dirname(path))
-        with self._open_partial(name) as file:
+        with _open_partial(partial) as file:
             file.write(content)
         try:
             os.link(partial, path)
@@ -225,7 +230,11 @@ class StorageFolder:
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-            log.warning("%s: no hard links here (%s): a file may be replaced", path, error)
+            if self._can_create:
+                log.warning("%s: no hard links here (%s): a file may be replaced", path, error)
+            self._can_create = False
+            if os.path.exists(path):
+                return False
             os.replace(partial, path)
         finally:
             with suppress(FileNotFoundError):
@@ -252,6 +261,20 @@ class StorageFolder:
             self._can_create = False
         self._fs.pipe_file(path, content)
         return True
+
+
+@contextmanager
+def _open_partial(path: str) -> Iterator[Any]:
+    """A local file that is synced at the end, and removed after an error."""
+    try:
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def _storage_error(error: BaseException) -> BaseException | None:

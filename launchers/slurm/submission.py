@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tvr.launchers.atomic_write import write_atomically
@@ -60,6 +60,10 @@ def write_and_submit(
         record.unlink()
         script.unlink()
         raise
+    if submitted.cluster is None and job.continues:
+        # Within a job, sbatch submits to the job's own cluster without naming it.
+        earlier = read_submissions(Path(job.run_dir)).get(job.continues[-1])
+        submitted = replace(submitted, cluster=None if earlier is None else earlier.cluster)
     line: dict[str, object] = {"job_id": submitted.job_id, "name": job.name, "at_s": time.time()}
     if submitted.cluster is not None:
         line["cluster"] = submitted.cluster

@@ -166,12 +166,12 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def global_batches(run_dir: Path) -> dict[int, list[str]]:
-    """The sample keys of each step, in rank order."""
+    """The sample keys of each step, sorted: each number of ranks divides a step in its own way."""
     batches: dict[int, list[str]] = {}
     for file in sorted((run_dir / "keys").iterdir()):
         for line in map(json.loads, file.read_text().splitlines()):
             batches.setdefault(line["step"], []).extend(line["keys"])
-    return dict(sorted(batches.items()))
+    return {step: sorted(keys) for step, keys in sorted(batches.items())}
 
 
 def copy_run_at_step(step: int, source: Path, run_dir: Path) -> None:

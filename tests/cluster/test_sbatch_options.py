@@ -154,6 +154,16 @@ def test_a_shortened_name_is_refused(
     assert f"--{name} is short for --" in capsys.readouterr().err
 
 
+def test_a_secret_is_not_passed_on_by_value(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options are stored in the run's folder."""
+    assert shell.launch("--sbatch", "--export=ALL,WANDB_API_KEY=abc") == 2
+    error = capsys.readouterr().err
+    assert "--export gives WANDB_API_KEY a value" in error
+    assert not (shell.folder / "run").exists()
+
+
 def test_own_and_other_options_are_apart() -> None:
     assert OWN.keys() & OTHERS == set()
 

@@ -212,7 +212,8 @@ def local_weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation, those of each direction under both names."""
-    found = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
+    found: dict[str, float] = {}
+    found |= {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
     for name, value in evaluation.items():
         if isinstance(value, dict):
             found |= {f"{name} {inner}": number for inner, number in value.items()}

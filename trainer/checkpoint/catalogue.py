@@ -16,6 +16,7 @@ module reads manifests only; verification.py reads and checks whole checkpoints.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ LATEST = "latest"
 BEST = "best.json"
 SHARDS = "shards"
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +183,12 @@ def _best(storage: StorageFolder) -> tuple[int | None, float | None]:
     content = _read_if_exists(storage, BEST)
     if content is None:
         return None, None
-    fields = json.loads(content)
-    return fields["step"], fields["score"]
+    try:
+        fields = json.loads(content)
+        return int(fields["step"]), float(fields["score"])
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged, the next evaluation counts as the best: %r", BEST, error)
+        return None, None
 
 
 def _read_if_exists(storage: StorageFolder, name: str) -> bytes | None:

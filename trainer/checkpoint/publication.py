@@ -69,10 +69,14 @@ class Publisher:
                 self._folders[step] = state.folder
             elif step == latest and not lines:
                 self._lost = step
-        for name in self._storage.list_names():
-            if OLD_TEMPORARY.fullmatch(name):
-                self._storage.remove(name)
-        self._collect()
+        try:
+            for name in self._storage.list_names():
+                if OLD_TEMPORARY.fullmatch(name):
+                    self._storage.remove(name)
+            self._collect()
+        except OSError as error:
+            # For example, a process that still writes there. The next save tries again.
+            log.warning("files of earlier attempts could not be removed: %s", error)
 
     def publish(self, state: SavedState) -> None:
         """Turns the written files in `state.folder` into the newest checkpoint.
@@ -141,8 +145,7 @@ class Publisher:
             self._remove_manifest(step)
 
     def _remove_manifest(self, step: int) -> None:
-        self._attempt.check()
-        self._storage.remove_file(f"{checkpoint_name(step)}/{MANIFEST}")
+        self._storage.remove_file(f"{checkpoint_name(step)}/{MANIFEST}", self._attempt.check)
         self._folders.pop(step, None)
 
     def _collect(self) -> None:
@@ -164,11 +167,11 @@ class Publisher:
         removed = [
             entry for entry in entries if entry not in kept and self._is_removable(entry, published)
         ]
-        if published is None and removed == found:
-            removed = [""]  # the whole folder, in one call
+        # One by one: a newer attempt may write to this folder at any moment.
         for entry in removed:
-            self._attempt.check()
-            self._storage.remove(f"{name}/{entry}" if entry else name)
+            self._storage.remove(f"{name}/{entry}", self._attempt.check)
+        if removed == found:
+            self._storage.remove_empty(name)
 
     def _is_unpublished(self, step: int) -> bool:
         """True if a step that this attempt did not publish has no manifest, or loses it here."""
@@ -197,6 +200,9 @@ class Publisher:
         """The entries of a step's folder that belong to a checkpoint that was set aside."""
         try:
             record = json.loads(self._storage.read(f"{name}/{DAMAGED}"))
+            return [DAMAGED, *record["entries"]]
         except MISSING_FILE_ERRORS:
             return []
-        return [DAMAGED, *record["entries"]]
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s/%s is damaged, all files there stay: %r", name, DAMAGED, error)
+            return self._storage.list_names(name)
