@@ -219,7 +219,7 @@ def test_rank_on_the_faulty_node_reports_and_the_job_may_start_elsewhere(
 def train_without_the_data(rank: int, world_size: int, settings: Path, run_dir: Path) -> int:
     """Exit code of `tvr train` if rank 1's node lacks the data."""
     if rank == 1:
-        inputs_file.read_manifest = lambda url: read_manifest(f"{url}-elsewhere")
+        inputs_file.read_manifest = lambda url, **_: read_manifest(f"{url}-elsewhere")
     return tvr_train(["--config", str(settings), "--run-dir", str(run_dir)])
 
 

@@ -48,13 +48,15 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     Raises:
         PreflightFailed: with a line for each failure.
     """
-    storage_errors = list(_storage_errors(config.checkpoint, run_dir, world))
-    own = (socket.gethostname(), _identity(config), storage_errors)
-    results = world.all_gather_objects(own)
+    folders = _written_folders(config.checkpoint, run_dir)
+    new = {use for use, storage in folders.items() if _is_missing(storage)}
+    storage_errors = list(_storage_errors(folders, world))
+    own = (socket.gethostname(), _identity(config), storage_errors, new)
+    hosts, identities, errors, made = zip(*world.all_gather_objects(own), strict=True)
     if world.is_first:
-        for storage in _written_folders(config.checkpoint, run_dir).values():
-            _remove_empty_folder(storage)
-    hosts, identities, errors = zip(*results, strict=True)
+        # Those that a rank found missing; a folder that was there stays, even if it is empty.
+        for use in set().union(*made):
+            _remove_empty_folder(folders[use])
     findings = find_differences(identities)
     # A name that no rank can use is wrong; a name that some rank can use is right.
     is_wrong = all(any(error.is_name for error in found) for found in errors)
@@ -196,11 +198,14 @@ def _identity(config: Config) -> dict[str, str]:
     }
 
 
+def _is_missing(storage: StorageFolder) -> bool:
+    return storage.is_local and not os.path.exists(storage.path(""))
+
+
 def _remove_empty_folder(storage: StorageFolder) -> None:
-    """Removes the folder that the check created, in case the run is refused later."""
-    if storage.is_local:
-        with suppress(OSError):
-            os.rmdir(storage.path(""))  # fails if the folder is not empty
+    """Removes a folder that the check created, in case the run is refused later."""
+    with suppress(OSError):
+        os.rmdir(storage.path(""))  # fails if the folder is not empty
 
 
 def _written_folders(checkpoint: CheckpointConfig, run_dir: Path) -> dict[str, StorageFolder]:
@@ -218,11 +223,9 @@ class _StorageError:
     """True if the name of the folder or store may be wrong."""
 
 
-def _storage_errors(
-    checkpoint: CheckpointConfig, run_dir: Path, world: World
-) -> Iterator[_StorageError]:
+def _storage_errors(folders: Mapping[str, StorageFolder], world: World) -> Iterator[_StorageError]:
     """Tests the folders that all ranks write to."""
-    for use, storage in _written_folders(checkpoint, run_dir).items():
+    for use, storage in folders.items():
         name = f"preflight-{socket.gethostname()}-{os.getpid()}-{world.rank}"
         error = _storage_error(storage, name)
         if error is not None:
