@@ -31,6 +31,8 @@ TAR_BLOCK = 512
 MAX_SAMPLE_BYTES = 1 << 33
 MAX_FILE_BYTES = 1 << 50
 MAX_COUNT = 1 << 40
+# Samples of a data set: the table of its blocks of rows takes memory before it is read.
+MAX_SAMPLES = 1 << 32
 MAX_GENERATION = 10**6
 MAX_FRAMES = 10**5
 MAX_SIDE = 1 << 16

@@ -22,6 +22,7 @@ from tvr.data_prep.dataset.index_rules import (
     MAX_FRAMES,
     MAX_GENERATION,
     MAX_MANIFEST_BYTES,
+    MAX_SAMPLES,
     MAX_SIDE,
     IndexFields,
 )
@@ -178,6 +179,8 @@ def parse_manifest(fields: dict[str, Any], url: str) -> Manifest:
     has_beton = fields.get("beton") is not None
     beton = Shard(**index.child("beton").shard(".beton")) if has_beton else None
     num_samples = sum(shard.num_samples for shard in shards)
+    if num_samples > MAX_SAMPLES:
+        index.refuse("shards", num_samples, f"at most {MAX_SAMPLES} samples in all")
     if beton is not None and beton.num_samples != num_samples:
         index.refuse("beton.num_samples", beton.num_samples, f"{num_samples}, as in its shards")
     return Manifest(
@@ -230,7 +233,7 @@ def write_manifest(url: str, manifest: Manifest, rows: Iterable[SampleTable] | N
             `manifest.samples`.
 
     Raises:
-        ValueError: the shards have other numbers of rows.
+        ValueError: the shards have other numbers of rows, or are too many.
     """
     samples = samples_name(manifest.generation)
     fs, root = url_to_fs(url)
@@ -256,8 +259,14 @@ def write_manifest(url: str, manifest: Manifest, rows: Iterable[SampleTable] | N
         "shards": [asdict(shard) for shard in manifest.shards],
         "beton": asdict(manifest.beton) if manifest.beton else None,
     }
-    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
-    write_file(fs, join_url(root, MANIFEST_NAME), text.encode())
+    text = (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ValueError(
+            f"{join_url(url, MANIFEST_NAME)} would have {len(text)} bytes for"
+            f" {len(manifest.shards)} shards, and may have {MAX_MANIFEST_BYTES}: pack more samples"
+            " to a shard"
+        )
+    write_file(fs, join_url(root, MANIFEST_NAME), text)
 
 
 def read_manifest_json(url: str) -> dict:

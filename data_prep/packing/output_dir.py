@@ -69,6 +69,7 @@ class OutputDir:
         self._overwrite = overwrite
         self._launch = launch if overwrite else None
         self._header: PlanHeader | None = None
+        self._has_planned = False
         self._records: ShardRecords | None = None
 
     def join(self, source: dict[str, Any] | None, settings: PackSettings) -> PlanState:
@@ -111,6 +112,7 @@ class OutputDir:
             # Copying took time; others may have started or ended this packing meanwhile.
             if (state := self._decide(built.header)) == "absent":
                 self._store_plan(built.header, source)
+                self._has_planned = True
                 state = "complete" if self._is_published() else "joined"
         if state == "complete":
             stored = self._read_json(PLAN_NAME)
@@ -177,14 +179,10 @@ class OutputDir:
             raise self._unfinished_error(stored, self._claimed)
 
     def discard_if_empty(self) -> None:
-        """Removes the work folder if this packing has no complete shard."""
+        """Removes the plan that this process stored if the packing has no complete shard."""
         stored = self._read_json(PLAN_NAME)
-        if (
-            self._header is not None
-            and stored is not None
-            and self._is_mine(stored)
-            and not self.records.names()
-        ):
+        is_own = self._has_planned and stored is not None and self._is_mine(stored)
+        if is_own and not self.records.names():
             self._remove_work()
 
     @contextmanager

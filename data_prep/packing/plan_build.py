@@ -44,7 +44,7 @@ REPORT_EVERY = 10_000
 MIB = 1 << 20
 
 OnPlan = Callable[[str, int], object]
-"""Receives what planning does ("read", "ordered") and with how many clips."""
+"""Receives what planning does ("read", "compared", "ordered") and with how many clips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def build_plan(
     with open(folder / "unordered", "w+b") as rows, open(folder / "numbers", "w+b") as numbers:
         in_memory = _spool(source, settings, rows, numbers, on_plan)
         spool = _Spool(rows, numbers)
-        order, first_rows = _order(spool, settings)
+        order, first_rows = _order(spool, settings, on_plan)
         num_shards = len(first_rows) - 1
         with open(rows_path, "wb", buffering=MIB) as out:
             written = _write_rows(spool, order, first_rows, settings, out, on_plan)
@@ -191,7 +191,7 @@ def _sorted(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Repeats:
     """Rows that continue the clip of an earlier row."""
 
-    def __init__(self, spool: _Spool) -> None:
+    def __init__(self, spool: _Spool, on_plan: OnPlan) -> None:
         order, is_new = spool.sort_by_key()
         repeats = np.flatnonzero(~is_new)
         rows = order[repeats]
@@ -203,24 +203,26 @@ class _Repeats:
         else:
             firsts = rows
         self.rows, self._firsts = rows, firsts
-        self._check(spool)
+        self._check(spool, on_plan)
 
     def of(self, first: int) -> np.ndarray:
         """Returns the rows that continue the clip of row `first`, in file order."""
         low, high = np.searchsorted(self._firsts, [first, first + 1])
         return self.rows[low:high]
 
-    def _check(self, spool: _Spool) -> None:
+    def _check(self, spool: _Spool, on_plan: OnPlan) -> None:
         """Raises ValueError for the first row in the file that is no part of the earlier clip."""
-        for place in np.argsort(self.rows).tolist():
+        for count, place in enumerate(np.argsort(self.rows).tolist(), 1):
+            if count % REPORT_EVERY == 0:
+                on_plan("compared", count)  # tasks that wait must see that this one lives
             first, row = int(self._firsts[place]), int(self.rows[place])
             may_continue = spool.may_continue(first) and spool.may_continue(row)
             merge_clips(spool.clip(first), spool.clip(row), may_continue=may_continue)
 
 
-def _order(spool: _Spool, settings: PackSettings) -> tuple[_Order, np.ndarray]:
+def _order(spool: _Spool, settings: PackSettings, on_plan: OnPlan) -> tuple[_Order, np.ndarray]:
     """Returns the rows of the clips in the data set's order, and the first clip of each shard."""
-    repeats = _Repeats(spool)
+    repeats = _Repeats(spool, on_plan)
     is_clip = np.ones(len(spool), dtype=bool)
     is_clip[repeats.rows] = False
     limit = settings.samples_per_shard

@@ -144,7 +144,8 @@ def claim_plan(
         return state != "absent"
 
     def report(step: str, done: int) -> None:
-        if lease is not None:
+        # A source that also depends on the names of videos is not known again: nobody waits for it.
+        if lease is not None and source.identity() is not None:
             lease.beat(done)
         on_plan(step, done)
 

@@ -22,7 +22,8 @@ from tvr.data_prep.reading.locality import CacheNeed
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.sample_cache import DecodedSampleCache
 from tvr.data_prep.reading.shard_bytes import ShardReader
-from tvr.data_prep.records import Sample
+from tvr.data_prep.records import BadSample, Sample, ShardCorrupt
+from tvr.data_prep.storage.storage_errors import is_passing_error
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import fit_square
@@ -175,7 +176,7 @@ class SampleReader:
         Raises:
             BadSample: the sample cannot be used.
         """
-        key = self.key(row)
+        key = self._checked_key(row)
         if row in predecoded:
             self._reads["beton"] += 1
             return _select_frames(key, predecoded[row], num_frames, offsets)
@@ -197,13 +198,27 @@ class SampleReader:
         Raises:
             BadSample: the bytes are missing or differ from what was packed.
         """
-        samples = self.manifest.samples
+        key, samples = self._checked_key(row), self.manifest.samples
         shard, offset, length, crc32 = (
             int(column[row])
             for column in (samples.shard, samples.offset, samples.length, samples.crc32)
         )
-        content = self._shards.read(shard, offset, length, crc32, self.key(row))
+        content = self._shards.read(shard, offset, length, crc32, key)
         return parse_range(self.manifest, row, content)
+
+    def _checked_key(self, row: int) -> str:
+        """Returns a row's key. The index is checked block by block, when a block is first read.
+
+        Raises:
+            BadSample: the block is damaged, or the storage fails.
+        """
+        try:
+            return self.key(row)
+        except ShardCorrupt as error:
+            raise BadSample(f"row {row}", "checksum", str(error)) from error
+        except OSError as error:
+            reason = "unavailable" if is_passing_error(error) else "read_error"
+            raise BadSample(f"row {row}", reason, str(error)) from error
 
     def _load(
         self,

@@ -27,7 +27,7 @@ from tvr.data_prep.video.frame_index import (
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
 from tvr.data_prep.video.indexed_decode import decode_indexed
-from tvr.data_prep.video.picture import PicturePainter, fit_picture
+from tvr.data_prep.video.picture import PicturePainter, fit_picture, warn_once
 
 OnOpen = Callable[[InputContainer, VideoStream], object]
 FrameDecoder = Callable[
@@ -102,8 +102,9 @@ def sample_frames(
     if frame_index is not None:
         try:
             return sample(frame_index, decode_indexed)
-        except FrameIndexMismatch:
-            pass
+        except FrameIndexMismatch as error:
+            text = f"{key}: its stored frame index is not used, reads take longer: {error}"
+            warn_once("stored frame index", text)
     return with_frame_index(source, key, sample)
 
 

@@ -86,10 +86,12 @@ def _decode_run(
     missing = {pts[frame]: frame for frame in run.wanted}
     first, last = pts[run.start], None
     for frame in _frames(container, stream, set(missing), first):
-        if frame.pts is None or frame.is_corrupt:
-            raise FrameIndexMismatch("a frame is damaged, or has no time stamp")
+        if frame.pts is None:
+            raise FrameIndexMismatch("a frame without a time stamp")
         if frame.pts < first:
             continue  # frames presented before a keyframe may refer to skipped frames
+        if frame.is_corrupt:
+            raise FrameIndexMismatch("a frame is damaged")
         # A decode that starts late would give wrong pictures.
         if (frame.pts != first) if last is None else (frame.pts <= last):
             raise FrameIndexMismatch(f"time stamp {frame.pts} after {last}, from {first} on")

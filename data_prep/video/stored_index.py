@@ -28,6 +28,7 @@ INDEX_VERSION = 1
 HEADER = struct.Struct("<4sHHIIqqqqq")
 MAX_TIME = 1 << 62
 MAX_STREAM = 1 << 10
+MAX_FRAMES = 1 << 22  # 19 hours at 60 frames a second
 STEP = np.dtype("<u4")
 
 
@@ -57,6 +58,8 @@ def encode_index(index: FrameIndex) -> bytes | None:
     jumps = np.diff(np.array([0, *index.keyframes], dtype=np.int64))
     numbers = (*index.unit_s.as_integer_ratio(), *index.rate_hz.as_integer_ratio())
     if (steps >= 1 << 32).any() or abs(index.pts[0]) >= MAX_TIME or index.stream >= MAX_STREAM:
+        return None
+    if index.num_frames > MAX_FRAMES:
         return None
     header = HEADER.pack(
         *(MAGIC, INDEX_VERSION, index.stream, index.num_frames, len(index.keyframes)),
@@ -89,7 +92,9 @@ def _parsed(content: bytes, video_bytes: int) -> FrameIndex:
     magic, version, stream, frames, keyframes, first, *numbers = HEADER.unpack_from(content)
     if (magic, version) != (MAGIC, INDEX_VERSION):
         raise ValueError(f"{magic!r}, version {version} must be {MAGIC!r}, version {INDEX_VERSION}")
-    if not (1 <= frames <= video_bytes and keyframes <= frames and stream < MAX_STREAM):
+    if not (
+        1 <= frames <= min(video_bytes, MAX_FRAMES) and keyframes <= frames and stream < MAX_STREAM
+    ):
         raise ValueError(f"{frames} frames, {keyframes} keyframes of stream {stream} are too many")
     fractions = [(numbers[at], numbers[at + 1]) for at in (0, 2)]
     if abs(first) >= MAX_TIME or any(min(pair) < 1 or gcd(*pair) > 1 for pair in fractions):
