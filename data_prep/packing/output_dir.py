@@ -115,9 +115,7 @@ class OutputDir:
                 self._has_planned = True
                 state = "complete" if self._is_published() else "joined"
         if state == "complete":
-            stored = self._read_json(PLAN_NAME)
-            if stored is None or self._is_mine(stored):  # and no later packing's
-                self._remove_work()
+            self._remove_finished_work()
         return state
 
     def open_plan(self, settings: PackSettings, folder: Path) -> PackPlan:
@@ -198,6 +196,7 @@ class OutputDir:
             # The manifest decides: the publisher removes the plan after it.
             if self._header is None or not self._is_published():
                 raise
+            self._remove_finished_work()  # a record that was written after that
 
     @property
     def records(self) -> ShardRecords:
@@ -261,15 +260,15 @@ class OutputDir:
         self._adopt(same)
         return "joined"
 
+    def _remove_finished_work(self) -> None:
+        stored = self._read_json(PLAN_NAME)
+        if stored is None or self._is_mine(stored):  # and no later packing's
+            self._remove_work()
+
     def _store_plan(self, header: PlanHeader, source: dict[str, Any] | None) -> None:
         index = asdict(header)
-        stored = {
-            "fingerprint": index.pop("fingerprint"),
-            "generation": self.generation,
-            "plan": index.pop("record"),
-            "source": source,
-            "index": index,
-        }
+        named = {"fingerprint": index.pop("fingerprint"), "generation": self.generation}
+        stored = {**named, "plan": index.pop("record"), "source": source, "index": index}
         self._write_decision(stored)
         self.files.write(f"{WORK_FOLDER}/{PLAN_NAME}", json.dumps(stored, indent=1).encode())
 

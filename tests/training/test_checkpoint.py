@@ -518,7 +518,7 @@ def test_failed_removal_of_an_old_checkpoint_does_not_fail_the_save(
     save(writer, 3)
     remove = writer.storage.remove
 
-    def busy(name: str) -> None:
+    def busy(name: str, *_: object) -> None:
         remove(name)  # removes some of the files, or all
         if name.startswith("step-00000003"):
             raise OSError(39, "Directory not empty")
