@@ -28,7 +28,7 @@ from tvr.data_prep.dataset.sample_table import SampleTable, concat_samples, hash
 from tvr.data_prep.reading.loader import read_sample
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.records import ShardCorrupt
+from tvr.data_prep.records import BadSample, ShardCorrupt
 
 
 @pytest.fixture(scope="module")
@@ -421,3 +421,24 @@ def test_a_writer_of_blocks_ends_with_its_table() -> None:
     file = io.BytesIO()
     writer = sample_blocks.RowsWriter(file)
     assert writer.finish().num_bytes == len(file.getvalue()) == 64
+
+
+def test_a_damaged_block_costs_its_samples_and_not_the_run(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    content = bytearray((folder / "samples.rows").read_bytes())
+    content[sample_blocks.HEADER.size + 40] ^= 1  # in the first block
+    (folder / "samples.rows").write_bytes(content)
+    reader = SampleReader(str(folder), num_frames=2, image_size=16)
+    with pytest.raises(BadSample, match=r"row 0: checksum: .*samples\.rows"):
+        reader.read(0)
+
+
+def test_too_many_samples_are_refused_before_memory_is_taken(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+
+    edit_manifest(folder, ["shards", 0, "shard_bytes"], 1 << 49)
+    edit_manifest(folder, ["shards", 0, "num_samples"], 1 << 39)
+    with pytest.raises(ShardCorrupt, match=r"shards=.* must be at most 4294967296 samples in all"):
+        read_manifest(str(folder))

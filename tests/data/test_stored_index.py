@@ -116,6 +116,11 @@ def test_hostile_indexes_are_refused(content: bytes, message: str) -> None:
         decode_index(content, 1000, "k")
 
 
+def test_an_index_takes_bounded_memory_in_a_large_file() -> None:
+    with pytest.raises(BadSample, match=f"{1 << 23} frames, .* are too many"):
+        decode_index(header(frames=1 << 23) + BODY, 1 << 40, "k")
+
+
 @given(st.integers(0, len(encoded()) - 1), st.integers(1, 255))
 def test_flipped_bytes_are_refused_or_give_a_valid_index(at: int, change: int) -> None:
     content = bytearray(encoded())
