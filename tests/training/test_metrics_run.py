@@ -161,8 +161,9 @@ def test_the_last_values_stay_in_the_run_folder(run: Run) -> None:
     assert last["tvr_train_mfu_ratio",] == last["tvr_train_model_flops_per_second",] / 2 / 1e9
     flops = last["tvr_train_model_flops_per_second",] * end["step_s"]
     assert flops == pytest.approx(run.steps[2]["model_flops_per_s"] * run.steps[2]["step_s"])
-    assert -1 < last["tvr_train_hardest_negative_similarity",] < 1
-    assert -1 < last["tvr_train_positive_similarity",] < 1
+    # With neighbour frames a similarity lies within 1.25, see kernels/reference.py.
+    assert -1.25 < last["tvr_train_hardest_negative_similarity",] < 1.25
+    assert -1.25 < last["tvr_train_positive_similarity",] < 1.25
     gaps = sum(record["straggler_gap_s"] or 0.0 for record in log)
     assert last["tvr_train_straggler_gap_seconds_total",] == pytest.approx(gaps)
     assert last["tvr_train_slowest_rank",] in (0, 1)

@@ -18,7 +18,7 @@ from builders.tiny import tiny_config, with_ranks
 from tvr.trainer.cli import show_config
 from tvr.trainer.config import Config, TrainConfig, from_json, to_json
 from tvr.trainer.distributed.world import World
-from tvr.trainer.engine import engine as engine_module
+from tvr.trainer.engine import startup
 from tvr.trainer.engine.deepspeed_config import (
     deepspeed_config,
     optimizer_builders,
@@ -154,7 +154,7 @@ def run_forms(rank: int, world_size: int, data: Path, folder: Path) -> dict[str,
     world = World(rank=rank, world_size=world_size, device=CPU)
     # DeepSpeed would compile Muon's products and a fused Adam for minutes. Muon has its own Adam.
     torch._dynamo.config.disable = True
-    with patch.object(engine_module, "optimizer_builders", lambda train: ()), no_fused_adam():
+    with patch.object(startup, "optimizer_builders", lambda train: ()), no_fused_adam():
         return compare_forms(world, data, folder)
 
 
