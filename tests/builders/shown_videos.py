@@ -15,6 +15,8 @@ from av.stream import Disposition
 from builders.counter_files import Encoding, number_of, picture
 
 ONE = 1 << 16
+# With B-frames, x265 gives the packets of so short a video decoding times at random.
+X265_PARAMS = "log-level=none:pools=none:bframes=0"
 Matrix = tuple[int, int, int, int, int, int, int, int, int]
 # A transport stream that follows another one says so; otherwise packets seem to be lost.
 MUXERS = {"mpegts": {"mpegts_flags": "initial_discontinuity"}}
@@ -150,7 +152,7 @@ def make_coloured(
         tags: AVColorSpace, range, transfer and primaries that the video names; None = none.
     """
     buffer, (width, height) = io.BytesIO(), size
-    x265 = {"x265-params": "log-level=none:pools=none", "crf": "2", "preset": "ultrafast"}
+    x265 = {"x265-params": X265_PARAMS, "crf": "2", "preset": "ultrafast"}
     with av.open(buffer, "w", format="mp4") as output:
         options = {"qp": "1", "preset": "ultrafast"} if codec == "libx264" else x265
         stream = output.add_stream(codec, rate=25, options=options)
@@ -183,7 +185,7 @@ def make_hdr(codes: np.ndarray, transfer: int) -> bytes:
             options={
                 "preset": "ultrafast",
                 "crf": "4",
-                "x265-params": "log-level=none:pools=none:colormatrix=bt2020nc:range=limited:"
+                "x265-params": f"{X265_PARAMS}:colormatrix=bt2020nc:range=limited:"
                 f"transfer={'smpte2084' if transfer == 16 else 'arib-std-b67'}"
                 ":colorprim=bt2020",
             },
