@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from builders.server_process import server_port
 
-START_TIMEOUT_S = 60.0
 SERVER = """
 import sys
 from gcp_storage_emulator.server import create_server
@@ -24,29 +21,8 @@ sys.stdin.read()  # until the parent closes it, or ends
 @contextmanager
 def serve_gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the server in a process, and points gcsfs to it; yields its bucket's URL."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    timer = threading.Timer(START_TIMEOUT_S, process.kill)
-    timer.start()
-    try:
-        port = process.stdout.readline().strip()
-        timer.cancel()
-        assert port, "the server did not start; install the extra 'dev'"
-        with monkeypatch.context() as patch:
-            patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-            # Otherwise gcsfs asks Google for the kind of the bucket.
-            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-            yield "gs://bucket"
-    finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
+    with server_port(SERVER) as port, monkeypatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        # Otherwise gcsfs asks Google for the kind of the bucket.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        yield "gs://bucket"

@@ -13,8 +13,6 @@ packing tasks see them, too:
 from __future__ import annotations
 
 import http.client
-import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -26,10 +24,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from builders.server_process import server_port
 from fsspec.implementations.local import LocalFileSystem
 
 BUCKET = "bucket"
-START_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 60.0
 # Threads in the process of a test would hold its interpreter lock, and outlive no kill.
 SERVER = """
@@ -129,30 +127,12 @@ class S3Server(S3Endpoint):
 @contextmanager
 def serve_s3() -> Iterator[S3Server]:
     """Runs the server in a process of its own, which ends with the block or with this process."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    timer = threading.Timer(START_TIMEOUT_S, process.kill)
-    timer.start()
     try:
-        port = process.stdout.readline().strip()
-        timer.cancel()
-        assert port, "the S3 server did not start; install the extra 'dev'"
-        server = S3Server(f"http://127.0.0.1:{port}")
-        server.clear()
-        yield server
+        with server_port(SERVER) as port:
+            server = S3Server(f"http://127.0.0.1:{port}")
+            server.clear()
+            yield server
     finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
         forget_clients()
 
 

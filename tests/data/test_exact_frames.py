@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from builders.counter_files import TICKS_PER_S, Encoding, make_video, number_of
+from builders.decoder_cases import decoders, no_torchcodec, torchcodec
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import frame_index, indexed_decode
@@ -21,16 +22,6 @@ from tvr.data_prep.video.frame_index import index_packets
 from tvr.data_prep.video.frame_sampling import Span
 from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.stored_index import INDEX_MEMBER, decode_index, index_member
-
-try:
-    frame_sampler("torchcodec")
-    no_torchcodec = ""
-except ValueError as error:
-    no_torchcodec = str(error)
-torchcodec = pytest.param(
-    "torchcodec", marks=pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
-)
-decoders = pytest.mark.parametrize("decoder", ["pyav", torchcodec])
 
 
 def x264(**options: object) -> dict[str, str]:

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from builders.counter_files import Encoding, make_video
+from builders.decoder_cases import decoders, no_torchcodec
 from builders.shown_videos import (
     MESSAGES,
     MUXERS,
@@ -41,16 +42,6 @@ from tvr.data_prep.video.decode import sample_frames
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
 from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.tone_map import HLG, PQ, light_to_pq, pq_to_light
-
-try:
-    frame_sampler("torchcodec")
-    no_torchcodec = ""
-except ValueError as error:
-    no_torchcodec = str(error)
-torchcodec = pytest.param(
-    "torchcodec", marks=pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
-)
-decoders = pytest.mark.parametrize("decoder", ["pyav", torchcodec])
 
 GOP_8 = {"preset": "veryfast", "g": "8", "bf": "2"}
 RATES = {

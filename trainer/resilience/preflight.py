@@ -13,7 +13,6 @@ import platform
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +55,7 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     if world.is_first:
         # Those that a rank found missing; a folder that was there stays, even if it is empty.
         for use in set().union(*made):
-            _remove_empty_folder(folders[use])
+            folders[use].remove_empty("")
     findings = find_differences(identities)
     # A name that no rank can use is wrong; a name that some rank can use is right.
     is_wrong = all(any(error.is_name for error in found) for found in errors)
@@ -200,12 +199,6 @@ def _identity(config: Config) -> dict[str, str]:
 
 def _is_missing(storage: StorageFolder) -> bool:
     return storage.is_local and not os.path.exists(storage.path(""))
-
-
-def _remove_empty_folder(storage: StorageFolder) -> None:
-    """Removes a folder that the check created, in case the run is refused later."""
-    with suppress(OSError):
-        os.rmdir(storage.path(""))  # fails if the folder is not empty
 
 
 def _written_folders(checkpoint: CheckpointConfig, run_dir: Path) -> dict[str, StorageFolder]:
