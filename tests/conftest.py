@@ -51,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-seconds", action="store_true", help=help_text)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    # The name of a test must not depend on its bytes: a gzip file holds the time at which it was
+    # made, and the workers of pytest-xdist refuse to run tests that they do not name alike.
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--record-seconds") and not is_worker:

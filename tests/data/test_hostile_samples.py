@@ -71,7 +71,7 @@ def sparse_member() -> bytes:
         member("k.json", b"1" * 600)[:1000],
         member("k.json") + b"\xff" * 512,
         member("k.json") + sparse_member(),
-        gzip.compress(member("k.json")),
+        gzip.compress(member("k.json"), mtime=0),
         b"no tar",
         bytes(512) + member("k.json"),
         member("other.json"),
