@@ -16,6 +16,7 @@ from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, 
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.stored_index import index_member
+from tvr.data_prep.video.truncation import check_whole
 
 # A source with such an error cannot be opened; any other refusal of the storage is a read error.
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -49,6 +50,7 @@ class LastSource:
             self._url, self._source = clip.video, None  # frees the last one before the next
             try:
                 content = _read_source(clip)
+                check_whole(content, clip.key)
                 info = describe_video(content, key=clip.key)
                 self._source = _Source(content, ContentHash(content), info)
             except BadSample as error:
