@@ -29,6 +29,7 @@ from tvr.data_prep.packing.shard_record import ShardRecord
 from tvr.data_prep.packing.words import WordTagger, tagger_name
 from tvr.data_prep.packing.worker_pool import PackedClip, pack_clips
 from tvr.data_prep.records import Clip
+from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 __all__ = ["AnnotationFile", "PackProgress", "pack_shards"]
 
@@ -60,6 +61,7 @@ def pack_shards(
     *,
     layout: Layout,
     num_frames: int = 12,
+    frame_spacing: FrameSpacing = "time",
     short_side: int | None = None,
     jpeg_quality: int = 90,
     samples_per_shard: int = 1000,
@@ -98,6 +100,8 @@ def pack_shards(
         layout: "frames" stores `num_frames` JPEGs a clip. "video" stores the source MP4 after
             decoding it once, or with `reencode` an H.264 copy with a keyframe every
             `keyframe_interval` frames.
+        frame_spacing: "time" takes the frames of the layout frames evenly in time, "index" evenly
+            by their number; see `sample_frames`.
         short_side: Pixels of the shorter side; None keeps the source's size.
         samples_per_shard: Clips per shard; a shard with bad clips holds fewer samples.
         shard_bytes: A shard is split into files of at most this size.
@@ -132,6 +136,7 @@ def pack_shards(
     settings = PackSettings(
         layout=layout,
         num_frames=num_frames,
+        frame_spacing=frame_spacing,
         short_side=short_side,
         jpeg_quality=jpeg_quality,
         samples_per_shard=samples_per_shard,

@@ -23,7 +23,7 @@ from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImp
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import decode
 from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
-from tvr.data_prep.video.frame_sampling import Span, check_span
+from tvr.data_prep.video.frame_sampling import FrameSpacing, Span, check_span
 from tvr.data_prep.video.images import resize
 from tvr.data_prep.video.orientation import QUARTER_TURNS, display_matrices
 from tvr.data_prep.video.parameter_sets import changes_pictures
@@ -48,6 +48,7 @@ def sample_frames(
     key: str = "video",
     frame_index: FrameIndex | None = None,
     finish: decode.Finish | None = None,
+    spacing: FrameSpacing = "time",
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Samples frames as `decode.sample_frames`, from MP4 and similar containers.
 
@@ -68,11 +69,13 @@ def sample_frames(
     check_span(span)
     pictures = _Pictures(key)
     packets = index_packets(source, key, pictures.read)
-    chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key)
-    wanted = sorted(set(chosen))
-    if packets.pts is None:
+    if packets.pts is None and packets.is_certain:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
+        if not packets.is_certain:
+            raise _OnlyPyAV("time stamps that must be mended")
+        chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key, spacing)
+        wanted = sorted(set(chosen))
         frames = _decode(source, packets, wanted, pictures, key, finish)
     except _OnlyPyAV as reason:
         warn_once(str(reason), f"torchcodec leaves videos to PyAV, for example {key}: {reason}")
@@ -84,6 +87,7 @@ def sample_frames(
             key=key,
             frame_index=frame_index,
             finish=finish,
+            spacing=spacing,
         )
     return frames[np.searchsorted(wanted, chosen)], times_s
 

@@ -15,7 +15,7 @@ from builders.counter_files import TICKS_PER_S, Encoding, make_video, number_of
 from builders.decoder_cases import decoders, no_torchcodec, torchcodec
 
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video import frame_index, indexed_decode
+from tvr.data_prep.video import indexed_decode
 from tvr.data_prep.video.decode import check_frames, sample_frames
 from tvr.data_prep.video.decoders import Decoder, FrameSampler, frame_sampler
 from tvr.data_prep.video.frame_index import index_packets
@@ -246,8 +246,8 @@ def test_frames_that_no_other_refers_to_are_not_decoded(monkeypatch: pytest.Monk
     offsets = [0.7] * 30  # frames 17.5, 42.5, ...: behind a keyframe by 1 to 15 frames
     sample_frames(content, 30, offsets=offsets, frame_index=stored)
     decoded = []
-    fits = frame_index._fits
-    monkeypatch.setattr(frame_index, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
+    fits = indexed_decode._fits
+    monkeypatch.setattr(indexed_decode, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
     sample_frames(content, 30, offsets=offsets)
     assert 30 <= len(shown) < 0.8 * len(decoded)
 
@@ -265,8 +265,8 @@ def test_a_wrong_index_does_not_change_the_frames(decoder: Decoder, other: str) 
 
 def test_only_frames_after_the_last_keyframe_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    fits = frame_index._fits
-    monkeypatch.setattr(frame_index, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
+    fits = indexed_decode._fits
+    monkeypatch.setattr(indexed_decode, "_fits", lambda *all: decoded.append(all[1]) or fits(*all))
     name = "30 s gop 16"
     check(sample_frames, name, (20.0, 25.0), 6, 0)
     assert len(set(decoded)) < 130

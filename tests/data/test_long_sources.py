@@ -28,7 +28,6 @@ from tvr.data_prep.video.frame_index import (
     FrameIndex,
     FrameIndexMismatch,
     SourceIndices,
-    keyframe_before,
 )
 
 PART = 1000
@@ -293,13 +292,13 @@ def test_a_cut_is_decoded_from_the_keyframe_before_it(
     film: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[float] = []
-    see = frame_index._fits
+    see = indexed_decode._fits
 
     def note(index: FrameIndex, number: int, frame: Any) -> bool:
         decoded.append(number)
         return see(index, number, frame)
 
-    monkeypatch.setattr(frame_index, "_fits", note)
+    monkeypatch.setattr(indexed_decode, "_fits", note)
     clip = replace(cuts(str(film))[0], start_s=3.3, end_s=3.5)
     with closing(LastSource()) as last:
         assert isinstance(pack_clip(clip, settings(), None, last), TarSample)
