@@ -72,7 +72,7 @@ def sample_frames(
     if packets.pts is None and packets.is_certain:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
-        if not packets.is_certain:
+        if not packets.is_certain or packets.stamps is not None:
             raise _OnlyPyAV("time stamps that must be mended")
         chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key, spacing)
         wanted = sorted(set(chosen))
@@ -121,7 +121,7 @@ def _decode(
             raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
         _check_frame(frame, has_container_matrix=angle is not None)
         if len(decoder) != frame_index.num_frames:
-            raise BadSample(key, "unreadable", "torchcodec lists other frames than the container")
+            raise _OnlyPyAV("a list of frames that differs from the container's")
         # Half a turn is 2 or -2 quarters, rounded as torchcodec does: halves away from zero.
         turns = int(math.copysign(math.floor(abs(angle or 0) / 90 + 0.5), angle or 0)) % 4
         at_once = len(wanted)
@@ -133,8 +133,7 @@ def _decode(
             batch = decoder.get_frames_at(part)
             expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in part]
             if not np.allclose(batch.pts_seconds.numpy(), expected_s, 0, 1e-6):
-                detail = "torchcodec returned frames of other times than requested"
-                raise BadSample(key, "unreadable", detail)
+                raise _OnlyPyAV("frames of other times than requested")
             shown = _reshape(batch.data.numpy(), frame, turns, painter)
             parts.append(shown if finish is None else np.stack([finish(each) for each in shown]))
     except (RuntimeError, ValueError, IndexError) as error:

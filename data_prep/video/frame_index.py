@@ -216,7 +216,9 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
         # Other containers, such as transport streams, seek only approximately.
         seeks = bool(SEEKABLE & set(container.format.name.split(",")))
         keyframes = [at for at, packet in enumerate(shown) if packet.is_keyframe and seeks]
-        return _build_index(stream, [packet.pts for packet in shown], keyframes)
+        stamps, decode_times = [packet.pts for packet in shown], [packet.dts for packet in shown]
+        times = _shown_times(container, stamps, decode_times)
+        return _build_index(stream, times, keyframes, stamps)
 
 
 class _Listed(NamedTuple):
@@ -229,15 +231,17 @@ class _Listed(NamedTuple):
 
 def _is_certain(shown: Sequence[_Listed], stream: VideoStream) -> bool:
     """True if time stamps of packets in file order say in which order the frames are shown."""
-    latest = None
-    for packet in shown:
-        if packet.pts is None:
-            return False
-        # A keyframe is shown after all that were decoded before it.
-        if packet.is_keyframe and latest is not None and packet.pts <= latest:
-            return False
-        latest = packet.pts if latest is None else max(latest, packet.pts)
     stamps = [packet.pts for packet in shown if packet.pts is not None]
+    if len(stamps) < len(shown):
+        return False
+    latest = keyframe = stamps[0] - 1
+    for stamp, packet in zip(stamps, shown, strict=True):
+        # A keyframe is shown after all that were decoded before it, and before all that are decoded
+        # after it, except for those directly after it.
+        if stamp <= (latest if packet.is_keyframe else keyframe) and latest > keyframe:
+            return False
+        keyframe = stamp if packet.is_keyframe else keyframe
+        latest = max(latest, stamp)
     order = sorted(range(len(stamps)), key=stamps.__getitem__)
     if any(abs(place - packet) > MAX_REORDERED for place, packet in enumerate(order)):
         return False
@@ -274,15 +278,24 @@ def index_decoded_frames(source: Source, key: str) -> FrameIndex:
         if 2 * len(stamps) < len(decode_times) - 1:
             detail = f"only {len(stamps)} of {len(decode_times)} packets give a picture"
             raise BadSample(key, "unreadable", detail)
-        known = sorted(stamp for stamp in stamps if stamp is not None)
-        known_times = sorted(time for time in decode_times if time is not None)
-        times: Sequence[int | None] = stamps
-        # Frames are shown at the times of the packets, in another order.
-        if container.format.name == "avi" and len(known) == len(stamps):
-            times = known  # AVI has no time stamps, and libav takes those of packets
-        elif not known and len(known_times) == len(stamps):
-            times = known_times
+        times = _shown_times(container, stamps, decode_times)
         return _build_index(stream, times, stamps=stamps)
+
+
+def _shown_times(
+    container: InputContainer, stamps: Sequence[int | None], decode_times: Sequence[int | None]
+) -> Sequence[int | None]:
+    """Returns the stamps of frames in the order in which they are shown, or what replaces them.
+
+    Where only decoding times are known, as in AVI, for which libav invents the others, frames are
+    shown at these times, in another order and with a constant delay.
+    """
+    known = [stamp for stamp in stamps if stamp is not None]
+    times = sorted(time for time in decode_times if time is not None)
+    if len(times) != len(stamps) or (known and container.format.name != "avi"):
+        return stamps
+    delay = min(known) - times[0] if known else 0
+    return [time + delay for time in times]
 
 
 def damaged_frame(index: int, key: str) -> BadSample:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -99,8 +101,13 @@ def expected(
         if round(start * TICKS_PER_S) <= ticks[index] - ticks[encoding.first]
         and (end is None or ticks[index] - ticks[encoding.first] < round(end * TICKS_PER_S))
     ]
-    if len(shown) > num_frames:
-        shares = [Fraction(offset) for offset in offsets or [0.5] * num_frames]
+    shares = [Fraction(offset) for offset in offsets or [0.5] * num_frames]
+    if len(shown) > num_frames and encoding.ticks:  # the frame that is shown at each moment
+        starts = [ticks[index] - ticks[shown[0]] for index in shown]
+        duration = starts[-1] + min(second - first for first, second in pairwise(starts[-3:]))
+        moments = [(i + share) * duration / num_frames for i, share in enumerate(shares)]
+        chosen = [shown[bisect_right(starts, moment) - 1] for moment in moments]
+    elif len(shown) > num_frames:
         positions = [(i + share) * len(shown) / num_frames for i, share in enumerate(shares)]
         chosen = [shown[int(position)] for position in positions]
     else:
@@ -228,7 +235,9 @@ def test_a_stored_index_gives_every_frame(name: str) -> None:
     step = max(1, stored.num_frames // 25)
     for number in range(0, stored.num_frames, step):
         share = (number + 0.5) / stored.num_frames
-        (frame,), _ = sample_frames(content, 1, offsets=[share], frame_index=stored)
+        (frame,), _ = sample_frames(
+            content, 1, offsets=[share], frame_index=stored, spacing="index"
+        )
         assert np.array_equal(frame, every[number]), number
 
 

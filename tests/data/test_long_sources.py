@@ -23,12 +23,13 @@ from tvr.data_prep.records import BadSample, Clip
 from tvr.data_prep.storage import source_file
 from tvr.data_prep.storage.source_file import SourceFile, read_source
 from tvr.data_prep.storage.storage import StorageUnavailable
-from tvr.data_prep.video import frame_index
+from tvr.data_prep.video import frame_index, indexed_decode
 from tvr.data_prep.video.frame_index import (
     FrameIndex,
     FrameIndexMismatch,
     SourceIndices,
 )
+from tvr.data_prep.video.indexed_decode import keyframe_before
 
 PART = 1000
 FILM = numbered_video(40, gop=10)
