@@ -18,6 +18,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from torchcodec import FrameBatch
 from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
 from tvr.data_prep.records import BadSample
@@ -130,7 +131,7 @@ def _decode(
         parts = []
         for start in range(0, len(wanted), at_once):
             part = wanted[start : start + at_once]
-            batch = decoder.get_frames_at(part)
+            batch = _frames_at(decoder, part)
             expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in part]
             if not np.allclose(batch.pts_seconds.numpy(), expected_s, 0, 1e-6):
                 raise _OnlyPyAV("frames of other times than requested")
@@ -139,6 +140,13 @@ def _decode(
     except (RuntimeError, ValueError, IndexError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _frames_at(decoder: VideoDecoder, wanted: list[int]) -> FrameBatch:
+    try:
+        return decoder.get_frames_at(wanted)
+    except RuntimeError as error:  # such as after a seek to a mark where no decode can start
+        raise _OnlyPyAV("frames that torchcodec does not find") from error
 
 
 class _Pictures:

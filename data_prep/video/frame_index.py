@@ -238,7 +238,8 @@ def _is_certain(shown: Sequence[_Listed], stream: VideoStream) -> bool:
     for stamp, packet in zip(stamps, shown, strict=True):
         # A keyframe is shown after all that were decoded before it, and before all that are decoded
         # after it, except for those directly after it.
-        if stamp <= (latest if packet.is_keyframe else keyframe) and latest > keyframe:
+        is_late = stamp <= latest if packet.is_keyframe else stamp <= keyframe < latest
+        if is_late:
             return False
         keyframe = stamp if packet.is_keyframe else keyframe
         latest = max(latest, stamp)

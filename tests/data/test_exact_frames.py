@@ -285,10 +285,7 @@ def test_only_frames_after_the_last_keyframe_are_decoded(monkeypatch: pytest.Mon
 
 @decoders
 def test_indexed_frames_that_cannot_be_decoded(decoder: Decoder) -> None:
-    """Without its first keyframe the video starts 5 frames late.
-
-    It is refused, or sampled from the frames that decode, but no frame is wrong.
-    """
+    """Without its first keyframe the video starts 5 frames late."""
     encoding, buffer = ENCODINGS["gop 8"], io.BytesIO()
     with (
         av.open(io.BytesIO(video("gop 8")), "r") as source,
@@ -299,12 +296,8 @@ def test_indexed_frames_that_cannot_be_decoded(decoder: Decoder) -> None:
             if packet.size:
                 packet.stream = copy
                 output.mux(packet)
-    if decoder == "torchcodec":
-        with pytest.raises(BadSample, match="k: unreadable: torchcodec"):
-            frame_sampler(decoder)(buffer.getvalue(), 40, key="k")
-    else:
-        frames, _ = sample_frames(buffer.getvalue(), 40)
-        assert [number_of(frame, encoding) for frame in frames] == list(range(8, 40))
+    frames, _ = frame_sampler(decoder)(buffer.getvalue(), 40)
+    assert [number_of(frame, encoding) for frame in frames] == list(range(8, 40))
 
 
 def test_a_decoder_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +309,14 @@ def test_a_decoder_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
+@pytest.mark.parametrize("name", ["intra refresh", "transport stream", "avi"])
+def test_torchcodec_leaves_what_it_does_not_find_to_pyav(name: str) -> None:
+    """Where a marked keyframe cannot start a decode, the time stamps after a seek reveal this."""
+    sample = frame_sampler("torchcodec")
+    assert sum(check(sample, name, span, 12, 0) for span in spans(ENCODINGS[name])) > 12
+
+
+@pytest.mark.skipif(bool(no_torchcodec), reason=no_torchcodec)
 def test_torchcodec_refuses_without_output(capfd: pytest.CaptureFixture[str]) -> None:
     sample, content = frame_sampler("torchcodec"), video("long gop")
     for broken in (b"", b"no video" * 50, content[: len(content) // 2]):
@@ -323,9 +324,6 @@ def test_torchcodec_refuses_without_output(capfd: pytest.CaptureFixture[str]) ->
             sample(broken, 4, key="k")
     with pytest.raises(BadSample, match="the video has none"):
         sample(video("bare h264"), 4, key="k")
-    # Its marked keyframes cannot start a decode; the time stamps after a seek reveal this.
-    with pytest.raises(BadSample, match="of other times than requested"):
-        sample(video("intra refresh"), 12, key="k")
     with pytest.raises(BadSample, match="missing_file"):
         sample("/nonexistent.mp4", 4, key="k")
     with pytest.raises(BadSample, match="no_frames"):

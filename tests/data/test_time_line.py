@@ -20,7 +20,7 @@ import pytest
 from builders.counter_files import Encoding, make_video, number_of
 from builders.decoder_cases import decoders
 from builders.shown_videos import with_pixel_shape
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvr.data_prep.cli import pack
@@ -45,6 +45,8 @@ NO_B_FRAMES = {"preset": "veryfast", "bf": "0", "g": "8"}
 B_FRAMES = {"preset": "veryfast", "bf": "2", "g": "8"}
 # 40 frames; a pause before frame 20.
 GAPPED = [40 * i + (GAP_MS if i >= 20 else 0) for i in range(40)]
+
+HOURS = [40 * i + (3 * 3600_000 if i >= 20 else 0) for i in range(40)]
 
 
 # ------------------------------------------------------------------ files with bad time stamps
@@ -101,32 +103,9 @@ def transport_stream(without: Sequence[int] = (), shift: int = 5000) -> bytes:
     return bytes(video)
 
 
-def mp4_with_steps(steps: Mapping[int, int]) -> bytes:
-    """An MP4 of 40 frames of 40 ms, some of which, by number, last for another time in ms."""
-    ticks = [40 * i for i in range(40)]
-    ticks[39] += 1  # so that the table has several rows
-    video = bytearray(make_video(Encoding(ticks=ticks, options=NO_B_FRAMES)))
-    with av.open(io.BytesIO(bytes(video))) as container:
-        unit = container.streams.video[0].time_base
-    assert unit is not None
-    table = [[1, int(Fraction(steps.get(i, 40), 1000) / unit)] for i in range(40)]
-    rows = struct.pack(">III", 0, 0, len(table)) + b"".join(struct.pack(">II", *r) for r in table)
-    at = video.index(b"stts") - 4
-    size = int.from_bytes(video[at : at + 4], "big")
-    content = struct.pack(">I", 12 + len(rows) - 4 - 0) + b"stts" + rows[4:]
-    grown = len(content) - size
-    for parent in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
-        place = video.index(parent) - 4
-        struct.pack_into(
-            ">I", video, place, int.from_bytes(video[place : place + 4], "big") + grown
-        )
-    video[at : at + size] = content
-    return bytes(video)
-
-
 def avi_with_pauses(options: Mapping[str, str]) -> bytes:
     """An AVI file of GAPPED; it stores a pause as empty chunks, and decoding times only."""
-    buffer, encoding = io.BytesIO(), Encoding()
+    buffer = io.BytesIO()
     still = make_video(Encoding(options=dict(options), container="avi"))
     with av.open(io.BytesIO(still)) as source, av.open(buffer, "w", format="avi") as output:
         copy = output.add_stream_from_template(source.streams.video[0])
@@ -135,7 +114,6 @@ def avi_with_pauses(options: Mapping[str, str]) -> bytes:
                 packet.stream = copy
                 packet.dts = packet.pts = GAPPED[number] // 40
                 output.mux(packet)
-    assert encoding.frames == 40
     return buffer.getvalue()
 
 
@@ -157,20 +135,16 @@ CASES = {
     "one far too late": Case(lambda: matroska(NO_B_FRAMES, {10: 20000}), GAPPED),
     "several too late": Case(lambda: matroska(NO_B_FRAMES, {10: 20000, 30: 30000}), GAPPED),
     "negative": Case(
-        lambda: matroska(NO_B_FRAMES, {i: GAPPED[i] - 7000 for i in range(40)}), GAPPED, False
+        lambda: matroska(NO_B_FRAMES, {i: GAPPED[i] - 300 for i in range(40)}), GAPPED
     ),
     "starts anew": Case(
         lambda: matroska(NO_B_FRAMES, {i: 40 * (i - 20) for i in range(20, 40)}),
         [40 * i for i in range(40)],
     ),
-    "missing": Case(lambda: transport_stream(without=[10, 11, 30]), GAPPED, False),
+    "missing": Case(lambda: transport_stream(without=[10, 11, 30]), GAPPED),
     "wrapped": Case(lambda: transport_stream(shift=(1 << 33) // 90 - 500), GAPPED, False),
-    "hours": Case(
-        lambda: mp4_with_steps({19: 3 * 3600_000}),
-        [40 * i + (3 * 3600_000 - 40 if i >= 20 else 0) for i in range(40)],
-        False,
-    ),
-    "avi with a pause": Case(lambda: avi_with_pauses(NO_B_FRAMES), GAPPED, False),
+    "hours": Case(lambda: make_video(Encoding(ticks=HOURS, options=B_FRAMES)), HOURS, False),
+    "avi with a pause": Case(lambda: avi_with_pauses(NO_B_FRAMES), GAPPED),
     "avi of B-frames with a pause": Case(lambda: avi_with_pauses(B_FRAMES), GAPPED),
 }
 video = functools.cache(lambda name: CASES[name].make())
@@ -215,6 +189,14 @@ def test_a_cut_and_a_stored_index_agree(name: str) -> None:
         assert index_member(content, "k", decoded) == {}
 
 
+def test_joined_recordings_continue() -> None:
+    joined = transport_stream(shift=9000) + transport_stream(shift=1000)
+    frames, times_s = sample_frames(joined, 80)
+    assert numbers(frames) == [*range(40), *range(40)]
+    second = [GAPPED[-1] + 40 + tick for tick in GAPPED]
+    assert times_s == pytest.approx([ms / 1000 for ms in [*GAPPED, *second]], abs=0.0011)
+
+
 # ------------------------------------------------------------------ the rule
 
 
@@ -227,7 +209,7 @@ def test_a_cut_and_a_stored_index_agree(name: str) -> None:
         ([None, 40, 80, None], [0, 40, 80, 120]),
         ([0, 40, 36_000_000, 120, 160], [0, 40, 80, 120, 160]),
         ([36_000_000, 40, 80, 120, 160], [0, 40, 80, 120, 160]),
-        ([0, 40, 3, 4, 160, 200], [0, 40, 80, 120, 160, 200]),
+        ([0, 40, 3, 120, 160], [0, 40, 80, 120, 160]),
         ([-80, -40, 0, 40], [-80, -40, 0, 40]),
         ([5, 5, 5], [5, 45, 85]),
         ([500, 540, 580, 620, 660, 0, 40, 80, 120, 160], [500 + 40 * i for i in range(10)]),
@@ -249,6 +231,7 @@ def test_stamps_that_are_all_missing() -> None:
     assert mend_stamps([None, None], MS, Fraction(25)) is None
 
 
+@settings(max_examples=60)
 @given(st.lists(st.none() | st.integers(-(2**63), 2**63 - 1) | st.integers(0, 300), max_size=40))
 def test_any_stamps_give_ascending_times(stamps: list[int | None]) -> None:
     times = mend_stamps(stamps, MS, Fraction(25))
@@ -278,9 +261,10 @@ def test_two_rates_in_equal_segments() -> None:
     assert sum(index >= 10 for index in segment_frames(70, 12)) == 10  # by index
 
 
-@pytest.mark.parametrize("rate", ["24000/1001", "25", "30000/1001", "50", "60000/1001", "15/2"])
-@pytest.mark.parametrize("tick_s", ["1/1000", "1/90000", "1/100"])
+@settings(max_examples=60)
 @given(
+    rate=st.sampled_from(["24000/1001", "25", "30000/1001", "50", "60000/1001", "15/2"]),
+    tick_s=st.sampled_from(["1/1000", "1/90000", "1/100"]),
     total=st.integers(1, 400),
     shift=st.fractions(0, 1),
     offsets=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20),
@@ -297,6 +281,7 @@ def test_constant_rates_are_sampled_by_index(
         assert timed_frames(ticks, len(offsets), each) == segment_frames(total, len(offsets), each)
 
 
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 10_000), min_size=1, max_size=60),
     st.lists(st.fractions(0, Fraction(99, 100)), min_size=1, max_size=20),
@@ -354,7 +339,7 @@ def test_packing_and_reading_choose_by_time_or_index(tmp_path: Path) -> None:
     def packed(name: str, *options: str) -> str:
         url = str(tmp_path / name)
         arguments = ["--annotations", str(tmp_path / "a.jsonl"), "--out", url, "--no-words"]
-        assert pack([*arguments, "--processes", "1", *options]) == 0
+        assert pack([*arguments, "--processes", "0", *options]) == 0
         return url
 
     in_time = [TWO_RATES[i] / 1000 for i in (0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9)]
@@ -371,7 +356,7 @@ def test_packing_and_reading_choose_by_time_or_index(tmp_path: Path) -> None:
 
 
 def test_spacing_is_part_of_the_plan() -> None:
-    settings = {
+    values = {
         "num_frames": 12,
         "short_side": None,
         "jpeg_quality": 90,
@@ -380,11 +365,11 @@ def test_spacing_is_part_of_the_plan() -> None:
         "keyframe_interval": 16,
         "words": False,
     }
-    assert PackSettings(layout="frames", **settings).frame_spacing == "time"
+    assert PackSettings(layout="frames", **values).frame_spacing == "time"
     with pytest.raises(ValueError, match="frame_spacing='even' must be time or index"):
-        PackSettings(layout="frames", frame_spacing="even", **settings)  # type: ignore[arg-type]
+        PackSettings(layout="frames", frame_spacing="even", **values)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layout=frames; .* \(data.frame_spacing\)"):
-        PackSettings(layout="video", frame_spacing="index", **settings)
+        PackSettings(layout="video", frame_spacing="index", **values)
 
 
 # ------------------------------------------------------------------ packets without a picture
