@@ -65,7 +65,8 @@ class PackArguments:
     """Seed of the order of clips, in which the cuts of one video stay together; None keeps the
     order of the annotations."""
     max_bad: int = 0
-    """Bad clips (missing, unreadable, without caption) that packing tolerates."""
+    """Bad clips (missing, unreadable, without caption) and bad rows of the annotations that packing
+    leaves out; with more of them it fails."""
     reencode: bool = False
     """Re-encode to H.264 (layout video); default: decode MP4 files once and copy them."""
     keyframe_interval: int = 16

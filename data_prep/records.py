@@ -40,6 +40,7 @@ BAD_SAMPLE_REASONS = (
     "out_of_memory",  # the clip needs more memory than its process may take
     "timed_out",  # packing the clip took too long, or its storage stopped sending
     "killed",  # the process that packed the clip ended twice
+    "bad_row",  # a row of the annotations is no clip
 )
 # Reasons that lie outside of the sample: it is read again at its next visit, never quarantined,
 # and does not count towards the limit of bad samples.
@@ -94,6 +95,16 @@ class Clip:
         """(start_s, end_s) of the clip; None = the whole video."""
         whole = self.start_s == 0 and self.end_s is None
         return None if whole else (self.start_s, self.end_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedRow:
+    """A row of an annotation file that is no clip: a bad sample with the reason "bad_row"."""
+
+    origin: str
+    """Location of the row, "file:line", which is also its key in bad.jsonl."""
+    detail: str
+    """What is wrong, with the location."""
 
 
 PACKED_WITHOUT_WORDS = "packed without words; pack the data set again with `tvr pack --words`"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-import fsspec
-
-from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule, span_suffix
+from tvr.data_prep.annotations.clip_keys import (
+    KEY_PATTERN,
+    key_of,
+    key_rule,
+    name_hash,
+    span_suffix,
+)
 from tvr.data_prep.annotations.parquet import parquet_rows
-from tvr.data_prep.records import REFUSED_TEXT, VIDEO_ID_RULE, is_video_id
+from tvr.data_prep.annotations.text_files import CsvRecord, csv_records, line_problem, text_lines
+from tvr.data_prep.records import REFUSED_TEXT, VIDEO_ID_RULE, RefusedRow, is_video_id
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
 CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
@@ -21,6 +26,11 @@ CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
 # label to identify captions and videos.
 NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
 FORMATS = ("jsonl", "csv", "parquet")
+MAX_SECONDS = 1e9
+MAX_DETAIL = 500
+"""Characters that are kept of what is wrong with a row."""
+
+Row = TypeVar("Row")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +46,11 @@ class Draft:
     captions: list[str] = field(default_factory=list)
     start_s: float = 0.0
     end_s: float | None = None
+    key_hash: int = 0
+    """Makes a key unique that was made from the file's name, see `row_hash`; 0 = a key of the
+    row's own."""
+    has_video_id: bool = True
+    """False if `video_id` is the key for want of another one."""
 
     @property
     def source(self) -> tuple[object, ...]:
@@ -43,8 +58,8 @@ class Draft:
         return self.video, self.by_name, self.start_s, self.end_s
 
 
-def annotation_rows(url: str) -> Iterator[Draft]:
-    """Yields the rows of a file in order. Raises as `read_annotations`."""
+def annotation_rows(url: str) -> Iterator[Draft | RefusedRow]:
+    """Yields the rows of a file in order. Raises as `read_annotations` for a file as a whole."""
     readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
     return readers[file_format(url)](url)
 
@@ -61,29 +76,60 @@ def file_format(url: str) -> str:
     )
 
 
-def text_lines(url: str) -> Iterator[str]:
-    """Yields text lines, without the byte-order mark that spreadsheets write."""
+def draft_or_refusal(
+    parse: Callable[[Row, str], Draft], row: Row, origin: str
+) -> Draft | RefusedRow:
+    """Returns what `parse` makes of a row, or the row's refusal if it raises ValueError.
+
+    Args:
+        parse: Gets the row and its origin; its errors name the origin.
+    """
     try:
-        with fsspec.open(url, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"annotation file {url} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: not UTF-8 text: {error}") from error
+        return parse(row, origin)
+    except ValueError as error:
+        return refused_row(origin, str(error))
 
 
-def _jsonl_rows(url: str) -> Iterator[Draft]:
+def refused_row(origin: str, detail: str) -> RefusedRow:
+    """Returns the refusal of a row; of a long `detail`, the start is kept."""
+    if len(detail) > MAX_DETAIL:
+        detail = f"{detail[:MAX_DETAIL]}..."
+    # A field of the row may hold halves of UTF-16 pairs, which no file can store.
+    return RefusedRow(origin=origin, detail=detail.encode("utf-8", "backslashreplace").decode())
+
+
+def row_hash(video: str, start_s: float, end_s: float | None) -> int:
+    """Returns the hash of a row's video, as the row names it, and its cut: `Draft.key_hash`."""
+    return name_hash(f"{video}\0{start_s}\0{end_s}")
+
+
+def _jsonl_rows(url: str) -> Iterator[Draft | RefusedRow]:
     for number, line in enumerate(text_lines(url), start=1):
-        if not line.strip():
-            continue
-        origin = f"{url}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{origin}: not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
-        yield (_named_draft if "clip_name" in value else _draft)(value, origin)
+        if not line.isspace():
+            yield draft_or_refusal(_parse_line, line, f"{url}:{number}")
+
+
+def _parse_line(line: str, origin: str) -> Draft:
+    if problem := line_problem(line):
+        raise ValueError(f"{origin}: {problem}")
+    try:
+        # Files that were put together have the mark of each file.
+        value = _DECODER.decode(line.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
+    return (_named_draft if "clip_name" in value else draft_of)(value, origin)
+
+
+def _distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct_fields)
 
 
 def _named_draft(row: dict[str, Any], origin: str) -> Draft:
@@ -91,62 +137,95 @@ def _named_draft(row: dict[str, Any], origin: str) -> Draft:
     _check_fields(row, NAMED_ALLOWED, origin)
     name, caption = row["clip_name"], row.get("caption")
     if not isinstance(name, str) or not name or not isinstance(caption, str):
-        raise ValueError(f"{origin}: clip_name={name!r} and caption={caption!r} must be text")
+        raise ValueError(
+            f"{origin}: clip_name={name!r:.200} and caption={caption!r:.200} must be text"
+        )
     _check_video(name, "clip_name", origin)
     _check_captions([caption], origin)
     key = key_of(name)
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
-    return Draft(key=key, video=name, video_id=key, origin=origin, captions=[caption], by_name=True)
+    return Draft(
+        key=key,
+        video=name,
+        video_id=key,
+        origin=origin,
+        captions=[caption],
+        by_name=True,
+        key_hash=row_hash(name, 0.0, None),
+        has_video_id=False,
+    )
 
 
-def _parquet_rows(url: str) -> Iterator[Draft]:
+def _parquet_rows(url: str) -> Iterator[Draft | RefusedRow]:
     for number, row in enumerate(parquet_rows(url), start=1):
-        # A null caption is an empty caption, as in CSV.
-        yield _draft(row if "captions" in row else {"caption": "", **row}, f"{url}: row {number}")
+        origin = f"{url}: row {number}"
+        if isinstance(row, str):
+            yield refused_row(origin, f"{origin}: {row}")
+        else:
+            # A null caption is an empty caption, as in CSV.
+            whole = row if "captions" in row else {"caption": "", **row}
+            yield draft_or_refusal(draft_of, whole, origin)
 
 
-def _csv_rows(url: str) -> Iterator[Draft]:
-    reader = csv.DictReader(text_lines(url), strict=True)
-    try:
-        columns = reader.fieldnames or ()
-        unknown = sorted(set(columns) - set(CSV_ALLOWED))
-        if columns and (unknown or not {"video", "caption"} <= set(columns)):
-            raise ValueError(
-                f"{url}:1: columns {', '.join(columns)}; expected video, caption and optionally"
-                " key, video_id, start, end"
-            )
-        for row in reader:
-            origin = f"{url}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise ValueError(f"{origin}: expected {len(columns)} fields ({', '.join(columns)})")
-            yield _draft(
-                {name: value for name, value in row.items() if value or name == "caption"}, origin
-            )
-    except csv.Error as error:
-        # line_num is the last line of the last complete row.
-        raise ValueError(f"{url}:{reader.line_num + 1}: not CSV: {error}") from error
+def _csv_rows(url: str) -> Iterator[Draft | RefusedRow]:
+    records = csv_records(url)
+    header = next(records, None)
+    if header is None:
+        return
+    if header.problem:
+        raise ValueError(f"{url}:{header.number}: {header.problem}")
+    columns = header.fields
+    is_known = set(columns) <= set(CSV_ALLOWED) and len(set(columns)) == len(columns)
+    if not is_known or not {"video", "caption"} <= set(columns):
+        raise ValueError(
+            f"{url}:{header.number}: columns {', '.join(columns)[:MAX_DETAIL]}; expected video,"
+            " caption and optionally key, video_id, start, end"
+        )
+    parse = partial(_csv_draft, columns)
+    for record in records:
+        yield draft_or_refusal(parse, record, f"{url}:{record.number}")
 
 
-def _draft(row: dict[str, Any], origin: str) -> Draft:
+def _csv_draft(columns: list[str], record: CsvRecord, origin: str) -> Draft:
+    check_record(record, columns, origin)
+    row = zip(columns, record.fields, strict=True)
+    return draft_of({name: value for name, value in row if value or name == "caption"}, origin)
+
+
+def check_record(record: CsvRecord, columns: list[str], origin: str) -> None:
+    """Raises ValueError for a record that is no CSV, or has not one field a column."""
+    if record.problem:
+        raise ValueError(f"{origin}: {record.problem}")
+    if len(record.fields) != len(columns):
+        raise ValueError(f"{origin}: expected {len(columns)} fields ({', '.join(columns)})")
+
+
+def draft_of(row: dict[str, Any], origin: str) -> Draft:
+    """Checks the fields ALLOWED of a row.
+
+    Raises:
+        ValueError: a field is missing, unknown or wrong; the message has the origin.
+    """
     _check_fields(row, ALLOWED, origin)
     if ("captions" in row) == ("caption" in row):
         raise ValueError(f'{origin}: give either "captions" (a list) or "caption" (one text)')
     captions = row["captions"] if "captions" in row else [row["caption"]]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{origin}: captions={captions!r} must be text")
+        raise ValueError(f"{origin}: captions={captions!r:.200} must be text")
     for name in ("video", "key", "video_id"):
         value = row.get(name, "-" if name != "video" else "")
         if not isinstance(value, str) or not value:
             raise ValueError(
-                f"{origin}: {name}={value!r} must be a text with at least one character"
+                f"{origin}: {name}={value!r:.200} must be a text with at least one character"
             )
     _check_video(row["video"], "video", origin)
     _check_captions(captions, origin)
     if not is_video_id(row.get("video_id", "-")):
-        raise ValueError(f"{origin}: video_id={row['video_id']!r} must be {VIDEO_ID_RULE}")
+        raise ValueError(f"{origin}: video_id={row['video_id']!r:.200} must be {VIDEO_ID_RULE}")
     start_s, end_s = _span(row, origin)
-    key = row.get("key") or key_of(row["video"]) + span_suffix(start_s, end_s)
+    own_key = row.get("key")
+    key = own_key or key_of(row["video"], span_suffix(start_s, end_s))
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
     return Draft(
@@ -157,6 +236,8 @@ def _draft(row: dict[str, Any], origin: str) -> Draft:
         captions=captions,
         start_s=start_s,
         end_s=end_s,
+        key_hash=0 if own_key else row_hash(row["video"], start_s, end_s),
+        has_video_id="video_id" in row,
     )
 
 
@@ -168,10 +249,10 @@ def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
         if value is not None:
             try:
                 seconds[name] = float(value) if not isinstance(value, bool) else math.nan
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 seconds[name] = math.nan
-            if not math.isfinite(seconds[name]):
-                raise ValueError(f"{origin}: {name}={value!r} must be a number of seconds")
+            if not abs(seconds[name]) <= MAX_SECONDS:
+                raise ValueError(f"{origin}: {name}={value!r:.200} must be a number of seconds")
     start_s, end_s = seconds.get("start", 0.0), seconds.get("end")
     if not 0 <= start_s < (math.inf if end_s is None else end_s):
         raise ValueError(f"{origin}: start={start_s} and end={end_s} must be 0 <= start < end")
@@ -180,7 +261,7 @@ def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
 
 def _check_video(video: str, name: str, origin: str) -> None:
     if REFUSED_TEXT.search(video):
-        raise ValueError(f"{origin}: {name}={video!r} must have no control character")
+        raise ValueError(f"{origin}: {name}={video!r:.200} must have no control character")
 
 
 def _check_captions(captions: list[str], origin: str) -> None:
@@ -189,7 +270,8 @@ def _check_captions(captions: list[str], origin: str) -> None:
             caption.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{origin}: caption={caption!r} is no valid Unicode: it has half of a UTF-16 pair"
+                f"{origin}: caption={caption!r:.200} is no valid Unicode: it has half of a UTF-16"
+                " pair"
             ) from error
 
 
