@@ -1,7 +1,8 @@
 """Caption statistics of a data set, computed in one pass without keeping a caption.
 
 The pass keeps 20 bytes per caption and 4 bytes per sample: a hash, the hash of the video and a
-number of words. Merging the shards doubles this for a moment, and the statistics sort it.
+number of words. Merging the shards doubles this for a moment. Sorting takes the peak to about 70
+bytes per caption while few captions are shared.
 """
 
 from __future__ import annotations
@@ -82,34 +83,32 @@ class CaptionAccumulator:
         """Computes the statistics of all captions added so far."""
         words = np.asarray(self._num_words)
         groups = self._groups()
-        is_shared = groups.num_videos > 1
         return CaptionStatistics(
             num_captions=len(words),
             num_empty=int((words == 0).sum()),
             num_long=int((words > LONG_WORDS).sum()),
-            num_repeated=len(words) - len(groups.of_pair),
-            num_distinct=len(groups.starts),
-            num_shared=int(is_shared.sum()),
-            num_sharing=int(groups.sizes()[is_shared].sum()),
+            num_repeated=len(words) - groups.num_pairs,
+            num_distinct=groups.num_distinct,
+            num_shared=len(groups.starts),
+            num_sharing=len(groups.order),
             equal_probability=self._equal_probability(groups),
             words=distribution(words, whole=True),
         )
 
     def most_frequent(self, count: int) -> list[FrequentCaption]:
-        """The captions of most videos, of those that several videos have; most videos first."""
+        """The captions that most videos have, of those that several videos have."""
         groups, captions = self._groups(), np.asarray(self._captions)
-        ends = np.cumsum(np.asarray(self._of_sample, dtype=np.int64))
         # Captions of equally many videos are in the order of their hashes.
         chosen = np.argsort(-groups.num_videos, kind="stable")[:count]
-        found, sizes = [], groups.sizes()
-        for group in chosen[groups.num_videos[chosen] > 1].tolist():
-            start = int(groups.starts[group])
-            first = int(groups.order[start : start + int(sizes[group])].min())
+        firsts = np.minimum.reduceat(groups.order, groups.starts) if len(chosen) else chosen
+        found = []
+        samples = self._samples(firsts)
+        for group in chosen.tolist():
             found.append(
                 FrequentCaption(
-                    caption_hash=int(captions[first]),
+                    caption_hash=int(captions[firsts[group]]),
                     num_videos=int(groups.num_videos[group]),
-                    sample=int(np.searchsorted(ends, first, side="right")),
+                    sample=int(samples[group]),
                 )
             )
         return found
@@ -117,6 +116,11 @@ class CaptionAccumulator:
     def num_also_in(self, other: CaptionAccumulator) -> int:
         """Number of distinct captions that the other accumulator contains as well."""
         return len(np.intersect1d(np.asarray(self._captions), np.asarray(other._captions)))
+
+    def _samples(self, positions: np.ndarray) -> np.ndarray:
+        """Numbers of the samples of captions at these positions."""
+        ends = np.cumsum(np.asarray(self._of_sample, dtype=np.int64))
+        return np.searchsorted(ends, positions, side="right")
 
     def _groups(self) -> _Groups:
         if self._grouped is None:
@@ -129,11 +133,11 @@ class CaptionAccumulator:
         if num_samples < 2:
             return 0.0
         of_sample = np.asarray(self._of_sample)
-        drawn = np.repeat(1 / np.maximum(of_sample, 1), of_sample)[groups.order]
+        drawn = 1 / of_sample[self._samples(groups.order)]
         # Expected draws of a caption: per video, and over all videos.
         per_video = np.add.reduceat(drawn, groups.pair_starts) if len(drawn) else drawn
         overall = np.bincount(groups.of_pair, per_video)
-        # Twice the pairs of samples of different videos. A caption of one video gives exactly 0.
+        # Twice the pairs of samples of different videos.
         agreeing = overall**2 - np.bincount(groups.of_pair, per_video**2)
         return float(agreeing.sum()) / (num_samples * (num_samples - 1))
 
@@ -158,35 +162,42 @@ def expected_equal_pairs(equal_probability: float, num_samples: int, batch: int)
 
 
 class _Groups(NamedTuple):
-    """Captions sorted by hash, and within a hash by video.
+    """Numbers of distinct captions, and the captions of several videos, grouped.
 
     A pair is a distinct (caption, video). With 63 bits, one in 184,000 data sets of ten million
     distinct captions has two captions of one hash.
     """
 
+    num_distinct: int
+    num_pairs: int
     order: np.ndarray
-    """(n,) positions of the sorted captions, in the order of adding."""
+    """Positions of the shared captions in the order of adding, sorted by hash, then by video."""
     starts: np.ndarray
-    """First place of each distinct caption in `order`."""
+    """First place of each distinct shared caption in `order`."""
     pair_starts: np.ndarray
-    """First place of each pair in `order`."""
+    """First place of each pair of a shared caption in `order`."""
     of_pair: np.ndarray
-    """Number of the distinct caption of each pair."""
+    """Number of the distinct shared caption of each pair."""
     num_videos: np.ndarray
-    """Videos of each distinct caption."""
-
-    def sizes(self) -> np.ndarray:
-        """Number of captions equal to each distinct caption."""
-        return np.diff(self.starts, append=len(self.order))
+    """Videos of each distinct shared caption."""
 
 
 def _groups(captions: np.ndarray, videos: np.ndarray) -> _Groups:
     order = np.lexsort((videos, captions))
     is_new_caption = _differs_from_previous(captions[order])
     is_new_pair = is_new_caption | _differs_from_previous(videos[order])
+    num_distinct, num_pairs = int(is_new_caption.sum()), int(is_new_pair.sum())
+    # Few captions are shared, so the rest leaves here.
+    starts = np.flatnonzero(is_new_caption)
+    num_videos = np.add.reduceat(is_new_pair, starts, dtype=np.int64) if len(starts) else starts
+    is_shared = np.repeat(num_videos > 1, np.diff(starts, append=len(order)))
+    order, is_new_caption, is_new_pair = (
+        each[is_shared] for each in (order, is_new_caption, is_new_pair)
+    )
     starts, pair_starts = np.flatnonzero(is_new_caption), np.flatnonzero(is_new_pair)
     of_pair = np.searchsorted(starts, pair_starts, side="right") - 1
-    return _Groups(order, starts, pair_starts, of_pair, np.bincount(of_pair))
+    num_videos = np.bincount(of_pair)
+    return _Groups(num_distinct, num_pairs, order, starts, pair_starts, of_pair, num_videos)
 
 
 def _differs_from_previous(values: np.ndarray) -> np.ndarray:
