@@ -31,8 +31,10 @@ SINGLE_RANK = World(rank=0, world_size=1, device=CPU)
 
 
 def loss_of(features: Features) -> Tensor:
-    loss, ids = LossConfig(), {"caption_ids": CAPTION_IDS}
-    return objective(features, VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, **ids).for_backward
+    found = objective(
+        features, VIDEO_IDS, ModelConfig(), LossConfig(), SINGLE_RANK, caption_ids=CAPTION_IDS
+    )
+    return found.for_backward
 
 
 def cached(model: PlainModel, sizes: Sequence[int], dtype: torch.dtype) -> Gradients:
