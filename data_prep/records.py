@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -24,6 +25,14 @@ MAX_VIDEO_ID_LENGTH = 4096
 # Control characters, line separators, and halves of UTF-16 pairs, which UTF-8 cannot encode.
 REFUSED_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 VIDEO_ID_RULE = f"1 to {MAX_VIDEO_ID_LENGTH} characters, none for control"
+
+# Marks that may end a sentence or a list item, in Latin, Arabic, Indic, Khmer, Ethiopic and East
+# Asian writing. The caption is the same without them.
+SENTENCE_MARKS = (
+    ".!?,;:\u203c\u203d\u2047\u2048\u2049\u2026"
+    "\u060c\u061b\u061f\u06d4\u0964\u0965\u17d4\u1362"
+    "\u3001\u3002\uff01\uff0c\uff0e\uff1a\uff1b\uff1f\uff61"
+)
 
 # Reasons for which a sample is refused. The set is fixed because it is a metric label.
 BAD_SAMPLE_REASONS = (
@@ -135,6 +144,13 @@ class Caption:
     text: str
     words: tuple[Word, ...] | None = None
     """Words in order; None = packed without words."""
+    dropped_from: str | None = None
+    """The caption before words were dropped from it; None = it is whole."""
+
+    @property
+    def whole(self) -> str:
+        """The caption with all its words."""
+        return self.text if self.dropped_from is None else self.dropped_from
 
     def known_words(self) -> tuple[Word, ...]:
         """Returns the words. Raises ValueError for a caption packed without words."""
@@ -203,6 +219,8 @@ class Batch:
     frame_mask: Tensor
     """(B, F), at least one 1 per row."""
     captions: tuple[str, ...]
+    caption_ids: Tensor
+    """(A,) hashes of the whole captions, see `hash_caption`."""
     token_ids: Tensor
     """(A, T)."""
     word_mask: Tensor
@@ -238,7 +256,38 @@ def is_video_id(text: object) -> bool:
 
 def hash_video_id(video_id: str) -> int:
     """Hashes a video id to 63 bits, the same in every process and release."""
-    return int.from_bytes(hashlib.blake2b(video_id.encode(), digest_size=8).digest(), "little") >> 1
+    return _hash_63_bits(video_id)
+
+
+def normal_caption(text: str) -> str:
+    """Returns the form in which equal captions agree.
+
+    Captions are equal without regard to case and to the way in which accents are encoded (canonical
+    caseless matching, Unicode D145), to white space, and to sentence marks at the end. A caption of
+    such marks alone keeps them. Every other character counts.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFD", text)
+    text = text.casefold()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = " ".join(text.split())
+    return text.rstrip(SENTENCE_MARKS + " ") or text
+
+
+def hash_caption(text: str) -> int:
+    """Hashes the normal form of a caption to 63 bits.
+
+    It is the same in every process of a run. Characters that a later version of Unicode adds may
+    change it, so it is not stored.
+    """
+    return _hash_63_bits(normal_caption(text))
+
+
+def _hash_63_bits(text: str) -> int:
+    # A text from elsewhere may hold half of a UTF-16 pair, which strict UTF-8 cannot encode.
+    content = text.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 class BadSample(Exception):

@@ -31,6 +31,8 @@ def info_nce(
     *,
     video_ids: Int[Tensor, " G"] | None = None,
     mask_same_video: bool = False,
+    caption_ids: Int[Tensor, " G"] | None = None,
+    mask_equal_captions: bool = False,
     scale: float = 100.0,
 ) -> Float[Tensor, ""]:
     """Mean over both directions of -log softmax(scale x similarity) of the matched pairs.
@@ -39,6 +41,8 @@ def info_nce(
         similarity: Unscaled; matched pairs are on the diagonal.
         video_ids: Needed for `mask_same_video`.
         mask_same_video: Excludes pairs of a caption with another caption's copy of the same video.
+        caption_ids: Needed for `mask_equal_captions`.
+        mask_equal_captions: Excludes pairs of a caption with another video that has this caption.
         scale: 1 / temperature.
     """
     return row_info_nce(
@@ -47,6 +51,8 @@ def info_nce(
         collectives=SINGLE_RANK,
         video_ids=video_ids,
         mask_same_video=mask_same_video,
+        caption_ids=caption_ids,
+        mask_equal_captions=mask_equal_captions,
         scale=scale,
     ).loss
 
@@ -57,6 +63,8 @@ def neg_nce(
     mode: str = "reference",
     video_ids: Int[Tensor, " G"] | None = None,
     mask_same_video: bool | None = None,
+    caption_ids: Int[Tensor, " G"] | None = None,
+    mask_equal_captions: bool | None = None,
     scale: float = 100.0,
     weight: float = 0.5,
 ) -> Float[Tensor, ""]:
@@ -68,6 +76,8 @@ def neg_nce(
         mode=mode,
         video_ids=video_ids,
         mask_same_video=mask_same_video,
+        caption_ids=caption_ids,
+        mask_equal_captions=mask_equal_captions,
         scale=scale,
         weight=weight,
     ).loss
@@ -80,12 +90,24 @@ def row_info_nce(
     collectives: Collectives,
     video_ids: Int[Tensor, " G"] | None = None,
     mask_same_video: bool = False,
+    caption_ids: Int[Tensor, " G"] | None = None,
+    mask_equal_captions: bool = False,
     scale: float = 100.0,
 ) -> LossTerms:
     """This rank's share of `info_nce`; row i of the block is row `row_offset` + i of the square."""
-    rule = LossRule(None, scale=scale, mask_same_video=mask_same_video)
+    rule = LossRule(
+        None,
+        scale=scale,
+        mask_same_video=mask_same_video,
+        mask_equal_captions=mask_equal_captions,
+    )
     return row_loss(
-        block, rule, row_offset=row_offset, collectives=collectives, video_ids=video_ids
+        block,
+        rule,
+        row_offset=row_offset,
+        collectives=collectives,
+        video_ids=video_ids,
+        caption_ids=caption_ids,
     )
 
 
@@ -97,6 +119,8 @@ def row_neg_nce(
     mode: str = "reference",
     video_ids: Int[Tensor, " G"] | None = None,
     mask_same_video: bool | None = None,
+    caption_ids: Int[Tensor, " G"] | None = None,
+    mask_equal_captions: bool | None = None,
     scale: float = 100.0,
     weight: float = 0.5,
 ) -> LossTerms:
@@ -117,16 +141,29 @@ def row_neg_nce(
         video_ids: Ids of all G pairs.
         mask_same_video: True excludes pairs of equal video id from the denominators and from H.
             None does so in `log` mode if `video_ids` are given.
+        caption_ids: Ids of the captions of all G pairs, equal for equal captions.
+        mask_equal_captions: The same for pairs of equal caption id.
         scale: 1 / temperature.
         weight: Weight of the penalty.
 
     Raises:
-        ValueError: unknown mode, same-video masking without ids, ids of another length, or rows
-            outside the square.
+        ValueError: unknown mode, masking without ids, ids of another length, or rows outside the
+            square.
     """
-    rule = LossRule(mode, scale=scale, weight=weight, mask_same_video=mask_same_video)
+    rule = LossRule(
+        mode,
+        scale=scale,
+        weight=weight,
+        mask_same_video=mask_same_video,
+        mask_equal_captions=mask_equal_captions,
+    )
     return row_loss(
-        block, rule, row_offset=row_offset, collectives=collectives, video_ids=video_ids
+        block,
+        rule,
+        row_offset=row_offset,
+        collectives=collectives,
+        video_ids=video_ids,
+        caption_ids=caption_ids,
     )
 
 
@@ -137,6 +174,7 @@ def row_loss(
     row_offset: int,
     collectives: Collectives,
     video_ids: Int[Tensor, " G"] | None = None,
+    caption_ids: Int[Tensor, " G"] | None = None,
 ) -> LossTerms:
     """`row_info_nce` or `row_neg_nce`, selected by the rule.
 
@@ -149,6 +187,7 @@ def row_loss(
         row_offset=row_offset,
         collectives=collectives,
         video_ids=video_ids,
+        caption_ids=caption_ids,
         like=at_least_float32(block[:0]).detach(),
     )
     return loss_terms(loss, _BlockLoss.apply(block, loss))

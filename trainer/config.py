@@ -46,6 +46,7 @@ __all__ = [
     "WriterName",
     "accumulation_steps",
     "from_json",
+    "masks_equal_captions",
     "merged",
     "merged_objects",
     "read_overrides",
@@ -71,6 +72,10 @@ class LossConfig:
     mask_same_video: bool | None = None
     """Excludes pairs of the same video id from the negatives. None: on for
     neg_nce in log mode, otherwise off."""
+    mask_equal_captions: bool | None = None
+    """Excludes videos that have the caption of a pair from its negatives.
+    Captions are equal but for case, white space and the final punctuation.
+    None: on for neg_nce in log mode, otherwise off."""
     tpm_cl: Literal[0, 2, 3, 4] = 4
     """Type of TPM-CL, the loss on partially masked samples. 0: off. 2:
     margins 1 and 2. 3: margin 3. 4: all three margins."""
@@ -178,6 +183,13 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
             "by --train.global-batch / --train.micro-batch"
         )
     return train.global_batch // per_micro_step
+
+
+def masks_equal_captions(loss: LossConfig) -> bool:
+    """True if videos with a pair's caption are no negatives of it."""
+    if loss.mask_equal_captions is None:
+        return loss.similarity == "neg_nce" and loss.neg_nce_mode == "log"
+    return loss.mask_equal_captions
 
 
 def to_json(config: Config) -> str:

@@ -282,12 +282,15 @@ class TrainStep:
         train, device = self.config.train, self.world.device
         word_mask = torch.cat([batch.word_mask for batch in micro_batches])
         frame_mask = torch.cat([batch.frame_mask for batch in micro_batches])
+        video_ids = torch.cat([batch.video_ids for batch in micro_batches])
+        caption_ids = torch.cat([batch.caption_ids for batch in micro_batches])
         mine = objective(
             features,
-            to_device(torch.cat([batch.video_ids for batch in micro_batches]), device),
+            to_device(video_ids, device),
             self.config.model,
             self.config.loss,
             self.world,
+            caption_ids=to_device(caption_ids, device),
             exchange=train.exchange,
             scores=train.scores,
             fast=train.fast_similarity,

@@ -26,8 +26,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tvr.data_prep.check.captions import LONG_WORDS, CaptionStatistics
+from tvr.data_prep.check.distribution import readable
 from tvr.data_prep.check.sequential_reads import JOBS, OnBytes
-from tvr.data_prep.check.stats import dataset_statistics, read_facts
+from tvr.data_prep.check.stats import (
+    BATCH,
+    DatasetStatistics,
+    dataset_statistics,
+    read_facts,
+    shared_captions,
+)
 from tvr.data_prep.check.verify import VerifyReport, leak_problems, verify_dataset
 from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.dataset.manifest import read_manifest
@@ -60,7 +67,8 @@ class VerifyArguments:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class StatsArguments:
-    """Writes one HTML page about a packed data set: sample frames, histograms, totals."""
+    """Writes one HTML page about a packed data set: sample frames, histograms, totals, and captions
+    that several videos have."""
 
     url: Annotated[str, tyro.conf.Positional]
     """Folder or fsspec URL of the data set."""
@@ -74,6 +82,8 @@ class StatsArguments:
     """Samples to show, evenly spaced; 0 = none."""
     jobs: int = JOBS
     """Shards to read in parallel."""
+    json: str | None = None
+    """File for the statistics as JSON; - = standard output, instead of text."""
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -166,24 +176,47 @@ def _stats(arguments: StatsArguments) -> int:
             jobs=arguments.jobs,
             on_bytes=on_bytes,
         )
-    statistics = dataset_statistics(manifest, facts)
+    shared = shared_captions(arguments.url, manifest, facts)
+    statistics = dataset_statistics(manifest, facts, shared)
     shown = shown_samples(arguments.url, manifest, arguments.pictures)
     write_atomically(
         Path(arguments.out), stats_page(arguments.url, statistics, shown, problems_by_url)
     )
+    in_common = {other: len(problems) for other, problems in problems_by_url.items()}
+    text = json.dumps(
+        {"url": arguments.url, **asdict(statistics), "batch": BATCH, "in_common": in_common},
+        indent=1,
+    )
+    if arguments.json == "-":
+        print(text)
+        return 0
+    if arguments.json is not None:
+        write_atomically(Path(arguments.json), text + "\n")
     print(
         f"{arguments.url}: {statistics.num_read:,} of {statistics.num_samples:,} samples read,"
         f" {statistics.num_captions:,} captions of {statistics.num_videos:,} videos;"
         f" see {arguments.out}"
     )
+    print("\n".join(_findings(statistics)))
+    for other, count in in_common.items():
+        print(f"samples in common with {other}: {count:,} pairs")
+    return 0
+
+
+def _findings(statistics: DatasetStatistics) -> Iterator[str]:
+    captions = statistics.captions
+    if captions.num_captions:
+        yield (
+            f"captions that another video has as well: {captions.num_sharing:,}"
+            f" ({100 * captions.num_sharing / captions.num_captions:.2f} %);"
+            f" {readable(statistics.equal_pairs_in_batch)} pairs of them expected in a batch of"
+            f" {BATCH:,}"
+        )
     if statistics.adjusted:
         counts = ", ".join(f"{count:,} {what}" for what, count in statistics.adjusted.items())
-        print(f"shown otherwise than stored: {counts}")
+        yield f"shown otherwise than stored: {counts}"
     if unread := sum(statistics.unread.values()):
-        print(f"{unread:,} samples could not be read; `tvr verify` lists them")
-    for other, problems in problems_by_url.items():
-        print(f"samples in common with {other}: {len(problems):,} pairs")
-    return 0
+        yield f"{unread:,} samples could not be read; `tvr verify` lists them"
 
 
 @contextmanager

@@ -6,12 +6,18 @@ import json
 import math
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
-from tvr.data_prep.check.captions import CaptionAccumulator, CaptionStatistics
+from tvr.data_prep.check.captions import (
+    CaptionAccumulator,
+    CaptionStatistics,
+    FrequentCaption,
+    expected_equal_pairs,
+)
 from tvr.data_prep.check.distribution import Distribution, distribution
 from tvr.data_prep.check.sequential_reads import (
     CHUNK_BYTES,
@@ -25,16 +31,22 @@ from tvr.data_prep.check.sequential_reads import (
 from tvr.data_prep.dataset.manifest import Layout, Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.dataset.sample_table import hash_texts
-from tvr.data_prep.records import ADJUSTMENTS, BadSample
+from tvr.data_prep.records import ADJUSTMENTS, BadSample, hash_caption
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_errors import is_passing_error
 from tvr.data_prep.video.frame_sampling import segment_centres
+
+MOST_FREQUENT = 10
+BATCH = 1024
+"""Pairs of the global batch for which pairs of equal captions are predicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleFacts:
     """Properties of one sample and of its source video."""
 
+    row: int
+    """Manifest row."""
     video_id: str
     captions: tuple[str, ...]
     duration_s: float
@@ -44,6 +56,17 @@ class SampleFacts:
     height: int
     adjusted: tuple[str, ...]
     """What the pictures needed to be shown, names in ADJUSTMENTS."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedCaption:
+    """A caption that several videos have."""
+
+    text: str
+    """As the sample writes it; empty if the sample cannot be read again."""
+    num_videos: int
+    key: str
+    """Key of the first sample that has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +96,11 @@ class DatasetStatistics:
     unread: dict[str, int]
     """Samples that could not be read, by reason."""
     captions: CaptionStatistics
+    most_shared: tuple[SharedCaption, ...]
+    """The captions of most videos."""
+    equal_pairs_in_batch: float
+    """Expected number of pairs of different videos with equal captions in a global batch of BATCH
+    pairs. Neither is a negative of the other if `loss.mask_equal_captions` is on."""
     duration_s: Distribution | None
     frame_rate_hz: Distribution | None
     short_side: Distribution | None
@@ -85,8 +113,9 @@ class DatasetStatistics:
 
 @dataclass(slots=True)
 class FactsAccumulator:
-    """Facts of many samples, in 24 bytes per sample and 20 bytes per caption."""
+    """Facts of many samples, in 36 bytes per sample and 20 bytes per caption."""
 
+    row: array[int] = field(default_factory=lambda: array("Q"))
     captions: CaptionAccumulator = field(default_factory=CaptionAccumulator)
     duration_s: array[float] = field(default_factory=lambda: array("d"))
     frame_rate_hz: array[float] = field(default_factory=lambda: array("d"))
@@ -97,6 +126,7 @@ class FactsAccumulator:
 
     def add(self, facts: SampleFacts) -> None:
         """Adds one sample."""
+        self.row.append(facts.row)
         self.captions.add(facts.video_id, facts.captions)
         self.duration_s.append(facts.duration_s)
         self.frame_rate_hz.append(facts.frame_rate_hz)
@@ -106,6 +136,7 @@ class FactsAccumulator:
 
     def merge(self, other: FactsAccumulator) -> None:
         """Adds the samples of another accumulator."""
+        self.row.extend(other.row)
         self.captions.merge(other.captions)
         self.duration_s.extend(other.duration_s)
         self.frame_rate_hz.extend(other.frame_rate_hz)
@@ -151,11 +182,31 @@ def read_facts(
     return merged
 
 
-def dataset_statistics(manifest: Manifest, facts: FactsAccumulator) -> DatasetStatistics:
-    """Computes the statistics of a data set from its manifest and the facts of its samples."""
+def shared_captions(
+    url: str, manifest: Manifest, facts: FactsAccumulator, count: int = MOST_FREQUENT
+) -> list[SharedCaption]:
+    """Finds the captions that most videos have, and reads a sample of each for its text."""
+    store = Storage(url)
+    return [
+        _shared_caption(store, manifest, facts.row[frequent.sample], frequent)
+        for frequent in facts.captions.most_frequent(count)
+    ]
+
+
+def dataset_statistics(
+    manifest: Manifest, facts: FactsAccumulator, shared: Sequence[SharedCaption] = ()
+) -> DatasetStatistics:
+    """Computes the statistics of a data set.
+
+    Args:
+        manifest: Index of the data set.
+        facts: Facts of its samples.
+        shared: From `shared_captions`.
+    """
     samples = manifest.samples
     video_ids, videos = np.unique(hash_texts(samples.video_id), return_inverse=True)
     width, height = (np.array(side, dtype=np.float64) for side in (facts.width, facts.height))
+    captions = facts.captions.statistics()
     return DatasetStatistics(
         layout=manifest.layout,
         num_frames=manifest.num_frames,
@@ -172,7 +223,11 @@ def dataset_statistics(manifest: Manifest, facts: FactsAccumulator) -> DatasetSt
         samples_per_shard=distribution(np.array(manifest.shard_sizes), whole=True),
         num_read=len(width),
         unread=dict(sorted(facts.unread.items())),
-        captions=facts.captions.statistics(),
+        captions=captions,
+        most_shared=tuple(shared),
+        equal_pairs_in_batch=expected_equal_pairs(
+            captions.equal_probability, manifest.num_samples, BATCH
+        ),
         duration_s=distribution(np.array(facts.duration_s)),
         frame_rate_hz=distribution(np.array(facts.frame_rate_hz)),
         short_side=distribution(np.minimum(width, height), whole=True),
@@ -195,9 +250,8 @@ def _read_shard(
     wanted = rows[slice(*np.searchsorted(rows, (within.start, within.stop)))].tolist()
     for done, row in enumerate(wanted):
         try:
-            facts.add(
-                _parse_facts(str(manifest.samples.key[row]), read_members(file, manifest, row))
-            )
+            key = str(manifest.samples.key[row])
+            facts.add(_parse_facts(row, key, read_members(file, manifest, row)))
         except BadSample as error:
             facts.unread[error.reason] += 1
         except OSError as error:
@@ -210,12 +264,27 @@ def _read_shard(
     return facts
 
 
-def _parse_facts(key: str, members: dict[str, bytes]) -> SampleFacts:
+def _shared_caption(
+    store: Storage, manifest: Manifest, row: int, frequent: FrequentCaption
+) -> SharedCaption:
+    key, text = str(manifest.samples.key[row]), ""
+    shard = manifest.file_of_shard(int(manifest.samples.shard[row]))
+    try:
+        file = SequentialShard(store, shard, ReadMeter(0, None), read_ahead=0)
+        texts = parse_meta(key, read_members(file, manifest, row)).texts
+        text = next((each for each in texts if hash_caption(each) == frequent.caption_hash), "")
+    except (BadSample, OSError):
+        pass  # It was readable a moment ago. Its key and its number of videos are still known.
+    return SharedCaption(text=text, num_videos=frequent.num_videos, key=key)
+
+
+def _parse_facts(row: int, key: str, members: dict[str, bytes]) -> SampleFacts:
     meta = parse_meta(key, members)
     try:
         fields = json.loads(members["json"])
         width, height = fields["source_size"]
         facts = SampleFacts(
+            row=row,
             video_id=meta.video_id,
             captions=meta.texts,
             duration_s=float(fields["duration_s"]),

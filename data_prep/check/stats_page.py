@@ -14,7 +14,7 @@ from tvr.data_prep.check.check_shard import Problem
 from tvr.data_prep.check.distribution import Distribution, readable
 from tvr.data_prep.check.histograms import histogram_svg
 from tvr.data_prep.check.sequential_reads import ReadMeter, SequentialShard, read_members
-from tvr.data_prep.check.stats import DatasetStatistics
+from tvr.data_prep.check.stats import BATCH, DatasetStatistics
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.html_page import page_template, picture_strip
@@ -80,6 +80,7 @@ def stats_page(
         statistics=statistics,
         captions=statistics.captions,
         long_words=LONG_WORDS,
+        batch=BATCH,
         readable=readable,
         shown=shown,
         charts=list(_charts(statistics)),

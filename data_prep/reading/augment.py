@@ -160,4 +160,5 @@ def _without(caption: Caption, words: tuple[Word, ...], forms: set[str]) -> Capt
             text += caption.text[word.start : word.end]
         elif (not text or text.endswith(" ")) and caption.text.startswith(" ", copied):
             copied += 1
-    return Caption(text=(text + caption.text[copied:]).rstrip(), words=tuple(kept))
+    text = (text + caption.text[copied:]).rstrip()
+    return Caption(text=text, words=tuple(kept), dropped_from=caption.whole)

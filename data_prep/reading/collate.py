@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch, Caption, Replacement, Sample, hash_video_id
+from tvr.data_prep.records import (
+    Batch,
+    Caption,
+    Replacement,
+    Sample,
+    hash_caption,
+    hash_video_id,
+)
 
 Tokenize = Callable[[Sequence[Caption]], tuple[Tensor, Tensor]]
 """Maps A captions to token ids (A, T) and a word_mask (A, T) with a fixed T. The mask is 0 for
@@ -59,6 +66,10 @@ def collate(
         frames=frames.permute(0, 1, 4, 2, 3),
         frame_mask=_long(frame_mask),
         captions=tuple(caption.text for caption in captions),
+        # Of the whole caption: the words that are dropped differ from one draw to the next.
+        caption_ids=_long(
+            np.array([hash_caption(caption.whole) for caption in captions], dtype=np.int64)
+        ),
         token_ids=token_ids,
         word_mask=word_mask,
         caption_video=_long(np.array(rows, dtype=np.int64)),

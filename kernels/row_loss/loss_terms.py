@@ -30,6 +30,9 @@ class LossTerms:
     """Mean over texts of the similarity with their own video."""
     hardest_similarity: Float[Tensor, ""]
     """Mean over texts of the largest similarity with another video."""
+    equal_captions_per_row: Float[Tensor, ""]
+    """Mean number of videos that are no negatives of a text because another video has its caption;
+    0 where captions are not compared."""
 
 
 def loss_terms(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:

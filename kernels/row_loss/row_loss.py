@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tvr.kernels.row_loss.excluded_pairs import ExcludedPairs, compared_ids
 from tvr.kernels.row_loss.online_softmax import (
     Collectives,
     OnlineSoftmax,
@@ -53,6 +54,8 @@ class LossRule:
     """Weight of the NegNCE penalty."""
     mask_same_video: bool | None = None
     """True excludes pairs of equal video id; None does so in `log` mode if ids are given."""
+    mask_equal_captions: bool | None = None
+    """The same for pairs of equal caption id."""
 
     def __post_init__(self) -> None:
         if self.neg_nce_mode not in (None, "reference", "log"):
@@ -60,11 +63,23 @@ class LossRule:
                 f"mode={self.neg_nce_mode!r} of NegNCE is unknown; use 'reference' or 'log'"
             )
 
-    def excludes_same_video(self, video_ids: Tensor | None) -> bool:
-        """True if pairs of equal video id are excluded."""
-        if self.mask_same_video is None:
-            return self.neg_nce_mode == "log" and video_ids is not None
-        return self.mask_same_video
+    def excluded_pairs(
+        self, num_pairs: int, video_ids: Tensor | None, caption_ids: Tensor | None
+    ) -> ExcludedPairs:
+        """Pairs that are no negatives; the ids are those of all G pairs. Raises ValueError."""
+        masks = (
+            ("video_ids", video_ids, "mask_same_video"),
+            ("caption_ids", caption_ids, "mask_equal_captions"),
+        )
+        mode = self.neg_nce_mode or ""
+        return ExcludedPairs(
+            *(
+                compared_ids(
+                    name, ids, num_pairs, mask=getattr(self, setting), setting=setting, mode=mode
+                )
+                for name, ids, setting in masks
+            )
+        )
 
 
 class _Direction:
@@ -107,11 +122,11 @@ class RowLoss:
         row_offset: Row 0 of this rank is row `row_offset` of the square.
         collectives: Reductions over ranks.
         video_ids: Ids of all G pairs; needed where pairs of one video are excluded.
+        caption_ids: The same for pairs of one caption.
         like: Tensor whose dtype and device the statistics take.
 
     Raises:
-        ValueError: rows outside the square, same-video masking without ids, or ids of another
-            length.
+        ValueError: rows outside the square, masking without ids, or ids of another length.
     """
 
     def __init__(
@@ -123,12 +138,13 @@ class RowLoss:
         row_offset: int,
         collectives: Collectives,
         video_ids: Int[Tensor, " G"] | None,
+        caption_ids: Int[Tensor, " G"] | None = None,
         like: Tensor,
     ) -> None:
-        _check(num_rows, num_pairs, row_offset, rule, video_ids)
+        _check(num_rows, num_pairs, row_offset)
         self.rule, self.collectives = rule, collectives
         self.num_pairs, self.row_offset = num_pairs, row_offset
-        self.video_ids = video_ids if rule.excludes_same_video(video_ids) else None
+        self.excluded = rule.excluded_pairs(num_pairs, video_ids, caption_ids)
         self.rows, self.columns = _Direction(1, num_rows, like), _Direction(0, num_pairs, like)
         # The rows and the columns of this rank's own pairs.
         self.own_pairs = (slice(None), slice(row_offset, row_offset + num_rows))
@@ -170,7 +186,7 @@ class RowLoss:
         """Second pass: adds a tile's sums over hard negatives. Tiles come in any order."""
         if self.rule.neg_nce_mode is None:
             # InfoNCE only reports their number.
-            hard = self._hard(scores, self._excluded(scores, position), position)
+            hard = self._hard(scores, self.excluded.of_tile(position, scores), position)
             return self.rows.add_sums(self.rows.num_hard, position, hard.to(scores.dtype))
         logits, excluded = self._logits(scores, position)
         hard = self._hard(scores, excluded, position)
@@ -249,7 +265,9 @@ class RowLoss:
                 log_probability = self.rule.scale * self.positives - direction.total[own]
                 clamped = clamped + (log_probability.exp() < MIN_PROBABILITY).sum() / 2
         hardest = self.hardest.masked_fill(self.hardest == -torch.inf, 0) / self.rule.scale
-        row_sums = (self.rows.num_hard, clamped, self.positives, hardest)
+        alike = self.excluded.by_caption_alone(self.own_pairs[1])
+        alike = torch.zeros_like(clamped) if alike is None else alike.to(clamped)
+        row_sums = (self.rows.num_hard, clamped, self.positives, hardest, alike)
         return penalty, *(x.sum() / self.num_pairs for x in row_sums)
 
     def _logits(
@@ -257,19 +275,8 @@ class RowLoss:
     ) -> tuple[Tensor, Bool[Tensor, "n m"] | None]:
         """Scaled scores, and the mask of excluded pairs, whose logit is -inf."""
         logits = self.rule.scale * scores
-        excluded = self._excluded(scores, position)
+        excluded = self.excluded.of_tile(position, scores)
         return logits if excluded is None else logits.masked_fill_(excluded, -torch.inf), excluded
-
-    def _excluded(self, scores: Tensor, position: TilePosition) -> Bool[Tensor, "n m"] | None:
-        """Marks the pairs of one video beside the matched ones, where these are excluded."""
-        if self.video_ids is None:
-            return None
-        first_row = self.row_offset + position.row
-        row_ids = self.video_ids[first_row : first_row + scores.shape[0]]
-        column_ids = self.video_ids[position.column : position.column + scores.shape[1]]
-        excluded = row_ids[:, None] == column_ids
-        position.diagonal(excluded)[0].fill_(False)
-        return excluded
 
     def _hard(self, scores: Tensor, excluded: Tensor | None, position: TilePosition) -> Tensor:
         row_positives = self.rows.broadcast(self.positives, position, scores).squeeze(1)
@@ -333,18 +340,9 @@ def _odds(probability: Tensor, selected: Tensor) -> Tensor:
     return probability / (1 - probability)
 
 
-def _check(
-    num_rows: int, num_pairs: int, row_offset: int, rule: LossRule, video_ids: Tensor | None
-) -> None:
+def _check(num_rows: int, num_pairs: int, row_offset: int) -> None:
     if not 0 <= row_offset <= num_pairs - num_rows:
         raise ValueError(
             f"row_offset={row_offset} with {num_rows} rows exceeds the {num_pairs} pairs; "
             f"allowed are 0 to {num_pairs - num_rows}"
-        )
-    if rule.excludes_same_video(video_ids) and video_ids is None:
-        raise ValueError("mask_same_video=True needs video_ids of all G pairs, not None")
-    if video_ids is not None and video_ids.shape != (num_pairs,):
-        raise ValueError(
-            f"video_ids has shape {tuple(video_ids.shape)} but must hold the ids of all "
-            f"{num_pairs} pairs of the global batch"
         )

@@ -98,6 +98,7 @@ def streamed_loss(
     collectives: Collectives = SINGLE_RANK,
     exchange: Exchange = LOCAL_EXCHANGE,
     video_ids: Int[Tensor, " G"] | None = None,
+    caption_ids: Int[Tensor, " G"] | None = None,
     keep_scores: bool = False,
     chunk: int | None = None,
     backend: str | None = None,
@@ -148,6 +149,7 @@ def streamed_loss(
             row_offset=row_offset,
             collectives=collectives,
             video_ids=video_ids,
+            caption_ids=caption_ids,
             like=videos.frames.detach()[:0],
         )
         tiles, chunk = tile_backend(texts, videos, chunk, fast, backend, compile_tiles)

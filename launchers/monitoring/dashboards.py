@@ -187,6 +187,10 @@ MINING_PANELS = (
            "Negatives that score above the positive. The number falls as the model learns. If it"
            " stays at the batch size, the model does not learn.",
            latest("tvr_train_hard_negatives_per_row")),
+    _graph("Equal captions per text", "short",
+           "Videos that are no negatives of a text because another video has its caption. Many of"
+           " them mean captions that tell little apart; `tvr stats` lists them.",
+           latest("tvr_train_equal_captions_per_row")),
     _graph("Hard-negative penalty", "short", "NegNCE's weighted addition to the loss.",
            Query('max by (run) (tvr_train_loss{run=~"$run", term="penalty"})', "{{run}}")),
     _graph("Penalty, share of the loss", "percentunit", "Share of the similarity loss.",

@@ -158,6 +158,7 @@ def batch_of(first: int, size: int, tokenizer: Any) -> Any:
         frames=torch.stack(frames),
         frame_mask=torch.ones(size, FRAMES, dtype=torch.long),
         captions=texts,
+        caption_ids=places,
         token_ids=token_ids,
         word_mask=word_mask,
         caption_video=torch.arange(size),

@@ -40,7 +40,14 @@ def train_losses(engine: Any, config: Config, world: World, first: int, count: i
     for _ in range(count):
         batch = next(batches)
         features = engine.encode(*model_inputs(batch, CPU))
-        terms = objective(features, batch.video_ids, config.model, config.loss, world)
+        terms = objective(
+            features,
+            batch.video_ids,
+            config.model,
+            config.loss,
+            world,
+            caption_ids=batch.caption_ids,
+        )
         engine.backward(terms.for_backward)
         engine.step(1.0)
         shares = all_gather_rows(terms.shares[None], world, (1,) * world.world_size)

@@ -11,7 +11,7 @@ import torch
 from builders.clip_files import plain_captions, tokenize
 
 from tvr.data_prep.reading.collate import collate
-from tvr.data_prep.records import BadSample, Caption, Replacement, Sample
+from tvr.data_prep.records import BadSample, Caption, Replacement, Sample, hash_caption
 
 
 def sample(key: str, num_frames: int, size: int = 4) -> Sample:
@@ -42,12 +42,24 @@ def test_padding_masks_and_rows() -> None:
     assert batch.frames.shape == (2, 3, 3, 4, 4)
     assert batch.frames.sum(dim=(2, 3, 4)).tolist() == [[336, 336, 336], [336, 0, 0]]
     assert batch.captions == ("one two", "x", "y z")
+    assert batch.caption_ids.tolist() == [hash_caption(text) for text in batch.captions]
     assert batch.caption_video.tolist() == [0, 1, 1]
     assert batch.word_mask.sum(dim=1).tolist() == [2, 1, 2]
     assert batch.positions.tolist() == [9, 4]
     assert batch.replaced == (replaced,)
     again = pickle.loads(pickle.dumps(batch))  # as when a worker sends it
     assert torch.equal(again.frames, batch.frames)
+
+
+def test_equal_captions_of_several_videos_have_one_id() -> None:
+    samples = [sample(f"set{n}/a", 1) for n in range(4)]
+    texts = ["A man plays.", "a man  plays", "a man sings", "a man"]
+    captions = [plain_captions(text) for text in texts]
+    captions[3] = [Caption(text="a man", dropped_from="A man plays")]  # "plays" was dropped
+    batch = collate(samples, captions, list(range(4)), tokenize, 1, 4)
+    first, *others = batch.caption_ids.tolist()
+    assert [other == first for other in others] == [True, False, True]
+    assert len(set(batch.video_ids.tolist())) == 4
 
 
 def test_channels_precede_height_and_width() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.clip_files import make_dataset, read_number
+from builders.clip_files import make_dataset, read_number, write_clips
 from builders.html_page import Page
 from builders.http_store import serve_folder
 from hypothesis import given
@@ -28,9 +29,11 @@ from tvr.data_prep.check.stats import (
     SampleFacts,
     dataset_statistics,
     read_facts,
+    shared_captions,
 )
 from tvr.data_prep.check.stats_page import shown_samples, stats_page
 from tvr.data_prep.dataset.manifest import Manifest, SampleTable, Shard, read_manifest
+from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.storage.storage import Storage
 
 
@@ -46,6 +49,7 @@ def statistics_of(url: str, **settings: Any) -> DatasetStatistics:
 
 facts = st.builds(
     SampleFacts,
+    row=st.just(0),
     video_id=st.sampled_from("uvw"),
     captions=st.lists(st.sampled_from(["a", "b c", "d e f"]), min_size=1, max_size=3).map(tuple),
     duration_s=st.floats(0, 100, width=32),
@@ -229,6 +233,71 @@ def test_the_page_shows_first_middle_and_last_frames(tmp_path: Path, layout: str
     for clip in (1, 4, 7):
         assert f"c0{clip} caption 0 of clip {clip}" in " ".join(Page(html).text.split())
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
+
+
+CAPTIONS = (
+    ("A man plays.", "someone sings"),
+    ("a man  plays",),
+    ("A MAN PLAYS!", "<b>x</b>"),
+    ("<b>X</b>", "a dog"),
+    ("nobody",),
+)
+
+
+@pytest.fixture(scope="module")
+def equal_captions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Five videos of one frame, three of which have the same caption."""
+    folder = tmp_path_factory.mktemp("equal")
+    clips = [
+        replace(clip, captions=captions)
+        for clip, captions in zip(write_clips(folder, len(CAPTIONS)), CAPTIONS, strict=True)
+    ]
+    url = str(folder / "data")
+    pack_shards(clips, url, layout="frames", num_frames=1, samples_per_shard=2)
+    return url
+
+
+def test_captions_of_several_videos_are_listed_and_predicted(
+    equal_captions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, report = tmp_path / "page.html", tmp_path / "stats.json"
+    line = [equal_captions, "--out", str(page), "--pictures", "0"]
+    assert check_cli.stats([*line, "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert found["most_shared"] == [
+        {"text": "A man plays.", "num_videos": 3, "key": "c00"},
+        {"text": "<b>x</b>", "num_videos": 2, "key": "c02"},
+    ]
+    captions = found["captions"]
+    assert [captions[name] for name in ("num_captions", "num_shared", "num_sharing")] == [8, 2, 5]
+    # Of the ten pairs of videos: 0-1, 0-2, 1-2 by the first caption, and 2-3 by the other.
+    probability = (1 / 2 + 1 / 4 + 1 / 2 + 1 / 4) / 10
+    assert captions["equal_probability"] == pytest.approx(probability)
+    whole, rest = divmod(found["batch"], 5)
+    both = whole**2 + 2 * whole * rest / 5 + rest * (rest - 1) / 20
+    assert found["batch"] == 1024
+    assert found["equal_pairs_in_batch"] == pytest.approx(10 * both * probability)
+    printed = capsys.readouterr().out
+    assert "captions that another video has as well: 5 (62.50 %); 62,914 pairs" in printed
+    text = " ".join(Page(page.read_text()).text.split())
+    assert "equal to one of another video 5 (62.50 %)" in text
+    assert "A man plays.3c00 <b>x</b>2c02" in text
+    assert "<b>x</b>" not in page.read_text()
+    assert check_cli.stats([*line, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_a_sample_that_cannot_be_read_again_leaves_its_caption_empty(
+    equal_captions: str, tmp_path: Path
+) -> None:
+    copy = str(tmp_path / "copy")
+    shutil.copytree(equal_captions, copy)
+    manifest = read_manifest(copy)
+    read = read_facts(copy, manifest)
+    (tmp_path / "copy" / "shard-000000.tar").unlink()
+    first, second = shared_captions(copy, manifest, read)
+    assert (first.text, first.num_videos, first.key) == ("", 3, "c00")
+    assert (second.text, second.key) == ("<b>x</b>", "c02")
 
 
 def test_charts_show_only_values_that_vary(url: str) -> None:

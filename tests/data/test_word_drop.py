@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.reading.augment import drop_words
 from tvr.data_prep.reading.order import caption_choice
-from tvr.data_prep.records import Batch, Caption, Clip, Word, WordKind
+from tvr.data_prep.records import Batch, Caption, Clip, Word, WordKind, hash_caption
 from tvr.trainer.model.tokenizer import Tokenizer, train_tokenizer
 
 # torch warns if there are more workers than cores; the order must not depend on the cores.
@@ -191,7 +191,15 @@ def test_each_epoch_draws_anew_from_the_chosen_caption(
 ) -> None:
     url, clips = data
     texts: dict[str, set[str]] = {}
-    for position, (key, text, _, mask) in rows(list(islice(stream(url, tokenizer), 60))).items():
+    batches = list(islice(stream(url, tokenizer), 60))
+    ids_of = {
+        position: caption_id
+        for batch in batches
+        for position, caption_id in zip(
+            batch.positions.tolist(), batch.caption_ids.tolist(), strict=True
+        )
+    }
+    for position, (key, text, _, mask) in rows(batches).items():
         sample = int(key.removeprefix("c"))
         captions = clips[sample].captions
         whole = captions[caption_choice(7, position // 9, sample, len(captions))]
@@ -200,6 +208,7 @@ def test_each_epoch_draws_anew_from_the_chosen_caption(
         assert mask[:2] == [1, 2]  # the start, "caption"
         assert mask.count(2) == 2  # "caption" and "clip"
         texts.setdefault(key, set()).add(text)
+        assert ids_of[position] == hash_caption(whole)  # whichever words were dropped
     # The droppable forms, common to all clips, are "0" (twice in this caption) and "of".
     assert texts["c00"] == {
         "caption 0 of clip 0",

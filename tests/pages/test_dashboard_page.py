@@ -165,6 +165,7 @@ EXPECTED_LINES: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]
     ("tvr_train_step_seconds", ""): ("step", field("step_s")),
     ("tvr_data_wait_seconds_total", ""): ("step", field("data_wait_s")),
     ("tvr_train_hard_negatives_per_row", ""): ("step", field("hard_negatives_per_row")),
+    ("tvr_train_equal_captions_per_row", ""): ("step", field("equal_captions_per_row")),
     ("tvr_train_temperature", ""): ("step", lambda event: 0.01),
     ("tvr_train_goodput_ratio", ""): ("step", field("goodput")),
     ("tvr_train_straggler_gap_seconds_total", ""): ("step", field("straggler_gap_s")),

@@ -1,5 +1,7 @@
 """InfoNCE and NegNCE beyond the golden arrays: ranks, log mode, masks, extreme scores, errors."""
 
+from typing import Any
+
 import pytest
 import torch
 from builders.ranks_in_threads import ThreadCollectives, on_ranks
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tvr.kernels.losses import LossTerms, info_nce, neg_nce, row_info_nce, row_neg_nce
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
+from tvr.kernels.row_loss.row_loss import LossRule
 
 KINDS = ("info", "reference", "log")
 EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
@@ -52,15 +55,44 @@ def naive_log_neg_nce(similarity: Tensor, excluded: Tensor, weight: float = 0.5)
     return total / num_pairs
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_log_mode_equals_its_formula_in_loops(masked: bool) -> None:
+def naive_info_nce(similarity: Tensor, excluded: Tensor) -> Tensor:
+    """One direction of InfoNCE."""
+    logits = (100 * similarity).masked_fill(excluded, -torch.inf)
+    return -logits.log_softmax(1).diagonal().mean()
+
+
+def naive_reference_neg_nce(similarity: Tensor, excluded: Tensor) -> Tensor:
+    """One direction of the `reference` mode."""
+    logits = (100 * similarity).masked_fill(excluded, -torch.inf)
+    p = logits.softmax(1).clamp(1e-6, 1 - 1e-6)
+    positive = similarity.diagonal()
+    hard = ((similarity > positive[:, None]) | (similarity > positive)) & ~excluded
+    return -p.diagonal().log().mean() + 0.5 * -(1 - p[hard.fill_diagonal_(False)]).log().mean()
+
+
+NAIVE = {"info": naive_info_nce, "reference": naive_reference_neg_nce, "log": naive_log_neg_nce}
+VIDEOS, CAPTIONS = torch.tensor([0, 1, 1, 2, 0, 3, 0]), torch.tensor([5, 6, 7, 5, 8, 8, 5])
+
+
+@pytest.mark.parametrize("equal_captions", [False, True])
+@pytest.mark.parametrize("same_video", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_equal_their_naive_formula(
+    kind: str, same_video: bool, equal_captions: bool
+) -> None:
     similarity = scores(7, 0, spread=0.02).requires_grad_()
-    ids = torch.tensor([0, 1, 1, 2, 0, 3, 0])
-    excluded = (ids[:, None] == ids) & ~torch.eye(7, dtype=torch.bool) & masked
-    expected = (
-        naive_log_neg_nce(similarity, excluded) + naive_log_neg_nce(similarity.T, excluded)
-    ) / 2
-    actual = neg_nce(similarity, mode="log", video_ids=ids, mask_same_video=masked)
+    excluded = (VIDEOS[:, None] == VIDEOS) & same_video
+    excluded |= (CAPTIONS[:, None] == CAPTIONS) & equal_captions
+    excluded.fill_diagonal_(False)
+    expected = (NAIVE[kind](similarity, excluded) + NAIVE[kind](similarity.T, excluded)) / 2
+    actual = square(
+        kind,
+        similarity,
+        video_ids=VIDEOS,
+        mask_same_video=same_video,
+        caption_ids=CAPTIONS,
+        mask_equal_captions=equal_captions,
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
     gradients = [torch.autograd.grad(x, similarity)[0] for x in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
@@ -80,6 +112,7 @@ def test_losses_do_not_depend_on_the_split_over_ranks(
     whole = scores(sum(sizes), seed, spread).requires_grad_()
     ids = torch.randint(0, 4, (sum(sizes),), generator=torch.Generator().manual_seed(seed))
     options = {"video_ids": ids, "mask_same_video": masked}
+    options |= {"caption_ids": ids.roll(1) // 2, "mask_equal_captions": seed % 2 == 0}
     expected = rows(kind, whole, 0, SINGLE_RANK, **options)
     expected.loss.backward()
     blocks = [block.clone().requires_grad_() for block in whole.detach().split(sizes)]
@@ -178,17 +211,49 @@ def test_same_video_pairs_are_no_negatives() -> None:
         assert square(kind, changed) != square(kind, similarity)
 
 
-def test_same_video_mask_is_on_by_default_in_log_mode_only() -> None:
+MASKS = {"video_ids": "mask_same_video", "caption_ids": "mask_equal_captions"}
+
+
+@pytest.mark.parametrize("kind_of_ids", MASKS)
+def test_a_mask_is_on_by_default_in_log_mode_only(kind_of_ids: str) -> None:
     ids, similarity = torch.tensor([7, 7, 9]), scores(3, 2)
-    on, off = ({"video_ids": ids, "mask_same_video": x} for x in (True, False))
+    on, off = ({kind_of_ids: ids, MASKS[kind_of_ids]: x} for x in (True, False))
     for mode, default in (("log", on), ("reference", off)):
-        actual = neg_nce(similarity, mode=mode, video_ids=ids)
+        actual = neg_nce(similarity, mode=mode, **{kind_of_ids: ids})
         assert actual == neg_nce(similarity, mode=mode, **default)
-    assert info_nce(similarity, video_ids=ids) == info_nce(similarity, **off)
+    assert info_nce(similarity, **{kind_of_ids: ids}) == info_nce(similarity, **off)
     assert neg_nce(similarity, mode="log", **on) != neg_nce(similarity, mode="log", **off)
-    # All pairs have the same video, so there are no negatives.
+    # All pairs have the same video, or the same caption, so there are no negatives.
     same = torch.zeros(3, dtype=torch.int64)
-    assert neg_nce(similarity, mode="log", video_ids=same) == 0
+    assert neg_nce(similarity, mode="log", **{kind_of_ids: same}) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_without_an_equal_one_change_no_bit(kind: str) -> None:
+    similarity = scores(7, 5).requires_grad_()
+    options = {"video_ids": VIDEOS, "mask_same_video": True}
+    compared = options | {"caption_ids": torch.arange(7), "mask_equal_captions": True}
+    before, now = (square(kind, similarity, **each) for each in (options, compared))
+    assert now == before
+    gradients = [torch.autograd.grad(x, similarity)[0] for x in (now, before)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("same_video", "expected"), [(True, [1, 0, 0, 2, 1, 1, 1]), (False, [2, 0, 0, 2, 1, 1, 2])]
+)
+def test_pairs_excluded_for_their_caption_alone_are_counted(
+    same_video: bool, expected: list[int]
+) -> None:
+    # Pairs 0 and 6 share both the video and the caption.
+    ids = {"video_ids": VIDEOS, "mask_same_video": same_video, "caption_ids": CAPTIONS}
+    options: dict[str, Any] = ids | {"collectives": SINGLE_RANK, "mode": "log"}
+    for first, end in ((0, 7), (2, 5), (6, 7)):
+        options["row_offset"] = first
+        terms = row_neg_nce(scores(7, 0)[first:end], **options)
+        assert terms.equal_captions_per_row == pytest.approx(sum(expected[first:end]) / 7)
+    off = row_neg_nce(scores(7, 0)[6:], mask_equal_captions=False, **options)
+    assert off.equal_captions_per_row == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,6 +272,8 @@ def test_half_precision_becomes_float32_before_scaling(kind: str) -> None:
     [
         (lambda: neg_nce(scores(3, 0), mode="plain"), "mode='plain'"),
         (lambda: info_nce(scores(3, 0), mask_same_video=True), "video_ids"),
+        (lambda: info_nce(scores(3, 0), mask_equal_captions=True), "needs caption_ids"),
+        (lambda: LossRule(None).excluded_pairs(3, None, CAPTIONS), r"caption_ids has .*\(7,"),
         (lambda: rows("info", scores(4, 0)[:2], 3, SINGLE_RANK), "row_offset=3"),
         (lambda: rows("info", scores(4, 0)[:2], -1, SINGLE_RANK), "row_offset=-1"),
         (lambda: info_nce.__wrapped__(scores(4, 0)[:2]), "square"),

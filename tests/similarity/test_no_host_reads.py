@@ -62,7 +62,9 @@ def test_the_loss_of_stored_scores_reads_nothing(rule: LossRule, fast: bool) -> 
     inputs = without_values(REAL_INPUTS)
     block = dmae_similarity(**inputs, fast=fast, lengths=LENGTHS)
     ids = torch.empty(PAIRS, dtype=torch.int64, device="meta")
-    terms = row_loss(block, rule, row_offset=0, collectives=SINGLE_RANK, video_ids=ids)
+    terms = row_loss(
+        block, rule, row_offset=0, collectives=SINGLE_RANK, video_ids=ids, caption_ids=ids
+    )
     terms.loss.backward()
     assert_has_gradients(inputs)
 
@@ -73,7 +75,12 @@ def test_the_streamed_loss_reads_nothing(rule: LossRule, keep_scores: bool) -> N
     inputs = without_values(REAL_INPUTS)
     ids = torch.empty(PAIRS, dtype=torch.int64, device="meta")
     terms = streamed_loss(
-        **inputs, rule=rule, video_ids=ids, keep_scores=keep_scores, lengths=LENGTHS
+        **inputs,
+        rule=rule,
+        video_ids=ids,
+        caption_ids=ids,
+        keep_scores=keep_scores,
+        lengths=LENGTHS,
     )
     terms.loss.backward()
     assert_has_gradients(inputs)

@@ -29,6 +29,7 @@ RULES = {
     "log": LossRule("log", scale=20.0),
 }
 PAIRS = 7
+CAPTION_IDS = torch.tensor([5, 6, 5, 7, 8, 7, 5])
 CHUNKS = (1, 3, 100, None)
 
 
@@ -37,7 +38,15 @@ def loss_of_reference(
 ) -> tuple[LossTerms, dict[str, Tensor]]:
     leaves = {n: x.clone().requires_grad_(n in FEATURES) for n, x in arguments.items()}
     scores = reference.dmae_similarity(**leaves, **options)
-    terms = row_loss(scores, rule, row_offset=0, collectives=SINGLE_RANK, video_ids=ids)
+    captions = None if ids is None else CAPTION_IDS
+    terms = row_loss(
+        scores,
+        rule,
+        row_offset=0,
+        collectives=SINGLE_RANK,
+        video_ids=ids,
+        caption_ids=captions,
+    )
     terms.loss.backward()
     return terms, {n: x.grad for n, x in leaves.items() if x.grad is not None}
 
@@ -71,7 +80,7 @@ def test_equals_the_reference(
     ids = torch.tensor([0, 1, 2, 1, 3, 4, 0])
     options = {"interaction": interaction, "neighbour_frames": neighbours}
     expected = loss_of_reference(arguments, RULES[rule], ids, **options)
-    options |= {"video_ids": ids, "keep_scores": keep_scores}
+    options |= {"video_ids": ids, "caption_ids": CAPTION_IDS, "keep_scores": keep_scores}
     for chunk in CHUNKS:
         actual = loss_of_tiles(arguments, RULES[rule], chunk=chunk, **options)
         assert_equal(actual, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from builders.clip_folders import write_clip
 from builders.tiny import MAX_WORDS, tiny_config
 
+from tvr.data_prep.records import Batch
 from tvr.trainer.cli import train as tvr_train
 from tvr.trainer.config import Config, to_json
 from tvr.trainer.distributed.world import join_world
-from tvr.trainer.dry_run import dry_run
+from tvr.trainer.dry_run import dry_run, synthetic_step
 from tvr.trainer.dry_run.synthetic_step import (
     random_batches,
     run_synthetic_step,
@@ -193,6 +195,30 @@ def test_the_step_is_deterministic(data: Path, tokenizer: Tokenizer) -> None:
     assert first.gradient_norm > 0
     assert first.tpm_cl_loss is not None
     assert first.tpm_cl_loss > 0
+
+
+@pytest.mark.parametrize("mode", ["log", "reference"])
+def test_a_step_of_equal_captions_has_no_negatives_in_log_mode(
+    data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    config = tiny_config(
+        data, loss={"neg_nce_mode": mode}, train={"global_batch": 8, "micro_batch": 4}
+    )
+
+    def equal_captions(*arguments: Any) -> Iterator[Batch]:
+        for batch in random_batches(*arguments):
+            yield replace(batch, caption_ids=torch.zeros_like(batch.caption_ids))
+
+    different = run_synthetic_step(config, tokenizer)
+    assert different.similarity_loss > 0
+    monkeypatch.setattr(synthetic_step, "random_batches", equal_captions)
+    equal = run_synthetic_step(config, tokenizer)
+    if mode == "log":
+        assert (equal.similarity_loss, equal.equal_captions_per_row) == (0.0, 3.0)
+        assert different.equal_captions_per_row == 0.0
+    else:
+        assert equal.similarity_loss == different.similarity_loss
+        assert equal.equal_captions_per_row is None
 
 
 def test_random_batches_have_no_padding_and_no_repeated_video(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import plain_model as plain
-from builders.plain_model import PAIRS, VIDEO_IDS, Gradients, plain_batch, plain_model
+from builders.plain_model import (
+    CAPTION_IDS,
+    PAIRS,
+    VIDEO_IDS,
+    Gradients,
+    plain_batch,
+    plain_model,
+)
 from builders.spawn import spawn
 from builders.worlds import world_of
 from torch import Tensor
@@ -28,7 +36,7 @@ from tvr.trainer.loss.objective import objective
 COUNTS = {1: (14,), 2: (8, 6), 3: (5, 3, 6), 4: (5, 3, 4, 2)}
 MICRO_BATCHES = {14: (5, 1, 8), 8: (3, 5), 6: (1, 2, 3), 5: (2, 3), 4: (3, 1), 3: (3,), 2: (1, 1)}
 LOSSES = {
-    "info_nce": LossConfig(similarity="info_nce"),
+    "info_nce": LossConfig(similarity="info_nce", mask_equal_captions=True),
     "reference": LossConfig(neg_nce_mode="reference"),
     "log": LossConfig(neg_nce_mode="log"),
 }
@@ -50,12 +58,21 @@ def loss_and_gradients(
     """Computes loss and gradients of the whole batch from this rank's part, as the trainer does."""
     counts = COUNTS[world.world_size]
     mine = plain.split(plain_batch(dtype), counts)[world.rank]
-    ids = VIDEO_IDS.split(list(counts))[world.rank]
+    ids, caption_ids = (
+        of_all.split(list(counts))[world.rank] for of_all in (VIDEO_IDS, CAPTION_IDS)
+    )
     model = plain_model(dtype)
 
     def compute(features: Any) -> Any:
         return objective(
-            features, ids, ModelConfig(), loss, world, exchange=exchange, scores=scores
+            features,
+            ids,
+            ModelConfig(),
+            loss,
+            world,
+            caption_ids=caption_ids,
+            exchange=exchange,
+            scores=scores,
         )
 
     if cached:
@@ -135,6 +152,10 @@ def test_the_cases_have_different_losses() -> None:
         assert abs(other - value) > 1e-3 * value
         with pytest.raises(AssertionError):
             plain.assert_close(of_parameters, gradients, relative=1e-3)
+    for name in ("info_nce", "log"):
+        off = replace(LOSSES[name], mask_equal_captions=False)
+        masked, compared = (plain.defined(each, torch.float64)[0] for each in (LOSSES[name], off))
+        assert masked < compared - 1e-3
     assert all(sum(counts) == PAIRS for counts in COUNTS.values())
 
 

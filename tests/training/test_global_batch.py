@@ -62,7 +62,14 @@ def engine_gradients(
         engine = Engine(model, config.train, world)
         batch = next(training_batches(config.data, config.model, config.train, tokenizer, world))
         features = engine.encode(*model_inputs(batch, world.device))
-        mine = objective(features, batch.video_ids, config.model, config.loss, world)
+        mine = objective(
+            features,
+            batch.video_ids,
+            config.model,
+            config.loss,
+            world,
+            caption_ids=batch.caption_ids,
+        )
         shares = loss_collectives(world).sum(mine.shares)
         engine.backward(mine.for_backward)
         results[zero_stage, name] = (
@@ -116,7 +123,14 @@ def double_gradients(
         model.double()
         batch = next(training_batches(config.data, config.model, config.train, tokenizer, world))
         features = model(*model_inputs(batch, world.device))
-        mine = objective(features, batch.video_ids, config.model, config.loss, world)
+        mine = objective(
+            features,
+            batch.video_ids,
+            config.model,
+            config.loss,
+            world,
+            caption_ids=batch.caption_ids,
+        )
         mine.for_backward.backward()
         gradients = {}
         for key, parameter in model.named_parameters():

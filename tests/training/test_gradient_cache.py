@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import plain_model as plain
-from builders.plain_model import PAIRS, VIDEO_IDS, Gradients, PlainModel, plain_batch, plain_model
+from builders.plain_model import (
+    CAPTION_IDS,
+    PAIRS,
+    VIDEO_IDS,
+    Gradients,
+    PlainModel,
+    plain_batch,
+    plain_model,
+)
 from torch import Tensor
 
 from tvr.trainer.config import LossConfig, ModelConfig
@@ -23,7 +31,10 @@ SINGLE_RANK = World(rank=0, world_size=1, device=CPU)
 
 
 def loss_of(features: Features) -> Tensor:
-    return objective(features, VIDEO_IDS, ModelConfig(), LossConfig(), SINGLE_RANK).for_backward
+    found = objective(
+        features, VIDEO_IDS, ModelConfig(), LossConfig(), SINGLE_RANK, caption_ids=CAPTION_IDS
+    )
+    return found.for_backward
 
 
 def cached(model: PlainModel, sizes: Sequence[int], dtype: torch.dtype) -> Gradients:

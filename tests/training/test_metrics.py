@@ -188,6 +188,7 @@ RECORD = StepRecord(
     clamped_share=None,
     positive_similarity=0.5,
     hardest_similarity=0.25,
+    equal_captions_per_row=0.5,
     learning_rate=0.1,
     encoder_learning_rate=0.01,
     gradient_norm=4.0,

@@ -15,11 +15,13 @@ from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.loss.objective import objective
 from tvr.trainer.model.model import Features
-from tvr.trainer.monitoring.step_record import LOSS_TERMS
+from tvr.trainer.monitoring.step_record import LOSS_TERMS, computed_terms
 
 SINGLE_RANK = World(rank=0, world_size=1, device=torch.device("cpu"))
 PAIRS, WORDS, FRAMES, WIDTH = 6, 5, 4, 8
 VIDEO_IDS = torch.tensor([7, 8, 7, 9, 8, 2**62])  # two videos with two captions each
+# Two captions of two videos each; pairs 1 and 4 have the same video and the same caption.
+CAPTION_IDS = torch.tensor([3, 2**62 + 1, 4, 3, 2**62 + 1, 4])
 
 
 def features() -> Features:
@@ -48,7 +50,13 @@ def values(
     scores: Literal["keep", "stream"] = "keep",
 ) -> dict[str, float]:
     result = objective(
-        own or features(), VIDEO_IDS, model or ModelConfig(), loss, SINGLE_RANK, scores=scores
+        own or features(),
+        VIDEO_IDS,
+        model or ModelConfig(),
+        loss,
+        SINGLE_RANK,
+        caption_ids=CAPTION_IDS,
+        scores=scores,
     )
     return dict(zip(LOSS_TERMS, result.shares.tolist(), strict=True))
 
@@ -71,13 +79,20 @@ def expected_loss(square: Tensor, loss: LossConfig) -> Tensor:
     scale = 1 / loss.temperature
     if loss.similarity == "info_nce":
         return losses.info_nce(
-            square, video_ids=VIDEO_IDS, mask_same_video=loss.mask_same_video is True, scale=scale
+            square,
+            video_ids=VIDEO_IDS,
+            mask_same_video=loss.mask_same_video is True,
+            caption_ids=CAPTION_IDS,
+            mask_equal_captions=loss.mask_equal_captions is True,
+            scale=scale,
         )
     return losses.neg_nce(
         square,
         mode=loss.neg_nce_mode,
         video_ids=VIDEO_IDS,
         mask_same_video=loss.mask_same_video,
+        caption_ids=CAPTION_IDS,
+        mask_equal_captions=loss.mask_equal_captions,
         scale=scale,
         weight=loss.neg_nce_weight,
     )
@@ -86,10 +101,13 @@ def expected_loss(square: Tensor, loss: LossConfig) -> Tensor:
 SETTINGS: list[dict[str, Any]] = [
     {"similarity": "info_nce"},
     {"similarity": "info_nce", "mask_same_video": True, "temperature": 0.05},
+    {"similarity": "info_nce", "mask_equal_captions": True},
     {"neg_nce_mode": "reference"},
     {"neg_nce_mode": "reference", "mask_same_video": True, "neg_nce_weight": 2.0},
     {"neg_nce_mode": "log"},
     {"neg_nce_mode": "log", "mask_same_video": False, "temperature": 0.1},
+    {"neg_nce_mode": "log", "mask_equal_captions": False},
+    {"neg_nce_mode": "reference", "mask_equal_captions": True},
     {"neg_nce_mode": "log", "neg_nce_weight": 0.0, "tpm_cl_weight": 0.25},
 ]
 MODELS: list[dict[str, Any]] = [
@@ -118,6 +136,7 @@ def test_value_and_gradients_equal_the_definition(
 ) -> None:
     loss, model_config = LossConfig(**settings), ModelConfig(**model)
     own, other = features(), features()
+    variant = variant | {"caption_ids": CAPTION_IDS}
     result = objective(own, VIDEO_IDS, model_config, loss, SINGLE_RANK, **variant)
     square = similarity(other, model_config)
     assert other.margin_hinge is not None
@@ -141,6 +160,7 @@ def test_value_and_gradients_equal_the_definition(
             assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.parametrize("mask", ["mask_same_video", "mask_equal_captions"])
 @pytest.mark.parametrize(
     ("settings", "by_default"),
     [
@@ -149,14 +169,15 @@ def test_value_and_gradients_equal_the_definition(
         ({"neg_nce_mode": "log"}, True),
     ],
 )
-def test_the_same_video_mask_is_on_off_or_by_default(
-    settings: dict[str, Any], by_default: bool
+def test_a_mask_is_on_off_or_by_default(
+    settings: dict[str, Any], by_default: bool, mask: str
 ) -> None:
     on, off, default = (
-        values(LossConfig(**settings, mask_same_video=mask))["similarity_loss"]
-        for mask in (True, False, None)
+        values(LossConfig(**settings | {mask: value}))["similarity_loss"]
+        for value in (True, False, None)
     )
-    assert on < off  # fewer negatives in every denominator
+    # Fewer negatives in every denominator; a mean over hard negatives may become larger.
+    assert on != off if "neg_nce_mode" in settings else on < off
     assert default == (on if by_default else off)
 
 
@@ -203,12 +224,32 @@ def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
     assert values(LossConfig(similarity="info_nce"))["clamped_share"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 4 / 6),  # pairs 0 and 3, pairs 2 and 5
+        ({"mask_same_video": False}, 1.0),  # and pairs 1 and 4
+        ({"mask_equal_captions": False}, None),
+        ({"neg_nce_mode": "reference"}, None),
+        ({"similarity": "info_nce"}, None),
+        ({"similarity": "info_nce", "mask_equal_captions": True}, 1.0),
+    ],
+)
+def test_pairs_that_are_masked_for_their_caption_are_counted(
+    settings: dict[str, Any], expected: float | None
+) -> None:
+    loss = LossConfig(**settings)
+    found = computed_terms(values(loss), loss)["equal_captions_per_row"]
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
 @pytest.mark.parametrize("scores", ["keep", "stream"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_statistics_hold_the_similarities_of_positives_and_hardest_negatives(
     scores: Literal["keep", "stream"], masked: bool
 ) -> None:
-    got = values(LossConfig(mask_same_video=masked), scores=scores)
+    loss = LossConfig(mask_same_video=masked, mask_equal_captions=False)
+    got = values(loss, scores=scores)
     square = similarity(features(), ModelConfig()).detach()
     assert got["positive_similarity"] == pytest.approx(float(square.diagonal().mean()))
     same = VIDEO_IDS[:, None] == VIDEO_IDS if masked else torch.eye(PAIRS, dtype=torch.bool)
@@ -240,7 +281,14 @@ def test_only_the_fast_similarity_rounds_the_loss(scores: Any) -> None:
 
     def share(fast: bool) -> float:
         found = objective(
-            features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, scores=scores, fast=fast
+            features(),
+            VIDEO_IDS,
+            ModelConfig(),
+            loss,
+            SINGLE_RANK,
+            caption_ids=CAPTION_IDS,
+            scores=scores,
+            fast=fast,
         )
         return float(found.shares[0])
 
@@ -253,7 +301,14 @@ def test_every_similarity_backend_gives_the_same_loss(scores: Any) -> None:
     loss = LossConfig(temperature=0.1)
     for backend in ("auto", "compiled", "torch", "dense"):
         found = objective(
-            features(), VIDEO_IDS, ModelConfig(), loss, SINGLE_RANK, scores=scores, backend=backend
+            features(),
+            VIDEO_IDS,
+            ModelConfig(),
+            loss,
+            SINGLE_RANK,
+            caption_ids=CAPTION_IDS,
+            scores=scores,
+            backend=backend,
         )
         assert float(found.shares[0]) == pytest.approx(values(loss)["loss"], rel=1e-12)
     with pytest.raises(ValueError, match="must be one of compiled, torch, dense"):

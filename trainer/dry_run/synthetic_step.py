@@ -50,7 +50,7 @@ def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> StepRecord:
 def random_batches(
     data: DataConfig, model: ModelConfig, train: TrainConfig, tokenizer: Tokenizer
 ) -> Iterator[Batch]:
-    """Yields micro-batches of noise without padding; every video has its own id."""
+    """Yields micro-batches of noise without padding; every video has its own id and caption."""
     pairs = train.micro_batch
     side = image_size(model)
     generator = torch.Generator().manual_seed(train.seed)
@@ -76,6 +76,7 @@ def random_batches(
             frames=random_integers(256, pairs, data.num_frames, 3, side, side, dtype=torch.uint8),
             frame_mask=torch.ones(pairs, data.num_frames, dtype=torch.int64),
             captions=names,
+            caption_ids=positions,
             token_ids=token_ids,
             word_mask=word_mask,
             caption_video=torch.arange(pairs),

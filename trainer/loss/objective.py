@@ -14,7 +14,7 @@ from tvr.kernels.row_loss.row_loss import LossRule
 from tvr.kernels.row_loss.streamed_loss import streamed_loss
 from tvr.kernels.similarity import dmae_similarity
 from tvr.kernels.text_lengths import TextLengths
-from tvr.trainer.config import LossConfig, ModelConfig
+from tvr.trainer.config import LossConfig, ModelConfig, masks_equal_captions
 from tvr.trainer.distributed.collectives import all_gather_rows, loss_collectives
 from tvr.trainer.distributed.exchange import AllGatherExchange, RingExchange
 from tvr.trainer.distributed.world import World
@@ -41,6 +41,7 @@ def objective(
     loss: LossConfig,
     world: World,
     *,
+    caption_ids: Tensor | None = None,
     exchange: Literal["gather", "ring"] = "gather",
     scores: Literal["keep", "stream"] = "keep",
     fast: bool = False,
@@ -58,6 +59,7 @@ def objective(
     Args:
         mine: Features of this rank's B pairs; B may differ between ranks.
         video_ids: (B,) ids of their videos.
+        caption_ids: (B,) ids of their captions; None = pairs are compared by their video only.
         exchange: "gather" holds the frames of all ranks at once, "ring" those of one other rank.
         scores: "keep" holds the (B, G) scores for the backward, "stream" computes them again.
         fast: Rounds words and frames to bfloat16; see `TrainConfig.fast_similarity`.
@@ -70,7 +72,9 @@ def objective(
     """
     watch = watch or Stopwatch()
     counts = world.all_gather_counts(len(video_ids)) if counts is None else counts
-    ids_of_all_ranks = all_gather_rows(video_ids, world, counts)
+    if not masks_equal_captions(loss):
+        caption_ids = None
+    video_ids, caption_ids = _ids_of_all_ranks(video_ids, caption_ids, world, counts)
     if exchange == "gather" and scores == "keep":
         videos = all_gather_videos(mine, world, counts)
         watch.lap("gather")
@@ -89,7 +93,8 @@ def objective(
             loss_rule(loss),
             row_offset=sum(counts[: world.rank]),
             collectives=loss_collectives(world),
-            video_ids=ids_of_all_ranks,
+            video_ids=video_ids,
+            caption_ids=caption_ids,
         )
     else:
         terms = streamed_loss(
@@ -107,7 +112,8 @@ def objective(
             num_pairs=sum(counts),
             collectives=loss_collectives(world),
             exchange=(RingExchange if exchange == "ring" else AllGatherExchange)(world, counts),
-            video_ids=ids_of_all_ranks,
+            video_ids=video_ids,
+            caption_ids=caption_ids,
             keep_scores=scores == "keep",
             backend=None if backend == "auto" else backend,
             fast=fast,
@@ -141,7 +147,19 @@ def loss_rule(loss: LossConfig) -> LossRule:
         scale=1 / loss.temperature,
         weight=loss.neg_nce_weight,
         mask_same_video=loss.mask_same_video,
+        mask_equal_captions=loss.mask_equal_captions,
     )
+
+
+def _ids_of_all_ranks(
+    video_ids: Tensor, caption_ids: Tensor | None, world: World, counts: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Gathers the ids of all pairs, in one collective."""
+    if caption_ids is None:
+        return all_gather_rows(video_ids, world, counts), None
+    both = all_gather_rows(torch.stack([video_ids, caption_ids], dim=1), world, counts)
+    of_videos, of_captions = both.unbind(1)
+    return of_videos.contiguous(), of_captions.contiguous()
 
 
 def all_gather_videos(mine: Features, world: World, counts: Sequence[int]) -> Features:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tvr.data_prep.records import READ_SOURCES
-from tvr.trainer.config import LossConfig
+from tvr.trainer.config import LossConfig, masks_equal_captions
 from tvr.trainer.distributed.collective_names import COLLECTIVES
 from tvr.trainer.monitoring.field_metric import field_metrics, label_value, loss_term, metric
 
@@ -110,6 +110,14 @@ class StepRecord:
             "tvr_train_hardest_negative_similarity",
             "Mean similarity of the last step's texts with the most similar of the other videos in"
             " their batch.",
+        )
+    )
+    equal_captions_per_row: float | None = field(
+        metadata=loss_term(
+            "tvr_train_equal_captions_per_row",
+            "Mean number of videos that are no negatives of a text, for their equal caption alone.",
+            panel=MINING,
+            applies_to=masks_equal_captions,
         )
     )
     learning_rate: float = field(

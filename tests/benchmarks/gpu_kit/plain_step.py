@@ -65,6 +65,7 @@ class PlainStep:
             config.model,
             config.loss,
             self._world,
+            caption_ids=to_device(batch.caption_ids, self._world.device),
             exchange=config.train.exchange,
             scores=config.train.scores,
             fast=config.train.fast_similarity,
