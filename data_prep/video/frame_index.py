@@ -22,6 +22,7 @@ from tvr.data_prep.containers.mpeg import count_joins
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_sampling import LONGEST_STEP_S, Span, frames_within, mend_stamps
 from tvr.data_prep.video.images import MAX_PIXELS
+from tvr.data_prep.video.picture import warn_once
 from tvr.data_prep.video.streams import choose_video_stream
 
 # libav's names of the containers that a clip may have. Others hold no video, or only refer to other
@@ -280,7 +281,10 @@ def index_decoded_frames(source: Source, key: str) -> FrameIndex:
             detail = f"only {len(stamps)} of {len(decode_times)} packets give a picture"
             raise BadSample(key, "unreadable", detail)
         times = _shown_times(container, stamps, decode_times)
-        return _build_index(stream, times, stamps=stamps)
+        index = _build_index(stream, times, stamps=stamps)
+        if index.pts is not None and index.pts != tuple(times):
+            warn_once("time stamps", f"time stamps are mended, for example those of {key}")
+        return index
 
 
 def _shown_times(
