@@ -16,11 +16,13 @@ from pydantic.dataclasses import dataclass
 from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
 from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join_url
+from tvr.data_prep.limited_process import TIME_S, ProcessLimits
 from tvr.data_prep.packing.pack import AnnotationFile, pack_shards
 from tvr.data_prep.packing.pack_metrics import serve_metrics
 from tvr.data_prep.packing.progress import show_planning, show_progress
 from tvr.data_prep.packing.worker_pool import available_processes
 from tvr.data_prep.records import Clip, TooManyBadSamples
+from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -48,6 +50,9 @@ class PackArguments:
     didemo: train, val, test; activitynet: train, val."""
     num_frames: int = 12
     """Frames per clip (layout frames)."""
+    frame_spacing: FrameSpacing = "time"
+    """time: frames of segments of equal time; index: of segments with equally many frames (layout
+    frames). Both are the same for a constant frame rate."""
     short_side: int | None = None
     """Pixels of the shorter side; default: size of the source."""
     jpeg_quality: int = 90
@@ -66,7 +71,14 @@ class PackArguments:
     keyframe_interval: int = 16
     """Frames between keyframes when re-encoding."""
     processes: int | None = None
-    """Processes that read and convert clips; default: one for each available CPU."""
+    """Processes that read and convert clips; default: one for each available CPU. 0: this process,
+    without the limits of memory and time."""
+    clip_memory_gb: float | None = None
+    """Memory in GB that a process may take for a clip; default: 0.8 of the available memory divided
+    by the processes, at least 1.07 (1 GiB). A clip that needs more is refused (out_of_memory)."""
+    clip_timeout_s: float = TIME_S
+    """Seconds without a byte while a video is read, and then for its conversion, with 10 s more for
+    each MiB of the video. A clip that exceeds this twice is refused (timed_out)."""
     task: str | None = None
     """i/n with 0 <= i < n: pack only this share of the shards; the last task completes the data
     set."""
@@ -110,6 +122,11 @@ def _pack(arguments: PackArguments) -> int:
     processes = arguments.processes
     if processes is None:
         processes = available_processes()
+    memory_gb = arguments.clip_memory_gb
+    limits = ProcessLimits(
+        memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+        time_s=arguments.clip_timeout_s,
+    )
     clips = _clips(arguments)
     with (
         show_planning("planning") as show_plan,
@@ -121,6 +138,7 @@ def _pack(arguments: PackArguments) -> int:
             arguments.out,
             layout=arguments.layout,
             num_frames=arguments.num_frames,
+            frame_spacing=arguments.frame_spacing,
             short_side=arguments.short_side,
             jpeg_quality=arguments.jpeg_quality,
             samples_per_shard=arguments.samples_per_shard,
@@ -132,6 +150,7 @@ def _pack(arguments: PackArguments) -> int:
             words=arguments.words,
             overwrite=arguments.overwrite,
             processes=processes,
+            limits=limits,
             task=task,
             num_tasks=num_tasks,
             packing_id=arguments.packing_id,
