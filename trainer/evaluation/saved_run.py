@@ -59,8 +59,7 @@ def evaluate_run(
         model.eval()
         result = replace(evaluate(model, config, tokenizer, world), step=step)
         if data is None and world.is_first:
-            newest = newest_checkpoint(checkpoints_of(config.checkpoint, run_dir))
-            is_last = choice == "newest" or newest is None or newest.state.step == step
+            is_last = choice == "newest" or step == step_of(run_dir, "newest")
             write_evaluation(run_dir, result, step, is_last=is_last)
     return result
 
