@@ -22,8 +22,10 @@ def parse_choice(text: str, flag: str = "--checkpoint") -> CheckpointChoice:
     Raises:
         ValueError: it is none of these.
     """
-    if text == "newest" or text == "best":
-        return text
+    if text == "newest":
+        return "newest"
+    if text == "best":
+        return "best"
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise ValueError(f"{flag} {text}: give newest, best, or the number of a step")
