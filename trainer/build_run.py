@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,12 +17,13 @@ from tvr.trainer.checkpoint.catalogue import Checkpoint
 from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.restore import restore_engine
 from tvr.trainer.checkpoint.saver import rank_files
-from tvr.trainer.config import Config
+from tvr.trainer.config import Config, ModelConfig, to_json
 from tvr.trainer.data import training_batches, training_mixture
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import get_random_state
+from tvr.trainer.evaluation.warm_start import WarmStart
 from tvr.trainer.fencing import Attempt
 from tvr.trainer.model.model import TextVideoModel, build_empty_model, build_model
 from tvr.trainer.model.tokenizer import Tokenizer
@@ -42,6 +46,8 @@ class TrainingRun:
     train_step: TrainStep
     resumed_from: SavedState | None
     """The checkpoint that was loaded; none at the start of a run."""
+    contents: Mapping[str, str]
+    """Digests of data sets and model folders, which checkpoints record."""
 
     @property
     def start_step(self) -> int:
@@ -84,6 +90,8 @@ class TrainingRun:
             attempt=self.attempt.number,
             quarantine=dict(self.train_step.quarantine),
             metrics=dict(self.train_step.saved_counters),
+            settings=json.loads(to_json(self.config)),
+            contents=dict(self.contents),
             files={},
         )
 
@@ -97,6 +105,7 @@ def build_run(
     log: LogWriter,
     tokenizer: Tokenizer,
     num_samples: Mapping[str, int],
+    contents: Mapping[str, str] = MappingProxyType({}),
     checkpoint: Checkpoint | None = None,
     inspect_model: Callable[[TextVideoModel], None] | None = None,
     watch: Stopwatch | None = None,
@@ -105,19 +114,26 @@ def build_run(
 
     Args:
         run_dir: Folder of the run. A checkpoint of another layout is converted in it.
-        num_samples: Samples of each training set, as `validate_data_sets` returns them.
+        num_samples: Samples of each training set, as `DataSets` has them.
+        contents: Digests of data sets and model folders, as `Claim` has them.
         checkpoint: Checkpoint of this run to resume from; none starts at step 0.
         inspect_model: Called with the whole model, before ZeRO partitions it.
         watch: Measures the parts of each step.
 
     Raises:
-        ValueError: settings, or a model folder, that cannot be used.
+        ValueError: settings, or a model folder, that cannot be used; or the weights of
+            `model.init_from` do not fit.
         CheckpointDamaged: a fetched checkpoint differs from what was written.
     """
+    # Before the seed is set: parts that are not read start as in any other run.
+    warm = checkpoint is None and config.model.init_from is not None
+    start = _read_warm_start(config.model, tokenizer, world) if warm else None
     torch.manual_seed(config.train.seed)
     # At ZeRO-3 rank 0 distributes the weights, and the other ranks never hold all of them.
     is_empty = config.train.zero_stage == 3 and not world.is_first
     build = build_empty_model if is_empty else build_model
+    if start is not None:
+        build = partial(build_model, initialise=start.apply)
     model = world.run_on_all(
         lambda: build(config.model, config.loss, tokenizer, num_frames=config.data.num_frames),
         ValueError,
@@ -147,4 +163,15 @@ def build_run(
         engine=engine,
         train_step=train_step,
         resumed_from=resumed_from,
+        contents=contents,
     )
+
+
+def _read_warm_start(model: ModelConfig, tokenizer: Tokenizer, world: World) -> WarmStart | None:
+    """Reads the weights of `model.init_from` on rank 0; None on other ranks. All ranks call it.
+
+    At every ZeRO stage the engine gives all ranks rank 0's weights.
+    """
+    read: list[WarmStart] = []
+    world.run_on_first(lambda: read.append(WarmStart(model, tokenizer)), patient=True)
+    return read[0] if read else None

@@ -146,16 +146,19 @@ def show_config(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """`tvr evaluate`."""
 
-    def arguments(*, run_dir: Path, data: str | None = None) -> int:
-        """Evaluates a run's newest checkpoint: recall from text to video and from video to text.
+    def arguments(*, run_dir: Path, data: str | None = None, checkpoint: str = "newest") -> int:
+        """Evaluates a checkpoint of a run: recall from text to video and from video to text.
 
         Args:
             run_dir: Folder of an existing run.
             data: Test set to use instead of the run's; the results are printed, not stored.
+            checkpoint: newest; best: that with the highest R@1, mean of both directions; or the
+                number of a step.
         """
+        from tvr.trainer.checkpoint.choice import parse_choice
         from tvr.trainer.evaluation.saved_run import evaluate_run
 
-        result = evaluate_run(run_dir, data)
+        result = evaluate_run(run_dir, data, parse_choice(checkpoint))
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
         return EXIT_DONE
@@ -168,13 +171,15 @@ def evaluate(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     """`tvr report`."""
 
-    def arguments(*, run_dir: Path) -> int:
+    def arguments(*, run_dir: Path, checkpoint: str | None = None) -> int:
         """Writes RUN_DIR/report.html: results, curves, and test captions with their best videos.
 
         Args:
             run_dir: Folder of an existing run.
+            checkpoint: Checkpoint whose results the page shows: newest, best, or the number of a
+                step, which must be evaluated. None: the last evaluation.
         """
-        print(_write_report(run_dir))
+        print(_write_report(run_dir, checkpoint))
         return EXIT_DONE
 
     return run_training_command(
@@ -185,17 +190,21 @@ def report(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """`tvr export`."""
 
-    def arguments(*, run_dir: Path, out: Path) -> int:
-        """Exports a run's newest checkpoint as a Hugging Face folder with a model card.
+    def arguments(*, run_dir: Path, out: Path, checkpoint: str = "newest") -> int:
+        """Exports a checkpoint of a run as a Hugging Face folder with a model card.
 
         Args:
             run_dir: Folder of an existing run.
             out: Folder to create. It holds towers, tokeniser and processor for transformers, and
                 the heads in heads.safetensors.
+            checkpoint: newest; best: that with the highest R@1, mean of both directions; or the
+                number of a step.
         """
+        from tvr.trainer.checkpoint.choice import parse_choice
         from tvr.trainer.evaluation.export import export_run
 
-        export_run(run_dir, out)
+        step = export_run(run_dir, out, parse_choice(checkpoint))
+        print(f"exported the checkpoint of step {step}", file=sys.stderr)
         print(out)
         return EXIT_DONE
 
@@ -281,16 +290,25 @@ def _run_demo(out: Path, train_clips: int, test_clips: int, ranks: int, settings
     return EXIT_DONE
 
 
-def _write_report(run_dir: Path) -> Path:
+def _write_report(run_dir: Path, checkpoint: str | None = None) -> Path:
     from tvr.trainer.pages.report import write_report
 
     config = run_dir / CONFIG
+    step = None if checkpoint is None else _step_of(run_dir, checkpoint)
     if not config.exists() or json.loads(config.read_text())["data"]["test"] is None:
-        return write_report(run_dir)
+        return write_report(run_dir, step=step)
     # Reading the frames of test clips imports torch.
     from tvr.trainer.evaluation.saved_run import thumbnail_reader
 
-    return write_report(run_dir, thumbnails=thumbnail_reader(run_dir))
+    return write_report(run_dir, thumbnails=thumbnail_reader(run_dir), step=step)
+
+
+def _step_of(run_dir: Path, checkpoint: str) -> int:
+    """The step of a run's checkpoint that --checkpoint names."""
+    from tvr.trainer.checkpoint.choice import parse_choice
+    from tvr.trainer.evaluation.saved_run import step_of
+
+    return step_of(run_dir, parse_choice(checkpoint))
 
 
 def _base(argv: Sequence[str]) -> Config:

@@ -1,4 +1,4 @@
-"""The sections of the configuration for the data, the model and its training.
+"""The sections of the configuration for the data and the training.
 
 The docstring below a field is its `--help` text. These docstrings wrap at 70 characters, since
 `--help` keeps their line breaks on a terminal of 80.
@@ -44,7 +44,6 @@ JsonObject = Annotated[
         str_from_instance=lambda value: [json.dumps(value)],
     ),
 ]
-Freeze = NotNegative | Literal["text", "image", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -170,62 +169,6 @@ class DataConfig:
                     f"data.train_sets: {other} and {name} have the same url {each.url}; give one"
                     " of them the sum of their weights"
                 )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TowersConfig:
-    """Shape of CLIP towers that are trained from scratch; ignored with
-    `model.pretrained`."""
-
-    width: Positive = 128
-    """Hidden width of both towers."""
-    layers: Positive = 3
-    """Transformer layers of each tower."""
-    heads: Positive = 4
-    """Attention heads of each layer."""
-    embed_width: Positive = 128
-    """Width D of the projected text and frame vectors."""
-    image_size: Positive = 48
-    """Side of the square frames, in pixels."""
-    patch_size: Positive = 12
-    """Side of an image patch, in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelConfig:
-    """The two towers and the heads on top."""
-
-    pretrained: str | None = None
-    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format.
-    None: towers from scratch, as `towers` describes them."""
-    tokenizer: str | None = None
-    """Local folder with the tokeniser. None: the one in `pretrained`."""
-    towers: TowersConfig = TowersConfig()
-    """Shape of towers from scratch."""
-    freeze: Freeze = 0
-    """Weights of the towers that are not trained: a number N freezes the
-    embeddings and the bottom N layers of each tower; text, image or both
-    freezes whole towers. 0: nothing."""
-    lora_rank: NotNegative = 0
-    """Rank of LoRA adapters on the towers' queries and values (alpha = 2 x
-    rank); the towers' own weights are then frozen. 0: no LoRA. Needs the
-    extra `lora`."""
-    sequence_header_layers: NotNegative = 0
-    """Transformer layers over the frames of a video, on top of the image
-    tower. 0: frames are encoded independently."""
-    unit_after_header: bool = True
-    """Normalises frames to unit length after the sequence header, so that
-    similarities are cosines. false: as in the authors' implementation."""
-    interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
-    """Similarity of captions and videos. ti and wti compare the sentence
-    with the frames; att_ti and att_wti also compare the words. wti and
-    att_wti weight tokens by learned weights, ti and att_ti by plain
-    means."""
-    neighbour_frames: bool = True
-    """Adds to each word's best frame the frame that is most similar to that
-    frame."""
-    weight_layers: Annotated[int, Field(ge=1, le=3)] = 1
-    """Linear layers in the token-weight networks of wti and att_wti."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import ceil
+from typing import NamedTuple
 
 from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
 from tvr.data_prep.mixture import BLOCK, Mixture
@@ -27,6 +28,15 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.model.batch_copies import pin_pages
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+
+
+class DataSets(NamedTuple):
+    """What the data sets of a run hold."""
+
+    num_samples: dict[str, int]
+    """Samples of each training set by its name, which is empty for `data.train`."""
+    contents: dict[str, str]
+    """Digest of each data set (`Manifest.content`), by the setting that names it."""
 
 
 def training_sets(data: DataConfig) -> tuple[TrainingSet, ...]:
@@ -82,11 +92,8 @@ def order_line(data: DataConfig, train: TrainConfig) -> str:
     return f"sample order: windows of about {', '.join(windows)} shards, or all of a smaller set"
 
 
-def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> dict[str, int]:
+def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> DataSets:
     """Reads the manifest of every data set and checks it against the settings.
-
-    Returns:
-        The number of samples of each training set by its name, which is empty for `data.train`.
 
     Raises:
         ValueError: a data set is too small for the batch or the ranks, the two test sets hold
@@ -110,10 +117,15 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
     if data.word_drop:
         for url, manifest in training.values():
             check_words(url, manifest, needed_by="data.word_drop")
+    contents = {
+        f"data.train_sets.{name}.url" if name else "data.train": manifest.content
+        for name, (_, manifest) in training.items()
+    }
     sets = list(training.values())
     if data.test is not None:
         test = read_manifest(data.test, node_folder=data.shard_cache)
         sets.append((data.test, test))
+        contents["data.test"] = test.content
         if test.num_samples < world.world_size:
             raise ValueError(
                 f"{data.test} holds {test.num_samples} videos: too few for {world.world_size} ranks"
@@ -121,6 +133,7 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
         if data.test_exchanged is not None:
             exchanged = read_manifest(data.test_exchanged, node_folder=data.shard_cache)
             sets.append((data.test_exchanged, exchanged))
+            contents["data.test_exchanged"] = exchanged.content
             if list(test.samples.key) != list(exchanged.samples.key):
                 raise ValueError(
                     f"data.test_exchanged={data.test_exchanged} must hold the same keys in the "
@@ -134,7 +147,8 @@ def validate_data_sets(data: DataConfig, train: TrainConfig, world: World) -> di
         needs = [_training_need(data, train, world, training)]
         needs += [_test_need(data, train, world, *each) for each in sets[len(training) :]]
         folder.check(sum(needs, NOTHING_NEEDED))
-    return {name: manifest.num_samples for name, (_, manifest) in training.items()}
+    num_samples = {name: manifest.num_samples for name, (_, manifest) in training.items()}
+    return DataSets(num_samples, contents)
 
 
 def check_mixed_sets(sets: Mapping[str, Manifest], data: DataConfig, train: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from tvr.data_prep.records import Batch
 from tvr.trainer.build_run import TrainingRun, build_run
 from tvr.trainer.checkpoint.catalogue import record_evaluation
 from tvr.trainer.checkpoint.restore import Resume, find_resume_checkpoint
+from tvr.trainer.checkpoint.resume_rules import find_changes, rule_of, settings_of
 from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
@@ -34,6 +35,7 @@ from tvr.trainer.resilience.preemption import StopNotice, catching_stop_signals
 from tvr.trainer.resilience.preflight import check_data, check_disk, check_memory, preflight
 from tvr.trainer.resilience.watchdog import Watchdog, running_watchdog
 from tvr.trainer.run_dir import (
+    Claim,
     checkpoints_of,
     claim,
     evaluated_step,
@@ -53,7 +55,8 @@ def train(
     Every rank of the job calls it.
 
     Args:
-        config: Settings of the run; `run_dir` must be new or hold a run of the same settings.
+        config: Settings of the run; `run_dir` must be new, or hold a run that may continue with
+            them (`checkpoint.resume_rules`).
         run_dir: Folder of the run: configuration, log, checkpoints and results.
         resume: "auto" resumes; "never" refuses a run that has checkpoints.
         report: Writes an error to stderr and returns the exit code. The first rank that fails
@@ -84,8 +87,8 @@ def train(
         running_watchdog(config.train, run_dir, world, failures) as watchdog,
     ):
         preflight(config, run_dir, world)
-        claim(run_dir, config, world)
-        num_samples = check_data(config.data, config.train, world)
+        data_sets = check_data(config.data, config.train, world)
+        claimed = claim(run_dir, config, world, data_sets.contents)
         tokenizer = build_tokenizer(config.model, config.data)
         check_memory(config, tokenizer, world)
         attempt = world.run_on_first(lambda: begin_attempt(run_dir))
@@ -110,12 +113,13 @@ def train(
             attempt=attempt,
             log=log,
             tokenizer=tokenizer,
-            num_samples=num_samples,
+            num_samples=data_sets.num_samples,
+            contents=claimed.contents,
             checkpoint=checkpoint,
             inspect_model=inspect_model,
             watch=monitor.watch,
         )
-        return _Loop(run, run_dir, saver, notice, watchdog, monitor).run_steps()
+        return _Loop(run, run_dir, saver, notice, watchdog, monitor, claimed).run_steps()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,7 @@ class _Loop:
     notice: StopNotice
     watchdog: Watchdog
     monitor: Monitor
+    claimed: Claim
 
     def run_steps(self) -> Evaluation | None:
         """Runs the steps that are left, and returns the last evaluation."""
@@ -155,6 +160,24 @@ class _Loop:
         if 0 < start_step < self.run.config.train.steps:
             values = {"step": start_step, "attempt": self.run.attempt.number}
             self.run.log.write("resumed", values)
+            self._log_changes(start_step)
+
+    def _log_changes(self, step: int) -> None:
+        """Logs each setting that differs from the checkpoint's, and how it takes effect."""
+        run, state = self.run, self.run.resumed_from
+        assert state is not None, "only a resumed run has a checkpoint to differ from"
+        before = settings_of(state, self.claimed.before)
+        changes = find_changes(
+            state, before, run.config, self.claimed.contents, run.world.world_size
+        )
+        lines = [(change, rule_of(change.name).text) for change in changes if not change.refused]
+        if lines:
+            values = {change.name: [change.was, change.now, text] for change, text in lines}
+            run.log.write("settings_changed", {"step": step, "settings": values})
+            run.log.warn(
+                f"settings differ from those of step {step}: "
+                + "; ".join(f"{change} ({text})" for change, text in lines)
+            )
 
     @contextmanager
     def _as_training_failure(self, step: int) -> Iterator[None]:

@@ -39,6 +39,8 @@ class Evaluation:
     which shows the same scene with exchanged attributes; None without such a set."""
     queries: list[dict[str, Any]]
     """For each caption: its text, its video's key, that video's rank, and the top 5 videos."""
+    step: int | None = None
+    """Step of the checkpoint that was evaluated; None during training."""
 
     @property
     def score(self) -> float:
@@ -60,13 +62,14 @@ class Evaluation:
 
     def table(self) -> str:
         """The results as text for a terminal."""
-        return results_table(self.summary())
+        return results_table(self.summary() | ({"step": self.step} if self.step else {}))
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-    """Formats an evaluation's summary as text for a terminal."""
+    """Formats an evaluation's summary as text for a terminal, with its "step" if it has one."""
+    of = f", checkpoint of step {summary['step']}" if "step" in summary else ""
     lines = [
-        f"{summary['captions']} captions, {summary['videos']} videos ({summary['data']})",
+        f"{summary['captions']} captions, {summary['videos']} videos ({summary['data']}){of}",
         " " * 15 + "".join(f"{name:>8}" for name in TABLE_COLUMNS),
     ]
     for direction in ("text_to_video", "video_to_text"):

@@ -2,6 +2,7 @@
 
 config.json       the resolved configuration      log.jsonl       one event a line (run_log.py)
 evaluation.json   the last evaluation             report.html     `tvr report`
+evaluation-step-00000300.json   `tvr evaluate --checkpoint` of another one
 dashboard.html    `tvr dashboard`
 checkpoints/      one folder a step (checkpoint/)
 launch/           a job on a cluster: record, script, attempts, output (tvr.launchers.job)
@@ -12,82 +13,57 @@ stalls/           progress and stacks of the ranks of a stalled job (watchdog.py
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from dataclasses import asdict
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.checkpoint.catalogue import Checkpoint, Retention, newest_checkpoint
+from tvr.trainer.checkpoint.resume_rules import find_changes, refusal_text, settings_of
 from tvr.trainer.config import CheckpointConfig, Config, from_json, to_json
 from tvr.trainer.distributed.world import World
+from tvr.trainer.errors import PreflightFailed
 from tvr.trainer.records import Evaluation
-from tvr.trainer.run_files import CONFIG, EVALUATION, named_settings
+from tvr.trainer.run_files import CONFIG, EVALUATION, step_evaluation
 
 CHECKPOINTS = "checkpoints"
 
-# Settings that may change when a run resumes: no result depends on them.
-FREE = frozenset(
-    {
-        "data.workers",
-        "data.cache_mib",
-        "data.shard_cache",
-        "data.shard_cache_gib",
-        "data.max_bad",
-        "data.max_bad_in_a_row",
-        "data.max_unavailable_in_a_row",
-        "train.eval_every",
-        "train.log_every",
-        "train.log_keys",
-        "train.stall_factor",
-        "train.stall_min_s",
-        "train.gc_every",
-        "train.timeout_s",
-        "checkpoint.every",
-        "checkpoint.keep_last",
-        "checkpoint.keep_every",
-        "checkpoint.keep_best",
-        "checkpoint.background",
-        "metrics.enabled",
-        "metrics.endpoint",
-        "metrics.address",
-        "metrics.host",
-        "metrics.port",
-        "metrics.peak_tflops",
-        "metrics.writers",
-    }
-)
+log = logging.getLogger(__name__)
 
-# Settings that may change as well: results then agree to rounding, no longer bit for bit.
-ROUNDING = frozenset(
-    {
-        "train.zero_stage",
-        "train.precision",
-        "train.accumulation_dtype",
-        "train.reduction_dtype",
-        "train.overlap_comm",
-        "train.offload",
-        "train.activation_checkpointing",
-        "train.compile",
-        "train.micro_batch",
-        "train.exchange",
-        "train.scores",
-    }
-)
+# Files by which a tokeniser is recognised, and the one that gives the shape of a model.
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+MODEL_FILES = ("config.json",)
 
 
-# Of each training set, this setting is FREE as well.
-FREE_OF_SETS = re.compile(r"data\.train_sets\.\w+\.max_bad")
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run's folder, as a start of the run found it."""
+
+    before: Config
+    """Settings of the start before; those of this one if it is the first."""
+    contents: Mapping[str, str]
+    """Digests of the data sets and model folders of this start, by setting."""
 
 
-def claim(run_dir: Path, config: Config, world: World) -> None:
-    """Makes `run_dir` the folder of this configuration, or checks that it is. All ranks call it.
+def claim(
+    run_dir: Path, config: Config, world: World, contents: Mapping[str, str] = MappingProxyType({})
+) -> Claim:
+    """Makes `run_dir` the folder of this configuration, or checks that it may continue the run.
+
+    All ranks call it. `checkpoint.resume_rules` says which settings may differ.
+
+    Args:
+        contents: Digests of the data sets, see `DataSets`.
 
     Raises:
         ValueError: it holds a run of another configuration, the differing settings named.
     """
-    world.run_on_first(lambda: _claim(run_dir, config, world.world_size))
+    return world.run_on_first(lambda: _claim(run_dir, config, world.world_size, contents))
 
 
 def read_config(run_dir: Path) -> Config:
@@ -114,10 +90,18 @@ def retention(checkpoint: CheckpointConfig) -> Retention:
     )
 
 
-def write_evaluation(run_dir: Path, evaluation: Evaluation, step: int) -> None:
-    """Replaces evaluation.json: the summary, as in the log, and the best videos of every query."""
+def write_evaluation(
+    run_dir: Path, evaluation: Evaluation, step: int, *, is_last: bool = True
+) -> None:
+    """Writes an evaluation: the summary, as in the log, and the best videos of every query.
+
+    Args:
+        is_last: False: evaluation.json stays that of the last step, and the step gets a file of
+            its own.
+    """
     content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
-    write_atomically(run_dir / EVALUATION, json.dumps(content, indent=1) + "\n")
+    name = EVALUATION if is_last else step_evaluation(step)
+    write_atomically(run_dir / name, json.dumps(content, indent=1) + "\n")
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
@@ -135,40 +119,61 @@ def evaluated_step(run_dir: Path) -> int | None:
     return json.loads(path.read_text())["step"] if path.exists() else None
 
 
-def _claim(run_dir: Path, config: Config, world_size: int) -> None:
+def _claim(
+    run_dir: Path, config: Config, world_size: int, data_contents: Mapping[str, str]
+) -> Claim:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
     before = read_config(run_dir) if path.exists() else config
-    saved = newest_checkpoint(checkpoints_of(before.checkpoint, run_dir))
+    contents = {**data_contents, **_model_contents(config)}
+    saved = _saved_checkpoint(run_dir, before, config)
     # Without a checkpoint no result depends on the stored settings yet, so all of them may change.
     if saved is not None:
-        old, new = (dict(named_settings(asdict(settings))) for settings in (before, config))
-        differing = [
-            f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-            for name in old | new  # keys of train.deepspeed and sets may be in one of them only
-            if old.get(name) != new.get(name) and not _may_change(name)
-        ]
-        differing += _other_negatives(before, saved, config, world_size)
-        if differing:
-            raise ValueError(
-                f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
-                "Give the settings it was started with, or another folder"
-            )
+        settings = settings_of(saved.state, before)
+        changes = find_changes(saved.state, settings, config, contents, world_size)
+        if text := refusal_text(str(run_dir), changes):
+            raise ValueError(text)
     write_atomically(path, to_json(config))
+    return Claim(before, contents)
 
 
-def _may_change(setting: str) -> bool:
-    return setting in FREE | ROUNDING or FREE_OF_SETS.fullmatch(setting) is not None
+def _saved_checkpoint(run_dir: Path, before: Config, config: Config) -> Checkpoint | None:
+    """The run's newest checkpoint, at the place that its settings name now.
+
+    Raises:
+        ValueError: the place was changed, and the newest checkpoint is not there.
+    """
+    storage = checkpoints_of(config.checkpoint, run_dir)
+    saved = newest_checkpoint(storage)
+    if before.checkpoint.url == config.checkpoint.url:
+        return saved
+    left = checkpoints_of(before.checkpoint, run_dir)
+    try:
+        old = newest_checkpoint(left)
+    except (OSError, PreflightFailed) as error:
+        if saved is None:
+            raise
+        log.warning("%s cannot be read, %s is used: %s", left.url, storage.url, error)
+        old = None
+    if old is not None and (saved is None or saved.state.step < old.state.step):
+        there = "no checkpoint" if saved is None else f"only {saved.name}"
+        raise ValueError(
+            f"checkpoint.url was {before.checkpoint.url!r}, is {config.checkpoint.url!r}:"
+            f" {left.url} holds {old.name} of this run, {storage.url} {there}. Copy the checkpoints"
+            " there, or give the old place"
+        )
+    return saved
 
 
-def _other_negatives(before: Config, saved: Checkpoint, now: Config, world_size: int) -> list[str]:
-    """Describes a change of the pairs of one loss, which would change the results."""
-    was, is_now = before.train, now.train
-    pairs = (was.micro_batch * saved.state.world_size, is_now.micro_batch * world_size)
-    if is_now.gradient_cache or pairs[0] == pairs[1]:
-        return []
-    return [
-        f"train.micro_batch x ranks, the pairs of one loss, was {was.micro_batch} x"
-        f" {saved.state.world_size} = {pairs[0]}, is {is_now.micro_batch} x {world_size} ="
-        f" {pairs[1]}"
-    ]
+def _model_contents(config: Config) -> dict[str, str]:
+    """Digests of the files that decide the shape of a pretrained model, and its vocabulary."""
+    model, found = config.model, {}
+    for setting, folder, names in (
+        ("model.pretrained", model.pretrained, MODEL_FILES),
+        ("model.tokenizer", model.tokenizer or model.pretrained, VOCABULARY_FILES),
+    ):
+        files = [] if folder is None else [Path(folder) / name for name in names]
+        content = [(path.name, path.read_bytes()) for path in files if path.is_file()]
+        if content:
+            found[setting] = hashlib.sha256(repr(content).encode()).hexdigest()
+    return found

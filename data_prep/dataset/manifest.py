@@ -7,6 +7,7 @@ file names. Both share the folder until the new `manifest.json` replaces the old
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -97,6 +98,12 @@ class Manifest:
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples in each shard; the sample order is a function of these."""
         return tuple(shard.num_samples for shard in self.shards)
+
+    @property
+    def content(self) -> str:
+        """Digest of the samples and their order: equal for copies of a data set at any place."""
+        shards = [(shard.num_samples, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     @property
     def files(self) -> tuple[Shard, ...]:

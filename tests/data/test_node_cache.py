@@ -336,7 +336,7 @@ def test_a_run_refuses_a_cache_without_room_for_all_its_sets(
     with pytest.raises(ValueError, match=rf"hold at least {2 * sum(sizes)} bytes.*shard_cache_gib"):
         validate_data_sets(data, settings, cpu)
     limit_to(2 * sum(sizes))
-    assert validate_data_sets(data, settings, cpu) == {"": NUM_SAMPLES}
+    assert validate_data_sets(data, settings, cpu).num_samples == {"": NUM_SAMPLES}
 
 
 def test_only_owned_shards_are_downloaded_whole(store: HttpStorage, tmp_path: Path) -> None:

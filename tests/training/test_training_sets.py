@@ -139,7 +139,8 @@ def test_invalid_sets_are_named(data: dict[str, Any], message: str) -> None:
 def test_sets_are_checked_before_a_run(data: Path, tmp_path: Path) -> None:
     films, web = str(data / "train"), str(data / "test")
     config = config_of(data, films, web)
-    assert validate_data_sets(config.data, config.train, SINGLE_RANK) == {"films": 48, "web": 10}
+    found = validate_data_sets(config.data, config.train, SINGLE_RANK)
+    assert found.num_samples == {"films": 48, "web": 10}
 
     def refused(message: str, **changes: Any) -> None:
         wrong = merged(config, changes, where="test")

@@ -5,7 +5,7 @@
                               manifest.json     names that folder; written last
                               damaged.json      instead of the manifest: the checkpoint was damaged
                 latest        name of the newest checkpoint
-                best.json     step with the best evaluation
+                best.json     scores of evaluated steps, and the best of them
 
 Nothing is renamed, so that disks and object stores are used alike. A checkpoint is complete or
 absent: its manifest, which publication.py writes once all files are written, publishes it. A
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
@@ -124,17 +124,29 @@ def write_latest(storage: StorageFolder, name: str) -> None:
     storage.write_atomically(LATEST, f"{name}\n".encode())
 
 
-def best_step(storage: StorageFolder) -> int | None:
-    """The step with the best evaluation so far; None before the first evaluation."""
-    return _best(storage)[0]
+def best_step(storage: StorageFolder, among: Container[int] | None = None) -> int | None:
+    """The step with the best evaluation; the newer one of two equal scores.
+
+    Args:
+        among: Steps that count, such as the published ones; None: all evaluated ones.
+
+    Returns:
+        None if none of them was evaluated.
+    """
+    return _best_of({s: v for s, v in read_scores(storage).items() if among is None or s in among})
 
 
 def record_evaluation(storage: StorageFolder, step: int, score: float) -> None:
-    """Stores the step and score of an evaluation if no earlier one scored higher."""
-    best_score = _best(storage)[1]
-    if best_score is None or score >= best_score:
-        content = json.dumps({"step": step, "score": score}) + "\n"
-        storage.write_atomically(BEST, content.encode())
+    """Stores the score of a step's evaluation beside those of other steps.
+
+    The scores of all steps stay, since the save of the best step may fail or be damaged: the best
+    of those that are there then counts.
+    """
+    scores = {**read_scores(storage), step: score}
+    best = _best_of(scores)
+    assert best is not None
+    content = {"step": best, "score": scores[best], "scores": scores}
+    storage.write_atomically(BEST, (json.dumps(content) + "\n").encode())
 
 
 def read_state(storage: StorageFolder, step: int) -> tuple[SavedState | None, list[str]]:
@@ -178,17 +190,23 @@ def raise_if_unreadable(storage: StorageFolder, name: str, errors: Sequence[str 
         raise PreflightFailed(lines, found[0][0])
 
 
-def _best(storage: StorageFolder) -> tuple[int | None, float | None]:
-    """Step and score of the best evaluation."""
+def read_scores(storage: StorageFolder) -> dict[int, float]:
+    """Scores of the evaluations of saved steps, by step."""
     content = _read_if_exists(storage, BEST)
     if content is None:
-        return None, None
+        return {}
     try:
         fields = json.loads(content)
-        return int(fields["step"]), float(fields["score"])
-    except (ValueError, KeyError, TypeError) as error:
+        # Earlier releases recorded the best step alone.
+        scores = fields.get("scores", {fields["step"]: fields["score"]})
+        return {int(step): float(score) for step, score in scores.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is damaged, the next evaluation counts as the best: %r", BEST, error)
-        return None, None
+        return {}
+
+
+def _best_of(scores: Mapping[int, float]) -> int | None:
+    return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def _read_if_exists(storage: StorageFolder, name: str) -> bytes | None:

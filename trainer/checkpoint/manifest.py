@@ -50,6 +50,10 @@ class SavedState:
     """Bad samples of all ranks so far: key to reason."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Counters that continue after a restart."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The run's settings, as `config.to_json` writes them; empty in earlier releases."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Digest of what a data set or a model folder held, by the setting that names it."""
     folder: str = ""
     """Folder of the files, relative to the step's; the attempt and the save that wrote them."""
     files: dict[str, FileRecord]

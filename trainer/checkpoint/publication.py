@@ -140,7 +140,8 @@ class Publisher:
 
     def _prune(self) -> None:
         """Ends the checkpoints that retention does not keep; `_collect` removes their files."""
-        best = best_step(self._storage) if self._retention.best else None
+        # Of the published ones: the save of a step that scored higher may have failed.
+        best = best_step(self._storage, self._folders) if self._retention.best else None
         for step in self._retention.expired_steps(self._folders, best):
             self._remove_manifest(step)
 

@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import SHARDS, Checkpoint, checkpoint_name
+from tvr.trainer.checkpoint.choice import CheckpointChoice, chosen_step
 from tvr.trainer.checkpoint.manifest import SavedState, find_damage
 from tvr.trainer.checkpoint.saver import Saver
 from tvr.trainer.checkpoint.verification import find_newest_intact
@@ -28,6 +29,7 @@ from tvr.trainer.engine.random_state import random_state_file, set_random_state
 from tvr.trainer.engine.universal import holds_weights, load_frozen_weights
 from tvr.trainer.errors import CheckpointDamaged
 from tvr.trainer.model.model import TextVideoModel
+from tvr.trainer.model.parameter_groups import has_same_groups
 from tvr.trainer.monitoring.run_log import LogWriter
 
 SCRATCH = ".resume"
@@ -121,17 +123,18 @@ def _loadable_files(
     """Fetches and converts a checkpoint to a temporary folder of `run_dir`, as far as needed.
 
     A remote checkpoint is fetched, unless `find_resume_checkpoint` has copied it. One with another
-    number of ranks, ZeRO stage or precision is converted to the universal form, while the other
-    ranks wait without a time-out. All ranks call it.
+    number of ranks, ZeRO stage, precision or grouping of the parameters is converted to the
+    universal form, while the other ranks wait without a time-out. All ranks call it.
     """
     state, scratch = checkpoint.state, run_dir / SCRATCH
-    same = is_same_layout(state, train, world.world_size)
+    saved = _saved_rates(state, train)
+    same = is_same_layout(state, train, world.world_size) and has_same_groups(model, train, saved)
 
     def prepare() -> Path:
         source = local_files(storage, checkpoint, scratch / FETCHED / checkpoint.name)
         if not same:
             shutil.rmtree(scratch / UNIVERSAL, ignore_errors=True)
-            reader = universal_target(model, train, world.world_size)
+            reader = universal_target(model, train, world.world_size, saved)
             convert(source / SHARDS, scratch / UNIVERSAL, state.zero_stage, reader)
         return source
 
@@ -148,25 +151,38 @@ def _loadable_files(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _saved_rates(state: SavedState, train: TrainConfig) -> TrainConfig:
+    """These settings with the learning rates of the checkpoint, by which parameters are grouped."""
+    saved = state.settings.get("train", {})
+    names = ("learning_rate", "encoder_learning_rate", "layer_decay")
+    return replace(train, **{name: saved[name] for name in names if name in saved})
+
+
 def is_same_layout(state: SavedState, train: TrainConfig, world_size: int) -> bool:
     """True if each rank can load its own files of the checkpoint without conversion."""
     current = (world_size, train.zero_stage, state_layout(train))
     return current == (state.world_size, state.zero_stage, state.precision)
 
 
-def find_newest_weights(storage: StorageFolder, world: World, folder: Path) -> Checkpoint | None:
+def find_newest_weights(
+    storage: StorageFolder, world: World, folder: Path, choice: CheckpointChoice = "newest"
+) -> Checkpoint | None:
     """The newest checkpoint whose weights are intact, whatever its other files. All ranks call it.
 
     Only the files that `load_weights` reads are verified (`engine.universal.holds_weights`).
 
     Args:
         folder: Empty folder, in which rank 0 keeps what it fetches for `load_weights`.
+        choice: Another checkpoint than the newest; no other one takes its place.
 
     Raises:
-        CheckpointDamaged: there are checkpoints, and the weights of all are damaged.
+        ValueError: the chosen one is not there; names the steps there are.
+        CheckpointDamaged: there are checkpoints, and the weights of all, or of the chosen one, are
+            damaged.
     """
     copies = folder if world.is_first else None
-    scan = find_newest_intact(storage, world, is_needed=_has_weights, copies=copies)
+    only = world.run_on_first(lambda: chosen_step(storage, choice))
+    scan = find_newest_intact(storage, world, is_needed=_has_weights, copies=copies, only=only)
     for step, lines in scan.damaged.items():
         if world.is_first:
             log.warning("%s is damaged: %s", checkpoint_name(step), "; ".join(lines))
@@ -187,15 +203,26 @@ def load_weights(
     Args:
         checkpoint, folder: Of `find_newest_weights`.
     """
-    state = checkpoint.state
 
     def read() -> None:
-        names = [name for name in state.files if _has_weights(state, name)]
-        source = local_files(storage, checkpoint, folder / checkpoint.name, names)
-        model.load_state_dict(consolidated_weights(source / SHARDS, state.zero_stage))
+        model.load_state_dict(read_weights(storage, checkpoint, folder))
 
     world.run_on_first(read, patient=True)
     world.broadcast_from_first(model.state_dict().values())
+
+
+def read_weights(
+    storage: StorageFolder, checkpoint: Checkpoint, folder: Path
+) -> dict[str, torch.Tensor]:
+    """The whole fp32 weights of a checkpoint, by name, in this process alone.
+
+    Args:
+        checkpoint, folder: Of `find_newest_weights`.
+    """
+    state = checkpoint.state
+    names = [name for name in state.files if _has_weights(state, name)]
+    source = local_files(storage, checkpoint, folder / checkpoint.name, names)
+    return consolidated_weights(source / SHARDS, state.zero_stage)
 
 
 def local_files(

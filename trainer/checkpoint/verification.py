@@ -49,6 +49,7 @@ def find_newest_intact(
     *,
     is_needed: Callable[[SavedState, str], bool] | None = None,
     copies: Path | None = None,
+    only: int | None = None,
 ) -> CheckpointScan:
     """Finds the newest checkpoint whose files are as written, byte by byte.
 
@@ -60,14 +61,15 @@ def find_newest_intact(
         copies: Folder to which this rank copies the files of its share, at `copies`/CHECKPOINT, if
             the storage is remote; `restore.local_files` finds them there. Ranks may pass the same
             folder, or none.
+        only: The one step that counts; None: any.
 
     Raises:
-        CheckpointDamaged: there are checkpoints, and all are damaged.
+        CheckpointDamaged: there are checkpoints, and all that count are damaged.
         PreflightFailed: a checkpoint cannot be read at the moment, so its state is unknown.
     """
     damaged: dict[int, tuple[str, ...]] = {}
     steps, latest = world.run_on_first(lambda: (list_candidates(storage), read_latest(storage)))
-    for step in reversed(steps):
+    for step in reversed(steps if only is None else [only]):
         name = checkpoint_name(step)
         state, lines = world.run_on_first(lambda step=step: read_state(storage, step))
         if state is not None:
@@ -87,6 +89,8 @@ def find_newest_intact(
             damaged[step] = tuple(lines)
     if damaged:
         text = "; ".join(line for lines in damaged.values() for line in lines)
+        if only is not None:
+            raise CheckpointDamaged(f"{storage.url}: the checkpoint of step {only}: {text}")
         raise CheckpointDamaged(
             f"{storage.url}: all checkpoints are damaged: {text}. Restore one of them, or train in"
             " another folder"

@@ -88,6 +88,7 @@ class Engine:
         )
         for group in self._optimizer.param_groups:
             group.setdefault("peak", group["lr"])  # Muon splits the groups and drops our keys
+        self._own_values = [_group_values(group) for group in self._optimizer.param_groups]
         self._staging = Staging()
         self._engine.checkpoint_engine = self._staging
         # DeepSpeed would copy a script beside the checkpoints while all ranks wait for that disk.
@@ -165,7 +166,9 @@ class Engine:
         return files
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Loads weights and optimiser.
+        """Loads weights and the optimiser's state, but no settings.
+
+        Learning rates, weight decay, betas and clipping stay those that the engine was built with.
 
         Args:
             folder: Files that `state_dict` returned on as many ranks at the same ZeRO stage, or a
@@ -181,6 +184,11 @@ class Engine:
             path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:  # DeepSpeed does not raise for a missing checkpoint
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
+        # The state of an optimiser brings the settings of the run that saved it.
+        for group, values in zip(self._optimizer.param_groups, self._own_values, strict=True):
+            group.update(values)
+        if hasattr(self._optimizer, "clip_grad"):
+            self._optimizer.clip_grad = self._train.gradient_clip
         if self._universal:
             # ZeRO-3's loader shares one step tensor between groups, and each group would count it.
             for parameter, state in self._optimizer.optimizer.state.items():
@@ -240,8 +248,13 @@ def write_universal(
     complete(folder, target, workers)
 
 
-def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int) -> UniversalTarget:
+def universal_target(
+    model: TextVideoModel, train: TrainConfig, world_size: int, saved: TrainConfig | None = None
+) -> UniversalTarget:
     """Describes the job that will load a universal checkpoint, from its unpartitioned model.
+
+    Args:
+        saved: Settings with the learning rates of the checkpoint; None: those of `train`.
 
     Raises:
         ValueError: the optimiser is DeepSpeed's own, whose state has another form.
@@ -249,7 +262,7 @@ def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int)
     if has_own_optimizer(train):
         raise ValueError(
             "train.deepspeed names an optimiser. Its checkpoints load only on the same number of"
-            " ranks, at the same train.zero_stage and precision; resume with these"
+            " ranks, at the same train.zero_stage, precision and layer_decay; resume with these"
         )
     groups = parameter_groups(model, train)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -259,6 +272,7 @@ def universal_target(model: TextVideoModel, train: TrainConfig, world_size: int)
         num_groups=len(groups),
         shapes={name: shapes[name] for name in names},
         frozen=frozenset(shapes.keys() - set(names)),
+        saved_names=tuple(_names_in_order(model, parameter_groups(model, saved or train))),
     )
 
 
@@ -287,6 +301,11 @@ def consolidated_weights(shards: Path, zero_stage: int) -> dict[str, Tensor]:
         return dict(state)
     # ZeRO-1 keeps frozen weights only in the model's own state, which DeepSpeed does not read.
     return {name: state[name] if name in state else saved[name].float() for name in saved}
+
+
+def _group_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group, without its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _names_in_order(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[str]:

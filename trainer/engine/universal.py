@@ -44,6 +44,8 @@ class UniversalTarget:
     """Shapes of the trained parameters by name, in the optimiser's order."""
     frozen: frozenset[str] = frozenset()
     """Names of the frozen parameters."""
+    saved_names: tuple[str, ...] = ()
+    """Names in the order of the optimiser that saved the state; (): that of `shapes`."""
 
 
 def holds_weights(name: str, zero_stage: int, precision: str) -> bool:
@@ -135,7 +137,8 @@ def _convert_parameters(
     saved = _read(shards / MODEL_STATES, mmap=True)
     moments = saved["optimizer"]["state"]
     step = next(iter(moments.values()))["step"]
-    positions = {name: position for position, name in enumerate(target.shapes)}
+    order = target.saved_names or tuple(target.shapes)
+    positions = {name: position for position, name in enumerate(order)}
     for name in names:
         values = {"fp32": saved["module"][name].float()}
         values |= {kind: moments[positions[name]][kind] for kind in VALUES[1:]}

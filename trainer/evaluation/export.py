@@ -11,13 +11,10 @@ LoRA weights are merged into the towers. The folder can also serve as `model.pre
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -25,8 +22,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tvr.trainer.checkpoint.choice import CheckpointChoice
 from tvr.trainer.config import Config, LossConfig, from_json, to_json
 from tvr.trainer.data import training_sets
+from tvr.trainer.evaluation.results import stored_results
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model
 from tvr.trainer.model.parameter_groups import merge_adapters
@@ -34,26 +33,28 @@ from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.model.towers import SIGLIP
 from tvr.trainer.records import results_table
 from tvr.trainer.run_dir import read_config
-from tvr.trainer.run_files import EVALUATION
 from tvr.trainer.versions.versions import clip_image_processor, siglip_processor_crops
 
 HEADS, SETTINGS, CARD = "heads.safetensors", "tvr.json", "README.md"
 TOWER_PREFIXES = ("text_tower.", "image_tower.")
 
 
-def export_run(run_dir: Path, out: Path) -> None:
-    """Writes a run's newest intact checkpoint to the new folder `out`.
+def export_run(run_dir: Path, out: Path, choice: CheckpointChoice = "newest") -> int:
+    """Writes a run's newest intact checkpoint, or the chosen one, to the new folder `out`.
 
     The folder appears under its name once it is complete.
 
+    Returns:
+        The step of the checkpoint, which the model card names.
+
     Raises:
-        ValueError: `out` exists, there is no run or no checkpoint, or the installed transformers
-            has no processor that prepares frames as the training does.
+        ValueError: `out` exists, there is no run or no such checkpoint, or the installed
+            transformers has no processor that prepares frames as the training does.
     """
     if out.exists():
         raise ValueError(f"--out {out} exists already; give another folder, or remove it")
     config = read_config(run_dir)
-    model, tokenizer, step = load_run(run_dir, config)
+    model, tokenizer, step = load_run(run_dir, config, choice=choice)
     if model.family.name == SIGLIP.name and not siglip_processor_crops():
         raise ValueError(
             "the export of a SigLIP needs transformers 5: the processor of transformers"
@@ -71,6 +72,7 @@ def export_run(run_dir: Path, out: Path) -> None:
     (partial / SETTINGS).write_text(to_json(config))
     (partial / CARD).write_text(_card(model, config, step, _results(run_dir, step), out.name))
     partial.rename(out)
+    return step
 
 
 def load_exported(folder: Path | str) -> TextVideoModel:
@@ -135,14 +137,9 @@ def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, folder: Path) 
 
 
 def _results(run_dir: Path, step: int) -> str | None:
-    """The results of the last evaluation as text; None if it evaluated another step."""
-    path = run_dir / EVALUATION
-    if not path.exists():
-        return None
-    summary: Mapping[str, Any] = json.loads(path.read_text())
-    if summary["step"] != step:
-        return None
-    return results_table({**summary, "data": _name(summary["data"])})
+    """The results of the evaluation of a step as text; None if it was not evaluated."""
+    summary = stored_results(run_dir, step)
+    return None if summary is None else results_table({**summary, "data": _name(summary["data"])})
 
 
 def _card(model: TextVideoModel, config: Config, step: int, results: str | None, name: str) -> str:
@@ -161,6 +158,8 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         settings=to_json(config),
         train=[_name(each.url) for each in training_sets(config.data)],
         start=None if config.model.pretrained is None else _name(config.model.pretrained),
+        init_from=None if config.model.init_from is None else _name(config.model.init_from),
+        init_parts=config.model.init_parts,
         whole=model.family.whole.__name__,
         # Families trained without an attention mask are called without one.
         text_inputs='input_ids=texts["input_ids"]' if model.family.fills_all_slots else "**texts",

@@ -15,6 +15,8 @@ from PIL import Image
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.video.frame_sampling import segment_centres
+from tvr.trainer.checkpoint.catalogue import newest_checkpoint
+from tvr.trainer.checkpoint.choice import CheckpointChoice, chosen_step
 from tvr.trainer.checkpoint.restore import find_newest_weights, load_weights
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
@@ -33,34 +35,39 @@ ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 log = logging.getLogger(__name__)
 
 
-def evaluate_run(run_dir: Path, data: str | None) -> Evaluation:
-    """Evaluates a run's newest checkpoint, on as many ranks as the job has.
+def evaluate_run(
+    run_dir: Path, data: str | None, choice: CheckpointChoice = "newest"
+) -> Evaluation:
+    """Evaluates a run's checkpoint, on as many ranks as the job has.
 
-    The result on the run's own test set replaces evaluation.json.
+    The result on the run's own test set is stored: that of the newest checkpoint replaces
+    evaluation.json, that of another one gets a file of its own.
 
     Args:
         data: URL of another test set; None: the run's test set.
+        choice: The newest checkpoint, the best one, or that of a step.
 
     Raises:
-        ValueError: no run, no checkpoint, or no test set.
+        ValueError: no run, no such checkpoint, or no test set.
     """
     config = read_config(run_dir)
     if data is not None:
         config = replace(config, data=replace(config.data, test=data, test_exchanged=None))
     # Before anything is read, so that the ranks share the reading.
     with join_world() as world:
-        model, tokenizer, step = load_run(run_dir, config, world)
+        model, tokenizer, step = load_run(run_dir, config, world, choice)
         model.eval()
-        result = evaluate(model, config, tokenizer, world)
+        result = replace(evaluate(model, config, tokenizer, world), step=step)
         if data is None and world.is_first:
-            write_evaluation(run_dir, result, step)
+            is_last = choice == "newest" or step == step_of(run_dir, "newest")
+            write_evaluation(run_dir, result, step, is_last=is_last)
     return result
 
 
 def load_run(
-    run_dir: Path, config: Config, world: World = ALONE
+    run_dir: Path, config: Config, world: World = ALONE, choice: CheckpointChoice = "newest"
 ) -> tuple[TextVideoModel, Tokenizer, int]:
-    """Loads the weights of the newest checkpoint of a run in which they are intact.
+    """Loads the weights of a run's checkpoint: the newest with intact ones, or the chosen one.
 
     All ranks of `world` call it.
 
@@ -68,18 +75,34 @@ def load_run(
         The model in fp32 on the device of `world`, its tokeniser, and the step.
 
     Raises:
-        ValueError: the run has no checkpoint.
-        CheckpointDamaged: all its checkpoints are damaged.
+        ValueError: the run has no checkpoint, or not the chosen one; names those it has.
+        CheckpointDamaged: all its checkpoints are damaged, or the chosen one is.
     """
     storage = checkpoints_of(config.checkpoint, run_dir)
     with tempfile.TemporaryDirectory(prefix="tvr-restore-") as folder:
-        checkpoint = find_newest_weights(storage, world, Path(folder))
+        checkpoint = find_newest_weights(storage, world, Path(folder), choice)
         if checkpoint is None:
             raise ValueError(f"{run_dir} has no checkpoint yet")
         tokenizer = build_tokenizer(config.model, config.data)
         model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
         load_weights(storage, checkpoint, model.to(world.device), Path(folder), world)
     return model, tokenizer, checkpoint.state.step
+
+
+def step_of(run_dir: Path, choice: CheckpointChoice) -> int:
+    """The step of a run's checkpoint, whose files are not read.
+
+    Raises:
+        ValueError: the run has no such checkpoint; names those it has.
+    """
+    storage = checkpoints_of(read_config(run_dir).checkpoint, run_dir)
+    step = chosen_step(storage, choice)
+    if step is None:
+        newest = newest_checkpoint(storage)
+        if newest is None:
+            raise ValueError(f"{run_dir} has no checkpoint yet")
+        step = newest.state.step
+    return step
 
 
 def stored_table(run_dir: Path) -> str:

@@ -5,6 +5,7 @@ The door of the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -167,19 +168,33 @@ class TextVideoModel(nn.Module):
 
 
 def build_model(
-    model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, *, num_frames: int
+    model: ModelConfig,
+    loss: LossConfig,
+    tokenizer: Tokenizer,
+    *,
+    num_frames: int,
+    initialise: Callable[[TextVideoModel], None] | None = None,
 ) -> TextVideoModel:
     """Builds the model from a local folder or from scratch; new weights follow torch's global seed.
+
+    Args:
+        initialise: Called with the model before layers are frozen or adapted; may set its weights.
 
     Raises:
         ValueError: the folder holds no model, the tokeniser does not fit the text tower, or
             `model.freeze` or `model.lora_rank` cannot be applied.
     """
-    return _build(model, loss, tokenizer, num_frames, weights=True)
+    return _build(model, loss, tokenizer, num_frames, weights=True, initialise=initialise)
 
 
 def _build(
-    model: ModelConfig, loss: LossConfig, tokenizer: Tokenizer, num_frames: int, *, weights: bool
+    model: ModelConfig,
+    loss: LossConfig,
+    tokenizer: Tokenizer,
+    num_frames: int,
+    *,
+    weights: bool,
+    initialise: Callable[[TextVideoModel], None] | None = None,
 ) -> TextVideoModel:
     if model.pretrained is None:
         towers = random_towers(model.towers, tokenizer)
@@ -189,6 +204,8 @@ def _build(
     built = TextVideoModel(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
     )
+    if initialise is not None:
+        initialise(built)
     sides = {"text": built.text_tower, "image": built.image_tower}
     if not model.lora_rank:
         freeze(sides, model.freeze)

@@ -75,7 +75,22 @@ def merge_adapters(tower: nn.Module) -> None:
             setattr(tower.get_submodule(parent), child, layer.get_base_layer())
 
 
-def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, object]]:
+def has_same_groups(model: Any, one: TrainConfig, other: TrainConfig) -> bool:
+    """True if both settings put the same parameters into each group, in the same order.
+
+    The saved state of an optimiser holds one flat tensor a group.
+    """
+    (first, second) = (
+        [
+            [id(parameter) for parameter in members["params"]]
+            for members in parameter_groups(model, train)
+        ]
+        for train in (one, other)
+    )
+    return first == second
+
+
+def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, Any]]:
     """Groups the trained parameters: towers and heads, each with and without weight decay.
 
     `train.layer_decay` makes such a pair for each depth of the towers. Biases and norms never

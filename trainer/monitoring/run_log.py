@@ -142,6 +142,8 @@ class RunLog:
     """Saves of checkpoints; one with `error` failed."""
     preempted: list[Event] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    settings_changed: list[Event] = field(default_factory=list)
+    """Settings that differed from the checkpoint's when the run resumed."""
     unreadable_lines: int = 0
 
 
@@ -169,6 +171,8 @@ def read_log(text: str) -> RunLog:
                 log.preempted.append(event)
             case "resumed":
                 log.resumed_at.append(event["step"])
+            case "settings_changed":
+                log.settings_changed.append(event)
     log.steps = [steps[step] for step in sorted(steps)]
     log.evaluations = [evaluations[step] for step in sorted(evaluations)]
     return log

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tvr.data_prep.html_page import page_template, picture_strip
 from tvr.launchers.atomic_write import write_atomically
+from tvr.trainer.evaluation.results import stored_results
 from tvr.trainer.monitoring.run_log import LOG, Event, RunLog
 from tvr.trainer.pages.dashboard import Run, page_content, plotly_library, read_run
 from tvr.trainer.pages.panels import panels
@@ -37,24 +38,29 @@ SHOWN_METRICS = (
 PACKAGES = ("tvr", "torch", "deepspeed", "transformers", "webdataset", "av", "numpy")
 
 
-def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -> Path:
+def write_report(
+    run_dir: str | Path, *, thumbnails: Thumbnails | None = None, step: int | None = None
+) -> Path:
     """Writes `run_dir`/report.html and returns its path.
 
     Args:
         thumbnails: Maps a clip's key to a few small frames; without it the page shows keys.
+        step: Step whose evaluation the page shows; None: the last one.
 
     Raises:
-        ValueError: config.json or log.jsonl is missing.
+        ValueError: config.json or log.jsonl is missing, or the step was not evaluated.
     """
     folder = Path(run_dir)
     for name in (CONFIG, LOG):
         _require(folder / name)
     run = read_run(folder)
     log, content = run.log, _chart_content(run)
-    result_file = folder / EVALUATION
-    result = json.loads(result_file.read_text()) if result_file.is_file() else None
-    if result is None and log.evaluations:
-        result = log.evaluations[-1]
+    result = _last_result(folder, log) if step is None else stored_results(folder, step)
+    if step is not None and result is None:
+        raise ValueError(
+            f"the checkpoint of step {step} was not evaluated: run `tvr evaluate --run-dir {folder}"
+            f" --checkpoint {step}` first"
+        )
     queries = choose_queries(result.get("queries", []) if result else [], SHOWN_QUERIES)
     page = page_template(Path(__file__).parent, "report.html.jinja").render(
         name="/".join(folder.resolve().parts[-2:]),
@@ -69,6 +75,7 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
         # Every evaluation leaves out the same samples, so each sample is counted once.
         left_out=_by_reason({(bad["reason"], bad["key"]): bad for bad in log.left_out}.values()),
         resumed_at=log.resumed_at,
+        changes=_changes(log),
         unreadable_lines=log.unreadable_lines,
         config=json.dumps(run.config, indent=2),
         versions=_versions(),
@@ -76,6 +83,23 @@ def write_report(run_dir: str | Path, *, thumbnails: Thumbnails | None = None) -
     path = folder / "report.html"
     write_atomically(path, page)
     return path
+
+
+def _last_result(folder: Path, log: RunLog) -> Event | None:
+    path = folder / EVALUATION
+    if path.is_file():
+        return json.loads(path.read_text())
+    return log.evaluations[-1] if log.evaluations else None
+
+
+def _changes(log: RunLog) -> list[dict[str, Any]]:
+    """Settings that were changed when the run resumed; starts after the same step count once."""
+    found = {
+        (event["step"], name): {"step": event["step"], "name": name, "was": was, "now": now}
+        for event in log.settings_changed
+        for name, (was, now, _) in event["settings"].items()
+    }
+    return list(found.values())
 
 
 def choose_queries(queries: Sequence[Event], count: int) -> list[Event]:

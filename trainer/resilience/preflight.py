@@ -21,7 +21,7 @@ from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.storage_folder import StorageFolder
 from tvr.trainer.checkpoint.catalogue import published_steps
 from tvr.trainer.config import CheckpointConfig, Config, DataConfig, TrainConfig, to_json
-from tvr.trainer.data import validate_data_sets
+from tvr.trainer.data import DataSets, validate_data_sets
 from tvr.trainer.distributed.shared_memory import ranks_on_node
 from tvr.trainer.distributed.world import World
 from tvr.trainer.memory.model_memory import checkpoint_bytes
@@ -67,19 +67,16 @@ def preflight(config: Config, run_dir: Path, world: World) -> None:
     raise_findings(findings, hosts)
 
 
-def check_data(data: DataConfig, train: TrainConfig, world: World) -> dict[str, int]:
+def check_data(data: DataConfig, train: TrainConfig, world: World) -> DataSets:
     """Checks the data sets on every rank. All ranks call it.
-
-    Returns:
-        Number of samples of each training set by name, as `validate_data_sets`.
 
     Raises:
         OSError, ShardCorrupt, ValueError: as `validate_data_sets`, if every rank fails.
         PreflightFailed: some ranks fail and others do not.
     """
-    num_samples, error = dict[str, int](), None
+    found, error = DataSets({}, {}), None
     try:
-        num_samples = validate_data_sets(data, train, world)
+        found = validate_data_sets(data, train, world)
     except (OSError, ShardCorrupt, ValueError) as caught:
         error = caught
     own_text = None if error is None else str(error)
@@ -88,7 +85,7 @@ def check_data(data: DataConfig, train: TrainConfig, world: World) -> dict[str, 
         raise error
     texts = [(rank, text) for rank, text in enumerate(errors) if text is not None]
     raise_findings([Finding(rank, text, is_node_fault=True) for rank, text in texts], hosts)
-    return num_samples
+    return found
 
 
 def check_disk(
