@@ -50,7 +50,8 @@ PATTERNS: dict[str, tuple[list[int], Fraction]] = {
 }
 REPEATED = 18
 """The frame that has the time of the frame before, in one pattern."""
-CONSTANT = ("25", "29.97", "repeated")
+STEADY = ("25", "29.97")
+CONSTANT = (*STEADY, "repeated")
 
 
 OPTIONS = {
@@ -80,20 +81,15 @@ CONTAINERS = {
     "mov": Container(muxer="mov", turns="matrix"),
     "mkv": Container(muxer="matroska", turns="matrix"),
     "webm": Container(muxer="webm", codec="libvpx", turns="matrix"),
-    "avi": Container(muxer="avi", patterns=("25", "29.97"), counts_frames=True),
+    "avi": Container(muxer="avi", patterns=STEADY, counts_frames=True),
     "ts": Container(muxer="mpegts"),
-    "mpg": Container(muxer="vob", patterns=("25", "29.97")),
+    "mpg": Container(muxer="vob", patterns=STEADY, counts_frames=True),
     "wmv": Container(
         muxer="asf", codec="wmv2", turns="", patterns=("25", "29.97", "variable", "gap")
     ),
     "flv": Container(muxer="flv"),
-    "ogg": Container(
-        muxer="ogg",
-        codec="libvpx",
-        turns="",
-        patterns=("25", "29.97", "variable", "gap"),
-        counts_frames=True,
-    ),
+    # Ogg stores when a page of packets ends, not when each frame is shown.
+    "ogg": Container(muxer="ogg", codec="libvpx", turns="", patterns=STEADY, counts_frames=True),
 }
 Case = tuple[str, str, str, str]
 """Container, orientation, shape of pixels, pattern of times."""
