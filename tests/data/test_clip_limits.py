@@ -20,7 +20,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from builders.clip_files import file_contents, numbered_video, write_clips
+from builders.clip_files import file_contents, numbered_video, read_number, write_clips
+from builders.decoder_cases import decoders
+from builders.shown_videos import with_pixel_shape
 
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.limited_process import MIN_MEMORY_BYTES, ProcessLimits
@@ -29,6 +31,9 @@ from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.worker_pool import pack_clips
 from tvr.data_prep.records import Clip, TooManyBadSamples
+from tvr.data_prep.video.decode import sample_frames
+from tvr.data_prep.video.decoders import Decoder, frame_sampler
+from tvr.data_prep.video.images import resize_short_side
 from tvr.launchers.host_limits import host_memory
 
 FRAMES: dict[str, Any] = {"layout": "frames", "num_frames": 2, "samples_per_shard": 4}
@@ -108,6 +113,36 @@ PICTURE_MIB = 3840 * 2160 * 3 // MIB
 def test_frames_of_4k_are_resized_as_they_come(video_4k: Path, tmp_path: Path) -> None:
     """16 pictures take 380 MiB; a decoder and a resize hold about five, in packing and reading."""
     assert peak_growth_mib(PACK_AND_READ, str(video_4k), str(tmp_path)) < 8 * PICTURE_MIB
+
+
+@decoders
+@pytest.mark.parametrize("num_frames", [5, 40])
+def test_pictures_that_are_finished_as_they_come_are_the_same(
+    decoder: Decoder, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if decoder == "torchcodec":
+        monkeypatch.setattr("tvr.data_prep.video.decode_torchcodec.PICTURES_BYTES", 3 * 64 * 32 * 3)
+    sample, video = frame_sampler(decoder), numbered_video(13)
+    frames, times_s = sample(video, num_frames)
+    finished, again_s = sample(
+        video, num_frames, finish=lambda frame: resize_short_side(frame[None], 20)[0]
+    )
+    expected = [1, 3, 6, 9, 11] if num_frames == 5 else list(range(13))
+    assert [read_number(frame) for frame in frames] == expected
+    np.testing.assert_array_equal(finished, resize_short_side(frames, 20))
+    assert again_s == times_s
+
+
+def test_pictures_of_several_sizes_are_fitted_before_they_are_finished() -> None:
+    first = numbered_video(8, container="mpegts")
+    joined = with_pixel_shape(first, "1/1", "mpegts") + with_pixel_shape(first, "3/2", "mpegts")
+    adjusted: set[str] = set()
+    frames, _ = sample_frames(joined, 32, adjusted=adjusted)
+    finished, _ = sample_frames(
+        joined, 32, finish=lambda frame: resize_short_side(frame[None], 20)[0]
+    )
+    np.testing.assert_array_equal(finished, resize_short_side(frames, 20))
+    assert adjusted >= {"size_change"}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
