@@ -6,12 +6,11 @@ import io
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,16 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from builders.clip_actions import (
+    Does,
+    crash_at_last,
+    eat,
+    fail_to_allocate,
+    kill,
+    leave,
+    loop,
+    wait_forever,
+)
 from builders.clip_files import file_contents, numbered_video, read_number, write_clips
 from builders.decoder_cases import decoders
 from builders.shown_videos import with_pixel_shape
@@ -212,59 +221,6 @@ def folder_of(path: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-class Does(tuple[str, ...]):
-    """Captions that do something when a packing process looks at them."""
-
-    action: Callable[[], None]
-
-    def __new__(cls, action: Callable[[], None]) -> Does:
-        made = super().__new__(cls, ("x",))
-        made.action = action
-        return made
-
-    def __reduce__(self) -> Any:
-        return Does, (self.action,)
-
-    def __iter__(self) -> Iterator[str]:
-        self.action()
-        return iter(("x",))
-
-
-def loop() -> None:
-    while True:
-        pass
-
-
-def wait_forever() -> None:
-    threading.Event().wait()
-
-
-def leave() -> None:
-    os._exit(3)
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def crash_at_last() -> None:
-    """Is killed first, and crashes then; the file tells them apart."""
-    file = Path(os.environ.get("TMPDIR", "/tmp")) / f"crash-{os.getppid()}"
-    is_first = not file.exists()
-    file.touch() if is_first else file.unlink()
-    os.kill(os.getpid(), signal.SIGKILL if is_first else signal.SIGSEGV)
-
-
-def eat() -> None:
-    kept = []
-    while True:
-        kept.append(bytearray(MIB))
-
-
-def fail_to_allocate() -> None:
-    np.empty(1 << 44, np.uint8)
 
 
 ACTIONS = {
