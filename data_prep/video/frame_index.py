@@ -86,9 +86,11 @@ class FrameIndex:
         """Returns the frames in a span. Raises BadSample("no_frames") if there are none."""
         if span is None:
             return range(self.num_frames)
-        found = frames_within(self.times_s, span)
+        # Not of all frames' times: a film of many frames may have many cuts.
+        found = frames_within(range(self.num_frames), span, self.time_s)
         if not found:
-            detail = f"none of {self.num_frames} frames, the last at {self.times_s[-1]} s, is in"
+            last_s = self.time_s(self.num_frames - 1)
+            detail = f"none of {self.num_frames} frames, the last at {last_s} s, is in"
             raise BadSample(key, "no_frames", f"{detail} {span}")
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from statistics import median_low
@@ -127,11 +127,19 @@ def check_span(span: Span | None) -> None:
         raise ValueError(f"span={span} must be (start_s, end_s or None) with 0 <= start < end")
 
 
-def frames_within(times_s: Sequence[float], span: Span | None) -> range:
-    """Returns the frames with a time in the span, compared in microseconds; `times_s` ascend."""
+def frames_within(
+    times_s: Sequence[float], span: Span | None, key: Callable[[int], float] | None = None
+) -> range:
+    """Returns the frames with a time in the span, compared in microseconds; `times_s` ascend.
+
+    Args:
+        key: Returns the time of a frame; `times_s` are then the frames, a range.
+    """
     start_s, end_s = span or (0.0, None)
-    first = bisect_left(times_s, round(start_s, 6))
-    return range(first, len(times_s) if end_s is None else bisect_left(times_s, round(end_s, 6)))
+    first = bisect_left(times_s, round(start_s, 6), key=key)  # type: ignore[type-var]
+    if end_s is None:
+        return range(first, len(times_s))
+    return range(first, bisect_left(times_s, round(end_s, 6), key=key))  # type: ignore[type-var]
 
 
 def mend_stamps(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tvr.data_prep.video.frame_index import (
     FrameIndexMismatch,
     SourceIndices,
 )
+from tvr.data_prep.video.frame_sampling import frames_within
 from tvr.data_prep.video.indexed_decode import keyframe_before
 
 PART = 1000
@@ -306,3 +308,31 @@ def test_a_cut_is_decoded_from_the_keyframe_before_it(
         start = keyframe_before(last.read(clip).indices.packets("f"), 33)
     assert start >= 20
     assert decoded == list(range(start, 35))
+
+
+def test_a_cut_of_a_long_film_looks_at_the_times_of_few_frames(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number = 200_000
+    index = FrameIndex(
+        pts=tuple(range(5, 3 * number, 3)),
+        num_frames=number - 1,
+        keyframes=(),
+        unit_s=Fraction(1, 90),
+        rate_hz=Fraction(30),
+        stream=0,
+    )
+    spans = [(0.0, 0.1), (7.0, 7.0333333), (1000.0, None), (3.033, 6000.0), (1e9, 2e9)]
+    expected = [frames_within(index.times_s, span) for span in spans]
+    looked: list[int] = []
+    time_s = FrameIndex.time_s
+
+    def counted(self: FrameIndex, frame: int) -> float:
+        looked.append(frame)
+        return time_s(self, frame)
+
+    monkeypatch.setattr(FrameIndex, "time_s", counted)
+    assert [index.within(span, "k") for span in spans[:-1]] == expected[:-1]
+    with pytest.raises(BadSample, match=r"none of 199999 frames, the last at 6666\.6 s, is in"):
+        index.within(spans[-1], "k")
+    assert len(looked) < 40 * len(spans)
