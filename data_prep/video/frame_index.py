@@ -237,7 +237,7 @@ def _is_certain(shown: Sequence[_Listed], stream: VideoStream) -> bool:
     stamps = [packet.pts for packet in shown if packet.pts is not None]
     if len(stamps) < len(shown):
         return False
-    latest = keyframe = stamps[0] - 1
+    latest = keyframe = min(stamps) - 1
     for stamp, packet in zip(stamps, shown, strict=True):
         # A keyframe is shown after all that were decoded before it, and before all that are decoded
         # after it, except for those directly after it.
