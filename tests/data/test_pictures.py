@@ -60,7 +60,7 @@ def read_all(
     content: bytes, decoder: Decoder, turn: Turn, size: tuple[int, int], num_frames: int = 12
 ) -> list[int]:
     """Reads the numbers of sampled frames that must be shown at `size`, turned by `turn`."""
-    frames, times_s = frame_sampler(decoder)(content, num_frames)
+    frames, times_s = frame_sampler(decoder)(content, num_frames, spacing="index")
     assert len(times_s) == len(frames) == num_frames
     assert frames.shape[1:3] == size[::-1]
     return [read_number(undo(turn, frame)) for frame in frames]
