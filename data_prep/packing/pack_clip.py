@@ -70,6 +70,12 @@ class LastSource:
         alive(self._source.file.num_bytes)
         return self._source
 
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of a picture of the source; 0 if it is no video."""
+        info = self._source.info if isinstance(self._source, _Source) else None
+        return 0 if info is None else 3 * info.width * info.height
+
     def close(self) -> None:
         """Frees the source."""
         source, self._source = self._source, None

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from multiprocessing.connection import wait
 
@@ -42,6 +42,8 @@ WINDOW_PER_PROCESS = 4
 # Bytes of clips that may be done ahead.
 HELD_BYTES = 1 << 29
 TRIES = 2
+# So many pictures a decoder and a resize may hold at once.
+DECODED_PICTURES = 8
 
 PackedClip = TarSample | RefusedClip
 
@@ -156,7 +158,9 @@ class _Worker:
         limits: ProcessLimits,
         memory_bytes: int,
     ) -> None:
-        self.process = LimitedProcess(_clip_packer, (settings, tagger), limits, memory_bytes)
+        self.process = LimitedProcess(
+            _clip_packer, (settings, tagger, memory_bytes), limits, memory_bytes
+        )
         self.job: _Job | None = None
         self.queue: deque[_Job] = deque()
         """Clips of the same video that come next."""
@@ -211,7 +215,7 @@ class _Worker:
         job.outcome, self.job = refuse_clip(job.clip, reason, detail), None
 
 
-def _clip_packer(settings: PackSettings, tagger: WordTagger | None) -> Work:
+def _clip_packer(settings: PackSettings, tagger: WordTagger | None, memory_bytes: int) -> Work:
     """Returns the work of a process: `pack_clip` with the source of its last clip."""
     last_source = LastSource()
     if tagger is not None:
@@ -222,6 +226,11 @@ def _clip_packer(settings: PackSettings, tagger: WordTagger | None) -> Work:
         if isinstance(outcome, RefusedClip) and outcome.reason == OUT_OF_MEMORY:
             # A new process, without what earlier clips have left in memory, tries again.
             raise MemoryError(outcome.detail)
+        if isinstance(outcome, RefusedClip) and outcome.reason == "unreadable":
+            # Decoders also report memory that they do not get as invalid data.
+            if last_source.picture_bytes * DECODED_PICTURES > memory_bytes:
+                hint = f"; {memory_bytes / 1e9:.3g} GB of memory may be too little to decode it"
+                return replace(outcome, detail=outcome.detail + hint + " (--clip-memory-gb)")
         return outcome
 
     return pack

@@ -173,6 +173,19 @@ def test_a_clip_that_needs_too_much_memory_is_refused(
     assert not (tmp_path / "none" / "manifest.json").exists()
 
 
+def test_a_decoder_that_gets_no_memory_may_call_it_damage(video_4k: Path, tmp_path: Path) -> None:
+    """With even less memory the decoder reports invalid data."""
+    clips = write_clips(tmp_path, 2)
+    clips[1] = replace(clips[1], video=str(video_4k))
+    limits = ProcessLimits(memory_bytes=20 * MIB)
+    manifest = pack_shards(clips, str(tmp_path / "data"), max_bad=1, limits=limits, **FRAMES)
+    assert manifest is not None
+    reason, detail = bad_lines(tmp_path / "data")["c01"]
+    assert reason == "out_of_memory" or detail.endswith(
+        "too little to decode it (--clip-memory-gb)"
+    )
+
+
 def test_the_memory_of_a_process_is_a_share_of_the_host() -> None:
     limits, available = ProcessLimits(), host_memory().available
     assert 0.7 * available < limits.memory_of(1) < 0.9 * available
