@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tvr.data_prep.annotations.clip_keys import source_of
 from tvr.data_prep.dataset.shard_writer import ContentHash, TarSample, tar_bytes
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger, clean_captions
@@ -161,6 +162,8 @@ def _members(
     meta = _meta(clip, captions, info, times_s)
     if adjusted:
         meta["adjusted"] = sorted(adjusted)
+    if (named := source_of(clip)) is not None:
+        meta["source"] = named
     text = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return {"json": text.encode(), **members}
 
