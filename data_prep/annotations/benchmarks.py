@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fsspec.core import url_to_fs
-
 from tvr.data_prep.annotations.benchmark_files import (
+    Refusals,
     activitynet_captions,
     didemo_captions,
     jsfusion_captions,
@@ -21,10 +20,11 @@ from tvr.data_prep.annotations.benchmark_files import (
     msvd_captions,
     read_ids,
 )
-from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule
+from tvr.data_prep.annotations.clip_keys import hashed_key, key_of, name_hash
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.dataset.manifest import join_url
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Clip, RefusedRow
+from tvr.data_prep.storage.storage import file_system
 
 Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet"]
 MAX_LISTED_IDS = 10
@@ -40,8 +40,8 @@ class BenchmarkSplit:
     """Alternative files of video ids; the first one that exists is read."""
     captions: str
     """File of captions; it may also hold other splits."""
-    read: Callable[[str], dict[str, list[str]]]
-    """Reads `captions` from a URL and returns the captions by video id."""
+    read: Callable[[str, Refusals], dict[str, list[str]]]
+    """Reads `captions` from a URL and returns the captions by video id; notes refused rows."""
     file_prefix: str = ""
     """Prefix of the ids that some collections omit from the file names."""
 
@@ -60,6 +60,8 @@ class Selection:
     """Listed ids without captions; they are not clips."""
     not_listed: tuple[str, ...]
     """Captioned ids that are not in the list."""
+    refused: tuple[RefusedRow, ...] = ()
+    """Rows of this split that are wrong; packing counts them as bad."""
 
     def summary(self) -> list[str]:
         """Returns lines with the split's size, the published size and each difference."""
@@ -71,6 +73,7 @@ class Selection:
             ("without a video file", self.without_file),
             ("listed without captions, left out", self.without_captions),
             ("captioned but not in this list, left out", self.not_listed),
+            ("bad rows", [row.origin for row in self.refused]),
         ):
             if ids:
                 more = (
@@ -87,13 +90,14 @@ def read_benchmark(
 
     Raises:
         FileNotFoundError: a folder or an annotation file does not exist.
-        ValueError: the dataset or split is unknown, a file is malformed, or two ids have the
-            same key.
+        ValueError: the dataset or split is unknown, or a file is malformed as a whole.
     """
     source = _split(dataset, split)
     list_url = _first_existing(annotations, source.lists)
     captions_url = _first_existing(annotations, (source.captions,))
-    origins, captions = read_ids(list_url), source.read(captions_url)
+    refusals = Refusals()
+    origins = read_ids(list_url, refusals)
+    captions = source.read(captions_url, refusals)
     files = VideoFiles(videos)
     clips: dict[str, Clip] = {}
     without_file = []
@@ -101,14 +105,13 @@ def read_benchmark(
         if video_id not in captions:
             continue
         key = key_of(video_id)
-        if not KEY_PATTERN.fullmatch(key):
-            raise ValueError(f"{origin}: video {video_id!r}: {key_rule(key)}")
         if key in clips:
-            raise ValueError(
-                f"{origin}: video {video_id!r} and {clips[key].video_id!r} of {clips[key].origin}"
-                f" have the same key {key!r}"
-            )
-        file = files.find(video_id) or files.find(video_id.removeprefix(source.file_prefix))
+            key = hashed_key(key, name_hash(video_id))
+        try:
+            file = files.find(video_id) or files.find(video_id.removeprefix(source.file_prefix))
+        except ValueError as error:
+            refusals.note(origin, f"{origin}: {error}")
+            continue
         if file is None:
             without_file.append(video_id)
         clips[key] = Clip(
@@ -125,6 +128,7 @@ def read_benchmark(
         without_file=tuple(without_file),
         without_captions=tuple(name for name in origins if name not in captions),
         not_listed=tuple(name for name in captions if name not in origins),
+        refused=refusals.of(origins),
     )
 
 
@@ -140,7 +144,7 @@ def _split(dataset: Dataset, split: str | None) -> BenchmarkSplit:
 
 
 def _first_existing(folder: str, names: tuple[str, ...]) -> str:
-    fs, root = url_to_fs(folder)
+    fs, root = file_system(folder)
     for name in names:
         if fs.exists(join_url(root, name)):
             return join_url(folder, name)
