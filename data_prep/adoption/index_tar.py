@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from tvr.data_prep.dataset.foreign_samples import ForeignRules, translate
-from tvr.data_prep.dataset.foreign_tar import SampleFiles, sample_files
+from tvr.data_prep.dataset.foreign_tar import ForeignSample, sample_files
 from tvr.data_prep.dataset.index_rules import MAX_SAMPLE_BYTES
 from tvr.data_prep.dataset.manifest import Shard
 from tvr.data_prep.dataset.sample_codec import parse_meta
@@ -156,7 +156,7 @@ def index_tar(
 
 def _row(
     stream: TarStream,
-    sample: SampleFiles,
+    sample: ForeignSample,
     key: str,
     rules: ForeignRules,
     offsets: Mapping[str, int],

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvr.data_prep.caption_text import clean_captions
-from tvr.data_prep.dataset.foreign_tar import SampleFiles, sample_files
+from tvr.data_prep.dataset.foreign_tar import ForeignSample, sample_files
 from tvr.data_prep.dataset.index_rules import MAX_TEXT, IndexFields
 from tvr.data_prep.records import REFUSED_TEXT, BadSample, is_video_id
 
@@ -85,7 +85,7 @@ def translate_range(content: bytes, key: str, rules: ForeignRules) -> dict[str, 
 
 
 def translate(
-    sample: SampleFiles, content: bytes, key: str, rules: ForeignRules
+    sample: ForeignSample, content: bytes, key: str, rules: ForeignRules
 ) -> dict[str, bytes]:
     """Returns a sample as the members of a packed one: `json` and `mp4`.
 
@@ -135,7 +135,7 @@ def _fields(key: str, content: bytes | None) -> dict[str, Any]:
     return fields
 
 
-def _video_extension(sample: SampleFiles) -> str | None:
+def _video_extension(sample: ForeignSample) -> str | None:
     """Returns the extension of the video; of `a.video.mp4` its last part may tell."""
     for extension in VIDEO_EXTENSIONS:
         if extension in sample.members:

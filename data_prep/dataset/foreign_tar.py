@@ -54,7 +54,7 @@ class TarEntry(NamedTuple):
 
 
 @dataclass(slots=True, kw_only=True)
-class SampleFiles:
+class ForeignSample:
     """The files of one sample, in a range of whole blocks that holds nothing else of use."""
 
     name: str
@@ -69,7 +69,7 @@ class SampleFiles:
 
 def sample_files(
     read: Read, size: int, release: Callable[[int], object] = lambda at: None
-) -> Iterator[SampleFiles]:
+) -> Iterator[ForeignSample]:
     """Yields the samples of an archive in order, and the ranges that are damaged.
 
     After damage, the search goes on at the next header.
@@ -92,7 +92,7 @@ def sample_files(
             current, start = None, at
             at = _next_header(read, at + BLOCK, size, release)
             problem = f"bytes {start} to {at - 1} are damaged: {error}"
-            yield SampleFiles(name="", start=start, end=at, problem=problem)
+            yield ForeignSample(name="", start=start, end=at, problem=problem)
             continue
         at = entry.end
         split = _split_name(entry)
@@ -104,7 +104,7 @@ def sample_files(
             current = None
         if current is None:
             release(entry.start)
-            current = SampleFiles(name=name, start=entry.start, end=entry.end)
+            current = ForeignSample(name=name, start=entry.start, end=entry.end)
         current.end = entry.end
         _add(current, entry, extension)
     if current is not None:
@@ -176,7 +176,7 @@ def _split_name(entry: TarEntry) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def _add(sample: SampleFiles, entry: TarEntry, extension: str) -> None:
+def _add(sample: ForeignSample, entry: TarEntry, extension: str) -> None:
     if entry.kind not in PLAIN:
         sample.problem = f"{entry.name!r} is of type {entry.kind!r}, must be a plain file"
     elif entry.name.startswith("/") or ".." in entry.name.split("/"):
