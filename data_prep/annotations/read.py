@@ -5,7 +5,7 @@ JSONL has one video or one caption a line; CSV and Parquet have one caption a ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format
@@ -49,11 +49,16 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
     return [clip for clip, _ in clips.values()]
 
 
-def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Clip, bool]]:
+def annotated_clips(
+    url: str, *, videos: str | None = None, on_lookup: Callable[[], object] = lambda: None
+) -> Iterator[tuple[Clip, bool]]:
     """Yields the clips of an annotation file in file order, without holding them.
 
     Rows that follow each other and belong to one clip are merged. Rows of one clip that lie apart
     are yielded apart; `merge_clips` joins them.
+
+    Args:
+        on_lookup: Called when names are looked up in the folder of videos.
 
     Yields:
         A clip, and whether it may continue one, or be continued: by rows of CSV and Parquet files,
@@ -68,6 +73,7 @@ def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Cl
     for row in annotation_rows(url):
         if row.by_name and files is None:
             files = VideoFiles(base)
+            on_lookup()
         if not local:
             _check_remote(row, url)
         if current is not None and _continues(row, current, merge):
