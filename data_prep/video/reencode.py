@@ -13,7 +13,7 @@ from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
 from tvr.data_prep.video.decode import shown_frames
-from tvr.data_prep.video.frame_index import FrameIndex, Source, with_frame_index
+from tvr.data_prep.video.frame_index import FrameIndex, Source, SourceIndices
 from tvr.data_prep.video.frame_sampling import Span, check_span
 from tvr.data_prep.video.images import short_side_size
 from tvr.data_prep.video.orientation import UPRIGHT
@@ -44,6 +44,7 @@ def reencode_video(
     span: Span | None = None,
     key: str = "video",
     adjusted: set[str] | None = None,
+    indices: SourceIndices | None = None,
 ) -> bytes:
     """Re-encodes a video, or a span of it, as H.264 MP4.
 
@@ -56,6 +57,7 @@ def reencode_video(
         short_side: Pixels of the shorter side; None keeps the size.
         keyframe_interval: Frames between keyframes.
         adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
+        indices: Indices of the source, for a source of which several spans are encoded.
 
     Returns:
         The bytes of the MP4 file.
@@ -82,7 +84,7 @@ def reencode_video(
             adjusted.update(painter.adjusted)
         return buffer.getvalue()
 
-    return with_frame_index(source, key, encode)
+    return (indices or SourceIndices(source)).apply(encode, key)
 
 
 def _add_encoder(
