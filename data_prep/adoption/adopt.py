@@ -35,6 +35,7 @@ from tvr.data_prep.dataset.manifest import (
     write_manifest,
 )
 from tvr.data_prep.dataset.sample_table import SampleTable, hash_texts
+from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.output_files import OutputFiles
 from tvr.data_prep.packing.shard_record import (
     ShardFile,
@@ -43,6 +44,7 @@ from tvr.data_prep.packing.shard_record import (
     encode_record,
 )
 from tvr.data_prep.storage.retries import Retries
+from tvr.data_prep.storage.storage import Storage
 
 ADOPTING_FOLDER = ".adopting"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -76,6 +78,7 @@ def adopt_shards(
     captions: Sequence[str] = CAPTION_SOURCES,
     max_bad: int = 0,
     processes: int = 1,
+    limits: ProcessLimits | None = None,
     overwrite: bool = False,
     on_progress: Callable[[AdoptProgress], object] = lambda progress: None,
 ) -> Manifest:
@@ -88,7 +91,9 @@ def adopt_shards(
         url: Folder path or fsspec URL.
         captions: Where captions come from, see `ForeignRules`.
         max_bad: Samples that may be left out.
-        processes: Archives to read at a time.
+        processes: Archives to read at a time, each in a process with limits; 0 means the calling
+            process, which has none.
+        limits: What one video may take.
         overwrite: Adopt a folder again, for archives that came, went or changed.
 
     Raises:
@@ -101,11 +106,16 @@ def adopt_shards(
             one key, no sample is good, or an archive changes meanwhile.
         ChildProcessError: see `index_tars`.
     """
-    if processes < 1:
-        raise ValueError(f"processes={processes} must be at least 1")
+    if processes < 0:
+        raise ValueError(f"processes={processes} must be 0 or more")
+    if processes and Storage(url).is_in_memory:
+        raise ValueError(
+            f"processes={processes} must be 0 (--processes 0) with {url}: processes do not share"
+            " memory:// files"
+        )
     adoption = _Adoption(url, ForeignRules(captions=tuple(captions)), max_bad, on_progress)
     adoption.check_folder(overwrite=overwrite)
-    adoption.index(find_tars(url), processes)
+    adoption.index(find_tars(url), processes, limits)
     return adoption.publish()
 
 
@@ -173,7 +183,9 @@ class _Adoption:
             raise FileExistsError(f"{self._url} is adopted already; --overwrite adopts it again")
         self._generation = generation_of(published, self._url) + 1
 
-    def index(self, tars: Sequence[ForeignTar], processes: int) -> None:
+    def index(
+        self, tars: Sequence[ForeignTar], processes: int, limits: ProcessLimits | None
+    ) -> None:
         """Indexes the archives, but for those of an earlier start."""
         missing = []
         for tar in tars:
@@ -182,7 +194,7 @@ class _Adoption:
                 missing.append(tar)
             else:
                 self._count(tar, record, len(tars))
-        for tar, record in index_tars(self._url, missing, self._rules, processes):
+        for tar, record in index_tars(self._url, missing, self._rules, processes, limits):
             content = encode_record(record, self._identity(tar))
             self._files.write(_record_name(tar), content)
             self._count(tar, record, len(tars))
