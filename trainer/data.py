@@ -298,7 +298,7 @@ def _test_need(
 
 
 def _is_cached(url: str, manifest: Manifest) -> bool:
-    return manifest.beton is None and not Storage(url).is_local
+    return manifest.beton is None and not Storage(manifest.files_url(url)).is_local
 
 
 def _rank_share(train: TrainConfig, world: World) -> RankShare:

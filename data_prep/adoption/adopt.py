@@ -1,7 +1,7 @@
 """Makes a data set of shards that other tools wrote, where they lie.
 
 The archives are read, not changed: `samples.rows`, `bad.jsonl` and, last, `manifest.json` are
-written beside them. What an archive holds is kept in the folder `.adopting` until then, so that an
+written beside them, or into another folder. What an archive holds is kept in the folder `.adopting` until then, so that an
 interrupted adoption resumes.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -75,6 +76,7 @@ class _Adopted:
 def adopt_shards(
     url: str,
     *,
+    out: str | None = None,
     captions: Sequence[str] = CAPTION_SOURCES,
     max_bad: int = 0,
     processes: int = 1,
@@ -88,7 +90,8 @@ def adopt_shards(
     out of the index, and listed in bad.jsonl with their archive and name.
 
     Args:
-        url: Folder path or fsspec URL.
+        url: Folder path or fsspec URL of the archives.
+        out: Folder or URL for the index; None = that of the archives.
         captions: Where captions come from, see `ForeignRules`.
         max_bad: Samples that may be left out.
         processes: Archives to read at a time, each in a process with limits; 0 means the calling
@@ -113,7 +116,9 @@ def adopt_shards(
             f"processes={processes} must be 0 (--processes 0) with {url}: processes do not share"
             " memory:// files"
         )
-    adoption = _Adoption(url, ForeignRules(captions=tuple(captions)), max_bad, on_progress)
+    tars = "" if out is None else url if "://" in url else os.path.abspath(url)
+    rules = ForeignRules(captions=tuple(captions), tars=tars)
+    adoption = _Adoption(out or url, rules, max_bad, on_progress)
     adoption.check_folder(overwrite=overwrite)
     adoption.index(find_tars(url), processes, limits)
     return adoption.publish()
@@ -194,7 +199,9 @@ class _Adoption:
                 missing.append(tar)
             else:
                 self._count(tar, record, len(tars))
-        for tar, record in index_tars(self._url, missing, self._rules, processes, limits):
+        for tar, record in index_tars(
+            self._rules.tars or self._url, missing, self._rules, processes, limits
+        ):
             content = encode_record(record, self._identity(tar))
             self._files.write(_record_name(tar), content)
             self._count(tar, record, len(tars))

@@ -32,6 +32,9 @@ class AdoptArguments:
 
     url: Annotated[str, tyro.conf.Positional]
     """Folder or fsspec URL with the archives (*.tar)."""
+    out: str | None = None
+    """Folder or fsspec URL for the index, if the archives lie where nothing can be written; default:
+    the folder of the archives. The archives must stay where they are."""
     captions: tuple[str, ...] = CAPTION_SOURCES
     """Where captions come from, in this order: txt (the .txt file), or names of fields of the
     JSON, each a text or a list of texts."""
@@ -58,9 +61,11 @@ def adopt(argv: Sequence[str]) -> int:
 
 
 def _adopt(arguments: AdoptArguments) -> int:
+    out = arguments.out or arguments.url
     processes, memory_gb = arguments.processes, arguments.clip_memory_gb
     manifest = adopt_shards(
         arguments.url,
+        out=arguments.out,
         captions=arguments.captions,
         max_bad=arguments.max_bad,
         processes=available_processes() if processes is None else processes,
@@ -73,13 +78,13 @@ def _adopt(arguments: AdoptArguments) -> int:
     )
     print(
         f"adopted {manifest.num_samples} samples with {manifest.num_captions} captions in"
-        f" {len(manifest.shards)} archives at {arguments.url}"
+        f" {len(manifest.shards)} archives at {arguments.url}, indexed at {out}"
     )
     if manifest.bad:
         counts = ", ".join(f"{count} {reason}" for reason, count in manifest.bad.items())
         print(
             f"left out {sum(manifest.bad.values())} samples ({counts}), listed in"
-            f" {join_url(arguments.url, BAD_NAME)}"
+            f" {join_url(out, BAD_NAME)}"
         )
     return 0
 

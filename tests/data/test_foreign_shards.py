@@ -275,10 +275,40 @@ def test_captions_come_from_the_named_sources(tmp_path: Path) -> None:
 def test_an_index_with_other_rules_is_refused(adopted: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(adopted, tmp_path / "copy"))
     fields = json.loads((copy / "manifest.json").read_text())
-    for rules in ({"captions": []}, {"captions": ["a\nb"]}, {"captions": "txt"}, {"x": 1}, [1]):
+    good = {"captions": ["txt"], "tars": ""}
+    for rules in (
+        *({**good, "captions": []}, {**good, "captions": ["a\nb"]}, {**good, "captions": "txt"}),
+        *({**good, "tars": 1}, {**good, "tars": "a\nb"}, {"captions": ["txt"]}, [1]),
+    ):
         (copy / "manifest.json").write_text(json.dumps(fields | {"foreign": rules}))
-        with pytest.raises(ShardCorrupt, match=r"captions|foreign"):
+        with pytest.raises(ShardCorrupt, match=r"captions|foreign|tars"):
             read_manifest(str(copy))
+
+
+def test_an_index_may_lie_in_another_folder(
+    source: Path, adopted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = file_contents(source)
+    out = tmp_path / "index"
+    command = [str(source), "--out", str(out), "--max-bad", "4", "--processes", "0"]
+    assert adopt(command) == 0
+    assert file_contents(source) == before
+    names = {path.name for path in out.iterdir()}
+    assert names == {"manifest.json", "samples.rows", "bad.jsonl"}
+    assert (out / "samples.rows").read_bytes() == (adopted / "samples.rows").read_bytes()
+    assert verify([str(out)]) == 0
+    assert stats([str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert "4 of 4 samples read" in capsys.readouterr().out
+    texts = [text for batch in evaluation(str(out)) for text in batch.captions]
+    assert texts == ["a dog", "a cat", "one & two", "a bird", "a fish"]
+    # An index from elsewhere must not make this machine read its own files.
+    fs = fsspec.filesystem("memory")
+    fs.put(str(out), "/hostile", recursive=True)
+    try:
+        with pytest.raises(ShardCorrupt, match="tars=.* must be a URL, because the index is not"):
+            read_manifest("memory://hostile")
+    finally:
+        fs.rm("/hostile", recursive=True)
 
 
 # ------------------------------------------------------------------ archives
