@@ -1,8 +1,8 @@
 """Makes a data set of shards that other tools wrote, where they lie.
 
 The archives are read, not changed: `samples.rows`, `bad.jsonl` and, last, `manifest.json` are
-written beside them, or into another folder. What an archive holds is kept in the folder `.adopting` until then, so that an
-interrupted adoption resumes.
+written beside them, or into another folder. What an archive holds is kept in the folder
+`.adopting` until then, so that an interrupted adoption resumes.
 """
 
 from __future__ import annotations
@@ -199,9 +199,8 @@ class _Adoption:
                 missing.append(tar)
             else:
                 self._count(tar, record, len(tars))
-        for tar, record in index_tars(
-            self._rules.tars or self._url, missing, self._rules, processes, limits
-        ):
+        url = self._rules.tars or self._url
+        for tar, record in index_tars(url, missing, self._rules, processes, limits):
             content = encode_record(record, self._identity(tar))
             self._files.write(_record_name(tar), content)
             self._count(tar, record, len(tars))

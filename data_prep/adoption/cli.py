@@ -33,8 +33,8 @@ class AdoptArguments:
     url: Annotated[str, tyro.conf.Positional]
     """Folder or fsspec URL with the archives (*.tar)."""
     out: str | None = None
-    """Folder or fsspec URL for the index, if the archives lie where nothing can be written; default:
-    the folder of the archives. The archives must stay where they are."""
+    """Folder or fsspec URL for the index, if nothing can be written where the archives lie;
+    default: the folder of the archives. The archives must stay where they are."""
     captions: tuple[str, ...] = CAPTION_SOURCES
     """Where captions come from, in this order: txt (the .txt file), or names of fields of the
     JSON, each a text or a list of texts."""
