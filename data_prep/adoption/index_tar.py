@@ -18,12 +18,11 @@ from tvr.data_prep.dataset.manifest import Shard
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.dataset.sample_table import SampleTable, text_array
 from tvr.data_prep.dataset.shard_writer import content_hash
-from tvr.data_prep.packing.pack_clip import RefusedClip
+from tvr.data_prep.packing.pack_clip import RefusedClip, describe_source
 from tvr.data_prep.packing.shard_record import ShardFile, ShardRecord
 from tvr.data_prep.records import MAX_KEY_LENGTH, BadSample
 from tvr.data_prep.storage.storage import Storage
-from tvr.data_prep.video.decode import check_frames, describe_video
-from tvr.data_prep.video.frame_index import SourceIndices
+from tvr.data_prep.video.decode import check_frames
 
 CHUNK_BYTES = 1 << 23
 GZIP_MAGIC = b"\x1f\x8b"
@@ -224,8 +223,7 @@ def _row(
 
 def check_video(content: bytes, key: str) -> None:
     """Decodes every frame of a video once, as `tvr pack` does. Raises BadSample."""
-    indices = SourceIndices(content)
-    describe_video(content, key=key, indices=indices)
+    indices, _ = describe_source(content, key)
     check_frames(content, key=key, indices=indices)
 
 
