@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from tvr.data_prep.annotations.caption_fields import captions_of, is_caption_field
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule, span_suffix
-from tvr.data_prep.annotations.columns import TableColumns, delimiter_of, is_separator_line
-from tvr.data_prep.annotations.json_items import json_items
 from tvr.data_prep.annotations.parquet import parquet_rows
-from tvr.data_prep.annotations.text_encoding import open_text
 from tvr.data_prep.annotations.video_lookup import SUFFIXES
+from tvr.data_prep.file_formats.caption_fields import captions_of, is_caption_field
+from tvr.data_prep.file_formats.columns import TableColumns, delimiter_of, is_separator_line
+from tvr.data_prep.file_formats.json_items import json_items
+from tvr.data_prep.file_formats.text_encoding import open_text
 from tvr.data_prep.records import REFUSED_TEXT, VIDEO_ID_RULE, is_video_id
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
@@ -133,7 +133,8 @@ def _csv_rows(url: str) -> Iterator[Draft]:
             last = number - 1 + reader.line_num
             origin = f"{url}:{last}"
             try:
-                row = columns.row(fields) if fields else None
+                is_empty = not fields or columns.is_empty(fields)
+                row = None if is_empty else columns.row(fields)
             except ValueError as error:
                 raise ValueError(f"{origin}: {error}") from error
             if row is not None:

@@ -11,11 +11,11 @@ import pytest
 from builders.clip_files import numbered_video, read_number
 
 from tvr.data_prep import cli
-from tvr.data_prep.annotations import json_items
 from tvr.data_prep.annotations.benchmarks import Dataset, Selection, read_benchmark
 from tvr.data_prep.annotations.clip_source import AnnotationFile
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.file_formats import json_items
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Clip
 
