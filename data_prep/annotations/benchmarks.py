@@ -20,6 +20,7 @@ from tvr.data_prep.annotations.benchmark_splits import (
     Dataset,
 )
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule
+from tvr.data_prep.annotations.rows import refused_row
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.dataset.manifest import join_url
 from tvr.data_prep.records import Clip, RefusedRow
@@ -135,7 +136,7 @@ def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> 
         try:
             clip, is_there = _clip(row, files)
         except ValueError as error:
-            refused.append(RefusedRow(origin=row.origin, detail=f"{row.origin}: {error}"))
+            refused.append(refused_row(row.origin, f"{row.origin}: {error}"))
             continue
         first = clips.get(row.name)
         if first is not None:  # another sentence of the clip

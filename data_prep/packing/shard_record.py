@@ -120,7 +120,7 @@ def encode_record(record: ShardRecord, packing: str) -> bytes:
         "num_empty_captions": record.num_empty_captions,
         "bad": [asdict(entry) for entry in record.bad],
     }
-    return json.dumps(fields, ensure_ascii=False).encode()
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def decode_record(content: bytes, packing: str) -> ShardRecord | None:
