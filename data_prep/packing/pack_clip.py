@@ -27,6 +27,7 @@ from tvr.data_prep.video.frame_index import Source, SourceIndices
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.stored_index import index_member
+from tvr.data_prep.video.truncation import check_whole
 
 # A source with such an error cannot be opened; any other refusal of the storage is a read error.
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -237,6 +238,7 @@ def describe_source(source: Source, key: str) -> tuple[SourceIndices, VideoInfo]
 
     Raises BadSample for a source that cannot be used, before a frame of it is decoded.
     """
+    check_whole(source, key)
     indices = SourceIndices(source)
     return indices, describe_video(source, key=key, indices=indices)
 
