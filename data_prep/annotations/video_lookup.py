@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import unicodedata
 
 from tvr.data_prep.records import REFUSED_TEXT
 from tvr.data_prep.storage.storage import file_system
@@ -20,6 +21,7 @@ class VideoFiles:
     def __init__(self, url: str) -> None:
         self.url = url
         self.listings: dict[str, dict[str, list[str]]] = {}
+        self._normal_listings: dict[str, dict[str, list[str]]] = {}
         fs, root = file_system(url)
         if not fs.isdir(root):
             raise FileNotFoundError(f"videos={url!r}: no such folder")
@@ -29,7 +31,8 @@ class VideoFiles:
 
         Looks for `name` itself, then for `name` with each of SUFFIXES appended, then for `name`
         with its suffix replaced by each of SUFFIXES. A file in the folder takes precedence over
-        files of the same name in sub-folders.
+        files of the same name in sub-folders. If there is none, names that are equal in Unicode's
+        normal form (NFC) are equal: some file systems store another form.
 
         Args:
             name: Name of the video; it may start with sub-folders.
@@ -48,8 +51,13 @@ class VideoFiles:
             self.listings[folder] = _listing(posixpath.join(self.url, folder))
         stem, suffix = posixpath.splitext(base)
         replaced = [stem + other for other in SUFFIXES] if suffix in (".", *SUFFIXES) else []
-        for file in (base, *(base + suffix for suffix in SUFFIXES), *replaced):
-            found = self.listings[folder].get(file, [])
+        names = (base, *(base + suffix for suffix in SUFFIXES), *replaced)
+        listing = self.listings[folder]
+        if not base.isascii() and not any(file in listing for file in names):
+            listing = self._normalized(folder)
+            names = tuple(unicodedata.normalize("NFC", file) for file in names)
+        for file in names:
+            found = listing.get(file, [])
             if len(found) > 1:
                 raise ValueError(
                     f"{name}: {' and '.join(found)} have the same name; keep one of them"
@@ -57,6 +65,13 @@ class VideoFiles:
             if found:
                 return found[0]
         return None
+
+    def _normalized(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self._normal_listings:
+            normal = self._normal_listings[folder] = {}
+            for name, urls in self.listings[folder].items():
+                normal.setdefault(unicodedata.normalize("NFC", name), []).extend(urls)
+        return self._normal_listings[folder]
 
     def expected(self, name: str) -> str:
         """Returns a URL at which a missing video's file was expected, for error messages."""

@@ -66,3 +66,15 @@ def test_a_folder_is_listed_once(tmp_path: Path) -> None:
     assert files.find("b") is None
     touch(tmp_path, "b.mp4")
     assert files.find("b") is None
+
+
+def test_names_of_another_normal_form_are_found(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    touch(tmp_path, f"{decomposed}.mp4", "sub/caf\u00e8.mp4")
+    files = VideoFiles(str(tmp_path))
+    assert files.find(composed) == files.find(decomposed) == f"{tmp_path}/{decomposed}.mp4"
+    assert files.find("cafe\u0300.avi") == f"{tmp_path}/sub/caf\u00e8.mp4"
+    touch(tmp_path, f"{composed}.mp4")
+    files = VideoFiles(str(tmp_path))
+    assert files.find(composed) == f"{tmp_path}/{composed}.mp4"
+    assert files.find(decomposed) == f"{tmp_path}/{decomposed}.mp4"
