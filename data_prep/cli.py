@@ -34,7 +34,7 @@ class PackArguments:
     format: Literal["webdataset"] = "webdataset"
     """Format of the data set to write."""
     annotations: str
-    """JSONL, CSV or Parquet file (path or fsspec URL); with --dataset the folder of the
+    """JSONL, JSON, CSV, TSV or Parquet file (path or fsspec URL); with --dataset the folder of the
     benchmark's files."""
     out: str
     """Folder or fsspec URL of the data set to write."""
@@ -47,7 +47,8 @@ class PackArguments:
     """Benchmark whose published files are in the folder --annotations."""
     split: str | None = None
     """Split of the benchmark; msrvtt: train-9k, train-7k, test-1ka, train-1kb, test-1kb; msvd and
-    didemo: train, val, test; activitynet: train, val."""
+    didemo: train, val, test; activitynet: train, val; vatex: train, val, test, val-1500, test-1500;
+    lsmdc: train, val, test; youcook2: train, val; webvid: train-2m, val-2m, train-10m, val-10m."""
     num_frames: int = 12
     """Frames per clip (layout frames)."""
     frame_spacing: FrameSpacing = "time"

@@ -1,16 +1,18 @@
 """Reads the clips of one split of a benchmark from its published annotation files.
 
-The file names and layouts are those that CLIP4Clip and its successors use. A split is a list of
-video ids and a file of captions. A clip's video_id is the published id; its key is that id as
+The file names and layouts are those of the publications, and for lists of video ids those that
+CLIP4Clip and its successors use. A split is a list of video ids and a file of captions, or a file
+of clips. A clip's video_id is the published id; its key is that id as
 `clip_keys.key_of` spells it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from tvr.data_prep.annotations.benchmark_clips import WHOLE, PublishedClip
 from tvr.data_prep.annotations.benchmark_files import (
     Refusals,
     activitynet_captions,
@@ -20,13 +22,15 @@ from tvr.data_prep.annotations.benchmark_files import (
     msvd_captions,
     read_ids,
 )
+from tvr.data_prep.annotations.benchmark_splits import CLIP_BENCHMARKS, ClipSplit
 from tvr.data_prep.annotations.clip_keys import hashed_key, key_of, name_hash
+from tvr.data_prep.annotations.text_files import line_problem
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.dataset.manifest import join_url
-from tvr.data_prep.records import Clip, RefusedRow
+from tvr.data_prep.records import VIDEO_ID_RULE, Clip, RefusedRow, is_video_id
 from tvr.data_prep.storage.storage import file_system
 
-Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet"]
+Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet", "vatex", "lsmdc", "youcook2", "webvid"]
 MAX_LISTED_IDS = 10
 
 
@@ -51,7 +55,7 @@ class Selection:
     """The clips of a split in list order, and the differences from the published split."""
 
     name: str
-    published: int
+    published: int | None
     clips: tuple[Clip, ...]
     """All clips; packing refuses clips without a file as missing_file."""
     without_file: tuple[str, ...]
@@ -62,13 +66,15 @@ class Selection:
     """Captioned ids that are not in the list."""
     refused: tuple[RefusedRow, ...] = ()
     """Rows of this split that are wrong; packing counts them as bad."""
+    unit: str = "videos"
 
     def summary(self) -> list[str]:
         """Returns lines with the split's size, the published size and each difference."""
         size, published = len(self.clips), self.published
-        comparison = "as published" if size == published else f"published {published:,}"
-        difference = "" if size == published else f" ({size - published:+,})"
-        lines = [f"{self.name}: {size:,} videos, {comparison}{difference}"]
+        comparison = ", as published" if size == published else ""
+        if published not in (None, size):
+            comparison = f", published {published:,} ({size - published:+,})"
+        lines = [f"{self.name}: {size:,} {self.unit}{comparison}"]
         for title, ids in (
             ("without a video file", self.without_file),
             ("listed without captions, left out", self.without_captions),
@@ -93,6 +99,8 @@ def read_benchmark(
         ValueError: the dataset or split is unknown, or a file is malformed as a whole.
     """
     source = _split(dataset, split)
+    if isinstance(source, ClipSplit):
+        return _read_clips(source, f"{dataset} {split}", annotations, videos)
     list_url = _first_existing(annotations, source.lists)
     captions_url = _first_existing(annotations, (source.captions,))
     refusals = Refusals()
@@ -132,7 +140,77 @@ def read_benchmark(
     )
 
 
-def _split(dataset: Dataset, split: str | None) -> BenchmarkSplit:
+def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> Selection:
+    """Reads a file of clips, and looks up their videos."""
+    url, files = _first_existing(annotations, (source.file,)), VideoFiles(videos)
+    refusals = Refusals()
+    listed = None
+    if source.lists:
+        listed = read_ids(_first_existing(annotations, source.lists), refusals)
+    clips: dict[str, Clip] = {}
+    keys: set[str] = set()
+    without_file, not_listed = [], []
+    for row in source.read(url):
+        if isinstance(row, RefusedRow):
+            refusals.rows.append(row)
+            continue
+        if listed is not None and row.name not in listed:
+            not_listed.append(row.name)
+            continue
+        try:
+            clip, is_there = _clip(row, files)
+        except ValueError as error:
+            refusals.note(row.origin, f"{row.origin}: {error}")
+            continue
+        first = clips.get(row.name)
+        if first is not None:  # another sentence of the clip
+            clips[row.name] = replace(first, captions=(*first.captions, *clip.captions))
+            continue
+        if clip.key in keys:
+            clip = replace(clip, key=hashed_key(clip.key, name_hash(row.name)))
+        keys.add(clip.key)
+        clips[row.name] = clip
+        if not is_there:
+            without_file.append(row.name)
+    return Selection(
+        name=name,
+        published=source.published,
+        clips=tuple(clips.values()),
+        without_file=tuple(without_file),
+        without_captions=tuple(name for name in listed or () if name not in clips),
+        not_listed=tuple(not_listed),
+        refused=refusals.of(()),
+        unit="clips",
+    )
+
+
+def _clip(row: PublishedClip, files: VideoFiles) -> tuple[Clip, bool]:
+    """Returns the clip of a row, and whether its video is there.
+
+    Raises:
+        ValueError: the name leaves the folder, several files have it, or a text is none that a
+            file can store.
+    """
+    if not is_video_id(row.name):
+        raise ValueError(f"id {row.name!r:.200} must be {VIDEO_ID_RULE}")
+    for text in row.captions:
+        if problem := line_problem(text):
+            raise ValueError(f"caption {text!r:.200}: {problem}")
+    found = ((files.find(name), span) for name, span in row.files)
+    video, span = next(((file, span) for file, span in found if file is not None), (None, WHOLE))
+    clip = Clip(
+        key=key_of(f"{row.name}.mp4"),
+        video=video or files.expected(row.files[0][0]),
+        captions=row.captions,
+        video_id=row.name,
+        origin=row.origin,
+        start_s=span[0],
+        end_s=span[1],
+    )
+    return clip, video is not None
+
+
+def _split(dataset: Dataset, split: str | None) -> BenchmarkSplit | ClipSplit:
     if dataset not in BENCHMARKS:
         raise ValueError(f"dataset={dataset!r} must be one of {', '.join(BENCHMARKS)}")
     if split not in BENCHMARKS[dataset]:
@@ -185,7 +263,7 @@ def _activitynet(published: int, ids: str, captions: str) -> BenchmarkSplit:
     )
 
 
-BENCHMARKS: dict[Dataset, dict[str, BenchmarkSplit]] = {
+BENCHMARKS: dict[Dataset, dict[str, BenchmarkSplit | ClipSplit]] = {
     "msrvtt": {
         "train-9k": _msrvtt(9_000, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt"),
         "train-7k": _msrvtt(7_010, "MSRVTT_train.7k.csv"),
@@ -214,4 +292,5 @@ BENCHMARKS: dict[Dataset, dict[str, BenchmarkSplit]] = {
         "train": _activitynet(10_009, "train_ids.json", "train.json"),
         "val": _activitynet(4_917, "val_ids.json", "val_1.json"),
     },
+    **CLIP_BENCHMARKS,
 }

@@ -1,6 +1,6 @@
 """Reads clips from annotation files.
 
-JSONL has one video or one caption a line; CSV and Parquet have one caption a row.
+JSONL has one video or one caption a line; the other formats may have several rows a video.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ LOCAL_PROTOCOLS = {"file", "local"}
 
 
 def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
-    """Reads clips in file order from a .jsonl, .csv (both also .gz) or .parquet file.
+    """Reads clips in file order from a .jsonl, .json, .csv, .tsv (all also .gz) or .parquet file.
 
     - JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id",
       "start", "end"}. Or {"clip_name": ..., "caption": ...}: the video is looked up by that name
       in `videos`, and the lines of one name are merged in file order.
-    - CSV: columns video, caption, optional key, video_id, start, end. Rows of one clip are merged
-      in file order.
+    - JSON: the same objects in a list, or in an object; see `json_items`.
+    - CSV and TSV: columns video, caption, optional key, video_id, start, end; see `columns`.
     - Parquet: the columns of CSV; a column captions of lists may replace or complement caption.
+
+    In all but JSONL, rows of one clip are merged in file order. Where captions may lie is said in
+    `caption_fields`.
 
     "start" and "end" are seconds and cut the clip out of its video. The default of "key" is the
     video's file name, for a cut NAME_START_END with milliseconds; the default of "video_id" is the

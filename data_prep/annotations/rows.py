@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from tvr.data_prep.annotations.clip_keys import (
@@ -18,14 +19,16 @@ from tvr.data_prep.annotations.clip_keys import (
 )
 from tvr.data_prep.annotations.parquet import parquet_rows
 from tvr.data_prep.annotations.text_files import CsvRecord, csv_records, line_problem, text_lines
+from tvr.data_prep.annotations.video_lookup import SUFFIXES
+from tvr.data_prep.file_formats.caption_fields import captions_of, is_caption_field
+from tvr.data_prep.file_formats.columns import TableColumns, delimiter_of, is_separator_line
+from tvr.data_prep.file_formats.json_items import JsonItem, RepeatedFields, json_items
 from tvr.data_prep.records import REFUSED_TEXT, VIDEO_ID_RULE, RefusedRow, is_video_id
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
-CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
 # Fields of the DMAE authors' files. Neither their code nor this one needs sen_id, retrieval_key and
 # label to identify captions and videos.
-NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
-FORMATS = ("jsonl", "csv", "parquet")
+NAMED_ALLOWED = ("clip_name", "caption", "captions", "sen_id", "retrieval_key", "label")
 MAX_SECONDS = 1e9
 MAX_DETAIL = 500
 """Characters that are kept of what is wrong with a row."""
@@ -60,19 +63,18 @@ class Draft:
 
 def annotation_rows(url: str) -> Iterator[Draft | RefusedRow]:
     """Yields the rows of a file in order. Raises as `read_annotations` for a file as a whole."""
-    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
-    return readers[file_format(url)](url)
+    return READERS[file_format(url)](url)
 
 
 def file_format(url: str) -> str:
-    """Returns the format, of FORMATS, by the file's name. Raises ValueError for another name."""
+    """Returns the format, of READERS, by the file's name. Raises ValueError for another name."""
     name = url.removesuffix(".gz")
-    for extension in FORMATS:
+    for extension in READERS:
         if name.endswith("." + extension) and not (extension == "parquet" and name != url):
             return extension
     raise ValueError(
-        f"annotations={url!r}: unknown format; the name must end in .jsonl or .csv (or .gz of it),"
-        " or in .parquet"
+        f"annotations={url!r}: unknown format; the name must end in .jsonl, .json, .csv or .tsv (or"
+        " .gz of it), or in .parquet"
     )
 
 
@@ -117,9 +119,30 @@ def _parse_line(line: str, origin: str) -> Draft:
         value = _DECODER.decode(line.removeprefix("\ufeff").strip())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin}: not JSON: {error}") from error
+    return _object_draft(value, origin)
+
+
+def _object_draft(value: Any, origin: str) -> Draft:
     if not isinstance(value, dict):
         raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
     return (_named_draft if "clip_name" in value else draft_of)(value, origin)
+
+
+def _json_rows(url: str) -> Iterator[Draft | RefusedRow]:
+    for item in json_items(url):
+        yield draft_or_refusal(_item_draft, item, item.origin)
+
+
+def _item_draft(item: JsonItem, origin: str) -> Draft:
+    value = item.value
+    if isinstance(value, RepeatedFields):
+        raise ValueError(f"{origin}: a field occurs twice")
+    if item.name is not None:
+        fields = value if isinstance(value, dict) else {"captions": value}
+        # A name is looked up; a path or URL is opened as it is.
+        is_name = "://" not in item.name and not item.name.endswith(SUFFIXES)
+        value = {"clip_name" if is_name else "video": item.name, **fields}
+    return _object_draft(value, origin)
 
 
 def _distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,15 +156,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_distinct_fields)
 
 
 def _named_draft(row: dict[str, Any], origin: str) -> Draft:
-    """Parses a line of the authors' JSONL: one caption of a video given by name."""
+    """Parses a line of the authors' JSONL: a caption of a video given by name."""
     _check_fields(row, NAMED_ALLOWED, origin)
-    name, caption = row["clip_name"], row.get("caption")
-    if not isinstance(name, str) or not name or not isinstance(caption, str):
-        raise ValueError(
-            f"{origin}: clip_name={name!r:.200} and caption={caption!r:.200} must be text"
-        )
+    name = row["clip_name"]
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{origin}: clip_name={name!r:.200} must be text")
     _check_video(name, "clip_name", origin)
-    _check_captions([caption], origin)
+    captions = _captions(row, origin)
     key = key_of(name)
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
@@ -150,7 +171,7 @@ def _named_draft(row: dict[str, Any], origin: str) -> Draft:
         video=name,
         video_id=key,
         origin=origin,
-        captions=[caption],
+        captions=captions,
         by_name=True,
         key_hash=row_hash(name, 0.0, None),
         has_video_id=False,
@@ -164,33 +185,34 @@ def _parquet_rows(url: str) -> Iterator[Draft | RefusedRow]:
             yield refused_row(origin, f"{origin}: {row}")
         else:
             # A null caption is an empty caption, as in CSV.
-            whole = row if "captions" in row else {"caption": "", **row}
+            whole = row if any(map(is_caption_field, row)) else {"caption": "", **row}
             yield draft_or_refusal(draft_of, whole, origin)
 
 
 def _csv_rows(url: str) -> Iterator[Draft | RefusedRow]:
-    records = csv_records(url)
-    header = next(records, None)
+    first = [*islice(text_lines(url), 2), ""]
+    has_separator = is_separator_line(first[0])
+    records = csv_records(url, delimiter=delimiter_of(first[has_separator], url))
+    header = next(islice(records, int(has_separator), None), None)
     if header is None:
         return
     if header.problem:
         raise ValueError(f"{url}:{header.number}: {header.problem}")
-    columns = header.fields
-    is_known = set(columns) <= set(CSV_ALLOWED) and len(set(columns)) == len(columns)
-    if not is_known or not {"video", "caption"} <= set(columns):
-        raise ValueError(
-            f"{url}:{header.number}: columns {', '.join(columns)[:MAX_DETAIL]}; expected video,"
-            " caption and optionally key, video_id, start, end"
-        )
-    parse = partial(_csv_draft, columns)
+    columns = TableColumns(header.fields, f"{url}:{header.number}")
     for record in records:
-        yield draft_or_refusal(parse, record, f"{url}:{record.number}")
+        if record.problem or not columns.is_empty(record.fields):
+            parse = partial(_csv_draft, columns)
+            yield draft_or_refusal(parse, record, f"{url}:{record.number}")
 
 
-def _csv_draft(columns: list[str], record: CsvRecord, origin: str) -> Draft:
-    check_record(record, columns, origin)
-    row = zip(columns, record.fields, strict=True)
-    return draft_of({name: value for name, value in row if value or name == "caption"}, origin)
+def _csv_draft(columns: TableColumns, record: CsvRecord, origin: str) -> Draft:
+    if record.problem:
+        raise ValueError(f"{origin}: {record.problem}")
+    try:
+        row = columns.row(record.fields)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    return draft_of(row, origin)
 
 
 def check_record(record: CsvRecord, columns: list[str], origin: str) -> None:
@@ -208,11 +230,7 @@ def draft_of(row: dict[str, Any], origin: str) -> Draft:
         ValueError: a field is missing, unknown or wrong; the message has the origin.
     """
     _check_fields(row, ALLOWED, origin)
-    if ("captions" in row) == ("caption" in row):
-        raise ValueError(f'{origin}: give either "captions" (a list) or "caption" (one text)')
-    captions = row["captions"] if "captions" in row else [row["caption"]]
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{origin}: captions={captions!r:.200} must be text")
+    captions = _captions(row, origin)
     for name in ("video", "key", "video_id"):
         value = row.get(name, "-" if name != "video" else "")
         if not isinstance(value, str) or not value:
@@ -220,7 +238,6 @@ def draft_of(row: dict[str, Any], origin: str) -> Draft:
                 f"{origin}: {name}={value!r:.200} must be a text with at least one character"
             )
     _check_video(row["video"], "video", origin)
-    _check_captions(captions, origin)
     if not is_video_id(row.get("video_id", "-")):
         raise ValueError(f"{origin}: video_id={row['video_id']!r:.200} must be {VIDEO_ID_RULE}")
     start_s, end_s = _span(row, origin)
@@ -264,7 +281,11 @@ def _check_video(video: str, name: str, origin: str) -> None:
         raise ValueError(f"{origin}: {name}={video!r:.200} must have no control character")
 
 
-def _check_captions(captions: list[str], origin: str) -> None:
+def _captions(row: dict[str, Any], origin: str) -> list[str]:
+    try:
+        captions = captions_of(row)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
     for caption in captions:
         try:
             caption.encode()
@@ -273,11 +294,22 @@ def _check_captions(captions: list[str], origin: str) -> None:
                 f"{origin}: caption={caption!r:.200} is no valid Unicode: it has half of a UTF-16"
                 " pair"
             ) from error
+    return captions
 
 
 def _check_fields(row: dict[str, Any], allowed: tuple[str, ...], origin: str) -> None:
-    unknown = sorted(set(row) - set(allowed))
+    unknown = sorted(name for name in set(row) - set(allowed) if not is_caption_field(name))
     if unknown:
         raise ValueError(
             f"{origin}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}"
         )
+
+
+READERS: dict[str, Callable[[str], Iterator[Draft | RefusedRow]]] = {
+    "jsonl": _jsonl_rows,
+    "json": _json_rows,
+    "csv": _csv_rows,
+    "tsv": _csv_rows,
+    "parquet": _parquet_rows,
+}
+"""Readers by the extension of files."""

@@ -9,21 +9,18 @@ refused, and its other lines are read as records of their own.
 from __future__ import annotations
 
 import csv
-import gzip
 import re
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tvr.data_prep.storage.storage import open_file
+from tvr.data_prep.file_formats.text_encoding import open_text
 
 MAX_LINE = 1 << 22
 """Characters of a line; what follows them is not read."""
 MAX_RECORD_LINES = 100
 
 _NOT_UTF8 = re.compile(r"[\ud800-\udfff]")
-_UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")
 
 
 def text_lines(url: str) -> Iterator[str]:
@@ -31,26 +28,16 @@ def text_lines(url: str) -> Iterator[str]:
 
     A line of more than MAX_LINE characters is cut off; bytes that are not UTF-8 are surrogates.
 
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is UTF-16, or is compressed and damaged.
+    Raises as `open_text`.
     """
-    text = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    try:
-        with open_file(url, "rt", compression="infer", **text) as file:
+    with open_text(url) as file:
+        line = file.readline(MAX_LINE + 1)
+        while line:
+            yield line
+            if len(line) > MAX_LINE and not _is_ended(line):
+                while not _is_ended(file.readline(MAX_LINE)):
+                    pass
             line = file.readline(MAX_LINE + 1)
-            if line.startswith(_UTF16_MARKS):
-                raise ValueError(f"{url}: the text is UTF-16; save the file as UTF-8")
-            while line:
-                yield line
-                if len(line) > MAX_LINE and not _is_ended(line):
-                    while not _is_ended(file.readline(MAX_LINE)):
-                        pass
-                line = file.readline(MAX_LINE + 1)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"annotation file {url} does not exist") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{url}: the compressed file is damaged or cut off: {error}") from error
 
 
 def _is_ended(line: str) -> bool:
@@ -63,6 +50,8 @@ def line_problem(line: str) -> str:
         return f"the line has more than {MAX_LINE:,} characters"
     if not line.isascii() and (found := _NOT_UTF8.search(line)):
         byte = ord(found[0]) - 0xDC00
+        if not 0x80 <= byte <= 0xFF:
+            return f"half of a UTF-16 pair after {found.start()} characters"
         return f"not UTF-8 text: byte {byte:#04x} after {found.start()} characters"
     return ""
 

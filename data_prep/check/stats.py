@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from tvr.data_prep.dataset.sample_table import hash_texts
 from tvr.data_prep.records import ADJUSTMENTS, BadSample, hash_caption
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_errors import is_passing_error
+from tvr.data_prep.video.decode import describe_video, first_frame
 from tvr.data_prep.video.frame_sampling import segment_centres
 
 MOST_FREQUENT = 10
@@ -175,7 +177,7 @@ def read_facts(
     else:  # single samples: reading ahead would read samples that are not selected
         num_bytes, read_ahead = int(manifest.samples.length[rows].sum()), 0
     meter = ReadMeter(num_bytes, on_bytes)
-    read = partial(_read_shard, Storage(url), manifest, rows, meter, read_ahead)
+    read = partial(_read_shard, Storage(manifest.files_url(url)), manifest, rows, meter, read_ahead)
     merged = FactsAccumulator()
     for facts in map_shards(jobs, read, range(len(manifest.files)), meter):
         merged.merge(facts)
@@ -282,6 +284,8 @@ def _parse_facts(row: int, key: str, members: dict[str, bytes]) -> SampleFacts:
     meta = parse_meta(key, members)
     try:
         fields = json.loads(members["json"])
+        if "source_size" not in fields:
+            fields |= _describe(key, members)
         width, height = fields["source_size"]
         facts = SampleFacts(
             row=row,
@@ -299,3 +303,16 @@ def _parse_facts(row: int, key: str, members: dict[str, bytes]) -> SampleFacts:
     if min(sizes[:2]) < 1 or not all(map(math.isfinite, sizes)):
         raise BadSample(key, "unreadable", f"json: width, height, duration_s, fps = {sizes}")
     return facts
+
+
+def _describe(key: str, members: dict[str, bytes]) -> dict[str, Any]:
+    """Returns what packing would have noted of a video in another tool's shard."""
+    if "mp4" not in members:
+        return {}
+    info = describe_video(members["mp4"], key=key)
+    return {
+        "source_size": (info.width, info.height),
+        "fps": info.frame_rate_hz,
+        "duration_s": info.duration_s,
+        "adjusted": first_frame(members["mp4"], key)[1].adjusted,
+    }

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from fsspec.core import url_to_fs
 
+from tvr.data_prep.dataset.foreign_samples import ForeignRules, parse_rules
 from tvr.data_prep.dataset.index_rules import (
     MAX_COUNT,
     MAX_FILE_BYTES,
@@ -81,6 +82,8 @@ class Manifest:
     beton: Shard | None = None
     """FFCV file that holds all samples. `shards` then lists the tar shards it was made from, which
     still determine the sample order."""
+    foreign: ForeignRules | None = None
+    """How samples are read whose shards another tool wrote; None = `tvr pack` wrote them."""
     check_samples: Callable[[], None] = lambda: None
     """Checks all rows, where `read_manifest` opened them. Raises ShardCorrupt."""
     row_starts: np.ndarray = field(init=False)
@@ -115,6 +118,10 @@ class Manifest:
         if self.beton is not None:
             return range(self.num_samples)
         return range(int(self.row_starts[file]), int(self.row_starts[file + 1]))
+
+    def files_url(self, url: str) -> str:
+        """Returns the URL of the folder of `files`, for the index at a URL."""
+        return (self.foreign.tars if self.foreign is not None else "") or url
 
     def file_of_shard(self, shard: int) -> Shard:
         """Returns the file that holds the samples of a shard."""
@@ -203,6 +210,7 @@ def parse_manifest(fields: dict[str, Any], url: str) -> Manifest:
         fingerprint=index.text("fingerprint"),
         generation=index.integer("generation", 0, MAX_GENERATION),
         beton=beton,
+        foreign=parse_rules(index.child("foreign"), url) if fields.get("foreign") else None,
     )
 
 
@@ -266,6 +274,8 @@ def write_manifest(url: str, manifest: Manifest, rows: Iterable[SampleTable] | N
         "shards": [asdict(shard) for shard in manifest.shards],
         "beton": asdict(manifest.beton) if manifest.beton else None,
     }
+    if manifest.foreign is not None:
+        fields["foreign"] = asdict(manifest.foreign)
     text = (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
     if len(text) > MAX_MANIFEST_BYTES:
         raise ValueError(

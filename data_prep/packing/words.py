@@ -16,10 +16,8 @@ does not belong to it ("man" in "man's", "does" in "doesn't").
 
 from __future__ import annotations
 
-import html
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
@@ -28,6 +26,7 @@ from typing import NamedTuple
 
 from HanTa.HanoverTagger import HanoverTagger
 
+from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.packing.word_counts import WordCounter, WordCounts
 from tvr.data_prep.records import Caption, Clip, Word, WordKind
 
@@ -41,49 +40,8 @@ MAX_DROPPABLE = 5
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*|[^\w\s]|_")
 _CLITIC = re.compile(r"(?<=\w)(?:n['\u2019]t|['\u2019](?:s|re|ve|m|ll|d))$", re.IGNORECASE)
-# Byte-order mark, soft hyphen, word joiner, direction of text, invisible operators.
-_STEERING = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-# Control characters, zero-width space, separators of lines, and codes that are no characters.
-_CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\ufdd0-\ufdef\ufff9-\ufffb\ufffe\uffff]"
-)
-# Fillers and blanks that count as letters or symbols, and the marks of what is missing.
-_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd")
 # The tagger's time grows with the cube of a word's length.
 _MAX_LETTERS = 40
-
-
-def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """Returns the captions as they are stored.
-
-    HTML entities are resolved twice, as CLIP does. Text is normalised to NFC. Control characters
-    and zero-width spaces become spaces; marks that only steer the display (the byte-order mark, the
-    direction of text, soft hyphens) are removed. Words are separated by one space. Captions without
-    a visible character are dropped.
-    """
-    texts = (_clean(html.unescape(html.unescape(caption))) for caption in captions)
-    return tuple(text for text in texts if text)
-
-
-def _clean(text: str) -> str:
-    """Returns a caption as it is stored; "" if nothing of it is visible."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", _STEERING.sub("", text))
-    if not text.isprintable():
-        text = _CONTROL.sub(" ", text)
-    text = " ".join(text.split())
-    return text if text.isascii() or any(map(_is_visible, text)) else ""
-
-
-@lru_cache(maxsize=1 << 12)
-def _is_visible(character: str) -> bool:
-    # Marks need a letter; "Co" is for private use. "Cn" may be a letter of a later Unicode version.
-    category = unicodedata.category(character)
-    return (
-        category[0] not in "MZ"
-        and category not in ("Cc", "Cf", "Co", "Cs")
-        and (character not in _BLANK)
-    )
 
 
 class WordTagger:
