@@ -38,7 +38,8 @@ class Evaluation:
     """Percentage of captions that score higher with their own clip than with its counterpart,
     which shows the same scene with exchanged attributes; None without such a set."""
     queries: list[dict[str, Any]]
-    """For each caption: its text, its video's key, that video's rank, and the top 5 videos."""
+    """For each caption: its text, its video's key, that video's rank, and the top 5 videos. Empty
+    on every rank but 0."""
     step: int | None = None
     """Step of the checkpoint that was evaluated; None during training."""
 

@@ -134,7 +134,7 @@ GROUPS = (
     _group(
         "effect",
         "data",
-        "frame_sampling crop_scale word_drop",
+        "frame_sampling frame_spacing crop_scale word_drop",
         "from the next step on; the order of the samples stays",
     ),
     _group(
@@ -166,8 +166,8 @@ GROUPS = (
     _group(
         "refused",
         "loss",
-        "similarity neg_nce_mode neg_nce_weight temperature mask_same_video tpm_cl tpm_cl_weight"
-        " margin mask_threshold straight_through normalise_partial mask_padding_weights",
+        "similarity neg_nce_mode neg_nce_weight temperature mask_same_video mask_equal_captions tpm_cl"
+        " tpm_cl_weight margin mask_threshold straight_through normalise_partial mask_padding_weights",
         "the loss; start a new run",
     ),
     _group("refused", "train", "global_batch seed", "the order of the samples; start a new run"),

@@ -106,6 +106,14 @@ class World:
         dist.all_gather_object(everyone, mine)
         return everyone
 
+    def gather_objects_to_first(self, mine: Any) -> list[Any] | None:
+        """Returns every rank's picklable object, in rank order, on rank 0; None on the others."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(mine, everyone, dst=0)
+        return everyone
+
     def all_gather_counts(self, count: int) -> tuple[int, ...]:
         """Returns every rank's integer, in rank order, on every rank."""
         if self.world_size == 1:

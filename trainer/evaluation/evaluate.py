@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
-from tvr.kernels.ranking import ranks, retrieval_metrics
-from tvr.trainer.config import Config, ModelConfig
+from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
+from tvr.trainer.evaluation.retrieval import Retrieval, Score, paired_scores, rank_features
 from tvr.trainer.loss.gradient_cache import concat_features
-from tvr.trainer.loss.objective import all_gather_videos, similarity_rows
+from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.records import Evaluation
@@ -41,7 +42,8 @@ class _EncodedSet:
 def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World) -> Evaluation:
     """Ranks all captions and videos of `data.test` against each other.
 
-    Each rank encodes its slice of the set once. All ranks call it and get the same result.
+    Each rank encodes its slice of the set once, and holds no other rank's videos. All ranks call it
+    and get the same result, except for `queries`, which rank 0 alone has.
 
     Args:
         encode: The model's forward in evaluation mode. With partitioned weights (ZeRO-3) it is a
@@ -55,21 +57,19 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
     own = _encode_set(encode, config.data.test, config, tokenizer, world)
-    similarity = _similarity_matrix(own, config.model, world)
-    binding_accuracy, missing = _binding_accuracy(encode, own, config, tokenizer, world)
-    parts = world.all_gather_objects((own.keys, own.captions, [*own.left_out, *missing]))
-    keys = [key for part, _, _ in parts for key in part]
-    captions = [caption for _, part, _ in parts for caption in part]
-    first_row = sum(len(part) for part, _, _ in parts[: world.rank])
-    text_video = _gather(own.caption_video + first_row, world)
+    score = partial(similarity_rows, model=config.model)
+    found = rank_features(own.features, own.caption_video, score, world, top_videos=TOP_VIDEOS)
+    binding_accuracy, missing = _binding_accuracy(encode, own, score, config, tokenizer, world)
+    left_out = world.all_gather_objects([*own.left_out, *missing])
+    names = world.gather_objects_to_first((own.keys, own.captions, own.caption_video.tolist()))
     return Evaluation(
         data=config.data.test,
-        videos=len(keys),
-        captions=len(captions),
-        left_out=tuple(entry for _, _, part in parts for entry in part),
-        metrics=retrieval_metrics(similarity, text_video),
+        videos=sum(world.all_gather_counts(len(own.keys))),
+        captions=len(found.ranks.text_to_video),
+        left_out=tuple(entry for part in left_out for entry in part),
+        metrics=found.ranks.metrics(),
         binding_accuracy=binding_accuracy,
-        queries=_query_results(similarity, text_video, keys, captions),
+        queries=_query_results(found, names),
     )
 
 
@@ -116,22 +116,13 @@ def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch | None, t
     return batch, world.all_gather_counts(batch is None)
 
 
-def _similarity_matrix(own: _EncodedSet, model: ModelConfig, world: World) -> Tensor:
-    """(captions, videos) similarity of the whole set; each rank computes its captions' rows."""
-    features = own.features
-    videos = all_gather_videos(features, world, world.all_gather_counts(len(features.frames)))
-    with torch.no_grad():
-        rows = similarity_rows(features, videos, model)
-    return _gather(rows, world).cpu()
-
-
-def _gather(own: Tensor, world: World) -> Tensor:
-    """All ranks' rows, in rank order; ranks may have different numbers of rows."""
-    return all_gather_rows(own, world, world.all_gather_counts(len(own)))
-
-
 def _binding_accuracy(
-    encode: Encode, own: _EncodedSet, config: Config, tokenizer: Tokenizer, world: World
+    encode: Encode,
+    own: _EncodedSet,
+    score: Score,
+    config: Config,
+    tokenizer: Tokenizer,
+    world: World,
 ) -> tuple[float | None, list[Replacement]]:
     """The binding accuracy, and the unreadable counterparts.
 
@@ -149,33 +140,49 @@ def _binding_accuracy(
     ]
     caption, video, counterpart = torch.tensor(pairs, dtype=torch.long).view(-1, 3).unbind(1)
     with torch.no_grad():
-        matched = similarity_rows(own.features, own.features, config.model).cpu()[caption, video]
-        exchanged = similarity_rows(own.features, other.features, config.model).cpu()
-    exchanged = exchanged[caption, counterpart]
+        matched, exchanged = (
+            paired_scores(own.features, videos.features, caption, row, score, world.device)
+            for videos, row in ((own, video), (other, counterpart))
+        )
     # A tie counts half, as a guess would.
-    wins = _gather((matched > exchanged).double() + (matched == exchanged) / 2, world)
+    wins = (matched > exchanged).double() + (matched == exchanged) / 2
+    wins = all_gather_rows(wins, world, world.all_gather_counts(len(wins)))
     if not len(wins):
         raise ValueError(f"{url} shares no readable key with {config.data.test}")
     return float(100 * wins.mean()), other.left_out
 
 
 def _query_results(
-    similarity: Tensor, text_video: Tensor, keys: list[str], captions: list[str]
+    found: Retrieval, names: list[tuple[list[str], list[str], list[int]]] | None
 ) -> list[dict[str, Any]]:
-    """Rank and best videos of each caption, as evaluation.json stores them."""
-    found_ranks = ranks(similarity, text_video).text_to_video.tolist()
-    best = similarity.topk(min(TOP_VIDEOS, similarity.shape[1]), dim=1)
+    """Rank and best videos of each caption, as evaluation.json stores them, on rank 0 only.
+
+    Args:
+        names: Of every rank, the keys of its videos, its captions, and each caption's video among
+            the rank's own; None on other ranks.
+    """
+    if names is None:
+        return []
+    keys = [key for part, _, _ in names for key in part]
+    own_keys = [part[video] for part, _, videos in names for video in videos]
+    captions = [caption for _, part, _ in names for caption in part]
+    rows = zip(
+        captions,
+        own_keys,
+        found.ranks.text_to_video.tolist(),
+        found.top_videos.tolist(),
+        found.top_scores.tolist(),
+        strict=True,
+    )
     return [
         {
-            "caption": captions[row],
-            "key": keys[int(text_video[row])],
-            "rank": found_ranks[row],
+            "caption": caption,
+            "key": key,
+            "rank": rank,
             "top": [
-                {"key": keys[column], "similarity": value}
-                for column, value in zip(columns, values, strict=True)
+                {"key": keys[video], "similarity": value}
+                for video, value in zip(videos, values, strict=True)
             ],
         }
-        for row, (columns, values) in enumerate(
-            zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
+        for caption, key, rank, videos, values in rows
     ]

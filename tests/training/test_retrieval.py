@@ -1,0 +1,217 @@
+"""Ranks without a table of all pairs: equal to those of the whole table, on any number of ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders.spawn import spawn
+from torch import Tensor
+
+from tvr.kernels.numerics import unit
+from tvr.kernels.ranking import RetrievalMetrics, ranks
+from tvr.kernels.similarity import dmae_similarity
+from tvr.trainer.distributed.world import World
+from tvr.trainer.evaluation.retrieval import Retrieval, paired_scores, rank_features
+from tvr.trainer.model.model import Features
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, world_size=1, device=CPU)
+WORDS, FRAMES, WIDTH = 5, 3, 8
+
+
+def score(texts: Features, videos: Features) -> Tensor:
+    return dmae_similarity(
+        texts.sentence,
+        texts.words,
+        videos.frames,
+        texts.word_mask,
+        videos.frame_mask,
+        interaction="att_wti",
+        word_logits=texts.word_logits,
+        frame_logits=videos.frame_logits,
+    )
+
+
+def tied_score(texts: Features, videos: Features) -> Tensor:
+    """A score of few levels, so that wrong candidates often equal the positive."""
+    return (score(texts, videos) * 4).round()
+
+
+def features_of(captions: int, videos: int) -> tuple[Features, Tensor]:
+    """Random features, and the video of each caption in ascending order; some have none."""
+    draw = torch.Generator().manual_seed(captions)
+    word_mask = torch.ones(captions, WORDS, dtype=torch.long)
+    word_mask[1::3, 2:] = 0
+    frame_mask = torch.ones(videos, FRAMES, dtype=torch.long)
+    frame_mask[::4, 1:] = 0
+    features = Features(
+        sentence=unit(torch.randn(captions, WIDTH, generator=draw)),
+        words=unit(torch.randn(captions, WORDS, WIDTH, generator=draw)),
+        word_mask=word_mask,
+        frames=unit(torch.randn(videos, FRAMES, WIDTH, generator=draw)),
+        frame_mask=frame_mask,
+        word_logits=torch.randn(captions, WORDS, generator=draw),
+        frame_logits=torch.randn(videos, FRAMES, generator=draw),
+        margin_hinge=None,
+    )
+    return features, torch.randint(videos, (captions,), generator=draw).sort().values
+
+
+def slice_of(whole: Features, caption_video: Tensor, videos: range) -> tuple[Features, Tensor]:
+    """What the rank of these videos holds: them and their captions."""
+    rows = ((caption_video >= videos.start) & (caption_video < videos.stop)).nonzero().squeeze(1)
+    columns = slice(videos.start, videos.stop)
+    assert whole.word_logits is not None
+    assert whole.frame_logits is not None
+    own = Features(
+        sentence=whole.sentence[rows],
+        words=whole.words[rows],
+        word_mask=whole.word_mask[rows],
+        frames=whole.frames[columns],
+        frame_mask=whole.frame_mask[columns],
+        word_logits=whole.word_logits[rows],
+        frame_logits=whole.frame_logits[columns],
+        margin_hinge=None,
+    )
+    return own, caption_video[rows] - videos.start
+
+
+SIZES = ((1, 1), (7, 30), (90, 40), (64, 64))
+SCORES = {"distinct": score, "tied": tied_score}
+
+
+def retrieved(rank: int, world_size: int) -> list[tuple[RetrievalMetrics, Retrieval]]:
+    torch.set_num_threads(1)
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    found = []
+    for captions, videos in SIZES:
+        whole, caption_video = features_of(captions, videos)
+        # Uneven parts: with 40 videos on 3 ranks 10, 10 and 20; of one video two ranks have none.
+        bounds = [videos * part // (world_size + 1) for part in range(world_size)] + [videos]
+        own = slice_of(whole, caption_video, range(bounds[rank], bounds[rank + 1]))
+        for each in SCORES.values():
+            result = rank_features(*own, each, world, captions_per_block=12, scores_per_tile=100)
+            found.append((result.ranks.metrics(), result))
+    return found
+
+
+def test_ranks_and_best_videos_equal_those_of_the_whole_table() -> None:
+    found = iter(retrieved(0, 1))
+    for captions, videos in SIZES:
+        whole, caption_video = features_of(captions, videos)
+        for each in SCORES.values():
+            table = each(whole, whole)
+            metrics, result = next(found)
+            expected = ranks(table, caption_video)
+            for name in ("text_to_video", "text_ties", "videos", "video_to_text", "video_ties"):
+                assert torch.equal(getattr(result.ranks, name), getattr(expected, name)), name
+            assert metrics == expected.metrics()
+            best = table.sort(dim=1, descending=True, stable=True)
+            assert torch.allclose(result.top_scores, best.values[:, :5], atol=1e-6)
+            if each is score:
+                assert torch.equal(result.top_videos, best.indices[:, :5])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks_give_the_same_ranks_to_the_last_digit(world_size: int) -> None:
+    alone = retrieved(0, 1)
+    for rank, results in enumerate(spawn(retrieved, world_size)):
+        for (metrics, result), (expected, whole) in zip(results, alone, strict=True):
+            assert metrics == expected
+            assert torch.equal(result.ranks.text_to_video, whole.ranks.text_to_video)
+            assert torch.equal(result.ranks.video_to_text, whole.ranks.video_to_text)
+            if rank:
+                assert result.top_videos.shape[0] == result.top_scores.shape[0] == 0
+            else:
+                assert torch.allclose(result.top_scores, whole.top_scores, atol=1e-6)
+
+
+def test_a_model_that_scores_all_alike_finds_nothing() -> None:
+    own, caption_video = features_of(6, 50)
+    found = rank_features(own, caption_video, lambda a, b: 0 * score(a, b), ALONE)
+    assert found.ranks.text_to_video.eq(50).all()
+    assert found.ranks.text_ties.all()
+    metrics = found.ranks.metrics()
+    assert metrics.text_to_video.recall_at_10 == 0
+    assert metrics.text_to_video.ties == 6
+
+
+def test_a_copy_of_the_right_video_is_a_tie_whatever_the_tiles() -> None:
+    own, caption_video = features_of(40, 30)
+    twice = own._replace(
+        frames=own.frames.repeat(2, 1, 1),
+        frame_mask=own.frame_mask.repeat(2, 1),
+        frame_logits=None if own.frame_logits is None else own.frame_logits.repeat(2, 1),
+    )
+    for width in (100, 370, 10_000):
+        found = rank_features(twice, caption_video, score, ALONE, scores_per_tile=width)
+        assert found.ranks.text_ties.all()
+        alone = rank_features(own, caption_video, score, ALONE, scores_per_tile=width)
+        assert torch.equal(found.ranks.text_to_video, 2 * alone.ranks.text_to_video)
+
+
+def test_memory_mapped_half_precision_features_are_ranked(tmp_path: Path) -> None:
+    own, caption_video = features_of(20, 15)
+
+    def mapped(name: str, values: Tensor) -> Tensor:
+        stored = values.half().numpy() if values.is_floating_point() else values.numpy()
+        np.save(tmp_path / f"{name}.npy", stored)
+        return torch.from_numpy(np.load(tmp_path / f"{name}.npy", mmap_mode="c"))
+
+    stored = Features(
+        *(None if x is None else mapped(str(i), x) for i, x in enumerate(own))  # type: ignore[arg-type]
+    )
+    half = Features(
+        *(x.half().float() if x is not None and x.is_floating_point() else x for x in own)  # type: ignore[arg-type]
+    )
+    expected = ranks(score(half, half), caption_video)
+    found = rank_features(stored, caption_video, score, ALONE, scores_per_tile=64).ranks
+    assert torch.equal(found.text_to_video, expected.text_to_video)
+    assert torch.equal(found.video_to_text, expected.video_to_text)
+
+
+def test_no_rank_scores_more_than_a_tile_at_a_time() -> None:
+    own, caption_video = features_of(300, 200)
+    sizes = []
+
+    def counted(texts: Features, videos: Features) -> Tensor:
+        scores = score(texts, videos)
+        sizes.append(scores.numel())
+        return scores
+
+    limits = {"captions_per_block": 32, "scores_per_tile": 1000}
+    rank_features(own, caption_video, counted, ALONE, **limits)
+    assert max(sizes) <= 32 * 32
+    # The pairs of the table once, and the few of the positives.
+    assert sum(sizes) <= 300 * 200 + 300 * 32
+
+
+def test_similarity_that_is_not_finite_is_refused_by_its_pair() -> None:
+    own, caption_video = features_of(9, 12)
+
+    def broken(texts: Features, videos: Features) -> Tensor:
+        scores = score(texts, videos)
+        return scores.where(videos.frames[:, 0, 0] != own.frames[7, 0, 0], torch.nan)
+
+    with pytest.raises(ValueError, match=r"with video 7 is nan; 9 entries are not finite"):
+        rank_features(own, caption_video, broken, ALONE)
+
+
+def test_a_set_without_captions_is_refused() -> None:
+    own, caption_video = features_of(9, 12)
+    nothing = slice_of(own, caption_video[:0], range(12))
+    with pytest.raises(ValueError, match="without captions cannot be ranked"):
+        rank_features(*nothing, score, ALONE)
+
+
+def test_paired_scores_are_entries_of_the_table() -> None:
+    own, caption_video = features_of(30, 20)
+    captions = torch.arange(30).flip(0)
+    found = partial(paired_scores, own, own, captions, caption_video.flip(0), score, CPU)
+    expected = score(own, own)[captions, caption_video.flip(0)]
+    assert torch.allclose(found(), expected, atol=1e-6)
+    assert torch.allclose(found(pairs_per_block=7), expected, atol=1e-6)
