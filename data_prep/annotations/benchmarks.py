@@ -8,7 +8,7 @@ of clips. A clip's video_id is the published id; its key is that id as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -263,7 +263,7 @@ def _activitynet(published: int, ids: str, captions: str) -> BenchmarkSplit:
     )
 
 
-BENCHMARKS: dict[Dataset, dict[str, BenchmarkSplit | ClipSplit]] = {
+BENCHMARKS: Mapping[Dataset, Mapping[str, BenchmarkSplit | ClipSplit]] = {
     "msrvtt": {
         "train-9k": _msrvtt(9_000, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt"),
         "train-7k": _msrvtt(7_010, "MSRVTT_train.7k.csv"),

@@ -188,6 +188,6 @@ def _video_id(key: str, fields: dict[str, Any]) -> str:
         value = fields.get(name)
         if type(value) is int:
             value = str(value)
-        if is_video_id(value):
+        if isinstance(value, str) and is_video_id(value):
             return value
     return key

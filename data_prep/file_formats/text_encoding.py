@@ -37,6 +37,7 @@ def open_text(url: str) -> Iterator[TextIO]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is compressed and damaged, or is damaged UTF-16 or UTF-32.
     """
+    encoding = "UTF"
     try:
         encoding = text_encoding(url)
         errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"

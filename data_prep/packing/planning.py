@@ -119,7 +119,7 @@ def claim_plan(
     *,
     is_shared: bool,
     on_plan: OnPlan,
-    check: Callable[[BuiltPlan], None],
+    check: Callable[[BuiltPlan], object],
     max_bad: int,
 ) -> bool:
     """Makes `output` join or start the packing of a source.

@@ -221,7 +221,7 @@ class PicturePainter:
     def _differs_by_rounding(self) -> bool:
         """True if the shape is of an MP4 track's size, which libav rounds down to whole pixels."""
         width, own, shape = self._stream.width, self._opened_shape, self._shape_of_all
-        return bool(own and shape) and abs(own - shape) * width < 1
+        return own is not None and shape is not None and abs(own - shape) * width < 1
 
     def _has_box_for_shape(self) -> bool:
         with mapped(self._source) as content:
