@@ -130,7 +130,7 @@ def _csv_rows(url: str, *columns: str) -> list[tuple[int, dict[str, str]]]:
 def _read_json(url: str, *types: type) -> Any:
     try:
         value = json.loads("".join(text_lines(url)))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{url}: not JSON: {error}") from error
     if not isinstance(value, types):
         expected = " or ".join(kind.__name__ for kind in types)

@@ -30,5 +30,9 @@ def parquet_rows(url: str) -> Iterator[dict[str, Any]]:
                     yield {name: value for name, value in row.items() if value is not None}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"annotation file {url} does not exist") from error
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{url}: not Parquet: {error}") from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise  # of the disk or the store
+        raise ValueError(f"{url}: not Parquet: {error}") from error  # so pyarrow calls damage

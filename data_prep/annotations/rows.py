@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +72,8 @@ def text_lines(url: str) -> Iterator[str]:
         raise FileNotFoundError(f"annotation file {url} does not exist") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{url}: not UTF-8 text: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{url}: a damaged or truncated gzip file: {error}") from error
 
 
 def _jsonl_rows(url: str) -> Iterator[Draft]:
@@ -79,7 +83,7 @@ def _jsonl_rows(url: str) -> Iterator[Draft]:
         origin = f"{url}:{number}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{origin}: not JSON: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
@@ -168,7 +172,7 @@ def _span(row: dict[str, Any], origin: str) -> tuple[float, float | None]:
         if value is not None:
             try:
                 seconds[name] = float(value) if not isinstance(value, bool) else math.nan
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 seconds[name] = math.nan
             if not math.isfinite(seconds[name]):
                 raise ValueError(f"{origin}: {name}={value!r} must be a number of seconds")

@@ -34,7 +34,7 @@ from tvr.trainer.errors import PreflightFailed
 LATEST = "latest"
 BEST = "best.json"
 SHARDS = "shards"
-STEP_PATTERN = re.compile(r"step-(\d{8,})")
+STEP_PATTERN = re.compile(r"step-([0-9]{8,18})")
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _best(storage: StorageFolder) -> tuple[int | None, float | None]:
     try:
         fields = json.loads(content)
         return int(fields["step"]), float(fields["score"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         log.warning("%s is damaged, the next evaluation counts as the best: %r", BEST, error)
         return None, None
 
