@@ -7,7 +7,6 @@ import pickle
 import pickletools
 from typing import Any, NoReturn
 
-
 # Opcodes that number an object. The unpickler takes 16 bytes for each number up to the largest one.
 NUMBERING = ("PUT", "LONG_BINPUT")
 

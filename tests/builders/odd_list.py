@@ -40,7 +40,7 @@ class OddFile:
     """A file, and what packing must make of it."""
 
     name: str
-    """Path below the folder; None of these names is in an error message of another file."""
+    """Path below the folder."""
     make: Make
     """Writes the file at its path."""
     numbers: tuple[int, ...] | None = SIX
@@ -89,6 +89,17 @@ def _mp4() -> bytes:
 
 def _in_order(how: str) -> bytes:
     return remux(_mp4(), matrix=matrix_of(*ORIENTATIONS[how][0]))
+
+
+def _joined(muxer: dict[str, str]) -> bytes:
+    first = Encoding(frames=4, options=X264, container="mpegts")
+    second = Encoding(frames=4, options=X264, container="mpegts", shift=160, muxer=muxer)
+    return join(make_video(first), make_video(second), container="mpegts")
+
+
+def _no_permission(path: Path) -> None:
+    path.write_bytes(_mp4())
+    path.chmod(0)
 
 
 def _zip() -> bytes:
@@ -166,6 +177,7 @@ FILES: tuple[OddFile, ...] = (
     packed("tiny.mp4", lambda: encode("mp4", size=(16, 16))),
     packed("wide.mp4", lambda: encode("mp4", size=(512, 16))),
     packed("one frame.mp4", lambda: encode("mp4", frames=1), [0]),
+    packed("large.mp4", lambda: encode("mp4", frames=2, size=(3840, 2160)), [0, 1]),
     packed("120 a second.mp4", lambda: encode("mp4", rate=120)),
     packed("one a second.mp4", lambda: encode("mp4", rate=1)),
     # Pictures that a player shows otherwise than they are stored.
@@ -205,13 +217,10 @@ FILES: tuple[OddFile, ...] = (
     refused("cover and sound.m4a", file(odd.sound_and_cover), "no_frames", "no video stream"),
     refused("sound.m4a", file(sound_only), "no_frames", "no video stream"),
     refused("no packets.mp4", file(odd.without_packets), "no_frames"),
+    packed("joined.ts", lambda: _joined({}), [0, 1, 2, 3, 0, 1, 2, 3]),
     packed(
-        "joined.ts",
-        lambda: join(
-            timed("mpegts", range(0, 160, 40)),
-            timed("mpegts", range(0, 160, 40), shift=160),
-            container="mpegts",
-        ),
+        "joined with a mark.ts",
+        lambda: _joined({"mpegts_flags": "initial_discontinuity"}),
         [0, 1, 2, 3, 0, 1, 2, 3],
     ),
     packed(
@@ -248,7 +257,8 @@ FILES: tuple[OddFile, ...] = (
     ),
     packed("late start.ts", lambda: timed("mpegts", range(0, 240, 40), shift=50_000)),
     packed("repeated stamp.mkv", lambda: restamped("matroska", [0, 1, 2, 2, 4, 5])),
-    packed("repeated stamp.mp4", lambda: restamped("mp4", [0, 1, 2, 2, 4, 5])),
+    packed("repeated stamp.mp4", odd.repeated_stamp_in_mp4),
+    packed("without stamps.avi", lambda: encode("avi", options={"preset": "ultrafast", "bf": "2"})),
     # Damage.
     *(
         refused(f"half.{kind}", file(lambda make=make: half(make())), "unreadable")
@@ -283,7 +293,9 @@ FILES: tuple[OddFile, ...] = (
     refused("pipe.mp4", os.mkfifo, "unreadable"),
     refused("device.mp4", _link("/dev/zero"), "unreadable"),
     refused("dangling.mp4", _link("nowhere.mp4"), "missing_file"),
-    refused("link to itself.mp4", _link("link to itself.mp4"), "missing_file"),
+    refused("link to itself.mp4", _link("link to itself.mp4"), "read_error"),
+    # Root may read everything.
+    *([refused("no permission.mp4", _no_permission, "missing_file")] if os.geteuid() else []),
     refused("absent.mp4", lambda path: None, "missing_file"),
     OddFile(name="link.mp4", make=_link("plain.mp4")),
     # Names.

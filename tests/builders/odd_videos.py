@@ -6,6 +6,7 @@ Each frame shows its number. All are a few kilobytes and made in milliseconds.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ def encode(
     with_sound: bool = False,
 ) -> bytes:
     """Returns a video at a constant rate; frame i shows first + i."""
+    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1 prints errors only
     defaults = {"libx264": X264, "libx265": X265, "libvpx": VP, "libvpx-vp9": VP}
     encoding = Encoding(width=size[0], height=size[1])
     with tempfile.NamedTemporaryFile() as file:
@@ -76,12 +78,21 @@ def timed(container: str, ticks: Sequence[int], *, shift: int = 0) -> bytes:
     )
 
 
-def restamped(container: str, stamps: Sequence[int | None]) -> bytes:
-    """Returns a video without B-frames whose packets have these stamps, in units of 40 ms.
+def repeated_stamp_in_mp4() -> bytes:
+    """Returns an MP4 of which two frames have the same time stamp."""
+    content = bytearray(
+        make_video(Encoding(frames=NUM_FRAMES, options=PLAIN, ticks=(0, 40, 80, 81, 160, 200)))
+    )
+    at = content.index(b"stts") + 4
+    (count,) = struct.unpack_from(">I", content, at + 4)
+    entries = [at + 8 + 8 * number for number in range(count)]
+    shortest = min(entries, key=lambda entry: struct.unpack_from(">I", content, entry + 4))
+    struct.pack_into(">I", content, shortest + 4, 0)
+    return bytes(content)
 
-    libav's muxers refuse repeated stamps of some containers, so they are written as they are asked
-    for by a container that takes them.
-    """
+
+def restamped(container: str, stamps: Sequence[int]) -> bytes:
+    """Returns a video without B-frames whose packets have these stamps, in units of 40 ms."""
     source = encode("matroska", options=PLAIN, frames=len(stamps))
     buffer = io.BytesIO()
     with (
@@ -92,7 +103,7 @@ def restamped(container: str, stamps: Sequence[int | None]) -> bytes:
         packets = [packet for packet in read.demux(read.streams.video[0]) if packet.size]
         for packet, stamp in zip(packets, stamps, strict=True):
             packet.stream = copy
-            packet.pts = packet.dts = None if stamp is None else stamp * 40
+            packet.pts = packet.dts = stamp * 40
             packet.time_base = Fraction(1, 1000)
             output.mux(packet)
     return buffer.getvalue()
