@@ -118,7 +118,10 @@ def _continues(row: Draft, current: Draft, merge: bool) -> bool:
 def _clip(draft: Draft, base: str, files: VideoFiles | None) -> Clip:
     if draft.by_name:
         assert files is not None
-        video = files.find(draft.video) or files.expected(draft.video)
+        try:
+            video = files.find(draft.video) or files.expected(draft.video)
+        except ValueError as error:
+            raise ValueError(f"{draft.origin}: {error}") from error
     else:
         video = _resolve(draft.video, base)
     return Clip(

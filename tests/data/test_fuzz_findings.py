@@ -95,6 +95,13 @@ def test_a_time_beyond_all_floats_is_refused(tmp_path: Path) -> None:
         read_annotations(str(path))
 
 
+def test_a_name_that_leaves_the_folder_of_videos_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"clip_name": "../v", "caption": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: '\.\./v' must be a name in the folder"):
+        read_annotations(str(path))
+
+
 def test_a_pickle_cannot_ask_for_gigabytes() -> None:
     content = pickle.dumps({"v": [["a", "dog"]]}, protocol=2)
     assert load_plain_pickle(content, "c.pkl") == {"v": [["a", "dog"]]}
