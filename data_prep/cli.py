@@ -45,7 +45,8 @@ class PackArguments:
     """Benchmark whose published files are in the folder --annotations."""
     split: str | None = None
     """Split of the benchmark; msrvtt: train-9k, train-7k, test-1ka, train-1kb, test-1kb; msvd and
-    didemo: train, val, test; activitynet: train, val."""
+    didemo: train, val, test; activitynet: train, val; vatex: train, val, test, val-1500, test-1500;
+    lsmdc: train, val, test; youcook2: train, val; webvid: train-2m, val-2m, train-10m, val-10m."""
     num_frames: int = 12
     """Frames per clip (layout frames)."""
     short_side: int | None = None

@@ -91,6 +91,16 @@ class Clip:
         return None if whole else (self.start_s, self.end_s)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedRow:
+    """A row of an annotation file that is no clip: a bad sample with the reason "bad_row"."""
+
+    origin: str
+    """Location of the row, "file:line", which is also its key in bad.jsonl."""
+    detail: str
+    """What is wrong, with the location."""
+
+
 PACKED_WITHOUT_WORDS = "packed without words; pack the data set again with `tvr pack --words`"
 
 

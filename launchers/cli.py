@@ -25,6 +25,9 @@ COMMANDS = {
         "tvr.trainer.cli:demo", "render clips, train a small model on them, write a report"
     ),
     "pack": Command("tvr.data_prep.cli:pack", "pack videos and captions into shards"),
+    "adopt": Command(
+        "tvr.data_prep.adoption.cli:adopt", "index shards that other tools wrote, where they lie"
+    ),
     "verify": Command("tvr.data_prep.check.cli:verify", "check a data set against its manifest"),
     "upgrade": Command(
         "tvr.data_prep.dataset.cli:upgrade", "convert data sets of the previous format to this one"

@@ -77,12 +77,15 @@ def check_shard(
     try:
         for row in manifest.rows_of_file(number):
             offset, length = int(samples.offset[row]), int(samples.length[row])
-            if manifest.beton is not None and offset > end:
-                # FFCV's file header, and the unused ends of its pages.
-                gap = file.read(end, offset - end)
+            has_gaps = manifest.beton is not None or manifest.foreign is not None
+            while has_gaps and offset > end:
+                # FFCV's file header and the unused ends of its pages, or what was not adopted.
+                gap = file.read(end, min(offset - end, CHUNK_BYTES))
+                if not gap:
+                    break
                 digest.update(gap)
                 findings.num_bytes += len(gap)
-                end = offset
+                end += len(gap)
             content = file.read(end, length)
             digest.update(content)
             if offset != end:
@@ -92,13 +95,14 @@ def check_shard(
             end += length
             _check_sample(findings, manifest, row, content, decode=row in decode_rows)
         # One byte beyond the packed size detects a shard that grew.
-        content = file.read(end, max(0, shard.shard_bytes + 1 - end))
+        while content := file.read(end, min(max(0, shard.shard_bytes + 1 - end), CHUNK_BYTES)):
+            digest.update(content)
+            findings.num_bytes += len(content)
+            end += len(content)
     except OSError as error:
         what = f"{type(error).__name__}: {error}"
         findings.problems.append(Problem(where=shard.name, what=what))
         return findings
-    digest.update(content)
-    findings.num_bytes += len(content)
     findings.problems += _file_problems(shard, findings.num_bytes, digest.hexdigest())
     return findings
 

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from tvr.data_prep.dataset.sample_table import hash_texts
 from tvr.data_prep.records import ADJUSTMENTS, BadSample
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_errors import is_passing_error
+from tvr.data_prep.video.decode import describe_video, first_frame
 from tvr.data_prep.video.frame_sampling import segment_centres
 
 
@@ -214,6 +216,8 @@ def _parse_facts(key: str, members: dict[str, bytes]) -> SampleFacts:
     meta = parse_meta(key, members)
     try:
         fields = json.loads(members["json"])
+        if "source_size" not in fields:
+            fields |= _describe(key, members)
         width, height = fields["source_size"]
         facts = SampleFacts(
             video_id=meta.video_id,
@@ -230,3 +234,16 @@ def _parse_facts(key: str, members: dict[str, bytes]) -> SampleFacts:
     if min(sizes[:2]) < 1 or not all(map(math.isfinite, sizes)):
         raise BadSample(key, "unreadable", f"json: width, height, duration_s, fps = {sizes}")
     return facts
+
+
+def _describe(key: str, members: dict[str, bytes]) -> dict[str, Any]:
+    """Returns what packing would have noted of a video in another tool's shard."""
+    if "mp4" not in members:
+        return {}
+    info = describe_video(members["mp4"], key=key)
+    return {
+        "source_size": (info.width, info.height),
+        "fps": info.frame_rate_hz,
+        "duration_s": info.duration_s,
+        "adjusted": first_frame(members["mp4"], key)[1].adjusted,
+    }

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from fsspec.core import url_to_fs
 
+from tvr.data_prep.dataset.foreign_samples import ForeignRules, parse_rules
 from tvr.data_prep.dataset.index_rules import (
     MAX_COUNT,
     MAX_FILE_BYTES,
@@ -80,6 +81,8 @@ class Manifest:
     beton: Shard | None = None
     """FFCV file that holds all samples. `shards` then lists the tar shards it was made from, which
     still determine the sample order."""
+    foreign: ForeignRules | None = None
+    """How samples are read whose shards another tool wrote; None = `tvr pack` wrote them."""
     check_samples: Callable[[], None] = lambda: None
     """Checks all rows, where `read_manifest` opened them. Raises ShardCorrupt."""
     row_starts: np.ndarray = field(init=False)
@@ -196,6 +199,7 @@ def parse_manifest(fields: dict[str, Any], url: str) -> Manifest:
         fingerprint=index.text("fingerprint"),
         generation=index.integer("generation", 0, MAX_GENERATION),
         beton=beton,
+        foreign=parse_rules(index.child("foreign")) if fields.get("foreign") else None,
     )
 
 
@@ -259,6 +263,8 @@ def write_manifest(url: str, manifest: Manifest, rows: Iterable[SampleTable] | N
         "shards": [asdict(shard) for shard in manifest.shards],
         "beton": asdict(manifest.beton) if manifest.beton else None,
     }
+    if manifest.foreign is not None:
+        fields["foreign"] = asdict(manifest.foreign)
     text = (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
     if len(text) > MAX_MANIFEST_BYTES:
         raise ValueError(

@@ -9,10 +9,12 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from tvr.data_prep.dataset.foreign_samples import translate_range
 from tvr.data_prep.dataset.jpeg_stack import split_stack
 from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.records import (
@@ -53,10 +55,15 @@ class SampleMeta:
 
 
 def parse_range(manifest: Manifest, row: int, content: bytes) -> dict[str, bytes]:
-    """Checks a sample's byte range and splits it into members by extension. Raises BadSample."""
+    """Checks a sample's byte range and splits it into members by extension. Raises BadSample.
+
+    A sample of another tool's shard is translated to the members of a packed one.
+    """
     samples = manifest.samples
     key, length, crc32 = str(samples.key[row]), int(samples.length[row]), int(samples.crc32[row])
     split = split_tar if manifest.beton is None else split_stack
+    if manifest.foreign is not None:
+        split = partial(translate_range, rules=manifest.foreign)
     return parse_members(content, key, length, crc32, split)
 
 

@@ -16,7 +16,6 @@ does not belong to it ("man" in "man's", "does" in "doesn't").
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from typing import NamedTuple
 
 from HanTa.HanoverTagger import HanoverTagger
 
+from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.packing.word_counts import WordCounter, WordCounts
 from tvr.data_prep.records import Caption, Clip, Word, WordKind
 
@@ -42,16 +42,6 @@ _TOKEN = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*|[^\w\s]|_")
 _CLITIC = re.compile(r"(?<=\w)(?:n['\u2019]t|['\u2019](?:s|re|ve|m|ll|d))$", re.IGNORECASE)
 # The tagger's time grows with the cube of a word's length.
 _MAX_LETTERS = 40
-
-
-def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """Returns the captions as they are stored.
-
-    HTML entities are resolved twice, as CLIP does; words are separated by one space; empty captions
-    are dropped.
-    """
-    texts = (" ".join(html.unescape(html.unescape(caption)).split()) for caption in captions)
-    return tuple(text for text in texts if text)
 
 
 class WordTagger:
