@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tvr.data_prep.records import (
+    LIMIT_REASONS,
     TRANSIENT_REASONS,
     Batch,
     Replacement,
@@ -106,6 +107,18 @@ class BadSampleBudget:
         return TooManyBadSamples(
             f"{self.by_reason.total()} bad samples {self.activity}, {limit}"
             f" ({counts or 'none counted'}); last: {' | '.join(self._examples) or 'none'}"
+            f"{self._limits_hint()}"
+        )
+
+    def _limits_hint(self) -> str:
+        """Says that bad samples may be the machine's fault, if some are."""
+        by_limit = sum(self.by_reason[reason] for reason in LIMIT_REASONS)
+        if not by_limit:
+            return ""
+        return (
+            f"; {by_limit} of them reached a limit of this machine ({', '.join(LIMIT_REASONS)}): if"
+            " the clips are good, its memory is short or its storage hangs; pack with fewer"
+            " --processes, or larger --clip-memory-gb or --clip-timeout-s"
         )
 
     def _unavailable_error(self) -> TooManyBadSamples:

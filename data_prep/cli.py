@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from tvr.data_prep.annotations.benchmarks import Dataset, read_benchmark
 from tvr.data_prep.cli_errors import STRICT, run_command
 from tvr.data_prep.dataset.manifest import BAD_NAME, Layout, Manifest, join_url
+from tvr.data_prep.limited_process import TIME_S, ProcessLimits
 from tvr.data_prep.packing.pack import AnnotationFile, pack_shards
 from tvr.data_prep.packing.pack_metrics import serve_metrics
 from tvr.data_prep.packing.progress import show_planning, show_progress
@@ -67,7 +68,14 @@ class PackArguments:
     keyframe_interval: int = 16
     """Frames between keyframes when re-encoding."""
     processes: int | None = None
-    """Processes that read and convert clips; default: one for each available CPU."""
+    """Processes that read and convert clips; default: one for each available CPU. 0: this process,
+    without the limits of memory and time."""
+    clip_memory_gb: float | None = None
+    """Memory in GB that a process may take for a clip; default: 0.8 of the available memory divided
+    by the processes, at least 1.07 (1 GiB). A clip that needs more is refused (out_of_memory)."""
+    clip_timeout_s: float = TIME_S
+    """Seconds without a byte while a video is read, and then for its conversion, with 10 s more for
+    each MiB of the video. A clip that exceeds this twice is refused (timed_out)."""
     task: str | None = None
     """i/n with 0 <= i < n: pack only this share of the shards; the last task completes the data
     set."""
@@ -111,6 +119,11 @@ def _pack(arguments: PackArguments) -> int:
     processes = arguments.processes
     if processes is None:
         processes = available_processes()
+    memory_gb = arguments.clip_memory_gb
+    limits = ProcessLimits(
+        memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+        time_s=arguments.clip_timeout_s,
+    )
     clips = _clips(arguments)
     with (
         show_planning("planning") as show_plan,
@@ -133,6 +146,7 @@ def _pack(arguments: PackArguments) -> int:
             words=arguments.words,
             overwrite=arguments.overwrite,
             processes=processes,
+            limits=limits,
             task=task,
             num_tasks=num_tasks,
             packing_id=arguments.packing_id,

@@ -37,10 +37,15 @@ BAD_SAMPLE_REASONS = (
     "checksum",  # the bytes differ from what was packed
     "missing_member",  # a tar member that the layout requires is absent
     "unavailable",  # the storage failed for the moment; the sample itself may be good
+    "out_of_memory",  # the clip needs more memory than its process may take
+    "timed_out",  # packing the clip took too long, or its storage stopped sending
+    "killed",  # the process that packed the clip ended twice
 )
 # Reasons that lie outside of the sample: it is read again at its next visit, never quarantined,
 # and does not count towards the limit of bad samples.
 TRANSIENT_REASONS = ("unavailable",)
+# Reasons that may lie in the machine: another one, or larger limits, may pack the clip.
+LIMIT_REASONS = ("out_of_memory", "timed_out", "killed")
 
 # What a clip's pictures need to be those that a player shows. Fixed, because it is a metric label.
 ADJUSTMENTS = (

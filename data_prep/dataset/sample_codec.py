@@ -25,7 +25,7 @@ from tvr.data_prep.records import (
     WordKind,
     is_video_id,
 )
-from tvr.data_prep.video.decode import sample_frames
+from tvr.data_prep.video.decode import Finish, sample_frames
 from tvr.data_prep.video.decoders import FrameSampler
 from tvr.data_prep.video.frame_index import FrameIndex
 from tvr.data_prep.video.frame_sampling import segment_frames
@@ -213,14 +213,16 @@ def decode_members(
     offsets: Sequence[float] | None = None,
     sample: FrameSampler = sample_frames,
     out: np.ndarray | None = None,
+    finish: Finish | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Decodes a sample's frames at their stored size.
+    """Decodes a sample's frames at their stored size, or as `finish` makes them.
 
     Args:
         offsets: Position within each segment, see `segment_frames`.
         sample: Decoder of the video layout.
-        out: (num_frames, H, W, 3) uint8 buffer. JPEGs of this size are decoded into it, and its
-            remaining frames are set to zero.
+        out: (num_frames, H, W, 3) uint8 buffer. Frames of this size that come from JPEGs are
+            written into it, and its remaining frames are set to zero.
+        finish: Applied to each picture as it comes, so that only its results are held.
 
     Returns:
         Frames (F, H, W, 3) uint8 with F <= num_frames, and the time of each in seconds.
@@ -230,19 +232,29 @@ def decode_members(
     """
     if "mp4" in members:
         index = stored_index(key, members)
-        return sample(members["mp4"], num_frames, offsets=offsets, key=key, frame_index=index)
+        return sample(
+            members["mp4"],
+            num_frames,
+            offsets=offsets,
+            key=key,
+            frame_index=index,
+            finish=finish,
+        )
     chosen = segment_frames(len(meta.jpegs), num_frames, offsets)
     times_s = tuple(meta.frame_times_s[i] for i in chosen)
-    pictures = [
-        decode_jpeg(
-            members[meta.jpegs[i]],
-            key=key,
-            member=meta.jpegs[i],
-            out=None if out is None else out[at],
-        )
-        for at, i in enumerate(chosen)
-    ]
-    if len({picture.shape for picture in pictures}) > 1:
+    pictures, sizes = [], set()
+    for at, i in enumerate(chosen):
+        row = None if out is None else out[at]
+        picture = decode_jpeg(members[meta.jpegs[i]], key=key, member=meta.jpegs[i], out=row)
+        sizes.add(picture.shape)
+        if finish is not None:
+            picture = finish(picture)
+            if row is not None and picture.shape == row.shape:
+                if not np.may_share_memory(picture, row):
+                    row[:] = picture
+                picture = row
+        pictures.append(picture)
+    if len(sizes) > 1:
         raise BadSample(key, "unreadable", "its JPEG frames differ in size")
     if out is None or pictures[0].shape != out.shape[1:]:
         return np.stack(pictures), times_s

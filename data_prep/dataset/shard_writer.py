@@ -116,10 +116,14 @@ def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
 
 
 class ContentHash:
-    """Hashes the clips of one source file, which is read through once."""
+    """Hashes the clips of one source file, which is read through once, in parts or whole."""
 
-    def __init__(self, source: bytes) -> None:
+    def __init__(self, source: bytes = b"") -> None:
         self._digest = hashlib.blake2b(source, digest_size=8)
+
+    def update(self, part: bytes) -> None:
+        """Adds the next bytes of the source."""
+        self._digest.update(part)
 
     def of(self, span: tuple[float, float | None] | None) -> int:
         """Returns `content_hash` of the source and a cut range."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from tvr.data_prep.annotations.clip_source import AnnotationFile, ClipList
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.manifest import Layout, Manifest, concat_samples, read_manifest
+from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.open_shard import OpenShard
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack_clip import RefusedClip
@@ -70,6 +71,7 @@ def pack_shards(
     words: bool = False,
     overwrite: bool = False,
     processes: int = 1,
+    limits: ProcessLimits | None = None,
     task: int = 0,
     num_tasks: int = 1,
     packing_id: str | None = None,
@@ -104,6 +106,10 @@ def pack_shards(
         max_bad: Clips, over all tasks, that may be refused.
         words: Tag the words of captions, as `data.word_drop` and `data.content_words` need.
         overwrite: Replace a complete data set, or an unfinished packing with another plan.
+        processes: Processes that pack; 0 = the calling process, which has no limits. Clips in
+            memory:// are packed by the calling process.
+        limits: Memory and time that a clip may take; a clip that exceeds them is refused. Default:
+            see `ProcessLimits`.
         task: Number of this task, from 0 to `num_tasks` - 1.
         packing_id: With `overwrite`, the name that all tasks of one launch have in common. A task
             that starts again after their data set was published does not replace it. Default: the
@@ -121,7 +127,7 @@ def pack_shards(
         ValueError: a setting is out of range, a key is invalid or not unique, `url` holds an
             unfinished packing with another plan, no clip is usable, or several tasks are to
             overwrite without a `packing_id`.
-        ChildProcessError: a clip's packing process was killed twice.
+        ChildProcessError: packing processes end before they begin.
     """
     settings = PackSettings(
         layout=layout,
@@ -155,9 +161,9 @@ def pack_shards(
                 if plan_only:
                     return None
                 plan = output.open_plan(settings, Path(folder))
-                _check_clips(plan.header, url, processes)
+                processes = _check_clips(plan.header, url, processes)
                 packing = _PackTask(plan, output, budget, on_progress)
-                packing.pack_missing(plan.task_shards(task, num_tasks), processes)
+                packing.pack_missing(plan.task_shards(task, num_tasks), processes, limits)
                 return packing.publish_if_complete()
         except BaseException:
             if num_tasks == 1 and not plan_only:
@@ -169,11 +175,12 @@ def pack_shards(
 def _check_task(processes: int, task: int, num_tasks: int) -> None:
     if not 0 <= task < num_tasks:
         raise ValueError(f"task={task} must be from 0 to {num_tasks - 1}, num_tasks={num_tasks}")
-    if processes < 1:
-        raise ValueError(f"processes={processes} must be at least 1")
+    if processes < 0:
+        raise ValueError(f"processes={processes} must be at least 0")
 
 
-def _check_clips(header: PlanHeader, url: str, processes: int) -> None:
+def _check_clips(header: PlanHeader, url: str, processes: int) -> int:
+    """Returns the number of processes; 0 for clips in the memory of this one."""
     if not header.num_clips:
         raise ValueError(f"no usable clip to pack to {url}: no clip at all")
     in_memory = url if "memory://" in url else header.in_memory
@@ -182,6 +189,7 @@ def _check_clips(header: PlanHeader, url: str, processes: int) -> None:
             f"processes={processes} must be 1 (--processes 1) with {in_memory}: processes do not"
             " share memory:// files"
         )
+    return 0 if in_memory else processes
 
 
 def _launch(
@@ -222,7 +230,7 @@ class _PackTask:
         self._refused: Counter[str] = Counter()
         self._adjusted: Counter[str] = Counter()
 
-    def pack_missing(self, shards: range, processes: int) -> None:
+    def pack_missing(self, shards: range, processes: int, limits: ProcessLimits | None) -> None:
         """Packs the incomplete ones of `shards`."""
         plan, settings = self._plan, self._plan.settings
         complete = self._complete_shards(shards)
@@ -233,10 +241,10 @@ class _PackTask:
         self._num_done = self._num_clips - num_missing
         self._report_progress()
         clips = chain.from_iterable(plan.shard_clips(number) for number in missing)
-        processes = min(processes, max(1, num_missing))
+        processes = min(processes, num_missing)
         # Counts of all clips, so that every task computes the same word weights.
         tagger = WordTagger(plan.word_counts()) if settings.words and missing else None
-        with closing(pack_clips(clips, settings, processes, tagger)) as packed:
+        with closing(pack_clips(clips, settings, processes, tagger, limits)) as packed:
             for number in missing:
                 with OpenShard(self._output, number, settings.shard_bytes) as shard:
                     for outcome in islice(packed, sizes[number]):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tvr.data_prep.dataset.shard_writer import ContentHash, TarSample, tar_bytes
+from tvr.data_prep.limited_process import Alive
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger, clean_captions
 from tvr.data_prep.records import BadSample, Caption, Clip
-from tvr.data_prep.storage.storage import Storage
+from tvr.data_prep.storage.source_file import (
+    ChangedFileError,
+    NotAFileError,
+    SourceFile,
+    read_source,
+)
 from tvr.data_prep.storage.storage_errors import StorageUnavailable, is_passing_error
-from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, sample_frames
+from tvr.data_prep.video.decode import VideoInfo, check_frames, describe_video, visit_frames
+from tvr.data_prep.video.frame_index import Source, SourceIndices
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.stored_index import index_member
@@ -38,31 +48,41 @@ class LastSource:
         self._url: str | None = None
         self._source: _Source | _Refusal | None = None
 
-    def read(self, clip: Clip) -> _Source:
-        """Returns the source of a clip, read and opened once for clips in a row.
+    def read(self, clip: Clip, alive: Alive = lambda num_bytes: None) -> _Source:
+        """Returns the source of a clip, read and listed once for clips in a row.
 
         Raises:
             BadSample: it cannot be read or is no video.
             StorageUnavailable: the storage fails for the moment.
         """
         if self._source is None or self._url != clip.video:
-            self._url, self._source = clip.video, None  # frees the last one before the next
+            self._close()  # frees the last one before the next
             try:
-                content = _read_source(clip)
-                info = describe_video(content, key=clip.key)
-                self._source = _Source(content, ContentHash(content), info)
+                self._source = _open_source(clip, alive)
             except BadSample as error:
                 self._source = _Refusal(error.reason, error.detail)
+            self._url = clip.video
         if isinstance(self._source, _Refusal):
             raise BadSample(clip.key, self._source.reason, self._source.detail)
+        alive(self._source.file.num_bytes)
         return self._source
+
+    def _close(self) -> None:
+        source, self._source = self._source, None
+        if isinstance(source, _Source):
+            source.file.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    content: bytes
+    file: SourceFile
     hash: ContentHash
+    indices: SourceIndices
     info: VideoInfo
+
+    @property
+    def source(self) -> Source:
+        return self.file.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +96,31 @@ def pack_clip(
     settings: PackSettings,
     tagger: WordTagger | None = None,
     last_source: LastSource | None = None,
+    alive: Alive = lambda num_bytes: None,
 ) -> TarSample | RefusedClip:
     """Reads, checks and converts one clip. The same clip gives the same bytes.
 
     Args:
         last_source: Keeps the source for the next clip.
+        alive: Called with each sign of progress.
 
     Raises:
         StorageUnavailable: the storage of the source fails for the moment. A refusal would leave
             the clip out of the data set for good.
+        MemoryError: the process has no memory left for the clip.
     """
     captions = _captions(clip, tagger)
     try:
         if not captions:
             found = f"{len(clip.captions)} captions, none with a character"
             raise BadSample(clip.key, "no_caption", found)
-        source = (last_source or LastSource()).read(clip)
+        source = (last_source or LastSource()).read(clip, alive)
         adjusted: set[str] = set()
         members = _members(clip, source, captions, settings, adjusted)
+        _check_unchanged(clip, source.file)
     except BadSample as error:
+        if error.reason == "out_of_memory":
+            raise MemoryError(str(error)) from error
         return refuse_clip(clip, error.reason, error.detail)
     return TarSample(
         key=clip.key,
@@ -128,19 +154,12 @@ def _members(
     adjusted: set[str],
 ) -> dict[str, bytes]:
     """Returns the clip's members; adds to `adjusted` what its pictures needed."""
-    source, info = opened.content, opened.info
+    source, indices, info = opened.source, opened.indices, opened.info
     times_s: tuple[float, ...] = ()
     if settings.layout == "frames":
-        frames, times_s = sample_frames(
-            source, settings.num_frames, span=clip.span, key=clip.key, adjusted=adjusted
-        )
-        if settings.short_side is not None:
-            frames = resize_short_side(frames, settings.short_side)
+        jpegs, times_s = _frames(clip, opened, settings, adjusted)
         digits = max(2, len(str(settings.num_frames - 1)))
-        members = {
-            f"{index:0{digits}d}.jpg": encode_jpeg(frame, settings.jpeg_quality)
-            for index, frame in enumerate(frames)
-        }
+        members = {f"{index:0{digits}d}.jpg": jpeg for index, jpeg in enumerate(jpegs)}
     elif settings.reencode:
         video = reencode_video(
             source,
@@ -149,6 +168,7 @@ def _members(
             span=clip.span,
             key=clip.key,
             adjusted=adjusted,
+            indices=indices,
         )
         members = {"mp4": video, **index_member(video, clip.key)}
     else:
@@ -156,8 +176,10 @@ def _members(
             raise BadSample(
                 clip.key, "not_mp4", f"container {info.container}; --reencode turns it into MP4"
             )
-        decoded = check_frames(source, key=clip.key, adjusted=adjusted)
-        members = {"mp4": source, **index_member(source, clip.key, decoded)}
+        decoded = check_frames(source, key=clip.key, adjusted=adjusted, indices=indices)
+        content = opened.file.content()
+        packets = indices.packets(clip.key)
+        members = {"mp4": content, **index_member(content, clip.key, decoded, packets)}
     meta = _meta(clip, captions, info, times_s)
     if adjusted:
         meta["adjusted"] = sorted(adjusted)
@@ -182,9 +204,53 @@ def _meta(
     }
 
 
-def _read_source(clip: Clip) -> bytes:
+def _frames(
+    clip: Clip, opened: _Source, settings: PackSettings, adjusted: set[str]
+) -> tuple[list[bytes], tuple[float, ...]]:
+    """Returns the clip's JPEGs and their times. Pictures are converted as they come."""
+    jpegs: list[bytes] = []
+
+    def add(rows: range, num_rows: int, picture: np.ndarray) -> None:
+        if not rows.start:
+            jpegs.clear()
+        if settings.short_side is not None:
+            picture = resize_short_side(picture[None], settings.short_side)[0]
+        jpegs.extend([encode_jpeg(picture, settings.jpeg_quality)] * len(rows))
+
+    times_s = visit_frames(
+        opened.source,
+        settings.num_frames,
+        add,
+        span=clip.span,
+        key=clip.key,
+        indices=opened.indices,
+        adjusted=adjusted,
+    )
+    return jpegs, times_s
+
+
+def _open_source(clip: Clip, alive: Alive) -> _Source:
+    content_hash = ContentHash()
+    file = _read_source(clip, content_hash.update, lambda: alive(0))
     try:
-        return Storage(clip.video).read_root()
+        alive(file.num_bytes)
+        indices = SourceIndices(file.source)
+        info = describe_video(file.source, key=clip.key, indices=indices)
+    except BaseException:
+        file.close()
+        raise
+    return _Source(file, content_hash, indices, info)
+
+
+def _read_source(
+    clip: Clip, on_part: Callable[[bytes], object], alive: Callable[[], object]
+) -> SourceFile:
+    try:
+        return read_source(clip.video, on_part=on_part, alive=alive)
+    except NotAFileError as error:
+        raise BadSample(clip.key, "missing_file", str(error)) from error
+    except ChangedFileError as error:
+        raise BadSample(clip.key, "read_error", str(error)) from error
     except OSError as error:
         if is_passing_error(error):
             raise StorageUnavailable(
@@ -194,3 +260,10 @@ def _read_source(clip: Clip) -> bytes:
         gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, MISSING)
         reason = "missing_file" if gone else "read_error"
         raise BadSample(clip.key, reason, f"{type(error).__name__}: {error}") from error
+
+
+def _check_unchanged(clip: Clip, file: SourceFile) -> None:
+    try:
+        file.check_unchanged()
+    except ChangedFileError as error:
+        raise BadSample(clip.key, "read_error", str(error)) from error

@@ -24,6 +24,7 @@ from tvr.data_prep.reading.sample_cache import DecodedSampleCache
 from tvr.data_prep.reading.shard_bytes import ShardReader
 from tvr.data_prep.records import BadSample, Sample, ShardCorrupt
 from tvr.data_prep.storage.storage_errors import is_passing_error
+from tvr.data_prep.video.decode import Finish
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
 from tvr.data_prep.video.frame_sampling import segment_frames
 from tvr.data_prep.video.images import fit_square
@@ -158,8 +159,12 @@ class SampleReader:
         if cached is not None:
             self._reads["memory"] += 1
         else:
-            cached = self._load(row, view, out, predecoded)
+            is_stored = row in predecoded or (self._has_cache and view is not None)
+            finish = None if is_stored else self._finish(view)
+            cached = self._load(row, view, out, predecoded, finish)
             self._cache.put(row, cached)
+            if not is_stored:
+                return cached
         return cached if view is None else self._apply_view(cached, view)
 
     def decode(
@@ -170,8 +175,13 @@ class SampleReader:
         *,
         out: np.ndarray | None = None,
         predecoded: Mapping[int, StoredFrames] = NOT_PREDECODED,
+        finish: Finish | None = None,
     ) -> DecodedFrames:
         """Reads the frames that `segment_frames` selects, in their stored size; see `read`.
+
+        Args:
+            finish: Applied to each picture as it comes, so that only its results are held; not to
+                frames in `predecoded`.
 
         Raises:
             BadSample: the sample cannot be used.
@@ -190,6 +200,7 @@ class SampleReader:
             offsets=offsets,
             sample=self._sample_frames,
             out=out,
+            finish=finish,
         )
 
     def members(self, row: int) -> dict[str, bytes]:
@@ -226,22 +237,34 @@ class SampleReader:
         view: View | None,
         out: np.ndarray | None,
         predecoded: Mapping[int, StoredFrames],
+        finish: Finish | None,
     ) -> Sample:
-        """Reads a sample in the form that the cache holds."""
+        """Reads a sample in the form that the cache holds, or as `finish` makes its frames."""
         num_frames, offsets = self.num_frames, None if view is None else view.offsets
         if self._has_cache and offsets is not None:
             # Another view of this sample may need other frames: load all of them.
             num_frames, offsets = max(num_frames, self.manifest.num_frames), None
         meta, frames, times_s = self.decode(
-            row, num_frames, offsets, out=out, predecoded=predecoded
+            row, num_frames, offsets, out=out, predecoded=predecoded, finish=finish
         )
         return Sample(
             key=self.key(row),
             video_id=meta.video_id,
             captions=meta.captions,
-            frames=fit_square(frames, self.image_size) if view is None else frames,
+            frames=fit_square(frames, self.image_size) if view is finish is None else frames,
             frame_times_s=times_s,
         )
+
+    def _finish(self, view: View | None) -> Finish:
+        """Returns what makes the shown frame of a stored one, as `_apply_view` does of a clip."""
+        size, crop = self.image_size, None if view is None else view.crop
+
+        def finish(picture: np.ndarray) -> np.ndarray:
+            if crop is None:
+                return fit_square(picture[None], size)[0]
+            return crop_frames(picture[None], crop_box(crop, *picture.shape[:2]), size)[0]
+
+        return finish
 
     def _apply_view(self, sample: Sample, view: View) -> Sample:
         frames, times_s = sample.frames, sample.frame_times_s

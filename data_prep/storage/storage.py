@@ -31,21 +31,29 @@ class Storage:
     """Reads files below one URL: a local folder or any fsspec file system.
 
     An instance works in forked processes too.
+
+    Args:
+        retries: Repeats requests that fail for the moment; default: the usual waits.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, retries: Retries | None = None) -> None:
         self._url = url
         self._pid = os.getpid()
         self._fs: Any
         self._fs, self._root = url_to_fs(url)
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self.is_in_memory = isinstance(self._fs, MemoryFileSystem)
-        self._retries = Retries()
+        self._retries = retries or Retries()
 
     @property
     def num_retries(self) -> int:
         """Retries of this instance so far."""
         return self._retries.count
+
+    @property
+    def root(self) -> str:
+        """The URL's path, as the file system and error messages name it."""
+        return self._root
 
     def path(self, name: str) -> str:
         """Returns the path of a file, as the file system and error messages name it."""
@@ -58,6 +66,13 @@ class Storage:
     def read_root(self) -> bytes:
         """Reads the file at the URL itself. Raises as `read_range`."""
         return self._read(self._root, None, None)
+
+    def read_root_range(self, start: int, end: int) -> bytes:
+        """Reads the bytes [start, end) of the file at the URL itself; fewer where it ends before.
+
+        A store that ignores byte ranges gives the whole file. Raises as `read_range`.
+        """
+        return self._read(self._root, start, end)
 
     def read_range(self, name: str, start: int, end: int, attempts: int | None = None) -> bytes:
         """Reads the bytes [start, end) of a file; fewer where the file ends before `end`.

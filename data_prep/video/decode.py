@@ -18,11 +18,9 @@ from tvr.data_prep.video.frame_index import (
     FrameIndex,
     FrameIndexMismatch,
     Source,
+    SourceIndices,
     decode_frames,
-    index_decoded_frames,
-    index_packets,
     open_video,
-    with_frame_index,
     with_keyframes,
 )
 from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
@@ -33,6 +31,9 @@ OnOpen = Callable[[InputContainer, VideoStream], object]
 FrameDecoder = Callable[
     [Source, FrameIndex, Sequence[int], str, OnOpen], Iterator[tuple[int, VideoFrame]]
 ]
+Finish = Callable[[np.ndarray], np.ndarray]
+"""Makes (H, W, 3) uint8 of a picture (H, W, 3), such as a smaller one; all of one shape."""
+Visit = Callable[[range, int, np.ndarray], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ def sample_frames(
     key: str = "video",
     frame_index: FrameIndex | None = None,
     adjusted: set[str] | None = None,
+    finish: Finish | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Decodes one frame from each of `num_frames` equal segments of a video or a span of it.
 
@@ -68,6 +70,7 @@ def sample_frames(
         frame_index: Index that was stored with the video, whose frames are known to be whole; see
             `decode_indexed`. None = list the packets of the container.
         adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
+        finish: Applied to each picture as it comes, so that only its results are held.
 
     Returns:
         Frames (F, H, W, 3) uint8 RGB as a player shows them, all of the first one's size, and the
@@ -75,29 +78,72 @@ def sample_frames(
         of frames in the span if that is smaller.
 
     Raises:
-        BadSample: "unreadable" (damaged, truncated, unknown format), "no_frames" (in the span) or
-            "missing_file".
+        BadSample: "unreadable" (damaged, truncated, unknown format), "no_frames" (in the span),
+            "out_of_memory" or "missing_file".
         ValueError: a span or offsets are out of range.
+    """
+    frames: np.ndarray = np.empty((0, 0, 0, 3), dtype=np.uint8)
+
+    def keep(rows: range, num_rows: int, picture: np.ndarray) -> None:
+        nonlocal frames
+        kept = picture if finish is None else finish(picture)
+        if not rows.start:
+            frames = np.empty((num_rows, *kept.shape), dtype=np.uint8)
+        frames[rows.start : rows.stop] = kept
+
+    times_s = visit_frames(
+        source,
+        num_frames,
+        keep,
+        span=span,
+        offsets=offsets,
+        key=key,
+        frame_index=frame_index,
+        adjusted=adjusted,
+    )
+    return frames, times_s
+
+
+def visit_frames(
+    source: Source,
+    num_frames: int,
+    visit: Visit,
+    *,
+    span: Span | None = None,
+    offsets: Sequence[float] | None = None,
+    key: str = "video",
+    frame_index: FrameIndex | None = None,
+    indices: SourceIndices | None = None,
+    adjusted: set[str] | None = None,
+) -> tuple[float, ...]:
+    """Decodes the frames of `sample_frames`, and holds one picture at a time.
+
+    Args:
+        visit: Receives each picture as it comes: the rows that show it, in ascending order, the
+            number of rows, and the picture (H, W, 3). A decode that is repeated with another index
+            begins again at row 0.
+        indices: Indices of the source, for a source that is sampled many times.
+
+    Returns the time of each row. Arguments and errors are those of `sample_frames`.
     """
     check_span(span)
 
-    def sample(
-        index: FrameIndex, decode: FrameDecoder = decode_frames
-    ) -> tuple[np.ndarray, tuple[float, ...]]:
+    def sample(index: FrameIndex, decode: FrameDecoder = decode_frames) -> tuple[float, ...]:
         chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
         painter = PicturePainter(key)
-        frames: np.ndarray = np.empty((0, 0, 0, 3), dtype=np.uint8)
+        height = width = 0
         for number, frame in shown_frames(source, index, chosen, key, painter, decode):
             picture = painter.picture(frame)
-            if not len(frames):
-                frames = np.empty((len(chosen), *picture.shape), dtype=np.uint8)
-            elif picture.shape != frames.shape[1:]:
+            if not height:
+                height, width = picture.shape[:2]
+            elif picture.shape[:2] != (height, width):
                 painter.adjusted.add("size_change")
-                picture = fit_picture(picture, frames.shape[2], frames.shape[1])
-            frames[bisect_left(chosen, number) : bisect_right(chosen, number)] = picture
+                picture = fit_picture(picture, width, height)
+            rows = range(bisect_left(chosen, number), bisect_right(chosen, number))
+            visit(rows, len(chosen), picture)
         if adjusted is not None:
             adjusted.update(painter.adjusted)
-        return frames, times_s
+        return times_s
 
     if frame_index is not None:
         try:
@@ -105,7 +151,7 @@ def sample_frames(
         except FrameIndexMismatch as error:
             text = f"{key}: its stored frame index is not used, reads take longer: {error}"
             warn_once("stored frame index", text)
-    return with_frame_index(source, key, sample)
+    return (indices or SourceIndices(source)).apply(sample, key)
 
 
 def shown_frames(
@@ -144,7 +190,11 @@ def choose_frames(
 
 
 def check_frames(
-    source: Source, *, key: str = "video", adjusted: set[str] | None = None
+    source: Source,
+    *,
+    key: str = "video",
+    adjusted: set[str] | None = None,
+    indices: SourceIndices | None = None,
 ) -> FrameIndex:
     """Decodes every frame once, and returns their index.
 
@@ -152,8 +202,9 @@ def check_frames(
 
     Args:
         adjusted: Receives the names in ADJUSTMENTS of what the first picture needs.
+        indices: Indices of the source, if others need them, too.
     """
-    frame_index = index_decoded_frames(source, key)
+    frame_index = (indices or SourceIndices(source)).decoded(key)
     if adjusted is not None:
         adjusted.update(first_frame(source, key)[1].adjusted)
     return frame_index
@@ -171,9 +222,15 @@ def first_frame(source: Source, key: str) -> tuple[VideoFrame, PicturePainter]:
     raise BadSample(key, "no_frames", "the decoder returned no picture")
 
 
-def describe_video(source: Source, *, key: str = "video") -> VideoInfo:
-    """Reads the container's packets without decoding them. Raises BadSample as `sample_frames`."""
-    num_frames = index_packets(source, key).num_frames
+def describe_video(
+    source: Source, *, key: str = "video", indices: SourceIndices | None = None
+) -> VideoInfo:
+    """Reads the container's packets without decoding them. Raises BadSample as `sample_frames`.
+
+    Args:
+        indices: Indices of the source, if others need them, too.
+    """
+    num_frames = (indices or SourceIndices(source)).packets(key).num_frames
     with open_video(source, key) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         return VideoInfo(

@@ -36,6 +36,7 @@ from tvr.data_prep.video.picture import (
 from tvr.data_prep.video.tone_map import HDR_TRANSFERS
 
 FULL_RANGE = 2
+PICTURES_BYTES = 1 << 25
 
 
 def sample_frames(
@@ -46,6 +47,7 @@ def sample_frames(
     offsets: Sequence[float] | None = None,
     key: str = "video",
     frame_index: FrameIndex | None = None,
+    finish: decode.Finish | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Samples frames as `decode.sample_frames`, from MP4 and similar containers.
 
@@ -55,6 +57,8 @@ def sample_frames(
     Args:
         frame_index: Index that was stored with the video, for a video that is left to PyAV. For
             others the packets are read anyway: they say what torchcodec does not show.
+        finish: As for `decode.sample_frames`; so many pictures as fit PICTURES_BYTES are held
+            before it.
 
     Raises:
         BadSample: as `decode.sample_frames`; "unreadable" also if torchcodec's frames differ from
@@ -69,11 +73,17 @@ def sample_frames(
     if packets.pts is None:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
-        frames = _decode(source, packets, wanted, pictures, key)
+        frames = _decode(source, packets, wanted, pictures, key, finish)
     except _OnlyPyAV as reason:
         warn_once(str(reason), f"torchcodec leaves videos to PyAV, for example {key}: {reason}")
         return decode.sample_frames(
-            source, num_frames, span=span, offsets=offsets, key=key, frame_index=frame_index
+            source,
+            num_frames,
+            span=span,
+            offsets=offsets,
+            key=key,
+            frame_index=frame_index,
+            finish=finish,
         )
     return frames[np.searchsorted(wanted, chosen)], times_s
 
@@ -83,7 +93,12 @@ class _OnlyPyAV(Exception):
 
 
 def _decode(
-    source: Source, frame_index: FrameIndex, wanted: list[int], pictures: _Pictures, key: str
+    source: Source,
+    frame_index: FrameIndex,
+    wanted: list[int],
+    pictures: _Pictures,
+    key: str,
+    finish: decode.Finish | None,
 ) -> np.ndarray:
     assert frame_index.pts is not None
     try:
@@ -101,18 +116,26 @@ def _decode(
         if pictures.change:
             raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
         _check_frame(frame, has_container_matrix=angle is not None)
-        batch = decoder.get_frames_at(wanted)
+        if len(decoder) != frame_index.num_frames:
+            raise BadSample(key, "unreadable", "torchcodec lists other frames than the container")
+        # Half a turn is 2 or -2 quarters, rounded as torchcodec does: halves away from zero.
+        turns = int(math.copysign(math.floor(abs(angle or 0) / 90 + 0.5), angle or 0)) % 4
+        at_once = len(wanted)
+        if finish is not None:
+            at_once = max(1, PICTURES_BYTES // (3 * frame.width * frame.height))
+        parts = []
+        for start in range(0, len(wanted), at_once):
+            part = wanted[start : start + at_once]
+            batch = decoder.get_frames_at(part)
+            expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in part]
+            if not np.allclose(batch.pts_seconds.numpy(), expected_s, 0, 1e-6):
+                detail = "torchcodec returned frames of other times than requested"
+                raise BadSample(key, "unreadable", detail)
+            shown = _reshape(batch.data.numpy(), frame, turns, painter)
+            parts.append(shown if finish is None else np.stack([finish(each) for each in shown]))
     except (RuntimeError, ValueError, IndexError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
-    expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in wanted]
-    returned_s = batch.pts_seconds.numpy()
-    if len(decoder) != frame_index.num_frames or not np.allclose(returned_s, expected_s, 0, 1e-6):
-        raise BadSample(
-            key, "unreadable", "torchcodec returned frames of other times than requested"
-        )
-    # Half a turn is 2 or -2 quarters, rounded as torchcodec does: halves away from zero.
-    turns = int(math.copysign(math.floor(abs(angle or 0) / 90 + 0.5), angle or 0)) % 4
-    return _reshape(batch.data.numpy(), frame, turns, painter)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class _Pictures:

@@ -10,6 +10,7 @@ import numpy as np
 
 # The settings name a decoder, and are read where none is installed: both are imported when used.
 if TYPE_CHECKING:
+    from tvr.data_prep.video.decode import Finish
     from tvr.data_prep.video.frame_index import FrameIndex, Source
     from tvr.data_prep.video.frame_sampling import Span
 
@@ -28,6 +29,7 @@ class FrameSampler(Protocol):
         offsets: Sequence[float] | None = None,
         key: str = "video",
         frame_index: FrameIndex | None = None,
+        finish: Finish | None = None,
     ) -> tuple[np.ndarray, tuple[float, ...]]: ...
 
 

@@ -114,6 +114,8 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
             # Loader workers already use all cores; decoder threads would compete with them.
             context.thread_count = 1
             yield container, stream
+    except MemoryError as error:
+        raise BadSample(key, "out_of_memory", "no memory to decode the video") from error
     except av.error.FFmpegError as error:
         reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
         detail = f"{error.strerror} ({type(error).__name__})"
@@ -122,24 +124,48 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
         raise BadSample(key, reason, detail) from error
 
 
-def with_frame_index(
-    source: Source,
-    key: str,
-    act: Callable[[FrameIndex], Result],
-) -> Result:
-    """Calls `act` with the packets' index, and on FrameIndexMismatch with the decoder's index.
+class SourceIndices:
+    """The indices of a source that is decoded several times; each is made once, when needed.
 
     Field-coded pictures may have two packets a frame, and leading packets may be undecodable. The
     decoder's index is exact, but needs a decode of the whole video.
     """
-    try:
-        return act(index_packets(source, key))
-    except FrameIndexMismatch:
-        pass
-    try:
-        return act(index_decoded_frames(source, key))
-    except FrameIndexMismatch as error:
-        raise BadSample(key, "unreadable", f"two decodes give different frames: {error}") from error
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._made: dict[str, FrameIndex | BadSample] = {}
+
+    def packets(self, key: str) -> FrameIndex:
+        """Returns the packets' index, see `index_packets`."""
+        return self._once("packets", index_packets, key)
+
+    def decoded(self, key: str) -> FrameIndex:
+        """Returns the decoder's index, see `index_decoded_frames`."""
+        return self._once("decoded", index_decoded_frames, key)
+
+    def apply(self, act: Callable[[FrameIndex], Result], key: str) -> Result:
+        """Calls `act` with the packets' index, and on FrameIndexMismatch with the decoder's."""
+        try:
+            return act(self.packets(key))
+        except FrameIndexMismatch:
+            pass
+        try:
+            return act(self.decoded(key))
+        except FrameIndexMismatch as error:
+            detail = f"two decodes give different frames: {error}"
+            raise BadSample(key, "unreadable", detail) from error
+
+    def _once(self, name: str, make: Callable[[Source, str], FrameIndex], key: str) -> FrameIndex:
+        if name not in self._made:
+            try:
+                self._made[name] = make(self._source, key)
+            except BadSample as error:
+                # Without its traceback, which would keep the source in memory.
+                self._made[name] = BadSample(key, error.reason, error.detail)
+        made = self._made[name]
+        if isinstance(made, BadSample):
+            raise BadSample(key, made.reason, made.detail)
+        return made
 
 
 def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -> FrameIndex:

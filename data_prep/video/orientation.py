@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import cast
 
 import numpy as np
-from av.sidedata.sidedata import SideData, Type
+from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.video.frame import VideoFrame
 
 Matrix = tuple[int, ...]
@@ -81,9 +81,11 @@ def shape_in_matrix(matrix: Matrix) -> tuple[Fraction, Fraction] | None:
 def display_matrices(frame: VideoFrame) -> list[Matrix]:
     """Returns a frame's matrices: the container's, if it has one, then the codec's."""
     try:
+        # `frame.side_data` would refer to the frame and the frame to it: such frames stay in memory
+        # until the garbage collector runs, which counts objects and not their size.
         return [
             struct.unpack("9i", bytes(data))
-            for data in cast(Iterable[SideData], frame.side_data)
+            for data in cast(Iterable[SideData], SideDataContainer(frame))  # type: ignore[call-arg]
             if data.type is Type.DISPLAYMATRIX
         ]
     except ValueError:  # a kind of side data that PyAV does not know; the angle is readable

@@ -189,6 +189,8 @@ class PicturePainter:
         return tone_map(coded, frame.color_trc, frame.color_primaries)
 
     def _unreadable(self, error: Exception) -> BadSample:
+        if isinstance(error, MemoryError):
+            return BadSample(self._key, "out_of_memory", "no memory to convert a frame")
         return BadSample(self._key, "unreadable", f"a frame cannot be converted: {error}")
 
     def _frame_shape(self, frame: VideoFrame) -> Fraction | None:

@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decode import shown_frames
-from tvr.data_prep.video.frame_index import FrameIndex, Source, with_frame_index
+from tvr.data_prep.video.frame_index import FrameIndex, Source, SourceIndices
 from tvr.data_prep.video.frame_sampling import Span, check_span
 from tvr.data_prep.video.images import short_side_size
 from tvr.data_prep.video.orientation import UPRIGHT
@@ -46,6 +46,7 @@ def reencode_video(
     span: Span | None = None,
     key: str = "video",
     adjusted: set[str] | None = None,
+    indices: SourceIndices | None = None,
 ) -> bytes:
     """Re-encodes a video, or a span of it, as H.264 MP4.
 
@@ -58,6 +59,7 @@ def reencode_video(
         short_side: Pixels of the shorter side; None keeps the size.
         keyframe_interval: Frames between keyframes.
         adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
+        indices: Indices of the source, for a source of which several spans are encoded.
 
     Returns:
         The bytes of the MP4 file.
@@ -85,7 +87,7 @@ def reencode_video(
         return buffer.getvalue()
 
     try:
-        return with_frame_index(source, key, encode)
+        return (indices or SourceIndices(source)).apply(encode, key)
     except av.error.FFmpegError as error:  # the encoder's; the decoder's are bad samples already
         detail = f"it cannot be re-encoded: {error.strerror} ({type(error).__name__})"
         raise BadSample(key, "unreadable", detail) from error

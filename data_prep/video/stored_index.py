@@ -32,19 +32,25 @@ MAX_FRAMES = 1 << 22  # 19 hours at 60 frames a second
 STEP = np.dtype("<u4")
 
 
-def index_member(video: bytes, key: str, decoded: FrameIndex | None = None) -> dict[str, bytes]:
+def index_member(
+    video: bytes,
+    key: str,
+    decoded: FrameIndex | None = None,
+    packets: FrameIndex | None = None,
+) -> dict[str, bytes]:
     """Returns the member of a video's index by its extension.
 
     Args:
         video: Content of the file.
         key: Name of the sample in error messages.
+        packets: Index of the video's packets; None = list them.
         decoded: Index of the frames of a decode, with which the packets must agree.
 
     Returns:
         An empty dict if the index would not help: the video has no reliable time stamps, or its
         packets differ from its frames.
     """
-    index = index_packets(video, key)
+    index = index_packets(video, key) if packets is None else packets
     agrees = decoded is None or (index.pts, index.unit_s) == (decoded.pts, decoded.unit_s)
     content = encode_index(index) if agrees else None
     return {} if content is None else {INDEX_MEMBER: content}

@@ -55,7 +55,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
                 : -40 if next(count) in broken else None
             ],
         )
-        return make_dataset(folder, NUM_SAMPLES)
+        return make_dataset(folder, NUM_SAMPLES, processes=0)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,8 @@ LOADERS = {
     "loader in a thread": LOADER
     + "    import threading\n    threading.Thread(target=lambda: next(iter(loader))).start()\n",
     "packing": """
-    import os, sys
+    import os, socket, sys
+    from tvr.data_prep.limited_process import LimitedProcess
     from tvr.data_prep.packing import worker_pool
     from tvr.data_prep.packing.plan import PackSettings
     from tvr.data_prep.records import Clip
@@ -50,16 +51,18 @@ LOADERS = {
             layout="frames", num_frames=2, short_side=None, jpeg_quality=90, samples_per_shard=4,
             reencode=False, keyframe_interval=16, words=False,
         )
+        server = socket.create_server(("127.0.0.1", 0))  # never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v.mp4"
         clips = [
-            Clip(key=f"k{n}", video=sys.argv[1], captions=("x",), video_id="k") for n in range(4)
+            Clip(key=f"k{n}", video=f"{url}?{n}", captions=("x",), video_id="k") for n in range(4)
         ]
-        make = worker_pool._Worker._start
+        make = LimitedProcess._start
 
-        def start(worker):
-            make(worker)
-            print(worker._process.pid, flush=True)
+        def start(process):
+            make(process)
+            print(process._process.pid, flush=True)
 
-        worker_pool._Worker._start = start
+        LimitedProcess._start = start
         list(worker_pool.pack_clips(clips, settings, 2))
     """,
     "process pool": """

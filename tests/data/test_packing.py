@@ -294,8 +294,8 @@ def test_memory_urls_need_one_process(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 2)
     with pytest.raises(ValueError, match=r"processes=2 must be 1 \(--processes 1\) with memory://"):
         pack_shards(clips, "memory://two", processes=2, **FRAMES)
-    with pytest.raises(ValueError, match="processes=0 must be at least 1"):
-        pack_shards(clips, str(tmp_path / "data"), processes=0, **FRAMES)
+    with pytest.raises(ValueError, match="processes=-1 must be at least 0"):
+        pack_shards(clips, str(tmp_path / "data"), processes=-1, **FRAMES)
 
 
 def test_lines_for_a_log_and_a_bar_for_a_terminal(

@@ -17,9 +17,10 @@ from builders import batches as built
 from builders.clip_files import make_dataset
 from builders.http_store import HttpStorage, serve_folder
 
+from tvr.data_prep import limited_process
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.cli_errors import run_command
-from tvr.data_prep.packing import worker_pool
+from tvr.data_prep.limited_process import NOTHING_YET, ProcessLimits
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.reading.loader import read_sample
 from tvr.data_prep.reading.worker import MAX_UNAVAILABLE
@@ -188,6 +189,7 @@ def test_packing_stops_instead_of_leaving_clips_out(
             num_frames=4,
             short_side=None,
             max_bad=3,
+            processes=0,  # the waits of this process are short
         )
         return 0
 
@@ -200,20 +202,23 @@ def test_packing_stops_instead_of_leaving_clips_out(
 
 
 def test_a_packing_process_passes_the_failure_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pack(*arguments: object) -> None:
+    def work(task: object, alive: object) -> None:
         raise StorageUnavailable("503")
 
-    monkeypatch.setattr(worker_pool, "pack_clip", pack)
-    monkeypatch.setattr(worker_pool, "_end_with_packing", lambda: None)
+    monkeypatch.setattr(limited_process, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(limited_process, "_limit_memory", lambda memory_bytes: None)
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     ours, theirs = Pipe()
     clip = Clip(key="k", video="x", captions=("x",), video_id="k")
     ours.send(clip)
-    thread = Thread(target=worker_pool._worker_main, args=(theirs, None, None))
+    arguments = (theirs, lambda: work, (), ProcessLimits(), 1 << 30)
+    thread = Thread(target=limited_process.work_in_process, args=arguments)
     thread.start()
-    worker = SimpleNamespace(job=worker_pool._Job(clip), connection=ours)
+    process = SimpleNamespace(connection=ours)
+    receive = limited_process.LimitedProcess.receive
+    assert receive(process) is NOTHING_YET  # type: ignore[arg-type]
     with pytest.raises(StorageUnavailable, match="503"):
-        worker_pool._Worker.receive(worker)  # type: ignore[arg-type]
+        receive(process)  # type: ignore[arg-type]
     ours.close()
     thread.join(10)
     assert not thread.is_alive()
