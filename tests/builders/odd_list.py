@@ -290,8 +290,8 @@ FILES: tuple[OddFile, ...] = (
     ),
     # What is no plain file.
     refused("folder.mp4", lambda path: path.mkdir(), "missing_file"),
-    refused("pipe.mp4", os.mkfifo, "unreadable"),
-    refused("device.mp4", _link("/dev/zero"), "unreadable"),
+    refused("pipe.mp4", os.mkfifo, "missing_file", "a FIFO"),
+    refused("device.mp4", _link("/dev/zero"), "missing_file", "a device"),
     refused("dangling.mp4", _link("nowhere.mp4"), "missing_file"),
     refused("link to itself.mp4", _link("link to itself.mp4"), "read_error"),
     # Root may read everything.

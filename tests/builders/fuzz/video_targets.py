@@ -85,9 +85,14 @@ class Containers(Target):
             _check_some(content, frames, times_s)
         except BadSample:
             return "read, but not by seeking"
+        except MemoryError:
+            return "out_of_memory"
         # Each input is packed one way, so that the time suffices for many of them.
         packs = (self._check_copy, self._check_reencoded)
-        packs[zlib.crc32(content) % 2](content, frames)
+        try:
+            packs[zlib.crc32(content) % 2](content, frames)
+        except MemoryError:  # which the packing's pool makes a bad clip
+            return "out_of_memory"
         return READ
 
     def _check_copy(self, content: bytes, frames: np.ndarray) -> None:
