@@ -51,7 +51,7 @@ class Annotations(Target):
     """Annotation files of every format."""
 
     name = "annotations"
-    share = 0.2
+    share = 0.18
 
     @classmethod
     def make(cls, folder: Path) -> None:

@@ -18,13 +18,15 @@ from pathlib import Path
 from random import Random
 
 from builders.fuzz.file_targets import Annotations, Benchmarks
+from builders.fuzz.foreign_targets import ForeignTars
 from builders.fuzz.record_targets import Checkpoints, Packings
 from builders.fuzz.sample_targets import Columns, DataSets, Samples
 from builders.fuzz.target import SEEDS, Target
 from builders.fuzz.video_targets import Containers
 
 TARGETS: tuple[type[Target], ...] = (
-    *(Containers, Samples, DataSets, Columns, Annotations, Benchmarks, Checkpoints, Packings),
+    *(Containers, Samples, DataSets, Columns, ForeignTars),
+    *(Annotations, Benchmarks, Checkpoints, Packings),
 )
 BATCH = 25
 INPUT_LIMIT_S = 60.0

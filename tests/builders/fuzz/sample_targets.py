@@ -59,7 +59,7 @@ class Samples(Target):
     """The parts of one sample: byte ranges of a tar and of a stack, JSON, JPEG, frame index."""
 
     name = "samples"
-    share = 0.16
+    share = 0.15
 
     @classmethod
     def make(cls, folder: Path) -> None:
@@ -296,7 +296,7 @@ class Columns(Target):
     """The compressed columns of a data set of format 2."""
 
     name = "columns"
-    share = 0.06
+    share = 0.04
 
     @classmethod
     def make(cls, folder: Path) -> None:
