@@ -26,6 +26,7 @@ from tvr.data_prep.video.frame_index import Source, SourceIndices
 from tvr.data_prep.video.images import encode_jpeg, resize_short_side
 from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.stored_index import index_member
+from tvr.data_prep.video.truncation import check_whole
 
 # A source with such an error cannot be opened; any other refusal of the storage is a read error.
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -234,6 +235,7 @@ def _open_source(clip: Clip, alive: Alive) -> _Source:
     file = _read_source(clip, content_hash.update, lambda: alive(0))
     try:
         alive(file.num_bytes)
+        check_whole(file.source, clip.key)
         indices = SourceIndices(file.source)
         info = describe_video(file.source, key=clip.key, indices=indices)
     except BaseException:

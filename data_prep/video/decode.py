@@ -168,7 +168,8 @@ def shown_frames(
     """
     is_wanted = set(wanted)
     decoded = with_keyframes(frame_index, wanted)
-    start = partial(painter.open, skips_first=bool(decoded) and decoded[0] > 0)
+    skips_first = bool(decoded) and decoded[0] > 0
+    start = partial(painter.open, source=source, skips_first=skips_first)
     for index, frame in decode(source, frame_index, decoded, key, start):
         painter.see(frame)
         if index in is_wanted:

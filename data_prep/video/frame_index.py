@@ -19,6 +19,8 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from tvr.data_prep.containers.elements import mapped
+from tvr.data_prep.containers.mpeg import count_joins
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.frame_sampling import Span, frames_within
 from tvr.data_prep.video.images import MAX_PIXELS
@@ -175,7 +177,7 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
         on_packet: Called for each packet.
     """
     shown = []
-    num_packets = 0
+    num_packets = num_suspect = 0
     with open_video(source, key) as (container, stream):
         for packet in container.demux(stream):
             if packet.size:
@@ -185,7 +187,12 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
                 if not packet.is_discard:
                     shown.append((packet.pts, packet.is_keyframe))
             if packet.is_corrupt:
-                raise BadSample(key, "unreadable", f"packet {num_packets} is truncated or damaged")
+                num_suspect += 1
+                if container.format.name != "mpegts":
+                    detail = f"packet {num_packets} is truncated or damaged"
+                    raise BadSample(key, "unreadable", detail)
+        if num_suspect:
+            _check_joins(source, stream.id, num_suspect, key)
         # The MP4 index lists every packet, so a file cut between two packets is detected.
         num_indexed = len(stream.index_entries)
         if num_packets < num_indexed:
@@ -200,6 +207,16 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
         seeks = bool(SEEKABLE & set(container.format.name.split(",")))
         keyframes = tuple(index for index, (_, is_key) in enumerate(shown) if is_key and seeks)
         return _build_index(stream, [pts for pts, _ in shown], keyframes)
+
+
+def _check_joins(source: Source, pid: int, num_suspect: int, key: str) -> None:
+    """Raises BadSample unless all suspect packets of a transport stream are the last ones before
+    another recording that was appended, where libav takes packets for lost."""
+    with mapped(source) as content:
+        joins, losses = count_joins(content, pid)
+    if losses or num_suspect > joins:
+        detail = f"{num_suspect} packets are truncated or damaged, or packets before them are lost"
+        raise BadSample(key, "unreadable", detail)
 
 
 def index_decoded_frames(source: Source, key: str) -> FrameIndex:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from fractions import Fraction
+from os import PathLike
 
 import av.error
 import numpy as np
@@ -18,6 +19,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
+from tvr.data_prep.containers.boxes import has_pixel_shape
+from tvr.data_prep.containers.elements import mapped
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.images import MAX_PIXELS, resize
 from tvr.data_prep.video.orientation import (
@@ -48,8 +51,6 @@ SPECIFIED = {
     9: Colorspace.BT2020,
     10: Colorspace.BT2020,
 }
-# Containers that store the shape of pixels for all frames.
-STORE_SHAPE = {"mov", "matroska"}
 
 
 class PicturePainter:
@@ -65,21 +66,32 @@ class PicturePainter:
         self._shape = SQUARE
 
     def open(
-        self, container: InputContainer, stream: VideoStream, *, skips_first: bool = False
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        *,
+        source: bytes | str | PathLike[str] = b"",
+        skips_first: bool = False,
     ) -> None:
         """Starts with a container that was just opened.
 
         Args:
+            source: The opened file; it is read only if the shape of pixels changes midway.
             skips_first: The first frame will not be seen. A seek follows, so its packet is read
                 here, and decoded if it says how the video is turned.
         """
         self._stream = stream
         self._opened_shape = stream.codec_context.sample_aspect_ratio
         self._shape_of_all = stream.sample_aspect_ratio
+        self._source = source
+        names = container.format.name.split(",")
+        self._is_mp4 = "mov" in names
+        if self._is_mp4 and self._differs_by_rounding():
+            self._shape_of_all = self._opened_shape
         # libav prefers the container's shape to the codec's, and does not tell which one it is.
+        # Matroska always has one.
         self._container_decides = self._shape_of_all is not None and (
-            self._shape_of_all != self._opened_shape
-            or bool(STORE_SHAPE & set(container.format.name.split(",")))
+            self._shape_of_all != self._opened_shape or "matroska" in names
         )
         self._shape_changes = False
         if skips_first:
@@ -195,8 +207,9 @@ class PicturePainter:
 
     def _frame_shape(self, frame: VideoFrame) -> Fraction | None:
         if not self._shape_changes and not self._container_decides:
-            now = self._stream.codec_context.sample_aspect_ratio
-            self._shape_changes = now != self._opened_shape
+            if self._stream.codec_context.sample_aspect_ratio != self._opened_shape:
+                self._container_decides = self._is_mp4 and self._has_box_for_shape()
+                self._shape_changes = not self._container_decides
         # The decoder may be ahead of this frame, so its own value is asked for.
         if not self._shape_changes:
             return self._shape_of_all
@@ -204,6 +217,15 @@ class PicturePainter:
             return _measure_shape(frame)
         except av.error.FFmpegError as error:
             raise self._unreadable(error) from error
+
+    def _differs_by_rounding(self) -> bool:
+        """True if the shape is of an MP4 track's size, which libav rounds down to whole pixels."""
+        width, own, shape = self._stream.width, self._opened_shape, self._shape_of_all
+        return bool(own and shape) and abs(own - shape) * width < 1
+
+    def _has_box_for_shape(self) -> bool:
+        with mapped(self._source) as content:
+            return has_pixel_shape(content, self._stream.id)
 
 
 def color_matrix(frame: VideoFrame) -> Colorspace | None:

@@ -17,6 +17,7 @@ from builders.shown_videos import (
     MESSAGES,
     MUXERS,
     ORIENTATIONS,
+    X265_PARAMS,
     Turn,
     join,
     make_coloured,
@@ -142,6 +143,36 @@ def test_pixel_shape(decoder: Decoder, container: str, shape: str, width: int) -
 def test_the_container_decides_the_pixel_shape(decoder: Decoder) -> None:
     content = with_container_shape(with_pixel_shape(counter(), "16/9"), 3, 2)
     assert read_all(content, decoder, lambda p: p, (96, 48)) == MIDDLES
+
+
+def without_shape(content: bytes) -> bytes:
+    """Turns an MP4's box with the shape of pixels into padding; the stream keeps its own."""
+    return content.replace(b"pasp", b"free")
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@decoders
+def test_the_shape_of_the_stream_counts_in_an_mp4_without_one(decoder: Decoder, codec: str) -> None:
+    options = {"x265-params": X265_PARAMS} if codec == "libx265" else GOP_8
+    content = make_video(Encoding(codec=codec, options=options))
+    kind = "hevc" if codec == "libx265" else "h264"
+    stored = remux(content, packet_filter=f"{kind}_metadata=sample_aspect_ratio=16/9")
+    for shaped in (stored, remux(stored)):  # the second has the box, and a track of 114 x 48
+        assert read_all(without_shape(shaped), decoder, lambda p: p, (114, 48)) == MIDDLES
+
+
+@decoders
+def test_the_shape_of_the_stream_changes_in_an_mp4_without_one(decoder: Decoder) -> None:
+    first, second = segments()
+    parts = [
+        with_pixel_shape(part, shape, "mpegts") for part, shape in ((first, "1/1"), (second, "3/2"))
+    ]
+    joined = join(*parts, container="mp4")
+    assert read_all(joined, decoder, lambda p: p, (64, 48), 32) == BOTH
+    frames, _ = frame_sampler(decoder)(without_shape(joined), 32)
+    assert [read_number(frame) for frame in frames[:16]] == BOTH[:16]
+    assert [read_number(frame[8:40]) for frame in frames[16:]] == BOTH[16:]
+    assert frames[16:, :8].max() == frames[16:, 40:].max() == 0
 
 
 @decoders
