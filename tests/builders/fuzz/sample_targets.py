@@ -63,8 +63,8 @@ class Samples(Target):
 
     @classmethod
     def make(cls, folder: Path) -> None:
-        frames = _stored(make_dataset(folder / "frames", 1, words=True))
-        video = _stored(make_dataset(folder / "video", 1, layout="video"))
+        frames = _stored(make_dataset(folder / "frames", 1, words=True, processes=0))
+        video = _stored(make_dataset(folder / "video", 1, layout="video", processes=0))
         members = split_tar(frames, "c00")
         jpegs = [members[name] for name in sorted(members) if name.endswith(".jpg")]
         parts = {
@@ -192,7 +192,7 @@ class DataSets(Target):
 
     @classmethod
     def make(cls, folder: Path) -> None:
-        url = Path(make_dataset(folder / "made", NUM_CLIPS, samples_per_shard=2))
+        url = Path(make_dataset(folder / "made", NUM_CLIPS, samples_per_shard=2, processes=0))
         for path in url.iterdir():
             shutil.copy(path, folder / SEEDS / path.name)
         (folder / SEEDS / "bad.jsonl").write_text(
@@ -300,7 +300,7 @@ class Columns(Target):
 
     @classmethod
     def make(cls, folder: Path) -> None:
-        columns = columns_of(Path(make_dataset(folder / "made", NUM_CLIPS)))
+        columns = columns_of(Path(make_dataset(folder / "made", NUM_CLIPS, processes=0)))
         (folder / SEEDS / "samples.npz").write_bytes(npz(columns))
         (folder / SEEDS / "stored.npz").write_bytes(_stored_npz(columns))
 
