@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class LastSource:
             StorageUnavailable: the storage fails for the moment.
         """
         if self._source is None or self._url != clip.video:
-            self._close()  # frees the last one before the next
+            self.close()  # frees the last one before the next
             try:
                 self._source = _open_source(clip, alive)
             except BadSample as error:
@@ -68,7 +69,8 @@ class LastSource:
         alive(self._source.file.num_bytes)
         return self._source
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Frees the source."""
         source, self._source = self._source, None
         if isinstance(source, _Source):
             source.file.close()
@@ -115,10 +117,11 @@ def pack_clip(
         if not captions:
             found = f"{len(clip.captions)} captions, none with a character"
             raise BadSample(clip.key, "no_caption", found)
-        source = (last_source or LastSource()).read(clip, alive)
         adjusted: set[str] = set()
-        members = _members(clip, source, captions, settings, adjusted)
-        _check_unchanged(clip, source.file)
+        with nullcontext(last_source) if last_source else closing(LastSource()) as last:
+            source = last.read(clip, alive)
+            members = _members(clip, source, captions, settings, adjusted)
+            _check_unchanged(clip, source.file)
     except BadSample as error:
         if error.reason == "out_of_memory":
             raise MemoryError(str(error)) from error

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing.connection import wait
@@ -68,8 +69,8 @@ def pack_clips(
         ChildProcessError: the processes end before they begin.
     """
     if processes == 0:
-        last_source = LastSource()
-        yield from (pack_clip(clip, settings, tagger, last_source) for clip in clips)
+        with closing(LastSource()) as last_source:
+            yield from (pack_clip(clip, settings, tagger, last_source) for clip in clips)
         return
     limits = limits or ProcessLimits()
     memory_bytes = limits.memory_of(processes)
