@@ -7,10 +7,12 @@ that it states. Streams without either are judged by their last picture, which m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from statistics import median
 
 import av.error
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -26,6 +28,7 @@ OPEN_ENDED = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v", "obu", "av1"
 SLACK_S, SLACK_SHARE = 0.5, 0.02
 """A stated duration may exceed what is there by the larger of the two: writers round it, and count
 the last frame differently."""
+TAILS = (b"\x55" * 64, b"\xaa\x36" * 32)
 MIN_REGULAR = 16
 """Frames of which the rate of a stream is known."""
 
@@ -87,7 +90,8 @@ def _check_last_picture(
         raise CutShort("frames that are shown before its last one are missing")
     if stated.spacing is not None and ends_with_part(content, stated.spacing, stream.id):
         return
-    if _only_last_fails(stream, packets, starts):
+    group = packets[starts[-1] if starts else 0 :]
+    if _only_last_fails(stream, packets, starts) or _depends_on_what_follows(stream, group):
         raise CutShort("its last picture is incomplete")
 
 
@@ -127,3 +131,28 @@ def _only_last_fails(stream: VideoStream, packets: Sequence[Packet], starts: Seq
             failed.add(index)
     needed = {0, *starts, *range(starts[-1] if starts else 0, len(packets) - 1)}
     return failed >= {len(packets) - 1} and not failed & (needed - {len(packets) - 1})
+
+
+def _depends_on_what_follows(stream: VideoStream, packets: Sequence[Packet]) -> bool:
+    """True if the last picture of a group changes with the bytes behind it.
+
+    H.264 and HEVC mark the end of a picture's data, and their decoders read on until they find it.
+    """
+    if stream.codec_context.name not in ("h264", "hevc"):
+        return False
+    try:
+        first, second = (_last_pictures(stream, packets, tail) for tail in TAILS)
+    except av.error.FFmpegError:
+        return False
+    return any(not np.array_equal(one, other) for one, other in zip(first, second, strict=False))
+
+
+def _last_pictures(stream: VideoStream, packets: Sequence[Packet], tail: bytes) -> list[np.ndarray]:
+    stream.codec_context.flush_buffers()
+    for packet in packets[:-1]:
+        with suppress(av.error.FFmpegError):
+            stream.decode(packet)
+    last = Packet(bytes(packets[-1]) + tail)
+    last.pts, last.dts, last.time_base = packets[-1].pts, packets[-1].dts, packets[-1].time_base
+    frames = [*stream.decode(last), *stream.decode(None)]
+    return [frame.to_ndarray(format="gray") for frame in frames]
