@@ -33,7 +33,7 @@ class PackArguments:
     format: Literal["webdataset"] = "webdataset"
     """Format of the data set to write."""
     annotations: str
-    """JSONL, CSV or Parquet file (path or fsspec URL); with --dataset the folder of the
+    """JSONL, JSON, CSV, TSV or Parquet file (path or fsspec URL); with --dataset the folder of the
     benchmark's files."""
     out: str
     """Folder or fsspec URL of the data set to write."""

@@ -264,7 +264,7 @@ def _training_cache(data: DataConfig, train: TrainConfig, world: World) -> Cache
     while the training shards stay in use."""
     folder = _shard_cache(data)
     tests = [url for url in (data.test, data.test_exchanged) if url is not None]
-    if folder is None or all(Storage(url).is_local for url in tests):
+    if folder is None or not tests:
         return folder
     needs = [
         _test_need(data, train, world, url, read_manifest(url, node_folder=data.shard_cache))
@@ -298,7 +298,7 @@ def _test_need(
 
 
 def _is_cached(url: str, manifest: Manifest) -> bool:
-    return manifest.beton is None and not Storage(url).is_local
+    return manifest.beton is None and not Storage(manifest.files_url(url)).is_local
 
 
 def _rank_share(train: TrainConfig, world: World) -> RankShare:

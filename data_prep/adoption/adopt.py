@@ -1,14 +1,15 @@
 """Makes a data set of shards that other tools wrote, where they lie.
 
 The archives are read, not changed: `samples.rows`, `bad.jsonl` and, last, `manifest.json` are
-written beside them. What an archive holds is kept in the folder `.adopting` until then, so that an
-interrupted adoption resumes.
+written beside them, or into another folder. What an archive holds is kept in the folder
+`.adopting` until then, so that an interrupted adoption resumes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from tvr.data_prep.dataset.manifest import (
     write_manifest,
 )
 from tvr.data_prep.dataset.sample_table import SampleTable, hash_texts
+from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.output_files import OutputFiles
 from tvr.data_prep.packing.shard_record import (
     ShardFile,
@@ -43,6 +45,7 @@ from tvr.data_prep.packing.shard_record import (
     encode_record,
 )
 from tvr.data_prep.storage.retries import Retries
+from tvr.data_prep.storage.storage import Storage
 
 ADOPTING_FOLDER = ".adopting"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -73,9 +76,11 @@ class _Adopted:
 def adopt_shards(
     url: str,
     *,
+    out: str | None = None,
     captions: Sequence[str] = CAPTION_SOURCES,
     max_bad: int = 0,
     processes: int = 1,
+    limits: ProcessLimits | None = None,
     overwrite: bool = False,
     on_progress: Callable[[AdoptProgress], object] = lambda progress: None,
 ) -> Manifest:
@@ -85,10 +90,13 @@ def adopt_shards(
     out of the index, and listed in bad.jsonl with their archive and name.
 
     Args:
-        url: Folder path or fsspec URL.
+        url: Folder path or fsspec URL of the archives.
+        out: Folder or URL for the index; None = that of the archives.
         captions: Where captions come from, see `ForeignRules`.
         max_bad: Samples that may be left out.
-        processes: Archives to read at a time.
+        processes: Archives to read at a time, each in a process with limits; 0 means the calling
+            process, which has none.
+        limits: What one video may take.
         overwrite: Adopt a folder again, for archives that came, went or changed.
 
     Raises:
@@ -101,11 +109,18 @@ def adopt_shards(
             one key, no sample is good, or an archive changes meanwhile.
         ChildProcessError: see `index_tars`.
     """
-    if processes < 1:
-        raise ValueError(f"processes={processes} must be at least 1")
-    adoption = _Adoption(url, ForeignRules(captions=tuple(captions)), max_bad, on_progress)
+    if processes < 0:
+        raise ValueError(f"processes={processes} must be 0 or more")
+    if processes and Storage(url).is_in_memory:
+        raise ValueError(
+            f"processes={processes} must be 0 (--processes 0) with {url}: processes do not share"
+            " memory:// files"
+        )
+    tars = "" if out is None else url if "://" in url else os.path.abspath(url)
+    rules = ForeignRules(captions=tuple(captions), tars=tars)
+    adoption = _Adoption(out or url, rules, max_bad, on_progress)
     adoption.check_folder(overwrite=overwrite)
-    adoption.index(find_tars(url), processes)
+    adoption.index(find_tars(url), processes, limits)
     return adoption.publish()
 
 
@@ -173,7 +188,9 @@ class _Adoption:
             raise FileExistsError(f"{self._url} is adopted already; --overwrite adopts it again")
         self._generation = generation_of(published, self._url) + 1
 
-    def index(self, tars: Sequence[ForeignTar], processes: int) -> None:
+    def index(
+        self, tars: Sequence[ForeignTar], processes: int, limits: ProcessLimits | None
+    ) -> None:
         """Indexes the archives, but for those of an earlier start."""
         missing = []
         for tar in tars:
@@ -182,7 +199,8 @@ class _Adoption:
                 missing.append(tar)
             else:
                 self._count(tar, record, len(tars))
-        for tar, record in index_tars(self._url, missing, self._rules, processes):
+        url = self._rules.tars or self._url
+        for tar, record in index_tars(url, missing, self._rules, processes, limits):
             content = encode_record(record, self._identity(tar))
             self._files.write(_record_name(tar), content)
             self._count(tar, record, len(tars))

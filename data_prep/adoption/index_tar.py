@@ -18,11 +18,11 @@ from tvr.data_prep.dataset.manifest import Shard
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.dataset.sample_table import SampleTable, text_array
 from tvr.data_prep.dataset.shard_writer import content_hash
-from tvr.data_prep.packing.pack_clip import RefusedClip
+from tvr.data_prep.packing.pack_clip import RefusedClip, describe_source
 from tvr.data_prep.packing.shard_record import ShardFile, ShardRecord
 from tvr.data_prep.records import MAX_KEY_LENGTH, BadSample
 from tvr.data_prep.storage.storage import Storage
-from tvr.data_prep.video.decode import check_frames, describe_video
+from tvr.data_prep.video.decode import check_frames
 
 CHUNK_BYTES = 1 << 23
 GZIP_MAGIC = b"\x1f\x8b"
@@ -52,8 +52,24 @@ class KnownSamples:
 
     passed: set[int] = field(default_factory=set)
     """Videos that were decoded already."""
-    refused: dict[int, str] = field(default_factory=dict)
-    """Videos that must not be decoded again, and why."""
+    refused: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Videos that must not be decoded again: reason, of BAD_SAMPLE_REASONS, and detail."""
+
+
+class Watcher:
+    """Sees what is done with an archive; this one has no use for it."""
+
+    def read(self) -> None:
+        """Bytes of the archive were read."""
+
+    def begin(self, offset: int, num_bytes: int) -> None:
+        """The video of the sample at an offset is about to be decoded."""
+
+    def passed(self, offset: int) -> None:
+        """The video was decoded without fault."""
+
+    def refused(self, offset: int) -> None:
+        """The video has a fault."""
 
 
 class TarStream:
@@ -63,9 +79,17 @@ class TarStream:
         store: Storage of the folder.
         name: Name of the archive.
         num_bytes: Its size.
+        on_read: Called after each read.
     """
 
-    def __init__(self, store: Storage, name: str, num_bytes: int) -> None:
+    def __init__(
+        self,
+        store: Storage,
+        name: str,
+        num_bytes: int,
+        on_read: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_read = on_read
         self._store = store
         self._name = name
         self._num_bytes = num_bytes
@@ -93,6 +117,7 @@ class TarStream:
                 )
             self._digest.update(content)
             self._buffer += content
+            self._on_read()
         return bytes(self._buffer[at - self._start : max(at, end) - self._start])
 
     def release(self, at: int) -> None:
@@ -113,19 +138,19 @@ def index_tar(
     tar: ForeignTar,
     rules: ForeignRules,
     known: KnownSamples,
-    on_decode: Callable[[int, bool], object] = lambda offset, is_done: None,
+    watcher: Watcher,
 ) -> ShardRecord:
     """Returns the rows of an archive's good samples, and its bad ones.
 
     Args:
         known: What is known of the samples already.
-        on_decode: Called before a video is decoded, and again if it was sound.
+        watcher: Sees the progress.
 
     Raises:
         ValueError: the archive changes while it is read.
         OSError: the storage fails.
     """
-    stream = TarStream(store, tar.name, tar.num_bytes)
+    stream = TarStream(store, tar.name, tar.num_bytes, watcher.read)
     rows: list[tuple[str, str, int, int, int, int, int]] = []
     bad: list[RefusedClip] = []
     offsets: dict[str, int] = {}
@@ -135,7 +160,7 @@ def index_tar(
     for sample in sample_files(stream.read, tar.num_bytes, stream.release):
         key = key_of_sample(sample.name, tar)
         try:
-            row = _row(stream, sample, key, rules, offsets, known, on_decode)
+            row = _row(stream, sample, key, rules, offsets, known, watcher)
         except BadSample as error:
             where = f"{tar.name}: {sample.name or 'no file'}, byte {sample.start}"
             detail = f"{error.detail} [{where}]"
@@ -161,7 +186,7 @@ def _row(
     rules: ForeignRules,
     offsets: Mapping[str, int],
     known: KnownSamples,
-    on_decode: Callable[[int, bool], object],
+    watcher: Watcher,
 ) -> tuple[str, str, int, int, int, int, int]:
     """Checks a sample. Returns its row, or raises BadSample."""
     start, length = sample.start, sample.end - sample.start
@@ -179,11 +204,17 @@ def _row(
     members = translate(sample, content, key, rules)
     meta = parse_meta(key, members)
     if start in known.refused:
-        raise BadSample(key, "unreadable", known.refused[start])
+        raise BadSample(key, *known.refused[start])
     if start not in known.passed:
-        on_decode(start, False)
-        check_video(members["mp4"], key)
-        on_decode(start, True)
+        watcher.begin(start, len(members["mp4"]))
+        try:
+            check_video(members["mp4"], key)
+        except BadSample as error:
+            if error.reason == "out_of_memory":
+                raise MemoryError(str(error)) from error
+            watcher.refused(start)
+            raise
+        watcher.passed(start)
     return (
         *(key, meta.video_id, start, length, zlib.crc32(content), len(meta.captions)),
         content_hash(members["mp4"], None),
@@ -192,8 +223,8 @@ def _row(
 
 def check_video(content: bytes, key: str) -> None:
     """Decodes every frame of a video once, as `tvr pack` does. Raises BadSample."""
-    describe_video(content, key=key)
-    check_frames(content, key=key)
+    indices, _ = describe_source(content, key)
+    check_frames(content, key=key, indices=indices)
 
 
 def key_of_sample(name: str, tar: ForeignTar) -> str:

@@ -14,6 +14,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 CAPTION_FIELDS = ("caption", "captions")
@@ -71,7 +72,8 @@ def cell_value(cell: str) -> str | list[str | None]:
     if isinstance(values, list) and all(isinstance(value, str | None) for value in values):
         return values
     if _LIST.fullmatch(text):
-        return [ast.literal_eval(part) for part in _TEXTS.findall(text)]
+        with suppress(SyntaxError):  # an escape that Python does not know
+            return [ast.literal_eval(part) for part in _TEXTS.findall(text)]
     if _begins_a_list(text):
         raise ValueError(
             f'{cell!r:.200} must be a list of texts, such as ["a man", "a dog"], or a text that'

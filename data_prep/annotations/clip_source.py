@@ -61,11 +61,10 @@ class AnnotationFile:
 
     def rows(self) -> Iterator[tuple[Clip, bool]]:
         """See `ClipSource`."""
-        is_jsonl = self._url.removesuffix(".gz").endswith(".jsonl")
-        for clip, may_continue in annotated_clips(self._url, videos=self._videos):
-            # In JSONL, only rows whose video is looked up by name continue a clip.
-            self._looks_up_names |= may_continue and is_jsonl
-            yield clip, may_continue
+        return annotated_clips(self._url, videos=self._videos, on_lookup=self._note_lookup)
+
+    def _note_lookup(self) -> None:
+        self._looks_up_names = True
 
     def identity(self) -> dict[str, Any] | None:
         """See `ClipSource`: the path, the size and the version of the file.

@@ -1,11 +1,11 @@
 """Reads clips from annotation files.
 
-JSONL has one video or one caption a line; CSV and Parquet have one caption a row.
+JSONL has one video or one caption a line; the other formats may have several rows a video.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format
@@ -16,14 +16,17 @@ LOCAL_PROTOCOLS = {"file", "local"}
 
 
 def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
-    """Reads clips in file order from a .jsonl, .csv (both also .gz) or .parquet file.
+    """Reads clips in file order from a .jsonl, .json, .csv, .tsv (all also .gz) or .parquet file.
 
     - JSONL: {"video": ..., "captions": [...] or "caption": "...", optional "key", "video_id",
       "start", "end"}. Or {"clip_name": ..., "caption": ...}: the video is looked up by that name
       in `videos`, and the lines of one name are merged in file order.
-    - CSV: columns video, caption, optional key, video_id, start, end. Rows of one clip are merged
-      in file order.
+    - JSON: the same objects in a list, or in an object; see `json_items`.
+    - CSV and TSV: columns video, caption, optional key, video_id, start, end; see `columns`.
     - Parquet: the columns of CSV; a column captions of lists may replace or complement caption.
+
+    In all but JSONL, rows of one clip are merged in file order. Where captions may lie is said in
+    `caption_fields`.
 
     "start" and "end" are seconds and cut the clip out of its video. The default of "key" is the
     video's file name, for a cut NAME_START_END with milliseconds; the default of "video_id" is the
@@ -49,11 +52,16 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
     return [clip for clip, _ in clips.values()]
 
 
-def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Clip, bool]]:
+def annotated_clips(
+    url: str, *, videos: str | None = None, on_lookup: Callable[[], object] = lambda: None
+) -> Iterator[tuple[Clip, bool]]:
     """Yields the clips of an annotation file in file order, without holding them.
 
     Rows that follow each other and belong to one clip are merged. Rows of one clip that lie apart
     are yielded apart; `merge_clips` joins them.
+
+    Args:
+        on_lookup: Called when names are looked up in the folder of videos.
 
     Yields:
         A clip, and whether it may continue one, or be continued: by rows of CSV and Parquet files,
@@ -68,6 +76,7 @@ def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[tuple[Cl
     for row in annotation_rows(url):
         if row.by_name and files is None:
             files = VideoFiles(base)
+            on_lookup()
         if not local:
             _check_remote(row, url)
         if current is not None and _continues(row, current, merge):

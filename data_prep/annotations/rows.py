@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import math
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
-import fsspec
-
+from tvr.data_prep.annotations.caption_fields import captions_of, is_caption_field
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule, span_suffix
+from tvr.data_prep.annotations.columns import TableColumns, delimiter_of, is_separator_line
+from tvr.data_prep.annotations.json_items import json_items
 from tvr.data_prep.annotations.parquet import parquet_rows
+from tvr.data_prep.annotations.text_encoding import open_text
+from tvr.data_prep.annotations.video_lookup import SUFFIXES
 from tvr.data_prep.records import REFUSED_TEXT, VIDEO_ID_RULE, is_video_id
 
 ALLOWED = ("video", "captions", "caption", "key", "video_id", "start", "end")
-CSV_ALLOWED = ("video", "caption", "key", "video_id", "start", "end")
 # Fields of the DMAE authors' files. Neither their code nor this one needs sen_id, retrieval_key and
 # label to identify captions and videos.
-NAMED_ALLOWED = ("clip_name", "caption", "sen_id", "retrieval_key", "label")
-FORMATS = ("jsonl", "csv", "parquet")
+NAMED_ALLOWED = ("clip_name", "caption", "captions", "sen_id", "retrieval_key", "label")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,33 +47,25 @@ class Draft:
 
 def annotation_rows(url: str) -> Iterator[Draft]:
     """Yields the rows of a file in order. Raises as `read_annotations`."""
-    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
-    return readers[file_format(url)](url)
+    return READERS[file_format(url)](url)
 
 
 def file_format(url: str) -> str:
-    """Returns the format, of FORMATS, by the file's name. Raises ValueError for another name."""
+    """Returns the format, of READERS, by the file's name. Raises ValueError for another name."""
     name = url.removesuffix(".gz")
-    for extension in FORMATS:
+    for extension in READERS:
         if name.endswith("." + extension) and not (extension == "parquet" and name != url):
             return extension
     raise ValueError(
-        f"annotations={url!r}: unknown format; the name must end in .jsonl or .csv (or .gz of it),"
-        " or in .parquet"
+        f"annotations={url!r}: unknown format; the name must end in .jsonl, .json, .csv or .tsv (or"
+        " .gz of it), or in .parquet"
     )
 
 
 def text_lines(url: str) -> Iterator[str]:
     """Yields text lines, without the byte-order mark that spreadsheets write."""
-    try:
-        with fsspec.open(url, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"annotation file {url} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: not UTF-8 text: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{url}: a damaged or truncated gzip file: {error}") from error
+    with open_text(url) as file:
+        yield from file
 
 
 def _jsonl_rows(url: str) -> Iterator[Draft]:
@@ -85,60 +77,75 @@ def _jsonl_rows(url: str) -> Iterator[Draft]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{origin}: not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
-        yield (_named_draft if "clip_name" in value else _draft)(value, origin)
+        yield _object_draft(value, origin)
+
+
+def _json_rows(url: str) -> Iterator[Draft]:
+    for item in json_items(url):
+        value = item.value
+        if item.name is not None:
+            fields = value if isinstance(value, dict) else {"captions": value}
+            # A name is looked up; a path or URL is opened as it is.
+            is_name = "://" not in item.name and not item.name.endswith(SUFFIXES)
+            value = {"clip_name" if is_name else "video": item.name, **fields}
+        yield _object_draft(value, item.origin)
+
+
+def _object_draft(value: Any, origin: str) -> Draft:
+    if not isinstance(value, dict):
+        raise ValueError(f"{origin}: expected a JSON object, found {type(value).__name__}")
+    return (_named_draft if "clip_name" in value else _draft)(value, origin)
 
 
 def _named_draft(row: dict[str, Any], origin: str) -> Draft:
-    """Parses a line of the authors' JSONL: one caption of a video given by name."""
+    """Parses a line of the authors' JSONL: a caption of a video given by name."""
     _check_fields(row, NAMED_ALLOWED, origin)
-    name, caption = row["clip_name"], row.get("caption")
-    if not isinstance(name, str) or not name or not isinstance(caption, str):
-        raise ValueError(f"{origin}: clip_name={name!r} and caption={caption!r} must be text")
+    name = row["clip_name"]
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{origin}: clip_name={name!r} must be text")
     _check_video(name, "clip_name", origin)
-    _check_captions([caption], origin)
+    captions = _captions(row, origin)
     key = key_of(name)
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"{origin}: {key_rule(key)}")
-    return Draft(key=key, video=name, video_id=key, origin=origin, captions=[caption], by_name=True)
+    return Draft(key=key, video=name, video_id=key, origin=origin, captions=captions, by_name=True)
 
 
 def _parquet_rows(url: str) -> Iterator[Draft]:
     for number, row in enumerate(parquet_rows(url), start=1):
         # A null caption is an empty caption, as in CSV.
-        yield _draft(row if "captions" in row else {"caption": "", **row}, f"{url}: row {number}")
+        has_captions = any(map(is_caption_field, row))
+        yield _draft(row if has_captions else {"caption": "", **row}, f"{url}: row {number}")
 
 
 def _csv_rows(url: str) -> Iterator[Draft]:
-    reader = csv.DictReader(text_lines(url), strict=True)
+    lines = text_lines(url)
+    skipped = list(islice(lines, 1))
+    skipped += islice(lines, 1) if skipped and is_separator_line(skipped[0]) else ()
+    if not skipped:
+        return
+    number, delimiter = len(skipped), delimiter_of(skipped[-1], url)
+    last = number
+    reader = csv.reader(chain(skipped[-1:], lines), delimiter=delimiter, strict=True)
     try:
-        columns = reader.fieldnames or ()
-        unknown = sorted(set(columns) - set(CSV_ALLOWED))
-        if columns and (unknown or not {"video", "caption"} <= set(columns)):
-            raise ValueError(
-                f"{url}:1: columns {', '.join(columns)}; expected video, caption and optionally"
-                " key, video_id, start, end"
-            )
-        for row in reader:
-            origin = f"{url}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise ValueError(f"{origin}: expected {len(columns)} fields ({', '.join(columns)})")
-            yield _draft(
-                {name: value for name, value in row.items() if value or name == "caption"}, origin
-            )
+        columns = TableColumns(next(reader), f"{url}:{number}")
+        for fields in reader:
+            last = number - 1 + reader.line_num
+            origin = f"{url}:{last}"
+            try:
+                row = columns.row(fields) if fields else None
+            except ValueError as error:
+                raise ValueError(f"{origin}: {error}") from error
+            if row is not None:
+                yield _draft(row, origin)
     except csv.Error as error:
-        # line_num is the last line of the last complete row.
-        raise ValueError(f"{url}:{reader.line_num + 1}: not CSV: {error}") from error
+        # The row begins after the last complete one.
+        raise ValueError(f"{url}:{last + 1}: not CSV: {error}") from error
 
 
 def _draft(row: dict[str, Any], origin: str) -> Draft:
     _check_fields(row, ALLOWED, origin)
-    if ("captions" in row) == ("caption" in row):
-        raise ValueError(f'{origin}: give either "captions" (a list) or "caption" (one text)')
-    captions = row["captions"] if "captions" in row else [row["caption"]]
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{origin}: captions={captions!r} must be text")
+    captions = _captions(row, origin)
     for name in ("video", "key", "video_id"):
         value = row.get(name, "-" if name != "video" else "")
         if not isinstance(value, str) or not value:
@@ -146,7 +153,6 @@ def _draft(row: dict[str, Any], origin: str) -> Draft:
                 f"{origin}: {name}={value!r} must be a text with at least one character"
             )
     _check_video(row["video"], "video", origin)
-    _check_captions(captions, origin)
     if not is_video_id(row.get("video_id", "-")):
         raise ValueError(f"{origin}: video_id={row['video_id']!r} must be {VIDEO_ID_RULE}")
     start_s, end_s = _span(row, origin)
@@ -187,7 +193,11 @@ def _check_video(video: str, name: str, origin: str) -> None:
         raise ValueError(f"{origin}: {name}={video!r} must have no control character")
 
 
-def _check_captions(captions: list[str], origin: str) -> None:
+def _captions(row: dict[str, Any], origin: str) -> list[str]:
+    try:
+        captions = captions_of(row)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
     for caption in captions:
         try:
             caption.encode()
@@ -195,11 +205,22 @@ def _check_captions(captions: list[str], origin: str) -> None:
             raise ValueError(
                 f"{origin}: caption={caption!r} is no valid Unicode: it has half of a UTF-16 pair"
             ) from error
+    return captions
 
 
 def _check_fields(row: dict[str, Any], allowed: tuple[str, ...], origin: str) -> None:
-    unknown = sorted(set(row) - set(allowed))
+    unknown = sorted(name for name in set(row) - set(allowed) if not is_caption_field(name))
     if unknown:
         raise ValueError(
             f"{origin}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}"
         )
+
+
+READERS: dict[str, Callable[[str], Iterator[Draft]]] = {
+    "jsonl": _jsonl_rows,
+    "json": _json_rows,
+    "csv": _csv_rows,
+    "tsv": _csv_rows,
+    "parquet": _parquet_rows,
+}
+"""Readers by the extension of files."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO, cast
@@ -29,19 +31,18 @@ def text_encoding(url: str) -> str:
 def open_text(url: str) -> Iterator[TextIO]:
     """Opens a text file, compressed or not; its ends of lines are kept.
 
-    Bytes that are no text become surrogates, which a check of captions and names finds.
-
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the text is UTF-16 or UTF-32 and damaged.
+        ValueError: the text has bytes that its encoding does not allow, or its gzip file is
+            damaged.
     """
     try:
-        encoding = text_encoding(url)
-        errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
-        options = {"encoding": encoding, "errors": errors, "newline": ""}
+        options = {"encoding": text_encoding(url), "newline": ""}
         with fsspec.open(url, "rt", compression="infer", **options) as file:
             yield cast(TextIO, file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"annotation file {url} does not exist") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: the text is damaged: {error}") from error
+        raise ValueError(f"{url}: not UTF-8 text: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{url}: a damaged or truncated gzip file: {error}") from error

@@ -146,7 +146,7 @@ def read_facts(
     else:  # single samples: reading ahead would read samples that are not selected
         num_bytes, read_ahead = int(manifest.samples.length[rows].sum()), 0
     meter = ReadMeter(num_bytes, on_bytes)
-    read = partial(_read_shard, Storage(url), manifest, rows, meter, read_ahead)
+    read = partial(_read_shard, Storage(manifest.files_url(url)), manifest, rows, meter, read_ahead)
     merged = FactsAccumulator()
     for facts in map_shards(jobs, read, range(len(manifest.files)), meter):
         merged.merge(facts)

@@ -44,7 +44,7 @@ class ShownSample:
 
 def shown_samples(url: str, manifest: Manifest, count: int) -> list[ShownSample]:
     """Reads `count` samples, evenly spaced over the data set, for display."""
-    store, shown = Storage(url), []
+    store, shown = Storage(manifest.files_url(url)), []
     for row in segment_frames(manifest.num_samples, count) if count else ():
         key = str(manifest.samples.key[row])
         shard = manifest.file_of_shard(int(manifest.samples.shard[row]))

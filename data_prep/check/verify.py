@@ -95,14 +95,14 @@ def verify_dataset(
     read = [manifest, *(others.values() if compare_captions else ())]
     meter = ReadMeter(sum(s.shard_bytes for each in read for s in each.files), on_bytes)
     rows = set(segment_centres(manifest.num_samples, decode)) if decode else set()
-    check = partial(check_shard, Storage(url), manifest, rows, meter)
+    check = partial(check_shard, Storage(manifest.files_url(url)), manifest, rows, meter)
     findings = _read_all(manifest, check, jobs, meter)
     problems = [*_duplicates(manifest), *_total_problems(url, manifest), *findings.problems]
     common = []
     for other, theirs in others.items():
         problems += leak_problems(manifest, other, theirs)
         if compare_captions:
-            read_other = partial(read_captions, Storage(other), theirs, meter)
+            read_other = partial(read_captions, Storage(theirs.files_url(other)), theirs, meter)
             other_findings = _read_all(theirs, read_other, jobs, meter)
             common.append(
                 CommonCaptions(

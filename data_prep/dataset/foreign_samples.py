@@ -23,9 +23,11 @@ from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.dataset.foreign_tar import ForeignSample, sample_files
 from tvr.data_prep.dataset.index_rules import MAX_TEXT, IndexFields
 from tvr.data_prep.records import REFUSED_TEXT, BadSample, is_video_id
+from tvr.data_prep.storage.storage import Storage
 
 CAPTION_SOURCES = ("txt", "caption", "captions")
 MAX_CAPTION_SOURCES = 20
+MAX_TARS = 4096
 # The first one that a sample has is its video.
 VIDEO_EXTENSIONS = (
     *("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", "ts", "mts", "wmv", "flv"),
@@ -40,6 +42,8 @@ class ForeignRules:
 
     captions: tuple[str, ...] = CAPTION_SOURCES
     """Where captions come from: "txt", or names of fields of the JSON."""
+    tars: str = ""
+    """Folder of the archives, an absolute path or fsspec URL; empty = that of the index."""
 
     def __post_init__(self) -> None:
         names = self.captions
@@ -53,17 +57,28 @@ class ForeignRules:
                 raise ValueError(
                     f"captions={name!r} must be 1 to {MAX_TEXT} characters, none for control"
                 )
+        if len(self.tars) > MAX_TARS or REFUSED_TEXT.search(self.tars):
+            raise ValueError(
+                f"tars={self.tars!r:.200} must be at most {MAX_TARS} characters, none for control"
+            )
 
 
-def parse_rules(index: IndexFields) -> ForeignRules:
-    """Reads the rules from an index. Raises ShardCorrupt for a value that is not allowed."""
-    names = index["captions"]
+def parse_rules(index: IndexFields, url: str) -> ForeignRules:
+    """Reads the rules from the index at a URL. Raises ShardCorrupt for a value that is not allowed.
+
+    An index from elsewhere may not name files of this machine.
+    """
+    names, tars = index["captions"], index["tars"]
+    if not isinstance(tars, str):
+        index.refuse("tars", tars, "a text")
+    if tars and not Storage(url).is_local and ("::" in tars or Storage(tars).is_local):
+        index.refuse("tars", tars, "a URL, because the index is not on this machine")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         index.refuse("captions", names, "a list of texts")
     try:
-        return ForeignRules(captions=tuple(names))
+        return ForeignRules(captions=tuple(names), tars=tars)
     except ValueError as error:
-        index.refuse("captions", names, str(error))
+        index.refuse("captions, tars", (names, tars), str(error))
 
 
 def translate_range(content: bytes, key: str, rules: ForeignRules) -> dict[str, bytes]:

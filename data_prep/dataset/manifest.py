@@ -112,6 +112,10 @@ class Manifest:
             return range(self.num_samples)
         return range(int(self.row_starts[file]), int(self.row_starts[file + 1]))
 
+    def files_url(self, url: str) -> str:
+        """Returns the URL of the folder of `files`, for the index at a URL."""
+        return (self.foreign.tars if self.foreign is not None else "") or url
+
     def file_of_shard(self, shard: int) -> Shard:
         """Returns the file that holds the samples of a shard."""
         return self.shards[shard] if self.beton is None else self.beton
@@ -199,7 +203,7 @@ def parse_manifest(fields: dict[str, Any], url: str) -> Manifest:
         fingerprint=index.text("fingerprint"),
         generation=index.integer("generation", 0, MAX_GENERATION),
         beton=beton,
-        foreign=parse_rules(index.child("foreign")) if fields.get("foreign") else None,
+        foreign=parse_rules(index.child("foreign"), url) if fields.get("foreign") else None,
     )
 
 

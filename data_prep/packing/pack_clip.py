@@ -233,14 +233,22 @@ def _frames(
     return jpegs, times_s
 
 
+def describe_source(source: Source, key: str) -> tuple[SourceIndices, VideoInfo]:
+    """Returns the packets and properties of a video that is to be packed or adopted.
+
+    Raises BadSample for a source that cannot be used, before a frame of it is decoded.
+    """
+    check_whole(source, key)
+    indices = SourceIndices(source)
+    return indices, describe_video(source, key=key, indices=indices)
+
+
 def _open_source(clip: Clip, alive: Alive) -> _Source:
     content_hash = ContentHash()
     file = _read_source(clip, content_hash.update, lambda: alive(0))
     try:
         alive(file.num_bytes)
-        check_whole(file.source, clip.key)
-        indices = SourceIndices(file.source)
-        info = describe_video(file.source, key=clip.key, indices=indices)
+        indices, info = describe_source(file.source, clip.key)
     except BaseException:
         file.close()
         raise

@@ -38,7 +38,7 @@ class ShardReader:
         self._reads = reads
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._prefetcher: ShardPrefetcher | None = None
-        self._store = Storage(url)
+        self._store = Storage(manifest.files_url(url))
         self._retries = Retries()
         self._manifest = manifest
         self._folder = folder

@@ -130,7 +130,7 @@ def test_ids_of_one_key_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [
-        ("lsmdc", "test", "dataset='lsmdc' must be one of msrvtt, msvd, didemo, activitynet"),
+        ("charades", "test", "dataset='charades' must be one of msrvtt, msvd, didemo"),
         ("msrvtt", "test", "split='test' of dataset msrvtt must be one of train-9k, train-7k, t"),
         ("didemo", None, "split=None of dataset didemo must be one of train, val, test; set it"),
     ],

@@ -30,16 +30,18 @@ from tvr.data_prep.adoption.cli import adopt
 from tvr.data_prep.adoption.index_tar import (
     ForeignTar,
     KnownSamples,
+    Watcher,
     always_prefix,
     index_tar,
     key_of_sample,
 )
-from tvr.data_prep.adoption.tar_pool import ArchiveJob, ArchiveWorker, index_tars
+from tvr.data_prep.adoption.tar_pool import TarWorker, index_tars
 from tvr.data_prep.check.cli import stats, verify
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.foreign_samples import ForeignRules, translate_range
 from tvr.data_prep.dataset.foreign_tar import sample_files
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.shard_record import ShardRecord
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import BadSample, ShardCorrupt, TooManyBadSamples
@@ -186,7 +188,7 @@ def test_processes_and_stores_give_the_same_index(adopted: Path, folder: Path) -
     fs.put(str(folder / "00000.tar"), "/foreign/00000.tar")
     fs.put(str(folder / "00001.tar"), "/foreign/00001.tar")
     try:
-        adopt_shards("memory://foreign", max_bad=4)
+        adopt_shards("memory://foreign", max_bad=4, processes=0)
         for name in ("manifest.json", "samples.rows", "bad.jsonl"):
             assert fs.cat(f"/foreign/{name}") == (folder / name).read_bytes()
         assert verify_dataset("memory://foreign").problems == ()
@@ -273,10 +275,40 @@ def test_captions_come_from_the_named_sources(tmp_path: Path) -> None:
 def test_an_index_with_other_rules_is_refused(adopted: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(adopted, tmp_path / "copy"))
     fields = json.loads((copy / "manifest.json").read_text())
-    for rules in ({"captions": []}, {"captions": ["a\nb"]}, {"captions": "txt"}, {"x": 1}, [1]):
+    good = {"captions": ["txt"], "tars": ""}
+    for rules in (
+        *({**good, "captions": []}, {**good, "captions": ["a\nb"]}, {**good, "captions": "txt"}),
+        *({**good, "tars": 1}, {**good, "tars": "a\nb"}, {"captions": ["txt"]}, [1]),
+    ):
         (copy / "manifest.json").write_text(json.dumps(fields | {"foreign": rules}))
-        with pytest.raises(ShardCorrupt, match=r"captions|foreign"):
+        with pytest.raises(ShardCorrupt, match=r"captions|foreign|tars"):
             read_manifest(str(copy))
+
+
+def test_an_index_may_lie_in_another_folder(
+    source: Path, adopted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = file_contents(source)
+    out = tmp_path / "index"
+    command = [str(source), "--out", str(out), "--max-bad", "4", "--processes", "0"]
+    assert adopt(command) == 0
+    assert file_contents(source) == before
+    names = {path.name for path in out.iterdir()}
+    assert names == {"manifest.json", "samples.rows", "bad.jsonl"}
+    assert (out / "samples.rows").read_bytes() == (adopted / "samples.rows").read_bytes()
+    assert verify([str(out)]) == 0
+    assert stats([str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert "4 of 4 samples read" in capsys.readouterr().out
+    texts = [text for batch in evaluation(str(out)) for text in batch.captions]
+    assert texts == ["a dog", "a cat", "one & two", "a bird", "a fish"]
+    # An index from elsewhere must not make this machine read its own files.
+    fs = fsspec.filesystem("memory")
+    fs.put(str(out), "/hostile", recursive=True)
+    try:
+        with pytest.raises(ShardCorrupt, match=r"tars=.* must be a URL, because the index"):
+            read_manifest("memory://hostile")
+    finally:
+        fs.rm("/hostile", recursive=True)
 
 
 # ------------------------------------------------------------------ archives
@@ -374,7 +406,7 @@ def test_hostile_archives_are_bad_samples(content: bytes, tmp_path: Path) -> Non
     # Indexing never takes such a file for a good sample, and never fails.
     (tmp_path / "0.tar").write_bytes(content)
     tar = ForeignTar(name="0.tar", num_bytes=len(content), version="", always_prefix=False)
-    record = index_tar(Storage(str(tmp_path)), tar, RULES, KnownSamples())
+    record = index_tar(Storage(str(tmp_path)), tar, RULES, KnownSamples(), Watcher())
     assert not record.files
     assert record.bad
 
@@ -492,50 +524,60 @@ def test_a_process_that_is_killed_costs_no_good_sample(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def two_videos(tmp_path: Path) -> Iterator[tuple[ArchiveWorker, ArchiveJob]]:
-    """A process that has begun to decode the first of two videos of an archive."""
+def two_videos(tmp_path: Path) -> Iterator[TarWorker]:
+    """A process that decodes the first of two videos of an archive."""
     long = {"__key__": "0_long", "mp4": numbered_video(2000), "txt": "x"}
     write_tar(tmp_path / "0.tar", [long, {"__key__": "0_short", "mp4": VIDEOS[0], "txt": "y"}])
-    worker = ArchiveWorker(str(tmp_path), RULES)
-    (archive,) = find_tars(str(tmp_path))
-    job = ArchiveJob(archive)
-    worker.submit(job)
-    assert worker.receive() is None
-    yield worker, job
-    worker.stop()
+    (archive_file,) = find_tars(str(tmp_path))
+    worker = TarWorker(str(tmp_path), RULES, ProcessLimits(), 1 << 30, tmp_path / "journal")
+    worker.submit(archive_file)
+    yield worker
+    worker.process.stop()
 
 
-def record_of(worker: ArchiveWorker) -> ShardRecord:
+def wait_until_it_decodes(worker: TarWorker, journal: Path) -> None:
+    while not journal.read_bytes().startswith(b"0 begin"):
+        assert worker.receive() is None
+
+
+def record_of(worker: TarWorker) -> ShardRecord:
     while (done := worker.receive()) is None:
         pass
     return done[1]
 
 
-def test_a_video_that_takes_too_long_is_a_bad_sample(
-    two_videos: tuple[ArchiveWorker, ArchiveJob],
+def test_a_video_that_takes_too_long_twice_is_a_bad_sample(
+    two_videos: TarWorker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker, job = two_videos
-    worker.check_time(3600)
-    assert job.known.refused == {}
-    worker.check_time(0)
+    worker = two_videos
+    for _ in range(2):
+        wait_until_it_decodes(worker, tmp_path / "journal")
+        os.kill(worker.process.pid or 0, signal.SIGSTOP)
+        while worker.process.connection.poll():  # what it sent before
+            assert worker.receive() is None
+        worker.expire(time.monotonic())
+        assert worker.tar is not None
+        worker.expire(worker.process.deadline_s)
     record = record_of(worker)
-    assert [(entry.key, entry.reason) for entry in record.bad] == [("0_long", "unreadable")]
-    assert "not decoded within 0 s [0.tar: 0_long, byte 0]" in record.bad[0].detail
+    assert [(entry.key, entry.reason) for entry in record.bad] == [("0_long", "timed_out")]
+    assert "[0.tar: 0_long, byte 0]" in record.bad[0].detail
     assert record.files[0].shard.num_samples == 1
+    assert caplog.text.count("a new one goes on") == 2
 
 
 def test_a_video_that_kills_its_process_twice_is_a_bad_sample(
-    two_videos: tuple[ArchiveWorker, ArchiveJob],
+    two_videos: TarWorker, tmp_path: Path
 ) -> None:
-    worker, job = two_videos
-    for _ in range(2):
-        worker.process.kill()
-        assert worker.receive() is None  # the new process begins with the same video
-        if not job.known.refused:
+    worker = two_videos
+    for signal_number in (signal.SIGKILL, signal.SIGSEGV):
+        wait_until_it_decodes(worker, tmp_path / "journal")
+        os.kill(worker.process.pid or 0, signal_number)
+        first = worker.process.pid
+        while worker.process.pid == first:
             assert worker.receive() is None
     record = record_of(worker)
-    assert [entry.key for entry in record.bad] == ["0_long"]
-    assert "ended with exit code -9, twice" in record.bad[0].detail
+    assert [(entry.key, entry.reason) for entry in record.bad] == [("0_long", "unreadable")]
+    assert "ended with SIGSEGV" in record.bad[0].detail
 
 
 def test_an_archive_that_becomes_shorter_is_named(folder: Path) -> None:
@@ -559,7 +601,7 @@ def test_the_bytes_of_an_archive_are_read_once(
     monkeypatch.setattr(Storage, "read_range", spy)
     monkeypatch.setattr("tvr.data_prep.adoption.index_tar.CHUNK_BYTES", 1000)
     (first, _) = find_tars(str(folder))
-    record = index_tar(Storage(str(folder)), first, RULES, KnownSamples())
+    record = index_tar(Storage(str(folder)), first, RULES, KnownSamples(), Watcher())
     assert ranges[0][0] == 0
     assert [start for start, _ in ranges[1:]] == [end for _, end in ranges[:-1]]
     assert ranges[-1][1] == first.num_bytes
@@ -567,3 +609,12 @@ def test_the_bytes_of_an_archive_are_read_once(
     with tarfile.open(fileobj=content) as archive_file:
         names = {name.partition(".")[0] for name in archive_file.getnames()}
     assert len(names) == record.files[0].shard.num_samples + len(record.bad)
+
+
+def test_a_video_cut_short_is_a_bad_sample(tmp_path: Path) -> None:
+    """The container says how long it is: its index comes first."""
+    whole = numbered_video(60, gop=10, faststart=True)
+    sample = {"__key__": "0", "mp4": whole[: len(whole) * 3 // 4], "txt": "x"}
+    write_tar(tmp_path / "0.tar", [sample, {**sample, "__key__": "01", "mp4": whole}])
+    manifest = adopt_shards(str(tmp_path), max_bad=1)
+    assert (manifest.samples.key.tolist(), manifest.bad) == (["01"], {"unreadable": 1})

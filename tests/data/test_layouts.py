@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 from builders.clip_files import numbered_video, read_number
 
 from tvr.data_prep import cli
+from tvr.data_prep.annotations import json_items
 from tvr.data_prep.annotations.benchmarks import Dataset, Selection, read_benchmark
+from tvr.data_prep.annotations.clip_source import AnnotationFile
+from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import Clip
@@ -174,3 +178,216 @@ def test_webvid(tmp_path: Path) -> None:
     (tmp_path / "results_2M_train.csv").write_text("videoid,caption\n1,x\n")
     with pytest.raises(ValueError, match="csv:1: columns videoid, caption; expected videoid, page"):
         select(tmp_path, "webvid", "train-2m")
+
+
+def test_the_segments_of_a_published_file_are_packed(tmp_path: Path) -> None:
+    annotations = [
+        {"id": number, "segment": segment, "sentence": f"step {number}"}
+        for number, segment in enumerate(([0, 1], [2, 3], [9, 3]))
+    ]
+    database = {"abc": {"subset": "validation", "annotations": annotations}}
+    (tmp_path / "youcookii_annotations_trainval.json").write_text(
+        json.dumps({"database": database})
+    )
+    touch(tmp_path)
+    (tmp_path / "videos" / "abc.mp4").write_bytes(numbered_video(40))
+    folders = ["--annotations", str(tmp_path), "--videos", str(tmp_path / "videos")]
+    out = ["--out", str(tmp_path / "data"), "--layout", "frames", "--num-frames", "1"]
+    command = [*folders, *out, "--dataset", "youcook2", "--split", "val", "--processes", "1"]
+    assert cli.pack(command) == 2
+    assert cli.pack([*command, "--max-bad", "1", "--shuffle-seed", "None"]) == 0
+    manifest = read_manifest(str(tmp_path / "data"))
+    assert manifest.samples.key.tolist() == ["abc_0", "abc_1"]
+    assert manifest.bad == {"bad_row": 1}
+    reader = SampleReader(str(tmp_path / "data"), num_frames=1, image_size=32)
+    numbers = [read_number(reader.decode(row, 1, None)[1][0]) for row in range(2)]
+    assert numbers == [5, 25]
+
+
+# ------------------------------------------------------------ files of tables
+
+
+def read(folder: Path, name: str, content: str | bytes) -> list[tuple[str, tuple[str, ...]]]:
+    """(video, captions) of an annotation file with this content."""
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    clips = read_annotations(str(path))
+    return [(clip.video.removeprefix(f"{folder}/"), clip.captions) for clip in clips]
+
+
+A_AND_B = [("a.mp4", ("one, two", "three")), ("b.mp4", ("four; five",))]
+TABLES = {
+    "commas.csv": 'video,caption\na.mp4,"one, two"\na.mp4,three\nb.mp4,four; five\n',
+    "semicolons.csv": 'video;caption\na.mp4;one, two\na.mp4;three\nb.mp4;"four; five"\n',
+    "tabs.csv": "video\tcaption\na.mp4\tone, two\na.mp4\tthree\nb.mp4\tfour; five\n",
+    "tabs.tsv": "caption\tvideo\none, two\ta.mp4\nthree\ta.mp4\nfour; five\tb.mp4\n",
+    "sep.csv": 'sep=;\nvideo;caption\na.mp4;one, two\na.mp4;three\nb.mp4;"four; five"\n',
+    "spaces.csv": 'video , caption\na.mp4,"one, two"\na.mp4,three\n\nb.mp4,four; five\n',
+    "unnamed.csv": 'video;caption;;\na.mp4;one, two;;\na.mp4;three;;\n;;;\nb.mp4;"four; five";;',
+    "quoted.csv": '"video","caption"\n"a.mp4","one, two"\n"a.mp4","three"\n"b.mp4","four; five"',
+}
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-8", "utf-8-sig", "utf-16", "utf-32"],  # these have a byte-order mark, but for the first
+)
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_any_separator_encoding_and_line_end(
+    tmp_path: Path, name: str, encoding: str, ends: str
+) -> None:
+    content = TABLES[name].replace("\n", ends).encode(encoding)
+    assert read(tmp_path, name, content) == A_AND_B
+    with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
+        file.write(content)
+    assert len(read_annotations(str(tmp_path / f"{name}.gz"))) == 2
+
+
+def test_utf16_without_mark_and_other_encodings_are_refused(tmp_path: Path) -> None:
+    for encoding in ("utf-16-be", "latin-1"):
+        content = "video,caption\na.mp4,\u00e9t\u00e9\n".encode(encoding)
+        with pytest.raises(ValueError, match=r"a\.csv"):
+            read(tmp_path, "a.csv", content)
+
+
+def test_the_separator_follows_from_the_header_alone(tmp_path: Path) -> None:
+    # Both characters are more frequent in the rows than the separator is.
+    rows = "".join(f"v{n}.mp4,a;b;c;d\te\tf\tg\n" for n in range(3))
+    assert read(tmp_path, "a.csv", "video,caption\n" + rows)[0] == (
+        "v0.mp4",
+        ("a;b;c;d\te\tf\tg",),
+    )
+    for name, text in (
+        ("a.csv", "video|caption\na.mp4|x\n"),
+        ("a.csv", "video,text\na.mp4,x\n"),
+        ("a.csv", "video,video,caption\na.mp4,a.mp4,x\n"),
+        ("a.csv", "video,caption,captions\na.mp4,x,y\n"),
+        ("a.csv", "video,,caption\na.mp4,,x\n"),
+        ("a.tsv", "video,caption\na.mp4,x\n"),
+    ):
+        with pytest.raises(ValueError, match=r"a\.[ct]sv:1: columns .*; expected video, caption"):
+            read(tmp_path, name, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ('video,captions\na.mp4,"[""one"", ""two"", null]"\n', ("one", "two")),
+        ("video;caption\na.mp4;['one', \"it's\", None]\n", ("one", "it's")),
+        ("video;caption\na.mp4;[]\n", ()),
+        ("video,caption\na.mp4,[Music] plays [softly]\n", ("[Music] plays [softly]",)),
+        ("video,caption\na.mp4,[1]\n", ("[1]",)),
+        ("video,caption_2,caption_10,caption_1\na.mp4,two,ten,one\n", ("one", "two", "ten")),
+        ("video,caption_1,caption_2\na.mp4,one,\n", ("one",)),
+        ("video,caption_1,caption_2\na.mp4,,\n", ("",)),
+        ("video,caption,caption\na.mp4,one,two\n", ("one", "two")),
+        ("video,caption,caption_1\na.mp4,\"['a', 'b']\",c\n", ("a", "b", "c")),
+        ("video,caption\na.mp4,\n", ("",)),
+    ],
+    ids=[
+        *("json list", "python list", "empty list", "brackets", "number", "numbered", "fewer"),
+        *("none of several", "repeated", "mixed", "empty"),
+    ],
+)
+def test_several_captions_in_a_row(tmp_path: Path, text: str, captions: tuple[str, ...]) -> None:
+    assert read(tmp_path, "a.csv", text) == [("a.mp4", captions)]
+
+
+# --------------------------------------------------------------- files of JSON
+
+ROWS = [
+    {"video": "a.mp4", "caption": "one"},
+    {"video": "a.mp4", "captions": ["two", None]},
+    {"video": "b.mp4", "caption": ["three", "four"]},
+    {"video": "c.mp4", "caption_2": "six", "caption_1": "five"},
+    {"video": "d.mp4", "caption": None},
+]
+READ = [
+    *(("a.mp4", ("one", "two")), ("b.mp4", ("three", "four")), ("c.mp4", ("five", "six"))),
+    ("d.mp4", ()),
+]
+JSON_FILES = {
+    "list": json.dumps(ROWS),
+    "indented": json.dumps(ROWS, indent=2),
+    "field": json.dumps({"info": {"year": 2020}, "annotations": ROWS, "licenses": [1]}),
+    "data": json.dumps({"version": 1, "data": ROWS}, indent=1),
+    "lines": "\n".join(json.dumps(row) for row in ROWS),
+    "indented lines": "\n".join(json.dumps(row, indent=1) for row in ROWS),
+    "videos": json.dumps(
+        {
+            **{"a.mp4": ["one", "two"], "b.mp4": {"captions": ["three", "four"]}},
+            **{"c.mp4": {"caption_1": "five", "caption_2": "six"}, "d.mp4": None},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+@pytest.mark.parametrize("form", JSON_FILES)
+def test_json_files(
+    tmp_path: Path, form: str, piece: int, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_items, "PIECE", piece)
+    content = JSON_FILES[form].replace("\n", "\r\n").encode(encoding)
+    assert read(tmp_path, "a.json", content) == READ
+
+
+def test_names_of_videos_as_fields_are_looked_up(tmp_path: Path) -> None:
+    (tmp_path / "v7.webm").write_bytes(b"")
+    text = json.dumps({"v7": "one", "sub/w.mp4": "two"})
+    assert read(tmp_path, "a.json", text) == [("v7.webm", ("one",)), ("sub/w.mp4", ("two",))]
+    assert AnnotationFile(str(tmp_path / "a.json")).identity() is not None
+    source = AnnotationFile(str(tmp_path / "a.json"))
+    assert len(list(source.rows())) == 2
+    assert source.identity() is None  # the folder may change, the file need not
+
+
+def test_one_object_is_one_row(tmp_path: Path) -> None:
+    row = {"video": "a.mp4", "caption": "one"}
+    assert read(tmp_path, "a.json", json.dumps(row)) == [("a.mp4", ("one",))]
+
+
+def test_many_videos_as_fields_need_the_memory_of_a_few(tmp_path: Path) -> None:
+    names = [f"v{number}.mp4" for number in range(200)]
+    # With so many fields, even one of this name is a video.
+    text = json.dumps({**dict.fromkeys(names, "x"), "annotations": ["y"]})
+    (tmp_path / "annotations.mp4").write_bytes(b"")
+    found = read(tmp_path, "a.json", text)
+    assert len(found) == 201
+    assert found[-1] == ("annotations.mp4", ("y",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"video": "a.mp4", "caption": "x"},\n{"video": }]', r"a\.json:2: not JSON: Expecting"),
+        ('[{"video": "a.mp4", "caption": "x"}\n{}]', r"a\.json:2: .*expected ','"),
+        ('[{"video": "a.mp4", "caption": "x"}', r"a\.json:1: .*the file ends"),
+        ('[{"video": "a.mp4", "caption": "x"}]\n\n[]', r"a\.json:3: .*more text after the end"),
+        ("3", r"a\.json:1: .*expected a list or an object"),
+        ("", r"a\.json: empty annotation"),
+        ("[]", r"a\.json: empty annotation"),
+        ("[\n[1]]", r"a\.json:2: expected a JSON object, found list"),
+        ("[" * 100_000, r"a\.json:1: .*nested too deeply"),
+        ('[{"video": "a.mp4", "text": "x"}]', r"a\.json:1: unknown text; allowed are video"),
+    ],
+    ids=[
+        *("value", "comma", "cut off", "two values", "number", "empty", "no row", "list", "deep"),
+        "field",
+    ],
+)
+def test_errors_of_json_files_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, "a.json", text)
+
+
+def test_a_row_without_end_is_refused_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_items, "PIECE", 100)
+    monkeypatch.setattr(json_items, "MAX_ROW", 1000)
+    row = json.dumps({"video": "a.mp4", "caption": "x" * 10_000})
+    with pytest.raises(ValueError, match=r"a\.json:2: .*no value of at most 1,000 characters"):
+        read(tmp_path, "a.json", f"[\n{row}\n]")

@@ -47,6 +47,9 @@ ROWS: tuple[dict[str, Any], ...] = (
 )
 
 
+COMPRESSED = ("rows.jsonl", "rows.csv", "list.json")
+
+
 class Annotations(Target):
     """Annotation files of every format."""
 
@@ -66,10 +69,16 @@ class Annotations(Target):
             "rows.jsonl": _lines([*ROWS[:3], *lists[3:]]),
             "named.jsonl": _lines(named),
             "rows.csv": _csv(ROWS),
+            "rows.tsv": _csv(ROWS, "\t"),
+            "semicolons.csv": _csv(ROWS, ";"),
+            "list.json": json.dumps(ROWS, indent=1, ensure_ascii=False),
+            "names.json": json.dumps({f"v{n}": [text] for n, text in enumerate(CAPTIONS)}),
+            "field.json": json.dumps({"info": {"year": 2020}, "annotations": lists}),
         }
         for name, text in texts.items():
             (folder / SEEDS / name).write_text(text)
-            (folder / SEEDS / f"{name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+            if name in COMPRESSED:
+                (folder / SEEDS / f"{name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
         if pyarrow is not None:
             columns = {name: [row.get(name) for row in lists] for name in (*ROWS[0], "captions")}
             del columns["caption"]
@@ -79,6 +88,8 @@ class Annotations(Target):
         content = self.seeds[seed]
         if seed.endswith(".parquet"):
             return mutate_bytes(content, chance, self.donors)
+        if seed.endswith(".json"):
+            return mutate_json_file(content, chance, self.donors)
         if not seed.endswith(".gz"):
             return mutate_text(content, chance, self.donors)
         if chance.random() < 0.5:
@@ -144,9 +155,10 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
+def _csv(rows: Iterable[dict[str, Any]], delimiter: str = ",") -> str:
     file = io.StringIO()
-    writer = csv.DictWriter(file, ["video", "caption", "key", "video_id", "start", "end"])
+    names = ["video", "caption", "key", "video_id", "start", "end"]
+    writer = csv.DictWriter(file, names, delimiter=delimiter)
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
