@@ -298,6 +298,11 @@ FILES: tuple[OddFile, ...] = (
     *([refused("no permission.mp4", _no_permission, "missing_file")] if os.geteuid() else []),
     refused("absent.mp4", lambda path: None, "missing_file"),
     OddFile(name="link.mp4", make=_link("plain.mp4")),
+    # Names that no row can hold: with control characters, or bytes that are no text.
+    *(
+        OddFile(name=name, make=file(_mp4), numbers=None, reason="bad_row", detail="video=")
+        for name in ("two\nlines.mp4", "a tab\t.mp4", "an escape\x1b[2J.mp4", "no text\udcff.mp4")
+    ),
     # Names.
     *(packed(name, _mp4) for name in NAMES),
 )

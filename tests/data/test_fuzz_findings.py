@@ -49,7 +49,8 @@ def test_a_damaged_gzip_file_is_named_in_one_line(
     arguments = ["--annotations", str(path), "--out", str(tmp_path / "out"), "--layout", "frames"]
     assert cli.pack(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{path}: a damaged or truncated gzip file" in line
+    assert f"{path}: " in line
+    assert "damaged" in line
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
@@ -86,6 +87,14 @@ def test_json_that_python_cannot_read_names_its_line(line: bytes, tmp_path: Path
     (tmp_path / "a.json").write_bytes(line)
     with pytest.raises(ValueError, match=r"a\.json: not JSON"):
         msrvtt_captions(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["[]", "{}", "7", "null"])
+def test_a_field_of_json_whose_name_is_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"v": ["x"],\n' + name + ': ["y"]}')
+    with pytest.raises(ValueError, match=r"a\.json:2: .*name of a field must be a text"):
+        read_annotations(str(path))
 
 
 def test_a_time_beyond_all_floats_is_refused(tmp_path: Path) -> None:
