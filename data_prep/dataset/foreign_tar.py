@@ -25,6 +25,7 @@ WITHOUT_DATA = (
 )
 # Of all extended headers before one file.
 MAX_EXTENDED_BYTES = 1 << 20
+MAX_DIGITS = 20  # of a size; Python refuses to read a number of thousands
 # Bytes that a search for the next header may hold before it lets go of them.
 SEARCH_BYTES = 1 << 20
 
@@ -134,7 +135,8 @@ def read_entry(read: Read, at: int, size: int) -> TarEntry:
             name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
     num_bytes = info.size if info.type not in WITHOUT_DATA else 0
     if "size" in pax and info.type not in WITHOUT_DATA:
-        num_bytes = int(pax["size"]) if pax["size"].isdecimal() else -1
+        digits = pax["size"]
+        num_bytes = int(digits) if digits.isdecimal() and len(digits) <= MAX_DIGITS else -1
     if num_bytes < 0:
         raise TarDamage(f"a size of {num_bytes} bytes")
     is_sparse = any(record.startswith("GNU.sparse.") for record in pax)

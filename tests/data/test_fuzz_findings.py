@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tvr.data_prep.annotations.clip_source import AnnotationFile
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.annotations.safe_pickle import load_plain_pickle
 from tvr.data_prep.check.verify import verify_dataset
+from tvr.data_prep.dataset.foreign_tar import sample_files
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.packing.output_files import seal, unseal
 from tvr.data_prep.packing.pack import pack_shards
@@ -143,6 +145,14 @@ def test_a_deeply_nested_list_of_refused_clips_is_a_problem(tmp_path: Path) -> N
     (Path(url) / "bad.jsonl").write_bytes(DEEP)
     (problem,) = verify_dataset(url).problems
     assert (problem.where, problem.what[:17]) == ("bad.jsonl", "damaged or edited")
+
+
+def test_a_size_of_thousands_of_digits_is_damage() -> None:
+    info = tarfile.TarInfo("a.mp4")
+    info.pax_headers = {"size": "9" * 5000}
+    content = info.tobuf(tarfile.PAX_FORMAT) + bytes(1024)
+    sample = next(sample_files(lambda at, length: content[at : at + length], len(content)))
+    assert "a size of -1 bytes" in sample.problem
 
 
 # -------------------------------------------------------- files of a packing

@@ -13,10 +13,10 @@ from builders.clip_files import numbered_video
 from builders.fuzz.mutations import BYTE_CHANGES, mutate_bytes
 from builders.fuzz.target import READ, SEEDS, Target, require
 
-from tvr.data_prep.adoption.index_tar import ForeignTar, KnownSamples, index_tar
+from tvr.data_prep.adoption.index_tar import ForeignTar
+from tvr.data_prep.adoption.tar_pool import index_tars
 from tvr.data_prep.dataset.foreign_samples import ForeignRules, translate_range
 from tvr.data_prep.dataset.sample_codec import parse_meta
-from tvr.data_prep.storage.storage import Storage
 
 NUM_SAMPLES = 3
 
@@ -67,7 +67,10 @@ class ForeignTars(Target):
         (self.scratch / seed).write_bytes(content)
         tar = ForeignTar(name=seed, num_bytes=len(content), version="", always_prefix=False)
         rules = ForeignRules()
-        record = index_tar(Storage(str(self.scratch)), tar, rules, KnownSamples())
+        try:
+            ((_, record),) = index_tars(str(self.scratch), [tar], rules, processes=0)
+        except MemoryError:  # which the processes of an adoption make a bad sample
+            return "out_of_memory"
         plain = _plain_files(content)
         end = found = 0
         for file in record.files:

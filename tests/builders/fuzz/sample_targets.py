@@ -8,6 +8,7 @@ import json
 import shutil
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from builders.old_format import columns_of, npz
 
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.jpeg_stack import split_stack, stack_bytes
-from tvr.data_prep.dataset.manifest import Manifest, read_manifest
+from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.dataset.npz_columns import check_columns, read_columns
 from tvr.data_prep.dataset.sample_blocks import (
     HEADER,
@@ -202,18 +203,16 @@ class DataSets(Target):
 
     def prepare(self) -> None:
         self._url = self.scratch / "data set"
-        self._restore()
-        manifest = read_manifest(str(self._url))
-        self._whole = _members(self._url, manifest)
-        self._tables = [manifest.samples.rows(at, at + 2) for at in (0, 2)]
+        self._url.mkdir()
+        self._restore([name for name in self.seeds if name != HOSTILE_ROWS])
+        samples = read_manifest(str(self._url)).samples
+        self._whole = _members(SampleReader(str(self._url), num_frames=1, image_size=16))
+        self._tables = [samples.rows(at, at + 2) for at in (0, 2)]
         require(len(self._whole) == NUM_CLIPS, "the whole data set is not read")
 
-    def _restore(self) -> None:
-        shutil.rmtree(self._url, ignore_errors=True)
-        self._url.mkdir()
-        for name, content in self.seeds.items():
-            if name != HOSTILE_ROWS:
-                (self._url / name).write_bytes(content)
+    def _restore(self, names: Sequence[str]) -> None:
+        for name in names:
+            (self._url / name).write_bytes(self.seeds[name])
 
     def mutate(self, seed: str, chance: Random) -> bytes:
         content = self.seeds[seed]
@@ -226,6 +225,7 @@ class DataSets(Target):
         return mutate_bytes(content, chance, self.donors)
 
     def check(self, seed: str, content: bytes) -> str:
+        changed = [seed] if seed != HOSTILE_ROWS else [ROWS, "manifest.json"]
         if seed == HOSTILE_ROWS:
             self._write_hostile(content)
         else:
@@ -236,7 +236,7 @@ class DataSets(Target):
                 self._verify(seed, content)
             return outcome
         finally:
-            self._restore()
+            self._restore(changed)
 
     def _write_hostile(self, block: bytes) -> None:
         """Replaces the first block of rows, with the hashes that it needs."""
@@ -252,13 +252,10 @@ class DataSets(Target):
     def _read(self) -> str:
         url = str(self._url)
         try:
-            manifest = read_manifest(url)
+            reader = SampleReader(url, num_frames=1, image_size=16)
         except (ShardCorrupt, ValueError, FileNotFoundError) as error:
             return documented(error, url)
-        try:
-            found = _members(self._url, manifest)
-        except ValueError as error:  # more frames than the manifest says
-            return documented(error, url)
+        found = _members(reader)
         for key, members in found.items():
             require(members == self._whole.get(key), f"sample {key} has other content")
         return READ if len(found) == NUM_CLIPS else "bad samples"
@@ -280,11 +277,10 @@ class DataSets(Target):
             require(seed in ("bad.jsonl", HOSTILE_ROWS), f"verify finds no problem in {seed}")
 
 
-def _members(folder: Path, manifest: Manifest) -> dict[str, dict[str, bytes]]:
+def _members(reader: SampleReader) -> dict[str, dict[str, bytes]]:
     """Reads all samples that can be read, as the loader does."""
     found = {}
-    reader = SampleReader(str(folder), num_frames=1, image_size=16)
-    for row in range(manifest.num_samples):
+    for row in range(len(reader)):
         try:
             found[reader.key(row)] = reader.members(row)
         except (BadSample, ShardCorrupt):
