@@ -22,6 +22,7 @@ from tvr.data_prep.packing.pack_metrics import serve_metrics
 from tvr.data_prep.packing.progress import show_planning, show_progress
 from tvr.data_prep.packing.worker_pool import available_processes
 from tvr.data_prep.records import Clip, TooManyBadSamples
+from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -50,6 +51,9 @@ class PackArguments:
     lsmdc: train, val, test; youcook2: train, val; webvid: train-2m, val-2m, train-10m, val-10m."""
     num_frames: int = 12
     """Frames per clip (layout frames)."""
+    frame_spacing: FrameSpacing = "time"
+    """time: frames of segments of equal time; index: of segments with equally many frames (layout
+    frames). Both are the same for a constant frame rate."""
     short_side: int | None = None
     """Pixels of the shorter side; default: size of the source."""
     jpeg_quality: int = 90
@@ -135,6 +139,7 @@ def _pack(arguments: PackArguments) -> int:
             arguments.out,
             layout=arguments.layout,
             num_frames=arguments.num_frames,
+            frame_spacing=arguments.frame_spacing,
             short_side=arguments.short_side,
             jpeg_quality=arguments.jpeg_quality,
             samples_per_shard=arguments.samples_per_shard,

@@ -18,6 +18,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from tvr.data_prep.mixture import block_quotas
 from tvr.data_prep.reading.augment import FrameSampling
 from tvr.data_prep.video.decoders import Decoder
+from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -100,6 +101,11 @@ class DataConfig:
     """Frame taken from each of `num_frames` equal segments of a clip.
     centre: the middle one. random: in training, a random one each time,
     for which the data set must store more than `num_frames` frames."""
+    frame_spacing: FrameSpacing = "time"
+    """What the segments of `frame_sampling` divide, in the video layout. time:
+    the time of a clip. index: its frames by number. Both give the same
+    frames for a constant frame rate. The frames layout stores what
+    `tvr pack --frame-spacing` chose."""
     crop_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Smallest area of a random crop in training, as a share of the largest
     centred square. CLIP is fine-tuned with 0.9. 1: no random crop;

@@ -210,6 +210,7 @@ def training_batches(
         known_bad=known_bad,
         augmentation=_augmentation(data),
         decoder=data.decoder,
+        frame_spacing=data.frame_spacing,
         word_drop=data.word_drop,
         cache_bytes=data.cache_mib << 20,
         shard_cache=_training_cache(data, train, world),
@@ -247,6 +248,7 @@ def ordered_batches(
         max_bad_in_a_row=data.max_bad_in_a_row,
         max_unavailable_in_a_row=data.max_unavailable_in_a_row,
         decoder=data.decoder,
+        frame_spacing=data.frame_spacing,
         shard_cache=_shard_cache(data),
         node=world.node,
     )

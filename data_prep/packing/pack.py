@@ -29,6 +29,7 @@ from tvr.data_prep.packing.shard_record import ShardRecord
 from tvr.data_prep.packing.words import WordTagger, tagger_name
 from tvr.data_prep.packing.worker_pool import PackedClip, pack_clips
 from tvr.data_prep.records import Clip
+from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 __all__ = ["AnnotationFile", "PackProgress", "pack_shards"]
 
@@ -60,6 +61,7 @@ def pack_shards(
     *,
     layout: Layout,
     num_frames: int = 12,
+    frame_spacing: FrameSpacing = "time",
     short_side: int | None = None,
     jpeg_quality: int = 90,
     samples_per_shard: int = 1000,
@@ -84,9 +86,8 @@ def pack_shards(
     Writes `shard-NNNNNN.tar`, `samples.rows`, `bad.jsonl` and, last, `manifest.json`. The data set
     exists once `manifest.json` does; a data set that is overwritten stays readable until then.
 
-    The first task reads the clips and stores the plan of all shards in the folder. Other tasks read
-    of it the clips of their own shards. With an `AnnotationFile`, they neither read the file nor
-    hold its clips.
+    The first task reads the clips and stores the plan of all shards. Other tasks read of it the
+    clips of their own shards; of an `AnnotationFile` they hold no others.
 
     An interrupted packing resumes if the call is repeated with the same clips and settings. With
     several tasks, each task packs its share of the shards, and the task that completes the last
@@ -98,18 +99,16 @@ def pack_shards(
         layout: "frames" stores `num_frames` JPEGs a clip. "video" stores the source MP4 after
             decoding it once, or with `reencode` an H.264 copy with a keyframe every
             `keyframe_interval` frames.
+        frame_spacing: How the frames of the layout frames are chosen, see `sample_frames`.
         short_side: Pixels of the shorter side; None keeps the source's size.
         samples_per_shard: Clips per shard; a shard with bad clips holds fewer samples.
         shard_bytes: A shard is split into files of at most this size.
-        shuffle_seed: Seed of the order of clips, in which cuts of one video stay together; None
-            keeps the order of `clips`.
+        shuffle_seed: Seed of the order, in which cuts of one video stay together; None keeps it.
         max_bad: Clips, over all tasks, that may be refused.
         words: Tag the words of captions, as `data.word_drop` and `data.content_words` need.
         overwrite: Replace a complete data set, or an unfinished packing with another plan.
-        processes: Processes that pack; 0 = the calling process, which has no limits. Clips in
-            memory:// are packed by the calling process.
-        limits: Memory and time that a clip may take; a clip that exceeds them is refused. Default:
-            see `ProcessLimits`.
+        processes: Processes that pack; 0, and always in memory://: the caller, without limits.
+        limits: Memory and time that a clip may take, or it is refused; see `ProcessLimits`.
         task: Number of this task, from 0 to `num_tasks` - 1.
         packing_id: With `overwrite`, the name that all tasks of one launch have in common. A task
             that starts again after their data set was published does not replace it. Default: the
@@ -132,6 +131,7 @@ def pack_shards(
     settings = PackSettings(
         layout=layout,
         num_frames=num_frames,
+        frame_spacing=frame_spacing,
         short_side=short_side,
         jpeg_quality=jpeg_quality,
         samples_per_shard=samples_per_shard,

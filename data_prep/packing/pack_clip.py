@@ -228,6 +228,7 @@ def _frames(
         span=clip.span,
         key=clip.key,
         indices=opened.indices,
+        spacing=settings.frame_spacing,
         adjusted=adjusted,
     )
     return jpegs, times_s

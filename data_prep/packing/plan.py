@@ -29,6 +29,7 @@ import numpy as np
 from tvr.data_prep.dataset.manifest import FORMAT_VERSION, Layout
 from tvr.data_prep.packing.word_counts import WordCounts
 from tvr.data_prep.records import Clip, ShardCorrupt
+from tvr.data_prep.video.frame_sampling import FrameSpacing, check_spacing
 
 # Packages whose versions determine the stored pictures, videos and words.
 WRITER_PACKAGES = ("av", "pillow", "HanTa")
@@ -49,6 +50,7 @@ class PackSettings:
     reencode: bool
     keyframe_interval: int
     words: bool
+    frame_spacing: FrameSpacing = "time"
     shard_bytes: int = 1 << 30
     """A shard is split into files of at most this size; a larger sample has its own file."""
     shuffle_seed: int | None = None
@@ -70,6 +72,12 @@ class PackSettings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value} must be from {low} to {high}")
+        check_spacing(self.frame_spacing, "frame_spacing")
+        if self.layout == "video" and self.frame_spacing != "time":
+            raise ValueError(
+                f"frame_spacing={self.frame_spacing} is for layout=frames; the frames of"
+                " layout=video are chosen when it is read (data.frame_spacing)"
+            )
         if self.layout == "frames" and self.reencode:
             raise ValueError("reencode=True is for layout=video; the frames layout stores JPEGs")
         if self.layout == "video" and self.short_side is not None and not self.reencode:

@@ -46,6 +46,7 @@ from tvr.data_prep.reading.worker import (
 from tvr.data_prep.reading.worker_process import start_worker
 from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet
 from tvr.data_prep.video.decoders import Decoder
+from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def train_batches(
     known_bad: Mapping[str, str] | None = None,
     augmentation: Augmentation = NO_AUGMENTATION,
     decoder: Decoder = "pyav",
+    frame_spacing: FrameSpacing = "time",
     word_drop: bool = False,
     cache_bytes: int = 0,
     shard_cache: CacheFolder | None = None,
@@ -107,6 +109,7 @@ def train_batches(
         known_bad: Reason by key of bad samples that this run found before a restart.
         augmentation: Random frames and crops.
         decoder: Video decoder, for the video layout.
+        frame_spacing: Whether frames are taken evenly in time, see `SampleReader`.
         word_drop: Drop uninformative words from captions, see `drop_words`; the data set must be
             packed with words.
         cache_bytes: Bytes of decoded frames to cache per worker, see `SampleReader`; several sets
@@ -135,6 +138,7 @@ def train_batches(
         num_frames=num_frames,
         image_size=image_size,
         decoder=decoder,
+        frame_spacing=frame_spacing,
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
     )
@@ -186,6 +190,7 @@ def evaluation_batches(
     max_bad_in_a_row: int | None = None,
     max_unavailable_in_a_row: int | None = None,
     decoder: Decoder = "pyav",
+    frame_spacing: FrameSpacing = "time",
     shard_cache: CacheFolder | None = None,
     node: range | None = None,
 ) -> Iterator[Batch]:
@@ -210,6 +215,7 @@ def evaluation_batches(
         num_frames=num_frames,
         image_size=image_size,
         decoder=decoder,
+        frame_spacing=frame_spacing,
         shard_cache=shard_cache,
     )
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from tvr.data_prep.records import BadSample, Sample, ShardCorrupt
 from tvr.data_prep.storage.storage_errors import is_passing_error
 from tvr.data_prep.video.decode import Finish
 from tvr.data_prep.video.decoders import Decoder, frame_sampler
-from tvr.data_prep.video.frame_sampling import segment_frames
+from tvr.data_prep.video.frame_sampling import FrameSpacing, check_spacing, segment_frames
 from tvr.data_prep.video.images import fit_square
 
 DecodedFrames = tuple[SampleMeta, np.ndarray, tuple[float, ...]]
@@ -54,6 +55,8 @@ class SampleReader:
         num_frames: Frames per sample; a shorter clip gives fewer.
         image_size: Height and width of a frame in pixels.
         decoder: Video decoder, for the video layout.
+        frame_spacing: Whether frames are taken evenly in time, for the video layout; see
+            `decode.sample_frames`.
         cache_bytes: Bytes of decoded frames to cache in this process. The cache holds samples as
             `read` returns them or, if `read` gets views, as they are stored. It pays off if the
             data set fits: 400 clips of 6 JPEG frames of 48 x 48 are read at 14,000 samples/s
@@ -73,6 +76,7 @@ class SampleReader:
         num_frames: int,
         image_size: int,
         decoder: Decoder = "pyav",
+        frame_spacing: FrameSpacing = "time",
         cache_bytes: int = 0,
         shard_cache: CacheFolder | None = None,
     ) -> None:
@@ -84,7 +88,8 @@ class SampleReader:
         self.image_size = image_size
         self._reads: Counter[str] = Counter()
         self._shards = ShardReader(url, self.manifest, shard_cache, self._reads)
-        self._sample_frames = frame_sampler(decoder)
+        check_spacing(frame_spacing, "frame_spacing")
+        self._sample_frames = partial(frame_sampler(decoder), spacing=frame_spacing)
         if self.manifest.beton is not None:
             cache_bytes = 0  # FFCV decodes every batch anew
         self._cache = DecodedSampleCache(cache_bytes)

@@ -19,12 +19,16 @@ from tvr.data_prep.video.frame_index import (
     FrameIndexMismatch,
     Source,
     SourceIndices,
-    decode_frames,
     open_video,
-    with_keyframes,
 )
-from tvr.data_prep.video.frame_sampling import Span, check_span, segment_frames
-from tvr.data_prep.video.indexed_decode import decode_indexed
+from tvr.data_prep.video.frame_sampling import (
+    FrameSpacing,
+    Span,
+    check_span,
+    segment_frames,
+    timed_frames,
+)
+from tvr.data_prep.video.indexed_decode import decode_frames, decode_indexed, with_keyframes
 from tvr.data_prep.video.picture import PicturePainter, fit_picture, warn_once
 
 OnOpen = Callable[[InputContainer, VideoStream], object]
@@ -61,16 +65,19 @@ def sample_frames(
     frame_index: FrameIndex | None = None,
     adjusted: set[str] | None = None,
     finish: Finish | None = None,
+    spacing: FrameSpacing = "time",
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Decodes one frame from each of `num_frames` equal segments of a video or a span of it.
 
     Args:
-        offsets: Position within each segment, see `segment_frames`.
+        offsets: Position within each segment, see `timed_frames`.
         key: Name of the sample in error messages.
         frame_index: Index that was stored with the video, whose frames are known to be whole; see
             `decode_indexed`. None = list the packets of the container.
         adjusted: Receives the names in ADJUSTMENTS of what the pictures needed.
         finish: Applied to each picture as it comes, so that only its results are held.
+        spacing: "time": segments of equal time, see `timed_frames`; "index": of equally many
+            frames, see `segment_frames`. Both are the same for a constant frame rate.
 
     Returns:
         Frames (F, H, W, 3) uint8 RGB as a player shows them, all of the first one's size, and the
@@ -100,6 +107,7 @@ def sample_frames(
         key=key,
         frame_index=frame_index,
         adjusted=adjusted,
+        spacing=spacing,
     )
     return frames, times_s
 
@@ -115,6 +123,7 @@ def visit_frames(
     frame_index: FrameIndex | None = None,
     indices: SourceIndices | None = None,
     adjusted: set[str] | None = None,
+    spacing: FrameSpacing = "time",
 ) -> tuple[float, ...]:
     """Decodes the frames of `sample_frames`, and holds one picture at a time.
 
@@ -129,7 +138,7 @@ def visit_frames(
     check_span(span)
 
     def sample(index: FrameIndex, decode: FrameDecoder = decode_frames) -> tuple[float, ...]:
-        chosen, times_s = choose_frames(index, num_frames, span, offsets, key)
+        chosen, times_s = choose_frames(index, num_frames, span, offsets, key, spacing)
         painter = PicturePainter(key)
         height = width = 0
         for number, frame in shown_frames(source, index, chosen, key, painter, decode):
@@ -182,10 +191,16 @@ def choose_frames(
     span: Span | None,
     offsets: Sequence[float] | None,
     key: str,
+    spacing: FrameSpacing,
 ) -> tuple[list[int], tuple[float, ...]]:
     """Returns the indices and times of the frames that `sample_frames` samples."""
     within = frame_index.within(span, key)
-    chosen = [within[i] for i in segment_frames(len(within), num_frames, offsets)]
+    if spacing == "time":
+        ticks = [frame_index.ticks(i) for i in within]
+        places = timed_frames(ticks, num_frames, offsets)
+    else:
+        places = segment_frames(len(within), num_frames, offsets)
+    chosen = [within[i] for i in places]
     first_s = frame_index.time_s(within[0])
     return chosen, tuple(round(frame_index.time_s(i) - first_s, 6) for i in chosen)
 

@@ -18,12 +18,13 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from torchcodec import FrameBatch
 from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import decode
 from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
-from tvr.data_prep.video.frame_sampling import Span, check_span
+from tvr.data_prep.video.frame_sampling import FrameSpacing, Span, check_span
 from tvr.data_prep.video.images import resize
 from tvr.data_prep.video.orientation import QUARTER_TURNS, display_matrices
 from tvr.data_prep.video.parameter_sets import changes_pictures
@@ -48,6 +49,7 @@ def sample_frames(
     key: str = "video",
     frame_index: FrameIndex | None = None,
     finish: decode.Finish | None = None,
+    spacing: FrameSpacing = "time",
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Samples frames as `decode.sample_frames`, from MP4 and similar containers.
 
@@ -68,11 +70,13 @@ def sample_frames(
     check_span(span)
     pictures = _Pictures(key)
     packets = index_packets(source, key, pictures.read)
-    chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key)
-    wanted = sorted(set(chosen))
-    if packets.pts is None:
+    if packets.pts is None and packets.is_certain:
         raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
+        if not packets.is_certain or packets.stamps is not None:
+            raise _OnlyPyAV("time stamps that must be mended")
+        chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key, spacing)
+        wanted = sorted(set(chosen))
         frames = _decode(source, packets, wanted, pictures, key, finish)
     except _OnlyPyAV as reason:
         warn_once(str(reason), f"torchcodec leaves videos to PyAV, for example {key}: {reason}")
@@ -84,6 +88,7 @@ def sample_frames(
             key=key,
             frame_index=frame_index,
             finish=finish,
+            spacing=spacing,
         )
     return frames[np.searchsorted(wanted, chosen)], times_s
 
@@ -117,7 +122,7 @@ def _decode(
             raise _OnlyPyAV("pictures of several sizes, shapes, colours or orientations")
         _check_frame(frame, has_container_matrix=angle is not None)
         if len(decoder) != frame_index.num_frames:
-            raise BadSample(key, "unreadable", "torchcodec lists other frames than the container")
+            raise _OnlyPyAV("a list of frames that differs from the container's")
         # Half a turn is 2 or -2 quarters, rounded as torchcodec does: halves away from zero.
         turns = int(math.copysign(math.floor(abs(angle or 0) / 90 + 0.5), angle or 0)) % 4
         at_once = len(wanted)
@@ -126,16 +131,22 @@ def _decode(
         parts = []
         for start in range(0, len(wanted), at_once):
             part = wanted[start : start + at_once]
-            batch = decoder.get_frames_at(part)
+            batch = _frames_at(decoder, part)
             expected_s = [float(frame_index.pts[index] * frame_index.unit_s) for index in part]
             if not np.allclose(batch.pts_seconds.numpy(), expected_s, 0, 1e-6):
-                detail = "torchcodec returned frames of other times than requested"
-                raise BadSample(key, "unreadable", detail)
+                raise _OnlyPyAV("frames of other times than requested")
             shown = _reshape(batch.data.numpy(), frame, turns, painter)
             parts.append(shown if finish is None else np.stack([finish(each) for each in shown]))
     except (RuntimeError, ValueError, IndexError) as error:
         raise BadSample(key, "unreadable", f"torchcodec: {str(error).splitlines()[0]}") from error
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _frames_at(decoder: VideoDecoder, wanted: list[int]) -> FrameBatch:
+    try:
+        return decoder.get_frames_at(wanted)
+    except RuntimeError as error:  # such as after a seek to a mark where no decode can start
+        raise _OnlyPyAV("frames that torchcodec does not find") from error
 
 
 class _Pictures:

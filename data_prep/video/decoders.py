@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from tvr.data_prep.video.decode import Finish
     from tvr.data_prep.video.frame_index import FrameIndex, Source
-    from tvr.data_prep.video.frame_sampling import Span
+    from tvr.data_prep.video.frame_sampling import FrameSpacing, Span
 
 Decoder = Literal["pyav", "torchcodec"]
 
@@ -30,6 +30,7 @@ class FrameSampler(Protocol):
         key: str = "video",
         frame_index: FrameIndex | None = None,
         finish: Finish | None = None,
+        spacing: FrameSpacing = "time",
     ) -> tuple[np.ndarray, tuple[float, ...]]: ...
 
 

@@ -1,29 +1,28 @@
-"""Indexes the frames of a video by presentation time, and decodes frames by index, with PyAV."""
+"""Indexes the frames of a video by presentation time, with PyAV."""
 
 from __future__ import annotations
 
 import io
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import dropwhile, islice, pairwise
+from itertools import pairwise
 from os import PathLike, fspath
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import av
 import av.error
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from tvr.data_prep.containers.elements import mapped
 from tvr.data_prep.containers.mpeg import count_joins
 from tvr.data_prep.records import BadSample
-from tvr.data_prep.video.frame_sampling import Span, frames_within
+from tvr.data_prep.video.frame_sampling import LONGEST_STEP_S, Span, frames_within, mend_stamps
 from tvr.data_prep.video.images import MAX_PIXELS
+from tvr.data_prep.video.picture import warn_once
 from tvr.data_prep.video.streams import choose_video_stream
 
 # libav's names of the containers that a clip may have. Others hold no video, or only refer to other
@@ -39,6 +38,8 @@ OPENING = {
 }
 # libav's names of containers with an exact index.
 SEEKABLE = {"mov", "matroska"}
+# No codec shows a picture more than this number of pictures after it was decoded.
+MAX_REORDERED = 32
 
 Source = bytes | str | PathLike[str]
 Result = TypeVar("Result")
@@ -50,7 +51,7 @@ class FrameIndex:
     """The frames of a video in presentation order."""
 
     pts: tuple[int, ...] | None
-    """Presentation time stamps, strictly ascending; None = the container has no reliable ones."""
+    """Presentation times, strictly ascending; None = the container has no time stamps."""
     num_frames: int
     keyframes: tuple[int, ...]
     """Frames besides the first one at which decoding can start."""
@@ -60,6 +61,10 @@ class FrameIndex:
     """Average frame rate."""
     stream: int
     """Index of the video stream in the container."""
+    stamps: tuple[int | None, ...] | None = None
+    """Time stamps that the decoder gives the frames, if `pts` was mended, see `mend_stamps`."""
+    is_certain: bool = True
+    """False: only a decode tells which frame is shown when."""
 
     def ticks(self, index: int) -> int:
         """Returns a frame's time in units of `unit_s` since the first frame.
@@ -146,9 +151,12 @@ class SourceIndices:
         return self._once("decoded", index_decoded_frames, key)
 
     def apply(self, act: Callable[[FrameIndex], Result], key: str) -> Result:
-        """Calls `act` with the packets' index, and on FrameIndexMismatch with the decoder's."""
+        """Calls `act` with the packets' index; with the decoder's if the packets' is not certain,
+        or on FrameIndexMismatch."""
+        index = self.packets(key)
         try:
-            return act(self.packets(key))
+            if index.is_certain:
+                return act(index)
         except FrameIndexMismatch:
             pass
         try:
@@ -176,7 +184,7 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
     Args:
         on_packet: Called for each packet.
     """
-    shown = []
+    shown: list[_Listed] = []
     num_packets = num_suspect = 0
     with open_video(source, key) as (container, stream):
         for packet in container.demux(stream):
@@ -185,7 +193,7 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
                     on_packet(container, stream, packet)
                 num_packets += 1
                 if not packet.is_discard:
-                    shown.append((packet.pts, packet.is_keyframe))
+                    shown.append(_Listed(packet.pts, packet.dts, packet.is_keyframe))
             if packet.is_corrupt:
                 num_suspect += 1
                 if container.format.name != "mpegts":
@@ -201,12 +209,46 @@ def index_packets(source: Source, key: str, on_packet: OnPacket | None = None) -
             )
         if not shown:
             raise BadSample(key, "no_frames", "the video stream has no packets")
-        if all(pts is not None for pts, _ in shown):
-            shown.sort()
+        if all(packet.pts is None and packet.dts is None for packet in shown):
+            return _build_index(stream, [None] * len(shown))
+        if not _is_certain(shown, stream):
+            return replace(_build_index(stream, [None] * len(shown)), is_certain=False)
+        shown.sort()
         # Other containers, such as transport streams, seek only approximately.
         seeks = bool(SEEKABLE & set(container.format.name.split(",")))
-        keyframes = tuple(index for index, (_, is_key) in enumerate(shown) if is_key and seeks)
-        return _build_index(stream, [pts for pts, _ in shown], keyframes)
+        keyframes = [at for at, packet in enumerate(shown) if packet.is_keyframe and seeks]
+        stamps, decode_times = [packet.pts for packet in shown], [packet.dts for packet in shown]
+        times = _shown_times(container, stamps, decode_times)
+        return _build_index(stream, times, keyframes, stamps)
+
+
+class _Listed(NamedTuple):
+    """What is known of a packet that is shown."""
+
+    pts: int | None
+    dts: int | None
+    is_keyframe: bool
+
+
+def _is_certain(shown: Sequence[_Listed], stream: VideoStream) -> bool:
+    """True if time stamps of packets in file order say in which order the frames are shown."""
+    stamps = [packet.pts for packet in shown if packet.pts is not None]
+    if len(stamps) < len(shown):
+        return False
+    latest = keyframe = stamps[0] - 1
+    for stamp, packet in zip(stamps, shown, strict=True):
+        # A keyframe is shown after all that were decoded before it, and before all that are decoded
+        # after it, except for those directly after it.
+        is_late = stamp <= latest if packet.is_keyframe else stamp <= keyframe < latest
+        if is_late:
+            return False
+        keyframe = stamp if packet.is_keyframe else keyframe
+        latest = max(latest, stamp)
+    order = sorted(range(len(stamps)), key=stamps.__getitem__)
+    if any(abs(place - packet) > MAX_REORDERED for place, packet in enumerate(order)):
+        return False
+    longest = LONGEST_STEP_S / (stream.time_base or 1)
+    return all(0 < stamps[b] - stamps[a] <= longest for a, b in pairwise(order))
 
 
 def _check_joins(source: Source, pid: int, num_suspect: int, key: str) -> None:
@@ -220,121 +262,75 @@ def _check_joins(source: Source, pid: int, num_suspect: int, key: str) -> None:
 
 
 def index_decoded_frames(source: Source, key: str) -> FrameIndex:
-    """Indexes all frames by decoding them. Raises BadSample for a damaged frame."""
+    """Indexes all frames by decoding them. Raises BadSample for a damaged frame, and if most of the
+    packets give no frame."""
+    stamps: list[int | None] = []
+    decode_times: list[int | None] = []
     with open_video(source, key) as (container, stream):
-        stamps = [frame.pts for frame in _reject_damaged(container.decode(stream), key)]
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                decode_times.append(packet.dts)
+            for frame in packet.decode():
+                if frame.is_corrupt:  # libav fills it with invented pixels
+                    raise damaged_frame(len(stamps), key)
+                stamps.append(frame.pts)
         if not stamps:
             raise BadSample(key, "no_frames", "the decoder returned no picture")
-        return _build_index(stream, stamps, ())
+        # Field-coded pictures have two packets a frame.
+        if 2 * len(stamps) < len(decode_times) - 1:
+            detail = f"only {len(stamps)} of {len(decode_times)} packets give a picture"
+            raise BadSample(key, "unreadable", detail)
+        times = _shown_times(container, stamps, decode_times)
+        index = _build_index(stream, times, stamps=stamps)
+        if index.pts is not None and index.pts != tuple(times):
+            warn_once("time stamps", f"time stamps are mended, for example those of {key}")
+        return index
 
 
-def decode_frames(
-    source: Source,
-    frame_index: FrameIndex,
-    wanted: Iterable[int],
-    key: str,
-    on_open: Callable[[InputContainer, VideoStream], object] = lambda container, stream: None,
-) -> Iterator[tuple[int, VideoFrame]]:
-    """Yields the wanted frames, each with its index.
+def _shown_times(
+    container: InputContainer, stamps: Sequence[int | None], decode_times: Sequence[int | None]
+) -> Sequence[int | None]:
+    """Returns the stamps of frames in the order in which they are shown, or what replaces them.
 
-    Decoding seeks to a keyframe where that skips frames. Every frame's time stamp is compared with
-    the index, because a seek alone gives wrong pictures around B-frames.
-
-    Args:
-        wanted: Frame indices in ascending order.
-        on_open: Called before the first frame is decoded.
-
-    Raises:
-        FrameIndexMismatch: the decoder's frames differ from the index.
-        BadSample: a frame is damaged.
+    Where only decoding times are known, as in AVI, for which libav invents the others, frames are
+    shown at these times, in another order and with a constant delay.
     """
-    with open_video(source, key) as (container, stream):
-        on_open(container, stream)
-        frames = container.decode(stream)
-        decoded, has_seeked = -1, False  # index of the last decoded frame
-        for index in wanted:
-            start = keyframe_before(frame_index, index)
-            if start > decoded + 1:
-                frames = _frames_from(container, stream, frame_index, start)
-                decoded, has_seeked = start - 1, True
-            frame = None
-            for frame in islice(frames, index - decoded):
-                decoded += 1
-                if frame.is_corrupt and not has_seeked:
-                    raise _damaged(decoded, key)
-                if frame.is_corrupt or not _fits(frame_index, decoded, frame):
-                    raise FrameIndexMismatch(f"frame {decoded} differs")
-            if frame is None or decoded < index:
-                raise FrameIndexMismatch(f"frame {index} is missing")
-            yield index, frame
-        if frame_index.pts is None:  # only the number of frames can be compared
-            count = decoded + 1 + sum(1 for _ in _reject_damaged(frames, key))
-            if count != frame_index.num_frames:
-                raise FrameIndexMismatch(f"{count} frames instead of {frame_index.num_frames}")
+    known = [stamp for stamp in stamps if stamp is not None]
+    times = sorted(time for time in decode_times if time is not None)
+    if len(times) != len(stamps) or (known and container.format.name != "avi"):
+        return stamps
+    delay = min(known) - times[0] if known else 0
+    return [time + delay for time in times]
 
 
-def with_keyframes(frame_index: FrameIndex, wanted: Iterable[int]) -> list[int]:
-    """Returns the wanted frames, and the frames decoded before them that may say how all the
-    following ones are shown: the keyframe before each, or all frames if keyframes are unknown."""
-    chosen = sorted(set(wanted))
-    if not frame_index.keyframes:
-        return list(range(chosen[-1] + 1)) if chosen else []
-    return sorted({*chosen, *(keyframe_before(frame_index, index) for index in chosen)})
-
-
-def keyframe_before(frame_index: FrameIndex, index: int) -> int:
-    """Returns the frame at which a decode of frame `index` starts."""
-    count = bisect_right(frame_index.keyframes, index)
-    return frame_index.keyframes[count - 1] if count else 0
-
-
-def _frames_from(
-    container: InputContainer, stream: VideoStream, frame_index: FrameIndex, start: int
-) -> Iterator[VideoFrame]:
-    assert frame_index.pts is not None, "keyframes have time stamps"
-    pts = frame_index.pts[start]
-    container.seek(pts, stream=stream)
-    # Frames presented before the keyframe may refer to skipped frames.
-    return dropwhile(
-        lambda frame: frame.pts is not None and frame.pts < pts, container.decode(stream)
-    )
-
-
-def _fits(frame_index: FrameIndex, index: int, frame: VideoFrame) -> bool:
-    if index >= frame_index.num_frames:
-        return False
-    return frame_index.pts is None or frame.pts == frame_index.pts[index]
-
-
-def _reject_damaged(frames: Iterable[VideoFrame], key: str) -> Iterator[VideoFrame]:
-    """Raises BadSample for a damaged frame, which libav fills with invented pixels."""
-    for index, frame in enumerate(frames):
-        if frame.is_corrupt:
-            raise _damaged(index, key)
-        yield frame
-
-
-def _damaged(index: int, key: str) -> BadSample:
+def damaged_frame(index: int, key: str) -> BadSample:
+    """Returns the refusal of a video with a damaged frame."""
     return BadSample(key, "unreadable", f"frame {index} is damaged")
 
 
 def _build_index(
-    stream: VideoStream, stamps: Sequence[int | None], keyframes: Sequence[int]
+    stream: VideoStream,
+    times: Sequence[int | None],
+    keyframes: Sequence[int] = (),
+    stamps: Sequence[int | None] | None = None,
 ) -> FrameIndex:
-    """Builds an index; `stamps` are in presentation order, or in file order if some are None."""
-    pts = tuple(stamp for stamp in stamps if stamp is not None)
-    # AVI has no time stamps, and those that libav invents for it do not ascend.
-    is_usable = (
-        len(pts) == len(stamps)
-        and stream.time_base is not None
-        and all(first < second for first, second in pairwise(pts))
-    )
+    """Builds an index.
+
+    Args:
+        times: Times of the frames in the order in which they are shown.
+        stamps: Time stamps that the decoder gives them; None = `times`.
+    """
     rate_hz = Fraction(stream.average_rate or stream.guessed_rate or 25)
+    unit_s, pts = stream.time_base, None
+    if unit_s:
+        pts = mend_stamps(times, unit_s, rate_hz)
+    found = tuple(times if stamps is None else stamps)
     return FrameIndex(
-        pts=pts if is_usable else None,
-        num_frames=len(stamps),
-        keyframes=tuple(keyframes) if is_usable else (),
-        unit_s=stream.time_base if is_usable and stream.time_base else 1 / rate_hz,
+        pts=pts,
+        num_frames=len(times),
+        keyframes=() if pts is None else tuple(keyframes),
+        unit_s=1 / rate_hz if unit_s is None or pts is None else unit_s,
         rate_hz=rate_hz,
         stream=stream.index,
+        stamps=None if pts is None or found == pts else found,
     )

@@ -1,19 +1,23 @@
-"""Decodes single frames of a video whose frame index is known and was checked against a decode.
+"""Decodes frames of a video by their index.
 
-Compared with `frame_index.decode_frames`, which looks at every frame from a keyframe on:
+`decode_frames` is for any index: it looks at every frame from a keyframe on. `decode_indexed` is
+for a frame index that is known and was checked against a decode:
 
 - A decode ends with the packet of the frame it is for. Decoders return frames late, because later
   packets may hold earlier frames; here the decoder is drained instead.
 - H.264 marks pictures that no other picture refers to (nal_ref_idc 0, half of the pictures of usual
   encodings). Those that are not wanted are not decoded.
 
-Both leave the pixels of the wanted frames as they are. Damage of the frames between is not noticed,
-so this is for the videos of data sets, whose bytes are checked and were decoded when packed.
+Both leave the pixels of the wanted frames as they are. `decode_indexed` does not notice damage of
+the frames between, so it is for the videos of data sets, whose bytes are checked and were decoded
+when packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import dropwhile, islice
 from typing import NamedTuple
 
 from av.container import InputContainer
@@ -24,13 +28,77 @@ from tvr.data_prep.video.frame_index import (
     FrameIndex,
     FrameIndexMismatch,
     Source,
-    keyframe_before,
+    damaged_frame,
     open_video,
 )
 
 # In other codecs a picture that is marked so may still be a reference, such as in HEVC of pictures
 # in a higher temporal layer.
 SKIPPING = ("h264",)
+
+
+def decode_frames(
+    source: Source,
+    frame_index: FrameIndex,
+    wanted: Iterable[int],
+    key: str,
+    on_open: Callable[[InputContainer, VideoStream], object] = lambda container, stream: None,
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yields the wanted frames, each with its index.
+
+    Decoding seeks to a keyframe where that skips frames. Every frame's time stamp is compared with
+    the index, because a seek alone gives wrong pictures around B-frames.
+
+    Args:
+        wanted: Frame indices in ascending order.
+        on_open: Called before the first frame is decoded.
+
+    Raises:
+        FrameIndexMismatch: the decoder's frames differ from the index.
+        BadSample: a frame is damaged.
+    """
+    with open_video(source, key) as (container, stream):
+        on_open(container, stream)
+        frames = container.decode(stream)
+        decoded, has_seeked = -1, False  # index of the last decoded frame
+        for index in wanted:
+            start = keyframe_before(frame_index, index)
+            if start > decoded + 1:
+                frames = _frames_from(container, stream, frame_index, start)
+                decoded, has_seeked = start - 1, True
+            frame = None
+            for frame in islice(frames, index - decoded):
+                decoded += 1
+                if frame.is_corrupt and not has_seeked:
+                    raise damaged_frame(decoded, key)
+                if frame.is_corrupt or not _fits(frame_index, decoded, frame):
+                    raise FrameIndexMismatch(f"frame {decoded} differs")
+            if frame is None or decoded < index:
+                raise FrameIndexMismatch(f"frame {index} is missing")
+            yield index, frame
+        if frame_index.pts is None:  # only the number of frames can be compared
+            for frame in frames:
+                decoded += 1
+                if frame.is_corrupt:
+                    raise damaged_frame(decoded, key)
+            count = decoded + 1
+            if count != frame_index.num_frames:
+                raise FrameIndexMismatch(f"{count} frames instead of {frame_index.num_frames}")
+
+
+def with_keyframes(frame_index: FrameIndex, wanted: Iterable[int]) -> list[int]:
+    """Returns the wanted frames, and the frames decoded before them that may say how all the
+    following ones are shown: the keyframe before each, or all frames if keyframes are unknown."""
+    chosen = sorted(set(wanted))
+    if not frame_index.keyframes:
+        return list(range(chosen[-1] + 1)) if chosen else []
+    return sorted({*chosen, *(keyframe_before(frame_index, index) for index in chosen)})
+
+
+def keyframe_before(frame_index: FrameIndex, index: int) -> int:
+    """Returns the frame at which a decode of frame `index` starts."""
+    count = bisect_right(frame_index.keyframes, index)
+    return frame_index.keyframes[count - 1] if count else 0
 
 
 class _Run(NamedTuple):
@@ -58,8 +126,8 @@ def decode_indexed(
         FrameIndexMismatch: the video's packets or frames differ from the index.
         BadSample: the video cannot be decoded.
     """
-    if index.pts is None:
-        raise FrameIndexMismatch("an index without time stamps")
+    if index.pts is None or index.stamps is not None:
+        raise FrameIndexMismatch("an index without reliable time stamps")
     with open_video(source, key) as (container, stream):
         if stream.index != index.stream:
             raise FrameIndexMismatch(f"stream {stream.index} is not {index.stream}")
@@ -125,3 +193,22 @@ def _frames(
         if not to_send:
             break
     yield from context.decode(None)
+
+
+def _frames_from(
+    container: InputContainer, stream: VideoStream, frame_index: FrameIndex, start: int
+) -> Iterator[VideoFrame]:
+    assert frame_index.pts is not None, "keyframes have time stamps"
+    pts = frame_index.pts[start]
+    container.seek(pts, stream=stream)
+    # Frames presented before the keyframe may refer to skipped frames.
+    return dropwhile(
+        lambda frame: frame.pts is not None and frame.pts < pts, container.decode(stream)
+    )
+
+
+def _fits(frame_index: FrameIndex, index: int, frame: VideoFrame) -> bool:
+    if index >= frame_index.num_frames:
+        return False
+    stamps = frame_index.stamps or frame_index.pts
+    return stamps is None or frame.pts == stamps[index]

@@ -51,14 +51,17 @@ def index_member(
         packets differ from its frames.
     """
     index = index_packets(video, key) if packets is None else packets
-    agrees = decoded is None or (index.pts, index.unit_s) == (decoded.pts, decoded.unit_s)
+    agrees = decoded is None or (index.pts, index.unit_s, None) == (
+        *(decoded.pts, decoded.unit_s, decoded.stamps),
+    )
     content = encode_index(index) if agrees else None
     return {} if content is None else {INDEX_MEMBER: content}
 
 
 def encode_index(index: FrameIndex) -> bytes | None:
-    """Returns an index as bytes; None if it has no time stamps, or steps too large to store."""
-    if index.pts is None:
+    """Returns an index as bytes; None if it has no time stamps, mended ones, or steps too large
+    to store."""
+    if index.pts is None or index.stamps is not None:
         return None
     steps = np.diff(np.array(index.pts, dtype=np.int64))
     jumps = np.diff(np.array([0, *index.keyframes], dtype=np.int64))

@@ -23,13 +23,13 @@ from tvr.data_prep.records import BadSample, Clip
 from tvr.data_prep.storage import source_file
 from tvr.data_prep.storage.source_file import SourceFile, read_source
 from tvr.data_prep.storage.storage import StorageUnavailable
-from tvr.data_prep.video import frame_index
+from tvr.data_prep.video import frame_index, indexed_decode
 from tvr.data_prep.video.frame_index import (
     FrameIndex,
     FrameIndexMismatch,
     SourceIndices,
-    keyframe_before,
 )
+from tvr.data_prep.video.indexed_decode import keyframe_before
 
 PART = 1000
 FILM = numbered_video(40, gop=10)
@@ -293,13 +293,13 @@ def test_a_cut_is_decoded_from_the_keyframe_before_it(
     film: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[float] = []
-    see = frame_index._fits
+    see = indexed_decode._fits
 
     def note(index: FrameIndex, number: int, frame: Any) -> bool:
         decoded.append(number)
         return see(index, number, frame)
 
-    monkeypatch.setattr(frame_index, "_fits", note)
+    monkeypatch.setattr(indexed_decode, "_fits", note)
     clip = replace(cuts(str(film))[0], start_s=3.3, end_s=3.5)
     with closing(LastSource()) as last:
         assert isinstance(pack_clip(clip, settings(), None, last), TarSample)

@@ -103,6 +103,7 @@ def thumbnail_reader(run_dir: Path) -> Callable[[str], list[Image.Image]] | None
             num_frames=config.data.num_frames,
             image_size=image_size(config.model),
             decoder=config.data.decoder,
+            frame_spacing=config.data.frame_spacing,
         )
     except (OSError, ValueError, ShardCorrupt) as error:
         log.warning("no thumbnails: %s", error)
