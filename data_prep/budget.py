@@ -9,6 +9,7 @@ from tvr.data_prep.records import (
     LIMIT_REASONS,
     TRANSIENT_REASONS,
     Batch,
+    RefusedRow,
     Replacement,
     TooManyBadSamples,
     TrainingSet,
@@ -16,6 +17,8 @@ from tvr.data_prep.records import (
 )
 
 NUM_EXAMPLES = 5
+# Rows that are read for more examples once there are too many bad ones.
+LOOK_FURTHER = 1000
 
 
 class BadSampleBudget:
@@ -130,6 +133,49 @@ class BadSampleBudget:
             " storage is down, unreachable or throttles; no sample is bad for it, and a restart"
             f" reads them again; last: {' | '.join(failed[-NUM_EXAMPLES:])}"
         )
+
+
+class BadRows:
+    """Collects rows of annotations that are no clips, and raises TooManyBadSamples for too many.
+
+    Args:
+        max_bad: Allowed number of rows.
+    """
+
+    def __init__(self, max_bad: int) -> None:
+        self.max_bad = max_bad
+        self._rows: list[tuple[int, int, RefusedRow]] = []
+        self._exceeded_at: int | None = None
+
+    def add(self, place: int, row: RefusedRow) -> None:
+        """Adds a row that stands before the clip of number `place`."""
+        self._rows.append((place, len(self._rows), row))
+
+    def rows(self) -> tuple[RefusedRow, ...]:
+        """Returns the rows by their places."""
+        return tuple(row for _, _, row in sorted(self._rows, key=lambda entry: entry[:2]))
+
+    def check(self, num_rows: int, *, is_end: bool = False) -> None:
+        """Compares the number of rows with the limit.
+
+        Args:
+            num_rows: Rows that were read, good and bad.
+            is_end: No more rows follow, which could serve as examples.
+
+        Raises:
+            TooManyBadSamples: there are too many; the message has the first ones.
+        """
+        if len(self._rows) <= self.max_bad:
+            return
+        if self._exceeded_at is None:
+            self._exceeded_at = num_rows
+        is_further = num_rows - self._exceeded_at >= LOOK_FURTHER
+        if is_end or is_further or len(self._rows) >= NUM_EXAMPLES:
+            first = " | ".join(row.detail for row in self.rows()[:NUM_EXAMPLES])
+            raise TooManyBadSamples(
+                f"{len(self._rows)} of the first {num_rows:,} rows of the annotations are bad,"
+                f" max_bad={self.max_bad} allowed; nothing was packed; first: {first}"
+            )
 
 
 def set_budgets(

@@ -21,7 +21,7 @@ from tvr.data_prep.packing.pack import AnnotationFile, pack_shards
 from tvr.data_prep.packing.pack_metrics import serve_metrics
 from tvr.data_prep.packing.progress import show_planning, show_progress
 from tvr.data_prep.packing.worker_pool import available_processes
-from tvr.data_prep.records import Clip, TooManyBadSamples
+from tvr.data_prep.records import Clip, RefusedRow, TooManyBadSamples
 from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 
@@ -66,7 +66,8 @@ class PackArguments:
     """Seed of the order of clips, in which the cuts of one video stay together; None keeps the
     order of the annotations."""
     max_bad: int = 0
-    """Bad clips (missing, unreadable, without caption) that packing tolerates."""
+    """Bad clips (missing, unreadable, without caption) and bad rows of the annotations that packing
+    leaves out; with more of them it fails."""
     reencode: bool = False
     """Re-encode to H.264 (layout video); default: decode MP4 files once and copy them."""
     keyframe_interval: int = 16
@@ -201,7 +202,7 @@ def _task(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _clips(arguments: PackArguments) -> Sequence[Clip] | AnnotationFile:
+def _clips(arguments: PackArguments) -> Sequence[Clip | RefusedRow] | AnnotationFile:
     if arguments.dataset is None:
         if arguments.split is not None:
             raise ValueError(f"split={arguments.split!r} needs a benchmark: set --dataset")
@@ -219,4 +220,4 @@ def _clips(arguments: PackArguments) -> Sequence[Clip] | AnnotationFile:
             f"{len(selection.without_file)} videos of {selection.name} have no file, more than"
             f" max_bad={arguments.max_bad}; the last is {missing[-1]}; nothing was packed"
         )
-    return selection.clips
+    return (*selection.refused, *selection.clips)

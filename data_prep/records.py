@@ -40,6 +40,7 @@ BAD_SAMPLE_REASONS = (
     "out_of_memory",  # the clip needs more memory than its process may take
     "timed_out",  # packing the clip took too long, or its storage stopped sending
     "killed",  # the process that packed the clip ended twice
+    "bad_row",  # a row of the annotations is no clip
 )
 # Reasons that lie outside of the sample: it is read again at its next visit, never quarantined,
 # and does not count towards the limit of bad samples.

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from tvr.data_prep.annotations.clip_keys import hashed_key, name_hash
 from tvr.data_prep.dataset.foreign_samples import ForeignRules, translate
 from tvr.data_prep.dataset.foreign_tar import ForeignSample, sample_files
 from tvr.data_prep.dataset.index_rules import MAX_SAMPLE_BYTES
@@ -26,7 +27,6 @@ from tvr.data_prep.video.decode import check_frames
 
 CHUNK_BYTES = 1 << 23
 GZIP_MAGIC = b"\x1f\x8b"
-HASH_DIGITS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,8 +241,7 @@ def key_of_sample(name: str, tar: ForeignTar) -> str:
     key = re.sub(r"[^A-Za-z0-9_-]", "_", full)
     if key == full and len(key) <= MAX_KEY_LENGTH:
         return key
-    digest = hashlib.blake2b(full.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
-    return f"{key[: MAX_KEY_LENGTH - HASH_DIGITS - 1]}-{digest}"
+    return hashed_key(key, name_hash(full))
 
 
 def always_prefix(names: Set[str]) -> bool:

@@ -6,7 +6,6 @@ that is no clip is yielded as a `RefusedRow`, and the rows around it are used.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -14,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tvr.data_prep.annotations.rows import text_lines
+from tvr.data_prep.annotations.rows import MAX_DETAIL, check_record, refused_row
+from tvr.data_prep.annotations.text_files import csv_records, line_problem, text_lines
 from tvr.data_prep.records import RefusedRow
 
 # YouTube's id, start and end in seconds: a clip of ten seconds that was cut out already.
@@ -75,6 +75,9 @@ def lsmdc_clips(url: str) -> Iterator[ClipRow]:
     for number, line in enumerate(text_lines(url), start=1):
         where, fields = f"{url}:{number}", line.rstrip("\r\n").split("\t")
         if not line.strip():
+            continue
+        if problem := line_problem(line):
+            yield _refused(where, problem)
             continue
         if len(fields) != LSMDC_FIELDS or not fields[0].strip():
             found = f"{len(fields)} fields, must be {LSMDC_FIELDS} with tabs between"
@@ -142,33 +145,36 @@ def webvid_clips(url: str) -> Iterator[ClipRow]:
 
     A video's file is PAGE_DIR/VIDEOID.mp4, or VIDEOID.mp4 in some folder. The caption is the name.
     """
-    reader = csv.DictReader(text_lines(url), strict=True)
-    try:
-        found = [name.strip() for name in reader.fieldnames or ()]
-        if not set(WEBVID_COLUMNS) <= set(found):
-            raise ValueError(
-                f"{url}:1: columns {', '.join(found)}; expected {', '.join(WEBVID_COLUMNS)}"
-            )
-        reader.fieldnames = found
-        for row in reader:
-            where = f"{url}:{reader.line_num}"
-            name, page, caption = (row.get(column) for column in WEBVID_COLUMNS)
-            if None in row or caption is None or page is None or not name:
-                yield _refused(where, f"expected {len(found)} fields and a videoid")
-                continue
-            files = [f"{page}/{name}", name] if page else [name]
-            yield PublishedClip(
-                name=name,
-                captions=(caption,),
-                files=tuple((file, WHOLE) for file in files),
-                origin=where,
-            )
-    except csv.Error as error:
-        raise ValueError(f"{url}:{reader.line_num + 1}: not CSV: {error}") from error
+    records = csv_records(url)
+    header = next(records, None)
+    found = [] if header is None else [name.strip() for name in header.fields]
+    if header is None or header.problem or not set(WEBVID_COLUMNS) <= set(found):
+        columns = ", ".join(found)[:MAX_DETAIL] if header is None or not header.problem else ""
+        problem = (columns and f"columns {columns}") or "no header"
+        raise ValueError(f"{url}:1: {problem}; expected {', '.join(WEBVID_COLUMNS)}")
+    for record in records:
+        origin = f"{url}:{record.number}"
+        try:
+            check_record(record, found, origin)
+        except ValueError as error:
+            yield refused_row(origin, str(error))
+            continue
+        row = dict(zip(found, record.fields, strict=True))
+        name, page, caption = (row[column].strip() for column in WEBVID_COLUMNS)
+        if not name:
+            yield _refused(origin, "videoid='' must be text")
+            continue
+        files = [f"{page}/{name}", name] if page else [name]
+        yield PublishedClip(
+            name=name,
+            captions=(caption,),
+            files=tuple((file, WHOLE) for file in files),
+            origin=origin,
+        )
 
 
 def _refused(where: str, problem: str) -> RefusedRow:
-    return RefusedRow(origin=where, detail=f"{where}: {problem}")
+    return refused_row(where, f"{where}: {problem}")
 
 
 def _json(url: str, kind: type) -> Any:

@@ -2,31 +2,52 @@
 
 The file names and layouts are those of the publications, and for lists of video ids those that
 CLIP4Clip and its successors use. A split is a list of video ids and a file of captions, or a file
-of clips. A clip's video_id is the published id; its key is that id as `clip_keys.key_of` spells it.
+of clips. A clip's video_id is the published id; its key is that id as
+`clip_keys.key_of` spells it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fsspec.core import url_to_fs
 
 from tvr.data_prep.annotations.benchmark_clips import WHOLE, PublishedClip
-from tvr.data_prep.annotations.benchmark_files import read_ids
-from tvr.data_prep.annotations.benchmark_splits import (
-    BENCHMARKS,
-    BenchmarkSplit,
-    ClipSplit,
-    Dataset,
+from tvr.data_prep.annotations.benchmark_files import (
+    activitynet_captions,
+    didemo_captions,
+    jsfusion_captions,
+    msrvtt_captions,
+    msvd_captions,
+    read_ids,
 )
+from tvr.data_prep.annotations.benchmark_splits import CLIP_BENCHMARKS, ClipSplit
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule
+from tvr.data_prep.annotations.rows import refused_row
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.dataset.manifest import join_url
 from tvr.data_prep.records import Clip, RefusedRow
 
-__all__ = ["BENCHMARKS", "Dataset", "Selection", "read_benchmark"]
-
+Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet", "vatex", "lsmdc", "youcook2", "webvid"]
 MAX_LISTED_IDS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkSplit:
+    """The files of a split."""
+
+    published: int
+    """Number of videos that retrieval papers report."""
+    lists: tuple[str, ...]
+    """Alternative files of video ids; the first one that exists is read."""
+    captions: str
+    """File of captions; it may also hold other splits."""
+    read: Callable[[str], dict[str, list[str]]]
+    """Reads `captions` from a URL and returns the captions by video id."""
+    file_prefix: str = ""
+    """Prefix of the ids that some collections omit from the file names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,22 +65,21 @@ class Selection:
     not_listed: tuple[str, ...]
     """Captioned ids that are not in the list."""
     refused: tuple[RefusedRow, ...] = ()
-    """Rows that are no clip."""
+    """Rows of this split that are wrong; packing counts them as bad."""
     unit: str = "videos"
 
     def summary(self) -> list[str]:
         """Returns lines with the split's size, the published size and each difference."""
         size, published = len(self.clips), self.published
-        comparison = "" if published is None else f", published {published:,}"
-        if published is not None:
-            comparison += f" ({size - published:+,})"
-        comparison = ", as published" if size == published else comparison
+        comparison = ", as published" if size == published else ""
+        if published not in (None, size):
+            comparison = f", published {published:,} ({size - published:+,})"
         lines = [f"{self.name}: {size:,} {self.unit}{comparison}"]
         for title, ids in (
-            ("rows that are no clip", [row.origin for row in self.refused]),
             ("without a video file", self.without_file),
             ("listed without captions, left out", self.without_captions),
             ("captioned but not in this list, left out", self.not_listed),
+            ("bad rows", [row.origin for row in self.refused]),
         ):
             if ids:
                 more = (
@@ -135,7 +155,7 @@ def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> 
         try:
             clip, is_there = _clip(row, files)
         except ValueError as error:
-            refused.append(RefusedRow(origin=row.origin, detail=f"{row.origin}: {error}"))
+            refused.append(refused_row(row.origin, f"{row.origin}: {error}"))
             continue
         first = clips.get(row.name)
         if first is not None:  # another sentence of the clip
@@ -193,3 +213,70 @@ def _first_existing(folder: str, names: tuple[str, ...]) -> str:
         if fs.exists(join_url(root, name)):
             return join_url(folder, name)
     raise FileNotFoundError(f"annotations={folder!r}: no file {' or '.join(names)} in that folder")
+
+
+def _msrvtt(published: int, *lists: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
+        published=published, lists=lists, captions="MSRVTT_data.json", read=msrvtt_captions
+    )
+
+
+def _msvd(published: int, split: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
+        published=published,
+        lists=(f"{split}_list.txt",),
+        captions="raw-captions.pkl",
+        read=msvd_captions,
+    )
+
+
+def _didemo(published: int, split: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
+        published=published,
+        lists=(f"{split}_list.txt",),
+        captions=f"{split}_data.json",
+        read=didemo_captions,
+    )
+
+
+def _activitynet(published: int, ids: str, captions: str) -> BenchmarkSplit:
+    return BenchmarkSplit(
+        published=published,
+        lists=(ids, captions),
+        captions=captions,
+        read=activitynet_captions,
+        file_prefix="v_",
+    )
+
+
+BENCHMARKS: dict[Dataset, dict[str, BenchmarkSplit | ClipSplit]] = {
+    "msrvtt": {
+        "train-9k": _msrvtt(9_000, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt"),
+        "train-7k": _msrvtt(7_010, "MSRVTT_train.7k.csv"),
+        "test-1ka": BenchmarkSplit(
+            published=1_000,
+            lists=("MSRVTT_JSFUSION_test.csv",),
+            captions="MSRVTT_JSFUSION_test.csv",
+            read=jsfusion_captions,
+        ),
+        # Miech's split. Its training list contains 453 videos of test-1ka, so it cannot replace the
+        # training list of another split.
+        "train-1kb": _msrvtt(6_656, "train_list_miech.txt"),
+        "test-1kb": _msrvtt(1_000, "test_list_miech.txt"),
+    },
+    "msvd": {
+        "train": _msvd(1_200, "train"),
+        "val": _msvd(100, "val"),
+        "test": _msvd(670, "test"),
+    },
+    "didemo": {
+        "train": _didemo(8_395, "train"),
+        "val": _didemo(1_065, "val"),
+        "test": _didemo(1_004, "test"),
+    },
+    "activitynet": {
+        "train": _activitynet(10_009, "train_ids.json", "train.json"),
+        "val": _activitynet(4_917, "val_ids.json", "val_1.json"),
+    },
+    **CLIP_BENCHMARKS,
+}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from fsspec.core import url_to_fs
-
+from tvr.data_prep.annotations.clip_lines import SourceRow
 from tvr.data_prep.annotations.read import annotated_clips
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Clip, RefusedRow
+from tvr.data_prep.storage.storage import file_system
 from tvr.data_prep.storage.storage_errors import is_storage_error
 
 # What file systems call a value that changes with a file's content, best first.
@@ -22,8 +22,8 @@ VERSION_FIELDS = ("ETag", "etag", "md5Hash", "md5", "generation", "mtime", "Last
 class ClipSource(Protocol):
     """Clips to pack."""
 
-    def rows(self) -> Iterator[tuple[Clip, bool]]:
-        """Yields clips, and whether a later row with the same key may continue the clip."""
+    def rows(self) -> Iterator[SourceRow | RefusedRow]:
+        """Yields clips, and rows that are none."""
         ...
 
     def identity(self) -> dict[str, Any] | None:
@@ -32,14 +32,15 @@ class ClipSource(Protocol):
 
 
 class ClipList:
-    """Clips in memory."""
+    """Clips in memory, and rows from which none could be made."""
 
-    def __init__(self, clips: Iterable[Clip]) -> None:
+    def __init__(self, clips: Iterable[Clip | RefusedRow]) -> None:
         self._clips = clips
 
-    def rows(self) -> Iterator[tuple[Clip, bool]]:
+    def rows(self) -> Iterator[SourceRow | RefusedRow]:
         """See `ClipSource`."""
-        return ((clip, False) for clip in self._clips)
+        for clip in self._clips:
+            yield clip if isinstance(clip, RefusedRow) else SourceRow(clip=clip)
 
     def identity(self) -> dict[str, Any] | None:
         """See `ClipSource`: only the clips themselves tell what they are."""
@@ -59,12 +60,11 @@ class AnnotationFile:
         self._videos = videos
         self._looks_up_names = False
 
-    def rows(self) -> Iterator[tuple[Clip, bool]]:
+    def rows(self) -> Iterator[SourceRow | RefusedRow]:
         """See `ClipSource`."""
-        return annotated_clips(self._url, videos=self._videos, on_lookup=self._note_lookup)
-
-    def _note_lookup(self) -> None:
-        self._looks_up_names = True
+        for row in annotated_clips(self._url, videos=self._videos):
+            self._looks_up_names |= isinstance(row, SourceRow) and row.by_name
+            yield row
 
     def identity(self) -> dict[str, Any] | None:
         """See `ClipSource`: the path, the size and the version of the file.
@@ -79,7 +79,7 @@ class AnnotationFile:
 
 def _version(url: str) -> dict[str, Any] | None:
     try:
-        fs, path = url_to_fs(url)
+        fs, path = file_system(url)
         info = fs.info(path)
     except Exception as error:
         if not is_storage_error(error):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
+from tvr.data_prep.storage.storage import open_file
 
 
-def parquet_rows(url: str) -> Iterator[dict[str, Any]]:
+def parquet_rows(url: str) -> Iterator[dict[str, Any] | str]:
     """Yields the rows as dicts without null fields; one batch is in memory at a time.
+
+    A row with a value that has no Python value, such as a text that is not UTF-8, is yielded as the
+    text of its error.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -24,10 +27,11 @@ def parquet_rows(url: str) -> Iterator[dict[str, Any]]:
             " pip install -e '.[parquet]'"
         ) from error
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_file(url) as file:
             for batch in parquet.ParquetFile(file).iter_batches():
-                for row in batch.to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
+                for row in _rows(batch):
+                    is_bad = isinstance(row, str)
+                    yield row if is_bad else {k: v for k, v in row.items() if v is not None}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"annotation file {url} does not exist") from error
     except (ArrowException, UnicodeDecodeError) as error:
@@ -36,3 +40,16 @@ def parquet_rows(url: str) -> Iterator[dict[str, Any]]:
         if type(error) is not OSError or error.errno is not None:
             raise  # of the disk or the store
         raise ValueError(f"{url}: not Parquet: {error}") from error  # so pyarrow calls damage
+
+
+def _rows(batch: Any) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows: list[Any] = []
+        for number in range(batch.num_rows):
+            try:
+                rows += batch.slice(number, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                rows.append(f"{type(error).__name__}: {error}")
+        return rows

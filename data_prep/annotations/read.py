@@ -5,12 +5,14 @@ JSONL has one video or one caption a line; the other formats may have several ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
-from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format
+from tvr.data_prep.annotations.clip_lines import SourceRow
+from tvr.data_prep.annotations.rows import Draft, annotation_rows, file_format, refused_row
+from tvr.data_prep.annotations.same_key import decide_rows, merge_clips
 from tvr.data_prep.annotations.video_lookup import VideoFiles
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Clip, RefusedRow
+from tvr.data_prep.storage.storage import is_chained
 
 LOCAL_PROTOCOLS = {"file", "local"}
 
@@ -32,6 +34,8 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
     video's file name, for a cut NAME_START_END with milliseconds; the default of "video_id" is the
     key. Empty captions are kept; packing drops and counts them.
 
+    The file must be right as a whole: `tvr pack` leaves bad rows out, this function does not.
+
     Args:
         url: Path or fsspec URL of the annotation file.
         videos: Folder of relative video paths; default: the folder of the annotation file.
@@ -40,79 +44,82 @@ def read_annotations(url: str, *, videos: str | None = None) -> list[Clip]:
         FileNotFoundError: the annotation file, or the folder in which to look up names, does not
             exist.
         ImportError: the file is Parquet and pyarrow is not installed.
-        ValueError: the file is malformed (the message has file:line), has no clips, has a duplicate
-            key, or is remote and names a video on this machine.
+        ValueError: the file or a row of it is malformed (the message has file:line), it has no
+            clips, two rows give the same key to two clips, or the file is remote and names a video
+            on this machine.
     """
-    clips: dict[str, tuple[Clip, bool]] = {}
-    for clip, may_continue in annotated_clips(url, videos=videos):
-        if clip.key in clips:
-            first, is_open = clips[clip.key]
-            clip = merge_clips(first, clip, may_continue=may_continue and is_open)
-        clips[clip.key] = clip, may_continue
-    return [clip for clip, _ in clips.values()]
+    rows: list[SourceRow] = []
+    for row in annotated_clips(url, videos=videos):
+        if isinstance(row, RefusedRow):
+            raise ValueError(row.detail)
+        rows.append(row)
+    while not _rename(rows):
+        pass
+    clips: dict[str, Clip] = {}
+    for row in rows:
+        clip = row.clip
+        first = clips.get(clip.key)
+        clips[clip.key] = merge_clips(first, clip, may_continue=True) if first else clip
+    return list(clips.values())
 
 
-def annotated_clips(
-    url: str, *, videos: str | None = None, on_lookup: Callable[[], object] = lambda: None
-) -> Iterator[tuple[Clip, bool]]:
+def _rename(rows: list[SourceRow]) -> bool:
+    """Gives rows keys of their own; returns False if it did. Raises ValueError as decided."""
+    numbers: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        numbers.setdefault(row.clip.key, []).append(number)
+    refused: list[tuple[int, str]] = []
+    is_done = True
+    for same in numbers.values():
+        if len(same) == 1:
+            continue
+        owner = next((number for number in same if not rows[number].key_hash), same[0])
+        for decision in list(decide_rows(same, rows[owner], rows.__getitem__)):
+            if decision.refusal is not None:
+                refused.append((decision.row, decision.refusal.detail))
+            elif decision.kind == "renamed":
+                rows[decision.row] = rows[decision.row].renamed()
+                is_done = False
+    if refused:
+        raise ValueError(min(refused)[1])
+    return is_done
+
+
+def annotated_clips(url: str, *, videos: str | None = None) -> Iterator[SourceRow | RefusedRow]:
     """Yields the clips of an annotation file in file order, without holding them.
 
-    Rows that follow each other and belong to one clip are merged. Rows of one clip that lie apart
-    are yielded apart; `merge_clips` joins them.
+    Rows that follow each other and belong to one clip are merged. Rows of one key that lie apart
+    are yielded apart; `same_key` says what they are. A row that is no clip is yielded as that.
 
-    Args:
-        on_lookup: Called when names are looked up in the folder of videos.
-
-    Yields:
-        A clip, and whether it may continue one, or be continued: by rows of CSV and Parquet files,
-        and by those that name a video to look up.
-
-    Raises as `read_annotations`, except for keys that occur again.
+    Raises as `read_annotations` for a file that is wrong as a whole.
     """
     base = videos if videos is not None else _parent(url)
     merge, local = file_format(url) != "jsonl", is_local(url)
     files: VideoFiles | None = None
     current: Draft | None = None
+    is_empty = True
     for row in annotation_rows(url):
+        is_empty = False
+        if isinstance(row, RefusedRow):
+            yield row
+            continue
         if row.by_name and files is None:
             files = VideoFiles(base)
-            on_lookup()
-        if not local:
-            _check_remote(row, url)
+        if not local and (problem := _remote_problem(row, url)):
+            yield refused_row(row.origin, problem)
+            continue
         if current is not None and _continues(row, current, merge):
             current.captions.extend(row.captions)
             continue
         if current is not None:
-            yield _clip(current, base, files), merge or current.by_name
+            yield _source_row(current, base, files, merge)
         current = row
-    if current is None:
+    if is_empty:
         raise ValueError(
             f"{url}: empty annotation without clips; expected one JSON object or CSV row a clip"
         )
-    yield _clip(current, base, files), merge or current.by_name
-
-
-def merge_clips(first: Clip, clip: Clip, *, may_continue: bool) -> Clip:
-    """Returns the clip of two rows with the same key.
-
-    Args:
-        may_continue: Both rows may be one of several of a clip, see `annotated_clips`.
-
-    Raises:
-        ValueError: the rows are two clips, or disagree.
-    """
-    where, first_at = clip.origin or clip.video, first.origin or first.video
-    if not may_continue or (first.video, first.span) != (clip.video, clip.span):
-        raise ValueError(
-            f"{where}: duplicate key {clip.key!r}, first at {first_at}; give each clip"
-            ' its own "key" (the default is the video\'s file name)'
-        )
-    if first.video_id != clip.video_id:
-        raise ValueError(
-            f"{where}: video_id={clip.video_id!r} differs from {first.video_id!r} of the same"
-            f" video at {first_at}"
-        )
-    return replace(first, captions=(*first.captions, *clip.captions))
+    if current is not None:
+        yield _source_row(current, base, files, merge)
 
 
 def _continues(row: Draft, current: Draft, merge: bool) -> bool:
@@ -124,16 +131,19 @@ def _continues(row: Draft, current: Draft, merge: bool) -> bool:
     )
 
 
-def _clip(draft: Draft, base: str, files: VideoFiles | None) -> Clip:
+def _source_row(
+    draft: Draft, base: str, files: VideoFiles | None, merge: bool
+) -> SourceRow | RefusedRow:
+    video = draft.video
     if draft.by_name:
         assert files is not None
         try:
-            video = files.find(draft.video) or files.expected(draft.video)
+            video = files.find(video) or files.expected(video)
         except ValueError as error:
-            raise ValueError(f"{draft.origin}: {error}") from error
+            return refused_row(draft.origin, f"{draft.origin}: {error}")
     else:
-        video = _resolve(draft.video, base)
-    return Clip(
+        video = _resolve(video, base)
+    clip = Clip(
         key=draft.key,
         video=video,
         captions=tuple(draft.captions),
@@ -142,29 +152,37 @@ def _clip(draft: Draft, base: str, files: VideoFiles | None) -> Clip:
         start_s=draft.start_s,
         end_s=draft.end_s,
     )
+    return SourceRow(
+        clip=clip,
+        may_continue=merge or draft.by_name,
+        key_hash=draft.key_hash,
+        has_video_id=draft.has_video_id,
+        by_name=draft.by_name,
+    )
 
 
 def is_local(url: str) -> bool:
     """True if a path or URL, or a part of a chained URL, names a file of this machine."""
-    parts = [part.partition("://") for part in url.split("::")]
-    if len(parts) == 1 and not parts[0][1]:
+    if "://" not in url:
         return True
+    parts = url.split("::") if is_chained(url) else [url]
     return any(
         protocol in LOCAL_PROTOCOLS if separator else "/" in protocol
-        for protocol, separator, _ in parts
+        for protocol, separator, _ in (part.partition("://") for part in parts)
     )
 
 
-def _check_remote(draft: Draft, url: str) -> None:
+def _remote_problem(draft: Draft, url: str) -> str:
     """A file from elsewhere may not pack files of this machine that the user did not name."""
     video = draft.video
-    is_path = "://" not in video and "::" not in video
+    is_path = "://" not in video
     if ".." in video.split("/") or (video.startswith("/") if is_path else is_local(video)):
-        raise ValueError(
-            f"{draft.origin}: video={video!r} must be a URL, or a path without .. in the folder of"
-            f" videos, because the annotation file {url} is not on this machine; copy the"
-            " annotation file here to read such videos"
+        return (
+            f"{draft.origin}: video={video!r:.200} must be a URL, or a path without .. in the"
+            f" folder of videos, because the annotation file {url} is not on this machine; copy"
+            " the annotation file here to read such videos"
         )
+    return ""
 
 
 def _resolve(video: str, base: str) -> str:

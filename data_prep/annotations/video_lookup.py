@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import posixpath
 
-from fsspec.core import url_to_fs
-
 from tvr.data_prep.records import REFUSED_TEXT
+from tvr.data_prep.storage.storage import file_system
 
 # Tried in this order if an id has several files.
 SUFFIXES = (
@@ -21,7 +20,7 @@ class VideoFiles:
     def __init__(self, url: str) -> None:
         self.url = url
         self.listings: dict[str, dict[str, list[str]]] = {}
-        fs, root = url_to_fs(url)
+        fs, root = file_system(url)
         if not fs.isdir(root):
             raise FileNotFoundError(f"videos={url!r}: no such folder")
 
@@ -77,7 +76,7 @@ def _listing(url: str) -> dict[str, list[str]]:
 
 def _entries(url: str) -> tuple[list[str], list[str]]:
     """Returns the names of files and folders in a folder; empty if the folder does not exist."""
-    fs, root = url_to_fs(url)
+    fs, root = file_system(url)
     if not fs.isdir(root):
         return [], []
     files, folders = [], []

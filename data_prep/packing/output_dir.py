@@ -149,7 +149,8 @@ class OutputDir:
         """
         self.check_active()
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in bad)
-        self.files.write(BAD_NAME, lines.encode())
+        # A path may hold bytes that are no UTF-8; their escapes are valid JSON.
+        self.files.write(BAD_NAME, lines.encode("utf-8", "backslashreplace"))
         write_manifest(self.url, manifest, rows)
         named = {shard.name for shard in manifest.shards}
         replaced = [

@@ -22,13 +22,13 @@ from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.open_shard import OpenShard
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack_clip import RefusedClip
-from tvr.data_prep.packing.plan import PackPlan, PackSettings, PlanHeader
-from tvr.data_prep.packing.plan_build import OnPlan
+from tvr.data_prep.packing.plan import PackPlan, PackSettings
+from tvr.data_prep.packing.plan_build import OnPlan, check_packable
 from tvr.data_prep.packing.planning import claim_plan
 from tvr.data_prep.packing.shard_record import ShardRecord
 from tvr.data_prep.packing.words import WordTagger, tagger_name
 from tvr.data_prep.packing.worker_pool import PackedClip, pack_clips
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Clip, RefusedRow
 from tvr.data_prep.video.frame_sampling import FrameSpacing
 
 __all__ = ["AnnotationFile", "PackProgress", "pack_shards"]
@@ -56,7 +56,7 @@ class PackProgress:
 
 
 def pack_shards(
-    clips: Iterable[Clip] | AnnotationFile,
+    clips: Iterable[Clip | RefusedRow] | AnnotationFile,
     url: str,
     *,
     layout: Layout,
@@ -94,7 +94,7 @@ def pack_shards(
     shard publishes the data set.
 
     Args:
-        clips: Clips in memory, or an annotation file.
+        clips: Clips in memory and rows that are none, or an annotation file.
         url: Output folder, a path or fsspec URL.
         layout: "frames" stores `num_frames` JPEGs a clip. "video" stores the source MP4 after
             decoding it once, or with `reencode` an H.264 copy with a keyframe every
@@ -104,7 +104,7 @@ def pack_shards(
         samples_per_shard: Clips per shard; a shard with bad clips holds fewer samples.
         shard_bytes: A shard is split into files of at most this size.
         shuffle_seed: Seed of the order, in which cuts of one video stay together; None keeps it.
-        max_bad: Clips, over all tasks, that may be refused.
+        max_bad: Clips and rows of the annotations, over all tasks, that may be refused.
         words: Tag the words of captions, as `data.word_drop` and `data.content_words` need.
         overwrite: Replace a complete data set, or an unfinished packing with another plan.
         processes: Processes that pack; 0, and always in memory://: the caller, without limits.
@@ -120,10 +120,10 @@ def pack_shards(
         The manifest of the published data set; None if shards are left.
 
     Raises:
-        TooManyBadSamples: more than `max_bad` clips were refused. Nothing is published; complete
-            shards stay, so that a larger `max_bad` resumes.
+        TooManyBadSamples: more than `max_bad` clips and rows were refused. Nothing is published;
+            complete shards stay, so that a larger `max_bad` resumes.
         FileExistsError: `url` holds another complete data set and `overwrite` is false.
-        ValueError: a setting is out of range, a key is invalid or not unique, `url` holds an
+        ValueError: a setting is out of range, a given clip's key is invalid, `url` holds an
             unfinished packing with another plan, no clip is usable, or several tasks are to
             overwrite without a `packing_id`.
         ChildProcessError: packing processes end before they begin.
@@ -155,14 +155,16 @@ def pack_shards(
                     Path(folder),
                     is_shared=num_tasks > 1 or plan_only,
                     on_plan=on_plan,
-                    check=lambda built: _check_clips(built.header, url, processes),
+                    check=lambda built: check_packable(built.header, url, processes, built.refused),
+                    max_bad=max_bad,
                 ):
                     return read_manifest(url)
                 if plan_only:
                     return None
                 plan = output.open_plan(settings, Path(folder))
-                processes = _check_clips(plan.header, url, processes)
+                processes = check_packable(plan.header, url, processes)
                 packing = _PackTask(plan, output, budget, on_progress)
+                packing.count_refused_rows(is_reported=task == 0)
                 packing.pack_missing(plan.task_shards(task, num_tasks), processes, limits)
                 return packing.publish_if_complete()
         except BaseException:
@@ -177,19 +179,6 @@ def _check_task(processes: int, task: int, num_tasks: int) -> None:
         raise ValueError(f"task={task} must be from 0 to {num_tasks - 1}, num_tasks={num_tasks}")
     if processes < 0:
         raise ValueError(f"processes={processes} must be at least 0")
-
-
-def _check_clips(header: PlanHeader, url: str, processes: int) -> int:
-    """Returns the number of processes; 0 for clips in the memory of this one."""
-    if not header.num_clips:
-        raise ValueError(f"no usable clip to pack to {url}: no clip at all")
-    in_memory = url if "memory://" in url else header.in_memory
-    if in_memory and processes > 1:
-        raise ValueError(
-            f"processes={processes} must be 1 (--processes 1) with {in_memory}: processes do not"
-            " share memory:// files"
-        )
-    return 0 if in_memory else processes
 
 
 def _launch(
@@ -229,6 +218,15 @@ class _PackTask:
         self._num_done = self._num_clips = self._num_bytes = 0
         self._refused: Counter[str] = Counter()
         self._adjusted: Counter[str] = Counter()
+        self._bad_rows: list[RefusedClip] = []
+
+    def count_refused_rows(self, *, is_reported: bool) -> None:
+        """Charges the plan's refused rows to the budget; one task reports them in its progress."""
+        for row in self._plan.refused_rows():
+            entry = RefusedClip(key=row.origin, reason="bad_row", detail=row.detail)
+            self._bad_rows.append(entry)
+            self._budget.record_bad(entry.key, entry.reason, entry.detail)
+            self._refused[entry.reason] += is_reported
 
     def pack_missing(self, shards: range, processes: int, limits: ProcessLimits | None) -> None:
         """Packs the incomplete ones of `shards`."""
@@ -266,7 +264,7 @@ class _PackTask:
         records = [whole[number] for number in sorted(whole)]
         for number, record in sorted(whole.items()):
             self._count_bad(number, record)
-        bad = [entry for record in records for entry in record.bad]
+        bad = self._bad_rows + [entry for record in records for entry in record.bad]
         manifest = self._manifest(records, bad)
         rows = self._output.records.rows(names[number] for number in sorted(whole))
         self._output.publish(manifest, bad, rows)

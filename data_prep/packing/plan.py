@@ -7,7 +7,8 @@ shard, with the same bytes.
 
 A plan has two files, which `plan_build` writes once and all tasks read:
 
-- the rows, one clip a line of JSON, in the order of the shards;
+- the rows, one clip a line of JSON, in the order of the shards, and then the rows of the
+  annotations that were refused;
 - the index: where each shard begins in the rows, and in how many clips each word occurs.
 
 A task reads the index and the lines of its own shards.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,16 +27,15 @@ from typing import Any, get_args
 
 import numpy as np
 
+from tvr.data_prep.annotations.clip_lines import decode_clip
 from tvr.data_prep.dataset.manifest import FORMAT_VERSION, Layout
 from tvr.data_prep.packing.word_counts import WordCounts
-from tvr.data_prep.records import Clip, ShardCorrupt
+from tvr.data_prep.records import Clip, RefusedRow, ShardCorrupt
 from tvr.data_prep.video.frame_sampling import FrameSpacing, check_spacing
 
 # Packages whose versions determine the stored pictures, videos and words.
 WRITER_PACKAGES = ("av", "pillow", "HanTa")
 MAX_SHARD_BYTES = 1 << 40
-
-_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,11 @@ class PlanHeader:
     index_sha256: str
     in_memory: str
     """A clip's URL in the memory of one process; empty if there is none."""
+    num_refused: int = 0
+    """Rows of the annotations that are no clips."""
+    refused_bytes: int = 0
+    """Size of their lines, at the end of the rows."""
+    refused_crc32: int = 0
 
     @property
     def rows_name(self) -> str:
@@ -167,13 +172,26 @@ class PackPlan:
             ShardCorrupt: the rows are damaged.
         """
         start, end = int(self._offsets[number]), int(self._offsets[number + 1])
+        content = self._read_checked(start, end, int(self._crc32s[number]))
+        return [decode_clip(line) for line in content.splitlines()]
+
+    def refused_rows(self) -> list[RefusedRow]:
+        """Reads the rows of the annotations that are no clips, in file order. Raises as above."""
+        header, start = self.header, int(self._offsets[-1])
+        if not header.num_refused:
+            return []
+        content = self._read_checked(start, start + header.refused_bytes, header.refused_crc32)
+        rows = map(json.loads, content.splitlines())
+        return [RefusedRow(origin=origin, detail=detail) for origin, detail in rows]
+
+    def _read_checked(self, start: int, end: int, crc32: int) -> bytes:
         content = self._read_rows(start, end)
-        if zlib.crc32(content) != int(self._crc32s[number]):
+        if zlib.crc32(content) != crc32:
             raise ShardCorrupt(
                 f"{self.header.rows_name}: bytes {start} to {end} are damaged; remove the folder"
                 " .packing of the output and repeat the command"
             )
-        return [decode_clip(line) for line in content.splitlines()]
+        return content
 
     def word_counts(self) -> WordCounts:
         """Returns in how many clips of the data set each word occurs."""
@@ -203,34 +221,10 @@ def record_fingerprint(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def encode_clip(clip: Clip) -> bytes:
-    """Returns the line of a clip: the fields that determine a sample, or its line in bad.jsonl."""
-    fields = (
-        *(clip.key, clip.video, clip.captions, clip.video_id, clip.origin),
-        *(clip.start_s, clip.end_s),
-    )
-    # A path may hold bytes that are no UTF-8, which Python keeps as surrogates.
-    return _JSON.encode(fields).encode("utf-8", "surrogatepass") + b"\n"
-
-
-def decode_captions(line: bytes) -> list[str]:
-    """Returns the captions of a line from `encode_clip`."""
-    return json.loads(line.decode("utf-8", "surrogatepass"))[2]
-
-
-def decode_clip(line: bytes) -> Clip:
-    """Returns the clip of a line from `encode_clip`."""
-    fields = json.loads(line.decode("utf-8", "surrogatepass"))
-    key, video, captions, video_id, origin, start_s, end_s = fields
-    return Clip(
-        key=key,
-        video=video,
-        captions=tuple(captions),
-        video_id=video_id,
-        origin=origin,
-        start_s=start_s,
-        end_s=end_s,
-    )
+def encode_refused(rows: Iterable[RefusedRow]) -> bytes:
+    """Returns the lines of refused rows, which follow those of the clips."""
+    lines = (json.dumps([row.origin, row.detail]) + "\n" for row in rows)
+    return "".join(lines).encode()
 
 
 def is_plan_of(stored: dict[str, Any], source: dict[str, Any], settings: PackSettings) -> bool:

@@ -1,7 +1,7 @@
 """Makes the plan of a packing from a stream of clips, in memory of a few numbers a clip.
 
-1. Each row is checked and appended to a file; its key, its video and its place become numbers.
-2. Rows of the same key are found by sorting these numbers.
+1. Each row is checked and appended to a file, see `row_spool`. A row that is no clip is noted.
+2. Rows of the same key are compared, see `same_key`.
 3. The clips are ordered: by a seeded hash of their video, so that the cuts of one video are
    neighbours and the videos lie in random order; or as they came.
 4. The rows are written in that order, and words are counted, shard after shard.
@@ -10,38 +10,37 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import struct
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_rule
+from tvr.data_prep.annotations.clip_lines import decode_captions, encode_clip
 from tvr.data_prep.annotations.clip_source import ClipSource
-from tvr.data_prep.annotations.read import merge_clips
+from tvr.data_prep.annotations.row_spool import REPORT_EVERY, RepeatedKeys, RowSpool, RowWriter
+from tvr.data_prep.annotations.same_key import merge_clips
+from tvr.data_prep.budget import BadRows
 from tvr.data_prep.packing.plan import (
     PackSettings,
     PlanHeader,
-    decode_captions,
-    decode_clip,
-    encode_clip,
+    encode_refused,
     plan_record,
     record_fingerprint,
 )
 from tvr.data_prep.packing.word_counts import WordCounter
 from tvr.data_prep.packing.words import word_forms
-from tvr.data_prep.records import VIDEO_ID_RULE, Clip, is_video_id
+from tvr.data_prep.records import VIDEO_ID_RULE, Clip, RefusedRow, is_video_id
 from tvr.data_prep.video.frame_sampling import check_span
 
-# Of a row: two words of the key's hash, two words of the video's seeded hash, place in the file of
-# rows, and whether the row may continue an earlier one of the same key.
-NUMBERS_PER_ROW = 6
-REPORT_EVERY = 10_000
 MIB = 1 << 20
+# Rows of the same key that are refused beyond the limit, for the first ones of the file among them.
+MAX_LISTED = 10_000
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 OnPlan = Callable[[str, int], object]
 """Receives what planning does ("read", "compared", "ordered") and with how many clips."""
@@ -54,6 +53,8 @@ class BuiltPlan:
     header: PlanHeader
     rows: Path
     index: Path
+    refused: tuple[RefusedRow, ...] = ()
+    """Rows of the annotations that are no clips, in file order."""
 
 
 def build_plan(
@@ -61,24 +62,33 @@ def build_plan(
     settings: PackSettings,
     folder: Path,
     on_plan: OnPlan = lambda step, done: None,
+    *,
+    max_bad: int = 0,
 ) -> BuiltPlan:
     """Checks and orders the clips of a source, and writes the plan's files into `folder`.
 
     Args:
         on_plan: Called every REPORT_EVERY clips; an exception of it ends planning.
+        max_bad: Rows that may be no clips.
 
     Raises:
-        ValueError: a key is invalid or not unique, a video_id is invalid, the layout cannot store
-            a cut, or the source is malformed.
+        TooManyBadSamples: more than `max_bad` rows are no clips.
+        ValueError: a given clip's key or video_id is invalid, the layout cannot store a cut, or the
+            source is malformed as a whole.
     """
     rows_path, index_path = folder / "rows.jsonl", folder / "index.bin"
+    bad = BadRows(max_bad)
     with open(folder / "unordered", "w+b") as rows, open(folder / "numbers", "w+b") as numbers:
-        in_memory = _spool(source, settings, rows, numbers, on_plan)
-        spool = _Spool(rows, numbers)
-        order, first_rows = _order(spool, settings, on_plan)
+        writer = RowWriter(rows, numbers, settings.shuffle_seed or 0)
+        in_memory = _spool(source, settings, writer, bad, on_plan)
+        spool = RowSpool(rows, numbers)
+        order, first_rows = _order(spool, settings, bad, on_plan)
         num_shards = len(first_rows) - 1
         with open(rows_path, "wb", buffering=MIB) as out:
             written = _write_rows(spool, order, first_rows, settings, out, on_plan)
+            refused = encode_refused(bad.rows())
+            out.write(refused)
+            written.digest.update(refused)
     for name in ("unordered", "numbers"):
         (folder / name).unlink()
     counts = written.words.finish()
@@ -86,7 +96,7 @@ def build_plan(
         [first_rows.astype(np.uint64), written.offsets, written.crc32s, counts.table.ravel()]
     ).tobytes()
     index_path.write_bytes(index)
-    record = plan_record(settings, len(order), written.sha256)
+    record = plan_record(settings, len(order), written.digest.hexdigest())
     header = PlanHeader(
         fingerprint=record_fingerprint(record),
         record=record,
@@ -95,32 +105,63 @@ def build_plan(
         num_words=counts.table.shape[1],
         index_sha256=hashlib.sha256(index).hexdigest(),
         in_memory=in_memory,
+        num_refused=len(bad.rows()),
+        refused_bytes=len(refused),
+        refused_crc32=zlib.crc32(refused),
     )
-    return BuiltPlan(header=header, rows=rows_path, index=index_path)
+    return BuiltPlan(header=header, rows=rows_path, index=index_path, refused=bad.rows())
+
+
+def check_packable(
+    header: PlanHeader, url: str, processes: int, refused: Sequence[RefusedRow] = ()
+) -> int:
+    """Returns the number of processes; 0 for clips in the memory of this one.
+
+    Raises ValueError if a plan has no clip, or processes would have to share a memory.
+    """
+    if not header.num_clips:
+        found = f"no clip but {len(refused)} bad rows: {refused[0].detail}" if refused else ""
+        raise ValueError(f"no usable clip to pack to {url}: {found or 'no clip at all'}")
+    in_memory = url if "memory://" in url else header.in_memory
+    if in_memory and processes > 1:
+        raise ValueError(
+            f"processes={processes} must be 1 (--processes 1) with {in_memory}: processes do not"
+            " share memory:// files"
+        )
+    return 0 if in_memory else processes
 
 
 def _spool(
-    source: ClipSource, settings: PackSettings, rows: BinaryIO, numbers: BinaryIO, on_plan: OnPlan
+    source: ClipSource, settings: PackSettings, writer: RowWriter, bad: BadRows, on_plan: OnPlan
 ) -> str:
     """Writes the rows and their numbers; returns a URL in memory, if a clip has one."""
-    in_memory, place = "", 0
-    seed = (settings.shuffle_seed or 0).to_bytes(8, "little")
-    for count, (clip, may_continue) in enumerate(source.rows(), start=1):
-        _check(clip, settings)
-        line = encode_clip(clip)
-        key = hashlib.blake2b(clip.key.encode(), digest_size=16).digest()
-        name = clip.video.encode("utf-8", "surrogatepass")
-        video = hashlib.blake2b(name, digest_size=16, key=seed).digest()
-        numbers.write(key + video + struct.pack("<QQ", place, may_continue))
-        rows.write(line)
-        place += len(line)
-        if not in_memory and "memory://" in clip.video:
-            in_memory = clip.video
+    in_memory, place, count = "", 0, 0
+    for count, row in enumerate(source.rows(), start=1):
+        refusal = row if isinstance(row, RefusedRow) else _refusal(row.clip)
+        if isinstance(row, RefusedRow) or refusal is not None:
+            assert refusal is not None
+            bad.add(place, refusal)
+        else:
+            _check(row.clip, settings)
+            writer.append(row)
+            place += 1
+            if not in_memory and "memory://" in row.clip.video:
+                in_memory = row.clip.video
+        bad.check(count)
         if count % REPORT_EVERY == 0:
             on_plan("read", count)
-    rows.flush()
-    numbers.flush()
+    bad.check(count, is_end=True)
     return in_memory
+
+
+def _refusal(clip: Clip) -> RefusedRow | None:
+    """Refuses a clip with a caption that no file can store; rows were checked when read."""
+    for caption in clip.captions:
+        if not caption.isascii() and HALF_PAIR.search(caption):
+            where = clip.origin or clip.video
+            detail = f"{where}: a caption of clip {clip.key!r} has half of a UTF-16 pair"
+            return RefusedRow(origin=where, detail=detail)
+    return None
 
 
 def _check(clip: Clip, settings: PackSettings) -> None:
@@ -137,101 +178,21 @@ def _check(clip: Clip, settings: PackSettings) -> None:
         )
 
 
-class _Spool:
-    """The rows as they came, read by their number."""
-
-    def __init__(self, rows: BinaryIO, numbers: BinaryIO) -> None:
-        self._file = rows.fileno()
-        size = os.fstat(numbers.fileno()).st_size
-        self._numbers = (
-            np.memmap(numbers, np.uint64, "r").reshape(-1, NUMBERS_PER_ROW)  # type: ignore[call-overload]
-            if size
-            else np.empty((0, NUMBERS_PER_ROW), dtype=np.uint64)
-        )
-        end = np.array([os.fstat(self._file).st_size], dtype=np.uint64)
-        self._places = np.concatenate([self._numbers[:, 4], end])
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def sort_by_key(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `_sorted` of the keys' hashes."""
-        return _sorted(self._numbers[:, 0], self._numbers[:, 1])
-
-    def sort_by_video(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `_sorted` of the videos' seeded hashes."""
-        return _sorted(self._numbers[:, 2], self._numbers[:, 3])
-
-    def may_continue(self, row: int) -> bool:
-        return bool(self._numbers[row, 5])
-
-    def line(self, row: int) -> bytes:
-        start = int(self._places[row])
-        return os.pread(self._file, int(self._places[row + 1]) - start, start)
-
-    def clip(self, row: int) -> Clip:
-        return decode_clip(self.line(row))
-
-
-def _sorted(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts rows by two words, equal ones in file order.
-
-    Returns:
-        The rows in order, and for each of them whether its words differ from those before.
-    """
-    order = np.lexsort((low, high))
-    is_new = np.ones(len(order), dtype=bool)
-    for word in (high, low):
-        values = word[order]
-        differs = values[1:] != values[:-1]
-        is_new[1:] = differs if word is high else is_new[1:] | differs
-    return order, is_new
-
-
-class _Repeats:
-    """Rows that continue the clip of an earlier row."""
-
-    def __init__(self, spool: _Spool, on_plan: OnPlan) -> None:
-        order, is_new = spool.sort_by_key()
-        repeats = np.flatnonzero(~is_new)
-        rows = order[repeats]
-        if len(rows):
-            news = np.flatnonzero(is_new)
-            firsts = order[news[np.searchsorted(news, repeats) - 1]]
-            by_first = np.lexsort((rows, firsts))
-            rows, firsts = rows[by_first], firsts[by_first]
-        else:
-            firsts = rows
-        self.rows, self._firsts = rows, firsts
-        self._check(spool, on_plan)
-
-    def of(self, first: int) -> np.ndarray:
-        """Returns the rows that continue the clip of row `first`, in file order."""
-        low, high = np.searchsorted(self._firsts, [first, first + 1])
-        return self.rows[low:high]
-
-    def _check(self, spool: _Spool, on_plan: OnPlan) -> None:
-        """Raises ValueError for the first row in the file that is no part of the earlier clip."""
-        for count, place in enumerate(np.argsort(self.rows).tolist(), 1):
-            if count % REPORT_EVERY == 0:
-                on_plan("compared", count)  # tasks that wait must see that this one lives
-            first, row = int(self._firsts[place]), int(self.rows[place])
-            may_continue = spool.may_continue(first) and spool.may_continue(row)
-            merge_clips(spool.clip(first), spool.clip(row), may_continue=may_continue)
-
-
-def _order(spool: _Spool, settings: PackSettings, on_plan: OnPlan) -> tuple[_Order, np.ndarray]:
+def _order(
+    spool: RowSpool, settings: PackSettings, bad: BadRows, on_plan: OnPlan
+) -> tuple[_Order, np.ndarray]:
     """Returns the rows of the clips in the data set's order, and the first clip of each shard."""
-    repeats = _Repeats(spool, on_plan)
-    is_clip = np.ones(len(spool), dtype=bool)
-    is_clip[repeats.rows] = False
+    limit = bad.max_bad + MAX_LISTED
+    repeats = RepeatedKeys(spool, bad.add, limit, lambda count: on_plan("compared", count))
+    bad.check(len(spool), is_end=True)
+    is_clip = repeats.is_clip
     limit = settings.samples_per_shard
     if settings.shuffle_seed is None:
         rows = np.flatnonzero(is_clip)
         first_rows = np.append(np.arange(0, len(rows), limit), len(rows))
         return _Order(rows, repeats), first_rows
     rows, is_new = spool.sort_by_video()
-    if len(repeats.rows):
+    if not is_clip.all():
         number = np.cumsum(is_new)[is_clip[rows]]
         rows = rows[is_clip[rows]]
         is_new = np.concatenate([[True], number[1:] != number[:-1]])[: len(rows)]
@@ -258,12 +219,12 @@ class _Order:
     """Rows of the clips in the data set's order."""
 
     rows: np.ndarray
-    repeats: _Repeats
+    repeats: RepeatedKeys
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def lines(self, spool: _Spool, start: int, end: int) -> Iterator[bytes]:
+    def lines(self, spool: RowSpool, start: int, end: int) -> Iterator[bytes]:
         """Yields the lines of the clips [start, end)."""
         for row in self.rows[start:end].tolist():
             if not len(self.repeats.rows):
@@ -284,11 +245,12 @@ class _Written:
     crc32s: np.ndarray
     """(S,)"""
     words: WordCounter
-    sha256: str
+    digest: Any
+    """sha256 of the rows so far."""
 
 
 def _write_rows(
-    spool: _Spool,
+    spool: RowSpool,
     order: _Order,
     first_rows: np.ndarray,
     settings: PackSettings,
@@ -314,5 +276,5 @@ def _write_rows(
         offsets=np.array(offsets, dtype=np.uint64),
         crc32s=np.array(crc32s, dtype=np.uint64),
         words=words,
-        sha256=digest.hexdigest(),
+        digest=digest,
     )

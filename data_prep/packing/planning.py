@@ -120,6 +120,7 @@ def claim_plan(
     is_shared: bool,
     on_plan: OnPlan,
     check: Callable[[BuiltPlan], None],
+    max_bad: int,
 ) -> bool:
     """Makes `output` join or start the packing of a source.
 
@@ -128,6 +129,7 @@ def claim_plan(
         is_shared: Other tasks may need the same plan at this moment: one makes it, others wait.
         on_plan: Receives the progress of planning and waiting.
         check: Called with a new plan before the output is touched.
+        max_bad: Rows of the source that may be no clips.
 
     Returns:
         True if the data set is already complete.
@@ -153,7 +155,7 @@ def claim_plan(
         if lease is not None and lease.wait(is_planned, on_plan):
             break
         try:
-            built = build_plan(source, settings, folder, report)
+            built = build_plan(source, settings, folder, report, max_bad=max_bad)
             check(built)
             # Equal names mean equal clips only if the file did not change while it was read.
             state = output.claim(built, identity if source.identity() == identity else None)

@@ -10,7 +10,8 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from fsspec.core import url_to_fs
+import fsspec
+from fsspec.core import OpenFile, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -22,7 +23,15 @@ from tvr.data_prep.storage.storage_errors import (
     translate_error,
 )
 
-__all__ = ["Storage", "StorageDenied", "StorageUnavailable", "partial_name", "write_file"]
+__all__ = [
+    "Storage",
+    "StorageDenied",
+    "StorageUnavailable",
+    "file_system",
+    "open_file",
+    "partial_name",
+    "write_file",
+]
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -40,7 +49,7 @@ class Storage:
         self._url = url
         self._pid = os.getpid()
         self._fs: Any
-        self._fs, self._root = url_to_fs(url)
+        self._fs, self._root = file_system(url)
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self.is_in_memory = isinstance(self._fs, MemoryFileSystem)
         self._retries = retries or Retries()
@@ -115,8 +124,35 @@ class Storage:
     def _file_system(self) -> Any:
         if self._pid != os.getpid():
             # Connections and event loops do not survive a fork; fsspec creates a new instance.
-            self._fs, self._pid = url_to_fs(self._url)[0], os.getpid()
+            self._fs, self._pid = file_system(self._url)[0], os.getpid()
         return self._fs
+
+
+def is_chained(url: str) -> bool:
+    """True for a chain of file systems, such as simplecache::s3://bucket/a.mp4.
+
+    A name may contain "::" as well: in a chain, an address follows each of them.
+    """
+    return "::" in url and all("://" in part for part in url.split("::")[1:])
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Returns the file system of a path or URL, and the path in it.
+
+    A path without an address is a path of this machine, whatever characters it has.
+    """
+    if "::" not in url or is_chained(url):
+        return url_to_fs(url)
+    protocol = url.split("://", 1)[0] if "://" in url else "file"
+    cls: Any = fsspec.get_filesystem_class(protocol)
+    options = cls._get_kwargs_from_urls(url)
+    return fsspec.filesystem(protocol, **options), cls._strip_protocol(url)
+
+
+def open_file(url: str, mode: str = "rb", **options: Any) -> OpenFile:
+    """Returns a file to open with `with`, as `fsspec.open` does, of a path or URL."""
+    fs, path = file_system(url)
+    return OpenFile(fs, path, mode, **options)
 
 
 def partial_name(path: str) -> str:

@@ -11,13 +11,13 @@ import pytest
 from builders.clip_files import numbered_video, read_number
 
 from tvr.data_prep import cli
-from tvr.data_prep.annotations import json_items
 from tvr.data_prep.annotations.benchmarks import Dataset, Selection, read_benchmark
 from tvr.data_prep.annotations.clip_source import AnnotationFile
-from tvr.data_prep.annotations.read import read_annotations
+from tvr.data_prep.annotations.read import annotated_clips, read_annotations
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.file_formats import json_items
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Clip, RefusedRow
 
 
 def select(folder: Path, dataset: Dataset, split: str) -> Selection:
@@ -69,7 +69,7 @@ def test_vatex(tmp_path: Path) -> None:
         "[4]: videoID=None must be text",
     ]
     assert selection.summary()[0] == "vatex train: 3 clips, published 25,991 (-25,988)"
-    assert selection.summary()[1].startswith("rows that are no clip: 2 (")
+    assert selection.summary()[-1].startswith("bad rows: 2 (")
 
 
 def test_the_halves_of_vatex_follow_their_lists(tmp_path: Path) -> None:
@@ -391,3 +391,36 @@ def test_a_row_without_end_is_refused_in_bounded_memory(
     row = json.dumps({"video": "a.mp4", "caption": "x" * 10_000})
     with pytest.raises(ValueError, match=r"a\.json:2: .*no value of at most 1,000 characters"):
         read(tmp_path, "a.json", f"[\n{row}\n]")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        (
+            "a.json",
+            b'[{"video": "a.mp4", "caption": "one"},\n{"video": "b.mp4", "video": "c.mp4",'
+            b' "caption": "x"},\n7,\n{"video": "d.mp4", "caption": "\xff"},\n'
+            b'{"video": "z.mp4", "caption": "last"}]',
+            ("2", "3", "4"),
+        ),
+        (
+            "a.tsv",
+            b"video\tcaption\na.mp4\tone\nb.mp4\nc.mp4\t\xff\nd.mp4\t['x' 'y']\nz.mp4\tlast\n",
+            ("3", "4", "5"),
+        ),
+        (
+            "a.csv",
+            "video;caption\na.mp4;one\nb.mp4;x;y\nz.mp4;last\n".encode("utf-16"),
+            ("3",),
+        ),
+    ],
+    ids=["json", "tsv", "utf-16"],
+)
+def test_a_bad_row_spoils_no_other(
+    tmp_path: Path, name: str, content: bytes, lines: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    rows = list(annotated_clips(str(tmp_path / name)))
+    good = [row.clip.key for row in rows if not isinstance(row, RefusedRow)]
+    refused = [row.origin.rpartition(":")[2] for row in rows if isinstance(row, RefusedRow)]
+    assert (good, tuple(refused)) == (["a", "z"], lines)

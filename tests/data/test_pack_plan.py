@@ -32,7 +32,7 @@ from tvr.data_prep.packing.plan_build import build_plan
 from tvr.data_prep.packing.planning import PlanLease, PlannedElsewhere
 from tvr.data_prep.packing.word_counts import WordCounter
 from tvr.data_prep.packing.words import WordTagger
-from tvr.data_prep.records import Clip
+from tvr.data_prep.records import Clip, TooManyBadSamples
 
 FRAMES: dict[str, Any] = {"layout": "frames", "num_frames": 2, "samples_per_shard": 2}
 
@@ -147,16 +147,18 @@ def test_the_first_conflict_in_the_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"video": f"v{n}.mp4", "caption": "x", "key": f"k{n % 6}"} for n in range(9)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=r"a\.jsonl:7: duplicate key 'k0', first at .*jsonl:1;"):
+    with pytest.raises(
+        TooManyBadSamples, match=r"first: \S+:7: duplicate key 'k0', first at .*:1;"
+    ):
         planned(AnnotationFile(str(path)), tmp_path / "plan")
     # A row with a path and one with a name to look up are two clips.
     write_clips(tmp_path, 1)
     path.write_text('{"video": "c00.mp4", "caption": "x"}\n{"clip_name": "c00", "caption": "y"}')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: duplicate key 'c00'"):
+    with pytest.raises(TooManyBadSamples, match=r"a\.jsonl:2: duplicate key 'c00'"):
         planned(AnnotationFile(str(path)), tmp_path / "plan")
     csv = tmp_path / "a.csv"
     csv.write_text("video,caption,video_id\nv.mp4,x,a\nw.mp4,x,b\nv.mp4,y,c\n")
-    with pytest.raises(ValueError, match=r"a\.csv:4: video_id='c' differs from 'a' of the same"):
+    with pytest.raises(TooManyBadSamples, match=r"a\.csv:4: video_id='c' differs from 'a' of the"):
         planned(AnnotationFile(str(csv)), tmp_path / "plan")
 
 

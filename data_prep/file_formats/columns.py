@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tvr.data_prep.annotations.caption_fields import (
+from tvr.data_prep.file_formats.caption_fields import (
     CAPTION_FIELDS,
     NUMBERED,
     cell_value,
@@ -94,14 +94,16 @@ class TableColumns:
         self._captions = [at for at, name in enumerate(names) if name in CAPTION_FIELDS]
         self._captions += [at for _, at in sorted(numbered)]
 
-    def row(self, fields: Sequence[str]) -> dict[str, Any] | None:
-        """Returns the fields of a row by name, its captions as a list; None for an empty row.
+    def is_empty(self, fields: Sequence[str]) -> bool:
+        """True for a row without any text."""
+        return len(fields) > 1 and not any(field.strip() for field in fields)
+
+    def row(self, fields: Sequence[str]) -> dict[str, Any]:
+        """Returns the fields of a row by name, its captions as a list.
 
         Raises:
             ValueError: the row has another number of fields, or a caption is no text.
         """
-        if len(fields) > 1 and not any(field.strip() for field in fields):
-            return None
         if len(fields) != self._num_fields or any(fields[len(self.names) :]):
             raise ValueError(f"expected {len(self.names)} fields ({', '.join(self.names)})")
         row: dict[str, Any] = {name: fields[at] for at, name in self._others if fields[at]}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO, cast
 
-import fsspec
+from tvr.data_prep.storage.storage import open_file
 
 # Byte-order marks, longer ones first. Without one, a text is UTF-8.
 MARKS = (
@@ -22,8 +22,8 @@ MARKS = (
 
 def text_encoding(url: str) -> str:
     """Returns the encoding that the first bytes of a file tell."""
-    with fsspec.open(url, "rb", compression="infer") as file:
-        start = file.read(4)  # type: ignore[union-attr]
+    with open_file(url, compression="infer") as file:
+        start = file.read(4)
     return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8-sig")
 
 
@@ -31,18 +31,21 @@ def text_encoding(url: str) -> str:
 def open_text(url: str) -> Iterator[TextIO]:
     """Opens a text file, compressed or not; its ends of lines are kept.
 
+    Bytes that are not UTF-8 become surrogates: they spoil a row and not the file.
+
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the text has bytes that its encoding does not allow, or its gzip file is
-            damaged.
+        ValueError: the file is compressed and damaged, or is damaged UTF-16 or UTF-32.
     """
     try:
-        options = {"encoding": text_encoding(url), "newline": ""}
-        with fsspec.open(url, "rt", compression="infer", **options) as file:
+        encoding = text_encoding(url)
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
+        options = {"encoding": encoding, "errors": errors, "newline": ""}
+        with open_file(url, "rt", compression="infer", **options) as file:
             yield cast(TextIO, file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"annotation file {url} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: not UTF-8 text: {error}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{url}: a damaged or truncated gzip file: {error}") from error
+        raise ValueError(f"{url}: the compressed file is damaged or cut off: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url}: not {encoding} text: {error}") from error

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TextIO
 
-from tvr.data_prep.annotations.text_encoding import open_text
+from tvr.data_prep.file_formats.text_encoding import open_text
 
 LIST_FIELDS = ("annotations", "data", "clips", "videos", "samples")
 # Characters read at a time, and the most that one row may have.
@@ -24,7 +24,17 @@ MAX_ROW = 1 << 24
 # Fields that may precede the list of rows. An object with more has the videos as fields.
 MAX_OTHER_FIELDS = 64
 
-_DECODER = json.JSONDecoder()
+
+class RepeatedFields(dict[str, Any]):
+    """An object of which a field occurs twice."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    return fields if len(fields) == len(pairs) else RepeatedFields(fields)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_fields)
 
 
 class JsonItem(NamedTuple):
