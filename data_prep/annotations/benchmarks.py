@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fsspec.core import url_to_fs
-
 from tvr.data_prep.annotations.benchmark_clips import WHOLE, PublishedClip
 from tvr.data_prep.annotations.benchmark_files import (
+    Refusals,
     activitynet_captions,
     didemo_captions,
     jsfusion_captions,
@@ -24,11 +23,12 @@ from tvr.data_prep.annotations.benchmark_files import (
     read_ids,
 )
 from tvr.data_prep.annotations.benchmark_splits import CLIP_BENCHMARKS, ClipSplit
-from tvr.data_prep.annotations.clip_keys import KEY_PATTERN, key_of, key_rule
+from tvr.data_prep.annotations.clip_keys import hashed_key, key_of, name_hash
 from tvr.data_prep.annotations.rows import refused_row
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.dataset.manifest import join_url
 from tvr.data_prep.records import Clip, RefusedRow
+from tvr.data_prep.storage.storage import file_system
 
 Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet", "vatex", "lsmdc", "youcook2", "webvid"]
 MAX_LISTED_IDS = 10
@@ -44,8 +44,8 @@ class BenchmarkSplit:
     """Alternative files of video ids; the first one that exists is read."""
     captions: str
     """File of captions; it may also hold other splits."""
-    read: Callable[[str], dict[str, list[str]]]
-    """Reads `captions` from a URL and returns the captions by video id."""
+    read: Callable[[str, Refusals], dict[str, list[str]]]
+    """Reads `captions` from a URL and returns the captions by video id; notes refused rows."""
     file_prefix: str = ""
     """Prefix of the ids that some collections omit from the file names."""
 
@@ -96,15 +96,16 @@ def read_benchmark(
 
     Raises:
         FileNotFoundError: a folder or an annotation file does not exist.
-        ValueError: the dataset or split is unknown, a file is malformed, or two ids have the
-            same key.
+        ValueError: the dataset or split is unknown, or a file is malformed as a whole.
     """
     source = _split(dataset, split)
     if isinstance(source, ClipSplit):
         return _read_clips(source, f"{dataset} {split}", annotations, videos)
     list_url = _first_existing(annotations, source.lists)
     captions_url = _first_existing(annotations, (source.captions,))
-    origins, captions = read_ids(list_url), source.read(captions_url)
+    refusals = Refusals()
+    origins = read_ids(list_url, refusals)
+    captions = source.read(captions_url, refusals)
     files = VideoFiles(videos)
     clips: dict[str, Clip] = {}
     without_file = []
@@ -112,14 +113,13 @@ def read_benchmark(
         if video_id not in captions:
             continue
         key = key_of(video_id)
-        if not KEY_PATTERN.fullmatch(key):
-            raise ValueError(f"{origin}: video {video_id!r}: {key_rule(key)}")
         if key in clips:
-            raise ValueError(
-                f"{origin}: video {video_id!r} and {clips[key].video_id!r} of {clips[key].origin}"
-                f" have the same key {key!r}"
-            )
-        file = files.find(video_id) or files.find(video_id.removeprefix(source.file_prefix))
+            key = hashed_key(key, name_hash(video_id))
+        try:
+            file = files.find(video_id) or files.find(video_id.removeprefix(source.file_prefix))
+        except ValueError as error:
+            refusals.note(origin, f"{origin}: {error}")
+            continue
         if file is None:
             without_file.append(video_id)
         clips[key] = Clip(
@@ -136,13 +136,16 @@ def read_benchmark(
         without_file=tuple(without_file),
         without_captions=tuple(name for name in origins if name not in captions),
         not_listed=tuple(name for name in captions if name not in origins),
+        refused=refusals.of(origins),
     )
 
 
 def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> Selection:
     """Reads a file of clips, and looks up their videos."""
     url, files = _first_existing(annotations, (source.file,)), VideoFiles(videos)
-    listed = read_ids(_first_existing(annotations, source.lists)) if source.lists else None
+    refusals, listed = Refusals(), None
+    if source.lists:
+        listed = read_ids(_first_existing(annotations, source.lists), refusals)
     clips: dict[str, Clip] = {}
     refused, without_file, not_listed = [], [], []
     for row in source.read(url):
@@ -171,7 +174,7 @@ def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> 
         without_file=tuple(without_file),
         without_captions=tuple(name for name in listed or () if name not in clips),
         not_listed=tuple(not_listed),
-        refused=tuple(refused),
+        refused=(*refusals.of(listed or ()), *refused),
         unit="clips",
     )
 
@@ -208,7 +211,7 @@ def _split(dataset: Dataset, split: str | None) -> BenchmarkSplit | ClipSplit:
 
 
 def _first_existing(folder: str, names: tuple[str, ...]) -> str:
-    fs, root = url_to_fs(folder)
+    fs, root = file_system(folder)
     for name in names:
         if fs.exists(join_url(root, name)):
             return join_url(folder, name)

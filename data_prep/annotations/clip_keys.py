@@ -15,16 +15,16 @@ import re
 import unicodedata
 from hashlib import blake2b
 
-from tvr.data_prep.records import KEY_PATTERN, MAX_KEY_LENGTH
+from tvr.data_prep.records import KEY_PATTERN, MAX_KEY_LENGTH, Clip
 
 __all__ = [
     "KEY_PATTERN",
     "file_stem",
-    "has_hash",
     "hashed_key",
     "key_of",
     "key_rule",
     "name_hash",
+    "source_of",
     "span_suffix",
 ]
 
@@ -77,6 +77,15 @@ def hashed_key(readable: str, number: int, suffix: str = "") -> str:
     return readable[: MAX_KEY_LENGTH - len(ending)] + ending
 
 
-def has_hash(key: str) -> bool:
-    """True if a key ends as `hashed_key` ends."""
-    return _HASHED.search(key) is not None
+def source_of(clip: Clip) -> str | None:
+    """Returns the clip's video if its key was made from the file's name and does not tell it.
+
+    That is a key with a hash, or with characters replaced whose video_id does not have them either.
+    """
+    if _HASHED.search(clip.key) is None:
+        stem = file_stem(clip.video)
+        is_made = clip.key == key_of(clip.video, span_suffix(clip.start_s, clip.end_s))
+        if not is_made or stem in clip.key or stem in clip.video_id:
+            return None
+    # A path may hold bytes that are no UTF-8.
+    return clip.video.encode("utf-8", "backslashreplace").decode()

@@ -116,7 +116,7 @@ def _parse_line(line: str, origin: str) -> Draft:
         raise ValueError(f"{origin}: {problem}")
     try:
         # Files that were put together have the mark of each file.
-        value = _DECODER.decode(line.removeprefix("\ufeff"))
+        value = _DECODER.decode(line.removeprefix("\ufeff").strip())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin}: not JSON: {error}") from error
     return _object_draft(value, origin)

@@ -164,7 +164,8 @@ def _total_problems(url: str, manifest: Manifest) -> Iterator[Problem]:
         what = f"{manifest.num_captions} captions, {num_captions} in its columns"
         yield Problem(where=MANIFEST_NAME, what=what)
     try:
-        lines = Storage(url).read(BAD_NAME).decode().splitlines()
+        # Not splitlines: a detail may hold other line separators.
+        lines = filter(None, Storage(url).read(BAD_NAME).decode().split("\n"))
         listed = Counter(json.loads(line)["reason"] for line in lines)
     except OSError as error:
         yield Problem(where=BAD_NAME, what=f"{type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tvr.data_prep.annotations.clip_keys import source_of
 from tvr.data_prep.dataset.shard_writer import ContentHash, TarSample, tar_bytes
 from tvr.data_prep.limited_process import Alive
 from tvr.data_prep.packing.plan import PackSettings
@@ -187,6 +188,8 @@ def _members(
     meta = _meta(clip, captions, info, times_s)
     if adjusted:
         meta["adjusted"] = sorted(adjusted)
+    if (named := source_of(clip)) is not None:
+        meta["source"] = named
     text = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return {"json": text.encode(), **members}
 

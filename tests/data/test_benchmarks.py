@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from builders.clip_files import numbered_video
 
 from tvr.data_prep import cli
-from tvr.data_prep.annotations.benchmark_files import read_ids
+from tvr.data_prep.annotations.benchmark_files import Refusals, read_ids
 from tvr.data_prep.annotations.benchmarks import BENCHMARKS, Dataset, Selection, read_benchmark
 from tvr.data_prep.check import cli as check_cli
 
@@ -118,13 +119,14 @@ def test_activitynet_joins_sentences_and_needs_no_list(tmp_path: Path) -> None:
     assert (list(captions_of(selection)), selection.without_captions) == (["v_b"], ("v_c",))
 
 
-def test_ids_of_one_key_are_refused(tmp_path: Path) -> None:
+def test_ids_of_one_key_get_keys_of_their_own(tmp_path: Path) -> None:
     data = [{"video": name, "description": "x"} for name in ("1@N_b.mov", "1@N_b.avi")]
     (tmp_path / "val_data.json").write_text(json.dumps(data))
     (tmp_path / "val_list.txt").write_text("1@N_b.mov\n1@N_b.avi\n")
-    message = r"val_list\.txt:2: video '1@N_b.avi' and '1@N_b.mov' of .*:1 have the same key"
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path, "didemo", "val")
+    first, second = read(tmp_path, "didemo", "val").clips
+    assert first.key == "1_N_b"
+    assert re.fullmatch("1_N_b-[a-z2-7]{12}", second.key)
+    assert (first.video_id, second.video_id) == ("1@N_b.mov", "1@N_b.avi")
 
 
 @pytest.mark.parametrize(
@@ -143,11 +145,7 @@ def test_unknown_names_are_refused(
 
 
 MALFORMED = [
-    ("a.txt", "video1\nvideo2\nvideo1\n", r"a\.txt:3: video id 'video1' again, first at .*:1"),
     ("a.csv", "id\nvideo1\n", r"a\.csv:1: columns id; expected video_id"),
-    ("a.csv", "video_id,n\nvideo1\n", r"a\.csv:2: expected 2 fields"),
-    ("a.csv", 'video_id\n"video1\n', r"a\.csv:\d: not CSV"),
-    ("a.json", '["v_a", 3]', r"a\.json: id 2: video id 3 must be text"),
     ("a.json", "[", r"a\.json: not JSON"),
     ("a.json", "3", r"a\.json: expected a list or dict, found int"),
 ]
@@ -159,23 +157,34 @@ def test_the_error_names_a_malformed_list(
 ) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_ids(str(tmp_path / name))
+        read_ids(str(tmp_path / name), Refusals())
+
+
+BAD_IDS = [
+    ("a.txt", b"video1\nvideo2\nvideo1\n", r"a\.txt:3: video id 'video1' again, first at .*:1"),
+    ("b.txt", b"video1\nvid\xe9o\nvideo2\n", r"b\.txt:2: not UTF-8 text: byte 0xe9"),
+    ("a.csv", b"video_id,n\nvideo1,1\nv\nvideo2,2\n", r"a\.csv:3: expected 2 fields"),
+    ("b.csv", b'video_id\nvideo1\n"v\nvideo2\n', r"b\.csv:3: not CSV"),
+    ("a.json", b'["video1", 3, "video2"]', r"a\.json: id 2: video id 3 must be text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_IDS)
+def test_a_bad_id_is_refused_and_the_others_are_read(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    refusals = Refusals()
+    assert list(read_ids(str(tmp_path / name), refusals)) == ["video1", "video2"]
+    (row,) = refusals.of([])
+    assert re.search(message, row.detail)
 
 
 @pytest.mark.parametrize(
     ("dataset", "split", "name", "value", "message"),
     [
         ("msrvtt", "train-9k", "MSRVTT_data.json", {}, "sentences must be a list, found NoneType"),
-        (
-            "msrvtt",
-            "train-9k",
-            "MSRVTT_data.json",
-            {"sentences": [{"caption": "x"}]},
-            r"sentences\[0\]: video_id=None must be text",
-        ),
-        ("didemo", "val", "val_data.json", [{"video": "v"}], r"\[0\]: description=None must be"),
         ("didemo", "val", "val_data.json", {}, "expected a list, found dict"),
-        ("activitynet", "val", "val_1.json", {"v_a": {"sentences": [1]}}, r"v_a: sentences=\[1\]"),
     ],
 )
 def test_the_error_names_malformed_captions(
@@ -183,10 +192,53 @@ def test_the_error_names_malformed_captions(
 ) -> None:
     for listed in ("MSRVTT_train.9k.csv", "val_list.txt"):
         (tmp_path / listed).write_text("video_id\nv\n")
-    (tmp_path / "val_ids.json").write_text("[]")
     (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(ValueError, match=message):
         read(tmp_path, dataset, split)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "name", "value", "message"),
+    [
+        (
+            *("msrvtt", "train-9k", "MSRVTT_data.json"),
+            {"sentences": [{"caption": "x"}, {"video_id": "w"}, {"video_id": "v", "caption": "x"}]},
+            r"sentences\[0\]: video_id=None must be text",
+        ),
+        (
+            *("msrvtt", "train-9k", "MSRVTT_data.json"),
+            {
+                "sentences": [
+                    {"caption": "\ud83d", "video_id": "v"},
+                    {"video_id": "v", "caption": "x"},
+                ]
+            },
+            r"sentences\[0\]: caption='.ud83d' must be text",
+        ),
+        (
+            *("didemo", "val", "val_data.json"),
+            [{"video": "v"}, {"video": "v", "description": "x"}],
+            r"\[0\]: description=None must be",
+        ),
+        (
+            *("activitynet", "val", "val_1.json"),
+            {"v": {"sentences": ["x"]}, "v_a": {"sentences": [1]}},
+            r"v_a: sentences=\[1\]",
+        ),
+    ],
+)
+def test_a_bad_entry_is_refused_and_the_others_are_read(
+    tmp_path: Path, dataset: Dataset, split: str, name: str, value: Any, message: str
+) -> None:
+    for listed in ("MSRVTT_train.9k.csv", "val_list.txt"):
+        (tmp_path / listed).write_text("video_id\nv\n")
+    (tmp_path / "val_ids.json").write_text('["v", "v_a"]')
+    (tmp_path / name).write_text(json.dumps(value))
+    selection = read(tmp_path, dataset, split)
+    assert captions_of(selection) == {"v": ("x",)}
+    (row,) = selection.refused  # one of another split is not counted
+    assert re.search(message, row.detail)
+    assert f"bad rows: 1 ({row.origin})" in selection.summary()
 
 
 def test_annotations_and_videos_may_be_urls() -> None:

@@ -258,7 +258,7 @@ def test_invalid_keys_are_refused(tmp_path: Path, key: str) -> None:
 
 def test_duplicate_keys_and_no_clips_are_refused(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 1)
-    with pytest.raises(ValueError, match="duplicate key 'c00'"):
+    with pytest.raises(TooManyBadSamples, match="duplicate key 'c00'"):
         pack_shards(clips * 2, str(tmp_path / "data"), layout="video")
     with pytest.raises(ValueError, match="no usable clip"):
         pack_shards([], str(tmp_path / "data"), layout="video")

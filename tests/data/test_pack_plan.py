@@ -147,9 +147,7 @@ def test_the_first_conflict_in_the_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"video": f"v{n}.mp4", "caption": "x", "key": f"k{n % 6}"} for n in range(9)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(
-        TooManyBadSamples, match=r"first: \S+:7: duplicate key 'k0', first at .*:1;"
-    ):
+    with pytest.raises(TooManyBadSamples, match=r"first: \S+:7: duplicate key 'k0', first at"):
         planned(AnnotationFile(str(path)), tmp_path / "plan")
     # A row with a path and one with a name to look up are two clips.
     write_clips(tmp_path, 1)

@@ -108,6 +108,39 @@ def test_captions_are_stored_clean() -> None:
     assert clean_captions(texts) == ("a cat & a dog", "caf\u00e9")
 
 
+# By code points, so that a reader sees what is there.
+CLEANED = [
+    ("caf\u0065\u0301 \u212b", "caf\u00e9 \u00c5"),  # NFD, and a sign that NFC replaces
+    ("a\x00cat\x07 \x1b[31m\x7f\x85sits", "a cat [31m sits"),
+    ("\ufeffa cat", "a cat"),
+    ("a\u200bcat", "a cat"),
+    ("a \u202ecat\u202c \u2066sits\u2069 \u200f", "a cat sits"),
+    ("cat\u00adwalk \u2060x\ufffe", "catwalk x"),
+    ("\u0645\u06cc\u200c\u0631\u0648\u062f", "\u0645\u06cc\u200c\u0631\u0648\u062f"),  # Persian
+    ("\U0001f469\u200d\U0001f680 \u2764\ufe0f", "\U0001f469\u200d\U0001f680 \u2764\ufe0f"),
+    ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u093f\u0928\u094d\u0926\u0940"),  # Hindi
+    ("a \ue000", "a \ue000"),
+    ("...", "..."),
+    ("\u6771\u4eac", "\u6771\u4eac"),
+    ("\U000323b0", "\U000323b0"),  # may be a letter of a later Unicode version
+    (" \t\n\u00a0\u3000\u2003", ""),
+    ("\u200b\u200c\u200d\u2060\ufeff", ""),
+    ("\u0301\u0308", ""),
+    ("\x00\x01\x7f\x9f", ""),
+    ("\u202a\u202e\u2069", ""),
+    ("\ue000\U000f0000", ""),
+    ("\u3164\u115f\u2800", ""),
+    ("\ufffc\ufffd\uffff", ""),
+    ("&#8203;&amp;nbsp;", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CLEANED)
+def test_what_a_caption_shows_is_stored(text: str, expected: str) -> None:
+    assert clean_captions([text, "x"]) == ((expected, "x") if expected else ("x",))
+    assert clean_captions([expected]) == ((expected,) if expected else ())
+
+
 @given(st.text(max_size=60))
 @example("n't 's _ -- don\u2019t 10-year-olds' \u0130stanbul \ufb01sh \u4f60\u597d " + "z" * 3000)
 def test_any_text_gives_words_in_order(text: str) -> None:
