@@ -15,7 +15,7 @@ from builders.clip_files import make_dataset, write_clips
 from builders.counter_files import Encoding, make_video
 
 from tvr.data_prep import cli
-from tvr.data_prep.annotations.benchmark_files import msrvtt_captions
+from tvr.data_prep.annotations.benchmark_files import Refusals, msrvtt_captions
 from tvr.data_prep.annotations.clip_source import AnnotationFile
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.annotations.safe_pickle import load_plain_pickle
@@ -69,7 +69,7 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         whole[:-100] + b"\xff" * 92 + whole[-8:],  # no footer
     ):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"a\.parquet: not Parquet"):
+        with pytest.raises(ValueError, match=r"a\.parquet: (not Parquet|row 1: Unicode)"):
             read_annotations(str(path))
 
 
@@ -88,7 +88,7 @@ def test_json_that_python_cannot_read_names_its_line(line: bytes, tmp_path: Path
         read_annotations(str(path))
     (tmp_path / "a.json").write_bytes(line)
     with pytest.raises(ValueError, match=r"a\.json: not JSON"):
-        msrvtt_captions(str(tmp_path / "a.json"))
+        msrvtt_captions(str(tmp_path / "a.json"), Refusals())
 
 
 @pytest.mark.parametrize("name", ["[]", "{}", "7", "null"])
@@ -125,14 +125,14 @@ def test_a_pickle_cannot_ask_for_gigabytes() -> None:
 
 
 def test_a_clip_that_the_encoder_refuses_costs_one_clip(tmp_path: Path) -> None:
-    """The duration of a frame of three days does not fit into MP4."""
-    gap = make_video(Encoding(frames=3, ticks=(0, 40, 3 * 86_400_000), container="matroska"))
+    """A frame that is shown for eight hours of a transport stream's ticks does not fit into MP4."""
+    gap = make_video(Encoding(frames=3, ticks=(0, 40, 8 * 3_600_000), container="mpegts"))
     with pytest.raises(BadSample, match="unreadable: it cannot be re-encoded"):
         reencode_video(gap, short_side=None, keyframe_interval=4)
-    (tmp_path / "gap.mkv").write_bytes(gap)
+    (tmp_path / "gap.ts").write_bytes(gap)
     clips = [
         *write_clips(tmp_path, 1),
-        Clip(key="gap", video=str(tmp_path / "gap.mkv"), captions=("x",), video_id="gap"),
+        Clip(key="gap", video=str(tmp_path / "gap.ts"), captions=("x",), video_id="gap"),
     ]
     out = str(tmp_path / "out")
     manifest = pack_shards(clips, out, layout="video", reencode=True, max_bad=1)
