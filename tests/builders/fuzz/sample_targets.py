@@ -154,7 +154,7 @@ class Samples(Target):
             plain, plain_s = sample_frames(self._video, num_frames)
             if np.array_equal(pictures, plain) and times_s == plain_s:
                 continue
-            chosen, _ = choose_frames(index, num_frames, None, None, "c00")
+            chosen, _ = choose_frames(index, num_frames, None, None, "c00", "time")
             assert index.pts is not None
             assert self._pts is not None
             for picture, number in zip(pictures, chosen, strict=True):
