@@ -30,6 +30,7 @@ from tvr.data_prep.video.reencode import reencode_video
 from tvr.data_prep.video.stored_index import index_member
 from tvr.data_prep.video.truncation import check_whole
 
+OUT_OF_MEMORY = "out_of_memory"
 # A source with such an error cannot be opened; any other refusal of the storage is a read error.
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -111,7 +112,6 @@ def pack_clip(
     Raises:
         StorageUnavailable: the storage of the source fails for the moment. A refusal would leave
             the clip out of the data set for good.
-        MemoryError: the process has no memory left for the clip.
     """
     captions = _captions(clip, tagger)
     try:
@@ -124,9 +124,9 @@ def pack_clip(
             members = _members(clip, source, captions, settings, adjusted)
             _check_unchanged(clip, source.file)
     except BadSample as error:
-        if error.reason == "out_of_memory":
-            raise MemoryError(str(error)) from error
         return refuse_clip(clip, error.reason, error.detail)
+    except MemoryError as error:
+        return refuse_clip(clip, OUT_OF_MEMORY, f"no memory left: {error}")
     return TarSample(
         key=clip.key,
         video_id=clip.video_id,

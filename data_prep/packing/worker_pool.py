@@ -24,7 +24,13 @@ from tvr.data_prep.limited_process import (
     TaskFailure,
     Work,
 )
-from tvr.data_prep.packing.pack_clip import LastSource, RefusedClip, pack_clip, refuse_clip
+from tvr.data_prep.packing.pack_clip import (
+    OUT_OF_MEMORY,
+    LastSource,
+    RefusedClip,
+    pack_clip,
+    refuse_clip,
+)
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.words import WordTagger
 from tvr.data_prep.records import Clip
@@ -208,8 +214,14 @@ class _Worker:
 def _clip_packer(settings: PackSettings, tagger: WordTagger | None) -> Work:
     """Returns the work of a process: `pack_clip` with the source of its last clip."""
     last_source = LastSource()
+    if tagger is not None:
+        tagger.tag(("a man plays",))  # loads the model, which the first clip must not pay for
 
     def pack(clip: Clip, alive: Alive) -> PackedClip:
-        return pack_clip(clip, settings, tagger, last_source, alive)
+        outcome = pack_clip(clip, settings, tagger, last_source, alive)
+        if isinstance(outcome, RefusedClip) and outcome.reason == OUT_OF_MEMORY:
+            # A new process, without what earlier clips have left in memory, tries again.
+            raise MemoryError(outcome.detail)
+        return outcome
 
     return pack

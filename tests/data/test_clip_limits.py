@@ -6,12 +6,11 @@ import io
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,19 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from builders.clip_files import file_contents, numbered_video, write_clips
+from builders.clip_actions import (
+    Does,
+    crash_at_last,
+    eat,
+    fail_to_allocate,
+    kill,
+    leave,
+    loop,
+    wait_forever,
+)
+from builders.clip_files import file_contents, numbered_video, read_number, write_clips
+from builders.decoder_cases import decoders
+from builders.shown_videos import with_pixel_shape
 
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.limited_process import MIN_MEMORY_BYTES, ProcessLimits
@@ -29,6 +40,9 @@ from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.worker_pool import pack_clips
 from tvr.data_prep.records import Clip, TooManyBadSamples
+from tvr.data_prep.video.decode import sample_frames
+from tvr.data_prep.video.decoders import Decoder, frame_sampler
+from tvr.data_prep.video.images import resize_short_side
 from tvr.launchers.host_limits import host_memory
 
 FRAMES: dict[str, Any] = {"layout": "frames", "num_frames": 2, "samples_per_shard": 4}
@@ -110,6 +124,36 @@ def test_frames_of_4k_are_resized_as_they_come(video_4k: Path, tmp_path: Path) -
     assert peak_growth_mib(PACK_AND_READ, str(video_4k), str(tmp_path)) < 8 * PICTURE_MIB
 
 
+@decoders
+@pytest.mark.parametrize("num_frames", [5, 40])
+def test_pictures_that_are_finished_as_they_come_are_the_same(
+    decoder: Decoder, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if decoder == "torchcodec":
+        monkeypatch.setattr("tvr.data_prep.video.decode_torchcodec.PICTURES_BYTES", 3 * 64 * 32 * 3)
+    sample, video = frame_sampler(decoder), numbered_video(13)
+    frames, times_s = sample(video, num_frames)
+    finished, again_s = sample(
+        video, num_frames, finish=lambda frame: resize_short_side(frame[None], 20)[0]
+    )
+    expected = [1, 3, 6, 9, 11] if num_frames == 5 else list(range(13))
+    assert [read_number(frame) for frame in frames] == expected
+    np.testing.assert_array_equal(finished, resize_short_side(frames, 20))
+    assert again_s == times_s
+
+
+def test_pictures_of_several_sizes_are_fitted_before_they_are_finished() -> None:
+    first = numbered_video(8, container="mpegts")
+    joined = with_pixel_shape(first, "1/1", "mpegts") + with_pixel_shape(first, "3/2", "mpegts")
+    adjusted: set[str] = set()
+    frames, _ = sample_frames(joined, 32, adjusted=adjusted)
+    finished, _ = sample_frames(
+        joined, 32, finish=lambda frame: resize_short_side(frame[None], 20)[0]
+    )
+    np.testing.assert_array_equal(finished, resize_short_side(frames, 20))
+    assert adjusted >= {"size_change"}
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_clip_that_needs_too_much_memory_is_refused(
     video_4k: Path, tmp_path: Path, processes: int
@@ -177,59 +221,6 @@ def folder_of(path: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-class Does(tuple[str, ...]):
-    """Captions that do something when a packing process looks at them."""
-
-    action: Callable[[], None]
-
-    def __new__(cls, action: Callable[[], None]) -> Does:
-        made = super().__new__(cls, ("x",))
-        made.action = action
-        return made
-
-    def __reduce__(self) -> Any:
-        return Does, (self.action,)
-
-    def __iter__(self) -> Iterator[str]:
-        self.action()
-        return iter(("x",))
-
-
-def loop() -> None:
-    while True:
-        pass
-
-
-def wait_forever() -> None:
-    threading.Event().wait()
-
-
-def leave() -> None:
-    os._exit(3)
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def crash_at_last() -> None:
-    """Is killed first, and crashes then; the file tells them apart."""
-    file = Path(os.environ.get("TMPDIR", "/tmp")) / f"crash-{os.getppid()}"
-    is_first = not file.exists()
-    file.touch() if is_first else file.unlink()
-    os.kill(os.getpid(), signal.SIGKILL if is_first else signal.SIGSEGV)
-
-
-def eat() -> None:
-    kept = []
-    while True:
-        kept.append(bytearray(MIB))
-
-
-def fail_to_allocate() -> None:
-    np.empty(1 << 44, np.uint8)
 
 
 ACTIONS = {
