@@ -23,7 +23,7 @@ from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImp
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video import decode
-from tvr.data_prep.video.frame_index import FrameIndex, Source, index_packets
+from tvr.data_prep.video.frame_index import SEEKABLE, FrameIndex, Source, index_packets
 from tvr.data_prep.video.frame_sampling import FrameSpacing, Span, check_span
 from tvr.data_prep.video.images import resize
 from tvr.data_prep.video.orientation import QUARTER_TURNS, display_matrices
@@ -70,9 +70,9 @@ def sample_frames(
     check_span(span)
     pictures = _Pictures(key)
     packets = index_packets(source, key, pictures.read)
-    if packets.pts is None and packets.is_certain:
-        raise BadSample(key, "unreadable", "torchcodec needs time stamps, and the video has none")
     try:
+        if not pictures.has_exact_index:
+            raise _OnlyPyAV("a container without an exact index")
         if not packets.is_certain or packets.stamps is not None:
             raise _OnlyPyAV("time stamps that must be mended")
         chosen, times_s = decode.choose_frames(packets, num_frames, span, offsets, key, spacing)
@@ -156,11 +156,13 @@ class _Pictures:
         self.painter = PicturePainter(key)
         self.first: VideoFrame | None = None
         """The first keyframe that is shown; None if an edit list hides all of them."""
+        self.has_exact_index = False
         self.change = False
         """A later keyframe announces pictures of another kind."""
 
     def read(self, container: InputContainer, stream: VideoStream, packet: Packet) -> None:
         """Decodes the first keyframe, and reads the others' packets for changes."""
+        self.has_exact_index = bool(SEEKABLE & set(container.format.name.split(",")))
         if not packet.is_keyframe:
             return
         context = stream.codec_context
