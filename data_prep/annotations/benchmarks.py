@@ -24,10 +24,10 @@ from tvr.data_prep.annotations.benchmark_files import (
 )
 from tvr.data_prep.annotations.benchmark_splits import CLIP_BENCHMARKS, ClipSplit
 from tvr.data_prep.annotations.clip_keys import hashed_key, key_of, name_hash
-from tvr.data_prep.annotations.rows import refused_row
+from tvr.data_prep.annotations.text_files import line_problem
 from tvr.data_prep.annotations.video_lookup import VideoFiles
 from tvr.data_prep.dataset.manifest import join_url
-from tvr.data_prep.records import Clip, RefusedRow
+from tvr.data_prep.records import VIDEO_ID_RULE, Clip, RefusedRow, is_video_id
 from tvr.data_prep.storage.storage import file_system
 
 Dataset = Literal["msrvtt", "msvd", "didemo", "activitynet", "vatex", "lsmdc", "youcook2", "webvid"]
@@ -143,14 +143,16 @@ def read_benchmark(
 def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> Selection:
     """Reads a file of clips, and looks up their videos."""
     url, files = _first_existing(annotations, (source.file,)), VideoFiles(videos)
-    refusals, listed = Refusals(), None
+    refusals = Refusals()
+    listed = None
     if source.lists:
         listed = read_ids(_first_existing(annotations, source.lists), refusals)
     clips: dict[str, Clip] = {}
-    refused, without_file, not_listed = [], [], []
+    keys: set[str] = set()
+    without_file, not_listed = [], []
     for row in source.read(url):
         if isinstance(row, RefusedRow):
-            refused.append(row)
+            refusals.rows.append(row)
             continue
         if listed is not None and row.name not in listed:
             not_listed.append(row.name)
@@ -158,12 +160,15 @@ def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> 
         try:
             clip, is_there = _clip(row, files)
         except ValueError as error:
-            refused.append(refused_row(row.origin, f"{row.origin}: {error}"))
+            refusals.note(row.origin, f"{row.origin}: {error}")
             continue
         first = clips.get(row.name)
         if first is not None:  # another sentence of the clip
             clips[row.name] = replace(first, captions=(*first.captions, *clip.captions))
             continue
+        if clip.key in keys:
+            clip = replace(clip, key=hashed_key(clip.key, name_hash(row.name)))
+        keys.add(clip.key)
         clips[row.name] = clip
         if not is_there:
             without_file.append(row.name)
@@ -174,7 +179,7 @@ def _read_clips(source: ClipSplit, name: str, annotations: str, videos: str) -> 
         without_file=tuple(without_file),
         without_captions=tuple(name for name in listed or () if name not in clips),
         not_listed=tuple(not_listed),
-        refused=(*refusals.of(listed or ()), *refused),
+        refused=refusals.of(()),
         unit="clips",
     )
 
@@ -183,8 +188,14 @@ def _clip(row: PublishedClip, files: VideoFiles) -> tuple[Clip, bool]:
     """Returns the clip of a row, and whether its video is there.
 
     Raises:
-        ValueError: the name leaves the folder, or several files have it.
+        ValueError: the name leaves the folder, several files have it, or a text is none that a
+            file can store.
     """
+    if not is_video_id(row.name):
+        raise ValueError(f"id {row.name!r:.200} must be {VIDEO_ID_RULE}")
+    for text in row.captions:
+        if problem := line_problem(text):
+            raise ValueError(f"caption {text!r:.200}: {problem}")
     found = ((files.find(name), span) for name, span in row.files)
     video, span = next(((file, span) for file, span in found if file is not None), (None, WHOLE))
     clip = Clip(

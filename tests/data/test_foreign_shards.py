@@ -611,10 +611,13 @@ def test_the_bytes_of_an_archive_are_read_once(
     assert len(names) == record.files[0].shard.num_samples + len(record.bad)
 
 
-def test_a_video_cut_short_is_a_bad_sample(tmp_path: Path) -> None:
-    """The container says how long it is: its index comes first."""
-    whole = numbered_video(60, gop=10, faststart=True)
-    sample = {"__key__": "0", "mp4": whole[: len(whole) * 3 // 4], "txt": "x"}
-    write_tar(tmp_path / "0.tar", [sample, {**sample, "__key__": "01", "mp4": whole}])
-    manifest = adopt_shards(str(tmp_path), max_bad=1)
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_a_video_cut_short_is_a_bad_sample(tmp_path: Path, container: str) -> None:
+    whole = numbered_video(60, gop=10, faststart=container == "mp4", container=container)
+    cut = whole[: len(whole) * 3 // 4]
+    samples = (
+        {"__key__": f"0{n}", "mp4": video, "txt": "x"} for n, video in enumerate((cut, whole))
+    )
+    write_tar(tmp_path / "0.tar", samples)
+    manifest = adopt_shards(str(tmp_path), max_bad=1, processes=0)
     assert (manifest.samples.key.tolist(), manifest.bad) == (["01"], {"unreadable": 1})

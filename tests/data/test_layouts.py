@@ -50,6 +50,9 @@ VATEX = [
     {"videoID": "gone_000001_000011", "enCap": ["Nobody is there."]},
     {"videoID": "no_captions", "chCap": ["\u4e00"]},
     {"enCap": ["no id"]},
+    {"videoID": "half", "enCap": ["\ud83d"]},
+    {"videoID": "a b", "enCap": ["x"]},
+    {"videoID": "a_b", "enCap": ["y"]},
 ]
 
 
@@ -57,19 +60,24 @@ def test_vatex(tmp_path: Path) -> None:
     (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps(VATEX))
     touch(tmp_path, "-9XxcO0hTVs_000010_000020.mp4", "raw/__abcdefghi.mkv")
     selection = select(tmp_path, "vatex", "train")
+    key_of_second = selection.clips[-1].key
+    assert key_of_second.startswith("a_b-")
     assert places(tmp_path, selection.clips) == [
         ("-9XxcO0hTVs_000010_000020", "-9XxcO0hTVs_000010_000020.mp4", None),
         ("__abcdefghi_000100_000110", "raw/__abcdefghi.mkv", (100.0, 110.0)),
         ("gone_000001_000011", "gone_000001_000011.mp4", None),
+        ("a_b", "a b.mp4", None),
+        (key_of_second, "a_b.mp4", None),
     ]
     assert selection.clips[0].captions == ("A man is cooking.", "Someone cooks.")
-    assert selection.without_file == ("gone_000001_000011",)
+    assert selection.without_file == ("gone_000001_000011", "a b", "a_b")
     assert [row.detail.partition("json: ")[2] for row in selection.refused] == [
         "[3]: no_captions: enCap=None must be a list of texts",
         "[4]: videoID=None must be text",
+        "[5]: caption '\\ud83d': half of a UTF-16 pair after 0 characters",
     ]
-    assert selection.summary()[0] == "vatex train: 3 clips, published 25,991 (-25,988)"
-    assert selection.summary()[-1].startswith("bad rows: 2 (")
+    assert selection.summary()[0] == "vatex train: 5 clips, published 25,991 (-25,986)"
+    assert selection.summary()[-1].startswith("bad rows: 3 (")
 
 
 def test_the_halves_of_vatex_follow_their_lists(tmp_path: Path) -> None:
@@ -79,8 +87,8 @@ def test_the_halves_of_vatex_follow_their_lists(tmp_path: Path) -> None:
     selection = select(tmp_path, "vatex", "test-1500")
     assert [clip.key for clip in selection.clips] == ["__abcdefghi_000100_000110"]
     assert selection.without_captions == ("unknown",)
-    assert len(selection.not_listed) == 2
-    assert len(select(tmp_path, "vatex", "val").clips) == 3
+    assert len(selection.not_listed) == 5
+    assert len(select(tmp_path, "vatex", "val").clips) == 5
 
 
 def lsmdc_line(clip: str, sentence: str) -> str:
