@@ -199,7 +199,8 @@ class DataSets(Target):
         (folder / SEEDS / "bad.jsonl").write_text(
             '{"key": "x", "reason": "unreadable", "detail": "y [z.mp4 of a.csv:3]"}\n'
         )
-        shutil.copy(url / ROWS, folder / SEEDS / HOSTILE_ROWS)
+        block = encode_block(read_manifest(str(url)).samples.rows(0, 2))
+        (folder / SEEDS / HOSTILE_ROWS).write_bytes(block)
 
     def prepare(self) -> None:
         self._url = self.scratch / "data set"
@@ -207,7 +208,7 @@ class DataSets(Target):
         self._restore([name for name in self.seeds if name != HOSTILE_ROWS])
         samples = read_manifest(str(self._url)).samples
         self._whole = _members(SampleReader(str(self._url), num_frames=1, image_size=16))
-        self._tables = [samples.rows(at, at + 2) for at in (0, 2)]
+        self._second = encode_block(samples.rows(2, 4))
         require(len(self._whole) == NUM_CLIPS, "the whole data set is not read")
 
     def _restore(self, names: Sequence[str]) -> None:
@@ -220,8 +221,6 @@ class DataSets(Target):
             return mutate_json_file(content, chance, self.donors)
         if seed == "bad.jsonl":
             return mutate_text(content, chance, self.donors)
-        if seed == HOSTILE_ROWS:
-            return mutate_bytes(encode_block(self._tables[0]), chance, self.donors)
         return mutate_bytes(content, chance, self.donors)
 
     def check(self, seed: str, content: bytes) -> str:
@@ -240,7 +239,7 @@ class DataSets(Target):
 
     def _write_hostile(self, block: bytes) -> None:
         """Replaces the first block of rows, with the hashes that it needs."""
-        header, second = self.seeds[ROWS][: HEADER.size], encode_block(self._tables[1])
+        header, second = self.seeds[ROWS][: HEADER.size], self._second
         entries = [(len(part), 2, hashlib.sha256(part).digest()) for part in (block, second)]
         table = np.array(entries, dtype=TABLE_ENTRY).tobytes()
         rows = header + block + second + table

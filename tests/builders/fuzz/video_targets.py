@@ -41,6 +41,7 @@ ENCODINGS = {
     "flv": Encoding(frames=5, options=X264, container="flv"),
 }
 MANY = 500
+LONGEST_STEP_S = 3600.0
 VIDEO = PackSettings(
     layout="video",
     num_frames=4,
@@ -145,7 +146,7 @@ def plain_frames(content: bytes) -> tuple[list[np.ndarray], list[float] | None]:
 
     Returns:
         The pictures, all of the first one's size; and the seconds of each frame, None if some are
-        missing or do not ascend.
+        missing, do not ascend or jump ahead, so that sampling mends them.
     """
     pictures: list[np.ndarray] = []
     stamps: list[int | None] = []
@@ -175,4 +176,6 @@ def plain_frames(content: bytes) -> tuple[list[np.ndarray], list[float] | None]:
     ascends = len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
     if unit is None or not ascends:
         return pictures, None
-    return pictures, [float(stamp * unit) for stamp in known]
+    times_s = [float(stamp * unit) for stamp in known]
+    has_jump = any(second - first > LONGEST_STEP_S for first, second in pairwise(times_s))
+    return pictures, None if has_jump else times_s
