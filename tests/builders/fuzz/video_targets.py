@@ -124,7 +124,8 @@ def _check_all(content: bytes, frames: np.ndarray, times_s: tuple[float, ...]) -
     for number, (ours, theirs) in enumerate(zip(frames, plain, strict=True)):
         require(np.array_equal(ours, theirs), f"frame {number} differs from a plain decode's")
     require(list(times_s) == sorted(times_s), f"times {times_s} do not ascend")
-    if stamps is not None:
+    # AVI stores no time stamps, and libav's differ between packets and frames.
+    if stamps is not None and not content.startswith(b"RIFF"):
         expected = [stamp - stamps[0] for stamp in stamps]
         near = np.allclose(times_s, expected, rtol=1e-9, atol=2e-6)
         require(near, f"times {times_s}, by a plain decode {expected}")
