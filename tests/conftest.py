@@ -49,6 +49,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     help_text = "write the seconds of each test file to tests/file_seconds.json"
     parser.addoption("--record-seconds", action="store_true", help=help_text)
+    fuzz = parser.getgroup("fuzz", "inputs of tests/data/test_fuzz.py")
+    fuzz.addoption("--fuzz-inputs", type=int, default=10_000, help="number of damaged files")
+    fuzz.addoption("--fuzz-seed", type=int, default=0, help="seed of the damage")
+    help_text = "no input starts after so many seconds; for a longer run, give more"
+    fuzz.addoption("--fuzz-seconds", type=float, default=150.0, help=help_text)
+    fuzz.addoption("--fuzz-replay", metavar="FILE", help="run the input in this file only")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

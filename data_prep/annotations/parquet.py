@@ -34,8 +34,12 @@ def parquet_rows(url: str) -> Iterator[dict[str, Any] | str]:
                     yield row if is_bad else {k: v for k, v in row.items() if v is not None}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"annotation file {url} does not exist") from error
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{url}: not Parquet: {error}") from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise  # of the disk or the store
+        raise ValueError(f"{url}: not Parquet: {error}") from error  # so pyarrow calls damage
 
 
 def _rows(batch: Any) -> list[Any]:

@@ -169,7 +169,7 @@ def _total_problems(url: str, manifest: Manifest) -> Iterator[Problem]:
         listed = Counter(json.loads(line)["reason"] for line in lines)
     except OSError as error:
         yield Problem(where=BAD_NAME, what=f"{type(error).__name__}: {error}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         yield Problem(where=BAD_NAME, what=f"damaged or edited: {error!r}")
     else:
         if listed != manifest.bad:

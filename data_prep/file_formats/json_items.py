@@ -85,6 +85,8 @@ def _object(text: _JsonText) -> Iterator[JsonItem]:
     text.take("{")
     while text.peek() != "}":
         where, name = text.where(), text.value()
+        if not isinstance(name, str):
+            raise text.error(f"the name of a field must be a text, found {name!r:.100}")
         text.take(":")
         if name in LIST_FIELDS and not are_videos and not have_rows and text.peek() == "[":
             rows = _list(text)

@@ -271,7 +271,7 @@ class OutputDir:
         named = {"fingerprint": index.pop("fingerprint"), "generation": self.generation}
         stored = {**named, "plan": index.pop("record"), "source": source, "index": index}
         self._write_decision(stored)
-        self.files.write(f"{WORK_FOLDER}/{PLAN_NAME}", json.dumps(stored, indent=1).encode())
+        self.files.write_sealed(f"{WORK_FOLDER}/{PLAN_NAME}", stored)
 
     def _adopt(self, stored: dict[str, Any]) -> None:
         """Takes over a stored plan."""
@@ -288,7 +288,7 @@ class OutputDir:
         if self._launch is not None:
             names = ("fingerprint", "generation", "plan", "source")
             decision = {"launch": self._launch} | {name: stored[name] for name in names}
-            self.files.write(self._decision_name, json.dumps(decision, indent=1).encode())
+            self.files.write_sealed(self._decision_name, decision)
 
     def _read_decision(self) -> dict[str, Any] | None:
         """Returns what this launch decided: its plan and generation."""
@@ -300,8 +300,7 @@ class OutputDir:
         return f"{WORK_FOLDER}/{LAUNCH_PREFIX}{digest[:16]}.json"
 
     def _read_json(self, name: str, folder: str = f"{WORK_FOLDER}/") -> dict[str, Any] | None:
-        content = self.files.read(folder + name)
-        return None if content is None else json.loads(content)
+        return self.files.read_sealed(folder + name)
 
     def _unfinished_error(self, unfinished: dict[str, Any], header: PlanHeader) -> ValueError:
         changes = plan_differences(unfinished["plan"], header.record)

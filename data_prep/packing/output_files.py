@@ -10,6 +10,8 @@ name of its own.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,12 +23,16 @@ from typing import Any, BinaryIO, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.retries import Retries
 from tvr.data_prep.storage.storage import Storage, partial_name, write_file
 from tvr.data_prep.storage.storage_folder import StorageFolder
 
 WORK_FOLDER = ".packing"
 """Folder of what is not part of the data set."""
+
+SEAL = "sha256"
+"""Field of a sealed JSON object: the hash of its other fields."""
 
 COPY_BYTES = 1 << 22
 READ_BYTES = 1 << 25
@@ -69,6 +75,27 @@ class OutputFiles:
         if self.is_local:
             os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(self._fs, path, content)
+
+    def read_sealed(self, name: str) -> dict[str, Any] | None:
+        """Reads the fields of a file of `write_sealed`; None if it does not exist.
+
+        Raises:
+            ShardCorrupt: the file is damaged or edited.
+        """
+        content = self.read(name)
+        if content is None:
+            return None
+        try:
+            return unseal(content)
+        except ValueError as error:
+            raise ShardCorrupt(
+                f"{self._path(name)}: {error}; remove the folder {WORK_FOLDER} of the output and"
+                " repeat the command"
+            ) from error
+
+    def write_sealed(self, name: str, fields: dict[str, Any]) -> None:
+        """Writes a small JSON object with its hash."""
+        self.write(name, seal(fields))
 
     def put(self, local: Path, name: str) -> None:
         """Copies a local file of any size; readers see all of it or nothing."""
@@ -170,6 +197,28 @@ class OutputFiles:
     def _call(self, request: Callable[[], Result], path: str) -> Result:
         # A local disk gives the same error again, and at once.
         return request() if self.is_local else self._retries.call(request, path)
+
+
+def seal(fields: dict[str, Any]) -> bytes:
+    """Returns a JSON object with a hash of its fields, so that no damaged one is ever used."""
+    return json.dumps({**fields, SEAL: _digest(fields)}, indent=1).encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """Returns the fields of `seal`. Raises ValueError if they are not those that were written."""
+    try:
+        fields = json.loads(content)
+        digest = fields.pop(SEAL)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"damaged, or of an earlier release: {error!r:.200}") from error
+    if digest != _digest(fields):
+        raise ValueError("damaged or edited: its sha256 differs from its content's")
+    return fields
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _copy(source: BinaryIO, file: Any) -> None:

@@ -6,7 +6,6 @@ a task knows the progress of all tasks from a listing.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from tvr.data_prep.dataset.index_rules import (
 )
 from tvr.data_prep.dataset.manifest import Shard, shard_name
 from tvr.data_prep.dataset.sample_table import SampleTable, text_array
+from tvr.data_prep.packing.output_files import seal, unseal
 from tvr.data_prep.packing.pack_clip import RefusedClip
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.storage import PARTIAL_SUFFIX
@@ -107,7 +107,7 @@ def packing_id(fingerprint: str, generation: int) -> str:
 
 
 def encode_record(record: ShardRecord, packing: str) -> bytes:
-    """Returns the record as JSON."""
+    """Returns the record as JSON with its hash."""
     fields = {
         "packing": packing,
         "files": [
@@ -120,13 +120,13 @@ def encode_record(record: ShardRecord, packing: str) -> bytes:
         "num_empty_captions": record.num_empty_captions,
         "bad": [asdict(entry) for entry in record.bad],
     }
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return seal(fields)
 
 
 def decode_record(content: bytes, packing: str) -> ShardRecord | None:
     """Parses a record. Returns None if it is damaged or belongs to another packing."""
     try:
-        fields = json.loads(content)
+        fields = unseal(content)
         if fields["packing"] != packing:
             return None
         return ShardRecord(

@@ -6,12 +6,14 @@ import io
 from fractions import Fraction
 
 import av
+import av.error
 import numpy as np
 from av.container import OutputContainer
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
+from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decode import shown_frames
 from tvr.data_prep.video.frame_index import FrameIndex, Source, SourceIndices
 from tvr.data_prep.video.frame_sampling import Span, check_span
@@ -84,7 +86,11 @@ def reencode_video(
             adjusted.update(painter.adjusted)
         return buffer.getvalue()
 
-    return (indices or SourceIndices(source)).apply(encode, key)
+    try:
+        return (indices or SourceIndices(source)).apply(encode, key)
+    except av.error.FFmpegError as error:  # the encoder's; the decoder's are bad samples already
+        detail = f"it cannot be re-encoded: {error.strerror} ({type(error).__name__})"
+        raise BadSample(key, "unreadable", detail) from error
 
 
 def _add_encoder(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +28,7 @@ from tvr.data_prep.dataset.sample_blocks import (
     table_sha256,
 )
 from tvr.data_prep.dataset.sample_table import SampleTable, text_array
+from tvr.data_prep.packing.output_files import seal
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.shard_record import decode_record
 from tvr.data_prep.reading.node_cache import CacheFolder, ShardCache
@@ -389,9 +389,9 @@ def test_a_hostile_record_of_a_shard_is_packed_again(
     shard = {"name": "shard-000000.tar", "num_samples": 1, "shard_bytes": 1536, "sha256": "a" * 64}
     file: dict[str, Any] = {"shard": shard, "samples": samples}
     record = {"packing": "p", "files": [file], "num_empty_captions": 0, "bad": []}
-    assert decode_record(json.dumps(record).encode(), "p") is not None
+    assert decode_record(seal(record), "p") is not None
     file[path[0]][path[1]] = value
-    assert decode_record(json.dumps(record).encode(), "p") is None
+    assert decode_record(seal(record), "p") is None
     assert "damaged" in caplog.text
 
 

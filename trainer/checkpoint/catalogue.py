@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from tvr.trainer.errors import PreflightFailed
 LATEST = "latest"
 BEST = "best.json"
 SHARDS = "shards"
-STEP_PATTERN = re.compile(r"step-(\d{8,})")
+STEP_PATTERN = re.compile(r"step-([0-9]{8,18})")
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,18 @@ def read_scores(storage: StorageFolder) -> dict[int, float]:
         fields = json.loads(content)
         # Earlier releases recorded the best step alone.
         scores = fields.get("scores", {fields["step"]: fields["score"]})
-        return {int(step): float(score) for step, score in scores.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = {int(step): float(score) for step, score in scores.items()}
+        if not all(map(math.isfinite, found.values())):
+            raise ValueError("a score is not finite")
+        return found
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         log.warning("%s is damaged, the next evaluation counts as the best: %r", BEST, error)
         return {}
 

@@ -94,8 +94,8 @@ def read_manifest(storage: StorageFolder, folder: str) -> SavedState:
     try:
         fields = json.loads(storage.read(f"{folder}/{MANIFEST}"))
         digest = fields.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: damaged: {error!r}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: {error!r:.200}") from None
     if digest != _digest(fields):
         raise ValueError(f"{path}: damaged: its sha256 does not match its content")
     version = fields.pop("format_version", None)

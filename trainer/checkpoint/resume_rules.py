@@ -166,8 +166,9 @@ GROUPS = (
     _group(
         "refused",
         "loss",
-        "similarity neg_nce_mode neg_nce_weight temperature mask_same_video mask_equal_captions tpm_cl"
-        " tpm_cl_weight margin mask_threshold straight_through normalise_partial mask_padding_weights",
+        "similarity neg_nce_mode neg_nce_weight temperature mask_same_video mask_equal_captions"
+        " tpm_cl tpm_cl_weight margin mask_threshold straight_through normalise_partial"
+        " mask_padding_weights",
         "the loss; start a new run",
     ),
     _group("refused", "train", "global_batch seed", "the order of the samples; start a new run"),
