@@ -13,6 +13,7 @@ from typing import Any
 from tvr.data_prep.annotations.rows import check_record, refused_row
 from tvr.data_prep.annotations.safe_pickle import load_plain_pickle, plain_text
 from tvr.data_prep.annotations.text_files import csv_records, line_problem, text_lines
+from tvr.data_prep.file_formats.text_encoding import open_text
 from tvr.data_prep.records import VIDEO_ID_RULE, RefusedRow, is_video_id
 from tvr.data_prep.storage.storage import open_file
 
@@ -204,7 +205,9 @@ def _csv_rows(url: str, refusals: Refusals, *columns: str) -> Iterable[tuple[str
 
 def _read_json(url: str, *types: type) -> Any:
     try:
-        value = json.loads("".join(text_lines(url)))
+        # Published files are one line of any length, which `text_lines` would cut off.
+        with open_text(url) as file:
+            value = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{url}: not JSON: {error}") from error
     if not isinstance(value, types):

@@ -15,6 +15,7 @@ from builders.clip_files import numbered_video
 from tvr.data_prep import cli
 from tvr.data_prep.annotations.benchmark_files import Refusals, read_ids
 from tvr.data_prep.annotations.benchmarks import BENCHMARKS, Dataset, Selection, read_benchmark
+from tvr.data_prep.annotations.text_files import MAX_LINE
 from tvr.data_prep.check import cli as check_cli
 
 
@@ -57,6 +58,15 @@ def test_msrvtt_has_all_captions_in_training_and_one_in_the_test(tmp_path: Path)
     assert training.clips[1].origin == f"{tmp_path}/MSRVTT_train.9k.csv:3"
     assert training.not_listed == ("video7",)
     assert captions_of(read(tmp_path, "msrvtt", "test-1ka")) == {"video7": ("one, as scored",)}
+
+
+def test_a_file_of_one_line_may_be_of_any_length(tmp_path: Path) -> None:
+    msrvtt(tmp_path, ["video1", "video2", "video3"])
+    path = tmp_path / "MSRVTT_data.json"
+    whole = {"notes": "x" * (MAX_LINE + 100), **json.loads(path.read_text())}
+    path.write_text(json.dumps(whole))
+    assert "\n" not in path.read_text()
+    assert len(read(tmp_path, "msrvtt", "train-9k").clips) == 2
 
 
 def test_msrvtt_reads_the_list_without_header_if_the_csv_is_missing(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from tvr.data_prep import cli
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.packing.plan import PackSettings
+from tvr.data_prep.packing.worker_pool import pack_clips
 
 FRAMES: dict[str, Any] = {"layout": "frames", "num_frames": 3, "samples_per_shard": 2}
 
@@ -221,8 +223,9 @@ def test_a_clip_whose_process_dies(
 def test_a_bug_ends_packing_with_its_traceback(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 5)
     clips[3] = replace(clips[3], captions=(7,))  # type: ignore[arg-type]
+    settings = PackSettings(layout="frames", num_frames=3)
     with pytest.raises(RuntimeError, match=r"(?s)packing c03 .*Traceback.*in pack_clip.*TypeError"):
-        pack_shards(clips, str(tmp_path / "data"), processes=2, **FRAMES)
+        list(pack_clips(clips, settings, 2))
 
 
 def test_transient_read_errors_of_a_source_are_retried(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tvr.data_prep.annotations.benchmark_files import read_ids
+from tvr.data_prep.annotations.benchmark_files import Refusals, read_ids
 from tvr.data_prep.annotations.benchmarks import BENCHMARKS, Dataset, Selection, read_benchmark
 from tvr.data_prep.annotations.clip_keys import KEY_PATTERN
 
@@ -69,7 +69,10 @@ def test_real_msrvtt_lists(tmp_path: Path, split: str, without: tuple[str, ...],
 
 def test_real_msvd_lists(tmp_path: Path) -> None:
     folder = linked(tmp_path, real("msvd", "train_list.txt", "val_list.txt", "test_list.txt"))
-    ids = {split: list(read_ids(str(folder / f"{split}_list.txt"))) for split in BENCHMARKS["msvd"]}
+    ids = {
+        split: list(read_ids(str(folder / f"{split}_list.txt"), Refusals()))
+        for split in BENCHMARKS["msvd"]
+    }
     all_ids = [name for names in ids.values() for name in names]
     assert len(set(all_ids)) == 1_970
     assert any(name.startswith("-") for name in all_ids)
@@ -106,7 +109,7 @@ def test_real_didemo_test(tmp_path: Path) -> None:
 )
 def test_real_didemo_lists(tmp_path: Path, split: str, summary: str) -> None:
     folder = linked(tmp_path, real("didemo", f"{split}_list.txt"))
-    ids = list(read_ids(str(folder / f"{split}_list.txt")))
+    ids = list(read_ids(str(folder / f"{split}_list.txt"), Refusals()))
     data = [{"video": name, "description": text} for text in "abc" for name in ids]
     (folder / f"{split}_data.json").write_text(json.dumps(data))
     selection = read(folder, "didemo", split, tmp_path)
