@@ -223,7 +223,16 @@ def test_a_clip_whose_process_dies(
 def test_a_bug_ends_packing_with_its_traceback(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 5)
     clips[3] = replace(clips[3], captions=(7,))  # type: ignore[arg-type]
-    settings = PackSettings(layout="frames", num_frames=3)
+    settings = PackSettings(
+        layout="frames",
+        num_frames=3,
+        short_side=None,
+        jpeg_quality=90,
+        samples_per_shard=2,
+        reencode=False,
+        keyframe_interval=16,
+        words=False,
+    )
     with pytest.raises(RuntimeError, match=r"(?s)packing c03 .*Traceback.*in pack_clip.*TypeError"):
         list(pack_clips(clips, settings, 2))
 
