@@ -213,7 +213,7 @@ def _clip(row: PublishedClip, files: VideoFiles) -> tuple[Clip, bool]:
 def _split(dataset: Dataset, split: str | None) -> BenchmarkSplit | ClipSplit:
     if dataset not in BENCHMARKS:
         raise ValueError(f"dataset={dataset!r} must be one of {', '.join(BENCHMARKS)}")
-    if split not in BENCHMARKS[dataset]:
+    if split is None or split not in BENCHMARKS[dataset]:
         raise ValueError(
             f"split={split!r} of dataset {dataset} must be one of {', '.join(BENCHMARKS[dataset])};"
             " set it with --split"

@@ -152,14 +152,15 @@ def test_a_damaged_shard_is_not_cached_but_its_samples_are_read(
     content[int(manifest.samples.offset[5]) + 700] ^= 1  # in c05; c04 is intact
     damaged.write_bytes(content)
     limit = CacheFolder(path=str(folder), max_bytes=1 << 30)
-    with caplog.at_level(logging.WARNING, logger="tvr.data_prep.reading.node_cache"):
+    logger = "tvr.data_prep.reading.node_cache"
+    with caplog.at_level(logging.WARNING, logger=logger):
         batches = train(url, 3, shard_cache=limit, max_bad=1)
         train(url, 3, shard_cache=limit, max_bad=1)
     assert {(e.key, e.reason) for batch in batches for e in batch.replaced} == {("c05", "checksum")}
     assert "c04" in {key for batch in batches for key in batch.keys}
     assert f"{manifest.shards[2].sha256}.tar" not in cached(folder)
     assert len(cached(folder)) == 5
-    (message,) = caplog.messages
+    (message,) = [each.getMessage() for each in caplog.records if each.name == logger]
     assert (
         "data/shard-000002.tar: the downloaded shard's sha256 differs from the manifest's"
         in message

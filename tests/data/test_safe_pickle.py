@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tvr.data_prep.annotations.benchmark_files import msvd_captions
+from tvr.data_prep.annotations.benchmark_files import Refusals, msvd_captions
+
+
+def captions_of(url: str) -> dict[str, list[str]]:
+    """Reads the captions of a file in which nothing is wrong."""
+    refusals = Refusals()
+    found = msvd_captions(url, refusals)
+    for row in [*refusals.rows, *(row for rows in refusals.by_video.values() for row in rows)]:
+        raise ValueError(row.detail)
+    return found
 
 
 def test_msvd_reads_the_byte_texts_of_python_2(tmp_path: Path) -> None:
@@ -17,7 +26,7 @@ def test_msvd_reads_the_byte_texts_of_python_2(tmp_path: Path) -> None:
     content = b"(dp1\nS'v_1_2'\n(lp2\n(lp3\nS'caf\\xc3\\xa9'\naS'\\xe9'\naas."
     (tmp_path / "raw-captions.pkl").write_bytes(content)
     url = str(tmp_path / "raw-captions.pkl")
-    assert msvd_captions(url) == {"v_1_2": ["caf\u00e9 \u00e9"]}
+    assert captions_of(url) == {"v_1_2": ["caf\u00e9 \u00e9"]}
 
 
 class RunsCommand:
@@ -38,7 +47,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path, protocol: int) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(pickle.dumps({"v_1_2": [[trap]]}, protocol=protocol))
     with pytest.raises(ValueError, match=r"raw-captions\.pkl: refused: it asks for \w+\.system;"):
-        msvd_captions(url)
+        captions_of(url)
     assert not (tmp_path / "ran").exists()
     pickle.loads(Path(url).read_bytes())  # plain pickle runs the command
     assert (tmp_path / "ran").exists()
@@ -59,7 +68,7 @@ def test_a_pickle_of_other_types_is_refused(tmp_path: Path, value: Any, message:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(pickle.dumps(value))
     with pytest.raises(ValueError, match=message):
-        msvd_captions(url)
+        captions_of(url)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04}", b"version https://", b"cos\n", b"0."])
@@ -67,11 +76,11 @@ def test_the_error_names_a_damaged_pickle(tmp_path: Path, content: bytes) -> Non
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(content)
     with pytest.raises(ValueError, match=r"raw-captions\.pkl: damaged pickle"):
-        msvd_captions(url)
+        captions_of(url)
 
 
 def test_an_external_object_is_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(b"Pthing\n.")
     with pytest.raises(ValueError, match="refused: it asks for the external object 'thing'"):
-        msvd_captions(url)
+        captions_of(url)
