@@ -57,7 +57,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path, protocol: int) -> None:
     ("value", "message"),
     [
         ({"v": [[Unknown()]]}, "refused: it asks for"),
-        ({"v": [[3]]}, "v: expected text, found int"),
+        ({"v": [[3]]}, r"v\[0\]: expected text, found int"),
         ({"v": [{"a"}]}, "(expected text, found set|refused: it asks for)"),
         ({"v": "text"}, "v: expected a list, found str"),
         ({3: []}, "expected text, found int"),
@@ -75,7 +75,7 @@ def test_a_pickle_of_other_types_is_refused(tmp_path: Path, value: Any, message:
 def test_the_error_names_a_damaged_pickle(tmp_path: Path, content: bytes) -> None:
     url = str(tmp_path / "raw-captions.pkl")
     Path(url).write_bytes(content)
-    with pytest.raises(ValueError, match=r"raw-captions\.pkl: damaged pickle"):
+    with pytest.raises(ValueError, match=r"raw-captions\.pkl: (damaged pickle|refused)"):
         captions_of(url)
 
 
