@@ -161,7 +161,8 @@ def shards_folder(run_dir: Path, step: int) -> Path:
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The logged events of one kind."""
-    lines = (run_dir / "log.jsonl").read_text().splitlines()
+    # A line that is being written has no end yet.
+    lines = (run_dir / "log.jsonl").read_text().rpartition("\n")[0].splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
