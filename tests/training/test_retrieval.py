@@ -201,6 +201,27 @@ def test_similarity_that_is_not_finite_is_refused_by_its_pair() -> None:
         rank_features(own, caption_video, broken, ALONE)
 
 
+def refused_on(rank: int, world_size: int) -> str:
+    torch.set_num_threads(1)
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    whole, caption_video = features_of(20, 12)
+    own = slice_of(whole, caption_video, range(6 * rank, 6 * rank + 6))
+
+    def broken(texts: Features, videos: Features) -> Tensor:
+        scores = score(texts, videos)
+        return scores.where(videos.frames[:, 0, 0] != whole.frames[7, 0, 0], torch.nan)
+
+    with pytest.raises(ValueError, match="not finite") as error:
+        rank_features(*own, broken, world, captions_per_block=8)
+    return str(error.value)
+
+
+def test_one_ranks_broken_similarity_ends_all_ranks() -> None:
+    first, second = spawn(refused_on, 2)
+    assert first == second
+    assert "with video 7 is nan" in first
+
+
 def test_a_set_without_captions_is_refused() -> None:
     own, caption_video = features_of(9, 12)
     nothing = slice_of(own, caption_video[:0], range(12))

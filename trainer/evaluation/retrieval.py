@@ -96,7 +96,8 @@ def rank_features(
     part = max(1, captions_per_block // world.world_size)
     caption_video = caption_video.to(world.device)
     with torch.no_grad():
-        positives = _positives(own, caption_video, score, world, part)
+        # Of one type on every rank, also on one without captions.
+        positives = _positives(own, caption_video, score, world, part).float()
         video_positives = best_of_videos(positives, caption_video, len(own.frames))
         of_videos = torch.zeros(len(own.frames), 2, dtype=torch.int64, device=world.device)
         of_captions = [of_videos[:0]]
@@ -106,19 +107,26 @@ def rank_features(
         ):
             of_block = torch.zeros(len(block.video), 2, dtype=torch.int64, device=world.device)
             best = _Best(top.size, len(block.video), world.device)
-            width = max(1, scores_per_tile // max(1, len(block.video)))
-            for start in range(0, len(own.frames), width):
-                columns = slice(start, min(start + width, len(own.frames)))
-                scores = score(block.texts, _videos(own, columns, world.device))
-                check_finite(scores, _names(block, first_video + start))
-                best.add(scores, first_video + start)
-                in_tile = block.video - (first_video + start)
-                rows = ((in_tile >= 0) & (in_tile < scores.shape[1])).nonzero().squeeze(1)
-                counts = count_candidates(
-                    scores, block.positives, video_positives[columns], (rows, in_tile[rows])
-                )
-                of_block += counts.of_texts
-                of_videos[columns] += counts.of_videos
+
+            def count(
+                block: _Block = block, of_block: Tensor = of_block, best: _Best = best
+            ) -> None:
+                width = max(1, scores_per_tile // max(1, len(block.video)))
+                for start in range(0, len(own.frames), width):
+                    columns = slice(start, min(start + width, len(own.frames)))
+                    scores = score(block.texts, _videos(own, columns, world.device))
+                    check_finite(scores, _names(block, first_video + start))
+                    best.add(scores, first_video + start)
+                    in_tile = block.video - (first_video + start)
+                    rows = ((in_tile >= 0) & (in_tile < scores.shape[1])).nonzero().squeeze(1)
+                    counts = count_candidates(
+                        scores, block.positives, video_positives[columns], (rows, in_tile[rows])
+                    )
+                    of_block += counts.of_texts
+                    of_videos[columns] += counts.of_videos
+
+            # On every rank at once: the others would wait for a rank that leaves alone.
+            world.run_on_all(count, ValueError)
             of_all = sum_over_ranks(of_block, world).split(block.counts)
             of_captions.append(of_all[world.rank])
             top.add(best, block.counts)
