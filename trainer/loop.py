@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tvr.data_prep.records import Batch
 from tvr.trainer.build_run import TrainingRun, build_run
-from tvr.trainer.checkpoint.catalogue import record_evaluation
+from tvr.trainer.checkpoint.catalogue import forget_later_scores, record_evaluation
 from tvr.trainer.checkpoint.restore import Resume, find_resume_checkpoint
 from tvr.trainer.checkpoint.resume_rules import find_changes, rule_of, settings_of
 from tvr.trainer.checkpoint.saver import Saver
@@ -39,6 +39,7 @@ from tvr.trainer.run_dir import (
     checkpoints_of,
     claim,
     evaluated_step,
+    remove_later_evaluations,
     retention,
     write_evaluation,
 )
@@ -157,10 +158,21 @@ class _Loop:
     def _begin(self, start_step: int) -> None:
         self.run.log.begin(start_step)
         self.monitor.start(self.run.attempt, start_step)
+        if self.run.world.is_first:
+            self._forget_later(start_step)
         if 0 < start_step < self.run.config.train.steps:
             values = {"step": start_step, "attempt": self.run.attempt.number}
             self.run.log.write("resumed", values)
             self._log_changes(start_step)
+
+    def _forget_later(self, step: int) -> None:
+        """Removes results of steps after `step`, which an earlier attempt lost."""
+        try:
+            self.run.attempt.check()
+            forget_later_scores(self.saver.storage, step)
+            remove_later_evaluations(self.run_dir, step)
+        except OSError as error:
+            self.run.log.warn(f"results of lost steps after step {step} stay: {error}")
 
     def _log_changes(self, step: int) -> None:
         """Logs each setting that differs from the checkpoint's, and how it takes effect."""
@@ -301,8 +313,10 @@ class _Loop:
         try:
             write_evaluation(self.run_dir, evaluation, step)
             # Only a saved step can be kept as the best checkpoint.
-            if _is_due(step, config.checkpoint.every, config.train.steps):
-                record_evaluation(self.saver.storage, step, evaluation.score)
+            is_saved = step == self.run.start_step
+            if is_saved or _is_due(step, config.checkpoint.every, config.train.steps):
+                test_set = self.claimed.contents.get("data.test")
+                record_evaluation(self.saver.storage, step, evaluation.score, test_set)
         except OSError as error:
             if step == config.train.steps:
                 raise

@@ -113,6 +113,13 @@ def is_finished(run_dir: Path, config: Config) -> bool:
     return read_config(run_dir) == config
 
 
+def remove_later_evaluations(run_dir: Path, step: int) -> None:
+    """Removes the stored evaluations of steps after `step`, which are trained anew."""
+    for path in [run_dir / EVALUATION, *run_dir.glob("evaluation-step-*.json")]:
+        if path.exists() and json.loads(path.read_text())["step"] > step:
+            path.unlink()
+
+
 def evaluated_step(run_dir: Path) -> int | None:
     """Returns the step of the last evaluation; None without one."""
     path = run_dir / EVALUATION
@@ -124,7 +131,7 @@ def _claim(
 ) -> Claim:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG
-    before = read_config(run_dir) if path.exists() else config
+    before = _stored_config(path) if path.exists() else config
     contents = {**data_contents, **_model_contents(config)}
     saved = _saved_checkpoint(run_dir, before, config)
     # Without a checkpoint no result depends on the stored settings yet, so all of them may change.
@@ -135,6 +142,16 @@ def _claim(
             raise ValueError(text)
     write_atomically(path, to_json(config))
     return Claim(before, contents)
+
+
+def _stored_config(path: Path) -> Config:
+    """The settings of a run, with those that its release did not have as it behaved."""
+    stored = json.loads(path.read_text())
+    loss, data = stored.get("loss", {}), stored.get("data", {})
+    if loss.get("similarity") == "neg_nce" and loss.get("neg_nce_mode") == "log":
+        loss.setdefault("mask_equal_captions", False)
+    data.setdefault("frame_spacing", "index")
+    return from_json(json.dumps({**stored, "loss": loss, "data": data}), where=str(path))
 
 
 def _saved_checkpoint(run_dir: Path, before: Config, config: Config) -> Checkpoint | None:

@@ -22,7 +22,9 @@ from tvr.trainer.checkpoint.catalogue import (
     BEST,
     Retention,
     best_step,
+    forget_later_scores,
     published_steps,
+    read_scores,
     record_evaluation,
 )
 from tvr.trainer.checkpoint.choice import chosen_step, parse_choice
@@ -34,6 +36,7 @@ from tvr.trainer.loop import train
 from tvr.trainer.model.initial_weights import load_initial, merged_adapters, parts_of
 from tvr.trainer.model.parameter_groups import merge_adapters
 from tvr.trainer.model.tokenizer import load_tokenizer, train_tokenizer
+from tvr.trainer.run_dir import remove_later_evaluations
 
 STEPS = 6
 BEST_STEP = 2
@@ -69,6 +72,29 @@ def test_the_record_of_an_earlier_release_is_read(tmp_path: Path) -> None:
     assert best_step(storage) == 7
     record_evaluation(storage, 11, 40.0)  # the newer one of two equal scores
     assert best_step(storage) == 11
+
+
+def test_scores_of_lost_steps_and_of_other_test_sets_do_not_count(tmp_path: Path) -> None:
+    storage = StorageFolder(str(tmp_path))
+    for step, score in ((1, 50.0), (2, 30.0), (6, 90.0)):
+        record_evaluation(storage, step, score, "first set")
+    assert best_step(storage) == 6
+    forget_later_scores(storage, 4)  # a run resumes from step 4 and trains step 6 anew
+    assert read_scores(storage) == {1: 50.0, 2: 30.0}
+    record_evaluation(storage, 6, 34.0, "first set")
+    assert best_step(storage) == 1
+    record_evaluation(storage, 8, 20.0, "second set")
+    assert read_scores(storage) == {8: 20.0}
+    forget_later_scores(storage, 0)
+    assert best_step(storage) is None
+
+
+def test_evaluations_of_lost_steps_are_removed(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        path = tmp_path / ("evaluation.json" if step == 9 else f"evaluation-step-{step:08d}.json")
+        path.write_text(json.dumps({"step": step}))
+    remove_later_evaluations(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation-step-00000003.json"]
 
 
 def test_a_choice_that_is_not_there_names_those_that_are(

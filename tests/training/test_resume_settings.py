@@ -208,7 +208,43 @@ def test_model_folders_may_move(tmp_path: Path) -> None:
     run_dir = begun(tmp_path / "run", config, contents=contents)
     assert refusal(run_dir, changed(config, model={"tokenizer": str(tmp_path / "new")})) == ""
     text = refusal(run_dir, changed(config, model={"tokenizer": str(tmp_path / "other")}))
-    assert "other' (it holds something else; start a new run)" in text
+    assert "other' (another vocabulary; start a new run)" in text
+
+
+def test_the_vocabulary_of_a_pretrained_folder_may_not_change(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    config = tiny_config(Path("/data"), model={"tokenizer": None, "pretrained": str(folder)})
+    contents = dict(claim(tmp_path / "run", config, SINGLE_RANK).contents)
+    run_dir = begun(tmp_path / "run", config, contents=contents)
+    assert refusal(run_dir, config) == ""
+    moved = folder.rename(tmp_path / "moved")
+    elsewhere = changed(config, model={"pretrained": str(moved)})
+    assert refusal(run_dir, elsewhere) == ""
+    (moved / "tokenizer.json").write_text('{"a": 1}')
+    assert "another vocabulary" in refusal(run_dir, elsewhere)
+
+
+def test_a_run_of_an_earlier_release_keeps_its_loss_unless_told_otherwise(tmp_path: Path) -> None:
+    """The settings that its release did not have count as it behaved."""
+    loss = {"similarity": "neg_nce", "neg_nce_mode": "log"}
+    config = tiny_config(Path("/data"), loss=loss)
+    claim(tmp_path, config, SINGLE_RANK)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["loss"]["mask_equal_captions"], stored["data"]["frame_spacing"]
+    path.write_text(json.dumps(stored))
+    saver(tmp_path / "checkpoints", tmp_path).save(state(4), lambda copy: stage(1.0))
+    assert "loss.mask_equal_captions was False, is None (the loss;" in refusal(tmp_path, config)
+    assert "train.layer_decay was 1.0, is 0.5 (the checkpoint does not record" in refusal(
+        tmp_path, changed(config, train={"layer_decay": 0.5})
+    )
+    kept = changed(config, loss={"mask_equal_captions": False})
+    taken = claim(tmp_path, kept, SINGLE_RANK)
+    assert taken.before.data.frame_spacing == "index"
+    assert read_config(tmp_path) == kept
 
 
 def test_a_checkpoint_without_settings_takes_those_of_the_folder(tmp_path: Path) -> None:

@@ -137,17 +137,41 @@ def best_step(storage: StorageFolder, among: Container[int] | None = None) -> in
     return _best_of({s: v for s, v in read_scores(storage).items() if among is None or s in among})
 
 
-def record_evaluation(storage: StorageFolder, step: int, score: float) -> None:
+def record_evaluation(
+    storage: StorageFolder, step: int, score: float, test_set: str | None = None
+) -> None:
     """Stores the score of a step's evaluation beside those of other steps.
 
     The scores of all steps stay, since the save of the best step may fail or be damaged: the best
     of those that are there then counts.
+
+    Args:
+        test_set: Digest of the test set. Scores of another set do not compare, and are dropped.
     """
-    scores = {**read_scores(storage), step: score}
+    _write_scores(storage, {**read_scores(storage, test_set), step: score}, test_set)
+
+
+def forget_later_scores(storage: StorageFolder, step: int) -> None:
+    """Drops the scores of steps after `step`, which are trained anew."""
+    scores = read_scores(storage)
+    kept = {saved: score for saved, score in scores.items() if saved <= step}
+    if len(kept) < len(scores):
+        _write_scores(storage, kept, _test_set_of(storage))
+
+
+def _write_scores(storage: StorageFolder, scores: Mapping[int, float], test: str | None) -> None:
     best = _best_of(scores)
-    assert best is not None
-    content = {"step": best, "score": scores[best], "scores": scores}
-    storage.write_atomically(BEST, (json.dumps(content) + "\n").encode())
+    content = {"step": best, "score": None if best is None else scores[best], "scores": scores}
+    storage.write_atomically(BEST, (json.dumps({**content, "test": test}) + "\n").encode())
+
+
+def _test_set_of(storage: StorageFolder) -> str | None:
+    """The digest of the test set of the stored scores; None if it is not recorded."""
+    try:
+        found = json.loads(_read_if_exists(storage, BEST) or b"{}").get("test")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_state(storage: StorageFolder, step: int) -> tuple[SavedState | None, list[str]]:
@@ -191,10 +215,17 @@ def raise_if_unreadable(storage: StorageFolder, name: str, errors: Sequence[str 
         raise PreflightFailed(lines, found[0][0])
 
 
-def read_scores(storage: StorageFolder) -> dict[int, float]:
-    """Scores of the evaluations of saved steps, by step."""
+def read_scores(storage: StorageFolder, test_set: str | None = None) -> dict[int, float]:
+    """Scores of the evaluations of saved steps, by step.
+
+    Args:
+        test_set: Digest of the test set that counts; None: whichever was used last.
+    """
     content = _read_if_exists(storage, BEST)
     if content is None:
+        return {}
+    recorded = _test_set_of(storage)
+    if test_set is not None and recorded is not None and recorded != test_set:
         return {}
     try:
         fields = json.loads(content)

@@ -241,7 +241,7 @@ def find_changes(
             if was != value or refused:
                 changes.append(SettingChange(name, was, value, refused))
         elif was != value:
-            changes.append(SettingChange(name, was, value, _refusal(name, value, state)))
+            changes.append(SettingChange(name, was, value, _refusal(name, was, value, state)))
     return changes + _change_of_pairs(state, before.train, now.train, world_size)
 
 
@@ -258,8 +258,13 @@ def refusal_text(run_dir: str, changes: Sequence[SettingChange]) -> str | None:
     )
 
 
-def _refusal(name: str, value: Any, state: SavedState) -> str | None:
+def _refusal(name: str, was: Any, value: Any, state: SavedState) -> str | None:
     rule = rule_of(name)
+    regroups = name == "train.layer_decay" or (
+        name == "train.encoder_learning_rate" and bool(was) != bool(value)
+    )
+    if regroups and not state.settings:
+        return "the checkpoint does not record its parameter groups; save one with the old value"
     if name == "train.steps" and value < state.step:
         return f"the checkpoint is of step {state.step}; give at least that"
     return rule.text if rule.kind == "refused" else None
@@ -269,11 +274,11 @@ def _other_content(
     name: str, was: str | None, now: str | None, old: str | None, new: str | None
 ) -> str | None:
     """Why what a setting names cannot take the place of what the checkpoint was trained with."""
-    if now is None or was is None:
+    # Without a folder of its own, the tokeniser is in that of model.pretrained.
+    has_vocabulary = name == "model.tokenizer" and old is not None and new is not None
+    if (now is None or was is None) and not has_vocabulary:
         if was == now or name.startswith("data.test"):
             return None
-        if name == "model.tokenizer" and old is not None and old == new:
-            return None  # the folder is then that of model.pretrained
         return "another one; start a new run"
     if old is None or new is None:
         # Equal places are taken as they are: earlier releases recorded no digest.
@@ -282,6 +287,8 @@ def _other_content(
         return "the checkpoint does not record what it held; give the old place, or link it there"
     if old == new:
         return None
+    if name == "model.tokenizer":
+        return "another vocabulary; start a new run"
     if name.startswith("data.test"):
         return "another test set, whose scores do not compare; `tvr evaluate --data` takes any"
     if was == now:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
+from tvr.kernels.ranking import TIE_TOLERANCE
 from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
@@ -144,8 +145,9 @@ def _binding_accuracy(
             paired_scores(own.features, videos.features, caption, row, score, world.device)
             for videos, row in ((own, video), (other, counterpart))
         )
+    lead = matched - exchanged
     # A tie counts half, as a guess would.
-    wins = (matched > exchanged).double() + (matched == exchanged) / 2
+    wins = (lead > TIE_TOLERANCE).double() + (lead.abs() <= TIE_TOLERANCE) / 2
     wins = all_gather_rows(wins, world, world.all_gather_counts(len(wins)))
     if not len(wins):
         raise ValueError(f"{url} shares no readable key with {config.data.test}")
