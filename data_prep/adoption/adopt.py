@@ -124,6 +124,10 @@ def adopt_shards(
     return adoption.publish()
 
 
+def _is_archive(name: str, entry: dict[str, Any]) -> bool:
+    return name.endswith(".tar") and entry.get("type") != "directory"
+
+
 def find_tars(url: str) -> list[ForeignTar]:
     """Returns the archives in a folder by name.
 
@@ -134,7 +138,7 @@ def find_tars(url: str) -> list[ForeignTar]:
     fs, root = url_to_fs(url)
     entries: list[dict[str, Any]] = Retries().call(lambda: fs.ls(root, detail=True), root)
     found = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
-    tars = {name: entry for name, entry in sorted(found.items()) if name.endswith(".tar")}
+    tars = {name: entry for name, entry in sorted(found.items()) if _is_archive(name, entry)}
     if not tars:
         packed = [name for name in sorted(found) if name.endswith(COMPRESSED)]
         hint = f"; decompress {packed[0]} and the others first" if packed else ""

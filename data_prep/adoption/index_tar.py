@@ -63,7 +63,7 @@ class Watcher:
         """Bytes of the archive were read."""
 
     def begin(self, offset: int, num_bytes: int) -> None:
-        """The video of the sample at an offset is about to be decoded."""
+        """The sample at an offset is about to be read, and its video decoded."""
 
     def passed(self, offset: int) -> None:
         """The video was decoded without fault."""
@@ -200,13 +200,15 @@ def _row(
         raise BadSample(key, "unreadable", problem)
     if length > MAX_SAMPLE_BYTES:
         raise BadSample(key, "unreadable", f"{length} bytes, more than {MAX_SAMPLE_BYTES}")
-    content = stream.read(start, length)
-    members = translate(sample, content, key, rules)
-    meta = parse_meta(key, members)
     if start in known.refused:
         raise BadSample(key, *known.refused[start])
     if start not in known.passed:
-        watcher.begin(start, len(members["mp4"]))
+        # Before the sample is in memory, so that one that does not fit is known by name.
+        watcher.begin(start, length)
+    content = stream.read(start, length)
+    members = translate(sample, content, key, rules)
+    meta = parse_meta(key, members)
+    if start not in known.passed:
         try:
             check_video(members["mp4"], key)
         except BadSample as error:

@@ -6,13 +6,13 @@ that is no clip is yielded as a `RefusedRow`, and the rows around it are used.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tvr.data_prep.annotations.benchmark_files import read_json
 from tvr.data_prep.annotations.rows import MAX_DETAIL, check_record, refused_row
 from tvr.data_prep.annotations.text_files import csv_records, line_problem, text_lines
 from tvr.data_prep.records import RefusedRow
@@ -50,7 +50,7 @@ def vatex_clips(url: str) -> Iterator[ClipRow]:
     The English captions are used. The file of a clip has the clip's id; without one, the clip is
     cut out of the file of its YouTube video.
     """
-    for number, entry in enumerate(_json(url, list)):
+    for number, entry in enumerate(read_json(url, list)):
         where = f"{url}: [{number}]"
         fields = entry if isinstance(entry, dict) else {}
         name, captions = fields.get("videoID"), fields.get("enCap")
@@ -100,7 +100,7 @@ def youcook2_clips(url: str, subset: str) -> Iterator[ClipRow]:
     "sentence"}], ...}}}. A video's file lies in the folder of videos, or in SUBSET/RECIPE, as the
     authors' script puts it.
     """
-    database = _json(url, dict).get("database")
+    database = read_json(url, dict).get("database")
     if not isinstance(database, dict):
         raise ValueError(f"{url}: database must be an object, found {type(database).__name__}")
     for video, entry in database.items():
@@ -175,13 +175,3 @@ def webvid_clips(url: str) -> Iterator[ClipRow]:
 
 def _refused(where: str, problem: str) -> RefusedRow:
     return refused_row(where, f"{where}: {problem}")
-
-
-def _json(url: str, kind: type) -> Any:
-    try:
-        value = json.loads("".join(text_lines(url)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{url}: not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{url}: expected a {kind.__name__}, found {type(value).__name__}")
-    return value

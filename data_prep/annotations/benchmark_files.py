@@ -55,7 +55,7 @@ def read_ids(url: str, refusals: Refusals) -> dict[str, str]:
     if url.endswith(".csv"):
         rows = ((origin, row["video_id"]) for origin, row in _csv_rows(url, refusals, "video_id"))
     elif url.endswith(".json"):
-        rows = [(f"{url}: id {n}", name) for n, name in enumerate(_read_json(url, list, dict), 1)]
+        rows = [(f"{url}: id {n}", name) for n, name in enumerate(read_json(url, list, dict), 1)]
     else:
         rows = _text_rows(url, refusals)
     origins: dict[str, str] = {}
@@ -72,7 +72,7 @@ def read_ids(url: str, refusals: Refusals) -> dict[str, str]:
 
 def msrvtt_captions(url: str, refusals: Refusals) -> dict[str, list[str]]:
     """Reads MSRVTT_data.json: {"sentences": [{"caption", "video_id", ...}]}, about 20 a video."""
-    sentences = _read_json(url, dict).get("sentences")
+    sentences = read_json(url, dict).get("sentences")
     if not isinstance(sentences, list):
         raise ValueError(f"{url}: sentences must be a list, found {type(sentences).__name__}")
     return _entries(sentences, f"{url}: sentences", "video_id", "caption", refusals)
@@ -112,7 +112,7 @@ def msvd_captions(url: str, refusals: Refusals) -> dict[str, list[str]]:
 
 def didemo_captions(url: str, refusals: Refusals) -> dict[str, list[str]]:
     """Reads *_data.json: [{"video", "description", ...}]; joins a video's descriptions."""
-    entries = _read_json(url, list)
+    entries = read_json(url, list)
     sentences = _entries(entries, f"{url}: ", "video", "description", refusals)
     return {name: [_paragraph(texts)] for name, texts in sentences.items()}
 
@@ -120,7 +120,7 @@ def didemo_captions(url: str, refusals: Refusals) -> dict[str, list[str]]:
 def activitynet_captions(url: str, refusals: Refusals) -> dict[str, list[str]]:
     """Reads train.json or val_1.json: {id: {"sentences": [...]}}; joins a video's sentences."""
     captions: dict[str, list[str]] = {}
-    for name, entry in _read_json(url, dict).items():
+    for name, entry in read_json(url, dict).items():
         sentences = entry.get("sentences") if isinstance(entry, dict) else None
         where = f"{url}: {name}"
         if isinstance(sentences, list) and all(_is_text(one) for one in sentences):
@@ -203,7 +203,12 @@ def _csv_rows(url: str, refusals: Refusals, *columns: str) -> Iterable[tuple[str
             yield origin, dict(zip(found, record.fields, strict=True))
 
 
-def _read_json(url: str, *types: type) -> Any:
+def read_json(url: str, *types: type) -> Any:
+    """Reads a JSON file as a whole.
+
+    Raises:
+        ValueError: it is not JSON, or no value of these types.
+    """
     try:
         # Published files are one line of any length, which `text_lines` would cut off.
         with open_text(url) as file:

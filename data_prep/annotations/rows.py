@@ -68,9 +68,10 @@ def annotation_rows(url: str) -> Iterator[Draft | RefusedRow]:
 
 def file_format(url: str) -> str:
     """Returns the format, of READERS, by the file's name. Raises ValueError for another name."""
-    name = url.removesuffix(".gz")
+    name = url.casefold().removesuffix(".gz").replace(".ndjson", ".jsonl")
+    is_compressed = url.casefold().endswith(".gz")
     for extension in READERS:
-        if name.endswith("." + extension) and not (extension == "parquet" and name != url):
+        if name.endswith("." + extension) and not (extension == "parquet" and is_compressed):
             return extension
     raise ValueError(
         f"annotations={url!r}: unknown format; the name must end in .jsonl, .json, .csv or .tsv (or"

@@ -68,6 +68,7 @@ class CsvRecord(NamedTuple):
 
 def csv_records(url: str, *, delimiter: str = ",") -> Iterator[CsvRecord]:
     """Yields the records of a CSV file, its header too; no blank ones. Raises as `text_lines`."""
+    csv.field_size_limit(MAX_LINE)  # of the process; 131,072 characters without it
     lines = _Lines(url)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:

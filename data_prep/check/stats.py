@@ -188,7 +188,7 @@ def shared_captions(
     url: str, manifest: Manifest, facts: FactsAccumulator, count: int = MOST_FREQUENT
 ) -> list[SharedCaption]:
     """Finds the captions that most videos have, and reads a sample of each for its text."""
-    store = Storage(url)
+    store = Storage(manifest.files_url(url))
     return [
         _shared_caption(store, manifest, facts.row[frequent.sample], frequent)
         for frequent in facts.captions.most_frequent(count)

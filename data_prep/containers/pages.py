@@ -99,7 +99,8 @@ def check_ivf(content: Content) -> float | None:
         at += 12 + number(content, at, 4, "little")
         require(content, at, "its last frame")
     rate, scale, length = (number(content, at, 4, "little") for at in (16, 20, 24))
-    return length * scale / rate if rate and length * scale else None
+    is_known = rate and scale and 0 < length < 0xFFFFFFFF  # a pipe has no room for the number
+    return length * scale / rate if is_known else None
 
 
 def check_y4m(content: Content) -> None:
@@ -120,8 +121,13 @@ def check_dv(content: Content) -> None:
 NUT_INDEX = bytes.fromhex("4e58dd672f23e64e")
 
 
+def _is_index(content: Content, length: int) -> bool:
+    start = len(content) - length
+    return content[start : start + 8] == NUT_INDEX
+
+
 def check_nut(content: Content) -> None:
     """Raises CutShort unless the file ends with its index, in which its length is the last word."""
     length = number(content, max(0, len(content) - 12), 8)
-    if not 20 <= length <= len(content) or content[len(content) - length :][:8] != NUT_INDEX:
+    if not 20 <= length <= len(content) or not _is_index(content, length):
         raise CutShort("the index at its end is missing")

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fsspec import available_protocols
+
 from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.dataset.foreign_tar import ForeignSample, sample_files
 from tvr.data_prep.dataset.index_rules import MAX_TEXT, IndexFields
@@ -71,7 +73,10 @@ def parse_rules(index: IndexFields, url: str) -> ForeignRules:
     names, tars = index["captions"], index["tars"]
     if not isinstance(tars, str):
         index.refuse("tars", tars, "a text")
-    if tars and not Storage(url).is_local and ("::" in tars or Storage(tars).is_local):
+    protocol = tars.partition("://")[0] if "://" in tars else "file"
+    if protocol not in available_protocols():
+        index.refuse("tars", tars, "a path, or a URL of a known kind")
+    if tars and not Storage(url).is_local and ("::" in tars or protocol in ("file", "local")):
         index.refuse("tars", tars, "a URL, because the index is not on this machine")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         index.refuse("captions", names, "a list of texts")

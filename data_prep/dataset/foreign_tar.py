@@ -82,6 +82,8 @@ def sample_files(
     """
     at, current = 0, None
     while at < size:
+        if current is None:
+            release(at)  # folders, files that belong to no sample, and blocks of zeros
         if read(at, BLOCK) == ZERO:
             at += BLOCK  # the end of an archive, or of the first of several
             continue

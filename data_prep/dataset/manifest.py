@@ -105,8 +105,11 @@ class Manifest:
     @property
     def content(self) -> str:
         """Digest of the samples and their order: equal for copies of a data set at any place."""
-        shards = [(shard.num_samples, shard.sha256) for shard in self.shards]
-        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+        digested: list[Any] = [(shard.num_samples, shard.sha256) for shard in self.shards]
+        if self.foreign is not None:
+            # Shards of other tools hold several texts, of which the index names the captions.
+            digested.append(self.foreign.captions)
+        return hashlib.sha256(json.dumps(digested).encode()).hexdigest()
 
     @property
     def files(self) -> tuple[Shard, ...]:

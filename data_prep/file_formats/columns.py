@@ -3,8 +3,9 @@
 - A .tsv file has tabs between its fields. A .csv file has commas, semicolons or tabs: the
   character by which the header has a column `video` and a column of captions. A first line
   `sep=;`, which spreadsheets write, is passed over.
-- White space around the names of columns is dropped. Columns without a name at the end of the
-  header must be empty in each row, and a row without any text is passed over.
+- White space around the names of columns is dropped, and capitals are as small letters. Columns
+  without a name at the end of the header must be empty in each row, and a row without any text is
+  passed over.
 - Several columns may hold captions: a repeated `caption`, and `caption_1`, `caption_2`, ..., see
   `caption_fields`.
 """
@@ -41,7 +42,7 @@ def delimiter_of(header: str, url: str) -> str:
         header: Line with the names of the columns.
         url: File of the table; one of .tsv has tabs.
     """
-    if url.removesuffix(".gz").endswith(".tsv"):
+    if url.casefold().removesuffix(".gz").endswith(".tsv"):
         return "\t"
     for delimiter in DELIMITERS:
         names = _names(header, delimiter)
@@ -52,9 +53,10 @@ def delimiter_of(header: str, url: str) -> str:
 
 def _names(header: str, delimiter: str) -> list[str]:
     try:
-        return [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        names = next(csv.reader([header], delimiter=delimiter), [])
     except csv.Error:
         return []
+    return [name.strip().casefold() for name in names]
 
 
 class TableColumns:
@@ -69,7 +71,7 @@ class TableColumns:
     """
 
     def __init__(self, header: Sequence[str], where: str) -> None:
-        names = [name.strip() for name in header]
+        names = [name.strip().casefold() for name in header]
         while names and not names[-1]:
             names.pop()
         captions = [name for name in names if is_caption_field(name)]

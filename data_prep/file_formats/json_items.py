@@ -100,7 +100,10 @@ def _object(text: _JsonText) -> Iterator[JsonItem]:
                 values = [] if first is None else [first.value, *(row.value for row in rows)]
                 waiting.append(JsonItem(where, values, name))
         else:
-            waiting.append(JsonItem(where, text.value(), name))
+            value = text.value()
+            if have_rows and name in LIST_FIELDS and isinstance(value, list) and value:
+                raise text.error(f"a second list of rows, {name!r}; keep one of the lists")
+            waiting.append(JsonItem(where, value, name))
         if have_rows:
             waiting.clear()
         elif are_videos or len(waiting) > MAX_OTHER_FIELDS:

@@ -274,7 +274,9 @@ class _PackTask:
         refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
         files = [file for record in records for file in record.files]
         if not files:
-            raise ValueError(f"no usable clip to pack to {self._output.url}; refused: {refused}")
+            counts = ", ".join(f"{reason} {count}" for reason, count in refused.items())
+            first = " | ".join(f"{each.key}: {each.reason}: {each.detail}" for each in bad[:3])
+            raise ValueError(f"no usable clip to pack to {self._output.url} ({counts}): {first}")
         settings = self._plan.settings
         return Manifest(
             layout=settings.layout,

@@ -274,6 +274,10 @@ def _read_source(
         raise BadSample(clip.key, "missing_file", str(error)) from error
     except ChangedFileError as error:
         raise BadSample(clip.key, "read_error", str(error)) from error
+    except (ValueError, TypeError) as error:
+        # fsspec and its clients refuse a URL that they cannot understand in these ways.
+        detail = f"its URL cannot be opened: {type(error).__name__}: {error}"
+        raise BadSample(clip.key, "missing_file", detail) from error
     except OSError as error:
         if is_passing_error(error):
             raise StorageUnavailable(

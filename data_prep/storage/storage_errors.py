@@ -78,7 +78,7 @@ TRANSIENT_CODES = re.compile(
 GONE_CODES = re.compile(r"NoSuch\w+|NotFound|BlobNotFound|ContainerNotFound")
 # Errors by which clients refuse to send a request at all.
 DENIED_NAMES = re.compile(
-    r"\w*Credentials?Error|\w*CredentialsNotFound\w*|ParamValidationError|InvalidUR[LI]\w*"
+    r"\w*Credentials?Error|\w*CredentialsNotFound\w*|ParamValidationError|Invalid[Uu][Rr][LlIi]\w*"
     r"|NoRegionError|UnauthorizedSSOTokenError|TokenRetrievalError|NonHttpUrl\w*"
 )
 MAX_CAUSES = 8

@@ -125,12 +125,24 @@ def open_video(source: Source, key: str) -> Iterator[tuple[InputContainer, Video
             yield container, stream
     except MemoryError as error:
         raise BadSample(key, "out_of_memory", "no memory to decode the video") from error
+    except IndexError as error:
+        # PyAV lists the streams once, and cannot return a packet of one that begins later.
+        if not _raised_by_pyav(error):
+            raise
+        raise BadSample(key, "unreadable", "another stream begins within the file") from error
     except av.error.FFmpegError as error:
         reason = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
         detail = f"{error.strerror} ({type(error).__name__})"
         if isinstance(error, av.error.ArgumentError):
             detail += f"; a clip must be a file of one of the containers {', '.join(CONTAINERS)}"
         raise BadSample(key, reason, detail) from error
+
+
+def _raised_by_pyav(error: Exception) -> bool:
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_code.co_filename.startswith("av/")
 
 
 class SourceIndices:

