@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 
 class _Refused(pickle.UnpicklingError):
     """The pickle refers to a class, a function or an external object."""
 
 
+def _refuse_bytearray(unpickler: object) -> NoReturn:
+    # It would be allocated in the length that its opcode states.
+    raise _Refused("it asks for a bytearray")
+
+
 class _PlainUnpickler(pickle._Unpickler):
     # The form in Python numbers objects in a dict. The one in C takes 16 bytes for each number up
     # to the largest, so that a file of ten bytes could ask for gigabytes.
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _refuse_bytearray,
+    }
 
     # The unpickler looks up every class and function here before it can call it.
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:

@@ -122,6 +122,8 @@ def test_a_pickle_cannot_ask_for_gigabytes() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert load_plain_pickle(bomb, "c.pkl") == {"v": [["a", "dog"]]}
     assert load_plain_pickle(b"]p99999999999\n.", "c.pkl") == []
+    with pytest.raises(ValueError, match=r"c\.pkl: refused: it asks for a bytearray"):
+        load_plain_pickle(b"\x80\x05\x96" + (1 << 36).to_bytes(8, "little") + b"a.", "c.pkl")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
 
 
