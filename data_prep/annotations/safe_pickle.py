@@ -26,8 +26,8 @@ class _PlainUnpickler(pickle._Unpickler):
     }
 
     # The unpickler looks up every class and function here before it can call it.
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise _Refused(f"it asks for {module_name}.{global_name}")
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise _Refused(f"it asks for {module}.{name}")
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise _Refused(f"it asks for the external object {pid!r}")
