@@ -153,25 +153,16 @@ def record_evaluation(
 
 def forget_later_scores(storage: StorageFolder, step: int) -> None:
     """Drops the scores of steps after `step`, which are trained anew."""
-    scores = read_scores(storage)
+    scores, test_set = _read_best(storage)
     kept = {saved: score for saved, score in scores.items() if saved <= step}
     if len(kept) < len(scores):
-        _write_scores(storage, kept, _test_set_of(storage))
+        _write_scores(storage, kept, test_set)
 
 
 def _write_scores(storage: StorageFolder, scores: Mapping[int, float], test: str | None) -> None:
     best = _best_of(scores)
     content = {"step": best, "score": None if best is None else scores[best], "scores": scores}
     storage.write_atomically(BEST, (json.dumps({**content, "test": test}) + "\n").encode())
-
-
-def _test_set_of(storage: StorageFolder) -> str | None:
-    """The digest of the test set of the stored scores; None if it is not recorded."""
-    try:
-        found = json.loads(_read_if_exists(storage, BEST) or b"{}").get("test")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def read_state(storage: StorageFolder, step: int) -> tuple[SavedState | None, list[str]]:
@@ -221,12 +212,16 @@ def read_scores(storage: StorageFolder, test_set: str | None = None) -> dict[int
     Args:
         test_set: Digest of the test set that counts; None: whichever was used last.
     """
+    scores, recorded = _read_best(storage)
+    is_other = test_set is not None and recorded is not None and recorded != test_set
+    return {} if is_other else scores
+
+
+def _read_best(storage: StorageFolder) -> tuple[dict[int, float], str | None]:
+    """The scores by step, and the digest of their test set; None if it is not recorded."""
     content = _read_if_exists(storage, BEST)
     if content is None:
-        return {}
-    recorded = _test_set_of(storage)
-    if test_set is not None and recorded is not None and recorded != test_set:
-        return {}
+        return {}, None
     try:
         fields = json.loads(content)
         # Earlier releases recorded the best step alone.
@@ -234,7 +229,8 @@ def read_scores(storage: StorageFolder, test_set: str | None = None) -> dict[int
         found = {int(step): float(score) for step, score in scores.items()}
         if not all(map(math.isfinite, found.values())):
             raise ValueError("a score is not finite")
-        return found
+        test_set = fields.get("test")
+        return found, test_set if isinstance(test_set, str) else None
     except (
         ValueError,
         KeyError,
@@ -244,7 +240,7 @@ def read_scores(storage: StorageFolder, test_set: str | None = None) -> dict[int
         RecursionError,
     ) as error:
         log.warning("%s is damaged, the next evaluation counts as the best: %r", BEST, error)
-        return {}
+        return {}, None
 
 
 def _best_of(scores: Mapping[int, float]) -> int | None:

@@ -23,7 +23,7 @@ from tvr.kernels.ranking import (
     count_candidates,
     ranks_of_counts,
 )
-from tvr.trainer.distributed.collectives import all_gather_rows_no_grad, sum_over_ranks
+from tvr.trainer.distributed.collectives import all_gather_rows, sum_over_ranks
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.model import Features
 
@@ -131,12 +131,10 @@ def rank_features(
             of_captions.append(of_all[world.rank])
             top.add(best, block.counts)
 
-    def gathered(own_rows: Tensor, counts: tuple[int, ...]) -> Tensor:
-        return all_gather_rows_no_grad(own_rows, world, counts) if len(counts) > 1 else own_rows
-
-    text_ranks, text_ties = ranks_of_counts(gathered(torch.cat(of_captions), num_captions))
-    video_ranks, video_ties = ranks_of_counts(gathered(of_videos, num_videos))
-    videos = gathered(video_positives, num_videos).isfinite().nonzero().squeeze(1)
+    of_texts = all_gather_rows(torch.cat(of_captions), world, num_captions)
+    text_ranks, text_ties = ranks_of_counts(of_texts)
+    video_ranks, video_ties = ranks_of_counts(all_gather_rows(of_videos, world, num_videos))
+    videos = all_gather_rows(video_positives, world, num_videos).isfinite().nonzero().squeeze(1)
     return Retrieval(
         ranks=Ranks(
             text_to_video=text_ranks.cpu(),
@@ -212,10 +210,9 @@ class _TopVideos:
     def add(self, best: _Best, counts: tuple[int, ...]) -> None:
         """Adds a block, of which every rank has the best of its own videos."""
         scores, videos = best.filled()
-        if self._world.world_size > 1:
-            same = (len(scores),) * self._world.world_size
-            scores = all_gather_rows_no_grad(scores, self._world, same)
-            videos = all_gather_rows_no_grad(videos, self._world, same)
+        same = (len(scores),) * self._world.world_size
+        scores = all_gather_rows(scores, self._world, same)
+        videos = all_gather_rows(videos, self._world, same)
         if not self._world.is_first:
             return
         shape = (self._world.world_size, -1, self.size)
@@ -262,7 +259,7 @@ def _blocks(
         texts = _texts(own, rows, world.device)
 
         def gathered(x: Tensor, counts: tuple[int, ...] = counts) -> Tensor:
-            return all_gather_rows_no_grad(x, world, counts) if len(counts) > 1 else x
+            return all_gather_rows(x, world, counts)
 
         yield _Block(
             texts._replace(
