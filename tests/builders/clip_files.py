@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tvr.data_prep.packing.pack import pack_shards
+from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.records import Caption, Clip
 
 BLOCK = 16
@@ -109,6 +110,21 @@ def make_dataset(folder: Path, num_clips: int, **settings: Any) -> str:
     defaults = {"layout": "frames", "num_frames": 4, "samples_per_shard": 5}
     pack_shards(write_clips(folder / "videos", num_clips), url, **(defaults | settings))
     return url
+
+
+def pack_settings(**changes: Any) -> PackSettings:
+    """Settings of a packing of few small clips as frames."""
+    values: dict[str, Any] = {
+        "layout": "frames",
+        "num_frames": 2,
+        "short_side": None,
+        "jpeg_quality": 90,
+        "samples_per_shard": 4,
+        "reencode": False,
+        "keyframe_interval": 16,
+        "words": False,
+    }
+    return PackSettings(**values | changes)
 
 
 def file_contents(folder: Path) -> dict[str, bytes]:

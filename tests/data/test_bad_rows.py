@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pyarrow
 import pytest
-from builders.clip_files import file_contents, numbered_video, write_clips
+from builders.clip_files import file_contents, numbered_video, pack_settings, write_clips
 from pyarrow import parquet
 
 from tvr.data_prep.annotations import text_files
@@ -21,20 +21,11 @@ from tvr.data_prep.annotations.clip_source import AnnotationFile, ClipList
 from tvr.data_prep.annotations.text_files import MAX_LINE
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.packing.plan import PackPlan, PackSettings
+from tvr.data_prep.packing.plan import PackPlan
 from tvr.data_prep.packing.plan_build import build_plan
 from tvr.data_prep.records import Clip, RefusedRow, TooManyBadSamples
 
-SETTINGS = PackSettings(
-    layout="frames",
-    num_frames=2,
-    short_side=None,
-    jpeg_quality=90,
-    samples_per_shard=4,
-    reencode=False,
-    keyframe_interval=16,
-    words=False,
-)
+SETTINGS = pack_settings()
 
 
 def planned(source: Any, folder: Path, max_bad: int) -> tuple[list[Clip], list[RefusedRow]]:

@@ -29,7 +29,13 @@ from builders.clip_actions import (
     loop,
     wait_forever,
 )
-from builders.clip_files import file_contents, numbered_video, read_number, write_clips
+from builders.clip_files import (
+    file_contents,
+    numbered_video,
+    pack_settings,
+    read_number,
+    write_clips,
+)
 from builders.decoder_cases import decoders
 from builders.shown_videos import with_pixel_shape
 
@@ -37,7 +43,6 @@ from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.limited_process import MIN_MEMORY_BYTES, ProcessLimits
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.pack_clip import RefusedClip
-from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.worker_pool import pack_clips
 from tvr.data_prep.records import Clip, TooManyBadSamples
 from tvr.data_prep.video.decode import sample_frames
@@ -248,16 +253,7 @@ ACTIONS = {
 
 
 def test_what_breaks_its_process_costs_its_clip_only(tmp_path: Path) -> None:
-    settings = PackSettings(
-        layout="frames",
-        num_frames=2,
-        short_side=None,
-        jpeg_quality=90,
-        samples_per_shard=4,
-        reencode=False,
-        keyframe_interval=16,
-        words=False,
-    )
+    settings = pack_settings()
     good = write_clips(tmp_path, len(ACTIONS) + 1)
     clips: list[Clip] = []
     for action, clip in zip(ACTIONS, good, strict=False):

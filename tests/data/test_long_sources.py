@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.clip_files import file_contents, numbered_video
+from builders.clip_files import file_contents, numbered_video, pack_settings
 from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep.dataset.shard_writer import TarSample, content_hash
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.data_prep.packing.pack_clip import LastSource, RefusedClip, pack_clip
-from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.records import BadSample, Clip
 from tvr.data_prep.storage import source_file
 from tvr.data_prep.storage.source_file import SourceFile, read_source
@@ -51,20 +50,6 @@ def film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cuts(url: str, number: int = 12) -> list[Clip]:
     clip = Clip(key="f", video=url, captions=("x",), video_id="f")
     return [replace(clip, key=f"f{n:02d}", start_s=n / 4, end_s=n / 4 + 0.5) for n in range(number)]
-
-
-def settings(**changes: Any) -> PackSettings:
-    defaults: dict[str, Any] = {
-        "layout": "frames",
-        "num_frames": 2,
-        "short_side": None,
-        "jpeg_quality": 90,
-        "samples_per_shard": 4,
-        "reencode": False,
-        "keyframe_interval": 16,
-        "words": False,
-    }
-    return PackSettings(**defaults | changes)
 
 
 COUNTED_PACKING = """
@@ -168,7 +153,9 @@ def test_a_large_source_gives_the_same_bytes_without_being_held(
         for held_bytes in (1 << 20, PART):
             monkeypatch.setattr(source_file, "HELD_BYTES", held_bytes)
             with closing(LastSource()) as last:
-                packed.append([pack_clip(clip, settings(**changes), None, last) for clip in clips])
+                packed.append(
+                    [pack_clip(clip, pack_settings(**changes), None, last) for clip in clips]
+                )
                 assert isinstance(last.read(clips[0]).source, bytes) == (held_bytes > PART)
                 # The copy has no name.
                 assert list((film.parent.parent / "scratch").iterdir()) == []
@@ -242,7 +229,7 @@ def test_a_full_disk_of_copies_ends_packing_and_refuses_no_clip(
     with serve_folder(film.parent) as storage:
         clip = cuts(f"{storage.url}/film.mp4")[0]
         with pytest.raises(StorageUnavailable, match=r"no room for a copy .* TMPDIR=.*scratch"):
-            pack_clip(clip, settings())
+            pack_clip(clip, pack_settings())
     assert list((film.parent.parent / "scratch").iterdir()) == []
 
 
@@ -254,7 +241,7 @@ def test_a_file_that_changes_while_it_is_used_is_refused(
     with closing(LastSource()) as last:
         assert not isinstance(last.read(first).source, bytes)
         os.utime(film, ns=(1, 1))
-        refused = pack_clip(second, settings(), None, last)
+        refused = pack_clip(second, pack_settings(), None, last)
     assert isinstance(refused, RefusedClip)
     assert (refused.reason, refused.detail[:20]) == ("read_error", "the file was changed")
 
@@ -304,7 +291,7 @@ def test_a_cut_is_decoded_from_the_keyframe_before_it(
     monkeypatch.setattr(indexed_decode, "_fits", note)
     clip = replace(cuts(str(film))[0], start_s=3.3, end_s=3.5)
     with closing(LastSource()) as last:
-        assert isinstance(pack_clip(clip, settings(), None, last), TarSample)
+        assert isinstance(pack_clip(clip, pack_settings(), None, last), TarSample)
         start = keyframe_before(last.read(clip).indices.packets("f"), 33)
     assert start >= 20
     assert decoded == list(range(start, 35))

@@ -14,7 +14,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from builders.clip_files import file_contents, numbered_video, write_clips
+from builders.clip_files import file_contents, numbered_video, pack_settings, write_clips
 from builders.http_store import serve_folder
 
 from tvr.data_prep import cli
@@ -27,7 +27,7 @@ from tvr.data_prep.packing import planning, shard_records, worker_pool
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.output_files import OutputFiles
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.packing.plan import PackPlan, PackSettings
+from tvr.data_prep.packing.plan import PackPlan
 from tvr.data_prep.packing.plan_build import build_plan
 from tvr.data_prep.packing.planning import PlanLease, PlannedElsewhere
 from tvr.data_prep.packing.word_counts import WordCounter
@@ -37,18 +37,10 @@ from tvr.data_prep.records import Clip, TooManyBadSamples
 FRAMES: dict[str, Any] = {"layout": "frames", "num_frames": 2, "samples_per_shard": 2}
 
 
-def settings(**changes: Any) -> PackSettings:
-    values: dict[str, Any] = {
-        **{"layout": "frames", "num_frames": 2, "short_side": None, "jpeg_quality": 90},
-        **{"samples_per_shard": 4, "reencode": False, "keyframe_interval": 16, "words": False},
-    }
-    return PackSettings(**values | changes)
-
-
 def planned(source: Any, folder: Path, **changes: Any) -> PackPlan:
     """Plans a source and reads the plan back."""
     folder.mkdir(parents=True, exist_ok=True)
-    used = settings(**changes)
+    used = pack_settings(**changes)
     built = build_plan(source, used, folder)
     rows = built.rows.read_bytes()
     return PackPlan(built.header, used, built.index.read_bytes(), lambda a, b: rows[a:b], folder)
@@ -527,6 +519,6 @@ def test_a_late_straggler_cannot_touch_a_later_packing(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "data").glob("*.tar")}
     assert names == {"shard-000000.tar", "shard-1-000000.tar"}
     straggler = OutputDir(url)
-    built = build_plan(ClipList(changed), settings(**FRAMES), tmp_path)
+    built = build_plan(ClipList(changed), pack_settings(**FRAMES), tmp_path)
     assert straggler.claim(built, None) == "joined"
     assert straggler.generation == 1

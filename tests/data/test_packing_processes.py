@@ -18,14 +18,13 @@ from typing import Any
 
 import psutil
 import pytest
-from builders.clip_files import file_contents, numbered_video, write_clips
+from builders.clip_files import file_contents, numbered_video, pack_settings, write_clips
 from builders.http_store import HttpStorage, serve_folder
 
 from tvr.data_prep import cli
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.worker_pool import pack_clips
 
 FRAMES: dict[str, Any] = {"layout": "frames", "num_frames": 3, "samples_per_shard": 2}
@@ -223,16 +222,7 @@ def test_a_clip_whose_process_dies(
 def test_a_bug_ends_packing_with_its_traceback(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 5)
     clips[3] = replace(clips[3], captions=(7,))  # type: ignore[arg-type]
-    settings = PackSettings(
-        layout="frames",
-        num_frames=3,
-        short_side=None,
-        jpeg_quality=90,
-        samples_per_shard=2,
-        reencode=False,
-        keyframe_interval=16,
-        words=False,
-    )
+    settings = pack_settings(num_frames=3, samples_per_shard=2)
     with pytest.raises(RuntimeError, match=r"(?s)packing c03 .*Traceback.*in pack_clip.*TypeError"):
         list(pack_clips(clips, settings, 2))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from builders.clip_files import pack_settings
 from builders.counter_files import Encoding, make_video, number_of
 from builders.decoder_cases import decoders
 from builders.shown_videos import with_pixel_shape
@@ -24,7 +25,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvr.data_prep.cli import pack
-from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decode import check_frames, sample_frames
@@ -356,20 +356,11 @@ def test_packing_and_reading_choose_by_time_or_index(tmp_path: Path) -> None:
 
 
 def test_spacing_is_part_of_the_plan() -> None:
-    values = {
-        "num_frames": 12,
-        "short_side": None,
-        "jpeg_quality": 90,
-        "samples_per_shard": 10,
-        "reencode": False,
-        "keyframe_interval": 16,
-        "words": False,
-    }
-    assert PackSettings(layout="frames", **values).frame_spacing == "time"
+    assert pack_settings().frame_spacing == "time"
     with pytest.raises(ValueError, match="frame_spacing='even' must be time or index"):
-        PackSettings(layout="frames", frame_spacing="even", **values)  # type: ignore[arg-type]
+        pack_settings(frame_spacing="even")
     with pytest.raises(ValueError, match=r"layout=frames; .* \(data.frame_spacing\)"):
-        PackSettings(layout="video", frame_spacing="index", **values)
+        pack_settings(layout="video", frame_spacing="index")
 
 
 # ------------------------------------------------------------------ packets without a picture

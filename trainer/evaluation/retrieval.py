@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -102,31 +103,30 @@ def rank_features(
         of_videos = torch.zeros(len(own.frames), 2, dtype=torch.int64, device=world.device)
         of_captions = [of_videos[:0]]
         top = _TopVideos(num_captions, part, min(top_videos, sum(num_videos)), world)
-        for block in _blocks(
-            own, caption_video + first_video, positives, world, part, num_captions
-        ):
+
+        def count(block: _Block, best: _Best) -> Tensor:
+            """Counts a block's candidates among this rank's videos; returns those of the texts."""
             of_block = torch.zeros(len(block.video), 2, dtype=torch.int64, device=world.device)
+            width = max(1, scores_per_tile // max(1, len(block.video)))
+            for start in range(0, len(own.frames), width):
+                columns = slice(start, min(start + width, len(own.frames)))
+                scores = score(block.texts, _videos(own, columns, world.device))
+                check_finite(scores, _names(block, first_video + start))
+                best.add(scores, first_video + start)
+                in_tile = block.video - (first_video + start)
+                rows = ((in_tile >= 0) & (in_tile < scores.shape[1])).nonzero().squeeze(1)
+                counts = count_candidates(
+                    scores, block.positives, video_positives[columns], (rows, in_tile[rows])
+                )
+                of_block += counts.of_texts
+                of_videos[columns] += counts.of_videos
+            return of_block
+
+        video = caption_video + first_video
+        for block in _blocks(own, video, positives, world, part, num_captions):
             best = _Best(top.size, len(block.video), world.device)
-
-            def count(
-                block: _Block = block, of_block: Tensor = of_block, best: _Best = best
-            ) -> None:
-                width = max(1, scores_per_tile // max(1, len(block.video)))
-                for start in range(0, len(own.frames), width):
-                    columns = slice(start, min(start + width, len(own.frames)))
-                    scores = score(block.texts, _videos(own, columns, world.device))
-                    check_finite(scores, _names(block, first_video + start))
-                    best.add(scores, first_video + start)
-                    in_tile = block.video - (first_video + start)
-                    rows = ((in_tile >= 0) & (in_tile < scores.shape[1])).nonzero().squeeze(1)
-                    counts = count_candidates(
-                        scores, block.positives, video_positives[columns], (rows, in_tile[rows])
-                    )
-                    of_block += counts.of_texts
-                    of_videos[columns] += counts.of_videos
-
             # On every rank at once: the others would wait for a rank that leaves alone.
-            world.run_on_all(count, ValueError)
+            of_block = world.run_on_all(partial(count, block, best), ValueError)
             of_all = sum_over_ranks(of_block, world).split(block.counts)
             of_captions.append(of_all[world.rank])
             top.add(best, block.counts)

@@ -9,14 +9,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from builders.clip_files import write_clips
+from builders.clip_files import pack_settings, write_clips
 from builders.fuzz.mutations import mutate_bytes, mutate_json_file, mutate_text
 from builders.fuzz.target import READ, SEEDS, Target, documented, require
 
 from tvr.data_prep.annotations.clip_source import AnnotationFile
 from tvr.data_prep.packing.output_dir import OutputDir
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.packing.plan import PackSettings
 from tvr.data_prep.packing.shard_record import COLUMNS, decode_record
 from tvr.data_prep.records import ShardCorrupt
 from tvr.data_prep.storage.storage_folder import StorageFolder
@@ -119,14 +118,7 @@ class Packings(Target):
             shutil.copy(path, folder / SEEDS / path.name)
 
     def prepare(self) -> None:
-        self._settings = PackSettings(
-            short_side=None,
-            jpeg_quality=90,
-            reencode=False,
-            keyframe_interval=16,
-            words=False,
-            **SETTINGS,
-        )
+        self._settings = pack_settings(**SETTINGS)
         self._source = AnnotationFile(str(self.folder / "a.jsonl")).identity()
         self._url = self.scratch / "out"
         (self._url / ".packing").mkdir(parents=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from builders.clip_files import pack_settings
 from builders.counter_files import Encoding, make_video
 from builders.fuzz.target import READ, SEEDS, Target, require
 
@@ -42,26 +43,8 @@ ENCODINGS = {
 }
 MANY = 500
 LONGEST_STEP_S = 3600.0
-VIDEO = PackSettings(
-    layout="video",
-    num_frames=4,
-    short_side=None,
-    jpeg_quality=90,
-    samples_per_shard=4,
-    reencode=False,
-    keyframe_interval=4,
-    words=False,
-)
-REENCODED = PackSettings(
-    layout="video",
-    num_frames=4,
-    short_side=None,
-    jpeg_quality=90,
-    samples_per_shard=4,
-    reencode=True,
-    keyframe_interval=4,
-    words=False,
-)
+VIDEO = pack_settings(layout="video", num_frames=4, keyframe_interval=4)
+REENCODED = pack_settings(layout="video", num_frames=4, keyframe_interval=4, reencode=True)
 
 
 class Containers(Target):
