@@ -59,9 +59,14 @@ def measured(
 ) -> dict[str, Any]:
     """Seconds and peak memory of one rank."""
     from tvr.kernels.numerics import unit
-    from tvr.kernels.similarity import dmae_similarity
+    from tvr.trainer.config import ModelConfig
     from tvr.trainer.distributed.world import World
-    from tvr.trainer.evaluation.retrieval import SCORES_PER_TILE, rank_features
+    from tvr.trainer.evaluation.retrieval import (
+        CAPTIONS_PER_BLOCK,
+        SCORES_PER_TILE,
+        rank_features,
+    )
+    from tvr.trainer.loss.objective import similarity_rows
     from tvr.trainer.model.model import Features
 
     torch.set_num_threads(1)
@@ -81,21 +86,11 @@ def measured(
     own.frames.div_(own.frames.norm(dim=-1, keepdim=True))
     features_mib = peak_mib()
 
-    def score(texts: Features, videos: Features) -> torch.Tensor:
-        return dmae_similarity(
-            texts.sentence,
-            texts.words,
-            videos.frames,
-            texts.word_mask,
-            videos.frame_mask,
-            interaction="att_wti",
-            word_logits=texts.word_logits,
-            frame_logits=videos.frame_logits,
-        )
+    score = partial(similarity_rows, model=ModelConfig(interaction="att_wti"))
 
     def kernel() -> None:
         """The scores of all captions with this rank's videos, tile by tile."""
-        block = min(2048, num_captions)
+        block = min(CAPTIONS_PER_BLOCK, num_captions)
         width = SCORES_PER_TILE // block
         repeated = own._replace(
             sentence=own.sentence.repeat(world_size, 1)[:block],

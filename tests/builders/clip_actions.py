@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def kill() -> None:
 
 def crash_at_last() -> None:
     """Is killed first, and crashes then; the file tells them apart."""
-    file = Path(os.environ.get("TMPDIR", "/tmp")) / f"crash-{os.getppid()}"
+    file = Path(tempfile.gettempdir()) / f"crash-{os.getppid()}"
     is_first = not file.exists()
     file.touch() if is_first else file.unlink()
     os.kill(os.getpid(), signal.SIGKILL if is_first else signal.SIGSEGV)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tvr.kernels.numerics import unit
 from tvr.kernels.ranking import RetrievalMetrics, ranks
-from tvr.kernels.similarity import dmae_similarity
+from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.retrieval import Retrieval, paired_scores, rank_features
+from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features
 
 CPU = torch.device("cpu")
@@ -23,17 +24,7 @@ ALONE = World(rank=0, world_size=1, device=CPU)
 WORDS, FRAMES, WIDTH = 5, 3, 8
 
 
-def score(texts: Features, videos: Features) -> Tensor:
-    return dmae_similarity(
-        texts.sentence,
-        texts.words,
-        videos.frames,
-        texts.word_mask,
-        videos.frame_mask,
-        interaction="att_wti",
-        word_logits=texts.word_logits,
-        frame_logits=videos.frame_logits,
-    )
+score = partial(similarity_rows, model=ModelConfig(interaction="att_wti"))
 
 
 def tied_score(texts: Features, videos: Features) -> Tensor:
