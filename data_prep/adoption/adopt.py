@@ -38,6 +38,7 @@ from tvr.data_prep.dataset.manifest import (
 from tvr.data_prep.dataset.sample_table import SampleTable, hash_texts
 from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.output_files import OutputFiles
+from tvr.data_prep.packing.pack_clip import refusals_text
 from tvr.data_prep.packing.shard_record import (
     ShardFile,
     ShardRecord,
@@ -150,7 +151,10 @@ def find_tars(url: str) -> list[ForeignTar]:
                 ' "_", "-" and ".", up to 200 characters, not beginning with "-" or "."'
             )
         if not 0 <= int(entry["size"] or 0) <= MAX_FILE_BYTES:
-            raise ValueError(f"{join_url(url, name)}: has {entry['size']} bytes")
+            raise ValueError(
+                f"{join_url(url, name)}: {entry['size']} bytes, an archive has at most"
+                f" {MAX_FILE_BYTES}"
+            )
     prefix = always_prefix(set(tars))
     return [
         ForeignTar(
@@ -216,7 +220,8 @@ class _Adoption:
         bad = [entry for adopted in self._adopted for entry in self._record(adopted.tar).bad]
         refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
         if not files:
-            raise ValueError(f"no usable sample in the archives of {self._url}; bad: {refused}")
+            found = refusals_text(bad)
+            raise ValueError(f"no usable sample in the archives of {self._url} {found}")
         self._check_keys()
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in bad)
         self._files.write(BAD_NAME, lines.encode("utf-8", "backslashreplace"))

@@ -38,8 +38,9 @@ def parquet_rows(url: str) -> Iterator[dict[str, Any] | str]:
         raise ValueError(f"{url}: not Parquet: {error}") from error
     except OSError as error:
         if type(error) is not OSError or error.errno is not None:
-            raise  # of the disk or the store
-        raise ValueError(f"{url}: not Parquet: {error}") from error  # so pyarrow calls damage
+            raise  # an error of the disk or the store
+        # pyarrow raises a plain OSError without a number for a damaged file.
+        raise ValueError(f"{url}: not Parquet: {error}") from error
 
 
 def _rows(batch: Any) -> list[Any]:

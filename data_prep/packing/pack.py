@@ -21,7 +21,7 @@ from tvr.data_prep.dataset.manifest import Layout, Manifest, concat_samples, rea
 from tvr.data_prep.limited_process import ProcessLimits
 from tvr.data_prep.packing.open_shard import OpenShard
 from tvr.data_prep.packing.output_dir import OutputDir
-from tvr.data_prep.packing.pack_clip import RefusedClip
+from tvr.data_prep.packing.pack_clip import RefusedClip, refusals_text
 from tvr.data_prep.packing.plan import PackPlan, PackSettings
 from tvr.data_prep.packing.plan_build import OnPlan, check_packable
 from tvr.data_prep.packing.planning import claim_plan
@@ -274,9 +274,8 @@ class _PackTask:
         refused = dict(sorted(Counter(entry.reason for entry in bad).items()))
         files = [file for record in records for file in record.files]
         if not files:
-            counts = ", ".join(f"{reason} {count}" for reason, count in refused.items())
-            first = " | ".join(f"{each.key}: {each.reason}: {each.detail}" for each in bad[:3])
-            raise ValueError(f"no usable clip to pack to {self._output.url} ({counts}): {first}")
+            found = refusals_text(bad)
+            raise ValueError(f"no usable clip to pack to {self._output.url} {found}")
         settings = self._plan.settings
         return Manifest(
             layout=settings.layout,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,14 @@ def _captions(clip: Clip, tagger: WordTagger | None) -> tuple[Caption, ...]:
     if tagger is not None:
         return tagger.tag(texts)
     return tuple(Caption(text=text) for text in texts)
+
+
+def refusals_text(refused: Sequence[RefusedClip]) -> str:
+    """Returns the number of refusals by reason, and the first three of them, for an error."""
+    reasons = sorted(Counter(each.reason for each in refused).items())
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons)
+    first = " | ".join(f"{each.key}: {each.reason}: {each.detail}" for each in refused[:3])
+    return f"({counts}): {first}"
 
 
 def refuse_clip(clip: Clip, reason: str, detail: str) -> RefusedClip:
