@@ -83,15 +83,15 @@ class FrameIndex:
         return round(float(self.ticks(index) * self.unit_s), 6)
 
     def within(self, span: Span | None, key: str) -> range:
-        """Returns the frames in a span. Raises BadSample("no_frames") if there are none."""
+        """Returns the frames shown in a span. Raises BadSample("no_frames") if there are none."""
         if span is None:
             return range(self.num_frames)
         # Not of all frames' times: a film of many frames may have many cuts.
-        found = frames_within(range(self.num_frames), span, self.time_s)
+        last_shown_s = 1 / self.rate_hz if self.rate_hz else 0.0
+        found = frames_within(range(self.num_frames), span, self.time_s, float(last_shown_s))
         if not found:
-            last_s = self.time_s(self.num_frames - 1)
-            detail = f"none of {self.num_frames} frames, the last at {last_s} s, is in"
-            raise BadSample(key, "no_frames", f"{detail} {span}")
+            last = f"{self.num_frames} frames, the last at {self.time_s(self.num_frames - 1)} s"
+            raise BadSample(key, "no_frames", f"none of {last}, is in {span}")
         return found
 
 

@@ -128,18 +128,31 @@ def check_span(span: Span | None) -> None:
 
 
 def frames_within(
-    times_s: Sequence[float], span: Span | None, key: Callable[[int], float] | None = None
+    times_s: Sequence[float],
+    span: Span | None,
+    key: Callable[[int], float] | None = None,
+    last_shown_s: float = 0.0,
 ) -> range:
     """Returns the frames with a time in the span, compared in microseconds; `times_s` ascend.
 
+    A span between the times of two frames holds the frame that is shown then.
+
     Args:
         key: Returns the time of a frame; `times_s` are then the frames, a range.
+        last_shown_s: Seconds for which the last frame is shown.
     """
     start_s, end_s = span or (0.0, None)
-    first = bisect_left(times_s, round(start_s, 6), key=key)  # type: ignore[type-var]
-    if end_s is None:
-        return range(first, len(times_s))
-    return range(first, bisect_left(times_s, round(end_s, 6), key=key))  # type: ignore[type-var]
+    start_s = round(start_s, 6)
+    num_frames = len(times_s)
+    first = bisect_left(times_s, start_s, key=key)  # type: ignore[type-var]
+    end = num_frames
+    if end_s is not None:
+        end = bisect_left(times_s, round(end_s, 6), key=key)  # type: ignore[type-var]
+    if 0 < first == end:
+        last_s = times_s[-1] if key is None else key(num_frames - 1)
+        if end < num_frames or start_s < round(last_s + last_shown_s, 6):
+            return range(first - 1, end)
+    return range(first, end)
 
 
 def mend_stamps(

@@ -59,6 +59,9 @@ def test_bad_offsets(offsets: list[float]) -> None:
         ((0.95, 1.01), 10, 11),
         ((3.9, None), 39, 40),
         ((3.85, 99.0), 39, 40),
+        ((0.51, 0.59), 5, 6),  # no frame begins in it, and frame 5 is shown
+        ((3.91, 8.0), 39, 40),
+        ((3.999, None), 39, 40),
     ],
 )
 @pytest.mark.parametrize("offsets", [None, (0.0, 0.9, 0.3)])
@@ -82,7 +85,7 @@ def test_a_span_is_sampled_like_a_separate_video(
 
 
 def test_a_span_without_a_frame_is_refused() -> None:
-    for span in ((4.0, None), (3.91, 8.0), (0.51, 0.59)):
+    for span in ((4.0, None), (4.5, 8.0)):
         with pytest.raises(
             BadSample, match=r"k: no_frames: none of 40 frames, the last at 3.9 s, is in"
         ):
@@ -103,7 +106,11 @@ def test_frames_within_a_span() -> None:
     times_s = [0.0, 0.033333, 0.5, 0.7]
     assert frames_within(times_s, None) == range(4)
     assert frames_within(times_s, (1 / 30, 0.7)) == range(1, 3)
-    assert frames_within(np.array(times_s).tolist(), (0.6, 0.65)) == range(3, 3)
+    assert frames_within(np.array(times_s).tolist(), (0.6, 0.65)) == range(2, 3)
+    assert frames_within(times_s, (0.71, 0.8)) == range(4, 4)
+    assert frames_within(times_s, (0.71, 0.8), last_shown_s=0.1) == range(3, 4)
+    assert frames_within(times_s, (0.8, 0.9), last_shown_s=0.1) == range(4, 4)
+    assert frames_within([], (0.8, 0.9)) == range(0)
 
 
 def test_times_count_from_the_first_frame_of_a_late_start() -> None:
