@@ -68,7 +68,14 @@ class FeatureWriter:
         self.folder, self.header, self.source = Path(folder), header, source
         manifest = self.folder / MANIFEST
         if manifest.exists():
-            read_manifest(manifest).header.check_same(header, str(self.folder))
+            published = read_manifest(manifest)
+            published.header.check_same(header, str(self.folder))
+            for other, _ in published.sets:
+                if other.url == source.url and other.name != source.name:
+                    raise ValueError(
+                        f"{self.folder} holds features of {source.url} as it was before; its"
+                        " content, or the size of the parts, differs now: give another folder"
+                    )
         elif self.folder.is_dir():
             for record in sorted(self.folder.glob(f"set-*/block-*/{PART}"))[:1]:
                 read_manifest(record).header.check_same(header, str(self.folder))
