@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders.clip_files import numbered_video
+from builders.jobs import run
 from builders.pretrained import save_clip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, make_tiny_data, tiny_config
 from transformers import CLIPModel
@@ -21,7 +22,7 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
-from tvr.trainer.evaluation.stored_features import evaluate_features
+from tvr.trainer.evaluation.stored_features import evaluate_features, evaluate_source
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import build_model
@@ -148,6 +149,26 @@ def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_
     direct = evaluate(own.encode, config, words, own_world)
     stored = evaluate_features(FeatureSet.open(tmp_path / "one", verify=True))
     assert replace(stored, model=None) == direct
+
+
+def test_run_and_its_export_are_sources(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, train={"steps": 2, "zero_stage": 0})
+    run_dir, exported = tmp_path / "run", tmp_path / "exported"
+    code, errors = run(config, run_dir, 1)
+    assert code == 0, errors
+    assert main(["export", "--run-dir", str(run_dir), "--out", str(exported)]) == 0
+    own, other = load_source(run_dir), load_source(exported)
+    assert (own.step, other.step) == (2, None)
+    assert [own.mean_of_frames, other.mean_of_frames] == [False, False]
+    assert own.settings == other.settings
+    assert not own.model.training
+    one, two = (
+        evaluate_source(folder, str(data / "test")).metrics for folder in (run_dir, exported)
+    )
+    stored = json.loads((run_dir / "evaluation.json").read_text())["text_to_video"]
+    assert asdict(one.text_to_video) == asdict(two.text_to_video) == stored
+    with pytest.raises(ValueError, match="step 7"):
+        load_source(run_dir, 7)
 
 
 own_world = World(rank=0, world_size=1, device=torch.device("cpu"))
