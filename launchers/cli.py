@@ -41,7 +41,11 @@ COMMANDS = {
     ),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command(
-        "tvr.trainer.cli:evaluate", "compute the recall of a trained model, both directions"
+        "tvr.trainer.evaluation.cli:evaluate",
+        "compute the recall of a trained model, both directions",
+    ),
+    "embed": Command(
+        "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(

@@ -1,4 +1,4 @@
-"""Command lines of `tvr demo`, `train`, `evaluate`, `report`, `export` and `show-config`.
+"""Command lines of `tvr demo`, `train`, `report`, `export` and `show-config`.
 
 `tvr.launchers.exit_codes` lists their exit codes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -141,31 +140,6 @@ def show_config(argv: Sequence[str]) -> int:
         return EXIT_DONE
 
     return run_training_command("show-config", action)
-
-
-def evaluate(argv: Sequence[str]) -> int:
-    """`tvr evaluate`."""
-
-    def arguments(*, run_dir: Path, data: str | None = None, checkpoint: str = "newest") -> int:
-        """Evaluates a checkpoint of a run: recall from text to video and from video to text.
-
-        Args:
-            run_dir: Folder of an existing run.
-            data: Test set to use instead of the run's; the results are printed, not stored.
-            checkpoint: newest; best: that with the highest R@1, mean of both directions; or the
-                number of a step.
-        """
-        from tvr.trainer.checkpoint.choice import parse_choice
-        from tvr.trainer.evaluation.saved_run import evaluate_run
-
-        result = evaluate_run(run_dir, data, parse_choice(checkpoint))
-        if os.environ.get("RANK", "0") == "0":
-            print(result.table())
-        return EXIT_DONE
-
-    return run_training_command(
-        "evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv))
-    )
 
 
 def report(argv: Sequence[str]) -> int:

@@ -42,6 +42,8 @@ class Evaluation:
     on every rank but 0."""
     step: int | None = None
     """Step of the checkpoint that was evaluated; None during training."""
+    model: str | None = None
+    """Name of a model that is not named by a run's folder."""
 
     @property
     def score(self) -> float:
@@ -51,7 +53,8 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """All results except the queries, as logged and stored."""
-        return {
+        named = {} if self.model is None else {"model": self.model}
+        return named | {
             "data": self.data,
             "videos": self.videos,
             "captions": self.captions,
@@ -69,6 +72,8 @@ class Evaluation:
 def results_table(summary: Mapping[str, Any]) -> str:
     """Formats an evaluation's summary as text for a terminal, with its "step" if it has one."""
     of = f", checkpoint of step {summary['step']}" if "step" in summary else ""
+    if "model" in summary:
+        of += f"\nmodel: {summary['model']}"
     lines = [
         f"{summary['captions']} captions, {summary['videos']} videos ({summary['data']}){of}",
         " " * 15 + "".join(f"{name:>8}" for name in TABLE_COLUMNS),

@@ -70,7 +70,7 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
         left_out=tuple(entry for part in left_out for entry in part),
         metrics=found.ranks.metrics(),
         binding_accuracy=binding_accuracy,
-        queries=_query_results(found, names),
+        queries=query_results(found, names),
     )
 
 
@@ -154,7 +154,7 @@ def _binding_accuracy(
     return float(100 * wins.mean()), other.left_out
 
 
-def _query_results(
+def query_results(
     found: Retrieval, names: list[tuple[list[str], list[str], list[int]]] | None
 ) -> list[dict[str, Any]]:
     """Rank and best videos of each caption, as evaluation.json stores them, on rank 0 only.

@@ -126,6 +126,36 @@ class TextVideoModel(nn.Module):
             margin_hinge=self._margins(sentence, words, word_mask, frames, frame_mask),
         )
 
+    def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
+        """Encodes captions alone, as `forward` in evaluation: a record without videos."""
+        sentence, words = self._encode_text(token_ids, word_mask)
+        weigh = self.text_weight
+        return Features(
+            sentence=sentence,
+            words=words,
+            word_mask=word_mask,
+            frames=sentence.new_zeros(0, 1, sentence.shape[1]),
+            frame_mask=word_mask.new_zeros(0, 1),
+            word_logits=weigh(words) if weigh else None,
+            frame_logits=sentence.new_zeros(0, 1) if weigh else None,
+            margin_hinge=None,
+        )
+
+    def encode_videos(self, frames: Tensor, frame_mask: Tensor) -> Features:
+        """Encodes videos alone, as `forward` in evaluation: a record without captions."""
+        vectors = self._encode_frames(frames, frame_mask)
+        weigh = self.frame_weight
+        return Features(
+            sentence=vectors.new_zeros(0, vectors.shape[-1]),
+            words=vectors.new_zeros(0, 1, vectors.shape[-1]),
+            word_mask=frame_mask.new_zeros(0, 1),
+            frames=vectors,
+            frame_mask=frame_mask,
+            word_logits=vectors.new_zeros(0, 1) if weigh else None,
+            frame_logits=weigh(vectors) if weigh else None,
+            margin_hinge=None,
+        )
+
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std

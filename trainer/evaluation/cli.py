@@ -1,0 +1,212 @@
+"""Command lines of `tvr evaluate` and `tvr embed`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from tvr.launchers.atomic_write import write_atomically
+from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.trainer.exit_reporting import run_training_command
+
+if TYPE_CHECKING:
+    from tvr.trainer.records import Evaluation
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """`tvr evaluate`."""
+
+    def arguments(
+        *,
+        run_dir: Path | None = None,
+        model: Path | None = None,
+        features: Path | None = None,
+        data: str | None = None,
+        checkpoint: str = "newest",
+        num_frames: int | None = None,
+        save_features: Path | None = None,
+        json: Path | None = None,
+    ) -> int:
+        """Evaluates a model: recall from text to video and from video to text.
+
+        Give one of --run-dir, --model and --features.
+
+        Args:
+            run_dir: Folder of an existing run. The results on its own test set are stored there.
+            model: Folder of `tvr export`, or of a Hugging Face CLIP or SigLIP, which is the
+                zero-shot baseline: the sentence with the mean of the frames. Needs --data.
+            features: Folder that `tvr embed` or --save-features wrote; nothing is encoded.
+            data: Test set to use instead of the run's; the results are printed, not stored.
+            checkpoint: newest; best: that with the highest R@1, mean of both directions; or the
+                number of a step.
+            num_frames: Frames per video with --model. None: as it was trained; 12 for a plain
+                folder.
+            save_features: Also writes the features of --data, in fp32, to this folder, for
+                --features. One process only.
+            json: Also writes the results, with every query, to this file.
+        """
+        given = [name for name in (run_dir, model, features) if name is not None]
+        if len(given) != 1:
+            raise ValueError("give one of --run-dir, --model and --features")
+        if model is not None and data is None:
+            raise ValueError(f"--model {model} needs --data, the set to evaluate on")
+        if features is not None and (data, save_features, checkpoint) != (None, None, "newest"):
+            raise ValueError(
+                "--features brings its data set: give no --data, --checkpoint or --save-features"
+            )
+        if num_frames is not None and model is None:
+            raise ValueError(f"--num-frames {num_frames} needs --model")
+        if save_features is not None and data is None:
+            raise ValueError(f"--save-features {save_features} needs --data")
+        result = _result(run_dir, model, features, data, checkpoint, save_features, num_frames)
+        if os.environ.get("RANK", "0") == "0":
+            print(result.table())
+            if json is not None:
+                _write(json, result)
+        return EXIT_DONE
+
+    return run_training_command(
+        "evaluate", lambda: tyro.cli(arguments, prog="tvr evaluate", args=list(argv))
+    )
+
+
+def _result(
+    run_dir: Path | None,
+    model: Path | None,
+    features: Path | None,
+    data: str | None,
+    checkpoint: str,
+    save_features: Path | None,
+    num_frames: int | None,
+) -> Evaluation:
+    from tvr.trainer.checkpoint.choice import parse_choice
+
+    choice = parse_choice(checkpoint)
+    if save_features is not None or features is not None:
+        from tvr.trainer.distributed.world import join_world
+        from tvr.trainer.evaluation.stored_features import evaluate_features
+        from tvr.trainer.features.feature_set import FeatureSet
+
+        step = None
+        if save_features is not None:
+            from tvr.trainer.evaluation.embed import embed
+            from tvr.trainer.evaluation.model_source import load_source
+
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise ValueError("--save-features runs in one process; use `tvr embed` on several")
+            if (save_features / "manifest.json").exists():
+                raise ValueError(f"--save-features {save_features} holds features already")
+            source = load_source(run_dir or model or "", choice, num_frames=num_frames)
+            embed(source, data or "", save_features, stored="fp32")
+            step = source.step
+        with join_world() as world:
+            found = FeatureSet.open(save_features or features or "", verify=True)
+            return replace(evaluate_features(found, world=world), step=step)
+    if run_dir is not None:
+        from tvr.trainer.evaluation.saved_run import evaluate_run
+
+        return evaluate_run(run_dir, data, choice)
+    from tvr.trainer.evaluation.stored_features import evaluate_source
+
+    return evaluate_source(model or "", data or "", choice, num_frames=num_frames)
+
+
+def _write(path: Path, result: Evaluation) -> None:
+    content = {"step": result.step, **result.summary(), "queries": result.queries}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def embed(argv: Sequence[str]) -> int:
+    """`tvr embed`."""
+
+    def arguments(
+        source: tyro.conf.Positional[Path],
+        *,
+        data: str,
+        out: Path,
+        checkpoint: str = "newest",
+        dtype: Literal["fp32", "fp16", "int8"] = "fp16",
+        task: str | None = None,
+        num_frames: int | None = None,
+        max_bad: int = 100,
+    ) -> int:
+        """Encodes a packed data set, or a folder of videos, into files for search and evaluation.
+
+        The same command again continues where it was stopped. Another data set of the same model
+        can be added to the same folder later.
+
+        Args:
+            source: Folder of a run, of `tvr export`, or of a Hugging Face CLIP or SigLIP.
+            data: Data set that `tvr pack` or `tvr adopt` wrote, or a folder of video files.
+            out: Folder of the features.
+            checkpoint: Of a run: newest, best, or the number of a step.
+            dtype: Type of the stored vectors. int8 has one scale per vector.
+            task: K/N: encodes every N-th block, as task K of N, from 0. None: all of them, or the
+                share of this rank under `tvr launch`.
+            num_frames: Frames per video. None: as the model was trained; 12 for a plain folder.
+            max_bad: Largest number of unreadable videos, which are left out.
+        """
+        return _embed(source, data, out, checkpoint, dtype, _task(task), num_frames, max_bad)
+
+    return run_training_command(
+        "embed", lambda: tyro.cli(arguments, prog="tvr embed", args=list(argv))
+    )
+
+
+def _embed(
+    folder: Path,
+    data: str,
+    out: Path,
+    checkpoint: str,
+    dtype: Literal["fp32", "fp16", "int8"],
+    task: tuple[int, int],
+    num_frames: int | None,
+    max_bad: int,
+) -> int:
+    import torch
+
+    from tvr.trainer.checkpoint.choice import parse_choice
+    from tvr.trainer.distributed.world import World
+    from tvr.trainer.evaluation.embed import embed as encode
+    from tvr.trainer.evaluation.model_source import load_source
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    # Tasks share nothing but the folder, so there is no process group.
+    world = World(rank=0, world_size=1, device=device)
+    model = load_source(folder, parse_choice(checkpoint), num_frames=num_frames, world=world)
+    started = last = time.monotonic()
+
+    def report(done: int, total: int, bad: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        rate = done / max(now - started, 1e-9)
+        text = f"embedded {done:,} of {total:,} videos, {rate:.1f} a second, {bad} left out"
+        print(text, file=sys.stderr, flush=True)
+
+    whole = encode(model, data, out, stored=dtype, task=task, max_bad=max_bad, report=report)
+    print(out if whole else f"{out}: other tasks have not written all their parts yet")
+    return EXIT_DONE
+
+
+def _task(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--task {text} must be K/N with K from 0 to N - 1, such as 0/4")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,306 @@
+"""Features of captions and videos on disk, memory-mapped: written once, evaluated and searched.
+
+The door of the package. `FeatureWriter` writes a set, `FeatureSet` reads it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tvr.data_prep.records import KEY_PATTERN, Replacement, ShardCorrupt
+from tvr.trainer.features.layout import (
+    MANIFEST,
+    DataSource,
+    FeatureHeader,
+    FeatureManifest,
+    Part,
+    StoredType,
+    columns,
+    read_manifest,
+)
+from tvr.trainer.features.writer import FeatureWriter, VideoSource, check_files
+from tvr.trainer.model.model import Features
+
+__all__ = [
+    "DataSource",
+    "FeatureHeader",
+    "FeatureSet",
+    "FeatureWriter",
+    "StoredType",
+    "VideoSource",
+]
+
+Rows = slice | Tensor | np.ndarray | Sequence[int]
+# Read whole when a set is opened: few bytes a row, and all else depends on them.
+CHECKED = ("keys", "keys_ends", "files_ends", "captions_ends", "caption_video", "rows")
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenPart:
+    source: DataSource
+    part: Part
+    columns: dict[str, np.ndarray]
+
+
+class FeatureSet:
+    """Features of a data set, or of several ones of the same model, in files.
+
+    Videos and captions are numbered through all parts. Vectors come back in fp32, or in fp16 if
+    they are stored so; from int8 they are converted to fp32.
+    """
+
+    def __init__(self, folder: Path, manifest: FeatureManifest, *, verify: bool = False) -> None:
+        self.folder = folder
+        self.info: FeatureHeader = manifest.header
+        """Model, types and sizes."""
+        self.sources: tuple[DataSource, ...] = tuple(source for source, _ in manifest.sets)
+        self._parts = [
+            _opened(folder / source.name / part.name, manifest.header, source, part, verify)
+            for source, parts in manifest.sets
+            for part in parts
+        ]
+        self._video_ends = list(accumulate((each.part.videos for each in self._parts), initial=0))
+        self._caption_ends = list(
+            accumulate((each.part.captions for each in self._parts), initial=0)
+        )
+        self.keys: Sequence[str] = _Texts(self, "keys", self._video_ends)
+        """Key of each video; unique within a data set."""
+        self.captions: Sequence[str] = _Texts(self, "captions", self._caption_ends)
+        firsts = zip(self._parts, self._video_ends, strict=False)
+        rows = [each.columns["caption_video"] + first for each, first in firsts]
+        self.caption_video: Tensor = torch.from_numpy(
+            np.concatenate([np.empty(0, np.int64), *rows])
+        )
+        """(A,) row in `keys` of each caption's video, ascending."""
+
+    @classmethod
+    def open(cls, folder: Path | str, *, verify: bool = False) -> FeatureSet:
+        """Opens a published set; vectors are read when they are used.
+
+        Args:
+            verify: Also reads all files and compares their hashes.
+
+        Raises:
+            FileNotFoundError: there is no manifest: nothing is published.
+            ShardCorrupt: the manifest or a file is damaged, cut short or edited; names it.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no feature set: it has no {MANIFEST}, which `tvr embed` writes"
+                " when all parts are there"
+            )
+        return cls(Path(folder), read_manifest(path), verify=verify)
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        return self._video_ends[-1]
+
+    @property
+    def num_captions(self) -> int:
+        return self._caption_ends[-1]
+
+    @property
+    def left_out(self) -> tuple[Replacement, ...]:
+        """Videos that could not be read."""
+        return tuple(entry for each in self._parts for entry in each.part.left_out)
+
+    @property
+    def left_out_reasons(self) -> dict[str, int]:
+        """Number of videos that could not be read, by reason."""
+        return dict(Counter(entry.reason for entry in self.left_out))
+
+    def source(self, video: int) -> tuple[DataSource, VideoSource]:
+        """The data set of a video, and its row or file there."""
+        each, row = self._place(self._video_ends, video)
+        start_s, end_s = each.columns["spans"][row].tolist()
+        found = VideoSource(
+            row=int(each.columns["rows"][row]),
+            file=_text(self.folder, each, "files", row),
+            start_s=start_s,
+            end_s=end_s,
+        )
+        if found.file.startswith(("/", "\\")) or ".." in found.file.split("/"):
+            raise ShardCorrupt(f"{self.folder}: file={found.file!r:.200} leaves its folder")
+        return each.source, found
+
+    def frame_times(self, video: int) -> list[float]:
+        """Seconds of a video's frames from its start; not a number where unknown."""
+        each, row = self._place(self._video_ends, video)
+        return each.columns["frame_times"][row].tolist()
+
+    def texts(self, rows: Rows = slice(None)) -> Features:
+        """Features of some captions, without videos, on the CPU."""
+        rows = _row_numbers(rows, self.num_captions)
+        return self._features(np.empty(0, np.int64), rows)
+
+    def videos(self, rows: Rows = slice(None)) -> Features:
+        """Features of some videos, without captions, on the CPU."""
+        return self._features(_row_numbers(rows, len(self)), np.empty(0, np.int64))
+
+    def mapped(self, first: int = 0, end: int | None = None) -> tuple[Features, Tensor]:
+        """Videos `first` to `end` and their captions, which are read only where they are indexed.
+
+        Returns:
+            Columns that give tensors for a slice or a tensor of rows, as `rank_features` takes
+            them; and the row of each caption's video among these.
+        """
+        end = len(self) if end is None else end
+        own = self.caption_video
+        low, high = (int(torch.searchsorted(own, edge)) for edge in (first, end))
+        videos, texts = range(first, end), range(low, high)
+        logits = self.info.has_logits
+        features = Features(
+            sentence=_column(self, "sentence", texts),
+            words=_column(self, "words", texts),
+            word_mask=_column(self, "word_mask", texts),
+            frames=_column(self, "frames", videos),
+            frame_mask=_column(self, "frame_mask", videos),
+            word_logits=_column(self, "word_logits", texts) if logits else None,
+            frame_logits=_column(self, "frame_logits", videos) if logits else None,
+            margin_hinge=None,
+        )
+        return features, own[low:high] - first
+
+    def _features(self, videos: np.ndarray, texts: np.ndarray) -> Features:
+        logits = self.info.has_logits
+        return Features(
+            sentence=self.column("sentence", texts),
+            words=self.column("words", texts),
+            word_mask=self.column("word_mask", texts),
+            frames=self.column("frames", videos),
+            frame_mask=self.column("frame_mask", videos),
+            word_logits=self.column("word_logits", texts) if logits else None,
+            frame_logits=self.column("frame_logits", videos) if logits else None,
+            margin_hinge=None,
+        )
+
+    def column(self, name: str, rows: np.ndarray) -> Tensor:
+        """Rows of one column as a tensor: masks as int64, vectors in fp32 or fp16."""
+        kind, shape = columns(self.info, 0, 0)[name]
+        is_vector = name in ("frames", "sentence", "words")
+        converted = np.dtype(np.float32) if self.info.stored == "int8" and is_vector else kind
+        out = np.empty((len(rows), *shape[1:]), converted)
+        ends = self._video_ends if name.startswith("frame") else self._caption_ends
+        parts = np.searchsorted(ends, rows, side="right") - 1
+        for number in np.unique(parts):
+            of_part = parts == number
+            stored = self._parts[number].columns
+            local = rows[of_part] - ends[number]
+            values = stored[name][local]
+            if converted is not kind and is_vector and kind == np.int8:
+                values = values.astype(np.float32) * stored[f"{name}_scale"][local][..., None]
+            out[of_part] = values
+        if name.endswith("_mask"):
+            most = 1 if name == "frame_mask" else 2
+            if out.size and int(out.max()) > most:
+                raise ShardCorrupt(f"{self.folder}: {name} holds {out.max()}; allowed: 0 to {most}")
+            out = out.astype(np.int64)
+        return torch.from_numpy(out)
+
+    def _place(self, ends: list[int], row: int) -> tuple[_OpenPart, int]:
+        if not 0 <= row < ends[-1]:
+            raise IndexError(f"row {row}; {self.folder} has rows 0 to {ends[-1] - 1}")
+        number = bisect_right(ends, row) - 1
+        return self._parts[number], row - ends[number]
+
+
+class _Texts(Sequence[str]):
+    """Texts of all parts, decoded one at a time."""
+
+    def __init__(self, features: FeatureSet, name: str, ends: list[int]) -> None:
+        self._set, self._name, self._ends = features, name, ends
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        each, row = self._set._place(self._ends, index + len(self) if index < 0 else index)
+        return _text(self._set.folder, each, self._name, row)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+
+class _Column:
+    """Some rows of a column, in the way of a tensor: rows are read when they are indexed."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, features: FeatureSet, name: str, rows: range) -> None:
+        self._set, self._name, self._rows = features, name, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        local = _row_numbers(rows, len(self))
+        return self._set.column(self._name, local + self._rows.start)
+
+
+def _column(features: FeatureSet, name: str, rows: range) -> Tensor:
+    return cast(Tensor, _Column(features, name, rows))
+
+
+def _row_numbers(rows: Rows, count: int) -> np.ndarray:
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(count))
+    found = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, dtype=np.int64).reshape(-1)
+    if found.size and not (0 <= int(found.min()) and int(found.max()) < count):
+        raise IndexError(f"rows {found.min()} to {found.max()}; allowed are 0 to {count - 1}")
+    return found
+
+
+def _opened(
+    folder: Path, header: FeatureHeader, source: DataSource, part: Part, verify: bool
+) -> _OpenPart:
+    check_files(folder, part, hashes=verify, names=CHECKED)
+    found: dict[str, Any] = {}
+    shapes = columns(header, part.videos, part.captions)
+    for name, stored in part.files.items():
+        kind, shape = shapes.get(name, (np.dtype(np.uint8), (stored.num_bytes,)))
+        empty = not stored.num_bytes  # no memory can be mapped
+        path = folder / f"{name}.bin"
+        found[name] = np.empty(shape, kind) if empty else np.memmap(path, kind, "r", shape=shape)
+    for name in ("keys", "files", "captions"):
+        ends = np.concatenate([[0], found[f"{name}_ends"]])
+        if (np.diff(ends) < 0).any() or ends[-1] != part.files[name].num_bytes:
+            raise ShardCorrupt(f"{folder / f'{name}_ends.bin'}: does not fit {name}.bin")
+    videos = found["caption_video"]
+    if len(videos) and (
+        videos.min() < 0 or videos.max() >= part.videos or (np.diff(videos) < 0).any()
+    ):
+        raise ShardCorrupt(
+            f"{folder / 'caption_video.bin'}: rows must ascend within 0 to {part.videos - 1}"
+        )
+    each = _OpenPart(source, part, found)
+    for row in range(part.videos):
+        key = _text(folder, each, "keys", row)
+        if not KEY_PATTERN.fullmatch(key):
+            raise ShardCorrupt(f"{folder / 'keys.bin'}: key={key!r:.200} of row {row} is no key")
+    return each
+
+
+def _text(folder: Path, each: _OpenPart, name: str, row: int) -> str:
+    ends = each.columns[f"{name}_ends"]
+    start = int(ends[row - 1]) if row else 0
+    try:
+        return each.columns[name][start : int(ends[row])].tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise ShardCorrupt(f"{folder}: {name} of row {row}: {error}") from error

@@ -1,0 +1,341 @@
+"""What the files of a feature set hold, and what their fields may say.
+
+    manifest.json                  the model, sizes, and every part; written last
+    SET/BLOCK/part.json            the same of one part, from which an interrupted writer resumes
+    SET/BLOCK/COLUMN.bin           one array, little-endian, without a header
+
+A feature set may come from anyone. Names become paths and sizes become memory, so each field has a
+pattern, a type and a range, and is checked before anything is done with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast, get_args
+
+import numpy as np
+
+from tvr.data_prep.records import BAD_SAMPLE_REASONS, Replacement, ShardCorrupt
+
+FORMAT, VERSION = "tvr-features", 1
+MANIFEST, PART = "manifest.json", "part.json"
+StoredType = Literal["fp32", "fp16", "int8"]
+SourceKind = Literal["packed", "videos"]
+STORED_TYPES: Mapping[str, str] = {"fp32": "<f4", "fp16": "<f2", "int8": "|i1"}
+
+MAX_MANIFEST_BYTES = 1 << 28
+MAX_ROWS = 1 << 32
+MAX_SIDE = 1 << 16
+MAX_TEXT_BYTES = 1 << 40
+MAX_TEXT = 4096
+SET_NAME = re.compile(r"set-[0-9a-f]{16}")
+BLOCK_NAME = re.compile(r"block-[0-9]{8}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+TEXT_COLUMNS = ("keys", "files", "captions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureHeader:
+    """What all parts of a feature set have in common."""
+
+    model: str
+    """Readable name of the model."""
+    fingerprint: str
+    """`SourceModel.fingerprint` of the model that encoded them."""
+    settings: Mapping[str, Any]
+    """`SourceModel.settings`."""
+    stored: StoredType
+    """Type in which vectors are stored."""
+    num_frames: int
+    """Frame vectors of a video."""
+    num_words: int
+    width: int
+    has_logits: bool
+    """True if the model weights tokens."""
+
+    def check_same(self, other: FeatureHeader, where: str) -> None:
+        """Raises ValueError, which names the difference, if features of both cannot be mixed."""
+        mine, others = self.settings, other.settings
+        for name in sorted({*mine, *others}):
+            if mine.get(name) != others.get(name):
+                raise ValueError(
+                    f"{where} holds features of {name}={mine.get(name)}, not"
+                    f" {others.get(name)}; give the same settings, or another folder"
+                )
+        if self.fingerprint != other.fingerprint:
+            raise ValueError(
+                f"{where} holds features of another model, {self.model}, whose weights differ from"
+                f" those of {other.model}; give another folder"
+            )
+        for name in ("stored", "num_frames", "num_words", "width", "has_logits"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"{where} holds features with {name}={getattr(self, name)}, not"
+                    f" {getattr(other, name)}; give another folder"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """A data set whose videos and captions were encoded."""
+
+    url: str
+    kind: SourceKind
+    """packed: a data set of `tvr pack` or `tvr adopt`. videos: a folder of video files."""
+    content: str
+    """SHA-256 of what it held."""
+    num_blocks: int
+    """Parts into which its videos are divided."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        text = json.dumps([self.kind, self.content, self.num_blocks])
+        return f"set-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One block of videos with their captions."""
+
+    name: str
+    videos: int
+    captions: int
+    files: Mapping[str, StoredFile]
+    """Of each column."""
+    left_out: tuple[Replacement, ...]
+    """Videos that could not be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureManifest:
+    header: FeatureHeader
+    sets: tuple[tuple[DataSource, tuple[Part, ...]], ...]
+
+
+def columns(
+    header: FeatureHeader, videos: int, captions: int
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Type and shape of a part's columns; texts are bytes, and NAME_ends is where each ends."""
+    vector = STORED_TYPES[header.stored]
+    frames, words, width = header.num_frames, header.num_words, header.width
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "frames": (vector, (videos, frames, width)),
+        "frame_mask": ("|u1", (videos, frames)),
+        "frame_times": ("<f4", (videos, frames)),
+        "rows": ("<i8", (videos,)),
+        "spans": ("<f8", (videos, 2)),
+        "keys_ends": ("<i8", (videos,)),
+        "files_ends": ("<i8", (videos,)),
+        "sentence": (vector, (captions, width)),
+        "words": (vector, (captions, words, width)),
+        "word_mask": ("|u1", (captions, words)),
+        "caption_video": ("<i8", (captions,)),
+        "captions_ends": ("<i8", (captions,)),
+    }
+    if header.has_logits:
+        found["frame_logits"] = ("<f4", (videos, frames))
+        found["word_logits"] = ("<f4", (captions, words))
+    if header.stored == "int8":
+        found["frames_scale"] = ("<f4", (videos, frames))
+        found["sentence_scale"] = ("<f4", (captions,))
+        found["words_scale"] = ("<f4", (captions, words))
+    return {name: (np.dtype(kind), shape) for name, (kind, shape) in found.items()}
+
+
+def column_bytes(kind: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Size of a column's file."""
+    size = kind.itemsize
+    for length in shape:
+        size *= length
+    return size
+
+
+def to_json(manifest: FeatureManifest) -> str:
+    """The manifest's text, the same for equal manifests."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "header": asdict(manifest.header),
+        "sets": [
+            {**asdict(source), "parts": [asdict(part) for part in parts]}
+            for source, parts in manifest.sets
+        ],
+    }
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def part_json(header: FeatureHeader, source: DataSource, part: Part) -> str:
+    """The text of part.json: a manifest of one part."""
+    return to_json(FeatureManifest(header=header, sets=((source, (part,)),)))
+
+
+def read_manifest(path: Path) -> FeatureManifest:
+    """Reads manifest.json or part.json, and checks every field.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ShardCorrupt: a field is missing or not allowed; names file, field and value.
+    """
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        _refuse(path, "bytes", path.stat().st_size, f"at most {MAX_MANIFEST_BYTES}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ShardCorrupt(f"{path}: damaged or edited: {error}") from error
+    fields = _Fields(content, path, "")
+    fields.choice("format", (FORMAT,))
+    fields.integer("version", VERSION, VERSION)
+    header = _header(fields.child("header"))
+    sets = tuple(_set(each, header) for each in fields.children("sets"))
+    names = [source.name for source, _ in sets]
+    if len(set(names)) != len(names):
+        _refuse(path, "sets", names, "different data sets")
+    return FeatureManifest(header=header, sets=sets)
+
+
+def _header(fields: _Fields) -> FeatureHeader:
+    settings = fields["settings"]
+    if not isinstance(settings, dict) or len(settings) > 100:
+        fields.refuse("settings", settings, "a JSON object of plain settings")
+    for name, value in settings.items():
+        if len(name) > 100 or not isinstance(value, (str, int, float, bool, type(None))):
+            fields.refuse("settings", settings, "a JSON object of plain settings")
+    return FeatureHeader(
+        model=fields.text("model"),
+        fingerprint=fields.matching("fingerprint", SHA256),
+        settings=settings,
+        stored=cast(StoredType, fields.choice("stored", get_args(StoredType))),
+        num_frames=fields.integer("num_frames", 1, MAX_SIDE),
+        num_words=fields.integer("num_words", 1, MAX_SIDE),
+        width=fields.integer("width", 1, MAX_SIDE),
+        has_logits=fields.boolean("has_logits"),
+    )
+
+
+def _set(fields: _Fields, header: FeatureHeader) -> tuple[DataSource, tuple[Part, ...]]:
+    source = DataSource(
+        url=fields.text("url"),
+        kind=cast(SourceKind, fields.choice("kind", get_args(SourceKind))),
+        content=fields.matching("content", SHA256),
+        num_blocks=fields.integer("num_blocks", 1, MAX_ROWS),
+    )
+    parts = tuple(_part(each, header) for each in fields.children("parts"))
+    if len({part.name for part in parts}) != len(parts):
+        fields.refuse("parts", [part.name for part in parts], "parts of different names")
+    return source, parts
+
+
+def _part(fields: _Fields, header: FeatureHeader) -> Part:
+    videos = fields.integer("videos", 0, MAX_ROWS)
+    captions = fields.integer("captions", 0, MAX_ROWS)
+    stored = fields.child("files")
+    expected = columns(header, videos, captions)
+    if set(stored) != {*expected, *TEXT_COLUMNS}:
+        fields.refuse("files", sorted(stored), ", ".join(sorted({*expected, *TEXT_COLUMNS})))
+    files = {}
+    for name in sorted(stored):
+        file = stored.child(name)
+        least, most = 0, MAX_TEXT_BYTES
+        if name in expected:
+            least = most = column_bytes(*expected[name])
+        files[name] = StoredFile(
+            num_bytes=file.integer("num_bytes", least, most),
+            sha256=file.matching("sha256", SHA256),
+        )
+    return Part(
+        name=fields.matching("name", BLOCK_NAME),
+        videos=videos,
+        captions=captions,
+        files=files,
+        left_out=tuple(_replacement(each) for each in fields.children("left_out")),
+    )
+
+
+def _replacement(fields: _Fields) -> Replacement:
+    return Replacement(
+        position=fields.integer("position", 0, MAX_ROWS),
+        key=fields.text("key"),
+        reason=fields.choice("reason", tuple(BAD_SAMPLE_REASONS)),
+        detail=fields.text("detail"),
+    )
+
+
+def _refuse(path: Path, name: str, value: object, allowed: str) -> NoReturn:
+    raise ShardCorrupt(
+        f"{path}: damaged or edited: {name}={value!r:.200} must be {allowed:.1000}; embed again"
+    )
+
+
+class _Fields:
+    """The fields of a JSON object; raises ShardCorrupt for one that is not allowed."""
+
+    def __init__(self, values: object, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        if not isinstance(values, dict):
+            _refuse(path, name or "the content", values, "a JSON object")
+        self._values = cast(dict[str, Any], values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            _refuse(self._path, f"{self._name}{name}", None, "given: it is missing")
+        return self._values[name]
+
+    def refuse(self, name: str, value: object, allowed: str) -> NoReturn:
+        _refuse(self._path, f"{self._name}{name}", value, allowed)
+
+    def child(self, name: str) -> _Fields:
+        return _Fields(self[name], self._path, f"{self._name}{name}.")
+
+    def children(self, name: str) -> list[_Fields]:
+        values = self[name]
+        if not isinstance(values, list):
+            self.refuse(name, values, "a list of JSON objects")
+        return [
+            _Fields(value, self._path, f"{self._name}{name}[{number}].")
+            for number, value in enumerate(values)
+        ]
+
+    def integer(self, name: str, least: int, most: int) -> int:
+        value = self[name]
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(name, value, f"a whole number from {least} to {most}")
+        return value
+
+    def boolean(self, name: str) -> bool:
+        value = self[name]
+        if type(value) is not bool:
+            self.refuse(name, value, "true or false")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self[name]
+        if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
+            self.refuse(name, value, f"a text of at most {MAX_TEXT} characters")
+        return value
+
+    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
+        value = self[name]
+        if not isinstance(value, str) or value not in allowed:
+            self.refuse(name, value, " or ".join(allowed))
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
+        value = self[name]
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            self.refuse(name, value, f"text that matches {pattern.pattern}")
+        return value
