@@ -236,7 +236,7 @@ _Part = _Ratio | _Median
 
 
 def _metric_parts(ranks: Floats, clusters: Sequence[object] | NDArray[Any] | None) -> list[_Part]:
-    parts: list[_Part] = [_Ratio(100.0 * (ranks <= k)) for k in RECALL_DEPTHS]
+    parts: list[_Part] = [_Ratio(np.where(ranks <= k, 100.0, 0.0)) for k in RECALL_DEPTHS]
     return [*parts, _Median(ranks, clusters), _Ratio(ranks)]
 
 
@@ -283,7 +283,7 @@ def _draws(count: int, samples: int, rng: np.random.Generator) -> Iterator[Float
 def _per_cluster(columns: NDArray[Any], code: Ints, count: int) -> Floats:
     """(count, K) sums of the columns (A, K) over the queries of each cluster."""
     sums = [np.bincount(code, columns[:, place], count) for place in range(columns.shape[1])]
-    return np.stack(sums, axis=1)
+    return np.stack(sums, axis=1).astype(np.float64)
 
 
 def _codes(clusters: Sequence[object] | NDArray[Any] | None, queries: int) -> Ints:
