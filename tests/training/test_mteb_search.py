@@ -1,4 +1,4 @@
-"""The adapter for MTEB: its scores are the evaluation's, called by the protocol and by mteb itself."""
+"""The adapter for MTEB gives the evaluation's scores, to its protocol and to mteb itself."""
 
 from __future__ import annotations
 

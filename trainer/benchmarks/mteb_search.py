@@ -237,8 +237,8 @@ def _kind(columns: Iterable[str], what: str) -> str:
     found = names & _KINDS
     if len(found) != 1 or names & set(_OTHER_KINDS):
         raise ValueError(
-            f"the {what} have the columns {sorted(names)}; they must have text or video, and neither"
-            " both nor audio or image"
+            f"the {what} have the columns {sorted(names)}; they must have text or video, not"
+            " both, and no audio or image"
         )
     return found.pop()
 
