@@ -16,10 +16,10 @@ import tyro
 
 from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.trainer.evaluation.options import DEFAULTS, EvaluationOptions
 from tvr.trainer.exit_reporting import run_training_command
 
 if TYPE_CHECKING:
-    from tvr.trainer.evaluation.protocol import EvaluationOptions
     from tvr.trainer.records import Evaluation
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -38,8 +38,7 @@ def evaluate(argv: Sequence[str]) -> int:
         num_frames: int | None = None,
         save_features: Path | None = None,
         json: Path | None = None,
-        equal_captions: bool = False,
-        paragraphs: bool = False,
+        options: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -58,9 +57,6 @@ def evaluate(argv: Sequence[str]) -> int:
             save_features: Also writes the features of --data, in fp32, to this folder, for
                 --features. One process only.
             json: Also writes the results, with every query, to this file.
-            equal_captions: The videos of equal captions are right for all of these captions; adds
-                mAP and nDCG@10. Published tables count only a caption's own video.
-            paragraphs: Joins the captions of each video to one query.
         """
         given = [name for name in (run_dir, model, features) if name is not None]
         if len(given) != 1:
@@ -75,11 +71,10 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError(f"--num-frames {num_frames} needs --model")
         if save_features is not None and data is None:
             raise ValueError(f"--save-features {save_features} needs --data")
-        if paragraphs and (features is not None or save_features is not None):
+        if options.paragraphs and (features is not None or save_features is not None):
             raise ValueError("--paragraphs encodes captions anew: give no features")
-        from tvr.trainer.evaluation.protocol import EvaluationOptions
-
-        options = EvaluationOptions(equal_captions=equal_captions, paragraphs=paragraphs)
+        if options.qb_norm is not None and save_features is not None:
+            raise ValueError("--qb-norm with --save-features: evaluate the features afterwards")
         result = _result(
             run_dir, model, features, data, checkpoint, save_features, num_frames, options
         )
