@@ -145,10 +145,13 @@ def _interval_lines(intervals: Mapping[str, Mapping[str, Sequence[float]]]) -> l
         for name, key in TABLE_COLUMNS.items()
         if all(key in of for of in intervals.values())
     ]
-    lines = [f"{'95 % intervals':<15}" + "".join(f"{name:>16}" for name, _ in names)]
+    lines = [
+        "95 % intervals of the raw results:",
+        " " * FIRST_COLUMN + "".join(f"{name:>16}" for name, _ in names),
+    ]
     for way, of in intervals.items():
         cells = ("{:.1f} to {:.1f}".format(*of[key]) for _, key in names)
-        lines.append(f"{WAYS[way]:<15}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{WAYS[way]:<{FIRST_COLUMN}}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
 
 
