@@ -6,7 +6,8 @@ The module imports no torch at run time, so pages and the monitor can use it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from tvr.data_prep.records import Replacement
@@ -19,9 +20,19 @@ TABLE_COLUMNS = {
     "R@1": "recall_at_1",
     "R@5": "recall_at_5",
     "R@10": "recall_at_10",
+    "R@50": "recall_at_50",
     "MdR": "median_rank",
     "MnR": "mean_rank",
+    "mAP": "mean_average_precision",
+    "nDCG@10": "ndcg_at_10",
 }
+WAYS = {
+    "text_to_video": "text to video",
+    "video_to_text": "video to text",
+    "mean": "mean of both",
+}
+PACKAGES = ("tvr", "torch", "transformers", "numpy")
+"""Packages whose versions a stored evaluation names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +51,10 @@ class Evaluation:
     queries: list[dict[str, Any]]
     """For each caption: its text, its video's key, that video's rank, and the top 5 videos. Empty
     on every rank but 0."""
+    video_queries: list[dict[str, Any]] = field(default_factory=list)
+    """For each video with a caption: its key, and the rank of its best caption. On rank 0 only."""
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    """Name and version of the protocol, and its choices."""
     step: int | None = None
     """Step of the checkpoint that was evaluated; None during training."""
     model: str | None = None
@@ -56,12 +71,24 @@ class Evaluation:
         named = {} if self.model is None else {"model": self.model}
         return named | {
             "data": self.data,
+            "protocol": dict(self.protocol),
             "videos": self.videos,
             "captions": self.captions,
             "left_out": len(self.left_out),
             "text_to_video": asdict(self.metrics.text_to_video),
             "video_to_text": asdict(self.metrics.video_to_text),
+            "mean": self.metrics.mean,
             "binding_accuracy": self.binding_accuracy,
+        }
+
+    def document(self) -> dict[str, Any]:
+        """The whole result, with versions and every query, as evaluation.json holds it."""
+        return {
+            "step": self.step,
+            **self.summary(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "queries": self.queries,
+            "video_queries": self.video_queries,
         }
 
     def table(self) -> str:
@@ -74,18 +101,60 @@ def results_table(summary: Mapping[str, Any]) -> str:
     of = f", checkpoint of step {summary['step']}" if "step" in summary else ""
     if "model" in summary:
         of += f"\nmodel: {summary['model']}"
-    lines = [
-        f"{summary['captions']} captions, {summary['videos']} videos ({summary['data']}){of}",
-        " " * 15 + "".join(f"{name:>8}" for name in TABLE_COLUMNS),
-    ]
-    for direction in ("text_to_video", "video_to_text"):
-        values = "".join(f"{summary[direction][name]:8.1f}" for name in TABLE_COLUMNS.values())
-        lines.append(f"{direction.replace('_', ' '):<15}" + values)
+    lines = [f"{summary['captions']} captions, {summary['videos']} videos ({summary['data']}){of}"]
+    if "protocol" in summary:
+        lines.append(protocol_line(summary["protocol"]))
+    for block in metric_blocks(summary):
+        names = {name: key for name, key in TABLE_COLUMNS.items() if key in block.columns}
+        lines.append(f"{block.title:<15}" + "".join(f"{name:>8}" for name in names))
+        for way, values in block.ways.items():
+            cells = (values.get(key) for key in names.values())
+            shown = "".join(f"{'-':>8}" if cell is None else f"{cell:8.1f}" for cell in cells)
+            lines.append(f"{WAYS[way]:<15}{shown}")
     if summary["binding_accuracy"] is not None:
         lines.append(f"binding accuracy {summary['binding_accuracy']:.1f} % (chance 50 %)")
     if summary["left_out"]:
         lines.append(f"{summary['left_out']} unreadable samples were left out")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricBlock:
+    """Metrics of one way of scoring. Blocks are shown apart and never mixed."""
+
+    title: str
+    ways: Mapping[str, Mapping[str, Any]]
+    """Metrics of each direction, and of their mean; keys as in WAYS."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The metrics of TABLE_COLUMNS that it has."""
+        ways = self.ways.values()
+        return [
+            key
+            for key in TABLE_COLUMNS.values()
+            if any(values.get(key) is not None for values in ways)
+        ]
+
+
+def metric_blocks(summary: Mapping[str, Any]) -> list[MetricBlock]:
+    """The blocks of an evaluation's summary, of this or of an earlier release."""
+    return [MetricBlock("raw", _ways(summary))]
+
+
+def _ways(block: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {way: block[way] for way in WAYS if way in block}
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """One line on the protocol, with the rule for equal captions and their number."""
+    line = f"protocol: {protocol['name']}, version {protocol['version']}"
+    equal = protocol["captions_with_equals"]
+    if equal is None:
+        return line
+    own = "the videos of all of them are right"
+    rule = own if protocol["equal_captions"] == "right" else "only the own video is right"
+    return f"{line}; {equal} captions equal one of another video: {rule}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,22 @@ def slice_of(whole: Features, caption_video: Tensor, videos: range) -> tuple[Fea
     return own, caption_video[rows] - videos.start
 
 
+def ids_of(captions: int) -> Tensor:
+    """Numbers that many captions share, also of different ranks."""
+    draw = torch.Generator().manual_seed(captions)
+    return torch.randint(max(1, 2 * captions // 3), (captions,), generator=draw)
+
+
 SIZES = ((1, 1), (7, 30), (90, 40), (64, 64))
+PARTS = (
+    "text_to_video",
+    "text_ties",
+    "text_quality",
+    "videos",
+    "video_to_text",
+    "video_ties",
+    "video_quality",
+)
 SCORES = {"distinct": score, "tied": tied_score}
 
 
@@ -84,9 +99,20 @@ def retrieved(rank: int, world_size: int) -> list[tuple[RetrievalMetrics, Retrie
         # Uneven parts: with 40 videos on 3 ranks 10, 10 and 20; of one video two ranks have none.
         bounds = [videos * part // (world_size + 1) for part in range(world_size)] + [videos]
         own = slice_of(whole, caption_video, range(bounds[rank], bounds[rank + 1]))
+        first = int((caption_video < bounds[rank]).sum())
+        ids = ids_of(captions)[first : first + len(own[1])]
         for each in SCORES.values():
-            result = rank_features(*own, each, world, captions_per_block=12, scores_per_tile=100)
-            found.append((result.ranks.metrics(), result))
+            for merged in (False, True):
+                result = rank_features(
+                    *own,
+                    each,
+                    world,
+                    caption_ids=ids,
+                    merge_equal=merged,
+                    captions_per_block=12,
+                    scores_per_tile=100,
+                )
+                found.append((result.ranks.metrics(), result))
     return found
 
 
@@ -96,15 +122,17 @@ def test_ranks_and_best_videos_equal_those_of_the_whole_table() -> None:
         whole, caption_video = features_of(captions, videos)
         for each in SCORES.values():
             table = each(whole, whole)
-            metrics, result = next(found)
-            expected = ranks(table, caption_video)
-            for name in ("text_to_video", "text_ties", "videos", "video_to_text", "video_ties"):
-                assert torch.equal(getattr(result.ranks, name), getattr(expected, name)), name
-            assert metrics == expected.metrics()
             best = table.sort(dim=1, descending=True, stable=True)
-            assert torch.allclose(result.top_scores, best.values[:, :5], atol=1e-6)
-            if each is score:
-                assert torch.equal(result.top_videos, best.indices[:, :5])
+            for ids in (None, ids_of(captions)):
+                metrics, result = next(found)
+                expected = ranks(table, caption_video, ids)
+                for name in PARTS:
+                    one, two = getattr(result.ranks, name), getattr(expected, name)
+                    assert (one is None and two is None) or torch.equal(one, two), name
+                assert metrics == expected.metrics()
+                assert torch.allclose(result.top_scores, best.values[:, :5], atol=1e-6)
+                if each is score:
+                    assert torch.equal(result.top_videos, best.indices[:, :5])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -115,6 +143,7 @@ def test_several_ranks_give_the_same_ranks_to_the_last_digit(world_size: int) ->
             assert metrics == expected
             assert torch.equal(result.ranks.text_to_video, whole.ranks.text_to_video)
             assert torch.equal(result.ranks.video_to_text, whole.ranks.video_to_text)
+            assert result.equal_captions == whole.equal_captions
             if rank:
                 assert result.top_videos.shape[0] == result.top_scores.shape[0] == 0
             else:

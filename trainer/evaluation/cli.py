@@ -19,6 +19,7 @@ from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.exit_reporting import run_training_command
 
 if TYPE_CHECKING:
+    from tvr.trainer.evaluation.protocol import EvaluationOptions
     from tvr.trainer.records import Evaluation
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -37,6 +38,8 @@ def evaluate(argv: Sequence[str]) -> int:
         num_frames: int | None = None,
         save_features: Path | None = None,
         json: Path | None = None,
+        equal_captions: bool = False,
+        paragraphs: bool = False,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -55,6 +58,9 @@ def evaluate(argv: Sequence[str]) -> int:
             save_features: Also writes the features of --data, in fp32, to this folder, for
                 --features. One process only.
             json: Also writes the results, with every query, to this file.
+            equal_captions: The videos of equal captions are right for all of these captions; adds
+                mAP and nDCG@10. Published tables count only a caption's own video.
+            paragraphs: Joins the captions of each video to one query.
         """
         given = [name for name in (run_dir, model, features) if name is not None]
         if len(given) != 1:
@@ -69,7 +75,14 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError(f"--num-frames {num_frames} needs --model")
         if save_features is not None and data is None:
             raise ValueError(f"--save-features {save_features} needs --data")
-        result = _result(run_dir, model, features, data, checkpoint, save_features, num_frames)
+        if paragraphs and (features is not None or save_features is not None):
+            raise ValueError("--paragraphs encodes captions anew: give no features")
+        from tvr.trainer.evaluation.protocol import EvaluationOptions
+
+        options = EvaluationOptions(equal_captions=equal_captions, paragraphs=paragraphs)
+        result = _result(
+            run_dir, model, features, data, checkpoint, save_features, num_frames, options
+        )
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
             if json is not None:
@@ -89,6 +102,7 @@ def _result(
     checkpoint: str,
     save_features: Path | None,
     num_frames: int | None,
+    options: EvaluationOptions,
 ) -> Evaluation:
     from tvr.trainer.checkpoint.choice import parse_choice
 
@@ -112,19 +126,18 @@ def _result(
             step = source.step
         with join_world() as world:
             found = FeatureSet.open(save_features or features or "", verify=True)
-            return replace(evaluate_features(found, world=world), step=step)
+            return replace(evaluate_features(found, options=options, world=world), step=step)
     if run_dir is not None:
         from tvr.trainer.evaluation.saved_run import evaluate_run
 
-        return evaluate_run(run_dir, data, choice)
+        return evaluate_run(run_dir, data, choice, options)
     from tvr.trainer.evaluation.stored_features import evaluate_source
 
-    return evaluate_source(model or "", data or "", choice, num_frames=num_frames)
+    return evaluate_source(model or "", data or "", choice, num_frames=num_frames, options=options)
 
 
 def _write(path: Path, result: Evaluation) -> None:
-    content = {"step": result.step, **result.summary(), "queries": result.queries}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_atomically(path, json.dumps(result.document(), indent=1) + "\n")
 
 
 def embed(argv: Sequence[str]) -> int:

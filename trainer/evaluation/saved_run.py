@@ -22,6 +22,7 @@ from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.protocol import DEFAULTS, EvaluationOptions
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.records import Evaluation, results_table
@@ -36,7 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_run(
-    run_dir: Path, data: str | None, choice: CheckpointChoice = "newest"
+    run_dir: Path,
+    data: str | None,
+    choice: CheckpointChoice = "newest",
+    options: EvaluationOptions = DEFAULTS,
 ) -> Evaluation:
     """Evaluates a run's checkpoint, on as many ranks as the job has.
 
@@ -57,7 +61,7 @@ def evaluate_run(
     with join_world() as world:
         model, tokenizer, step = load_run(run_dir, config, world, choice)
         model.eval()
-        result = replace(evaluate(model, config, tokenizer, world), step=step)
+        result = replace(evaluate(model, config, tokenizer, world, options), step=step)
         if data is None and world.is_first:
             is_last = choice == "newest" or step == step_of(run_dir, "newest")
             write_evaluation(run_dir, result, step, is_last=is_last)

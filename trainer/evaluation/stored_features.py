@@ -14,8 +14,15 @@ from tvr.data_prep.records import Replacement
 from tvr.trainer.checkpoint.choice import CheckpointChoice
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World, join_world
-from tvr.trainer.evaluation.evaluate import TOP_VIDEOS, evaluate, query_results
+from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import Interaction, load_source
+from tvr.trainer.evaluation.protocol import (
+    DEFAULTS,
+    EvaluationOptions,
+    Named,
+    caption_ids,
+    evaluation_of,
+)
 from tvr.trainer.evaluation.retrieval import rank_features
 from tvr.trainer.evaluation.saved_run import ALONE
 from tvr.trainer.features.feature_set import FeatureSet
@@ -30,6 +37,7 @@ def evaluate_source(
     choice: CheckpointChoice = "newest",
     *,
     num_frames: int | None = None,
+    options: EvaluationOptions = DEFAULTS,
 ) -> Evaluation:
     """Evaluates a model on a packed data set, on as many ranks as the job has; stores nothing.
 
@@ -40,7 +48,7 @@ def evaluate_source(
         model = load_source(source, choice, num_frames=num_frames, world=world)
         own = replace(model.config.data, test=data, test_exchanged=None)
         config = replace(model.config, data=own)
-        result = evaluate(model.encode, config, model.tokenizer, world)
+        result = evaluate(model.encode, config, model.tokenizer, world, options)
     return replace(result, step=model.step, model=model.name)
 
 
@@ -53,6 +61,7 @@ def evaluate_features(
     captions: Sequence[str] | None = None,
     data: str = "features",
     left_out: Sequence[Replacement] = (),
+    options: EvaluationOptions = DEFAULTS,
     world: World = ALONE,
 ) -> Evaluation:
     """Ranks all captions and videos against each other, without encoding them.
@@ -69,11 +78,17 @@ def evaluate_features(
         captions: (A,) texts; None numbers them.
         data: Name of the data set in the result.
         left_out: Videos that could not be read.
+        options: Choices of the protocol. `paragraphs` needs the captions to be encoded anew.
 
     Raises:
-        ValueError: an argument is missing, no rank has a caption, or a similarity is not finite.
+        ValueError: an argument is missing, no rank has a caption, a similarity is not finite, or an
+            option needs more than the features.
         ShardCorrupt: the feature set is damaged.
     """
+    if options.paragraphs:
+        raise ValueError(
+            "paragraphs: stored captions are encoded one by one; evaluate the data set itself"
+        )
     name: str | None = None
     if isinstance(features, FeatureSet):
         stored = features
@@ -97,22 +112,33 @@ def evaluate_features(
     count = len(features.frames)
     keys = [f"video {row}" for row in range(count)] if keys is None else keys
     if captions is None:
+        if options.equal_captions:
+            raise ValueError("equal_captions needs the captions' texts")
+        ids = None
         captions = [f"caption {row}" for row in range(len(caption_video))]
+    else:
+        ids = caption_ids(captions)
     if len(keys) != count or len(captions) != len(caption_video):
         raise ValueError(
             f"{len(keys)} keys for {count} videos, {len(captions)} texts for"
             f" {len(caption_video)} rows of caption_video; each needs as many"
         )
     score = partial(similarity_rows, model=model)
-    found = rank_features(features, caption_video, score, world, top_videos=TOP_VIDEOS)
-    names = world.gather_objects_to_first((list(keys), list(captions), caption_video.tolist()))
-    return Evaluation(
+    found = rank_features(
+        features,
+        caption_video,
+        score,
+        world,
+        caption_ids=ids,
+        merge_equal=options.equal_captions,
+        top_videos=options.top_videos,
+    )
+    return evaluation_of(
+        found,
+        Named(list(keys), list(captions), caption_video.tolist()),
+        options,
+        world,
         data=data,
-        videos=sum(world.all_gather_counts(count)),
-        captions=len(found.ranks.text_to_video),
-        left_out=tuple(left_out),
-        metrics=found.ranks.metrics(),
-        binding_accuracy=None,
-        queries=query_results(found, names),
+        left_out=left_out,
         model=name,
     )
