@@ -47,6 +47,9 @@ COMMANDS = {
     "embed": Command(
         "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),
+    "explain": Command(
+        "tvr.trainer.explanation.cli:explain", "write a page: why a video fits a caption, or not"
+    ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(
         "tvr.trainer.pages.cli:dashboard", "write a page that follows running and finished runs"
