@@ -27,12 +27,15 @@ def explain(argv: Sequence[str]) -> int:
         data: str | None = None,
         key: str | None = None,
         checkpoint: str = "newest",
+        hardest: int | None = None,
+        between: tuple[int, int] | None = None,
         out: Path = DEFAULT_PAGE,
         json: Path | None = None,
     ) -> int:
         """Writes a page that explains why a video has its similarity to a caption.
 
-        The video is a file (--video) or a sample of a packed data set (--data and --key).
+        The video is a file (--video) or a sample of a packed data set (--data and --key). With
+        --hardest the page shows the captions of a test set that a wrong video beats by most.
 
         Args:
             source: Folder of a run, of `tvr export`, or of a Hugging Face CLIP or SigLIP.
@@ -41,10 +44,22 @@ def explain(argv: Sequence[str]) -> int:
             data: Data set that `tvr pack` or `tvr adopt` wrote. None: the test set of the run.
             key: Key of the sample in the data set.
             checkpoint: Of a run: newest, best, or the number of a step.
+            hardest: Number of hard captions to show, instead of one pair.
+            between: With --hardest: two steps of the run; the page shows how each caption's
+                similarities moved from the first to the second.
             out: The page to write.
             json: Also writes all numbers to this file.
         """
-        content = _explain(source, caption, video, data, key, checkpoint, out)
+        if hardest is not None:
+            given = [name for name, value in (("CAPTION", caption), ("--video", video)) if value]
+            given += ["--key"] if key is not None else []
+            if given:
+                raise ValueError(f"--hardest {hardest} takes no {' and no '.join(given)}")
+            content = _hardest(source, data, checkpoint, hardest, between, out)
+        else:
+            if between is not None:
+                raise ValueError(f"--between {between[0]} {between[1]} needs --hardest")
+            content = _explain(source, caption, video, data, key, checkpoint, out)
         if json is not None:
             _write_json(json, content)
         print(out)
@@ -90,6 +105,38 @@ def _explain(
     for part, value in {"similarity": found.score, **found.parts}.items():
         print(f"{part.replace('_', ' '):<20}{value:8.4f}")
     return found.to_json()
+
+
+def _hardest(
+    folder: Path,
+    data: str | None,
+    checkpoint: str,
+    count: int,
+    between: tuple[int, int] | None,
+    out: Path,
+) -> dict[str, Any]:
+    if count < 1:
+        raise ValueError(f"--hardest {count} must be at least 1")
+    if between is not None and checkpoint != "newest":
+        raise ValueError(f"--between names the checkpoints: leave out --checkpoint {checkpoint}")
+    from tvr.trainer.checkpoint.choice import parse_choice
+    from tvr.trainer.evaluation.model_source import load_source
+    from tvr.trainer.explanation import hardest as hard
+    from tvr.trainer.explanation.videos import strips_of, test_set_of
+
+    source = load_source(folder, between[1] if between else parse_choice(checkpoint))
+    url = test_set_of(source, data)
+    found, moved = hard.hard_negatives(source, url), None
+    if between is not None:
+        earlier = load_source(folder, between[0])
+        moved = hard.movements(hard.hard_negatives(earlier, url), found)
+    page = hard.hardest_page(
+        found, count, title=source.name, strips=strips_of(source, url), moved=moved, steps=between
+    )
+    write_atomically(out, page)
+    print(hard.hardest_table(found, count, moved))
+    content = hard.hardest_json(found, count, moved)
+    return {"model": source.name, "data": url, "steps": between, **content}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
