@@ -27,6 +27,7 @@ def explain(argv: Sequence[str]) -> int:
         data: str | None = None,
         key: str | None = None,
         checkpoint: str = "newest",
+        num_frames: int | None = None,
         hardest: int | None = None,
         between: tuple[int, int] | None = None,
         out: Path = DEFAULT_PAGE,
@@ -44,6 +45,7 @@ def explain(argv: Sequence[str]) -> int:
             data: Data set that `tvr pack` or `tvr adopt` wrote. None: the test set of the run.
             key: Key of the sample in the data set.
             checkpoint: Of a run: newest, best, or the number of a step.
+            num_frames: Frames per video. None: as the model was trained; 12 for a plain folder.
             hardest: Number of hard captions to show, instead of one pair.
             between: With --hardest: two steps of the run; the page shows how each caption's
                 similarities moved from the first to the second.
@@ -55,11 +57,11 @@ def explain(argv: Sequence[str]) -> int:
             given += ["--key"] if key is not None else []
             if given:
                 raise ValueError(f"--hardest {hardest} takes no {' and no '.join(given)}")
-            content = _hardest(source, data, checkpoint, hardest, between, out)
+            content = _hardest(source, data, checkpoint, num_frames, hardest, between, out)
         else:
             if between is not None:
                 raise ValueError(f"--between {between[0]} {between[1]} needs --hardest")
-            content = _explain(source, caption, video, data, key, checkpoint, out)
+            content = _explain(source, caption, video, data, key, checkpoint, num_frames, out)
         if json is not None:
             _write_json(json, content)
         print(out)
@@ -77,6 +79,7 @@ def _explain(
     data: str | None,
     key: str | None,
     checkpoint: str,
+    num_frames: int | None,
     out: Path,
 ) -> dict[str, Any]:
     if (video is None) == (key is None):
@@ -90,7 +93,7 @@ def _explain(
     from tvr.trainer.explanation.explanation import explanation_page
     from tvr.trainer.explanation.videos import frames_of_file, sample_of, test_set_of
 
-    source = load_source(folder, parse_choice(checkpoint))
+    source = load_source(folder, parse_choice(checkpoint), num_frames=num_frames)
     if video is not None:
         title, text = video.name, Caption(text=caption or "")
         frames, times = frames_of_file(source, video)
@@ -111,6 +114,7 @@ def _hardest(
     folder: Path,
     data: str | None,
     checkpoint: str,
+    num_frames: int | None,
     count: int,
     between: tuple[int, int] | None,
     out: Path,
@@ -124,11 +128,12 @@ def _hardest(
     from tvr.trainer.explanation import hardest as hard
     from tvr.trainer.explanation.videos import strips_of, test_set_of
 
-    source = load_source(folder, between[1] if between else parse_choice(checkpoint))
+    choice = between[1] if between else parse_choice(checkpoint)
+    source = load_source(folder, choice, num_frames=num_frames)
     url = test_set_of(source, data)
     found, moved = hard.hard_negatives(source, url), None
     if between is not None:
-        earlier = load_source(folder, between[0])
+        earlier = load_source(folder, between[0], num_frames=num_frames)
         moved = hard.movements(hard.hard_negatives(earlier, url), found)
     page = hard.hardest_page(
         found, count, title=source.name, strips=strips_of(source, url), moved=moved, steps=between

@@ -1,5 +1,7 @@
 """Explains a similarity: `explain` returns arrays, `explanation_page` draws them.
 
+`hard_negatives` finds the captions of a test set that a wrong video beats.
+
 The door of the package.
 """
 
@@ -14,12 +16,25 @@ from torch import Tensor
 from tvr.data_prep.records import Caption
 from tvr.kernels.explanation import PairMaxima, pair_maxima
 from tvr.trainer.evaluation.model_source import SourceModel
+from tvr.trainer.explanation.hardest import HardNegative, Movement, hard_negatives, movements
 from tvr.trainer.explanation.page import explanation_page
 from tvr.trainer.explanation.record import NOTHING, Explanation
 from tvr.trainer.explanation.tokens import token_texts
+from tvr.trainer.explanation.videos import frames_of_file, sample_of
 from tvr.trainer.model.model import Features
 
-__all__ = ["NOTHING", "Explanation", "explain", "explanation_page"]
+__all__ = [
+    "NOTHING",
+    "Explanation",
+    "HardNegative",
+    "Movement",
+    "explain",
+    "explanation_page",
+    "frames_of_file",
+    "hard_negatives",
+    "movements",
+    "sample_of",
+]
 
 
 def explain(

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tvr.data_prep.html_page import page_template
+from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.model_source import SourceModel
@@ -19,7 +21,9 @@ from tvr.trainer.evaluation.retrieval import paired_scores, rank_features
 from tvr.trainer.explanation.videos import Strips
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
+from tvr.trainer.model.model import Features
 
+CPU = torch.device("cpu")
 CANDIDATES = 6
 """Best videos among which the best wrong one is searched: a caption may have several right ones."""
 
@@ -87,14 +91,41 @@ def hard_negatives(source: SourceModel, data: str, *, max_bad: int = 100) -> lis
                 f"{data} has {stored.num_captions} captions and {len(stored)} videos: a wrong video"
                 " needs a caption and two videos"
             )
-        return _found(source, stored)
+        features, caption_video = stored.mapped()
+        return negatives_of_features(
+            features,
+            caption_video,
+            model=source.config.model,
+            captions=list(stored.captions),
+            keys=list(stored.keys),
+            device=source.device,
+        )
 
 
-def _found(source: SourceModel, stored: FeatureSet) -> list[HardNegative]:
-    world = World(rank=0, world_size=1, device=source.device)
-    score = partial(similarity_rows, model=source.config.model)
-    features, caption_video = stored.mapped()
-    captions, keys = list(stored.captions), list(stored.keys)
+def negatives_of_features(
+    features: Features,
+    caption_video: Tensor,
+    *,
+    model: ModelConfig,
+    captions: Sequence[str],
+    keys: Sequence[str],
+    device: torch.device = CPU,
+) -> list[HardNegative]:
+    """Finds the best wrong video of every caption, without encoding anything.
+
+    Args:
+        features: Features of A captions and C videos, which may be memory-mapped.
+        caption_video: (A,) row of each caption's video.
+        model: Settings of the similarity.
+        captions: (A,) texts.
+        keys: (C,) keys of the videos.
+        device: On which similarities are computed.
+
+    Returns:
+        One record a caption; none for a caption that all videos share.
+    """
+    world = World(rank=0, world_size=1, device=device)
+    score = partial(similarity_rows, model=model)
     right: dict[str, set[int]] = {}
     for text, video in zip(captions, caption_video.tolist(), strict=True):
         right.setdefault(text, set()).add(video)
@@ -197,7 +228,7 @@ def hardest_page(
     moved: Sequence[Movement] | None = None,
     steps: tuple[int, int] | None = None,
 ) -> str:
-    """Returns one HTML document with the hardest captions, the right and the wrong video as pictures.
+    """Returns one HTML document: the hardest captions with the right and the wrong video.
 
     Args:
         count: Captions of each list.
@@ -229,7 +260,8 @@ def hardest_page(
         title=title,
         captions=len(found),
         first=sum(each.rank == 1 for each in found),
-        first_before=None if moved is None else sum(m.before.rank == 1 for m in moved),
+        first_before=sum(m.before.rank == 1 for m in moved or ()),
+        captions_before=len(moved or ()),
         steps=steps,
         lists=lists,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.heat_map import HeatMap
 from builders.pretrained import save_clip, save_siglip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, tiny_config
 
 from tvr.data_prep.records import Caption, Word, WordKind
+from tvr.kernels.numerics import unit
 from tvr.kernels.partial import select_tokens
 from tvr.launchers.cli import main
+from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
-from tvr.trainer.explanation.explanation import NOTHING, Explanation, explain
+from tvr.trainer.explanation.explanation import NOTHING, Explanation, explain, explanation_page
+from tvr.trainer.explanation.hardest import (
+    HardNegative,
+    hard_negatives,
+    hardest_json,
+    hardest_table,
+    movements,
+    negatives_of_features,
+)
 from tvr.trainer.explanation.videos import sample_of
+from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import build_model
 from tvr.trainer.model.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 CAPTION = "a small red circle moves left, then a large blue square moves up"
 
 
@@ -242,3 +256,126 @@ def test_a_sample_brings_its_caption(data: Path, tmp_path: Path) -> None:
     assert np.isfinite(found.frame_times).all()
     with pytest.raises(ValueError, match="has no sample of key 'nope'"):
         sample_of(source, str(data / "test"), "nope")
+
+
+def test_the_heat_map_shows_the_frames_that_hold_the_word(data: Path) -> None:
+    """Frames with a part of the word's own vector, at random places: the page marks one of them.
+
+    `benchmarks/heat_map.py` asks the same of a trained model.
+    """
+    source = source_of(data, data={"num_frames": 6}, loss={"tpm_cl": 0})
+    draw = torch.Generator().manual_seed(1)
+    pictures = video(6)
+    plain = source.encode_frames([pictures])
+    hits = 0
+    for _ in range(50):
+        texts = source.encode_texts([CAPTION])
+        slot = explain(source, CAPTION, plain).words.index("circle")
+        word = texts.words[0, slot]
+        noise = unit(torch.randn(6, len(word), generator=draw))
+        noise = unit(noise - (noise @ word)[:, None] * word)
+        visible = torch.rand(6, generator=draw) < 0.5
+        visible[int(torch.randint(6, (1,), generator=draw))] = True
+        frames = unit(noise + visible[:, None] * 0.5 * word)
+        found = explain(source, CAPTION, plain._replace(frames=frames[None]))
+        page = HeatMap(explanation_page(found, pictures, title="query"))
+        hits += bool(visible[page.marked("circle")])
+    assert hits == 50
+
+
+def test_hardest_captions_and_their_movement(data: Path, tmp_path: Path) -> None:
+    url = str(data / "test")
+    first, second = source_of(data), source_of(data, model={"interaction": "ti"})
+    before, after = hard_negatives(first, url), hard_negatives(second, url)
+    assert len(before) == len(after) == 10
+    # The same by one table of all pairs.
+    embed(first, url, tmp_path / "features", stored="fp32")
+    stored = FeatureSet.open(tmp_path / "features")
+    table = similarity_rows(stored.texts(), stored.videos(), first.config.model)
+    right = table[torch.arange(10), stored.caption_video]
+    wrong = table.scatter(1, stored.caption_video[:, None], -10).max(1)
+    for row, each in enumerate(before):
+        assert each.caption == stored.captions[row]
+        assert each.similarity == pytest.approx(float(right[row]), abs=1e-6)
+        assert each.wrong_similarity == pytest.approx(float(wrong.values[row]), abs=1e-6)
+        assert each.rank == 1 + int((table[row] > right[row]).sum())
+        assert each.wrong_key != each.key
+        assert (each.lead > 0) == (each.rank > 1)
+    moved = movements(before, after)
+    assert [each.after for each in moved] == after
+    content = hardest_json(after, 3, moved)
+    leads = [each["lead"] for each in content["hardest"]]
+    assert leads == sorted((each.lead for each in after), reverse=True)[:3]
+    gained = len(content["newly_won"]) - len(content["newly_lost"])
+    assert content["first"] == content["before"]["first"] + gained
+    assert sum(each.is_won for each in moved) == len(content["newly_won"])
+    lines = hardest_table(after, 3, moved).splitlines()
+    assert len(lines) == 5
+    assert lines[2].endswith(
+        f"[{content['hardest'][0]['key']}; {content['hardest'][0]['wrong_key']}]"
+    )
+
+
+def test_a_video_with_the_same_caption_is_not_wrong(source: SourceModel) -> None:
+    videos = source.encode_frames([video(seed=row) for row in range(9)])
+
+    def found(captions: list[str]) -> tuple[list[HardNegative], torch.Tensor]:
+        texts = source.encode_texts(captions)
+        rows = torch.arange(len(captions))
+        features = texts._replace(
+            frames=videos.frames[rows],
+            frame_mask=videos.frame_mask[rows],
+            frame_logits=None if videos.frame_logits is None else videos.frame_logits[rows],
+        )
+        model = source.config.model
+        negatives = negatives_of_features(
+            features, rows, model=model, captions=captions, keys=[f"v{row}" for row in rows]
+        )
+        return negatives, similarity_rows(features, features, model)
+
+    # More equal captions than candidates that are looked at by default.
+    negatives, table = found(["a red circle"] * 8 + ["a cross"])
+    assert [each.wrong_key for each in negatives[:8]] == ["v8"] * 8
+    wrong = [each.wrong_similarity for each in negatives[:8]]
+    assert wrong == pytest.approx(table[:8, 8].tolist(), abs=1e-6)
+    assert negatives[8].wrong_key == f"v{int(table[8, :8].argmax())}"
+    assert found(["a red circle"] * 2)[0] == []
+
+
+def test_the_command_lists_the_hardest_captions(
+    data: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    line = ["explain", str(clip), "--hardest", "2", "--out", str(page), "--json", str(numbers)]
+    assert main(line) == 2
+    assert "has no test set of its own" in capsys.readouterr().err
+    line += ["--data", str(data / "test"), "--num-frames", str(NUM_FRAMES)]
+    assert main(line) == 0
+    content = json.loads(numbers.read_text())
+    assert (content["captions"], len(content["hardest"])) == (10, 2)
+    assert "10 captions" in capsys.readouterr().out
+    assert content["hardest"][0]["caption"] in page.read_text()
+    assert page.read_text().count("data:image/jpeg") == 4
+    for more, error in (
+        (["--key", "k"], "takes no --key"),
+        (["--between", "1", "2"], "has no checkpoint"),
+        (["--between", "1", "2", "--checkpoint", "best"], "leave out --checkpoint best"),
+    ):
+        assert main([*line, *more]) == 2
+        assert error in capsys.readouterr().err
+    assert main(["explain", str(clip), "a", "--between", "1", "2"]) == 2
+    assert "needs --hardest" in capsys.readouterr().err
+    assert main(["explain", str(clip), "a", "--hardest", "0"]) == 2
+
+
+def test_the_readmes_snippet_runs(
+    data: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").symlink_to(clip)
+    (tmp_path / "clip.mp4").symlink_to(min((data / "clips" / "test").glob("*.mp4")))
+    section = (ROOT / "trainer" / "README.md").read_text().partition("## Why this video\n")[2]
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", section.split("\n## ")[0], re.S | re.M)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert HeatMap((tmp_path / "page.html").read_text()).rows[1][0] == "[start]"
