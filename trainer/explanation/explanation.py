@@ -65,7 +65,12 @@ def explain(
     if len(videos.frames) != 1:
         raise ValueError(f"features of {len(videos.frames)} videos; explain takes those of one")
     texts = source.encode_texts([text])
-    videos = Features(*(None if x is None else x.to(source.device) for x in videos))
+    logits = videos.frame_logits
+    videos = videos._replace(
+        frames=videos.frames.to(source.device),
+        frame_mask=videos.frame_mask.to(source.device),
+        frame_logits=None if logits is None else logits.to(source.device),
+    )
     settings = source.config.model
     word_weights, frame_weights = _selector_weights(source, texts, videos)
     with torch.no_grad():

@@ -145,9 +145,9 @@ def negatives_of_features(
         found.append(
             HardNegative(
                 caption=text,
-                key=keys[video],
+                key=keys[int(video)],
                 similarity=float(matched[row]),
-                wrong_key=keys[wrong[0]],
+                wrong_key=keys[int(wrong[0])],
                 wrong_similarity=wrong[1],
                 rank=int(ranked.ranks.text_to_video[row]),
             )
