@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -16,8 +17,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# The fork server imports these once for all ranks, because that takes longer than most tests.
-PRELOADED = ["deepspeed", "tvr.trainer.cli", "tvr.trainer.loop"]
+# The fork server imports these once for all ranks, because that takes longer than most tests. The
+# last ones are what a run imports only when it builds a tower or an engine.
+PRELOADED = [
+    "deepspeed",
+    "tvr.trainer.cli",
+    "tvr.trainer.loop",
+    "tvr.trainer.model.towers",
+    "transformers.models.clip.modeling_clip",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.cpp_extension",
+]
 
 
 def spawn(
@@ -128,6 +138,9 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
         # Otherwise gloo resolves the host's name, which fails on some machines.
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
+    # The imported modules hold a million objects. A collection would copy all their pages, which
+    # the rank shares with the fork server.
+    gc.freeze()
     import torch
     import torch.distributed as dist
 
