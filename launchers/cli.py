@@ -52,9 +52,7 @@ COMMANDS = {
         "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),
     "index": Command("tvr.trainer.index.cli:index", "make the videos of `tvr embed` searchable"),
-    "search": Command(
-        "tvr.trainer.index.cli:search", "find videos by a caption, or by an example"
-    ),
+    "search": Command("tvr.trainer.index.cli:search", "find videos by a caption, or by an example"),
     "explain": Command(
         "tvr.trainer.explanation.cli:explain", "write a page: why a video fits a caption, or not"
     ),
