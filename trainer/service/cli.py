@@ -1,0 +1,157 @@
+"""The command line of `tvr serve`, and the HTTP server with bounds of its own."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.trainer.exit_reporting import run_training_command
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+NO_PROTECTION = (
+    "warning: {host} can be reached from other machines, and the service knows no users and no"
+    " encryption: everyone who reaches it can search and watch; put a reverse proxy before it"
+)
+NEEDED = ("fastapi", "uvicorn")
+
+
+def serve(argv: Sequence[str]) -> int:
+    """`tvr serve`."""
+
+    def arguments(
+        index: tyro.conf.Positional[Path],
+        *,
+        model: Path | None = None,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        allow_host: tuple[str, ...] = (),
+        search_threads: int = 4,
+        timeout_s: float = 10.0,
+        verify: bool = False,
+    ) -> int:
+        """Serves an index over HTTP: a search page, and the same as JSON.
+
+        The service knows no users and no encryption.
+
+        Args:
+            index: Folder that `tvr index` wrote.
+            model: Folder of the model that encoded the index. None: the place it had then.
+            host: Address to listen on. Others than the loopback interface let other machines in.
+            port: Port to listen on; 0: a free one, which is printed.
+            allow_host: Names under which the service may be asked for, such as a reverse proxy's.
+                None: names of this machine on the loopback interface, any name elsewhere.
+            search_threads: Searches that run at once.
+            timeout_s: Time of one search.
+            verify: Compares the hashes of all files of the index first.
+        """
+        if not 0 <= port <= 65535:
+            raise ValueError(f"--port {port} must be 0 to 65535")
+        if search_threads < 1 or not timeout_s > 0:
+            raise ValueError(
+                f"--search-threads {search_threads} and --timeout-s {timeout_s} must be above 0"
+            )
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"tvr serve needs {' and '.join(missing)}: pip install 'tvr[serve,search]'"
+            )
+        return _serve(index, model, host, port, allow_host, search_threads, timeout_s, verify)
+
+    return run_training_command(
+        "serve", lambda: tyro.cli(arguments, prog="tvr serve", args=list(argv))
+    )
+
+
+def _serve(
+    folder: Path,
+    model: Path | None,
+    host: str,
+    port: int,
+    allow_host: tuple[str, ...],
+    search_threads: int,
+    timeout_s: float,
+    verify: bool,
+) -> int:
+    from tvr.trainer.index.index import Index
+    from tvr.trainer.service.app import LOOPBACK_NAMES, create_app
+    from tvr.trainer.service.explanations import Explanations
+    from tvr.trainer.service.records import Limits
+
+    # Taken first: a port in use is known before the model is loaded.
+    with listening(host, port) as server, Index.open(folder, model=model, verify=verify) as index:
+        _ = index.model  # loads it: the first search should not wait, and errors belong here
+        is_local = is_loopback(server)
+        if not is_local:
+            print(NO_PROTECTION.format(host=host), file=sys.stderr)
+        limits = Limits(search_threads=search_threads, search_s=timeout_s)
+        names = LOOPBACK_NAMES | set(allow_host) if is_local else frozenset(allow_host) or None
+        folders = {folder.resolve(), index.features.folder.resolve()}
+        app = create_app(index, Explanations(), folders, limits=limits, hosts=names)
+        print(f"serving {len(index):,} videos at {address(server)}", flush=True)
+        try:
+            run_server(app, server)
+        except KeyboardInterrupt:
+            pass  # uvicorn has closed its connections
+    return EXIT_DONE
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: the address is unknown or in use.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = found[0]
+        return socket.create_server(place[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {error}") from error
+
+
+def is_loopback(server: socket.socket) -> bool:
+    """True if only this machine reaches the socket."""
+    return ip_address(server.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def address(server: socket.socket) -> str:
+    """URL of a listening socket."""
+    host, port = server.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """Settings of the HTTP server; requests in progress get five seconds when it stops."""
+    import uvicorn
+
+    from tvr.trainer.service.bounded_http import HEAD_BYTES, BoundedHttp
+
+    return uvicorn.Config(
+        app,
+        http=BoundedHttp,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+    )
+
+
+def run_server(app: FastAPI, server: socket.socket) -> None:
+    """Answers requests until SIGINT or SIGTERM."""
+    import uvicorn
+
+    uvicorn.Server(uvicorn_config(app)).run(sockets=[server])
