@@ -47,6 +47,9 @@ COMMANDS = {
     "embed": Command(
         "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),
+    "serve": Command(
+        "tvr.trainer.service.cli:serve", "serve an index over HTTP, with a search page"
+    ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(
         "tvr.trainer.pages.cli:dashboard", "write a page that follows running and finished runs"

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from tvr.data_prep.html_page import page_template
 from tvr.trainer.service.guard import Guard, ServiceMetrics
 from tvr.trainer.service.index_files import IndexFiles
-from tvr.trainer.service.media import Thumbnails, open_video, ranged_response
+from tvr.trainer.service.media import Layouts, Thumbnails, open_video, ranged_response
 from tvr.trainer.service.problems import Refusal, add_handlers
 from tvr.trainer.service.records import (
     Explainer,
@@ -79,6 +79,7 @@ def create_app(
         "video", threads=limits.file_threads, queue=limits.file_queue, timeout_s=limits.file_s
     )
     watched, thumbnails = IndexFiles(folders), Thumbnails(index, limits.thumbnails)
+    layouts = Layouts(index)
     metrics = ServiceMetrics(lambda: len(index), lambda: searches.admitted)
     page = page_template(Path(__file__).parent, "search.html.jinja")
     api_page = page_template(Path(__file__).parent, "api.html.jinja")
@@ -212,12 +213,15 @@ def create_app(
         data: Data = None,
         k: Count = DEFAULT_RESULTS,
     ) -> HTMLResponse:
-        result, problem, status = None, None, 200
+        result, problem, status, pictures = None, None, 200, frozenset[str]()
         try:
             if like:
                 result = await found(request, lambda: index.search_key(like, data=data, k=k))
             elif q.strip():
                 result = await found(request, lambda: index.search(q, k=k))
+            if result is not None:
+                hits = result.hits
+                pictures = await files.run(request, lambda: layouts.pictures(hits))
         except Refusal as refusal:
             problem, status = refusal.problem, refusal.status
         html = page.render(
@@ -227,6 +231,7 @@ def create_app(
             videos=len(index),
             model=index.features.info.model,
             result=result,
+            pictures=pictures,
             problem=problem,
             limits=limits,
             link=_link,
@@ -246,12 +251,13 @@ def create_app(
 
 
 def _check_row(row: int, index: SearchIndex) -> None:
-    if row >= len(index):
+    rows = len(index.features.keys)
+    if row >= rows:
         raise Refusal(
             404,
             "the index has no such video",
             value=f"row {row}",
-            allowed=f"rows 0 to {len(index) - 1}",
+            allowed=f"rows 0 to {rows - 1}",
         )
 
 

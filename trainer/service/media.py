@@ -6,15 +6,15 @@ import os
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from starlette.responses import Response, StreamingResponse
 
+from tvr.data_prep.records import BadSample, ShardCorrupt
 from tvr.data_prep.video.images import encode_jpeg
 from tvr.trainer.service.problems import Refusal
-from tvr.trainer.service.records import SearchIndex
+from tvr.trainer.service.records import FoundVideo, SearchIndex
 
 CHUNK_BYTES = 1 << 16
 THUMBNAIL_QUALITY = 85
@@ -43,6 +43,25 @@ class Thumbnails:
         return content
 
 
+class Layouts:
+    """Knows which data sets hold pictures instead of videos, from the first video of each."""
+
+    def __init__(self, index: SearchIndex) -> None:
+        self._index = index
+        self._is_picture: dict[str, bool] = {}
+
+    def pictures(self, hits: Sequence[FoundVideo]) -> frozenset[str]:
+        """URLs of the data sets whose videos a page shows as moving pictures."""
+        for hit in hits:
+            if hit.data not in self._is_picture:
+                try:
+                    kind = self._index.media(hit.row).content_type
+                except (BadSample, ShardCorrupt, OSError):
+                    continue  # the page shows the others; this one answers for itself
+                self._is_picture[hit.data] = kind.startswith("image/")
+        return frozenset(data for data, is_picture in self._is_picture.items() if is_picture)
+
+
 def open_video(index: SearchIndex, video: int) -> tuple[BinaryIO | bytes, int, str]:
     """Opens a video of the index.
 
@@ -57,11 +76,12 @@ def open_video(index: SearchIndex, video: int) -> tuple[BinaryIO | bytes, int, s
         content = media.bytes or b""
         return content, len(content), media.content_type
     # Without O_NONBLOCK a FIFO in the place of the file would hold the thread.
-    file = os.fdopen(os.open(media.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    found = os.fstat(file.fileno())
+    descriptor = os.open(media.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
-        file.close()
-        raise FileNotFoundError(f"{Path(media.path).name} is no file")
+        os.close(descriptor)
+        raise FileNotFoundError(f"{media.path.name} is no file")
+    file = os.fdopen(descriptor, "rb")
     return file, found.st_size, media.content_type
 
 

@@ -66,7 +66,7 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(404, "the index has no such video", value=named, allowed="its keys and rows")
     if isinstance(error, StorageUnavailable):
         return busy(f"the storage of the videos does not answer: {cut(error)}", "ask again")
-    if isinstance(error, BadSample | FileNotFoundError):
+    if isinstance(error, BadSample | FileNotFoundError | NotADirectoryError | PermissionError):
         return Refusal(410, "the video can no longer be read", value=error, allowed="other videos")
     if isinstance(error, ShardCorrupt):
         return Refusal(
