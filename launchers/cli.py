@@ -49,6 +49,8 @@ COMMANDS = {
     ),
     "serve": Command(
         "tvr.trainer.service.cli:serve", "serve an index over HTTP, with a search page"
+    "explain": Command(
+        "tvr.trainer.explanation.cli:explain", "write a page: why a video fits a caption, or not"
     ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(

@@ -15,7 +15,7 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
-from tvr.trainer.service.cli import address, listening, uvicorn_config
+from tvr.trainer.service.http_server import address, listening, uvicorn_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from schemathesis import GenerationMode
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.storage.storage_errors import StorageUnavailable
-from tvr.trainer.service import bounded_http
+from tvr.trainer.service import http_server
 from tvr.trainer.service.app import create_app
 from tvr.trainer.service.records import Limits
 
@@ -330,7 +330,7 @@ def test_requests_that_are_too_large(tmp_path: Path) -> None:
 
 
 def test_what_is_no_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_http, "HEAD_S", 0.2)
+    monkeypatch.setattr(http_server, "HEAD_S", 0.2)
     app = create_app(MemoryIndex(KEYS), MemoryExplainer(), [tmp_path], hosts=NAMES)
     with served(app) as url:
         parts = urlsplit(url)

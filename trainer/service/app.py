@@ -15,11 +15,20 @@ from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tvr.data_prep.html_page import page_template
+from tvr.trainer.service.files import (
+    IndexFiles,
+    Layouts,
+    Thumbnails,
+    open_video,
+    ranged_response,
+)
 from tvr.trainer.service.guard import Guard, ServiceMetrics
-from tvr.trainer.service.index_files import IndexFiles
-from tvr.trainer.service.media import Layouts, Thumbnails, open_video, ranged_response
 from tvr.trainer.service.problems import Refusal, add_handlers
 from tvr.trainer.service.records import (
+    MAX_QUERY_CHARS,
+    MAX_RESULTS,
+    MAX_ROW,
+    MAX_URL_CHARS,
     Explainer,
     FoundHit,
     FoundVideo,
@@ -31,8 +40,23 @@ from tvr.trainer.service.records import (
 )
 from tvr.trainer.service.work_pool import WorkPool
 
+Text = Annotated[str, Query(max_length=MAX_QUERY_CHARS, pattern=r"\S")]
+AnyText = Annotated[str, Query(max_length=MAX_QUERY_CHARS)]
+Count = Annotated[int, Query(ge=1, le=MAX_RESULTS, description="Number of results.")]
+Row = Annotated[int, PathParameter(ge=0, le=MAX_ROW, description="Row in the index.")]
+RowQuery = Annotated[int, Query(ge=0, le=MAX_ROW, description="Row in the index.")]
+Key = Annotated[str, Query(min_length=1, max_length=MAX_QUERY_CHARS)]
+Data = Annotated[
+    str | None,
+    Query(
+        max_length=MAX_URL_CHARS,
+        description="URL of the video's data set, if several have the key.",
+    ),
+]
+
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 DEFAULT_RESULTS = 12
+COUNTS = (6, 12, 24, 48, 96)
 # An explanation is a document of its own, whose pictures and style lie inside.
 EXPLANATION_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none';"
@@ -84,16 +108,6 @@ def create_app(
     page = page_template(Path(__file__).parent, "search.html.jinja")
     api_page = page_template(Path(__file__).parent, "api.html.jinja")
     style = page_template(Path(__file__).parent, "service.css.jinja").render()
-
-    Text = Annotated[str, Query(max_length=limits.query_chars, pattern=r"\S")]
-    Count = Annotated[int, Query(ge=1, le=limits.results, description="Number of results.")]
-    Row = Annotated[int, PathParameter(ge=0, le=(1 << 53) - 1, description="Row in the index.")]
-    RowQuery = Annotated[int, Query(ge=0, le=(1 << 53) - 1, description="Row in the index.")]
-    Key = Annotated[str, Query(min_length=1, max_length=limits.query_chars)]
-    Data = Annotated[
-        str | None,
-        Query(max_length=2048, description="URL of the video's data set, if several have the key."),
-    ]
 
     @asynccontextmanager
     async def closing(app: FastAPI) -> AsyncIterator[None]:
@@ -208,8 +222,8 @@ def create_app(
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def search_page(
         request: Request,
-        q: Annotated[str, Query(max_length=limits.query_chars)] = "",
-        like: Annotated[str, Query(max_length=limits.query_chars)] = "",
+        q: AnyText = "",
+        like: AnyText = "",
         data: Data = None,
         k: Count = DEFAULT_RESULTS,
     ) -> HTMLResponse:
@@ -233,7 +247,8 @@ def create_app(
             result=result,
             pictures=pictures,
             problem=problem,
-            limits=limits,
+            max_chars=MAX_QUERY_CHARS,
+            counts=sorted({k, *COUNTS}),
             link=_link,
         )
         return HTMLResponse(html, status)
@@ -245,7 +260,7 @@ def create_app(
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> HTMLResponse:
         # FastAPI's own page loads its script from another host.
-        return HTMLResponse(api_page.render(api=app.openapi(), limits=limits))
+        return HTMLResponse(api_page.render(api=app.openapi()))
 
     return app
 

@@ -1,23 +1,16 @@
-"""The command line of `tvr serve`, and the HTTP server with bounds of its own."""
+"""The command line of `tvr serve`."""
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
 from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.exit_reporting import run_training_command
-
-if TYPE_CHECKING:
-    import uvicorn
-    from fastapi import FastAPI
 
 NO_PROTECTION = (
     "warning: {host} can be reached from other machines, and the service knows no users and no"
@@ -86,6 +79,7 @@ def _serve(
     from tvr.trainer.index.index import Index
     from tvr.trainer.service.app import LOOPBACK_NAMES, create_app
     from tvr.trainer.service.explanations import Explanations
+    from tvr.trainer.service.http_server import address, is_loopback, listening, run_server
     from tvr.trainer.service.records import Limits
 
     # Taken first: a port in use is known before the model is loaded.
@@ -104,54 +98,3 @@ def _serve(
         except KeyboardInterrupt:
             pass  # uvicorn has closed its connections
     return EXIT_DONE
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        ValueError: the address is unknown or in use.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, place = found[0]
-        return socket.create_server(place[:2], family=family, backlog=1024)
-    except OSError as error:
-        raise ValueError(f"cannot listen on --host {host} --port {port}: {error}") from error
-
-
-def is_loopback(server: socket.socket) -> bool:
-    """True if only this machine reaches the socket."""
-    return ip_address(server.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def address(server: socket.socket) -> str:
-    """URL of a listening socket."""
-    host, port = server.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
-
-def uvicorn_config(app: FastAPI) -> uvicorn.Config:
-    """Settings of the HTTP server; requests in progress get five seconds when it stops."""
-    import uvicorn
-
-    from tvr.trainer.service.bounded_http import HEAD_BYTES, BoundedHttp
-
-    return uvicorn.Config(
-        app,
-        http=BoundedHttp,
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=HEAD_BYTES,
-    )
-
-
-def run_server(app: FastAPI, server: socket.socket) -> None:
-    """Answers requests until SIGINT or SIGTERM."""
-    import uvicorn
-
-    uvicorn.Server(uvicorn_config(app)).run(sockets=[server])

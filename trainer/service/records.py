@@ -12,6 +12,13 @@ import numpy as np
 from tvr.trainer.evaluation.model_source import SourceModel
 from tvr.trainer.features.feature_set import FeatureSet
 
+MAX_QUERY_CHARS = 1_000
+MAX_RESULTS = 100
+MAX_URL_CHARS = 2_048
+"""Of a data set."""
+MAX_ROW = (1 << 53) - 1
+"""Numbers above it are not exact in JSON."""
+
 
 class FoundHit(Protocol):
     """A result of a search."""
@@ -83,11 +90,8 @@ class Explainer(Protocol):
 class Limits:
     """Bounds of what one request, and all requests together, may take."""
 
-    query_chars: int = 1_000
-    results: int = 100
-    """Largest `k`."""
     url_bytes: int = 49_152
-    """Path and query, encoded: every parameter at its limit fits, at 12 bytes a character."""
+    """Of path and query, encoded: every parameter at its limit fits, at 12 bytes a character."""
     discarded_bytes: int = 1 << 25
     """Of a request's body, which is read without being kept, so that its sender gets the answer."""
     discard_s: float = 5.0

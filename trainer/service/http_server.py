@@ -1,12 +1,16 @@
-"""uvicorn's HTTP/1.1 connection, with an answer to requests that are no HTTP or too large, and with
-a time limit for the head of a request."""
+"""The HTTP server: uvicorn with an answer to what is no HTTP or too large, and with a time limit
+for the head of a request."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from ipaddress import ip_address
 
 import h11
+import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_BYTES = 1 << 16
@@ -75,3 +79,48 @@ class BoundedHttp(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: the address is unknown or in use.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = found[0]
+        return socket.create_server(place[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {error}") from error
+
+
+def is_loopback(server: socket.socket) -> bool:
+    """True if only this machine reaches the socket."""
+    return ip_address(server.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def address(server: socket.socket) -> str:
+    """URL of a listening socket."""
+    host, port = server.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """Settings of the HTTP server; requests in progress get five seconds when it stops."""
+    return uvicorn.Config(
+        app,
+        http=BoundedHttp,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+    )
+
+
+def run_server(app: FastAPI, server: socket.socket) -> None:
+    """Answers requests until SIGINT or SIGTERM."""
+    uvicorn.Server(uvicorn_config(app)).run(sockets=[server])

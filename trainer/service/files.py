@@ -1,12 +1,20 @@
-"""Videos and pictures of results, in answer to requests with and without a byte range."""
+"""Files that the service reads: those of the index, and the videos that it names.
+
+The index maps its vectors into memory. Reading a mapped page that a truncation has removed kills
+the process (SIGBUS), and the rest of a page that was cut reads as zeros. So sizes are compared
+before each use. A file that was replaced is no danger: the mapping keeps the old one.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from starlette.responses import Response, StreamingResponse
@@ -16,11 +24,52 @@ from tvr.data_prep.video.images import encode_jpeg
 from tvr.trainer.service.problems import Refusal
 from tvr.trainer.service.records import FoundVideo, SearchIndex
 
+VALID_S = 0.05
+"""A check holds so long, which bounds its cost when many searches run: a file takes 2 us."""
 CHUNK_BYTES = 1 << 16
 THUMBNAIL_QUALITY = 85
 # RFC 9110, 14.2: other forms, such as several ranges, may be ignored, and the whole is sent.
 ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 HEADERS = {"Accept-Ranges": "bytes", "Cache-Control": "no-cache"}
+
+
+class IndexFiles:
+    """The files of some folders, with the sizes they have when this is created."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._files: dict[str, tuple[int, int, int]] = {}
+        for folder in folders:
+            for root, _, names in os.walk(folder):
+                for name in names:
+                    path = os.path.join(root, name)
+                    found = os.stat(path)
+                    self._files[path] = (found.st_dev, found.st_ino, found.st_size)
+        self._lock = threading.Lock()
+        self._checked_at = -VALID_S
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def check(self) -> None:
+        """Compares the sizes.
+
+        Raises:
+            ShardCorrupt: a file has become shorter; names it and both sizes.
+        """
+        with self._lock:
+            if time.monotonic() - self._checked_at < VALID_S:
+                return
+            for path, (device, inode, size) in self._files.items():
+                try:
+                    found = os.stat(path)
+                except FileNotFoundError:
+                    continue  # what is mapped stays until it is closed
+                is_same = (found.st_dev, found.st_ino) == (device, inode)
+                if is_same and found.st_size < size:
+                    raise ShardCorrupt(
+                        f"{path} has {found.st_size} bytes; it had {size} when the service started"
+                    )
+            self._checked_at = time.monotonic()
 
 
 class Thumbnails:

@@ -1,0 +1,244 @@
+"""`explain` and `tvr explain`: what they return adds up to the similarity, and can be read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders.pretrained import save_clip, save_siglip
+from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, tiny_config
+
+from tvr.data_prep.records import Caption, Word, WordKind
+from tvr.kernels.partial import select_tokens
+from tvr.launchers.cli import main
+from tvr.trainer.evaluation.model_source import SourceModel, load_source
+from tvr.trainer.explanation.explanation import NOTHING, Explanation, explain
+from tvr.trainer.explanation.videos import sample_of
+from tvr.trainer.loss.objective import similarity_rows
+from tvr.trainer.model.model import build_model
+from tvr.trainer.model.tokenizer import load_tokenizer
+
+CAPTION = "a small red circle moves left, then a large blue square moves up"
+
+
+def source_of(folder: Path, **overrides: Any) -> SourceModel:
+    """An untrained model with these settings."""
+    config = tiny_config(folder, **overrides)
+    tokenizer = load_tokenizer(folder / "tokenizer", MAX_WORDS)
+    tokenizer = replace(tokenizer, content_words=config.data.content_words)
+    torch.manual_seed(3)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    return SourceModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        config=config,
+        mean_of_frames=False,
+        name="untrained",
+        step=None,
+        weights="0",
+    )
+
+
+@pytest.fixture(scope="module")
+def source(data: Path) -> SourceModel:
+    return source_of(data)
+
+
+@pytest.fixture(scope="module")
+def clip(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plain CLIP."""
+    folder = tmp_path_factory.mktemp("plain") / "clip"
+    tokenizer = load_tokenizer(data / "tokenizer", MAX_WORDS)
+    save_clip(folder, tokenizer, width=16, image_size=IMAGE_SIZE)
+    return folder
+
+
+def video(frames: int = NUM_FRAMES, seed: int = 0) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return draw.integers(0, 256, (frames, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+
+
+def similarity_of(source: SourceModel, caption: Caption, frames: np.ndarray) -> float:
+    texts, videos = source.encode_texts([caption]), source.encode_frames([frames])
+    return float(similarity_rows(texts, videos, source.config.model))
+
+
+@pytest.mark.parametrize("frames", [1, 2, NUM_FRAMES])
+@pytest.mark.parametrize("interaction", ["ti", "wti", "att_ti", "att_wti"])
+def test_the_terms_add_up_to_the_similarity(data: Path, interaction: str, frames: int) -> None:
+    content = interaction == "att_wti"
+    source = source_of(
+        data,
+        model={"interaction": interaction, "neighbour_frames": frames != 2},
+        data={"content_words": content},
+    )
+    words = (Word(8, 11, WordKind.CONTENT), Word(12, 18, WordKind.CONTENT))
+    caption = Caption(text=CAPTION, words=words if content else None)
+    found = explain(source, caption, video(frames))
+    expected = similarity_of(source, caption, video(frames))
+    assert found.score == pytest.approx(expected, abs=1e-6)
+    assert sum(found.parts.values()) == pytest.approx(expected, abs=1e-6)
+    assert found.similarity.shape == (len(found.words), frames)
+    assert found.reads_words == (interaction[:3] == "att")
+    assert bool(found.word_terms.any()) == found.reads_words
+    if content:
+        # Words of double weight count twice: their softmax is that of the whole caption.
+        texts = source.encode_texts([caption])
+        assert texts.word_logits is not None
+        count = len(found.words)
+        doubled = texts.word_mask[0, :count]
+        assert doubled.max() == 2
+        shares = texts.word_logits[0, :count].softmax(0) * doubled
+        assert found.word_weights.tolist() == pytest.approx(shares.tolist(), abs=1e-6)
+    check_indices(found)
+
+
+def check_indices(found: Explanation) -> None:
+    """Compares the choices with the table of similarities."""
+    frames = found.similarity.shape[1]
+    padded = frames < NUM_FRAMES
+    for row, best in zip(found.similarity, found.best_frame, strict=True):
+        if best == NOTHING:
+            assert padded
+            assert (row <= 0).all()
+        else:
+            assert row[best] == row.max()
+    for frame, best in enumerate(found.best_word):
+        if best == NOTHING:
+            assert (found.similarity[:, frame] <= 0).all()
+        else:
+            assert found.similarity[best, frame] == found.similarity[:, frame].max()
+    helped = found.neighbour_frame != NOTHING
+    assert (found.neighbour_weight[helped] > 0).all()
+    assert not found.neighbour_weight[~helped].any()
+    assert (found.neighbour_frame != np.arange(frames)).all()
+
+
+def test_features_and_frames_give_the_same(source: SourceModel) -> None:
+    times = [0.5, 1.5, 2.5]
+    by_frames = explain(source, CAPTION, video(), frame_times=times)
+    features = source.encode_frames([video()])
+    by_features = explain(source, CAPTION, features, frame_times=times)
+    assert by_frames.to_json() == by_features.to_json()
+    assert by_frames.frame_times.tolist() == times
+    two = source.encode_frames([video(), video(seed=1)])
+    with pytest.raises(ValueError, match="features of 2 videos"):
+        explain(source, CAPTION, two)
+    with pytest.raises(ValueError, match="caption is empty"):
+        explain(source, " ", video())
+    with pytest.raises(ValueError, match="2 frame times for 3 frames"):
+        explain(source, CAPTION, video(), frame_times=[0.1, 0.2])
+
+
+def test_json_is_plain_and_finite(source: SourceModel) -> None:
+    found = explain(source, CAPTION, video(2), frame_times=[0.25, float("nan")])
+    content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert content["frame_times"] == [0.25, None]
+    assert sum(content["parts"].values()) == pytest.approx(content["score"], abs=1e-6)
+    assert len(content["words"]) == len(content["similarity"]) == len(content["word_weights"])
+    assert content["best_frame"] == found.best_frame.tolist()
+
+
+def test_tokens_are_the_captions_own_letters(source: SourceModel) -> None:
+    found = explain(source, "A Red   circle, d\u00e9j\u00e0 vu", video())
+    assert (found.words[0], found.words[-1]) == ("[start]", "[end]")
+    assert found.is_special == (True, *[False] * (len(found.words) - 2), True)
+    # The small vocabulary has no token of the whole word.
+    assert found.words[1:6] == ("A", "Re", "d", "circle", ",")
+    assert found.continues_word[:6] == (False, False, False, True, False, False)
+    assert set("".join(found.words[6:-1])) == set("d\u00e9j\u00e0vu")
+    cut = explain(source, "a red circle " * 20, video())
+    assert len(cut.words) == MAX_WORDS
+    assert cut.words[-1] == "[end]"
+
+
+def test_tpm_cls_selector_is_that_of_the_training(data: Path, source: SourceModel) -> None:
+    found = explain(source, CAPTION, video(2))
+    assert found.masked_words is not None
+    assert found.masked_frames is not None
+    texts, videos = source.encode_texts([CAPTION]), source.encode_frames([video(2)])
+    model, threshold = source.model, source.config.loss.mask_threshold
+    assert model.word_predictor is not None
+    assert model.frame_predictor is not None
+    with torch.no_grad():
+        of_words = model.word_predictor(videos.frames, texts.words)
+        of_frames = model.frame_predictor(texts.sentence[:, None], videos.frames)
+    kept = select_tokens(texts.words, of_words, threshold)[1][0]
+    assert (~kept[: len(found.words)]).tolist() == found.masked_words.tolist()
+    kept = select_tokens(videos.frames, of_frames, threshold)[1][0]
+    assert (~kept[:2]).tolist() == found.masked_frames.tolist()
+    assert found.masked_words.any()
+    without = explain(source_of(data, loss={"tpm_cl": 0}), CAPTION, video())
+    assert without.masked_words is None
+    assert without.masked_frames is None
+    assert without.to_json()["masked_words"] is None
+
+
+def test_siglip_and_plain_models(clip: Path, tmp_path: Path) -> None:
+    source = load_source(clip, num_frames=4)
+    found = explain(source, CAPTION, video(4), frame_times=[1, 2, 3, 4])
+    assert found.similarity.shape[1] == 1  # the mean of the frames
+    assert found.frame_times.tolist() == [2.5]
+    assert found.score == pytest.approx(float(found.sentence_similarity[0]), abs=1e-6)
+    single = explain(load_source(clip, num_frames=4, interaction="att_ti"), CAPTION, video(4))
+    assert single.similarity.shape[1] == 4
+    save_siglip(tmp_path, ["a red circle", CAPTION], max_words=16, image_size=IMAGE_SIZE)
+    found = explain(load_source(tmp_path, num_frames=2), "a red circle", video(2))
+    assert "circle" in "".join(found.words)
+    assert "\u2581" not in "".join(found.words)
+    assert found.words[-1] == "[end]"
+
+
+def test_the_command_writes_page_and_numbers(
+    data: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["explain", str(clip)]
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    written = ["--out", str(page), "--json", str(numbers)]
+    clips = sorted((data / "clips" / "test").glob("*.mp4"))
+    assert main([*line, "a red circle", "--video", str(clips[0]), *written]) == 0
+    assert str(page) in capsys.readouterr().out
+    assert "a red circle" in page.read_text()
+    content = json.loads(numbers.read_text())
+    source = load_source(clip)
+    assert content["model"] == source.name
+    assert sum(content["parts"].values()) == pytest.approx(content["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["a"], "give --video FILE, or --key KEY"),
+        (["a", "--video", "x.mp4", "--key", "k"], "give --video FILE, or --key KEY"),
+        (["--video", "x.mp4"], "needs a CAPTION"),
+        (["a", "--video", "x.mp4"], "no such video"),
+        (["--key", "k"], "has no test set of its own"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    arguments: list[str],
+    error: str,
+    clip: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", str(clip), *arguments]) == 2
+    assert error in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_brings_its_caption(data: Path, tmp_path: Path) -> None:
+    source = source_of(data)
+    sample = sample_of(source, str(data / "test"), "test-00002")
+    found = explain(source, sample.captions[0], sample.frames, frame_times=sample.frame_times_s)
+    assert found.caption == sample.captions[0].text
+    assert np.isfinite(found.frame_times).all()
+    with pytest.raises(ValueError, match="has no sample of key 'nope'"):
+        sample_of(source, str(data / "test"), "nope")
