@@ -49,6 +49,7 @@ COMMANDS = {
     ),
     "serve": Command(
         "tvr.trainer.service.cli:serve", "serve an index over HTTP, with a search page"
+    ),
     "explain": Command(
         "tvr.trainer.explanation.cli:explain", "write a page: why a video fits a caption, or not"
     ),

@@ -43,7 +43,7 @@ def serve(argv: Sequence[str]) -> int:
             host: Address to listen on. Others than the loopback interface let other machines in.
             port: Port to listen on; 0: a free one, which is printed.
             allow_host: Names under which the service may be asked for, such as a reverse proxy's.
-                None: names of this machine on the loopback interface, any name elsewhere.
+                Without it: names of this machine on the loopback interface, any name elsewhere.
             search_threads: Searches that run at once.
             timeout_s: Time of one search.
             verify: Compares the hashes of all files of the index first.
