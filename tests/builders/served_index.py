@@ -13,9 +13,20 @@ from typing import Any
 
 import numpy as np
 import uvicorn
+from builders.pretrained import save_clip
 from fastapi import FastAPI
 
+from tvr.data_prep.annotations.read import read_annotations
+from tvr.data_prep.demo_clips import ANNOTATIONS, draw_scenes, scene_captions, write_clips
+from tvr.data_prep.packing.pack import pack_shards
+from tvr.trainer.evaluation.embed import embed
+from tvr.trainer.evaluation.model_source import load_source
+from tvr.trainer.features.feature_set import FeatureSet
+from tvr.trainer.index.index import ModelPlace, build_index
+from tvr.trainer.model.tokenizer import train_tokenizer
 from tvr.trainer.service.http_server import address, listening, uvicorn_config
+
+FRAMES, SIDE = 6, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +93,32 @@ class MemoryIndex:
         return self.media_of(video)
 
 
-class MemoryExplainer:
-    """An explanation that repeats its arguments."""
+def demo_index(folder: Path) -> Path:
+    """Embeds and indexes eight video files and a packed set of four clips; returns the index.
 
-    def explain(self, index: Any, caption: str, video: int) -> dict[str, Any]:
-        return {"caption": caption, "video": video}
-
-    def page(self, index: Any, caption: str, video: int, title: str) -> str:
-        return f"<!doctype html><title>{video}</title>"
+    The packed set stores frames, which a browser shows as moving pictures. The model is a tiny CLIP
+    with random weights, compared word by word.
+    """
+    scenes = draw_scenes(12, seed=3, excluded=set())
+    for _ in write_clips(
+        folder / "clips", scenes, prefix="clip", seed=3, workers=1, all_wordings=True
+    ):
+        pass
+    (folder / "videos").mkdir()
+    for path in sorted((folder / "clips").glob("*.mp4"))[:8]:
+        path.rename(folder / "videos" / path.name)
+    clips = read_annotations(str(folder / "clips" / ANNOTATIONS))
+    packed = [clip for clip in clips if clip.key >= "clip-00008"]
+    pack_shards(packed, str(folder / "packed"), layout="frames", num_frames=FRAMES, short_side=SIDE)
+    texts = [caption for scene in scenes for caption in scene_captions(scene)]
+    words = train_tokenizer(texts, folder / "words", vocab_size=560, max_words=20)
+    save_clip(folder / "clip", words, width=16, image_size=SIDE)
+    source = load_source(folder / "clip", num_frames=FRAMES, interaction="att_ti")
+    for name in ("videos", "packed"):
+        embed(source, str(folder / name), folder / "features")
+    place = ModelPlace(path=str(folder / "clip"), step=None)
+    build_index(FeatureSet.open(folder / "features"), model=place)
+    return folder / "features"
 
 
 @contextmanager

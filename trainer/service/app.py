@@ -15,6 +15,8 @@ from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tvr.data_prep.html_page import page_template
+from tvr.trainer.explanation.explanation import explanation_page
+from tvr.trainer.service.explanations import explained
 from tvr.trainer.service.files import (
     IndexFiles,
     Layouts,
@@ -29,7 +31,6 @@ from tvr.trainer.service.records import (
     MAX_RESULTS,
     MAX_ROW,
     MAX_URL_CHARS,
-    Explainer,
     FoundHit,
     FoundVideo,
     FoundVideos,
@@ -47,10 +48,10 @@ Row = Annotated[int, PathParameter(ge=0, le=MAX_ROW, description="Row in the ind
 RowQuery = Annotated[int, Query(ge=0, le=MAX_ROW, description="Row in the index.")]
 Key = Annotated[str, Query(min_length=1, max_length=MAX_QUERY_CHARS)]
 Data = Annotated[
-    str | None,
+    str,
     Query(
         max_length=MAX_URL_CHARS,
-        description="URL of the video's data set, if several have the key.",
+        description="URL of the video's data set, needed if several have the key.",
     ),
 ]
 
@@ -77,7 +78,6 @@ MEANINGS = {
 
 def create_app(
     index: SearchIndex,
-    explainer: Explainer,
     folders: Iterable[Path],
     *,
     limits: Limits | None = None,
@@ -87,7 +87,6 @@ def create_app(
 
     Args:
         index: The index, whose methods are called from several threads.
-        explainer: Answers why a video fits a query.
         folders: Folders with the index's files, whose sizes are watched.
         limits: Bounds of requests.
         hosts: Names under which the service answers (the Host header); None for any.
@@ -147,15 +146,15 @@ def create_app(
 
     @app.get("/search", responses=_problems(422, 500, 503, 504))
     async def search(request: Request, q: Text, k: Count = DEFAULT_RESULTS) -> FoundVideos:
-        """Videos that fit the text `q`, best first."""
+        """Videos that fit the text q, best first."""
         return await found(request, lambda: index.search(q, k=k))
 
     @app.get("/similar", responses=_problems(404, 422, 500, 503, 504))
     async def similar(
-        request: Request, key: Key, data: Data = None, k: Count = DEFAULT_RESULTS
+        request: Request, key: Key, data: Data = "", k: Count = DEFAULT_RESULTS
     ) -> FoundVideos:
-        """Videos like the stored video `key`, best first."""
-        return await found(request, lambda: index.search_key(key, data=data, k=k))
+        """Videos like the stored video of this key, best first."""
+        return await found(request, lambda: index.search_key(key, data=data or None, k=k))
 
     @app.get(
         "/videos/{row}/media",
@@ -182,9 +181,9 @@ def create_app(
 
     @app.get("/explain", responses=_problems(404, 410, 422, 500, 503, 504))
     async def explain(request: Request, q: Text, row: RowQuery) -> dict[str, Any]:
-        """Why a video fits the text `q`: similarities of words and frames, and their weights."""
+        """Why a video fits the text q: similarities of words and frames, and their weights."""
         _check_row(row, index)
-        return await of_index(request, lambda: explainer.explain(index, q, row))
+        return await of_index(request, lambda: explained(index, q, row)[0].to_json())
 
     @app.get(
         "/explain/page",
@@ -196,7 +195,8 @@ def create_app(
         _check_row(row, index)
 
         def work() -> str:
-            return explainer.page(index, q, row, index.features.keys[row])
+            found, frames = explained(index, q, row)
+            return explanation_page(found, frames, title=index.features.keys[row])
 
         content = await of_index(request, work)
         return HTMLResponse(content, headers={"Content-Security-Policy": EXPLANATION_POLICY})
@@ -224,13 +224,15 @@ def create_app(
         request: Request,
         q: AnyText = "",
         like: AnyText = "",
-        data: Data = None,
+        data: Data = "",
         k: Count = DEFAULT_RESULTS,
     ) -> HTMLResponse:
         result, problem, status, pictures = None, None, 200, frozenset[str]()
         try:
             if like:
-                result = await found(request, lambda: index.search_key(like, data=data, k=k))
+                result = await found(
+                    request, lambda: index.search_key(like, data=data or None, k=k)
+                )
             elif q.strip():
                 result = await found(request, lambda: index.search(q, k=k))
             if result is not None:

@@ -76,22 +76,24 @@ def _serve(
     timeout_s: float,
     verify: bool,
 ) -> int:
+    from tvr.data_prep.records import Caption
     from tvr.trainer.index.index import Index
     from tvr.trainer.service.app import LOOPBACK_NAMES, create_app
-    from tvr.trainer.service.explanations import Explanations
     from tvr.trainer.service.http_server import address, is_loopback, listening, run_server
     from tvr.trainer.service.records import Limits
 
     # Taken first: a port in use is known before the model is loaded.
     with listening(host, port) as server, Index.open(folder, model=model, verify=verify) as index:
-        _ = index.model  # loads it: the first search should not wait, and errors belong here
+        # Loads the model: the first search should not wait, and errors belong here. This also sets
+        # the tokeniser's length, which two threads must not do at once.
+        index.model.encode_texts([Caption(text="a")])
         is_local = is_loopback(server)
         if not is_local:
             print(NO_PROTECTION.format(host=host), file=sys.stderr)
         limits = Limits(search_threads=search_threads, search_s=timeout_s)
         names = LOOPBACK_NAMES | set(allow_host) if is_local else frozenset(allow_host) or None
         folders = {folder.resolve(), index.features.folder.resolve()}
-        app = create_app(index, Explanations(), folders, limits=limits, hosts=names)
+        app = create_app(index, folders, limits=limits, hosts=names)
         print(f"serving {len(index):,} videos at {address(server)}", flush=True)
         try:
             run_server(app, server)

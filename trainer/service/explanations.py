@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
-from tvr.trainer.explanation.explanation import Explanation, explain, explanation_page
+from tvr.data_prep.caption_text import clean_captions
+from tvr.data_prep.records import Caption
+from tvr.trainer.explanation.explanation import Explanation, explain
 from tvr.trainer.service.records import SearchIndex
 
 
-class Explanations:
-    """The service's `Explainer`."""
+def explained(index: SearchIndex, text: str, video: int) -> tuple[Explanation, np.ndarray]:
+    """Explains why a video fits a text.
 
-    def explain(self, index: SearchIndex, caption: str, video: int) -> dict[str, Any]:
-        return self._found(index, caption, video).to_json()
+    Returns:
+        The explanation, and the video's frames (F, H, W, 3) uint8, which are its pictures.
+    """
+    frames = index.frames(video)
+    times = index.features.frame_times(video)
+    return explain(index.model, _tagged(index, text), frames, frame_times=times), frames
 
-    def page(self, index: SearchIndex, caption: str, video: int, title: str) -> str:
-        return explanation_page(
-            self._found(index, caption, video), index.frames(video), title=title
-        )
 
-    def _found(self, index: SearchIndex, caption: str, video: int) -> Explanation:
-        times = index.features.frame_times(video)
-        return explain(index.model, caption, index.frames(video), frame_times=times)
+def _tagged(index: SearchIndex, text: str) -> Caption:
+    """The text as a search reads it, with its words if the model weights them."""
+    texts = clean_captions([text])
+    if not texts:
+        raise ValueError(f"the query {text!r:.100} has no visible character")
+    if not index.model.tokenizer.content_words:
+        return Caption(text=texts[0])
+    from tvr.data_prep.packing.words import WordTagger
+
+    (caption,) = WordTagger([]).tag(texts)
+    return caption

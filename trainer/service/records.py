@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -72,18 +72,6 @@ class SearchIndex(Protocol):
     ) -> Sequence[FoundHit]: ...
     def frames(self, video: int) -> np.ndarray: ...
     def media(self, video: int) -> PlayableMedia: ...
-
-
-class Explainer(Protocol):
-    """Explains why a video fits a caption."""
-
-    def explain(self, index: SearchIndex, caption: str, video: int) -> dict[str, Any]:
-        """The explanation as plain lists and finite numbers."""
-        ...
-
-    def page(self, index: SearchIndex, caption: str, video: int, title: str) -> str:
-        """The explanation as one self-contained HTML document."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
