@@ -53,6 +53,10 @@ COMMANDS = {
     "explain": Command(
         "tvr.trainer.explanation.cli:explain", "write a page: why a video fits a caption, or not"
     ),
+    "index": Command("tvr.trainer.index.cli:index", "make the videos of `tvr embed` searchable"),
+    "search": Command(
+        "tvr.trainer.index.cli:search", "find videos by a caption, or by an example"
+    ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(
         "tvr.trainer.pages.cli:dashboard", "write a page that follows running and finished runs"
