@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from builders.heat_map import HeatMap
 from builders.pretrained import save_clip, save_siglip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, tiny_config
 
+from tvr.data_prep.html_page import page_template
 from tvr.data_prep.records import Caption, Word, WordKind
 from tvr.kernels.numerics import unit
 from tvr.kernels.partial import select_tokens
 from tvr.launchers.cli import main
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
+from tvr.trainer.explanation import page
 from tvr.trainer.explanation.explanation import NOTHING, Explanation, explain, explanation_page
 from tvr.trainer.explanation.hardest import (
     HardNegative,
@@ -109,6 +112,9 @@ def test_the_terms_add_up_to_the_similarity(data: Path, interaction: str, frames
         assert doubled.max() == 2
         shares = texts.word_logits[0, :count].softmax(0) * doubled
         assert found.word_weights.tolist() == pytest.approx(shares.tolist(), abs=1e-6)
+        # In a plain text the content words are found: more than the two above.
+        plain = explain(source, CAPTION, video(frames))
+        assert plain.word_weights.sum() > found.word_weights.sum() > 1
     check_indices(found)
 
 
@@ -143,7 +149,7 @@ def test_features_and_frames_give_the_same(source: SourceModel) -> None:
     two = source.encode_frames([video(), video(seed=1)])
     with pytest.raises(ValueError, match="features of 2 videos"):
         explain(source, CAPTION, two)
-    with pytest.raises(ValueError, match="caption is empty"):
+    with pytest.raises(ValueError, match="no visible character"):
         explain(source, " ", video())
     with pytest.raises(ValueError, match="2 frame times for 3 frames"):
         explain(source, CAPTION, video(), frame_times=[0.1, 0.2])
@@ -212,12 +218,12 @@ def test_the_command_writes_page_and_numbers(
     data: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["explain", str(clip)]
-    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
-    written = ["--out", str(page), "--json", str(numbers)]
+    written, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    flags = ["--out", str(written), "--json", str(numbers)]
     clips = sorted((data / "clips" / "test").glob("*.mp4"))
-    assert main([*line, "a red circle", "--video", str(clips[0]), *written]) == 0
-    assert str(page) in capsys.readouterr().out
-    assert "a red circle" in page.read_text()
+    assert main([*line, "a red circle", "--video", str(clips[0]), *flags]) == 0
+    assert str(written) in capsys.readouterr().out
+    assert "a red circle" in written.read_text()
     content = json.loads(numbers.read_text())
     source = load_source(clip)
     assert content["model"] == source.name
@@ -258,28 +264,30 @@ def test_a_sample_brings_its_caption(data: Path, tmp_path: Path) -> None:
         sample_of(source, str(data / "test"), "nope")
 
 
-def test_the_heat_map_shows_the_frames_that_hold_the_word(data: Path) -> None:
+def test_the_heat_map_shows_the_frames_that_hold_the_word(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Frames with a part of the word's own vector, at random places: the page marks one of them.
 
     `benchmarks/heat_map.py` asks the same of a trained model.
     """
     source = source_of(data, data={"num_frames": 6}, loss={"tpm_cl": 0})
+    monkeypatch.setattr(page, "page_template", cache(page_template))
     draw = torch.Generator().manual_seed(1)
     pictures = video(6)
     plain = source.encode_frames([pictures])
+    slot = explain(source, CAPTION, plain).words.index("circle")
+    word = source.encode_texts([CAPTION]).words[0, slot]
     hits = 0
     for _ in range(50):
-        texts = source.encode_texts([CAPTION])
-        slot = explain(source, CAPTION, plain).words.index("circle")
-        word = texts.words[0, slot]
         noise = unit(torch.randn(6, len(word), generator=draw))
         noise = unit(noise - (noise @ word)[:, None] * word)
         visible = torch.rand(6, generator=draw) < 0.5
         visible[int(torch.randint(6, (1,), generator=draw))] = True
         frames = unit(noise + visible[:, None] * 0.5 * word)
         found = explain(source, CAPTION, plain._replace(frames=frames[None]))
-        page = HeatMap(explanation_page(found, pictures, title="query"))
-        hits += bool(visible[page.marked("circle")])
+        marks = HeatMap(explanation_page(found, pictures, title="query"))
+        hits += bool(visible[marks.marked("circle")])
     assert hits == 50
 
 
@@ -345,8 +353,8 @@ def test_a_video_with_the_same_caption_is_not_wrong(source: SourceModel) -> None
 def test_the_command_lists_the_hardest_captions(
     data: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
-    line = ["explain", str(clip), "--hardest", "2", "--out", str(page), "--json", str(numbers)]
+    written, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    line = ["explain", str(clip), "--hardest", "2", "--out", str(written), "--json", str(numbers)]
     assert main(line) == 2
     assert "has no test set of its own" in capsys.readouterr().err
     line += ["--data", str(data / "test"), "--num-frames", str(NUM_FRAMES)]
@@ -354,8 +362,8 @@ def test_the_command_lists_the_hardest_captions(
     content = json.loads(numbers.read_text())
     assert (content["captions"], len(content["hardest"])) == (10, 2)
     assert "10 captions" in capsys.readouterr().out
-    assert content["hardest"][0]["caption"] in page.read_text()
-    assert page.read_text().count("data:image/jpeg") == 4
+    assert content["hardest"][0]["caption"] in written.read_text()
+    assert written.read_text().count("data:image/jpeg") == 4
     for more, error in (
         (["--key", "k"], "takes no --key"),
         (["--between", "1", "2"], "has no checkpoint"),

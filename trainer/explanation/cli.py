@@ -86,7 +86,6 @@ def _explain(
         raise ValueError("give --video FILE, or --key KEY with --data SET")
     if video is not None and (data is not None or caption is None):
         raise ValueError(f"--video {video} needs a CAPTION, and takes no --data")
-    from tvr.data_prep.records import Caption
     from tvr.trainer.checkpoint.choice import parse_choice
     from tvr.trainer.evaluation.model_source import load_source
     from tvr.trainer.explanation.explanation import explain as explained
@@ -95,13 +94,13 @@ def _explain(
 
     source = load_source(folder, parse_choice(checkpoint), num_frames=num_frames)
     if video is not None:
-        title, text = video.name, Caption(text=caption or "")
+        title, text = video.name, caption or ""
         frames, times = frames_of_file(source, video)
     else:
         sample = sample_of(source, test_set_of(source, data), key or "")
         # A caption of the sample itself brings its words, which a model may need.
         own = [each for each in sample.captions if caption in (None, each.text)]
-        text = own[0] if own else Caption(text=caption or "")
+        text = own[0] if own else caption or ""
         title, frames, times = sample.key, sample.frames, sample.frame_times_s
     found = explained(source, text, frames, frame_times=times)
     write_atomically(out, explanation_page(found, frames, title=title))

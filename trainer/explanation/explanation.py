@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.records import Caption
 from tvr.kernels.explanation import PairMaxima, pair_maxima
 from tvr.trainer.evaluation.model_source import SourceModel
@@ -48,19 +49,19 @@ def explain(
 
     Args:
         source: The model, from `load_source`.
-        caption: Text, cut after `source.max_words` tokens. A model that weights content words
-            (`data.content_words`) needs a `Caption` with its words.
+        caption: Text, cleaned as packing does and cut after `source.max_words` tokens. For a model
+            that weights content words (`data.content_words`), they are found in a plain text; a
+            `Caption` brings its own.
         frames: Frames of the video, (F, H, W, 3) uint8 with 1 to `source.num_frames` frames; or
             features of this one video by the same model.
         frame_times: Seconds of each frame from the start of the video; None if unknown. For a model
             that averages the frames, the explanation has one frame, with the mean of the times.
 
     Raises:
-        ValueError: an empty caption, frames of another form, or features of not exactly one video.
+        ValueError: no visible character in the caption, frames of another form, or features of not
+            exactly one video.
     """
-    text = caption if isinstance(caption, Caption) else Caption(text=caption)
-    if not text.text.strip():
-        raise ValueError("the caption is empty: give a text to explain")
+    text = caption if isinstance(caption, Caption) else _caption(source, caption)
     videos = frames if isinstance(frames, Features) else source.encode_frames([frames])
     if len(videos.frames) != 1:
         raise ValueError(f"features of {len(videos.frames)} videos; explain takes those of one")
@@ -96,6 +97,18 @@ def explain(
         np.flatnonzero(videos.frame_mask[0].cpu().numpy()),
         frame_times,
     )
+
+
+def _caption(source: SourceModel, text: str) -> Caption:
+    """A plain text as packing reads it, with its words if the model weights them."""
+    texts = clean_captions([text])
+    if not texts:
+        raise ValueError(f"the caption {text!r:.100} has no visible character")
+    if not source.tokenizer.content_words:
+        return Caption(text=texts[0])
+    from tvr.data_prep.packing.words import WordTagger
+
+    return WordTagger([]).tag(texts)[0]
 
 
 def _selector_weights(
