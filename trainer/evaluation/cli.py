@@ -7,10 +7,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -40,6 +40,9 @@ def evaluate(argv: Sequence[str]) -> int:
         json: Path | None = None,
         equal_captions: bool = False,
         paragraphs: bool = False,
+        trec: Path | None = None,
+        trec_depth: int = 100,
+        mmeb_v2: bool = False,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -61,6 +64,11 @@ def evaluate(argv: Sequence[str]) -> int:
             equal_captions: The videos of equal captions are right for all of these captions; adds
                 mAP and nDCG@10. Published tables count only a caption's own video.
             paragraphs: Joins the captions of each video to one query.
+            trec: Also writes the best videos of each caption as a run of TREC, and the right ones
+                beside it as FILE.qrels.
+            trec_depth: Number of best videos with --trec, in the run and in stored results.
+            mmeb_v2: Also prints the score of MMEB-V2: Hit@1 of the first caption of each video,
+                with 8 frames. A run's result is then not stored.
         """
         given = [name for name in (run_dir, model, features) if name is not None]
         if len(given) != 1:
@@ -79,14 +87,47 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError("--paragraphs encodes captions anew: give no features")
         from tvr.trainer.evaluation.protocol import EvaluationOptions
 
+        if trec_depth < 1:
+            raise ValueError(f"--trec-depth {trec_depth} must be at least 1")
         options = EvaluationOptions(equal_captions=equal_captions, paragraphs=paragraphs)
+        if trec is not None:
+            options = replace(options, top_videos=max(trec_depth, options.top_videos))
+        if mmeb_v2:
+            from tvr.trainer.evaluation.mmeb import NUM_FRAMES
+
+            frames = NUM_FRAMES if num_frames is None else num_frames
+            if features is not None:
+                from tvr.trainer.features.feature_set import FeatureSet
+
+                frames = int(FeatureSet.open(features).info.settings["num_frames"])
+            elif run_dir is not None and save_features is None:
+                from tvr.trainer.run_dir import read_config
+
+                # As a model of its own: the run's results are those with its own frames.
+                data = data or read_config(run_dir).data.test
+                model, run_dir = run_dir, None
+            if frames != NUM_FRAMES:
+                raise ValueError(f"--mmeb-v2 takes {NUM_FRAMES} frames of a video, not {frames}")
+            num_frames = None if features is not None else frames
         result = _result(
             run_dir, model, features, data, checkpoint, save_features, num_frames, options
         )
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
+            scored = {}
+            if mmeb_v2:
+                from tvr.trainer.evaluation.mmeb import mmeb_v2_score
+
+                score = mmeb_v2_score(result)
+                print(score)
+                scored = {"mmeb_v2": asdict(score)}
+            if trec is not None:
+                from tvr.trainer.evaluation.trec import write_trec
+
+                qrels = write_trec(result.queries, trec, trec_depth, equal_captions=equal_captions)
+                print(f"the best {trec_depth} videos of each caption: {trec}, {qrels}")
             if json is not None:
-                _write(json, result)
+                _write(json, result.document() | scored)
         return EXIT_DONE
 
     return run_training_command(
@@ -136,8 +177,8 @@ def _result(
     return evaluate_source(model or "", data or "", choice, num_frames=num_frames, options=options)
 
 
-def _write(path: Path, result: Evaluation) -> None:
-    write_atomically(path, json.dumps(result.document(), indent=1) + "\n")
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def embed(argv: Sequence[str]) -> int:

@@ -13,12 +13,13 @@ the one before is lowered to the next smaller number of single precision.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tvr.data_prep.records import hash_caption
 from tvr.kernels.ranking import TIE_TOLERANCE
 from tvr.launchers.atomic_write import write_atomically
 
@@ -27,15 +28,21 @@ _NOT_IN_A_FIELD = re.compile(r"[\s%]")
 
 
 def write_trec(
-    queries: Sequence[Mapping[str, Any]], run: Path, depth: int, *, tag: str = TAG
+    queries: Sequence[Mapping[str, Any]],
+    run: Path,
+    depth: int,
+    *,
+    equal_captions: bool = False,
+    tag: str = TAG,
 ) -> Path:
     """Writes the run, and the qrels beside it with the suffix .qrels.
 
     Args:
-        queries: As in evaluation.json: "key" of the right video, or "keys" if there are several,
-            "rank" of the best of them, and "top" with "key" and "similarity" of the best videos.
+        queries: As in evaluation.json: "caption", "key" of its video, "rank" of the best right
+            video, and "top" with "key" and "similarity" of the best videos.
         run: File of the run.
         depth: Largest number of videos that are written for a query.
+        equal_captions: The videos of equal captions are right for all of these captions.
         tag: Name of the system, the last field of each line.
 
     Returns:
@@ -49,16 +56,18 @@ def write_trec(
     if not tag or _NOT_IN_A_FIELD.search(tag):
         raise ValueError(f"tag {tag!r} must be one word")
     qrels = run.with_name(run.name + ".qrels")
-    write_atomically(run, "".join(run_lines(queries, depth, tag)))
-    write_atomically(qrels, "".join(qrels_lines(queries)))
+    right = _right(queries, equal_captions)
+    write_atomically(run, "".join(_run_lines(queries, right, depth, tag)))
+    write_atomically(qrels, "".join(_qrels_lines(right)))
     return qrels
 
 
-def run_lines(queries: Iterable[Mapping[str, Any]], depth: int, tag: str = TAG) -> Iterator[str]:
-    """Yields the lines of a run; arguments and errors as `write_trec`."""
-    for number, query in enumerate(queries, 1):
+def _run_lines(
+    queries: Sequence[Mapping[str, Any]], right: Sequence[Sequence[str]], depth: int, tag: str
+) -> Iterator[str]:
+    for number, (query, keys) in enumerate(zip(queries, right, strict=True), 1):
         previous = np.float32(np.inf)
-        for place, (key, similarity) in enumerate(_ordered(query, depth), 1):
+        for place, (key, similarity) in enumerate(_ordered(query, set(keys), depth), 1):
             score = np.float32(similarity)
             if score >= previous:
                 score = np.nextafter(previous, np.float32(-np.inf))
@@ -66,10 +75,9 @@ def run_lines(queries: Iterable[Mapping[str, Any]], depth: int, tag: str = TAG) 
             yield f"q{number} Q0 {document(key)} {place} {score:.9g} {tag}\n"
 
 
-def qrels_lines(queries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields the lines of the qrels: every right video of every query has relevance 1."""
-    for number, query in enumerate(queries, 1):
-        for key in _right(query):
+def _qrels_lines(right: Sequence[Sequence[str]]) -> Iterator[str]:
+    for number, keys in enumerate(right, 1):
+        for key in keys:
             yield f"q{number} 0 {document(key)} 1\n"
 
 
@@ -80,13 +88,19 @@ def document(key: str) -> str:
     )
 
 
-def _right(query: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(query.get("keys") or [query["key"]]))
+def _right(queries: Sequence[Mapping[str, Any]], equal_captions: bool) -> list[list[str]]:
+    """The keys of the right videos of each query."""
+    if not equal_captions:
+        return [[query["key"]] for query in queries]
+    keys: dict[int, dict[str, None]] = {}
+    captions = [hash_caption(query["caption"]) for query in queries]
+    for caption, query in zip(captions, queries, strict=True):
+        keys.setdefault(caption, {})[query["key"]] = None
+    return [list(keys[caption]) for caption in captions]
 
 
-def _ordered(query: Mapping[str, Any], depth: int) -> list[tuple[str, float]]:
+def _ordered(query: Mapping[str, Any], right: set[str], depth: int) -> list[tuple[str, float]]:
     """The best videos of a query in the order of our ranks, at most `depth`."""
-    right = set(_right(query))
     found = [(entry["key"], float(entry["similarity"])) for entry in query["top"]]
     keys = [key for key, _ in found]
     if len(set(keys)) < len(keys):
