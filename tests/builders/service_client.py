@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+ROUTES = ("/search", "/similar", "/videos/{row}/media", "/videos/{row}/thumbnail.jpg", "/explain")
+ROUTES += ("/explain/page", "/healthz", "/metrics")
+
 
 class Answer(NamedTuple):
     status: int

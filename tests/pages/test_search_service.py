@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import re
 import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
 import pytest
-import schemathesis
 from builders.html_page import Page
-from builders.service_client import Answer, get, metric, wait_until
 from builders.served_index import MemoryIndex, MemoryMedia, served
+from builders.service_client import ROUTES, Answer, get, metric, wait_until
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
-from schemathesis import GenerationMode
 
 from tvr.data_prep.records import BadSample
 from tvr.data_prep.storage.storage_errors import StorageUnavailable
@@ -58,10 +51,6 @@ def client_of(index: MemoryIndex, folder: Path, **limits: float) -> TestClient:
 @pytest.fixture
 def client(tmp_path: Path) -> TestClient:
     return client_of(MemoryIndex(KEYS), tmp_path)
-
-
-ROUTES = ("/search", "/similar", "/videos/{row}/media", "/videos/{row}/thumbnail.jpg", "/explain")
-ROUTES += ("/explain/page", "/healthz", "/metrics")
 
 
 def test_search_and_more_like_this(client: TestClient) -> None:
