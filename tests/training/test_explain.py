@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import heat_map
 import numpy as np
 import pytest
 import torch
@@ -16,11 +18,13 @@ from builders.heat_map import HeatMap
 from builders.pretrained import save_clip, save_siglip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, tiny_config
 
+from tvr.data_prep.demo_clips import demo_scenes, scene_captions
 from tvr.data_prep.html_page import page_template
 from tvr.data_prep.records import Caption, Word, WordKind
 from tvr.kernels.numerics import unit
 from tvr.kernels.partial import select_tokens
 from tvr.launchers.cli import main
+from tvr.trainer.evaluation import model_source
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
 from tvr.trainer.explanation import page
@@ -37,7 +41,7 @@ from tvr.trainer.explanation.videos import sample_of
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import build_model
-from tvr.trainer.model.tokenizer import load_tokenizer
+from tvr.trainer.model.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CAPTION = "a small red circle moves left, then a large blue square moves up"
@@ -193,6 +197,8 @@ def test_tpm_cls_selector_is_that_of_the_training(data: Path, source: SourceMode
     kept = select_tokens(videos.frames, of_frames, threshold)[1][0]
     assert (~kept[:2]).tolist() == found.masked_frames.tolist()
     assert found.masked_words.any()
+    fewer = replace(source, tokenizer=replace(source.tokenizer, max_words=9))
+    assert explain(fewer, CAPTION, video()).masked_words is None  # the predictors take 20 words
     without = explain(source_of(data, loss={"tpm_cl": 0}), CAPTION, video())
     assert without.masked_words is None
     assert without.masked_frames is None
@@ -374,6 +380,69 @@ def test_the_command_lists_the_hardest_captions(
     assert main(["explain", str(clip), "a", "--between", "1", "2"]) == 2
     assert "needs --hardest" in capsys.readouterr().err
     assert main(["explain", str(clip), "a", "--hardest", "0"]) == 2
+
+
+def test_two_checkpoints_of_a_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command with the models of two steps in place of a run's checkpoints."""
+    at_step = {step: source_of(data, train={"seed": step}) for step in (100, 300)}
+    for weight in at_step[300].model.parameters():
+        weight.data.add_(0.05 * torch.randn(weight.shape))
+    asked: list[Any] = []
+
+    def load(folder: Path, choice: Any, *, num_frames: int | None) -> SourceModel:
+        asked.append(choice)
+        return at_step[choice]
+
+    monkeypatch.setattr(model_source, "load_source", load)
+    written, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    flags = ["--out", str(written), "--json", str(numbers)]
+    assert main(["explain", "run", "--hardest", "3", "--between", "100", "300", *flags]) == 0
+    assert sorted(asked) == [100, 300]
+    content = json.loads(numbers.read_text())
+    assert content["steps"] == [100, 300]
+    for step, found in ((300, content), (100, content["before"])):
+        expected = hard_negatives(at_step[step], str(data / "test"))
+        assert found["first"] == sum(each.rank == 1 for each in expected)
+        leads = sorted((each.lead for each in expected), reverse=True)[:3]
+        assert [each["lead"] for each in found["hardest"]] == pytest.approx(leads)
+    assert content["hardest"] != content["before"]["hardest"]
+    for pair in content["newly_won"]:
+        assert pair["before"]["rank"] > 1 == pair["after"]["rank"]
+    for pair in content["newly_lost"]:
+        assert pair["before"]["rank"] == 1 < pair["after"]["rank"]
+    assert content["newly_won"] or content["newly_lost"]
+    assert "Newly lost" in written.read_text()
+    assert "newly won" in capsys.readouterr().out
+    # A sample of the run's own test set, with its own caption.
+    assert main(["explain", "run", "--key", "test-00004", "--checkpoint", "300", *flags]) == 0
+    sample = sample_of(at_step[300], str(data / "test"), "test-00004")
+    content = json.loads(numbers.read_text())
+    assert content["caption"] == sample.captions[0].text
+    assert content["frame_times"] == pytest.approx(sample.frame_times_s)
+
+
+def test_the_readme_states_the_result_of_the_heat_map_benchmark(tmp_path: Path) -> None:
+    """The word "circle" peaks on a frame with the circle in at least 80 % of 50 queries."""
+    result = json.loads((ROOT / "tests/benchmarks/results/heat_map.json").read_text())
+    readme = (ROOT / "trainer" / "README.md").read_text()
+    assert result["queries"] == 50
+    assert [row["frames_with_circle"] for row in result["rows"]] == [6, 3, 1]
+    for row in result["rows"][1:]:
+        assert row["circle"] >= 80
+        numbers = [row[name] for name in ("chance", "circle", "other_shape", "sentence")]
+        shown = " | ".join(f"{number:.0f} %" for number in numbers)
+        assert f"| {row['frames_with_circle']} of 6 | {shown} |" in readme
+    # The benchmark itself, with an untrained model whose vocabulary has all words of the demo.
+    scenes = demo_scenes(1, 60, 0)["test"]
+    captions = [text for scene in scenes for text in scene_captions(scene)]
+    train_tokenizer(captions, tmp_path / "tokenizer", vocab_size=768, max_words=MAX_WORDS)
+    row = heat_map.measured(
+        source_of(tmp_path), scenes, 1 / 3, argparse.Namespace(queries=2, seed=0)
+    )
+    assert row["chance"] == pytest.approx(33.3)
+    assert row["circle"] in (0, 50, 100)
 
 
 def test_the_readmes_snippet_runs(

@@ -129,11 +129,11 @@ def _hardest(
 
     choice = between[1] if between else parse_choice(checkpoint)
     source = load_source(folder, choice, num_frames=num_frames)
+    # Loaded before anything is encoded, which takes long: the step may not be there.
+    earlier = load_source(folder, between[0], num_frames=num_frames) if between else None
     url = test_set_of(source, data)
-    found, moved = hard.hard_negatives(source, url), None
-    if between is not None:
-        earlier = load_source(folder, between[0], num_frames=num_frames)
-        moved = hard.movements(hard.hard_negatives(earlier, url), found)
+    found = hard.hard_negatives(source, url)
+    moved = None if earlier is None else hard.movements(hard.hard_negatives(earlier, url), found)
     page = hard.hardest_page(
         found, count, title=source.name, strips=strips_of(source, url), moved=moved, steps=between
     )
