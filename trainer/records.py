@@ -31,6 +31,7 @@ WAYS = {
     "video_to_text": "video to text",
     "mean": "mean of both",
 }
+FIRST_COLUMN = 15
 PACKAGES = ("tvr", "torch", "transformers", "numpy")
 """Packages whose versions a stored evaluation names."""
 
@@ -58,6 +59,8 @@ class Evaluation:
     rank 0 only."""
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """Name and version of the protocol, and its choices."""
+    rescored: Mapping[str, Any] = field(default_factory=dict)
+    """Metrics by other scores, with their settings, by the names "dual_softmax" and "qb_norm"."""
     step: int | None = None
     """Step of the checkpoint that was evaluated; None during training."""
     model: str | None = None
@@ -71,18 +74,23 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """All results except the queries, as logged and stored."""
-        named = {} if self.model is None else {"model": self.model}
-        return named | {
-            "data": self.data,
-            "protocol": dict(self.protocol),
-            "videos": self.videos,
-            "captions": self.captions,
-            "left_out": len(self.left_out),
-            "text_to_video": asdict(self.metrics.text_to_video),
-            "video_to_text": asdict(self.metrics.video_to_text),
-            "mean": self.metrics.mean,
-            "binding_accuracy": self.binding_accuracy,
-        }
+        named: dict[str, Any] = {} if self.model is None else {"model": self.model}
+        rescored = {"rescored": dict(self.rescored)} if self.rescored else {}
+        return (
+            named
+            | {
+                "data": self.data,
+                "protocol": dict(self.protocol),
+                "videos": self.videos,
+                "captions": self.captions,
+                "left_out": len(self.left_out),
+                "text_to_video": asdict(self.metrics.text_to_video),
+                "video_to_text": asdict(self.metrics.video_to_text),
+                "mean": self.metrics.mean,
+                "binding_accuracy": self.binding_accuracy,
+            }
+            | rescored
+        )
 
     def document(self) -> dict[str, Any]:
         """The whole result, with versions and every query, as evaluation.json holds it."""
@@ -111,11 +119,15 @@ def results_table(summary: Mapping[str, Any]) -> str:
         lines.append(protocol_line(summary["protocol"]))
     for block in metric_blocks(summary):
         names = {name: key for name, key in TABLE_COLUMNS.items() if key in block.columns}
-        lines.append(f"{block.title:<15}" + "".join(f"{name:>8}" for name in names))
+        title = block.title
+        if len(title) >= FIRST_COLUMN:
+            lines.append(title)
+            title = ""
+        lines.append(f"{title:<{FIRST_COLUMN}}" + "".join(f"{name:>8}" for name in names))
         for way, values in block.ways.items():
             cells = (values.get(key) for key in names.values())
             shown = "".join(f"{'-':>8}" if cell is None else f"{cell:8.1f}" for cell in cells)
-            lines.append(f"{WAYS[way]:<15}{shown}")
+            lines.append(f"{WAYS[way]:<{FIRST_COLUMN}}{shown}")
     lines += _interval_lines(summary.get("intervals", {}))
     if summary["binding_accuracy"] is not None:
         lines.append(f"binding accuracy {summary['binding_accuracy']:.1f} % (chance 50 %)")
@@ -133,10 +145,13 @@ def _interval_lines(intervals: Mapping[str, Mapping[str, Sequence[float]]]) -> l
         for name, key in TABLE_COLUMNS.items()
         if all(key in of for of in intervals.values())
     ]
-    lines = [f"{'95 % intervals':<15}" + "".join(f"{name:>16}" for name, _ in names)]
+    lines = [
+        "95 % intervals of the raw results:",
+        " " * FIRST_COLUMN + "".join(f"{name:>16}" for name, _ in names),
+    ]
     for way, of in intervals.items():
         cells = ("{:.1f} to {:.1f}".format(*of[key]) for _, key in names)
-        lines.append(f"{WAYS[way]:<15}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{WAYS[way]:<{FIRST_COLUMN}}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
 
 
@@ -161,7 +176,22 @@ class MetricBlock:
 
 def metric_blocks(summary: Mapping[str, Any]) -> list[MetricBlock]:
     """The blocks of an evaluation's summary, of this or of an earlier release."""
-    return [MetricBlock("raw", _ways(summary))]
+    blocks = [MetricBlock("raw", _ways(summary))]
+    for name, found in summary.get("rescored", {}).items():
+        blocks.append(MetricBlock(_title(name, found), _ways(found)))
+    return blocks
+
+
+def _title(name: str, block: Mapping[str, Any]) -> str:
+    if name == "dual_softmax":
+        return f"dual softmax, temperature {block['temperature']:g}: sees all test queries at once"
+    if name == "qb_norm":
+        dropped = block["dropped_test_captions"]
+        return (
+            f"QB-Norm, beta {block['beta']:g}, bank of {block['bank_captions']:,} captions of"
+            f" {block['bank']}" + (f", {dropped:,} test captions dropped" if dropped else "")
+        )
+    return name
 
 
 def _ways(block: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -26,7 +26,7 @@ from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.evaluate import evaluate
-from tvr.trainer.evaluation.protocol import EvaluationOptions
+from tvr.trainer.evaluation.options import EvaluationOptions
 from tvr.trainer.loop import train
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features, TextVideoModel, build_model, model_inputs

@@ -17,10 +17,10 @@ from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.demo_clips import ANNOTATIONS
 from tvr.data_prep.packing.pack import pack_shards
 from tvr.launchers.cli import main
+from tvr.trainer.comparison.mmeb import mmeb_v2_score
 from tvr.trainer.comparison.statistics import intervals
 from tvr.trainer.config import to_json
 from tvr.trainer.evaluation import stored_features
-from tvr.trainer.evaluation.mmeb import mmeb_v2_score
 from tvr.trainer.evaluation.stored_features import evaluate_source
 from tvr.trainer.model.tokenizer import load_tokenizer
 from tvr.trainer.records import Evaluation
@@ -57,7 +57,7 @@ def evaluated(data: Path, out: Path, *flags: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def result(data: Path) -> dict[str, Any]:
     run = data / "best.run"
-    flags = ("--trec", str(run), "--trec-depth", "10", "--mmeb-v2")
+    flags = ("--trec", str(run), "--top-videos", "10", "--mmeb-v2")
     return evaluated(data, data / "result.json", *flags)
 
 
@@ -86,7 +86,7 @@ def test_trec_eval_reads_our_numbers(data: Path, result: dict[str, Any]) -> None
 
 def test_trec_eval_reads_equal_captions(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "equal.run"
-    flags = ("--num-frames", "8", "--equal-captions", "--trec", str(run), "--trec-depth", "10")
+    flags = ("--num-frames", "8", "--equal-captions", "--trec", str(run), "--top-videos", "10")
     ours = evaluated(data, tmp_path / "equal.json", *flags)["text_to_video"]
     found = measured(run, {"map", "ndcg_cut.10", "success.1"})
     lines = run.with_name("equal.run.qrels").read_text().splitlines()

@@ -4,20 +4,20 @@ trec_eval."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import pytrec_eval
 import torch
+from builders.numbered_features import numbered, score_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvr.kernels.ranking import RankMetrics, ranks, retrieval_metrics
+from tvr.kernels.ranking import RankMetrics, ranks, retrieval_metrics, right_pairs
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.protocol import EvaluationOptions
+from tvr.trainer.evaluation.options import EvaluationOptions
 from tvr.trainer.evaluation.retrieval import rank_features
 from tvr.trainer.evaluation.stored_features import evaluate_features
 from tvr.trainer.model.model import Features
@@ -26,29 +26,6 @@ from tvr.trainer.records import results_table
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 MEASURES = {"map", "ndcg_cut.10", "recip_rank", "success.1,5,10,50"}
-
-
-def numbered(captions: int, videos: int) -> Features:
-    """Features that hold the number of their row alone."""
-    return Features(
-        sentence=torch.arange(captions)[:, None].float(),
-        words=torch.zeros(captions, 1, 1),
-        word_mask=torch.ones(captions, 1, dtype=torch.long),
-        frames=torch.arange(videos)[:, None, None].float(),
-        frame_mask=torch.ones(videos, 1, dtype=torch.long),
-        word_logits=None,
-        frame_logits=None,
-        margin_hinge=None,
-    )
-
-
-def score_of(table: Tensor) -> Callable[[Features, Features], Tensor]:
-    """The similarity of numbered features, read from a table."""
-
-    def score(texts: Features, videos: Features) -> Tensor:
-        return table[texts.sentence[:, 0].long()][:, videos.frames[:, 0, 0].long()]
-
-    return score
 
 
 def relevant(text_video: Tensor, text_ids: Tensor | None) -> list[list[bool]]:
@@ -129,7 +106,8 @@ def test_both_directions_equal_trec_eval(
         assert_equals_trec(found.video_to_text, by_trec_eval(table.T.tolist(), columns))
     for name in ("text_to_video", "video_to_text", "text_quality", "video_quality"):
         one, two = getattr(whole, name), getattr(streamed.ranks, name)
-        assert (one is None and two is None) or torch.equal(one, two), name
+        if one is not None or two is not None:
+            assert torch.equal(one, two), name
 
 
 # Three captions of video 0, two of video 1, one of video 2; video 3 has none.
@@ -253,7 +231,5 @@ def test_options_that_need_more_than_features_are_refused() -> None:
 
 def test_too_many_right_pairs_are_refused() -> None:
     same = torch.zeros(3000, dtype=torch.long)
-    from tvr.kernels.ranking import right_pairs
-
     with pytest.raises(ValueError, match="9,000,000 right pairs"):
         right_pairs(torch.arange(3000), same, range(3000), limit=1_000_000)

@@ -28,7 +28,7 @@ from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features
 
 if TYPE_CHECKING:
-    from mteb.models import ModelMeta
+    from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]: an extra
 
 QUERIES_PER_BLOCK = 256
 DOCUMENTS_PER_TILE = 1 << 14
@@ -78,7 +78,7 @@ class MtebSearch:
             ValueError: mteb is not installed.
         """
         try:
-            from mteb.models import ModelMeta
+            from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(f"MTEB needs a package: pip install 'tvr[mteb]' ({error})") from error
         parameters = sum(value.numel() for value in self.source.model.parameters())

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import json as json_format
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.trainer.evaluation.options import DEFAULTS, EvaluationOptions
 from tvr.trainer.exit_reporting import run_training_command
 
 if TYPE_CHECKING:
-    from tvr.trainer.evaluation.protocol import EvaluationOptions
     from tvr.trainer.records import Evaluation
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -38,11 +38,9 @@ def evaluate(argv: Sequence[str]) -> int:
         num_frames: int | None = None,
         save_features: Path | None = None,
         json: Path | None = None,
-        equal_captions: bool = False,
-        paragraphs: bool = False,
         trec: Path | None = None,
-        trec_depth: int = 100,
         mmeb_v2: bool = False,
+        options: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -61,12 +59,8 @@ def evaluate(argv: Sequence[str]) -> int:
             save_features: Also writes the features of --data, in fp32, to this folder, for
                 --features. One process only.
             json: Also writes the results, with every query, to this file.
-            equal_captions: The videos of equal captions are right for all of these captions; adds
-                mAP and nDCG@10. Published tables count only a caption's own video.
-            paragraphs: Joins the captions of each video to one query.
-            trec: Also writes the best videos of each caption as a run of TREC, and the right ones
-                beside it as FILE.qrels.
-            trec_depth: Number of best videos with --trec, in the run and in stored results.
+            trec: Also writes the --top-videos best videos of each caption as a run of TREC, and
+                the right ones beside it as FILE.qrels.
             mmeb_v2: Also prints the score of MMEB-V2: Hit@1 of the first caption of each video,
                 with 8 frames. A run's result is then not stored.
         """
@@ -83,17 +77,12 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError(f"--num-frames {num_frames} needs --model")
         if save_features is not None and data is None:
             raise ValueError(f"--save-features {save_features} needs --data")
-        if paragraphs and (features is not None or save_features is not None):
+        if options.paragraphs and (features is not None or save_features is not None):
             raise ValueError("--paragraphs encodes captions anew: give no features")
-        from tvr.trainer.evaluation.protocol import EvaluationOptions
-
-        if trec_depth < 1:
-            raise ValueError(f"--trec-depth {trec_depth} must be at least 1")
-        options = EvaluationOptions(equal_captions=equal_captions, paragraphs=paragraphs)
-        if trec is not None:
-            options = replace(options, top_videos=max(trec_depth, options.top_videos))
+        if options.qb_norm is not None and save_features is not None:
+            raise ValueError("--qb-norm with --save-features: evaluate the features afterwards")
         if mmeb_v2:
-            from tvr.trainer.evaluation.mmeb import NUM_FRAMES
+            from tvr.trainer.comparison.mmeb import NUM_FRAMES
 
             frames = NUM_FRAMES if num_frames is None else num_frames
             if features is not None:
@@ -114,20 +103,21 @@ def evaluate(argv: Sequence[str]) -> int:
         )
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
-            scored = {}
+            document = result.document()
             if mmeb_v2:
-                from tvr.trainer.evaluation.mmeb import mmeb_v2_score
+                from tvr.trainer.comparison.mmeb import mmeb_v2_score
 
                 score = mmeb_v2_score(result)
                 print(score)
-                scored = {"mmeb_v2": asdict(score)}
+                document["mmeb_v2"] = asdict(score)
             if trec is not None:
-                from tvr.trainer.evaluation.trec import write_trec
+                from tvr.trainer.comparison.trec import write_trec
 
-                qrels = write_trec(result.queries, trec, trec_depth, equal_captions=equal_captions)
-                print(f"the best {trec_depth} videos of each caption: {trec}, {qrels}")
+                depth, equal = options.top_videos, options.equal_captions
+                qrels = write_trec(result.queries, trec, depth, equal_captions=equal)
+                print(f"the best {depth} videos of each caption: {trec}; the right ones: {qrels}")
             if json is not None:
-                _write(json, result.document() | scored)
+                write_atomically(json, json_format.dumps(document, indent=1) + "\n")
         return EXIT_DONE
 
     return run_training_command(
@@ -175,10 +165,6 @@ def _result(
     from tvr.trainer.evaluation.stored_features import evaluate_source
 
     return evaluate_source(model or "", data or "", choice, num_frames=num_frames, options=options)
-
-
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def embed(argv: Sequence[str]) -> int:

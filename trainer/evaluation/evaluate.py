@@ -17,12 +17,14 @@ from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.protocol import (
     DEFAULTS,
+    Bank,
     EvaluationOptions,
     Named,
     caption_ids,
     evaluation_of,
+    rank_set,
 )
-from tvr.trainer.evaluation.retrieval import Score, paired_scores, rank_features
+from tvr.trainer.evaluation.retrieval import Score, paired_scores
 from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features, model_inputs
@@ -50,6 +52,7 @@ def evaluate(
     tokenizer: Tokenizer,
     world: World,
     options: EvaluationOptions = DEFAULTS,
+    bank: Bank | None = None,
 ) -> Evaluation:
     """Ranks all captions and videos of `data.test` against each other.
 
@@ -59,6 +62,7 @@ def evaluate(
     Args:
         encode: The model's forward in evaluation mode. With partitioned weights (ZeRO-3) it is a
             collective, so all ranks call it equally often.
+        bank: This rank's part of the bank that `options.qb_norm` names.
 
     Raises:
         ValueError: `data.test` is not set, the set has fewer readable videos than ranks, or
@@ -69,23 +73,17 @@ def evaluate(
         raise ValueError("data.test is not set: there is nothing to evaluate on")
     own = _encode_set(encode, config.data.test, config, tokenizer, world, options.paragraphs)
     score = partial(similarity_rows, model=config.model)
-    found = rank_features(
-        own.features,
-        own.caption_video,
-        score,
-        world,
-        caption_ids=caption_ids(own.captions),
-        merge_equal=options.equal_captions,
-        top_videos=options.top_videos,
-    )
+    data, ids = config.data.test, caption_ids(own.captions)
+    found, facts = rank_set(own.features, own.caption_video, ids, score, options, bank, data, world)
     binding_accuracy, missing = _binding_accuracy(encode, own, score, config, tokenizer, world)
     left_out = world.all_gather_objects([*own.left_out, *missing])
     return evaluation_of(
         found,
+        facts,
         Named(own.keys, own.captions, own.caption_video.tolist()),
         options,
         world,
-        data=config.data.test,
+        data=data,
         left_out=[entry for part in left_out for entry in part],
         binding_accuracy=binding_accuracy,
     )

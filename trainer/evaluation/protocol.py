@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Replacement, hash_caption
+from tvr.data_prep.records import Replacement
+from tvr.kernels.ranking import RetrievalMetrics
 from tvr.trainer.comparison.statistics import Interval, intervals
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.retrieval import Retrieval
+from tvr.trainer.evaluation.bank import Bank, caption_ids, without_test_captions
+from tvr.trainer.evaluation.options import DEFAULTS, EQUALITY, EvaluationOptions
+from tvr.trainer.evaluation.retrieval import Rescoring, Retrieval, Score, rank_features
+from tvr.trainer.model.model import Features
 from tvr.trainer.records import Evaluation
+
+__all__ = [
+    "DEFAULTS",
+    "Bank",
+    "EvaluationOptions",
+    "Named",
+    "caption_ids",
+    "evaluation_of",
+    "rank_set",
+]
 
 VERSION = 2
 """Version of the protocols; 1 had recall up to 10 and knew no equal captions."""
-EQUALITY = "case, accents' encoding, white space and sentence marks at the end do not count"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationOptions:
-    """The choices of an evaluation. The defaults are those of the published tables."""
-
-    equal_captions: bool = False
-    """True: the videos of equal captions (`normal_caption`) are right for all of these captions.
-    False: only a caption's own video is right."""
-    paragraphs: bool = False
-    """True: the captions of a video are joined, in their order, to one query."""
-    top_videos: int = 5
-    """Best videos that are stored for each query."""
-
-
-DEFAULTS = EvaluationOptions()
 
 
 class Named(NamedTuple):
@@ -45,13 +41,64 @@ class Named(NamedTuple):
     """Each caption's video among the rank's own."""
 
 
-def caption_ids(captions: Sequence[str]) -> Tensor:
-    """(A,) numbers that are equal for equal captions."""
-    return torch.tensor([hash_caption(text) for text in captions], dtype=torch.int64)
+def rank_set(
+    features: Features,
+    caption_video: Tensor,
+    ids: Tensor | None,
+    score: Score,
+    options: EvaluationOptions,
+    bank: Bank | None,
+    data: str,
+    world: World,
+) -> tuple[Retrieval, dict[str, Any]]:
+    """Ranks a test set as the options say. All ranks call it.
+
+    Args:
+        features: Features of this rank's captions and videos.
+        caption_video: (A,) row of each caption's video.
+        ids: `caption_ids` of the rank's captions; None: their texts are not known.
+        bank: The rank's part of the bank that `options.qb_norm` names.
+        data: Name of the test set.
+
+    Returns:
+        The ranks, and the facts of the bank.
+
+    Raises:
+        ValueError: an option lacks what it needs, or the bank holds captions of the test set.
+    """
+    if (bank is None) != (options.qb_norm is None):
+        raise ValueError("QB-Norm needs both: options.qb_norm and its bank")
+    facts: dict[str, Any] = {}
+    if bank is not None:
+        if ids is None:
+            raise ValueError(
+                "qb_norm needs the texts of the test captions: the bank must hold none of them"
+            )
+        bank = without_test_captions(bank, ids, data, options.bank_shared == "drop", world)
+        facts = {"bank": bank.name, "dropped_test_captions": bank.dropped}
+    rescoring = None
+    if bank is not None or options.dual_softmax is not None:
+        rescoring = Rescoring(
+            temperature=options.dual_softmax,
+            bank=None if bank is None else bank.features,
+            beta=options.beta,
+        )
+    found = rank_features(
+        features,
+        caption_video,
+        score,
+        world,
+        caption_ids=ids,
+        merge_equal=options.equal_captions,
+        rescoring=rescoring,
+        top_videos=options.top_videos,
+    )
+    return found, facts
 
 
 def evaluation_of(
     found: Retrieval,
+    bank_facts: Mapping[str, Any],
     own: Named,
     options: EvaluationOptions,
     world: World,
@@ -64,6 +111,7 @@ def evaluation_of(
     """The record of an evaluation. All ranks call it; rank 0 alone gets the queries.
 
     Args:
+        found: The ranks, and `bank_facts`, from `rank_set`.
         own: Names of the rank's videos and captions.
         left_out: Unreadable samples of all ranks.
     """
@@ -81,6 +129,7 @@ def evaluation_of(
         video_queries=video_queries,
         intervals=_intervals({"text_to_video": queries, "video_to_text": video_queries}),
         protocol=_protocol(found, options),
+        rescored=_rescored(found, bank_facts, options),
         model=model,
     )
 
@@ -109,6 +158,24 @@ def _intervals(
     }
 
 
+def _rescored(
+    found: Retrieval, bank_facts: Mapping[str, Any], options: EvaluationOptions
+) -> dict[str, Any]:
+    """The blocks of metrics beside the raw one, each with its settings."""
+    blocks: dict[str, Any] = {}
+    for name, ranks in found.rescored.items():
+        if name == "dual_softmax":
+            settings: dict[str, Any] = {"temperature": options.dual_softmax}
+        else:
+            settings = {"beta": options.beta, **bank_facts, **ranks.facts}
+        texts = ranks.text_to_video.metrics()
+        blocks[name] = settings | {"text_to_video": asdict(texts)}
+        if ranks.video_to_text is not None:
+            both = RetrievalMetrics(texts, ranks.video_to_text.metrics())
+            blocks[name] |= {"video_to_text": asdict(both.video_to_text), "mean": both.mean}
+    return blocks
+
+
 def _queries(found: Retrieval, names: Sequence[Named]) -> list[dict[str, Any]]:
     """Rank and best videos of each caption, as evaluation.json stores them."""
     keys = [key for part in names for key in part.keys]
@@ -122,7 +189,7 @@ def _queries(found: Retrieval, names: Sequence[Named]) -> list[dict[str, Any]]:
         found.top_scores.tolist(),
         strict=True,
     )
-    return [
+    queries: list[dict[str, Any]] = [
         {
             "caption": caption,
             "key": key,
@@ -134,10 +201,21 @@ def _queries(found: Retrieval, names: Sequence[Named]) -> list[dict[str, Any]]:
         }
         for caption, key, rank, videos, values in rows
     ]
+    _add_ranks(queries, {name: ranks.text_to_video.rank for name, ranks in found.rescored.items()})
+    return queries
 
 
 def _video_queries(found: Retrieval, names: Sequence[Named]) -> list[dict[str, Any]]:
     """Rank of each video's best caption."""
     keys = [key for part in names for key in part.keys]
     rows = zip(found.ranks.videos.tolist(), found.ranks.video_to_text.tolist(), strict=True)
-    return [{"key": keys[video], "rank": rank} for video, rank in rows]
+    queries: list[dict[str, Any]] = [{"key": keys[video], "rank": rank} for video, rank in rows]
+    of_videos = {name: ranks.video_to_text for name, ranks in found.rescored.items()}
+    _add_ranks(queries, {name: ranks.rank for name, ranks in of_videos.items() if ranks})
+    return queries
+
+
+def _add_ranks(queries: list[dict[str, Any]], rescored: Mapping[str, Tensor]) -> None:
+    for name, ranks in rescored.items():
+        for query, rank in zip(queries, ranks.tolist(), strict=True):
+            query.setdefault("rescored_ranks", {})[name] = rank

@@ -24,12 +24,14 @@ from tvr.trainer.ranking.caption_blocks import (
     paired_scores,
 )
 from tvr.trainer.ranking.counters import TextRanks, TopVideos, VideoRanks
+from tvr.trainer.ranking.rescoring import RescoredRanks, Rescorer, Rescoring
 from tvr.trainer.ranking.right_pairs import count_equal_captions, scored_pairs
 from tvr.trainer.ranking.sweep import SCORES_PER_TILE, sweep
 
 __all__ = [
     "CAPTIONS_PER_BLOCK",
     "SCORES_PER_TILE",
+    "Rescoring",
     "Retrieval",
     "Score",
     "paired_scores",
@@ -53,6 +55,8 @@ class Retrieval:
     rows."""
     top_scores: Tensor
     """(A, k) their similarities."""
+    rescored: dict[str, RescoredRanks]
+    """Ranks by other scores, by the names "dual_softmax" and "qb_norm"; the same on every rank."""
 
 
 def rank_features(
@@ -63,6 +67,7 @@ def rank_features(
     *,
     caption_ids: Tensor | None = None,
     merge_equal: bool = False,
+    rescoring: Rescoring | None = None,
     top_videos: int = 5,
     captions_per_block: int = CAPTIONS_PER_BLOCK,
     scores_per_tile: int = SCORES_PER_TILE,
@@ -79,11 +84,12 @@ def rank_features(
         caption_ids: (A,) equal numbers for equal captions, as `hash_caption` gives; None: they are
             not known.
         merge_equal: The videos of equal captions are right for all of these captions.
+        rescoring: Other scores to rank by as well. It does not change the raw ranks.
         top_videos: Number of best videos to return.
 
     Raises:
-        ValueError: no rank has a caption, a similarity is not finite, or `merge_equal` without
-            `caption_ids`.
+        ValueError: no rank has a caption, a similarity is not finite, `merge_equal` without
+            `caption_ids`, or the bank of `rescoring` is empty.
     """
     if merge_equal and caption_ids is None:
         raise ValueError("equal captions can be merged only if the captions' texts are known")
@@ -103,21 +109,19 @@ def rank_features(
         best = TopVideos(layout, min(top_videos, sum(num_videos)), world)
         texts = TextRanks(pairs, pairs.score, layout, world)
         columns = VideoRanks(pairs, pairs.score, num_videos, world)
-        sweep(
-            own,
-            own,
-            score,
-            layout,
-            pairs,
-            first,
-            [best, texts, columns],
-            world,
-            scores_per_tile,
-        )
+        rescorer = None
+        if rescoring is not None:
+            rescorer = Rescorer(own, score, layout, num_videos, rescoring, world, scores_per_tile)
+        # The raw ranks come last: they overwrite the scores of right pairs.
+        statistics = [] if rescorer is None else rescorer.statistics
+        counters = [best, *statistics, texts, columns]
+        sweep(own, own, score, layout, pairs, first, counters, world, scores_per_tile)
+        rescored = {} if rescorer is None else rescorer.ranks(pairs)
     of_videos, queries = columns.result()
     return Retrieval(
         ranks=Ranks.of(texts.result(), of_videos, queries),
         equal_captions=equal,
         top_videos=best.videos,
         top_scores=best.scores,
+        rescored=rescored,
     )

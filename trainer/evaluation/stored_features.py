@@ -14,16 +14,18 @@ from tvr.data_prep.records import Replacement
 from tvr.trainer.checkpoint.choice import CheckpointChoice
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World, join_world
+from tvr.trainer.evaluation.bank import encoded_bank, stored_bank
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import Interaction, load_source
 from tvr.trainer.evaluation.protocol import (
     DEFAULTS,
+    Bank,
     EvaluationOptions,
     Named,
     caption_ids,
     evaluation_of,
+    rank_set,
 )
-from tvr.trainer.evaluation.retrieval import rank_features
 from tvr.trainer.evaluation.saved_run import ALONE
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
@@ -48,7 +50,17 @@ def evaluate_source(
         model = load_source(source, choice, num_frames=num_frames, world=world)
         own = replace(model.config.data, test=data, test_exchanged=None)
         config = replace(model.config, data=own)
-        result = evaluate(model.encode, config, model.tokenizer, world, options)
+        bank = None
+        if options.qb_norm is not None:
+            bank = encoded_bank(
+                options.qb_norm,
+                model.model.encode_texts,
+                model.tokenizer,
+                config,
+                options.bank_captions,
+                world,
+            )
+        result = evaluate(model.encode, config, model.tokenizer, world, options, bank)
     return replace(result, step=model.step, model=model.name)
 
 
@@ -62,6 +74,7 @@ def evaluate_features(
     data: str = "features",
     left_out: Sequence[Replacement] = (),
     options: EvaluationOptions = DEFAULTS,
+    bank: Bank | None = None,
     world: World = ALONE,
 ) -> Evaluation:
     """Ranks all captions and videos against each other, without encoding them.
@@ -79,6 +92,8 @@ def evaluate_features(
         data: Name of the data set in the result.
         left_out: Videos that could not be read.
         options: Choices of the protocol. `paragraphs` needs the captions to be encoded anew.
+        bank: This rank's part of the bank that `options.qb_norm` names; None for a feature set,
+            which opens the bank itself.
 
     Raises:
         ValueError: an argument is missing, no rank has a caption, a similarity is not finite, or an
@@ -105,6 +120,9 @@ def evaluate_features(
         captions = [stored.captions[row] for row in stored.captions_of(first, end)]
         data = ", ".join(source.url for source in stored.sources)
         left_out, name = stored.left_out, stored.info.model
+        if options.qb_norm is not None:
+            source = FeatureSet.open(options.qb_norm)
+            bank = stored_bank(source, stored.info, options.bank_captions, world)
     elif caption_video is None or model is None:
         raise ValueError("features in memory need caption_video and model")
     else:
@@ -124,17 +142,10 @@ def evaluate_features(
             f" {len(caption_video)} rows of caption_video; each needs as many"
         )
     score = partial(similarity_rows, model=model)
-    found = rank_features(
-        features,
-        caption_video,
-        score,
-        world,
-        caption_ids=ids,
-        merge_equal=options.equal_captions,
-        top_videos=options.top_videos,
-    )
+    found, facts = rank_set(features, caption_video, ids, score, options, bank, data, world)
     return evaluation_of(
         found,
+        facts,
         Named(list(keys), list(captions), caption_video.tolist()),
         options,
         world,

@@ -20,7 +20,8 @@ from tvr.trainer.ranking.caption_blocks import BlockLayout, CaptionBlock, Score,
 from tvr.trainer.ranking.right_pairs import RightPairs
 
 SCORES_PER_TILE = 1 << 22
-"""Scores that are held at a time: 16 MiB, and as much again while they are counted."""
+"""Scores that are held at a time: 16 MiB, as much again while they are counted, and eight times as
+much while they are rescored."""
 
 
 class Tile(NamedTuple):
@@ -64,6 +65,7 @@ def sweep(
     counters: Sequence[Counter],
     world: World,
     scores_per_tile: int = SCORES_PER_TILE,
+    kind: str = "caption",
 ) -> None:
     """Scores all captions of all ranks with this rank's videos. All ranks call it.
 
@@ -74,6 +76,7 @@ def sweep(
         pairs: The right pairs; None: the captions belong to no video.
         first_video: Number of the rank's first video through all ranks.
         counters: They see each tile in this order; those that read right scores come first.
+        kind: Name of the captions in errors.
 
     Raises:
         ValueError: a similarity is not finite; names caption and video.
@@ -89,7 +92,7 @@ def sweep(
             _add_tiles, own, block, score, rows, columns, first_video, counters, world.device
         )
         # On every rank at once: the others would wait for a rank that leaves alone.
-        world.run_on_all(partial(work, scores_per_tile), ValueError)
+        world.run_on_all(partial(work, scores_per_tile, kind), ValueError)
         for counter in counters:
             counter.finish(block)
 
@@ -104,12 +107,13 @@ def _add_tiles(
     counters: Sequence[Counter],
     device: torch.device,
     scores_per_tile: int,
+    kind: str,
 ) -> None:
     width = max(1, scores_per_tile // max(1, len(block.captions)))
     for start in range(0, len(own.frames), width):
         some = slice(start, min(start + width, len(own.frames)))
         scores = score(block.texts, videos_of(own, some, device))
-        check_finite(scores, _names(block, first_video + start))
+        check_finite(scores, _names(kind, block, first_video + start))
         inside = ((columns >= start) & (columns < some.stop)).nonzero().squeeze(1)
         right = (rows[inside], columns[inside] - start)
         tile = Tile(scores, some, first_video + start, block.captions, right)
@@ -117,8 +121,8 @@ def _add_tiles(
             counter.add(tile)
 
 
-def _names(block: CaptionBlock, first_video: int) -> Callable[[int, int], str]:
+def _names(kind: str, block: CaptionBlock, first_video: int) -> Callable[[int, int], str]:
     def names(row: int, column: int) -> str:
-        return f"caption {int(block.captions[row])} with video {first_video + column}"
+        return f"{kind} {int(block.captions[row])} with video {first_video + column}"
 
     return names
