@@ -195,6 +195,9 @@ def test_equal_captions_are_counted_and_merged_only_if_asked() -> None:
     assert plain.metrics.text_to_video.mean_average_precision is None
     assert merged.metrics.text_to_video.mean_average_precision is not None
     first, second = merged.queries[:2]
+    assert first["keys"] == second["keys"] == ["video 0", "video 1"]
+    assert "keys" not in merged.queries[2]
+    assert not any("keys" in query for query in plain.queries)
     assert first["rank"] <= plain.queries[0]["rank"]
     assert second["rank"] <= plain.queries[1]["rank"]
 

@@ -83,21 +83,13 @@ def test_lines_are_in_the_order_of_the_scores(tmp_path: Path) -> None:
 
 
 def test_several_right_videos(tmp_path: Path) -> None:
-    """Equal captions are those of the evaluation, which ignores case and signs at the end."""
     top = [{"key": f"v{place}", "similarity": 1 - place / 10} for place in range(6)]
-    queries = [
-        {"caption": caption, "key": key, "rank": 2, "top": top}
-        for caption, key in (("A cat.", "v1"), ("a cat", "v4"), ("a dog", "v2"))
-    ]
+    query = {"caption": "c", "key": "v1", "keys": ["v1", "v4"], "rank": 2, "top": top}
     run = tmp_path / "run"
-    measures = {"map", "ndcg_cut.10"}
-    found = measured(run, write_trec(queries, run, 6, equal_captions=True), measures)
-    assert found["q1"]["map"] == found["q2"]["map"] == pytest.approx((1 / 2 + 2 / 5) / 2)
+    found = measured(run, write_trec([query], run, 6), {"map", "ndcg_cut.10"})["q1"]
+    assert found["map"] == pytest.approx((1 / 2 + 2 / 5) / 2)
     gains = 1 / np.log2(3) + 1 / np.log2(6)
-    assert found["q1"]["ndcg_cut_10"] == pytest.approx(gains / (1 + 1 / np.log2(3)))
-    assert found["q3"]["map"] == pytest.approx(1 / 3)
-    alone = measured(run, write_trec(queries, run, 6), measures)
-    assert alone["q1"]["map"] == pytest.approx(1 / 2)
+    assert found["ndcg_cut_10"] == pytest.approx(gains / (1 + 1 / np.log2(3)))
 
 
 def test_keys_without_spaces(tmp_path: Path) -> None:

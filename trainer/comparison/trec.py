@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from tvr.data_prep.records import hash_caption
 from tvr.kernels.ranking import TIE_TOLERANCE
 from tvr.launchers.atomic_write import write_atomically
 
@@ -32,17 +31,15 @@ def write_trec(
     run: Path,
     depth: int,
     *,
-    equal_captions: bool = False,
     tag: str = TAG,
 ) -> Path:
     """Writes the run, and the qrels beside it with the suffix .qrels.
 
     Args:
-        queries: As in evaluation.json: "caption", "key" of its video, "rank" of the best right
-            video, and "top" with "key" and "similarity" of the best videos.
+        queries: As in evaluation.json: "key" of the right video, or "keys" if there are several,
+            "rank" of the best of them, and "top" with "key" and "similarity" of the best videos.
         run: File of the run.
         depth: Largest number of videos that are written for a query.
-        equal_captions: The videos of equal captions are right for all of these captions.
         tag: Name of the system, the last field of each line.
 
     Returns:
@@ -56,7 +53,7 @@ def write_trec(
     if not tag or _NOT_IN_A_FIELD.search(tag):
         raise ValueError(f"tag {tag!r} must be one word")
     qrels = run.with_name(run.name + ".qrels")
-    right = _right(queries, equal_captions)
+    right = [list(dict.fromkeys(query.get("keys") or [query["key"]])) for query in queries]
     write_atomically(run, "".join(_run_lines(queries, right, depth, tag)))
     write_atomically(qrels, "".join(_qrels_lines(right)))
     return qrels
@@ -86,17 +83,6 @@ def document(key: str) -> str:
     return _NOT_IN_A_FIELD.sub(
         lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), key
     )
-
-
-def _right(queries: Sequence[Mapping[str, Any]], equal_captions: bool) -> list[list[str]]:
-    """The keys of the right videos of each query."""
-    if not equal_captions:
-        return [[query["key"]] for query in queries]
-    keys: dict[int, dict[str, None]] = {}
-    captions = [hash_caption(query["caption"]) for query in queries]
-    for caption, query in zip(captions, queries, strict=True):
-        keys.setdefault(caption, {})[query["key"]] = None
-    return [list(keys[caption]) for caption in captions]
 
 
 def _ordered(query: Mapping[str, Any], right: set[str], depth: int) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.records import BadSample, Caption, hash_caption
+from tvr.data_prep.records import BadSample, Caption, TooManyBadSamples, hash_caption
 from tvr.trainer.config import Config
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
@@ -85,18 +85,10 @@ def encoded_bank(
     reader = SampleReader(url, num_frames=1, image_size=1)
     ends = np.cumsum(np.asarray(reader.manifest.samples.num_captions, dtype=np.int64))
     chosen = _own(_spread(int(ends[-1]) if len(ends) else 0, limit), world, url)
-    captions: list[Caption] = []
-    budget = BadSampleBudget(config.data.max_bad, f"while reading the bank {url}")
-    rows = np.searchsorted(ends, chosen, side="right")
-    for row in np.unique(rows).tolist():
-        try:
-            found = parse_meta(reader.key(row), reader.members(row)).captions
-        except BadSample as bad:
-            budget.record_bad(bad.key, bad.reason, bad.detail)
-            continue
-        budget.record_good()
-        first = int(ends[row]) - len(found)
-        captions += [found[number - first] for number in chosen[rows == row].tolist()]
+    # On every rank at once: the others would wait for a rank that leaves alone.
+    captions = world.run_on_all(
+        lambda: _read(reader, url, ends, chosen, config.data.max_bad), TooManyBadSamples
+    )
     with torch.no_grad():
         parts = [
             encode(
@@ -112,6 +104,25 @@ def encoded_bank(
             parts = [_rows(probe, torch.zeros(0, dtype=torch.int64))]
     features = concat_features(parts)
     return Bank(name=url, features=features, captions=[caption.text for caption in captions])
+
+
+def _read(
+    reader: SampleReader, url: str, ends: np.ndarray, chosen: np.ndarray, max_bad: int
+) -> list[Caption]:
+    """Captions by their numbers; `ends` are the numbers of captions up to each sample."""
+    captions: list[Caption] = []
+    budget = BadSampleBudget(max_bad, f"while reading the bank {url}")
+    rows = np.searchsorted(ends, chosen, side="right")
+    for row in np.unique(rows).tolist():
+        try:
+            found = parse_meta(reader.key(row), reader.members(row)).captions
+        except BadSample as bad:
+            budget.record_bad(bad.key, bad.reason, bad.detail)
+            continue
+        budget.record_good()
+        first = int(ends[row]) - len(found)
+        captions += [found[number - first] for number in chosen[rows == row].tolist()]
+    return captions
 
 
 def without_test_captions(

@@ -113,8 +113,8 @@ def evaluate(argv: Sequence[str]) -> int:
             if trec is not None:
                 from tvr.trainer.comparison.trec import write_trec
 
-                depth, equal = options.top_videos, options.equal_captions
-                qrels = write_trec(result.queries, trec, depth, equal_captions=equal)
+                depth = options.top_videos
+                qrels = write_trec(result.queries, trec, depth)
                 print(f"the best {depth} videos of each caption: {trec}; the right ones: {qrels}")
             if json is not None:
                 write_atomically(json, json_format.dumps(document, indent=1) + "\n")

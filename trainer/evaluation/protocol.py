@@ -116,7 +116,7 @@ def evaluation_of(
         left_out: Unreadable samples of all ranks.
     """
     names = world.gather_objects_to_first(own)
-    queries = [] if names is None else _queries(found, names)
+    queries = [] if names is None else _queries(found, names, options.equal_captions)
     video_queries = [] if names is None else _video_queries(found, names)
     return Evaluation(
         data=data,
@@ -176,8 +176,12 @@ def _rescored(
     return blocks
 
 
-def _queries(found: Retrieval, names: Sequence[Named]) -> list[dict[str, Any]]:
-    """Rank and best videos of each caption, as evaluation.json stores them."""
+def _queries(found: Retrieval, names: Sequence[Named], merge_equal: bool) -> list[dict[str, Any]]:
+    """Rank and best videos of each caption, as evaluation.json stores them.
+
+    Args:
+        merge_equal: A caption with several right videos also gets "keys", all of them.
+    """
     keys = [key for part in names for key in part.keys]
     own_keys = [part.keys[video] for part in names for video in part.caption_video]
     captions = [caption for part in names for caption in part.captions]
@@ -201,6 +205,14 @@ def _queries(found: Retrieval, names: Sequence[Named]) -> list[dict[str, Any]]:
         }
         for caption, key, rank, videos, values in rows
     ]
+    if merge_equal:
+        right: dict[int, dict[str, None]] = {}
+        ids = caption_ids(captions).tolist()
+        for number, key in zip(ids, own_keys, strict=True):
+            right.setdefault(number, {})[key] = None
+        for query, number in zip(queries, ids, strict=True):
+            if len(right[number]) > 1:
+                query["keys"] = list(right[number])
     _add_ranks(queries, {name: ranks.text_to_video.rank for name, ranks in found.rescored.items()})
     return queries
 

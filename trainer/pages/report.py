@@ -201,11 +201,12 @@ def _chart_content(run: Run) -> dict[str, Any] | None:
 
 
 def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
+    right = query.get("keys", [query["key"]])
     clips = [
         {
             "key": clip["key"],
             "similarity": f"{clip['similarity']:.3f}",
-            "is_right": clip["key"] == query["key"],
+            "is_right": clip["key"] in right,
             "place": f"{place}.",
             "strip": _strip(clip["key"], thumbnails),
         }
