@@ -42,8 +42,8 @@ def index(argv: Sequence[str]) -> int:
         Args:
             features: Folder that `tvr embed` wrote.
             method: exact compares all vectors, ivf those of the nearest lists, hnsw follows a
-                graph. auto keeps the method of an index that is there; for a new one: exact below
-                100,000 videos, hnsw below 1,000,000, then ivf.
+                graph. auto keeps the method of an index that is there; a new one is exact below
+                100,000 videos, and ivf from there.
             model: Folder of the model that encoded the features: a run, an export, a CLIP or a
                 SigLIP. It is noted in the index, for `tvr search` and `tvr serve`.
             checkpoint: Of a run: newest, best, or the number of a step.
