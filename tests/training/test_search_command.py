@@ -135,6 +135,19 @@ def test_the_commands_and_the_snippet_of_the_readme_run(
     assert len(namespace["others"]) == 2
 
 
+def test_an_exact_index_that_has_grown_is_named(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", str(data / "features")]) == 0
+    assert "would be faster" not in capsys.readouterr().err
+    monkeypatch.setattr("tvr.trainer.index.build.IVF_FROM", 10)
+    assert main(["index", str(data / "features")]) == 0
+    assert "ivf would be faster now: remove" in capsys.readouterr().err
+    with Index.open(data / "features") as index:
+        assert index.method == "exact"
+        assert len(index.search("a circle")) == 10  # the model is still named
+
+
 def test_another_model_is_refused_by_name(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
