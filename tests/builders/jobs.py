@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,24 @@ def wait_for(job: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
             return True
         assert time.monotonic() < deadline, "the job never reaches the condition"
     return False
+
+
+def until(condition: Callable[[], bool], pause_s: float = 0.01) -> None:
+    """Polls until the condition holds."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never holds"
+        time.sleep(pause_s)
+
+
+def stop_rank_after(step: int, run_dir: Path) -> Callable[[list[int]], None]:
+    """Returns what `run_forked` calls to announce a preemption to rank 1 after a step is logged."""
+
+    def disturb(pids: list[int]) -> None:
+        until(lambda: steps_logged(run_dir) >= step)
+        os.kill(pids[1], signal.SIGUSR1)
+
+    return disturb
 
 
 def rank_pid(run_dir: Path, rank: int) -> int | None:
