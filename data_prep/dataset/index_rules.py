@@ -53,14 +53,16 @@ TEXT_COLUMNS = {"key": MAX_KEY_LENGTH, "video_id": MAX_VIDEO_ID_LENGTH}
 """Longest text of each column of texts, in characters."""
 
 
-def refuse(where: str, name: str, value: object, allowed: str) -> NoReturn:
+PACK_AGAIN = "copy the data set again, or pack it again"
+
+
+def refuse(
+    where: str, name: str, value: object, allowed: str, remedy: str = PACK_AGAIN
+) -> NoReturn:
     """Raises ShardCorrupt for a value of an index."""
     shown = repr(value)
     shown = shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}..."
-    raise ShardCorrupt(
-        f"{where}: damaged or edited: {name}={shown} must be {allowed}; copy the data set again,"
-        " or pack it again"
-    )
+    raise ShardCorrupt(f"{where}: damaged or edited: {name}={shown} must be {allowed}; {remedy}")
 
 
 class IndexFields:
@@ -72,26 +74,35 @@ class IndexFields:
         values: The object.
         where: Location of the index, for errors.
         path: Name of the object within the index, such as "shards[3].".
+        remedy: What to do about a damaged one, for errors.
     """
 
-    def __init__(self, values: object, where: str, path: str = "") -> None:
+    def __init__(
+        self, values: object, where: str, path: str = "", remedy: str = PACK_AGAIN
+    ) -> None:
         if not isinstance(values, dict):
-            refuse(where, path.rstrip(".") or "the content", values, "a JSON object")
+            refuse(where, path.rstrip(".") or "the content", values, "a JSON object", remedy)
         self._values: dict[str, Any] = values
         self._where = where
         self._path = path
+        self._remedy = remedy
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the fields, sorted."""
+        return sorted(self._values)
 
     def child(self, name: str) -> IndexFields:
         """An object."""
-        return IndexFields(self[name], self._where, f"{self._path}{name}.")
+        return IndexFields(self[name], self._where, f"{self._path}{name}.", self._remedy)
 
-    def children(self, name: str) -> list[IndexFields]:
-        """A list of objects, at least one."""
+    def children(self, name: str, *, least: int = 1) -> list[IndexFields]:
+        """A list of objects, `least` at least."""
         values = self[name]
-        if not isinstance(values, list) or not values:
+        if not isinstance(values, list) or len(values) < least:
             self.refuse(name, values, "a list of JSON objects")
         return [
-            IndexFields(value, self._where, f"{self._path}{name}[{number}].")
+            IndexFields(value, self._where, f"{self._path}{name}[{number}].", self._remedy)
             for number, value in enumerate(values)
         ]
 
@@ -104,7 +115,14 @@ class IndexFields:
 
     def refuse(self, name: str, value: object, allowed: str) -> NoReturn:
         """Raises ShardCorrupt for a field."""
-        refuse(self._where, f"{self._path}{name}", value, allowed)
+        refuse(self._where, f"{self._path}{name}", value, allowed, self._remedy)
+
+    def boolean(self, name: str) -> bool:
+        """True or false."""
+        value = self[name]
+        if type(value) is not bool:
+            self.refuse(name, value, "true or false")
+        return value
 
     def integer(self, name: str, least: int, most: int) -> int:
         """A whole number from `least` to `most`."""
@@ -117,16 +135,23 @@ class IndexFields:
         """A whole number, or null."""
         return None if self[name] is None else self.integer(name, least, most)
 
-    def text(self, name: str) -> str:
-        """A short text without control characters."""
+    def text(self, name: str, most: int = MAX_TEXT) -> str:
+        """A text of at most `most` characters, none for control."""
         value = self[name]
-        if not isinstance(value, str) or len(value) > MAX_TEXT or REFUSED_TEXT.search(value):
-            self.refuse(name, value, f"a text of at most {MAX_TEXT} characters, none for control")
+        if not isinstance(value, str) or len(value) > most or REFUSED_TEXT.search(value):
+            self.refuse(name, value, f"a text of at most {most} characters, none for control")
         return value
 
     def optional_text(self, name: str) -> str | None:
         """A short text without control characters, or null."""
         return None if self[name] is None else self.text(name)
+
+    def matching(self, name: str, pattern: re.Pattern[str], allowed: str) -> str:
+        """A text that matches a pattern, which `allowed` describes."""
+        value = self[name]
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            self.refuse(name, value, allowed)
+        return value
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> str:
         """One of some texts."""
@@ -137,10 +162,7 @@ class IndexFields:
 
     def sha256(self, name: str) -> str:
         """64 hexadecimal digits; such a text names a file in the node's cache."""
-        value = self[name]
-        if not isinstance(value, str) or not SHA256.fullmatch(value):
-            self.refuse(name, value, "64 lower-case hexadecimal digits")
-        return value
+        return self.matching(name, SHA256, "64 lower-case hexadecimal digits")
 
     def file_name(self, name: str, suffix: str) -> str:
         """The plain name of a file in the data set's folder."""
@@ -237,7 +259,14 @@ def check_numbers(
             refuse(where, f"{name} of row {first_row + at}", values[at].item(), allowed[name])
 
 
-def check_texts(name: str, texts: bytes, ends: np.ndarray, first_row: int, where: str) -> None:
+def check_texts(
+    name: str,
+    texts: bytes,
+    ends: np.ndarray,
+    first_row: int,
+    where: str,
+    remedy: str = PACK_AGAIN,
+) -> None:
     """Checks the texts of a column; see `check_rows`.
 
     Args:
@@ -249,7 +278,8 @@ def check_texts(name: str, texts: bytes, ends: np.ndarray, first_row: int, where
     lengths = ends.astype(np.int64) - starts
     if len(ends) and ((lengths < 0).any() or ends[-1] != len(texts)):
         at = int(np.flatnonzero(lengths < 0)[0]) if (lengths < 0).any() else len(ends) - 1
-        refuse(where, f"end of {name} of row {first_row + at}", int(ends[at]), "within its texts")
+        end = f"end of {name} of row {first_row + at}"
+        refuse(where, end, int(ends[at]), "within its texts", remedy)
     if not len(ends) or _are_texts(name, texts, starts, lengths):
         return
     # Text by text, to name the row. A long text of many bytes may still be valid.
@@ -262,7 +292,7 @@ def check_texts(name: str, texts: bytes, ends: np.ndarray, first_row: int, where
         is_valid = KEY_PATTERN.fullmatch if name == "key" else is_video_id
         if not isinstance(shown, str) or not is_valid(shown):
             allowed = f"match {KEY_PATTERN.pattern}" if name == "key" else VIDEO_ID_RULE
-            refuse(where, f"{name} of row {first_row + at}", shown, allowed)
+            refuse(where, f"{name} of row {first_row + at}", shown, allowed, remedy)
 
 
 def _are_texts(name: str, texts: bytes, starts: np.ndarray, lengths: np.ndarray) -> bool:

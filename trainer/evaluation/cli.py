@@ -96,7 +96,7 @@ def _result(
     if save_features is not None or features is not None:
         from tvr.trainer.distributed.world import join_world
         from tvr.trainer.evaluation.stored_features import evaluate_features
-        from tvr.trainer.features.feature_set import FeatureSet
+        from tvr.trainer.features.feature_set import MANIFEST, FeatureSet
 
         step = None
         if save_features is not None:
@@ -105,7 +105,7 @@ def _result(
 
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 raise ValueError("--save-features runs in one process; use `tvr embed` on several")
-            if (save_features / "manifest.json").exists():
+            if (save_features / MANIFEST).exists():
                 raise ValueError(f"--save-features {save_features} holds features already")
             source = load_source(run_dir or model or "", choice, num_frames=num_frames)
             embed(source, data or "", save_features, stored="fp32")
@@ -174,17 +174,14 @@ def _embed(
     num_frames: int | None,
     max_bad: int,
 ) -> int:
-    import torch
-
     from tvr.trainer.checkpoint.choice import parse_choice
+    from tvr.trainer.distributed.local_device import select_device, whole_number
     from tvr.trainer.distributed.world import World
     from tvr.trainer.evaluation.embed import embed as encode
     from tvr.trainer.evaluation.model_source import load_source
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     # Tasks share nothing but the folder, so there is no process group.
-    world = World(rank=0, world_size=1, device=device)
+    world = World(rank=0, world_size=1, device=select_device(whole_number("RANK", 0)))
     model = load_source(folder, parse_choice(checkpoint), num_frames=num_frames, world=world)
     started = last = time.monotonic()
 

@@ -148,7 +148,7 @@ def _write_block(
             sources.append(videos.source(row))
             times.append(_times(found, writer.header.num_frames, source))
         if read:
-            parts.append(_encoded(source, read))
+            parts.append(_encoded(source, read, writer.header))
     writer.write(
         block,
         concat_features(parts) if parts else None,
@@ -161,20 +161,24 @@ def _write_block(
     )
 
 
-def _encoded(source: SourceModel, videos: Sequence[_Video]) -> Features:
+def _encoded(source: SourceModel, videos: Sequence[_Video], header: FeatureHeader) -> Features:
     features = source.encode_frames([video.frames for video in videos], batch=len(videos))
     captions = [caption for video in videos for caption in video.captions]
     if captions:
         texts = source.encode_texts(captions, batch=len(captions))
-    else:
-        # As many words and as wide as those of other batches.
-        texts = source.encode_texts(["a"])
-        texts = Features(*(None if x is None else x[:0] for x in texts))
+        return features._replace(
+            sentence=texts.sentence,
+            words=texts.words,
+            word_mask=texts.word_mask,
+            word_logits=texts.word_logits,
+        )
+    # As many words and as wide as those of other batches.
+    empty = features.frames.new_empty(0, header.num_words, header.width)
     return features._replace(
-        sentence=texts.sentence,
-        words=texts.words,
-        word_mask=texts.word_mask,
-        word_logits=texts.word_logits,
+        sentence=empty[:, 0],
+        words=empty,
+        word_mask=empty[..., 0].long(),
+        word_logits=empty[..., 0] if header.has_logits else None,
     )
 
 

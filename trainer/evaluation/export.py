@@ -87,19 +87,30 @@ def load_exported(folder: Path | str) -> TextVideoModel:
         ValueError: another program wrote the folder, or its files do not fit together.
     """
     folder = Path(folder)
+    config = exported_config(folder)
+    tokenizer = load_tokenizer(folder, config.data.max_words)
+    model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
+    heads = load_file(folder / HEADS)
+    if heads.keys() != _heads(model).keys():
+        differing = sorted(heads.keys() ^ _heads(model).keys())
+        raise ValueError(f"{folder / HEADS} does not fit {folder / SETTINGS}: {differing[0]}")
+    model.load_state_dict(heads, strict=False)
+    return model.eval()
+
+
+def exported_config(folder: Path) -> Config:
+    """The settings in a folder of `tvr export`, with its own towers.
+
+    Raises:
+        ValueError: another program wrote the folder.
+    """
     path = folder / SETTINGS
     if not path.exists():
         raise ValueError(f"{folder} was not written by tvr export: it has no {SETTINGS}")
     config = from_json(path.read_text(), where=str(path))
-    settings = replace(config.model, pretrained=str(folder), tokenizer=None, freeze=0, lora_rank=0)
-    tokenizer = load_tokenizer(folder, config.data.max_words)
-    model = build_model(settings, config.loss, tokenizer, num_frames=config.data.num_frames)
-    heads = load_file(folder / HEADS)
-    if heads.keys() != _heads(model).keys():
-        differing = sorted(heads.keys() ^ _heads(model).keys())
-        raise ValueError(f"{folder / HEADS} does not fit {path}: {differing[0]}")
-    model.load_state_dict(heads, strict=False)
-    return model.eval()
+    # The towers, and the side of their frames, are those of the folder.
+    own = replace(config.model, pretrained=str(folder), tokenizer=None, freeze=0, lora_rank=0)
+    return replace(config, model=own)
 
 
 def _heads(model: TextVideoModel) -> dict[str, Tensor]:

@@ -23,9 +23,9 @@ from tvr.data_prep.records import Caption
 from tvr.data_prep.video.images import fit_square
 from tvr.kernels.numerics import unit
 from tvr.trainer.checkpoint.choice import CheckpointChoice
-from tvr.trainer.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, from_json
+from tvr.trainer.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.export import SETTINGS, load_exported
+from tvr.trainer.evaluation.export import SETTINGS, exported_config, load_exported
 from tvr.trainer.evaluation.saved_run import ALONE, load_run
 from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.model.model import Features, TextVideoModel, build_model, image_size
@@ -178,7 +178,9 @@ class SourceModel:
             return features
         weight = features.frame_mask[..., None].to(features.frames.dtype)
         mean = (features.frames * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        return features._replace(frames=unit(mean), frame_mask=features.frame_mask[:, :1] * 0 + 1)
+        return features._replace(
+            frames=unit(mean), frame_mask=torch.ones_like(features.frame_mask[:, :1])
+        )
 
 
 def load_source(
@@ -217,23 +219,19 @@ def load_source(
             raise ValueError(f"{folder} is no run, so it has no checkpoint {choice}; leave it out")
         step, name = None, str(folder)
         if (folder / SETTINGS).is_file():
-            model, config, mean = load_exported(folder), _exported_config(folder), False
+            model, config, mean = load_exported(folder), exported_config(folder), False
             tokenizer = load_tokenizer(
                 folder, config.data.max_words, content_words=config.data.content_words
             )
         else:
             mean = interaction is None
-            model, config, tokenizer = _plain(folder, num_frames, max_words, interaction)
+            model, config, tokenizer = _plain(folder, interaction)
             if mean:
                 name += f" ({MEAN_OF_FRAMES})"
     if num_frames is not None or max_words is not None:
         config, tokenizer = _resized(model, config, tokenizer, num_frames, max_words)
     if interaction is not None:
-        if interaction.endswith("wti") and model.text_weight is None:
-            raise ValueError(
-                f"interaction={interaction}: {folder} has no learned token weights; use ti or"
-                " att_ti"
-            )
+        _check_interaction(folder, interaction, has_weights=model.text_weight is not None)
         config = replace(config, model=replace(config.model, interaction=interaction))
     model = model.to(world.device).eval()
     return SourceModel(
@@ -258,29 +256,26 @@ def _is_model(folder: Path) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def _exported_config(folder: Path) -> Config:
-    path = folder / SETTINGS
-    config = from_json(path.read_text(), where=str(path))
-    # The towers, and the side of their frames, are those of the folder.
-    own = replace(config.model, pretrained=str(folder), tokenizer=None, freeze=0, lora_rank=0)
-    return replace(config, model=own)
-
-
-def _plain(
-    folder: Path, num_frames: int | None, max_words: int | None, interaction: Interaction | None
-) -> tuple[TextVideoModel, Config, Tokenizer]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of a run, an export, a CLIP or a SigLIP")
-    if interaction is not None and interaction.endswith("wti"):
+def _check_interaction(folder: Path, interaction: Interaction, *, has_weights: bool) -> None:
+    if interaction.endswith("wti") and not has_weights:
         raise ValueError(
             f"interaction={interaction}: {folder} has no learned token weights; use ti or att_ti"
         )
+
+
+def _plain(
+    folder: Path, interaction: Interaction | None
+) -> tuple[TextVideoModel, Config, Tokenizer]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of a run, an export, a CLIP or a SigLIP")
+    if interaction is not None:
+        _check_interaction(folder, interaction, has_weights=False)
     family = family_of(str(folder))
     text = family.text.config_class.from_pretrained(folder, local_files_only=True)
     data = DataConfig(
         train="",  # nothing is trained: here and below, a run's required settings have no effect
-        num_frames=DEFAULT_FRAMES if num_frames is None else num_frames,
-        max_words=max_words or cast(int, text.max_position_embeddings),
+        num_frames=DEFAULT_FRAMES,
+        max_words=cast(int, text.max_position_embeddings),
     )
     settings = ModelConfig(
         pretrained=str(folder),
@@ -302,7 +297,8 @@ def _resized(
     max_words: int | None,
 ) -> tuple[Config, Tokenizer]:
     """Settings and tokeniser for other numbers of frames and words."""
-    frames, words = num_frames or config.data.num_frames, max_words or tokenizer.max_words
+    frames = config.data.num_frames if num_frames is None else num_frames
+    words = tokenizer.max_words if max_words is None else max_words
     header = model.sequence_header
     if header is not None and frames > max(77, config.data.num_frames):
         raise ValueError(
@@ -326,7 +322,7 @@ def _digest(weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> str:
         if name.startswith(TRAINING_ONLY):
             continue
         found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     vocabulary = sorted(tokenizer.backend.get_vocab().items())
     found.update(json.dumps(vocabulary).encode())
     return found.hexdigest()

@@ -87,7 +87,7 @@ def evaluate_features(
             neighbour_frames=bool(settings["neighbour_frames"]),
         )
         keys = stored.keys[first:end]
-        captions = [stored.captions[int(row)] for row in _captions_of(stored, first, end)]
+        captions = [stored.captions[row] for row in stored.captions_of(first, end)]
         data = ", ".join(source.url for source in stored.sources)
         left_out, name = stored.left_out, stored.info.model
     elif caption_video is None or model is None:
@@ -116,8 +116,3 @@ def evaluate_features(
         queries=query_results(found, names),
         model=name,
     )
-
-
-def _captions_of(stored: FeatureSet, first: int, end: int) -> list[int]:
-    own = (stored.caption_video >= first) & (stored.caption_video < end)
-    return own.nonzero().squeeze(1).tolist()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import KEY_PATTERN, Replacement, ShardCorrupt
+from tvr.data_prep.dataset.index_rules import check_texts
+from tvr.data_prep.records import Replacement, ShardCorrupt
 from tvr.trainer.features.layout import (
+    EMBED_AGAIN,
     MANIFEST,
     DataSource,
     FeatureHeader,
@@ -32,6 +34,7 @@ from tvr.trainer.features.writer import FeatureWriter, VideoSource, check_files
 from tvr.trainer.model.model import Features
 
 __all__ = [
+    "MANIFEST",
     "DataSource",
     "FeatureHeader",
     "FeatureSet",
@@ -142,11 +145,12 @@ class FeatureSet:
     def texts(self, rows: Rows = slice(None)) -> Features:
         """Features of some captions, without videos, on the CPU."""
         rows = _row_numbers(rows, self.num_captions)
-        return self._features(np.empty(0, np.int64), rows)
+        return self._features(FeatureSet.column, np.empty(0, np.int64), rows)
 
     def videos(self, rows: Rows = slice(None)) -> Features:
         """Features of some videos, without captions, on the CPU."""
-        return self._features(_row_numbers(rows, len(self)), np.empty(0, np.int64))
+        rows = _row_numbers(rows, len(self))
+        return self._features(FeatureSet.column, rows, np.empty(0, np.int64))
 
     def mapped(self, first: int = 0, end: int | None = None) -> tuple[Features, Tensor]:
         """Videos `first` to `end` and their captions, which are read only where they are indexed.
@@ -156,32 +160,27 @@ class FeatureSet:
             them; and the row of each caption's video among these.
         """
         end = len(self) if end is None else end
-        own = self.caption_video
-        low, high = (int(torch.searchsorted(own, edge)) for edge in (first, end))
-        videos, texts = range(first, end), range(low, high)
-        logits = self.info.has_logits
-        features = Features(
-            sentence=_column(self, "sentence", texts),
-            words=_column(self, "words", texts),
-            word_mask=_column(self, "word_mask", texts),
-            frames=_column(self, "frames", videos),
-            frame_mask=_column(self, "frame_mask", videos),
-            word_logits=_column(self, "word_logits", texts) if logits else None,
-            frame_logits=_column(self, "frame_logits", videos) if logits else None,
-            margin_hinge=None,
-        )
-        return features, own[low:high] - first
+        texts = self.captions_of(first, end)
+        features = self._features(_column, range(first, end), texts)
+        return features, self.caption_video[texts.start : texts.stop] - first
 
-    def _features(self, videos: np.ndarray, texts: np.ndarray) -> Features:
+    def captions_of(self, first: int, end: int) -> range:
+        """Captions of the videos `first` to `end`."""
+        return range(*(int(torch.searchsorted(self.caption_video, edge)) for edge in (first, end)))
+
+    def _features(
+        self, column: Callable[[FeatureSet, str, Any], Tensor], videos: Any, texts: Any
+    ) -> Features:
+        """The columns, read by `column(self, name, rows)`."""
         logits = self.info.has_logits
         return Features(
-            sentence=self.column("sentence", texts),
-            words=self.column("words", texts),
-            word_mask=self.column("word_mask", texts),
-            frames=self.column("frames", videos),
-            frame_mask=self.column("frame_mask", videos),
-            word_logits=self.column("word_logits", texts) if logits else None,
-            frame_logits=self.column("frame_logits", videos) if logits else None,
+            sentence=column(self, "sentence", texts),
+            words=column(self, "words", texts),
+            word_mask=column(self, "word_mask", texts),
+            frames=column(self, "frames", videos),
+            frame_mask=column(self, "frame_mask", videos),
+            word_logits=column(self, "word_logits", texts) if logits else None,
+            frame_logits=column(self, "frame_logits", videos) if logits else None,
             margin_hinge=None,
         )
 
@@ -278,7 +277,7 @@ def _opened(
         empty = not stored.num_bytes  # no memory can be mapped
         path = folder / f"{name}.bin"
         found[name] = np.empty(shape, kind) if empty else np.memmap(path, kind, "r", shape=shape)
-    for name in ("keys", "files", "captions"):
+    for name in ("files", "captions"):
         ends = np.concatenate([[0], found[f"{name}_ends"]])
         if (np.diff(ends) < 0).any() or ends[-1] != part.files[name].num_bytes:
             raise ShardCorrupt(f"{folder / f'{name}_ends.bin'}: does not fit {name}.bin")
@@ -289,12 +288,8 @@ def _opened(
         raise ShardCorrupt(
             f"{folder / 'caption_video.bin'}: rows must ascend within 0 to {part.videos - 1}"
         )
-    each = _OpenPart(source, part, found)
-    for row in range(part.videos):
-        key = _text(folder, each, "keys", row)
-        if not KEY_PATTERN.fullmatch(key):
-            raise ShardCorrupt(f"{folder / 'keys.bin'}: key={key!r:.200} of row {row} is no key")
-    return each
+    check_texts("key", found["keys"].tobytes(), found["keys_ends"], 0, str(folder), EMBED_AGAIN)
+    return _OpenPart(source, part, found)
 
 
 def _text(folder: Path, each: _OpenPart, name: str, row: int) -> str:

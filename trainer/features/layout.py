@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from tvr.data_prep.dataset.index_rules import IndexFields, refuse
 from tvr.data_prep.records import BAD_SAMPLE_REASONS, Replacement, ShardCorrupt
 
 FORMAT, VERSION = "tvr-features", 1
@@ -33,9 +34,8 @@ MAX_ROWS = 1 << 32
 MAX_SIDE = 1 << 16
 MAX_TEXT_BYTES = 1 << 40
 MAX_TEXT = 4096
-SET_NAME = re.compile(r"set-[0-9a-f]{16}")
+EMBED_AGAIN = "embed again"
 BLOCK_NAME = re.compile(r"block-[0-9]{8}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 TEXT_COLUMNS = ("keys", "files", "captions")
 
 
@@ -189,23 +189,24 @@ def read_manifest(path: Path) -> FeatureManifest:
         ShardCorrupt: a field is missing or not allowed; names file, field and value.
     """
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        _refuse(path, "bytes", path.stat().st_size, f"at most {MAX_MANIFEST_BYTES}")
+        most = f"at most {MAX_MANIFEST_BYTES}"
+        refuse(str(path), "bytes", path.stat().st_size, most, EMBED_AGAIN)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ShardCorrupt(f"{path}: damaged or edited: {error}") from error
-    fields = _Fields(content, path, "")
+    fields = IndexFields(content, str(path), remedy=EMBED_AGAIN)
     fields.choice("format", (FORMAT,))
     fields.integer("version", VERSION, VERSION)
     header = _header(fields.child("header"))
-    sets = tuple(_set(each, header) for each in fields.children("sets"))
+    sets = tuple(_set(each, header) for each in fields.children("sets", least=0))
     names = [source.name for source, _ in sets]
     if len(set(names)) != len(names):
-        _refuse(path, "sets", names, "different data sets")
+        fields.refuse("sets", names, "different data sets")
     return FeatureManifest(header=header, sets=sets)
 
 
-def _header(fields: _Fields) -> FeatureHeader:
+def _header(fields: IndexFields) -> FeatureHeader:
     settings = fields["settings"]
     if not isinstance(settings, dict) or len(settings) > 100:
         fields.refuse("settings", settings, "a JSON object of plain settings")
@@ -213,8 +214,8 @@ def _header(fields: _Fields) -> FeatureHeader:
         if len(name) > 100 or not isinstance(value, (str, int, float, bool, type(None))):
             fields.refuse("settings", settings, "a JSON object of plain settings")
     return FeatureHeader(
-        model=fields.text("model"),
-        fingerprint=fields.matching("fingerprint", SHA256),
+        model=fields.text("model", MAX_TEXT),
+        fingerprint=fields.sha256("fingerprint"),
         settings=settings,
         stored=cast(StoredType, fields.choice("stored", get_args(StoredType))),
         num_frames=fields.integer("num_frames", 1, MAX_SIDE),
@@ -224,118 +225,50 @@ def _header(fields: _Fields) -> FeatureHeader:
     )
 
 
-def _set(fields: _Fields, header: FeatureHeader) -> tuple[DataSource, tuple[Part, ...]]:
+def _set(fields: IndexFields, header: FeatureHeader) -> tuple[DataSource, tuple[Part, ...]]:
     source = DataSource(
-        url=fields.text("url"),
+        url=fields.text("url", MAX_TEXT),
         kind=cast(SourceKind, fields.choice("kind", get_args(SourceKind))),
-        content=fields.matching("content", SHA256),
+        content=fields.sha256("content"),
         num_blocks=fields.integer("num_blocks", 1, MAX_ROWS),
     )
-    parts = tuple(_part(each, header) for each in fields.children("parts"))
+    parts = tuple(_part(each, header) for each in fields.children("parts", least=0))
     if len({part.name for part in parts}) != len(parts):
         fields.refuse("parts", [part.name for part in parts], "parts of different names")
     return source, parts
 
 
-def _part(fields: _Fields, header: FeatureHeader) -> Part:
+def _part(fields: IndexFields, header: FeatureHeader) -> Part:
     videos = fields.integer("videos", 0, MAX_ROWS)
     captions = fields.integer("captions", 0, MAX_ROWS)
     stored = fields.child("files")
     expected = columns(header, videos, captions)
-    if set(stored) != {*expected, *TEXT_COLUMNS}:
-        fields.refuse("files", sorted(stored), ", ".join(sorted({*expected, *TEXT_COLUMNS})))
+    needed = sorted({*expected, *TEXT_COLUMNS})
+    if stored.names != needed:
+        fields.refuse("files", stored.names, ", ".join(needed))
     files = {}
-    for name in sorted(stored):
+    for name in needed:
         file = stored.child(name)
         least, most = 0, MAX_TEXT_BYTES
         if name in expected:
             least = most = column_bytes(*expected[name])
         files[name] = StoredFile(
             num_bytes=file.integer("num_bytes", least, most),
-            sha256=file.matching("sha256", SHA256),
+            sha256=file.sha256("sha256"),
         )
     return Part(
-        name=fields.matching("name", BLOCK_NAME),
+        name=fields.matching("name", BLOCK_NAME, "block- and 8 digits"),
         videos=videos,
         captions=captions,
         files=files,
-        left_out=tuple(_replacement(each) for each in fields.children("left_out")),
+        left_out=tuple(_replacement(each) for each in fields.children("left_out", least=0)),
     )
 
 
-def _replacement(fields: _Fields) -> Replacement:
+def _replacement(fields: IndexFields) -> Replacement:
     return Replacement(
         position=fields.integer("position", 0, MAX_ROWS),
-        key=fields.text("key"),
+        key=fields.text("key", MAX_TEXT),
         reason=fields.choice("reason", tuple(BAD_SAMPLE_REASONS)),
-        detail=fields.text("detail"),
+        detail=fields.text("detail", MAX_TEXT),
     )
-
-
-def _refuse(path: Path, name: str, value: object, allowed: str) -> NoReturn:
-    raise ShardCorrupt(
-        f"{path}: damaged or edited: {name}={value!r:.200} must be {allowed:.1000}; embed again"
-    )
-
-
-class _Fields:
-    """The fields of a JSON object; raises ShardCorrupt for one that is not allowed."""
-
-    def __init__(self, values: object, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-        if not isinstance(values, dict):
-            _refuse(path, name or "the content", values, "a JSON object")
-        self._values = cast(dict[str, Any], values)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._values:
-            _refuse(self._path, f"{self._name}{name}", None, "given: it is missing")
-        return self._values[name]
-
-    def refuse(self, name: str, value: object, allowed: str) -> NoReturn:
-        _refuse(self._path, f"{self._name}{name}", value, allowed)
-
-    def child(self, name: str) -> _Fields:
-        return _Fields(self[name], self._path, f"{self._name}{name}.")
-
-    def children(self, name: str) -> list[_Fields]:
-        values = self[name]
-        if not isinstance(values, list):
-            self.refuse(name, values, "a list of JSON objects")
-        return [
-            _Fields(value, self._path, f"{self._name}{name}[{number}].")
-            for number, value in enumerate(values)
-        ]
-
-    def integer(self, name: str, least: int, most: int) -> int:
-        value = self[name]
-        if type(value) is not int or not least <= value <= most:
-            self.refuse(name, value, f"a whole number from {least} to {most}")
-        return value
-
-    def boolean(self, name: str) -> bool:
-        value = self[name]
-        if type(value) is not bool:
-            self.refuse(name, value, "true or false")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self[name]
-        if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
-            self.refuse(name, value, f"a text of at most {MAX_TEXT} characters")
-        return value
-
-    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
-        value = self[name]
-        if not isinstance(value, str) or value not in allowed:
-            self.refuse(name, value, " or ".join(allowed))
-        return value
-
-    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
-        value = self[name]
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            self.refuse(name, value, f"text that matches {pattern.pattern}")
-        return value

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tvr.data_prep.records import Replacement, ShardCorrupt
+from tvr.data_prep.records import REFUSED_TEXT, Replacement, ShardCorrupt
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.features.layout import (
     MANIFEST,
@@ -31,7 +31,6 @@ from tvr.trainer.features.layout import (
 )
 from tvr.trainer.model.model import Features
 
-PIECE_BYTES = 1 << 24
 INT8_LEVELS = 127
 
 
@@ -60,12 +59,19 @@ class FeatureWriter:
         source: The data set.
 
     Raises:
-        ValueError: the folder holds features of another model or other settings; names them.
+        ValueError: the folder holds features of another model or other settings, or the name of
+            the model or the data set cannot be stored; names them.
         ShardCorrupt: its manifest is damaged.
     """
 
     def __init__(self, folder: Path | str, header: FeatureHeader, source: DataSource) -> None:
         self.folder, self.header, self.source = Path(folder), header, source
+        for name, text in (("model", header.model), ("data set", source.url)):
+            if len(text) > MAX_TEXT or REFUSED_TEXT.search(text):
+                raise ValueError(
+                    f"{name} {text!r:.200}: its name must have at most {MAX_TEXT} characters, none"
+                    " for control; move it to another folder"
+                )
         manifest = self.folder / MANIFEST
         if manifest.exists():
             published = read_manifest(manifest)
@@ -268,17 +274,14 @@ def _write(path: Path, array: np.ndarray) -> StoredFile:
 
 
 def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            found.update(piece)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shortened(left_out: Replacement) -> Replacement:
     return Replacement(
         position=left_out.position,
-        key=left_out.key[:MAX_TEXT],
+        key=REFUSED_TEXT.sub(" ", left_out.key)[:MAX_TEXT],
         reason=left_out.reason,
-        detail=left_out.detail.replace("\0", " ")[:MAX_TEXT],
+        detail=REFUSED_TEXT.sub(" ", left_out.detail)[:MAX_TEXT],
     )
