@@ -13,9 +13,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.forkserver import ForkServer
+from multiprocessing.popen_forkserver import Popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # The fork server imports these once for all ranks, because that takes longer than most tests. The
 # last ones are what a run imports only when it builds a tower or an engine.
@@ -28,6 +33,18 @@ PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.cpp_extension",
 ]
+# A server of its own: `tvr pack` starts that of multiprocessing, which then preloads nothing else.
+_SERVER = ForkServer()
+_SERVER.set_forkserver_preload(PRELOADED)
+
+
+class ForkedRank(ForkServerProcess):
+    """A process that is forked from the server of the ranks."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Popen:
+        with patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
+            return Popen(process_obj)
 
 
 def spawn(
@@ -65,14 +82,11 @@ def started(
 
     Yields their processes, and the folder with their values and errors.
     """
-    context = multiprocessing.get_context("spawn" if anew else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    Process = multiprocessing.get_context("spawn").Process if anew else ForkedRank
     with tempfile.TemporaryDirectory(prefix="tvr-ranks-") as folder:
         job = pickle.dumps((fn, args))
         ranks: list[BaseProcess] = [
-            context.Process(
-                target=_run_rank, args=(rank, world_size, folder, job, timeout_s), daemon=False
-            )
+            Process(target=_run_rank, args=(rank, world_size, folder, job, timeout_s), daemon=False)
             for rank in range(world_size)
         ]
         try:
