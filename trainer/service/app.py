@@ -31,12 +31,12 @@ from tvr.trainer.service.records import (
     MAX_RESULTS,
     MAX_ROW,
     MAX_URL_CHARS,
+    ErrorAnswer,
     FoundHit,
     FoundVideo,
     FoundVideos,
     Health,
     Limits,
-    Problem,
     SearchIndex,
 )
 from tvr.trainer.service.work_pool import WorkPool
@@ -306,7 +306,7 @@ def _link(path: str, **parameters: str | int | None) -> str:
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     every = (413, 414, *statuses)
-    return {status: {"model": Problem, "description": MEANINGS[status]} for status in every}
+    return {status: {"model": ErrorAnswer, "description": MEANINGS[status]} for status in every}
 
 
 def _content(*types: str) -> dict[str, Any]:
