@@ -54,6 +54,9 @@ class Evaluation:
     on every rank but 0."""
     video_queries: list[dict[str, Any]] = field(default_factory=list)
     """For each video with a caption: its key, and the rank of its best caption. On rank 0 only."""
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """By direction, the 95 % bootstrap interval of each metric, see `comparison.statistics`. On
+    rank 0 only."""
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """Name and version of the protocol, and its choices."""
     rescored: Mapping[str, Any] = field(default_factory=dict)
@@ -94,6 +97,7 @@ class Evaluation:
         return {
             "step": self.step,
             **self.summary(),
+            "intervals": self.intervals,
             "versions": {name: version(name) for name in PACKAGES},
             "queries": self.queries,
             "video_queries": self.video_queries,
@@ -101,7 +105,8 @@ class Evaluation:
 
     def table(self) -> str:
         """The results as text for a terminal."""
-        return results_table(self.summary() | ({"step": self.step} if self.step else {}))
+        step = {"step": self.step} if self.step else {}
+        return results_table(self.summary() | {"intervals": self.intervals} | step)
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
@@ -123,11 +128,31 @@ def results_table(summary: Mapping[str, Any]) -> str:
             cells = (values.get(key) for key in names.values())
             shown = "".join(f"{'-':>8}" if cell is None else f"{cell:8.1f}" for cell in cells)
             lines.append(f"{WAYS[way]:<{FIRST_COLUMN}}{shown}")
+    lines += _interval_lines(summary.get("intervals", {}))
     if summary["binding_accuracy"] is not None:
         lines.append(f"binding accuracy {summary['binding_accuracy']:.1f} % (chance 50 %)")
     if summary["left_out"]:
         lines.append(f"{summary['left_out']} unreadable samples were left out")
     return "\n".join(lines)
+
+
+def _interval_lines(intervals: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """A line for each direction, with the ends of each metric's 95 % interval."""
+    if not intervals:
+        return []
+    names = [
+        (name, key)
+        for name, key in TABLE_COLUMNS.items()
+        if all(key in of for of in intervals.values())
+    ]
+    lines = [
+        "95 % intervals of the raw results:",
+        " " * FIRST_COLUMN + "".join(f"{name:>16}" for name, _ in names),
+    ]
+    for way, of in intervals.items():
+        cells = ("{:.1f} to {:.1f}".format(*of[key]) for _, key in names)
+        lines.append(f"{WAYS[way]:<{FIRST_COLUMN}}" + "".join(f"{cell:>16}" for cell in cells))
+    return lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,8 @@ def test_blocks_are_labelled_and_apart_in_table_and_json() -> None:
     ]
     assert lines[11] == "QB-Norm, beta 20, bank of 2 captions of train"
     assert lines[13].startswith("text to video")
-    assert len(lines) == 14
+    assert lines[14] == "95 % intervals of the raw results:"
+    assert len(lines) == 18
 
 
 def test_a_bank_with_a_test_caption_is_refused_or_cleaned() -> None:

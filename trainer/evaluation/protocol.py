@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tvr.data_prep.records import Replacement
 from tvr.kernels.ranking import RetrievalMetrics
+from tvr.trainer.comparison.statistics import Interval, intervals
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.bank import Bank, caption_ids, without_test_captions
 from tvr.trainer.evaluation.options import DEFAULTS, EQUALITY, EvaluationOptions
@@ -115,6 +116,8 @@ def evaluation_of(
         left_out: Unreadable samples of all ranks.
     """
     names = world.gather_objects_to_first(own)
+    queries = [] if names is None else _queries(found, names, options.equal_captions)
+    video_queries = [] if names is None else _video_queries(found, names)
     return Evaluation(
         data=data,
         videos=sum(world.all_gather_counts(len(own.keys))),
@@ -122,8 +125,9 @@ def evaluation_of(
         left_out=tuple(left_out),
         metrics=found.ranks.metrics(),
         binding_accuracy=binding_accuracy,
-        queries=[] if names is None else _queries(found, names, options.equal_captions),
-        video_queries=[] if names is None else _video_queries(found, names),
+        queries=queries,
+        video_queries=video_queries,
+        intervals=_intervals({"text_to_video": queries, "video_to_text": video_queries}),
         protocol=_protocol(found, options),
         rescored=_rescored(found, bank_facts, options),
         model=model,
@@ -140,6 +144,17 @@ def _protocol(found: Retrieval, options: EvaluationOptions) -> dict[str, Any]:
         "captions_with_equals": found.equal_captions,
         "equality": EQUALITY,
         "ties": "against the query",
+    }
+
+
+def _intervals(
+    directions: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, dict[str, Interval]]:
+    """Of each direction that has queries, on rank 0; captions of a video are drawn together."""
+    return {
+        direction: intervals([one["rank"] for one in rows], [one["key"] for one in rows])
+        for direction, rows in directions.items()
+        if rows
     }
 
 
