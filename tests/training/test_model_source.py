@@ -22,6 +22,8 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
+from tvr.trainer.evaluation.options import EvaluationOptions
+from tvr.trainer.evaluation.saved_run import evaluate_run
 from tvr.trainer.evaluation.stored_features import evaluate_features, evaluate_source
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
@@ -201,6 +203,18 @@ def test_run_and_its_export_are_sources(data: Path, tmp_path: Path) -> None:
     assert asdict(one.text_to_video) == asdict(two.text_to_video) == stored
     with pytest.raises(ValueError, match="step 7"):
         load_source(run_dir, 7)
+    # A run keeps results of the default protocol; other blocks are added beside the raw one.
+    before = (run_dir / "evaluation.json").read_bytes()
+    other = evaluate_run(run_dir, None, options=EvaluationOptions(equal_captions=True))
+    assert other.protocol["equal_captions"] == "right"
+    assert (run_dir / "evaluation.json").read_bytes() == before
+    line = ["evaluate", "--run-dir", str(run_dir), "--dual-softmax", "0.01"]
+    bank = ["--qb-norm", str(data / "train"), "--bank-shared", "drop"]
+    assert main([*line, *bank]) == 0
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert content["text_to_video"] == stored
+    assert set(content["rescored"]) == {"dual_softmax", "qb_norm"}
+    assert content["rescored"]["qb_norm"]["bank_captions"] <= 30
 
 
 own_world = World(rank=0, world_size=1, device=torch.device("cpu"))
