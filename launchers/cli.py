@@ -44,6 +44,10 @@ COMMANDS = {
         "tvr.trainer.evaluation.cli:evaluate",
         "compute the recall of a trained model, both directions",
     ),
+    "compare": Command(
+        "tvr.trainer.comparison.cli:compare",
+        "compare results of several runs: intervals, queries won, paired tests",
+    ),
     "embed": Command(
         "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),
