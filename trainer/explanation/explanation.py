@@ -1,5 +1,7 @@
 """Explains a similarity: `explain` returns arrays, `explanation_page` draws them.
 
+`hard_negatives` finds the captions of a test set that a wrong video beats.
+
 The door of the package.
 """
 
@@ -11,15 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.records import Caption
 from tvr.kernels.explanation import PairMaxima, pair_maxima
 from tvr.trainer.evaluation.model_source import SourceModel
+from tvr.trainer.explanation.hardest import HardNegative, Movement, hard_negatives, movements
 from tvr.trainer.explanation.page import explanation_page
 from tvr.trainer.explanation.record import NOTHING, Explanation
 from tvr.trainer.explanation.tokens import token_texts
+from tvr.trainer.explanation.videos import frames_of_file, sample_of
 from tvr.trainer.model.model import Features
 
-__all__ = ["NOTHING", "Explanation", "explain", "explanation_page"]
+__all__ = [
+    "NOTHING",
+    "Explanation",
+    "HardNegative",
+    "Movement",
+    "explain",
+    "explanation_page",
+    "frames_of_file",
+    "hard_negatives",
+    "movements",
+    "sample_of",
+]
 
 
 def explain(
@@ -33,24 +49,29 @@ def explain(
 
     Args:
         source: The model, from `load_source`.
-        caption: Text, cut after `source.max_words` tokens. A model that weights content words
-            (`data.content_words`) needs a `Caption` with its words.
+        caption: Text, cleaned as packing does and cut after `source.max_words` tokens. For a model
+            that weights content words (`data.content_words`), they are found in a plain text; a
+            `Caption` brings its own.
         frames: Frames of the video, (F, H, W, 3) uint8 with 1 to `source.num_frames` frames; or
             features of this one video by the same model.
         frame_times: Seconds of each frame from the start of the video; None if unknown. For a model
             that averages the frames, the explanation has one frame, with the mean of the times.
 
     Raises:
-        ValueError: an empty caption, frames of another form, or features of not exactly one video.
+        ValueError: no visible character in the caption, frames of another form, or features of not
+            exactly one video.
     """
-    text = caption if isinstance(caption, Caption) else Caption(text=caption)
-    if not text.text.strip():
-        raise ValueError("the caption is empty: give a text to explain")
+    text = caption if isinstance(caption, Caption) else _caption(source, caption)
     videos = frames if isinstance(frames, Features) else source.encode_frames([frames])
     if len(videos.frames) != 1:
         raise ValueError(f"features of {len(videos.frames)} videos; explain takes those of one")
     texts = source.encode_texts([text])
-    videos = Features(*(None if x is None else x.to(source.device) for x in videos))
+    logits = videos.frame_logits
+    videos = videos._replace(
+        frames=videos.frames.to(source.device),
+        frame_mask=videos.frame_mask.to(source.device),
+        frame_logits=None if logits is None else logits.to(source.device),
+    )
     settings = source.config.model
     word_weights, frame_weights = _selector_weights(source, texts, videos)
     with torch.no_grad():
@@ -76,6 +97,18 @@ def explain(
         np.flatnonzero(videos.frame_mask[0].cpu().numpy()),
         frame_times,
     )
+
+
+def _caption(source: SourceModel, text: str) -> Caption:
+    """A plain text as packing reads it, with its words if the model weights them."""
+    texts = clean_captions([text])
+    if not texts:
+        raise ValueError(f"the caption {text!r:.100} has no visible character")
+    if not source.tokenizer.content_words:
+        return Caption(text=texts[0])
+    from tvr.data_prep.packing.words import WordTagger
+
+    return WordTagger([]).tag(texts)[0]
 
 
 def _selector_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvr.trainer.model.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ def token_texts(tokenizer: Tokenizer, caption: str) -> TokenTexts:
 
     A token of a part of a letter, in byte-pair encoding, is shown as the whole letter.
     """
-    backend = tokenizer.backend
+    backend: Any = tokenizer.backend
     encoded = backend(
         [caption],
         padding="max_length",

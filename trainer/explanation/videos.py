@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tvr.data_prep.annotations.clip_keys import key_of
+from tvr.data_prep.html_page import picture_strip
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.records import Sample
+from tvr.data_prep.records import BadSample, Sample
 from tvr.data_prep.video.decoders import frame_sampler
 from tvr.data_prep.video.images import fit_square
 from tvr.trainer.evaluation.model_source import SourceModel
+
+Strips = Callable[[str], str | None]
+"""Key of a video -> its frames side by side as a data URL; None if it cannot be read."""
 
 
 def frames_of_file(source: SourceModel, path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -67,3 +73,18 @@ def test_set_of(source: SourceModel, url: str | None) -> str:
     if found is None:
         raise ValueError(f"{source.name} has no test set of its own: give --data SET")
     return found
+
+
+def strips_of(source: SourceModel, url: str) -> Strips:
+    """Pictures of the videos of a packed data set."""
+    reader = open_set(source, url)
+    rows = {reader.key(row): row for row in range(len(reader))}
+
+    def strip(key: str) -> str | None:
+        try:
+            frames = reader.read(rows[key]).frames
+        except (BadSample, KeyError):
+            return None
+        return picture_strip([Image.fromarray(frame) for frame in frames])
+
+    return strip

@@ -98,7 +98,8 @@ def plain_loops(
     sets.append((found.words, cosines(words, word_mask), weights, reads_words))
     half = 0.25 if reads_words else 0.5
     for part, scores, weights, is_read in sets:
-        assert part.similarity.flatten().tolist() == pytest.approx(sum(scores, []), abs=1e-5)
+        for row, expected in zip(part.similarity.tolist(), scores, strict=True):
+            assert row == pytest.approx(expected, abs=1e-5)
         for t, row in enumerate(scores):
             # Away from rounding, the first of the largest.
             j = int(part.best_frame[t])
