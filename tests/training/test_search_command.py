@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from builders.clip_files import numbered_video
 from builders.pretrained import save_clip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, make_tiny_data
 
 from tvr.data_prep.reading.loader import read_samples
+from tvr.data_prep.records import ShardCorrupt
 from tvr.launchers.cli import main
 from tvr.trainer.index.index import Index
+from tvr.trainer.index.media import video_file
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.tokenizer import load_tokenizer
+
+README = Path(__file__).parents[2] / "trainer" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +102,105 @@ def test_frames_and_media_of_each_kind_come_back(data: Path) -> None:
         assert media.content_type == "image/webp"
         with pytest.raises(IndexError, match="rows 0 to 12"):
             index.media(13)
+
+
+def test_the_commands_and_the_snippet_of_the_readme_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = README.read_text().partition("## From my videos to a search page\n")[2]
+    section = section.partition("\n## ")[0]
+    (commands,) = re.findall(r"^```bash\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data / "clip", "models/clip")
+    Path("videos").mkdir()
+    for number, name in enumerate(("one", "two", "three")):
+        Path(f"videos/{name}.mp4").write_bytes(numbered_video(6, first=90 * number))
+    outputs = []
+    for line in commands.splitlines():
+        words = shlex.split(line)
+        assert words[0] == "tvr"
+        if words[1] == "serve":  # does not end; training/test_service*.py start it
+            continue
+        assert main(words[1:]) == 0, capsys.readouterr().err
+        outputs.append(capsys.readouterr().out)
+    assert outputs[1] == "features/videos: 3 videos, exact\n"
+    by_text, by_video, by_key = outputs[2:]
+    assert len(by_text.splitlines()) == 4
+    assert by_video.splitlines()[1].split()[2:] == ["one", str(tmp_path / "videos" / "one.mp4")]
+    assert {hit["key"] for hit in json.loads(by_key)} == {"two", "three"}
+    namespace: dict[str, Any] = {}
+    exec(compile(snippet, str(README), "exec"), namespace)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(namespace["others"]) == 2
+
+
+def test_another_model_is_refused_by_name(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data / "clip", other)
+    words = load_tokenizer(data / "tokenizer", MAX_WORDS)
+    with torch.no_grad():
+        save_clip(other, words, width=16, image_size=IMAGE_SIZE, patch_size=4)
+    for line in (
+        ["search", str(data / "features"), "a circle", "--model", str(other)],
+        ["index", str(data / "features"), "--model", str(other)],
+    ):
+        assert main(line) == 2
+        assert "is not the model that encoded" in capsys.readouterr().err
+    for more, message in (
+        ([], "give one of a query"),
+        (["a", "--key", "b"], "give one of a query"),
+        (["a", "--data", "b"], "--data b needs --key"),
+        (["a", "--checkpoint", "best"], "needs --model"),
+        (["--key", "nothing"], "no video with the key 'nothing'"),
+        (["--video", str(tmp_path / "nothing.mp4")], "nothing.mp4 cannot be searched for"),
+        (["--video", str(Path(__file__))], "cannot be searched for"),
+        (["a", "-k", "0"], "k=0 must be"),
+        (["  "], "no visible character"),
+    ):
+        assert main(["search", str(data / "features"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_texts_may_be_searched_from_several_threads(data: Path) -> None:
+    queries = [f"a {colour} circle moves {way}" for colour in ("red", "blue") for way in "abcd"]
+    with Index.open(data / "features") as index:
+        alone = [[hit.video for hit in index.search(query)] for query in queries]
+    with Index.open(data / "features") as index, ThreadPoolExecutor(4) as pool:
+        found = [[hit.video for hit in hits] for hits in pool.map(index.search, queries)]
+    assert found == alone
+
+
+def test_content_words_of_a_query_are_found(data: Path) -> None:
+    with Index.open(data / "features") as index:
+        model = index.model
+        index._model = replace(model, tokenizer=replace(model.tokenizer, content_words=True))
+        seen = []
+        index.search_features = lambda texts, **_: seen.append(texts) or []  # type: ignore[method-assign]
+        index.search("a red circle moves to the left")
+    mask = seen[0].word_mask[0]
+    assert set(mask.tolist()) >= {1, 2}
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.mp4", "link.mp4", "notes.txt", "more", "", "/etc/passwd", "a.mp4/../../x"]
+)
+def test_only_video_files_below_the_folder_are_opened(tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "videos"
+    (folder / "more").mkdir(parents=True)
+    (folder / "notes.txt").write_text("secret")
+    (tmp_path / "outside.mp4").write_bytes(b"secret")
+    (folder / "link.mp4").symlink_to(tmp_path / "outside.mp4")
+    with pytest.raises(ShardCorrupt, match="is no video file in"):
+        video_file(folder, file)
+    with pytest.raises(FileNotFoundError, match="the video is gone"):
+        video_file(folder, "more/gone.mp4")
+
+
+def test_a_data_set_that_changed_is_refused(data: Path, tmp_path: Path) -> None:
+    with Index.open(data / "features") as index:
+        first = index.row("a") + 3
+        with pytest.raises(ShardCorrupt, match=r"is not .* any more"):
+            index._videos._reader(index.features.source(5)[0], 5, index.features.keys[first])

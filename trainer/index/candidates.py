@@ -22,8 +22,8 @@ from tvr.trainer.index.optional_faiss import import_faiss
 
 # Share of the lists of ivf that a query reads, and the least number of them.
 LISTS_READ, LEAST_LISTS = 16, 32
-# Vectors that a search of a graph keeps, at least, and as a multiple of the wanted candidates.
-LEAST_KEPT = 128
+# Vectors that a search of a graph keeps: at least, and for each wanted candidate.
+LEAST_KEPT, KEPT_PER_CANDIDATE = 128, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,9 @@ class Candidates:
             if self._header.method == "exact":
                 found = self._nearest(query, segment.arrays["vectors"], most)
             else:
-                kept = self._faiss.SearchParametersHNSW(efSearch=max(LEAST_KEPT, most))
-                found = self._graphs[number].search(query, most, params=kept)
+                kept = max(LEAST_KEPT, KEPT_PER_CANDIDATE * most)
+                settings = self._faiss.SearchParametersHNSW(efSearch=kept)
+                found = self._graphs[number].search(query, most, params=settings)
             valid = found[1][0] >= 0
             scores.append(found[0][0][valid])
             rows.append(found[1][0][valid] + segment.first_row)

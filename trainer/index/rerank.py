@@ -53,7 +53,11 @@ def similarities(
     with torch.no_grad():
         for start in range(0, len(rows), CANDIDATES_AT_ONCE):
             videos = _on(device, features.videos(rows[start : start + CANDIDATES_AT_ONCE]))
-            found.append(similarity_rows(query, videos, settings)[0].float().cpu().numpy())
+            try:
+                scores = similarity_rows(query, videos, settings)
+            except ValueError as error:  # of masks: the query's are valid
+                raise ShardCorrupt(f"{features.folder}: damaged features: {error}") from error
+            found.append(scores[0].float().cpu().numpy())
     scores = np.concatenate(found)
     if not np.isfinite(scores).all():
         row = int(rows[~np.isfinite(scores)][0])
