@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
+import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tvr.data_prep.html_page import page_template
-from tvr.trainer.explanation.explanation import explanation_page
-from tvr.trainer.service.explanations import explained
+from tvr.trainer.explanation.explanation import Explanation, explain, explanation_page
 from tvr.trainer.service.files import (
     IndexFiles,
     Layouts,
@@ -36,7 +36,7 @@ from tvr.trainer.service.records import (
     FoundVideos,
     Health,
     Limits,
-    Problem,
+    RequestProblem,
     SearchIndex,
 )
 from tvr.trainer.service.work_pool import WorkPool
@@ -180,22 +180,22 @@ def create_app(
         return Response(content, headers={"Cache-Control": "no-cache"}, media_type="image/jpeg")
 
     @app.get("/explain", responses=_problems(404, 410, 422, 500, 503, 504))
-    async def explain(request: Request, q: Text, row: RowQuery) -> dict[str, Any]:
+    async def explanation(request: Request, q: Text, row: RowQuery) -> dict[str, Any]:
         """Why a video fits the text q: similarities of words and frames, and their weights."""
         _check_row(row, index)
-        return await of_index(request, lambda: explained(index, q, row)[0].to_json())
+        return await of_index(request, lambda: _explained(index, q, row)[0].to_json())
 
     @app.get(
         "/explain/page",
         response_class=Response,
         responses=_problems(404, 410, 422, 500, 503, 504) | {200: _content("text/html")},
     )
-    async def explain_page(request: Request, q: Text, row: RowQuery) -> HTMLResponse:
+    async def explanation_html(request: Request, q: Text, row: RowQuery) -> HTMLResponse:
         """The explanation as a page."""
         _check_row(row, index)
 
         def work() -> str:
-            found, frames = explained(index, q, row)
+            found, frames = _explained(index, q, row)
             return explanation_page(found, frames, title=index.features.keys[row])
 
         content = await of_index(request, work)
@@ -267,6 +267,13 @@ def create_app(
     return app
 
 
+def _explained(index: SearchIndex, text: str, video: int) -> tuple[Explanation, np.ndarray]:
+    """The explanation, and the video's frames (F, H, W, 3) uint8, which are its pictures."""
+    frames = index.frames(video)
+    times = index.features.frame_times(video)
+    return explain(index.model, text, frames, frame_times=times), frames
+
+
 def _check_row(row: int, index: SearchIndex) -> None:
     rows = len(index.features.keys)
     if row >= rows:
@@ -306,7 +313,7 @@ def _link(path: str, **parameters: str | int | None) -> str:
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     every = (413, 414, *statuses)
-    return {status: {"model": Problem, "description": MEANINGS[status]} for status in every}
+    return {status: {"model": RequestProblem, "description": MEANINGS[status]} for status in every}
 
 
 def _content(*types: str) -> dict[str, Any]:
