@@ -120,7 +120,7 @@ def test_the_commands_and_the_snippet_of_the_readme_run(
     for line in commands.splitlines():
         words = shlex.split(line)
         assert words[0] == "tvr"
-        if words[1] == "serve":  # does not end; training/test_service*.py start it
+        if words[1] == "serve":  # does not end; pages/test_search_page.py runs it
             continue
         assert main(words[1:]) == 0, capsys.readouterr().err
         outputs.append(capsys.readouterr().out)
@@ -133,6 +133,19 @@ def test_the_commands_and_the_snippet_of_the_readme_run(
     exec(compile(snippet, str(README), "exec"), namespace)
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert len(namespace["others"]) == 2
+
+
+def test_an_exact_index_that_has_grown_is_named(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", str(data / "features")]) == 0
+    assert "would be faster" not in capsys.readouterr().err
+    monkeypatch.setattr("tvr.trainer.index.build.IVF_FROM", 10)
+    assert main(["index", str(data / "features")]) == 0
+    assert "ivf would be faster now: remove" in capsys.readouterr().err
+    with Index.open(data / "features") as index:
+        assert index.method == "exact"
+        assert len(index.search("a circle")) == 10  # the model is still named
 
 
 def test_another_model_is_refused_by_name(

@@ -45,9 +45,10 @@ from tvr.trainer.index.layout import (
 from tvr.trainer.index.optional_faiss import import_faiss
 from tvr.trainer.index.segments import PlannedSegment, planned_segments
 
-# Videos from which `auto` takes another method. Below the first one, comparing all vectors takes
-# less time than re-ranking does. Above the second, a graph takes hours to build on one machine.
-HNSW_FROM, IVF_FROM = 100_000, 1_000_000
+# Videos from which `auto` takes ivf. Below, comparing all vectors takes less time than re-ranking.
+# hnsw is taken on request only: for the same recall it took longer than ivf to search, and 30 times
+# as long to build (tests/benchmarks/two_stage_search.py).
+IVF_FROM = 100_000
 BLOCKS_PER_SEGMENT: dict[Method, int] = {"exact": 64, "ivf": 64, "hnsw": 256}
 # Of ivf's centres: videos per centre that they are learned from, and rounds of k-means.
 VIDEOS_PER_CENTRE, ROUNDS = 64, 10
@@ -71,7 +72,7 @@ def build_index(
 
     Args:
         method: exact compares all vectors, ivf those of the nearest lists, hnsw follows a graph.
-            auto keeps that of an index that is there; otherwise it chooses by the number of videos.
+            auto keeps that of an index that is there; a new one is exact below 100,000 videos.
         model: Where the model is that encoded the features; None keeps the one of an index that is
             there.
         task: This task's number, from 0, and the number of tasks.
@@ -108,9 +109,7 @@ def build_index(
 
 def chosen_method(videos: int) -> Method:
     """The method of `auto`."""
-    if videos < HNSW_FROM:
-        return "exact"
-    return "hnsw" if videos < IVF_FROM else "ivf"
+    return "exact" if videos < IVF_FROM else "ivf"
 
 
 def _header(

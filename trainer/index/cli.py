@@ -42,8 +42,8 @@ def index(argv: Sequence[str]) -> int:
         Args:
             features: Folder that `tvr embed` wrote.
             method: exact compares all vectors, ivf those of the nearest lists, hnsw follows a
-                graph. auto keeps the method of an index that is there; for a new one: exact below
-                100,000 videos, hnsw below 1,000,000, then ivf.
+                graph. auto keeps the method of an index that is there; a new one is exact below
+                100,000 videos, and ivf from there.
             model: Folder of the model that encoded the features: a run, an export, a CLIP or a
                 SigLIP. It is noted in the index, for `tvr search` and `tvr serve`.
             checkpoint: Of a run: newest, best, or the number of a step.
@@ -68,8 +68,10 @@ def _index(
 
     from tvr.trainer.checkpoint.choice import parse_choice
     from tvr.trainer.features.feature_set import FeatureSet
+    from tvr.trainer.index.build import chosen_method
     from tvr.trainer.index.encoder import NamedModel, load_model
     from tvr.trainer.index.index import Index, ModelPlace, build_index
+    from tvr.trainer.index.layout import FOLDER
 
     features = FeatureSet.open(folder)
     choice, place = parse_choice(checkpoint), None
@@ -95,6 +97,10 @@ def _index(
         return EXIT_DONE
     with Index.open(folder) as opened:
         print(f"{folder}: {len(opened):,} videos, {opened.method}")
+        usual = chosen_method(len(opened))
+        if method == "auto" and opened.method == "exact" != usual:
+            text = f"{usual} would be faster now: remove {folder / FOLDER} to build it anew"
+            print(text, file=sys.stderr)
     return EXIT_DONE
 
 

@@ -31,12 +31,12 @@ from tvr.trainer.service.records import (
     MAX_RESULTS,
     MAX_ROW,
     MAX_URL_CHARS,
+    ErrorAnswer,
     FoundHit,
     FoundVideo,
     FoundVideos,
     Health,
     Limits,
-    RequestProblem,
     SearchIndex,
 )
 from tvr.trainer.service.work_pool import WorkPool
@@ -315,7 +315,7 @@ def _link(path: str, **parameters: str | int | None) -> str:
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     every = (413, 414, *statuses)
-    return {status: {"model": RequestProblem, "description": MEANINGS[status]} for status in every}
+    return {status: {"model": ErrorAnswer, "description": MEANINGS[status]} for status in every}
 
 
 def _content(*types: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from tvr.data_prep.html_page import shown_text
 from tvr.data_prep.records import BadSample, ShardCorrupt
 from tvr.data_prep.storage.storage_errors import StorageUnavailable
-from tvr.trainer.service.records import RequestProblem
+from tvr.trainer.service.records import ErrorAnswer
 
 SHOWN_CHARS = 200
 RETRY_AFTER_S = 1
@@ -36,7 +36,7 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(error)
         self.status, self.headers = status, headers
-        self.problem = RequestProblem(
+        self.problem = ErrorAnswer(
             error=shown_text(error),
             value=cut(value) if value is not None else None,
             allowed=allowed,

@@ -143,7 +143,7 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestProblem:
+class ErrorAnswer:
     """Why a request was refused or failed."""
 
     error: str
