@@ -120,7 +120,7 @@ def test_the_commands_and_the_snippet_of_the_readme_run(
     for line in commands.splitlines():
         words = shlex.split(line)
         assert words[0] == "tvr"
-        if words[1] == "serve":  # does not end; training/test_service*.py start it
+        if words[1] == "serve":  # does not end; pages/test_search_page.py runs it
             continue
         assert main(words[1:]) == 0, capsys.readouterr().err
         outputs.append(capsys.readouterr().out)
