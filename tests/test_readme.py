@@ -51,6 +51,7 @@ def command_lines(path: Path) -> list[list[str]]:
 
 
 @cache
+@cache
 def help_of(*command: str) -> str:
     """Output of `tvr COMMAND --help`."""
     out = io.StringIO()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_files import numbered_video
-from builders.jobs import run
 from builders.pretrained import save_clip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, make_tiny_data, tiny_config
 from transformers import CLIPModel
@@ -26,6 +25,7 @@ from tvr.trainer.evaluation.options import EvaluationOptions
 from tvr.trainer.evaluation.saved_run import evaluate_run
 from tvr.trainer.evaluation.stored_features import evaluate_features, evaluate_source
 from tvr.trainer.features.feature_set import FeatureSet
+from tvr.trainer.loop import train
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import build_model
 from tvr.trainer.model.tokenizer import load_tokenizer
@@ -188,8 +188,7 @@ def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_
 def test_run_and_its_export_are_sources(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, train={"steps": 2, "zero_stage": 0})
     run_dir, exported = tmp_path / "run", tmp_path / "exported"
-    code, errors = run(config, run_dir, 1)
-    assert code == 0, errors
+    train(config, run_dir)
     assert main(["export", "--run-dir", str(run_dir), "--out", str(exported)]) == 0
     own, other = load_source(run_dir), load_source(exported)
     assert (own.step, other.step) == (2, None)
