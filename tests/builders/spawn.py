@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -12,12 +13,38 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.forkserver import ForkServer
+from multiprocessing.popen_forkserver import Popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-# The fork server imports these once for all ranks, because that takes longer than most tests.
-PRELOADED = ["deepspeed", "tvr.trainer.cli", "tvr.trainer.loop"]
+# The fork server imports these once for all ranks, because that takes longer than most tests. The
+# last ones are what a run imports only when it builds a tower or an engine.
+PRELOADED = [
+    "deepspeed",
+    "tvr.trainer.cli",
+    "tvr.trainer.loop",
+    "tvr.trainer.model.towers",
+    "transformers.models.clip.modeling_clip",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.cpp_extension",
+]
+# A server of its own: `tvr pack` starts that of multiprocessing, which then preloads nothing else.
+_SERVER = ForkServer()
+_SERVER.set_forkserver_preload(PRELOADED)
+
+
+class ForkedRank(ForkServerProcess):
+    """A process that is forked from the server of the ranks."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Popen:
+        with patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
+            return Popen(process_obj)
 
 
 def spawn(
@@ -55,14 +82,11 @@ def started(
 
     Yields their processes, and the folder with their values and errors.
     """
-    context = multiprocessing.get_context("spawn" if anew else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    Process = multiprocessing.get_context("spawn").Process if anew else ForkedRank
     with tempfile.TemporaryDirectory(prefix="tvr-ranks-") as folder:
         job = pickle.dumps((fn, args))
         ranks: list[BaseProcess] = [
-            context.Process(
-                target=_run_rank, args=(rank, world_size, folder, job, timeout_s), daemon=False
-            )
+            Process(target=_run_rank, args=(rank, world_size, folder, job, timeout_s), daemon=False)
             for rank in range(world_size)
         ]
         try:
@@ -128,6 +152,9 @@ def _run_rank(rank: int, world_size: int, folder: str, job: bytes, timeout_s: fl
         # Otherwise gloo resolves the host's name, which fails on some machines.
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
+    # The imported modules hold a million objects. A collection would copy all their pages, which
+    # the rank shares with the fork server.
+    gc.freeze()
     import torch
     import torch.distributed as dist
 

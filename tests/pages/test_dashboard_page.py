@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +95,9 @@ def resumed(browser: Browser, data: Path, tmp_path_factory: pytest.TempPathFacto
     run_dir = tmp_path_factory.mktemp("runs") / "resumed"
     page = run_dir / "dashboard.html"
     config = tiny_config(data, train={"steps": STEPS, "eval_every": 10}, checkpoint={"every": 10})
-
-    def has_logged_enough() -> bool:
-        time.sleep(0.01)
-        return jobs.steps_logged(run_dir) >= PREEMPTED_AFTER
-
-    with jobs.running(config, run_dir, 2) as job:
-        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, has_logged_enough)
-        job.communicate(timeout=jobs.TIMEOUT_S)
-    assert job.returncode == 75
+    settings = jobs.write_settings(config, run_dir, 2)
+    stop = jobs.stop_rank_after(PREEMPTED_AFTER, run_dir)
+    assert jobs.run_forked(settings, run_dir, 2, stop) == [75, 75]
     write_dashboard([run_dir], page)
     tab = shown(browser, page)
     before = drawn(tab)
@@ -114,8 +106,7 @@ def resumed(browser: Browser, data: Path, tmp_path_factory: pytest.TempPathFacto
         patch.setattr(dashboard, "WATCH_EVERY_S", 0.5)
         watcher = threading.Thread(target=dashboard.watch, args=([run_dir], page))
         watcher.start()
-        code, errors = jobs.run(config, run_dir, 2)
-        assert code == 0, errors
+        assert jobs.run_forked(settings, run_dir, 2) == [0, 0]
         watcher.join(timeout=60)
     last = tab.wait_for(
         "content.runs[0].state === 'finished' && document.body.dataset.drawn == content.written"

@@ -8,11 +8,11 @@ import re
 import resource
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,13 +74,6 @@ def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + jobs.TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never holds"
-        time.sleep(0.01)
-
-
 def test_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path) -> None:
     config, run_dir = with_ranks(settings(data, FULL_STEPS), 2), tmp_path / "run"
     file = tmp_path / "settings.json"
@@ -88,10 +81,10 @@ def test_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Path)
     storage, left = StorageFolder(str(run_dir / "checkpoints")), []
 
     def fill_the_disk(pids: list[int]) -> None:
-        until(lambda: jobs.steps_logged(run_dir) >= 4)
+        jobs.until(lambda: jobs.steps_logged(run_dir) >= 4)
         before = resource.prlimit(pids[1], resource.RLIMIT_FSIZE)
         resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (SMALL_FILE, before[1]))
-        until(lambda: bool(jobs.events(run_dir, "save_failed")))
+        jobs.until(lambda: bool(jobs.events(run_dir, "save_failed")))
         left.append(find_newest_intact(storage, ALONE).newest)
         resource.prlimit(pids[1], resource.RLIMIT_FSIZE, before)
 
@@ -161,29 +154,35 @@ def test_run_survives_a_full_disk_and_logs_all_events_later(data: Path, tmp_path
 
         def fails_again() -> None:
             failures = values()["tvr_checkpoint_failures_total"]
-            until(nothing_is_written)
-            until(lambda: values()["tvr_checkpoint_failures_total"] > failures)
+            jobs.until(nothing_is_written)
+            jobs.until(lambda: values()["tvr_checkpoint_failures_total"] > failures)
 
-        with jobs.running(config, run_dir, 2) as job:
-            assert jobs.wait_for(job, lambda: jobs.steps_logged(run_dir) >= 4)
+        found: list[Any] = []
+
+        def fill_the_disk_twice(pids: list[int]) -> None:
+            jobs.until(lambda: jobs.steps_logged(run_dir) >= 4)
             with full(disk):
                 fails_again()
                 before = find_newest_intact(storage, ALONE)
                 logged = jobs.steps_logged(run_dir)
             saves = values()["tvr_checkpoint_saves_total"]
-            until(lambda: values()["tvr_checkpoint_saves_total"] > saves)
-            until(lambda: jobs.steps_logged(run_dir) > logged)
+            jobs.until(lambda: values()["tvr_checkpoint_saves_total"] > saves)
+            jobs.until(lambda: jobs.steps_logged(run_dir) > logged)
             events = jobs.events(run_dir, "step"), jobs.events(run_dir, "save_failed")
-            with full(disk):
-                fails_again()
-                pid = jobs.rank_pid(run_dir, 1)
-                assert pid is not None
-                os.kill(pid, signal.SIGUSR1)
-                _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
-        assert job.returncode == 3, errors
+            found.extend([before, *events])
+            fill(disk)
+            fails_again()
+            os.kill(pids[1], signal.SIGUSR1)
+
+        settings_file = jobs.write_settings(config, tmp_path / "full", 2)
+        output = tmp_path / "errors.txt"
+        codes = jobs.run_forked(settings_file, run_dir, 2, fill_the_disk_twice, output)
+        errors = output.read_text()
+        assert codes == [3, 3], errors
+        (disk / "ballast").unlink()
+        before, steps, failed = found
         assert before.newest is not None
         assert before.damaged == {}
-        steps, failed = events
         assert [event["step"] for event in steps] == list(range(2, steps[-1]["step"] + 1, 2))
         assert before.newest.state.step < failed[0]["step"]
         assert all("[Errno 28] No space left on device" in event["error"] for event in failed)
@@ -192,19 +191,23 @@ def test_run_survives_a_full_disk_and_logs_all_events_later(data: Path, tmp_path
         assert re.search(
             r"step \d+ is not saved: rank \d: .*No space left.*; asked to stop by", errors
         )
-        found = find_newest_intact(storage, ALONE)
-        assert found.newest is not None
-        assert found.newest.state.step > before.newest.state.step
+        after = find_newest_intact(storage, ALONE)
+        assert after.newest is not None
+        assert after.newest.state.step > before.newest.state.step
 
 
 def test_unsaved_last_checkpoint_fails_the_run(data: Path, tmp_path: Path) -> None:
-    config = replace(settings(data, 4), checkpoint=CheckpointConfig(every=0))
+    config = replace(settings(data, 20), checkpoint=CheckpointConfig(every=0))
+    output = tmp_path / "errors.txt"
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
         run_dir = disk / "run"
-        with jobs.running(config, run_dir, 2) as job:
-            assert jobs.wait_for(job, lambda: jobs.rank_pid(run_dir, 0) is not None)
-            assert jobs.wait_for(job, lambda: (run_dir / "log.jsonl").exists())
-            with full(disk):
-                _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
-    assert job.returncode == 3, errors
-    assert "step 4, the last one, is not saved: rank 0: OSError: [Errno 28]" in errors
+
+        def fill_the_disk(pids: list[int]) -> None:
+            jobs.until((run_dir / "log.jsonl").exists)
+            fill(disk)
+
+        settings_file = jobs.write_settings(config, tmp_path / "last", 2)
+        codes = jobs.run_forked(settings_file, run_dir, 2, fill_the_disk, output)
+    errors = output.read_text()
+    assert codes == [3, 3], errors
+    assert "step 20, the last one, is not saved: rank 0: OSError: [Errno 28]" in errors

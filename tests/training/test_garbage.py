@@ -22,6 +22,14 @@ from tvr.trainer.train_step import TrainStep
 STEPS = 7
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_frozen() -> Iterator[None]:
+    """As in a process of a user; conftest freezes what the tests import."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 class Circle:
     """An object that only the garbage collector frees."""
 

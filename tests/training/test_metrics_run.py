@@ -1,4 +1,4 @@
-"""Two ranks train and are scraped 50 times a second for at least 10 s; or train without metrics."""
+"""Two ranks train and are scraped 50 times a second for at least 4 s; or train without metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import socket
-import threading
 import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from tvr.trainer.config import Config, to_json
 from tvr.trainer.monitoring.metrics import TRAINING_METRICS
 from tvr.trainer.monitoring.step_record import ALL_PARTS
 
-SCRAPES, PAUSE_S = 500, 0.02
+SCRAPES, PAUSE_S = 200, 0.02
 # Series that must have been scraped before the run is asked to stop.
 REQUIRED = {("tvr_evaluation_step",), ("tvr_checkpoint_step",)}
 MEMORY = ("tvr_host_memory_bytes", "0"), ("tvr_host_memory_bytes", "1")
@@ -48,19 +47,16 @@ class Run:
         return max(self.steps)
 
 
-def scrape_run(run_dir: Path, over: threading.Event, found: list[Samples]) -> None:
+def scrape_run(run_dir: Path, pid: int, found: list[Samples]) -> None:
     """Scrapes at most 50 times a second, from the first target file until the endpoint has closed.
 
-    After SCRAPES scrapes during training it sends the signal to stop.
+    After SCRAPES scrapes during training it sends the signal to stop to this process.
     """
-    while not (files := list((run_dir / "metrics").glob("*.json"))):
-        if over.wait(PAUSE_S):
-            return
-    (target,) = json.loads(files[0].read_text())[0]["targets"]
-    pid = jobs.rank_pid(run_dir, 1)
-    assert pid is not None
+    jobs.until(lambda: any((run_dir / "metrics").glob("*.json")))
+    (file,) = (run_dir / "metrics").glob("*.json")
+    (target,) = json.loads(file.read_text())[0]["targets"]
     before, signalled = "", False
-    while not over.is_set():
+    while True:
         began = time.monotonic()
         try:
             text = scrape(f"http://{target}/metrics")
@@ -73,7 +69,7 @@ def scrape_run(run_dir: Path, over: threading.Event, found: list[Samples]) -> No
             if REQUIRED <= found[-1].keys():
                 os.kill(pid, signal.SIGUSR1)
                 signalled = True
-        over.wait(max(0.0, PAUSE_S - (time.monotonic() - began)))
+        time.sleep(max(0.0, PAUSE_S - (time.monotonic() - began)))
 
 
 def during_training(found: list[Samples]) -> list[Samples]:
@@ -95,15 +91,9 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         metrics={"address": "127.0.0.1", "peak_tflops": 1e-3},
     )
     found: list[Samples] = []
-    over = threading.Event()
-    scraper = threading.Thread(target=scrape_run, args=(run_dir, over, found))
-    scraper.start()
-    try:
-        code, errors = jobs.run(config, run_dir, 2)
-    finally:
-        over.set()
-        scraper.join()
-    assert code == 75, errors
+    settings = jobs.write_settings(config, run_dir, 2)
+    codes = jobs.run_forked(settings, run_dir, 2, lambda pids: scrape_run(run_dir, pids[1], found))
+    assert codes == [75, 75]
     (written,) = (run_dir / "metrics").glob("*.prom")
     steps = {event["step"]: event for event in jobs.events(run_dir, "step")}
     return Run(config, run_dir, found, parse_samples(written.read_text()), steps)
@@ -189,15 +179,9 @@ def test_the_last_values_stay_in_the_run_folder(run: Run) -> None:
 def test_without_metrics_the_losses_are_the_same(run: Run) -> None:
     config = replace(run.config, metrics=replace(run.config.metrics, enabled=False))
     run_dir = run.run_dir.with_name("without")
-
-    def has_logged_as_much() -> bool:
-        time.sleep(0.2)
-        return jobs.steps_logged(run_dir) >= run.end
-
-    with jobs.running(config, run_dir, 2) as job:
-        jobs.signal_rank(job, run_dir, 1, signal.SIGUSR1, has_logged_as_much)
-        _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
-        assert job.returncode == 75, errors
+    settings = jobs.write_settings(config, run_dir, 2)
+    stop = jobs.stop_rank_after(run.end, run_dir)
+    assert jobs.run_forked(settings, run_dir, 2, stop) == [75, 75]
     assert not (run_dir / "metrics").exists()
     assert jobs.losses(run_dir)[: run.end] == [record["loss"] for record in run.steps.values()]
 

@@ -118,6 +118,38 @@ def test_evaluation_of_folder_and_of_its_features_agree(
     assert "zero-shot, mean of frames" in capsys.readouterr().out
 
 
+def test_qb_norm_of_a_data_set_and_of_its_features_agree(
+    data: Path, embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = str(data / "train")
+    frames = ["--num-frames", str(NUM_FRAMES)]
+    line = ["embed", str(data / "clip"), "--data", train, "--out", str(tmp_path / "bank")]
+    assert main([*line, "--dtype", "fp32", *frames]) == 0
+    direct = ["evaluate", "--model", str(data / "clip"), "--data", str(data / "test"), *frames]
+    stored = ["evaluate", "--features", str(embedded)]
+    found = []
+    for source_line, bank in ((direct, train), (stored, str(tmp_path / "bank"))):
+        more = ["--dual-softmax", "0.01", "--bank-captions", "20", "--bank-shared", "drop"]
+        file = tmp_path / "result.json"
+        assert main([*source_line, "--qb-norm", bank, *more, "--json", str(file)]) == 0
+        assert f"20 captions of {bank}" in capsys.readouterr().out
+        result = json.loads(file.read_text())
+        assert result["rescored"]["qb_norm"].pop("bank") == bank
+        found.append(result)
+    assert found[0]["rescored"] == found[1]["rescored"]
+    assert found[0]["queries"] == found[1]["queries"]
+    assert found[0]["rescored"]["qb_norm"]["bank_captions"] == 20
+    # The test set itself is the worst bank; its captions are refused by name.
+    for source_line, bank in ((direct, str(data / "test")), (stored, str(embedded))):
+        assert main([*source_line, "--qb-norm", bank]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"the bank {bank} holds 10 captions of the test set" in error
+    # Features of other settings cannot be mixed.
+    assert main([*line[:-1], str(tmp_path / "other"), "--num-frames", "2"]) == 0
+    assert main([*stored, "--qb-norm", str(tmp_path / "other")]) == 2
+    assert "of another model or of other settings" in " ".join(capsys.readouterr().err.split())
+
+
 def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, data={"test_exchanged": None}, train={"micro_batch": 4})
     words = load_tokenizer(data / "tokenizer", MAX_WORDS)

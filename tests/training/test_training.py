@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,21 +27,19 @@ class Ended:
 
 
 def train(config: Config, run_dir: Path, *, ranks: int = 1, flags: tuple[str, ...] = ()) -> Ended:
-    """Runs `tvr train`: one rank in this process, several ranks by `tvr launch local`."""
+    """Runs `tvr train`: one rank in this process, several ranks in forked ones."""
     settings = run_dir.with_suffix(".json")
     settings.write_text(to_json(with_ranks(config, ranks)))
-    line = ["--config", str(settings), "--run-dir", str(run_dir), *flags]
     if ranks == 1:
         with redirect_stderr(io.StringIO()) as stderr:
+            line = ["--config", str(settings), "--run-dir", str(run_dir), *flags]
             return Ended(tvr_train(line), stderr.getvalue())
-    launch = ["launch", "local", "--ranks", str(ranks), "--", "tvr", "train"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tvr.launchers.cli", *launch, *line],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return Ended(done.returncode, done.stderr)
+    assert not flags
+    errors = run_dir.with_suffix(".txt")
+    code, *others = jobs.run_forked(settings, run_dir, ranks, errors=errors)
+    assert code is not None
+    assert others == [code] * (ranks - 1)
+    return Ended(code, errors.read_text())
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +28,7 @@ from tvr.trainer.engine.deepspeed_config import (
     optimizer_line,
 )
 from tvr.trainer.engine.engine import Engine, consolidated_weights, universal_target
+from tvr.trainer.engine.startup import COMPILER_OFF, MUON_MODULES
 
 MUON = {"optimizer": {"type": "Muon", "params": {"momentum": 0.95}}}
 BF16_STATES = {
@@ -208,6 +212,20 @@ def test_deepspeeds_own_optimisers_train_and_resume(
         assert {dtype for _, dtype in states} == {torch.bfloat16}
     weights = consolidated_weights(folder / name / "shards", FORMS[name][0])
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_muon_is_compiled_only_where_a_run_may_use_it() -> None:
+    before = {name: sys.modules.pop(name, None) for name in MUON_MODULES}
+    try:
+        startup.import_muon(train())
+        plain = importlib.import_module(MUON_MODULES[0]).zeropower_via_newtonschulz5
+        assert not hasattr(plain, "_torchdynamo_orig_callable")
+        assert COMPILER_OFF not in os.environ
+        startup.import_muon(train(deepspeed=MUON))
+        compiled = importlib.import_module(MUON_MODULES[0]).zeropower_via_newtonschulz5
+        assert hasattr(compiled, "_torchdynamo_orig_callable")
+    finally:
+        sys.modules.update((name, module) for name, module in before.items() if module)
 
 
 def test_an_optimiser_of_deepspeed_is_named_and_not_converted(data: Path) -> None:

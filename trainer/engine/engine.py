@@ -25,7 +25,7 @@ from tvr.trainer.engine.deepspeed_config import (
 from tvr.trainer.engine.gradients import global_norm
 from tvr.trainer.engine.partitioning import partition_model
 from tvr.trainer.engine.staging import Staging
-from tvr.trainer.engine.startup import build_extensions, not_importable
+from tvr.trainer.engine.startup import build_extensions, import_muon, not_importable
 from tvr.trainer.engine.tower_layers import explain_compile_cache_errors, wrap_tower_layers
 from tvr.trainer.engine.universal import (
     UniversalTarget,
@@ -73,6 +73,7 @@ class Engine:
                 groups, betas=(train.beta1, train.beta2), fused=True if self._fused else None
             )
         build_extensions(deepspeed, train)
+        import_muon(train)
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=_backend(world), verbose=False)
         if train.zero_stage == 3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,16 @@ from typing import Any
 
 from tvr.kernels.backends.cpu_build import build_lock, ninja_on_path
 from tvr.trainer.config import TrainConfig
-from tvr.trainer.engine.deepspeed_config import optimizer_builders
+from tvr.trainer.engine.deepspeed_config import has_own_optimizer, optimizer_builders
+
+MUON_MODULES = (
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+# torch.compile returns a function as it is where this variable is "1".
+COMPILER_OFF = "TORCHDYNAMO_DISABLE"
+# Attribute of the modules that were imported so.
+_IS_PLAIN = "_tvr_is_not_compiled"
 
 
 @contextmanager
@@ -28,6 +39,35 @@ def not_importable(package: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[package]
+
+
+def import_muon(train: TrainConfig) -> None:
+    """Imports DeepSpeed's Muon before it does so itself, without torch's compiler if it can.
+
+    Every engine imports Muon in order to compare its optimiser with it, and Muon passes its
+    functions to torch.compile. That imports torch's compiler, which takes a tenth of a rank's
+    start. Only a run whose optimiser is DeepSpeed's own needs the compiled functions.
+    """
+    loaded = [sys.modules[name] for name in MUON_MODULES if name in sys.modules]
+    if has_own_optimizer(train):
+        if any(hasattr(module, _IS_PLAIN) for module in loaded):
+            for name in MUON_MODULES:
+                del sys.modules[name]  # DeepSpeed's next import compiles its functions
+        return
+    if loaded:
+        return
+    before = os.environ.get(COMPILER_OFF)
+    os.environ[COMPILER_OFF] = "1"
+    try:
+        for name in MUON_MODULES:
+            setattr(importlib.import_module(name), _IS_PLAIN, True)
+    except ImportError:
+        return  # a version of DeepSpeed without Muon, or with it elsewhere
+    finally:
+        if before is None:
+            del os.environ[COMPILER_OFF]
+        else:
+            os.environ[COMPILER_OFF] = before
 
 
 def build_extensions(deepspeed: Any, train: TrainConfig) -> None:
