@@ -153,10 +153,14 @@ def draw_scenes(count: int, seed: int, *, excluded: set[object]) -> list[Scene]:
     return scenes
 
 
-def render(scene: Scene, seed: int) -> np.ndarray:
+def render(scene: Scene, seed: int, *, shown: np.ndarray | None = None) -> np.ndarray:
     """Renders a scene to uint8 frames (12, 64, 64, 3).
 
     The positions of the objects and the background depend on `seed`.
+
+    Args:
+        shown: (12, 2) bool, False for an object that is not drawn in a frame; None: both objects
+            are in all frames, as in the demo.
     """
     rng = np.random.default_rng(seed)
     starts = _start_positions(scene, rng)
@@ -165,9 +169,11 @@ def render(scene: Scene, seed: int) -> np.ndarray:
     for index in range(NUM_FRAMES):
         time = index / (NUM_FRAMES - 1)
         image = np.broadcast_to(background, (FRAME_SIDE, FRAME_SIDE, 3)).astype(np.float64)
-        for obj, start, done in zip(
-            (scene.first, scene.second), starts, _progress(scene.order, time), strict=True
+        for number, (obj, start, done) in enumerate(
+            zip((scene.first, scene.second), starts, _progress(scene.order, time), strict=True)
         ):
+            if shown is not None and not shown[index, number]:
+                continue
             centre = start + done * SPEEDS[obj.speed] * np.array(DIRECTIONS[obj.direction])
             cover = _coverage(obj, centre)[..., None]
             image = image * (1 - cover) + cover * np.array(COLOURS[obj.colour], np.float64)

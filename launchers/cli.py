@@ -51,6 +51,14 @@ COMMANDS = {
     "embed": Command(
         "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),
+    "index": Command("tvr.trainer.index.cli:index", "make the videos of `tvr embed` searchable"),
+    "search": Command("tvr.trainer.index.cli:search", "find videos by a caption, or by an example"),
+    "serve": Command(
+        "tvr.trainer.service.cli:serve", "serve an index over HTTP, with a search page"
+    ),
+    "explain": Command(
+        "tvr.trainer.explanation.cli:explain", "write a page: why a video fits a caption, or not"
+    ),
     "report": Command("tvr.trainer.cli:report", "write report.html of a run"),
     "dashboard": Command(
         "tvr.trainer.pages.cli:dashboard", "write a page that follows running and finished runs"

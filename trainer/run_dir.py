@@ -99,7 +99,7 @@ def write_evaluation(
         is_last: False: evaluation.json stays that of the last step, and the step gets a file of
             its own.
     """
-    content = {"step": step, **evaluation.summary(), "queries": evaluation.queries}
+    content = evaluation.document() | {"step": step}
     name = EVALUATION if is_last else step_evaluation(step)
     write_atomically(run_dir / name, json.dumps(content, indent=1) + "\n")
 

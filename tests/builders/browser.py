@@ -77,15 +77,15 @@ class Browser:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, page: Path) -> Tab:
-        """Opens the page in a new tab."""
+    def open(self, page: Path | str) -> Tab:
+        """Opens a file, or the page at a URL, in a new tab."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         tab = Tab(self, attached["sessionId"])
         for domain in ("Page", "Network", "Runtime", "Log"):
             tab.call(f"{domain}.enable")
         tab.prefer("light")
-        tab.call("Page.navigate", url=page.as_uri())
+        tab.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         return tab
 
     def _receive(self) -> dict[str, Any]:

@@ -244,3 +244,44 @@ def test_other_groups_fill_the_places_of_a_short_group(ranks: list[int], count: 
     queries = [query(rank, f"{index:03d}", key=f"clip {index}") for index, rank in enumerate(ranks)]
     captions = [entry["caption"] for entry in choose_queries(queries, 12)]
     assert len(captions) == len(set(captions)) == count
+
+
+def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path) -> None:
+    way = {"recall_at_1": 40.0, "recall_at_5": 50.0, "recall_at_10": 60.0, "recall_at_50": 70.25}
+    way |= {"median_rank": 2.0, "mean_rank": 3.125, "mean_average_precision": 55.5}
+    protocol = {"name": "multi_caption", "version": 2, "equal_captions": "wrong"}
+    final = evaluation_event(4, data="data/test", text_to_video=way, mean=way)
+    final["protocol"] = protocol | {"captions_with_equals": 12}
+    final["rescored"] = {
+        "dual_softmax": {"temperature": 0.01, "text_to_video": way | {"recall_at_1": 91.5}},
+        "qb_norm": {
+            "beta": 20.0,
+            "bank": "data/<train>",
+            "bank_captions": 5000,
+            "dropped_test_captions": 3,
+            "text_to_video": way | {"recall_at_1": 92.5},
+        },
+    }
+    write_run(tmp_path, step_event(4))
+    (tmp_path / "evaluation.json").write_text(json.dumps(final))
+    page = " ".join(write_report(tmp_path).read_text().split())
+    assert "12 captions equal one of another video: only the own video is right." in page
+    names = ["R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "mAP"]
+    assert "<th>Raw</th>" + "".join(f"<th>{name}</th>" for name in names) in page
+    cells = ["40.0 %", "50.0 %", "60.0 %", "70.2 %", "2.0", "3.12", "55.5 %"]
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    assert f"<td>Text to video</td>{row}" in page
+    assert f"<td>Mean of both</td>{row}" in page
+    # The other direction is of an earlier release, which had no recall at 50.
+    assert re.search(r"<td>Video to text</td>(<td>[^<]*</td>){3}<td>-</td>", page)
+    assert "<span>R@1, text to video, raw</span>" in page
+    # Each way of scoring has a table of its own, under its name.
+    tables = page.split("<table>")[1:4]
+    titles = [re.findall(r"<th>([^<]*)</th>", table)[0] for table in tables]
+    assert titles == [
+        "Raw",
+        "Dual softmax, temperature 0.01: sees all test queries at once",
+        "QB-Norm, beta 20, bank of 5,000 captions of data/&lt;train&gt;, 3 test captions dropped",
+    ]
+    shown = [re.findall(r"<td>(\d\d\.\d %)</td>", table)[0] for table in tables]
+    assert shown == ["40.0 %", "91.5 %", "92.5 %"]

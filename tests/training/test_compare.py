@@ -123,7 +123,9 @@ def test_different_test_sets_are_refused(tmp_path: Path) -> None:
     queries[0] = queries[0] | {"caption": "another one"}
     text = refused("caption", some_ranks(0), queries=queries)
     assert "the first difference is 'v0: caption 0' and 'v0: another one'" in text
-    assert "protocols None and {'name': 'x'}" in refused("p", some_ranks(0), protocol={"name": "x"})
+    _changed(first, protocol={"name": "single_caption", "version": 2})
+    text = refused("paragraphs", some_ranks(0), protocol={"name": "paragraph", "version": 2})
+    assert "protocols {'name': 'single_caption'} and {'name': 'paragraph'}" in text
     videos = [{"key": f"w{video}", "rank": 1} for video in range(VIDEOS)]
     assert "'v0' and 'w0'" in refused("back", some_ranks(0), video_queries=videos)
 

@@ -19,14 +19,16 @@ from torch import Tensor
 from tvr.data_prep.annotations.read import read_annotations
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.packing.pack import pack_shards
-from tvr.data_prep.records import Batch, TooManyBadSamples
+from tvr.data_prep.records import Batch, Caption, TooManyBadSamples
 from tvr.kernels import reference
 from tvr.kernels.ranking import retrieval_metrics
 from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.options import EvaluationOptions
 from tvr.trainer.loop import train
+from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features, TextVideoModel, build_model, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.records import Evaluation, results_table
@@ -168,6 +170,28 @@ def test_each_caption_of_a_video_is_a_query(data: Path) -> None:
     assert_queries(result, batch, similarity)
 
 
+def test_paragraphs_join_the_captions_of_a_video(data: Path) -> None:
+    config = setting(data, test=str(data / "train"), test_exchanged=None, max_words=77)
+    model, tokenizer = untrained(config)
+    plain, joined = (
+        evaluate(model, config, tokenizer, ALONE, EvaluationOptions(paragraphs=each))
+        for each in (False, True)
+    )
+    assert (plain.captions, joined.captions, joined.videos) == (30, 10, 10)
+    assert (plain.protocol["name"], joined.protocol["name"]) == ("multi_caption", "paragraph")
+    first = [query["caption"] for query in plain.queries[:3]]
+    assert joined.queries[0]["caption"] == " ".join(first)
+    assert joined.queries[0]["key"] == plain.queries[0]["key"]
+    # The query is that text itself: encoded alone, it is as similar.
+    batch = whole_set(str(data / "train"), config, tokenizer)
+    ids, mask = tokenizer([Caption(text=" ".join(first))])
+    with torch.no_grad():
+        own = model(batch.frames, batch.frame_mask, ids, mask)
+    top = joined.queries[0]["top"][0]
+    scores = similarity_rows(own, own, config.model)[0]
+    assert top["similarity"] == pytest.approx(float(scores.max()), abs=1e-5)
+
+
 def evaluate_on_rank(rank: int, world_size: int, folder: Path) -> tuple[list[Evaluation], str]:
     """Evaluations with few and many batches per rank, and the error for a set that is too small."""
     torch.set_num_threads(1)
@@ -197,8 +221,9 @@ def test_three_ranks_give_the_same_result_as_one(data: Path) -> None:
         for ours, theirs in zip(results, alone, strict=True):
             assert ours.summary() == theirs.summary()
             if rank:
-                assert ours.queries == []
+                assert ours.queries == ours.video_queries == []
                 continue
+            assert ours.video_queries == theirs.video_queries
             for query, same in zip(ours.queries, theirs.queries, strict=True):
                 assert (query["caption"], query["key"]) == (same["caption"], same["key"])
                 assert query["rank"] == same["rank"]
@@ -333,11 +358,12 @@ def test_table_shows_the_summary(data: Path) -> None:
     summary["binding_accuracy"] = 65.0
     lines = results_table(summary).splitlines()
     assert lines[0] == f"10 captions, 10 videos ({data / 'test'})"
-    assert lines[1].split() == ["R@1", "R@5", "R@10", "MdR", "MnR"]
-    assert lines[2].split()[:4] == ["text", "to", "video", "12.3"]
-    assert lines[2].split()[6] == "7.5"
-    assert lines[3].startswith("video to text")
-    assert lines[4] == "binding accuracy 65.0 % (chance 50 %)"
-    assert len(lines) == 5
+    assert lines[1].startswith("protocol: single_caption, version 2; 0 captions equal one")
+    assert lines[2].split() == ["raw", "R@1", "R@5", "R@10", "R@50", "MdR", "MnR"]
+    assert lines[3].split()[:4] == ["text", "to", "video", "12.3"]
+    assert lines[3].split()[7] == "7.5"
+    assert [line.split()[0] for line in lines[4:6]] == ["video", "mean"]
+    assert lines[6] == "binding accuracy 65.0 % (chance 50 %)"
+    assert len(lines) == 7
     without = results_table(replace(result, binding_accuracy=None).summary())
     assert "binding" not in without

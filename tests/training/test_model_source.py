@@ -21,6 +21,8 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
+from tvr.trainer.evaluation.options import EvaluationOptions
+from tvr.trainer.evaluation.saved_run import evaluate_run
 from tvr.trainer.evaluation.stored_features import evaluate_features, evaluate_source
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loop import train
@@ -118,6 +120,41 @@ def test_evaluation_of_folder_and_of_its_features_agree(
     assert "zero-shot, mean of frames" in capsys.readouterr().out
 
 
+def test_qb_norm_of_a_data_set_and_of_its_features_agree(
+    data: Path, embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = str(data / "train")
+    frames = ["--num-frames", str(NUM_FRAMES)]
+    line = ["embed", str(data / "clip"), "--data", train, "--out", str(tmp_path / "bank")]
+    assert main([*line, "--dtype", "fp32", *frames]) == 0
+    direct = ["evaluate", "--model", str(data / "clip"), "--data", str(data / "test"), *frames]
+    stored = ["evaluate", "--features", str(embedded)]
+    found = []
+    for source_line, bank in ((direct, train), (stored, str(tmp_path / "bank"))):
+        more = ["--dual-softmax", "0.01", "--bank-captions", "20", "--bank-shared", "drop"]
+        file = tmp_path / "result.json"
+        assert main([*source_line, "--qb-norm", bank, *more, "--json", str(file)]) == 0
+        assert f"20 captions of {bank}" in capsys.readouterr().out
+        result = json.loads(file.read_text())
+        assert result["rescored"]["qb_norm"].pop("bank") == bank
+        found.append(result)
+    assert found[0]["rescored"] == found[1]["rescored"]
+    assert found[0]["queries"] == found[1]["queries"]
+    assert found[0]["rescored"]["qb_norm"]["bank_captions"] == 20
+    # The test set itself is the worst bank; its captions are refused by name.
+    for source_line, bank in ((direct, str(data / "test")), (stored, str(embedded))):
+        assert main([*source_line, "--qb-norm", bank]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"the bank {bank} holds 10 captions of the test set" in error
+    # Features of other settings cannot be mixed.
+    assert main([*line[:-1], str(tmp_path / "other"), "--num-frames", "2"]) == 0
+    assert main([*stored, "--qb-norm", str(tmp_path / "other")]) == 2
+    assert "of another model or of other settings" in " ".join(capsys.readouterr().err.split())
+    # Stored captions cannot be joined.
+    assert main([*stored, "--paragraphs"]) == 2
+    assert "--paragraphs encodes captions anew" in " ".join(capsys.readouterr().err.split())
+
+
 def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, data={"test_exchanged": None}, train={"micro_batch": 4})
     words = load_tokenizer(data / "tokenizer", MAX_WORDS)
@@ -168,6 +205,18 @@ def test_run_and_its_export_are_sources(data: Path, tmp_path: Path) -> None:
     assert asdict(one.text_to_video) == asdict(two.text_to_video) == stored
     with pytest.raises(ValueError, match="step 7"):
         load_source(run_dir, 7)
+    # A run keeps results of the default protocol; other blocks are added beside the raw one.
+    before = (run_dir / "evaluation.json").read_bytes()
+    other = evaluate_run(run_dir, None, options=EvaluationOptions(equal_captions=True))
+    assert other.protocol["equal_captions"] == "right"
+    assert (run_dir / "evaluation.json").read_bytes() == before
+    line = ["evaluate", "--run-dir", str(run_dir), "--dual-softmax", "0.01"]
+    bank = ["--qb-norm", str(data / "train"), "--bank-shared", "drop"]
+    assert main([*line, *bank]) == 0
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert content["text_to_video"] == stored
+    assert set(content["rescored"]) == {"dual_softmax", "qb_norm"}
+    assert content["rescored"]["qb_norm"]["bank_captions"] <= 30
 
 
 own_world = World(rank=0, world_size=1, device=torch.device("cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from tvr.kernels.numerics import unit
 from tvr.kernels.ranking import RetrievalMetrics, ranks
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.retrieval import Retrieval, paired_scores, rank_features
+from tvr.trainer.evaluation.bank import Bank, caption_ids, without_test_captions
+from tvr.trainer.evaluation.retrieval import (
+    Rescoring,
+    Retrieval,
+    paired_scores,
+    rank_features,
+)
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features
 
@@ -71,22 +78,57 @@ def slice_of(whole: Features, caption_video: Tensor, videos: range) -> tuple[Fea
     return own, caption_video[rows] - videos.start
 
 
-SIZES = ((1, 1), (7, 30), (90, 40), (64, 64))
+def ids_of(captions: int) -> Tensor:
+    """Numbers that many captions share, also of different ranks."""
+    draw = torch.Generator().manual_seed(captions)
+    return torch.randint(max(1, 2 * captions // 3), (captions,), generator=draw)
+
+
+SIZES = ((1, 1), (7, 30), (60, 34))
+PARTS = (
+    "text_to_video",
+    "text_ties",
+    "text_quality",
+    "videos",
+    "video_to_text",
+    "video_ties",
+    "video_quality",
+)
 SCORES = {"distinct": score, "tied": tied_score}
+
+
+def bank_of(rank: int, world_size: int) -> Features:
+    """This rank's part of a bank of 11 captions; the parts are uneven."""
+    whole, video = features_of(11, 11)
+    first, end = (11 * part // world_size for part in (rank, rank + 1))
+    return slice_of(whole, torch.arange(len(video)), range(first, end))[0]
 
 
 def retrieved(rank: int, world_size: int) -> list[tuple[RetrievalMetrics, Retrieval]]:
     torch.set_num_threads(1)
     world = World(rank=rank, world_size=world_size, device=CPU)
     found = []
+    rescoring = Rescoring(temperature=0.05, bank=bank_of(rank, world_size))
     for captions, videos in SIZES:
         whole, caption_video = features_of(captions, videos)
-        # Uneven parts: with 40 videos on 3 ranks 10, 10 and 20; of one video two ranks have none.
+        # Uneven parts: with 34 videos on 3 ranks 8, 9 and 17; of one video two ranks have none.
         bounds = [videos * part // (world_size + 1) for part in range(world_size)] + [videos]
         own = slice_of(whole, caption_video, range(bounds[rank], bounds[rank + 1]))
+        first = int((caption_video < bounds[rank]).sum())
+        ids = ids_of(captions)[first : first + len(own[1])]
         for each in SCORES.values():
-            result = rank_features(*own, each, world, captions_per_block=12, scores_per_tile=100)
-            found.append((result.ranks.metrics(), result))
+            for merged in (False, True):
+                result = rank_features(
+                    *own,
+                    each,
+                    world,
+                    caption_ids=ids,
+                    merge_equal=merged,
+                    rescoring=rescoring if merged else None,
+                    captions_per_block=12,
+                    scores_per_tile=100,
+                )
+                found.append((result.ranks.metrics(), result))
     return found
 
 
@@ -96,25 +138,39 @@ def test_ranks_and_best_videos_equal_those_of_the_whole_table() -> None:
         whole, caption_video = features_of(captions, videos)
         for each in SCORES.values():
             table = each(whole, whole)
-            metrics, result = next(found)
-            expected = ranks(table, caption_video)
-            for name in ("text_to_video", "text_ties", "videos", "video_to_text", "video_ties"):
-                assert torch.equal(getattr(result.ranks, name), getattr(expected, name)), name
-            assert metrics == expected.metrics()
             best = table.sort(dim=1, descending=True, stable=True)
-            assert torch.allclose(result.top_scores, best.values[:, :5], atol=1e-6)
-            if each is score:
-                assert torch.equal(result.top_videos, best.indices[:, :5])
+            for ids in (None, ids_of(captions)):
+                metrics, result = next(found)
+                expected = ranks(table, caption_video, ids)
+                for name in PARTS:
+                    one, two = getattr(result.ranks, name), getattr(expected, name)
+                    assert (one is None) == (two is None), name
+                    if one is not None and two is not None:
+                        assert torch.equal(one, two), name
+                assert metrics == expected.metrics()
+                assert torch.allclose(result.top_scores, best.values[:, :5], atol=1e-6)
+                if each is score:
+                    assert torch.equal(result.top_videos, best.indices[:, :5])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_ranks_give_the_same_ranks_to_the_last_digit(world_size: int) -> None:
     alone = retrieved(0, 1)
+    assert list(alone[-1][1].rescored) == ["dual_softmax", "qb_norm"]
     for rank, results in enumerate(spawn(retrieved, world_size)):
         for (metrics, result), (expected, whole) in zip(results, alone, strict=True):
             assert metrics == expected
             assert torch.equal(result.ranks.text_to_video, whole.ranks.text_to_video)
             assert torch.equal(result.ranks.video_to_text, whole.ranks.video_to_text)
+            assert result.equal_captions == whole.equal_captions
+            assert list(result.rescored) == list(whole.rescored)
+            for name, ranks_of in result.rescored.items():
+                same = whole.rescored[name]
+                assert ranks_of.facts == same.facts
+                assert torch.equal(ranks_of.text_to_video.rank, same.text_to_video.rank)
+                assert ranks_of.text_to_video.metrics() == same.text_to_video.metrics()
+                if ranks_of.video_to_text is not None and same.video_to_text is not None:
+                    assert ranks_of.video_to_text.metrics() == same.video_to_text.metrics()
             if rank:
                 assert result.top_videos.shape[0] == result.top_scores.shape[0] == 0
             else:
@@ -174,7 +230,7 @@ def test_no_rank_scores_more_than_a_tile_at_a_time() -> None:
         sizes.append(scores.numel())
         return scores
 
-    limits = {"captions_per_block": 32, "scores_per_tile": 1000}
+    limits: dict[str, Any] = {"captions_per_block": 32, "scores_per_tile": 1000}
     rank_features(own, caption_video, counted, ALONE, **limits)
     assert max(sizes) <= 32 * 32
     # The pairs of the table once, and the few of the positives.
@@ -204,13 +260,23 @@ def refused_on(rank: int, world_size: int) -> str:
 
     with pytest.raises(ValueError, match="not finite") as error:
         rank_features(*own, broken, world, captions_per_block=8)
-    return str(error.value)
+    # Rank 0 gives the bank a caption that rank 1 has in its part of the test set.
+    texts = [["A dog.", "a cat"], ["a bird", "a fish"]][rank]
+    bank = Bank(name="train", features=bank_of(rank, 5), captions=texts)
+    ids = caption_ids([["one", "two"], ["a  dog", "three"]][rank])
+    with pytest.raises(ValueError, match="the bank train holds 1 captions of the test set") as leak:
+        without_test_captions(bank, ids, "test", False, world)
+    kept = without_test_captions(bank, ids, "test", True, world)
+    assert kept.captions == [["a cat"], ["a bird", "a fish"]][rank]
+    assert (kept.dropped, len(kept.features.words)) == (1, 2 - (rank == 0))
+    return f"{error.value}; {leak.value}"
 
 
 def test_one_ranks_broken_similarity_ends_all_ranks() -> None:
     first, second = spawn(refused_on, 2)
     assert first == second
     assert "with video 7 is nan" in first
+    assert "such as 'A dog.'" in first
 
 
 def test_a_set_without_captions_is_refused() -> None:

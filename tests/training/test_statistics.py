@@ -205,7 +205,7 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch: pytest.MonkeyPatch) 
     found = intervals(ranks)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 300e6
+    assert peak < 120e6
     # Groups of queries at random give the error of the queries.
     low, high = found["recall_at_1"]
     assert (high - low) / (2 * 1.96 * 100 * np.sqrt(0.2 * 0.8 / 100_000)) == pytest.approx(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvr.kernels.ranking import ranks, retrieval_metrics
-from tvr.trainer.evaluation.trec import write_trec
+from tvr.trainer.comparison.trec import write_trec
 
 
 def queries_of(similarity: Tensor, video: Tensor, depth: int, keys: list[str]) -> list[dict]:

@@ -238,11 +238,12 @@ def shown_interval(value: float, interval: Interval) -> str:
 
 
 def shown_difference(found: Difference) -> str:
-    """A difference with its interval and its p value."""
-    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}] p {shown_p(found.p)}"
+    """A difference with its interval, such as +1.3 [+0.2, +2.4]."""
+    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def shown_p(p: float) -> str:
+    """A p value with three digits after the point, or as a power of ten."""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
@@ -258,14 +259,11 @@ def _direction_lines(title: str, part: DirectionComparison) -> list[str]:
         (str(number), *(shown_interval(one.values[m], one.intervals[m]) for m in COLUMNS.values()))
         for number, one in enumerate(part.runs, 1)
     ]
-    rows += [
-        (
-            f"{number} - 1",
-            *(shown_difference(one.against_first.differences[m]) for m in COLUMNS.values()),
-        )
-        for number, one in enumerate(part.runs, 1)
-        if one.against_first
-    ]
+    for number, one in enumerate(part.runs, 1):
+        if one.against_first:
+            found = [one.against_first.differences[metric] for metric in COLUMNS.values()]
+            rows.append((f"{number} - 1", *(shown_difference(each) for each in found)))
+            rows.append(("", *(f"p {shown_p(each.p)}" for each in found)))
     rows += [
         (f"{one.name} ({len(one.runs)} runs)", *(shown_spread(s) for s in one.spreads.values()))
         for one in part.groups

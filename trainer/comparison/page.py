@@ -10,6 +10,7 @@ from tvr.trainer.comparison.compare import (
     Comparison,
     shown_difference,
     shown_interval,
+    shown_p,
     shown_spread,
 )
 from tvr.trainer.comparison.statistics import CONFIDENCE
@@ -23,5 +24,6 @@ def comparison_page(comparison: Comparison) -> str:
         confidence=f"{100 * CONFIDENCE:.0f} %",
         shown_interval=shown_interval,
         shown_difference=shown_difference,
+        shown_p=shown_p,
         shown_spread=shown_spread,
     )

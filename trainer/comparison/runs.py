@@ -42,8 +42,8 @@ class StoredEvaluation:
     step: int | None
     videos: int
     """Size of the gallery."""
-    protocol: Any
-    """Name and settings of the protocol; None in files that have none."""
+    protocol: Mapping[str, Any]
+    """What decides about ranks: the name, and the rule for equal captions; may be empty."""
     directions: Mapping[str, RankedQueries]
     """text_to_video, and video_to_text if the file has the ranks of that direction."""
     settings: Mapping[str, Any] | None
@@ -83,7 +83,7 @@ def read_evaluation(path: Path) -> StoredEvaluation:
         name=str(path),
         step=content.get("step"),
         videos=videos,
-        protocol=content.get("protocol"),
+        protocol=_protocol(content.get("protocol")),
         directions=directions,
         settings=_settings(file.parent / CONFIG),
     )
@@ -100,7 +100,8 @@ def check_same_queries(runs: Sequence[StoredEvaluation]) -> None:
         both = f"{first.name} and {run.name} are not of one test set"
         if run.videos != first.videos:
             raise ValueError(f"{both}: {first.videos:,} and {run.videos:,} videos")
-        if run.protocol != first.protocol:
+        # Files of earlier releases name no protocol; theirs is told by the captions.
+        if first.protocol and run.protocol and first.protocol != run.protocol:
             raise ValueError(f"{both}: protocols {first.protocol!r} and {run.protocol!r}")
         for direction in DIRECTIONS:
             if direction in first.directions and direction in run.directions:
@@ -152,6 +153,11 @@ def _decides(setting: str) -> bool:
         return rule_of(setting).kind != "free"
     except KeyError:
         return True  # of another release
+
+
+def _protocol(stored: Any) -> dict[str, Any]:
+    names = ("name", "equal_captions")
+    return {name: stored[name] for name in names if name in stored} if stored else {}
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

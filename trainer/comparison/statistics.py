@@ -15,7 +15,7 @@ At a recall of exactly 0 or 100 % it has no width: the queries hold no other cas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,7 +171,12 @@ class _Ratio:
     """A sum of values over the number of queries."""
 
     def __init__(self, values: Floats) -> None:
-        self.columns = np.stack([values, np.ones_like(values)], axis=1)
+        self._values = values
+
+    def columns(self) -> Iterator[NDArray[Any]]:
+        """(A,) numbers of each query, whose sums over a resample `finish` takes."""
+        yield self._values
+        yield np.ones_like(self._values)
 
     def finish(self, sums: Floats) -> tuple[Floats, bool]:
         return sums[:, 0] / sums[:, 1], True
@@ -207,9 +212,12 @@ class _Median:
         self._is_exact = len(places) == last - first + 1
         self._at_start, self._at_end = first == 0, last == len(self._distinct) - 1
         self._window = self._distinct[places]
-        self.columns = np.concatenate(
-            [self._values[:, None] <= self._window, np.ones((len(self._values), 1))], axis=1
-        )
+
+    def columns(self) -> Iterator[NDArray[Any]]:
+        """(A,) numbers of each query, whose sums over a resample `finish` takes."""
+        for value in self._window:
+            yield self._values <= value
+        yield np.ones_like(self._values)
 
     def finish(self, sums: Floats) -> tuple[Floats, bool]:
         """The medians; False if a resample's lies outside of the window, which is widened."""
@@ -259,7 +267,7 @@ def _resampled(
     while open_parts := [place for place, values in enumerate(found) if values is None]:
         # A window that had to be widened sees the same resamples again.
         rng.bit_generator.state = start
-        columns = [_per_cluster(parts[place].columns, code, count) for place in open_parts]
+        columns = [_per_cluster(parts[place].columns(), code, count) for place in open_parts]
         ends = np.cumsum([part.shape[1] for part in columns])[:-1]
         table = np.concatenate(columns, axis=1)
         pieces = [draws @ table for draws in _draws(count, samples, rng)]
@@ -280,9 +288,9 @@ def _draws(count: int, samples: int, rng: np.random.Generator) -> Iterator[Float
         yield times.reshape(rows, count).astype(np.float64)
 
 
-def _per_cluster(columns: NDArray[Any], code: Ints, count: int) -> Floats:
-    """(count, K) sums of the columns (A, K) over the queries of each cluster."""
-    sums = [np.bincount(code, columns[:, place], count) for place in range(columns.shape[1])]
+def _per_cluster(columns: Iterable[NDArray[Any]], code: Ints, count: int) -> Floats:
+    """(count, K) sums of the K columns over the queries of each cluster."""
+    sums = [np.bincount(code, column, count) for column in columns]
     return np.stack(sums, axis=1).astype(np.float64)
 
 

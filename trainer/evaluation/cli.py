@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import json as json_format
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,7 @@ import tyro
 
 from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.trainer.evaluation.options import DEFAULTS, EvaluationOptions
 from tvr.trainer.exit_reporting import run_training_command
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def evaluate(argv: Sequence[str]) -> int:
         num_frames: int | None = None,
         save_features: Path | None = None,
         json: Path | None = None,
+        trec: Path | None = None,
+        mmeb_v2: bool = False,
+        options: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -55,6 +59,10 @@ def evaluate(argv: Sequence[str]) -> int:
             save_features: Also writes the features of --data, in fp32, to this folder, for
                 --features. One process only.
             json: Also writes the results, with every query, to this file.
+            trec: Also writes the --top-videos best videos of each caption as a run of TREC, and
+                the right ones beside it as FILE.qrels.
+            mmeb_v2: Also prints the score of MMEB-V2: Hit@1 of the first caption of each video,
+                with 8 frames. A run's result is then not stored.
         """
         given = [name for name in (run_dir, model, features) if name is not None]
         if len(given) != 1:
@@ -69,11 +77,47 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError(f"--num-frames {num_frames} needs --model")
         if save_features is not None and data is None:
             raise ValueError(f"--save-features {save_features} needs --data")
-        result = _result(run_dir, model, features, data, checkpoint, save_features, num_frames)
+        if options.paragraphs and (features is not None or save_features is not None):
+            raise ValueError("--paragraphs encodes captions anew: give no features")
+        if options.qb_norm is not None and save_features is not None:
+            raise ValueError("--qb-norm with --save-features: evaluate the features afterwards")
+        if mmeb_v2:
+            from tvr.trainer.comparison.mmeb import NUM_FRAMES
+
+            frames = NUM_FRAMES if num_frames is None else num_frames
+            if features is not None:
+                from tvr.trainer.features.feature_set import FeatureSet
+
+                frames = int(FeatureSet.open(features).info.settings["num_frames"])
+            elif run_dir is not None and save_features is None:
+                from tvr.trainer.run_dir import read_config
+
+                # As a model of its own: the run's results are those with its own frames.
+                data = data or read_config(run_dir).data.test
+                model, run_dir = run_dir, None
+            if frames != NUM_FRAMES:
+                raise ValueError(f"--mmeb-v2 takes {NUM_FRAMES} frames of a video, not {frames}")
+            num_frames = None if features is not None else frames
+        result = _result(
+            run_dir, model, features, data, checkpoint, save_features, num_frames, options
+        )
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
+            document = result.document()
+            if mmeb_v2:
+                from tvr.trainer.comparison.mmeb import mmeb_v2_score
+
+                score = mmeb_v2_score(result)
+                print(score)
+                document["mmeb_v2"] = asdict(score)
+            if trec is not None:
+                from tvr.trainer.comparison.trec import write_trec
+
+                depth = options.top_videos
+                qrels = write_trec(result.queries, trec, depth)
+                print(f"the best {depth} videos of each caption: {trec}; the right ones: {qrels}")
             if json is not None:
-                _write(json, result)
+                write_atomically(json, json_format.dumps(document, indent=1) + "\n")
         return EXIT_DONE
 
     return run_training_command(
@@ -89,6 +133,7 @@ def _result(
     checkpoint: str,
     save_features: Path | None,
     num_frames: int | None,
+    options: EvaluationOptions,
 ) -> Evaluation:
     from tvr.trainer.checkpoint.choice import parse_choice
 
@@ -112,19 +157,14 @@ def _result(
             step = source.step
         with join_world() as world:
             found = FeatureSet.open(save_features or features or "", verify=True)
-            return replace(evaluate_features(found, world=world), step=step)
+            return replace(evaluate_features(found, options=options, world=world), step=step)
     if run_dir is not None:
         from tvr.trainer.evaluation.saved_run import evaluate_run
 
-        return evaluate_run(run_dir, data, choice)
+        return evaluate_run(run_dir, data, choice, options)
     from tvr.trainer.evaluation.stored_features import evaluate_source
 
-    return evaluate_source(model or "", data or "", choice, num_frames=num_frames)
-
-
-def _write(path: Path, result: Evaluation) -> None:
-    content = {"step": result.step, **result.summary(), "queries": result.queries}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return evaluate_source(model or "", data or "", choice, num_frames=num_frames, options=options)
 
 
 def embed(argv: Sequence[str]) -> int:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import Batch, Replacement, TooManyBadSamples
+from tvr.data_prep.records import Batch, Caption, Replacement, TooManyBadSamples
 from tvr.kernels.ranking import TIE_TOLERANCE
 from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.retrieval import Retrieval, Score, paired_scores, rank_features
+from tvr.trainer.evaluation.protocol import (
+    DEFAULTS,
+    Bank,
+    EvaluationOptions,
+    Named,
+    caption_ids,
+    evaluation_of,
+    rank_set,
+)
+from tvr.trainer.evaluation.retrieval import Score, paired_scores
 from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features, model_inputs
@@ -24,8 +32,6 @@ from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.records import Evaluation
 
 Encode = Callable[..., Features]
-TOP_VIDEOS = 5
-"""Number of videos that are stored for each query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +46,23 @@ class _EncodedSet:
     left_out: list[Replacement]
 
 
-def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World) -> Evaluation:
+def evaluate(
+    encode: Encode,
+    config: Config,
+    tokenizer: Tokenizer,
+    world: World,
+    options: EvaluationOptions = DEFAULTS,
+    bank: Bank | None = None,
+) -> Evaluation:
     """Ranks all captions and videos of `data.test` against each other.
 
     Each rank encodes its slice of the set once, and holds no other rank's videos. All ranks call it
-    and get the same result, except for `queries`, which rank 0 alone has.
+    and get the same result, except for the queries, which rank 0 alone has.
 
     Args:
         encode: The model's forward in evaluation mode. With partitioned weights (ZeRO-3) it is a
             collective, so all ranks call it equally often.
+        bank: This rank's part of the bank that `options.qb_norm` names.
 
     Raises:
         ValueError: `data.test` is not set, the set has fewer readable videos than ranks, or
@@ -57,25 +71,31 @@ def evaluate(encode: Encode, config: Config, tokenizer: Tokenizer, world: World)
     """
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
-    own = _encode_set(encode, config.data.test, config, tokenizer, world)
+    own = _encode_set(encode, config.data.test, config, tokenizer, world, options.paragraphs)
     score = partial(similarity_rows, model=config.model)
-    found = rank_features(own.features, own.caption_video, score, world, top_videos=TOP_VIDEOS)
+    data, ids = config.data.test, caption_ids(own.captions)
+    found, facts = rank_set(own.features, own.caption_video, ids, score, options, bank, data, world)
     binding_accuracy, missing = _binding_accuracy(encode, own, score, config, tokenizer, world)
     left_out = world.all_gather_objects([*own.left_out, *missing])
-    names = world.gather_objects_to_first((own.keys, own.captions, own.caption_video.tolist()))
-    return Evaluation(
-        data=config.data.test,
-        videos=sum(world.all_gather_counts(len(own.keys))),
-        captions=len(found.ranks.text_to_video),
-        left_out=tuple(entry for part in left_out for entry in part),
-        metrics=found.ranks.metrics(),
+    return evaluation_of(
+        found,
+        facts,
+        Named(own.keys, own.captions, own.caption_video.tolist()),
+        options,
+        world,
+        data=data,
+        left_out=[entry for part in left_out for entry in part],
         binding_accuracy=binding_accuracy,
-        queries=query_results(found, names),
     )
 
 
 def _encode_set(
-    encode: Encode, url: str, config: Config, tokenizer: Tokenizer, world: World
+    encode: Encode,
+    url: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    world: World,
+    paragraphs: bool = False,
 ) -> _EncodedSet:
     batches = ordered_batches(url, config.data, config.model, config.train, tokenizer, world)
     parts: list[Features] = []
@@ -85,6 +105,8 @@ def _encode_set(
     left_out: list[Replacement] = []
     with torch.no_grad():
         for batch, is_new in _equally_many(batches, url, world):
+            if paragraphs:
+                batch = _joined(batch, tokenizer)
             features = encode(*model_inputs(batch, world.device))
             if not is_new:
                 continue
@@ -94,6 +116,23 @@ def _encode_set(
             captions.extend(batch.captions)
             left_out.extend(batch.replaced)
     return _EncodedSet(concat_features(parts), keys, captions, torch.cat(caption_video), left_out)
+
+
+def _joined(batch: Batch, tokenizer: Tokenizer) -> Batch:
+    """The batch with the captions of each video joined to one, in their order."""
+    texts: dict[int, list[str]] = {}
+    for text, video in zip(batch.captions, batch.caption_video.tolist(), strict=True):
+        texts.setdefault(video, []).append(text)
+    captions = tuple(" ".join(parts) for parts in texts.values())
+    ids, mask = tokenizer([Caption(text=text) for text in captions])
+    return replace(
+        batch,
+        captions=captions,
+        caption_ids=caption_ids(captions),
+        token_ids=ids,
+        word_mask=mask,
+        caption_video=torch.tensor(list(texts), dtype=torch.int64),
+    )
 
 
 def _equally_many(batches: Iterator[Batch], url: str, world: World) -> Iterator[tuple[Batch, bool]]:
@@ -152,39 +191,3 @@ def _binding_accuracy(
     if not len(wins):
         raise ValueError(f"{url} shares no readable key with {config.data.test}")
     return float(100 * wins.mean()), other.left_out
-
-
-def query_results(
-    found: Retrieval, names: list[tuple[list[str], list[str], list[int]]] | None
-) -> list[dict[str, Any]]:
-    """Rank and best videos of each caption, as evaluation.json stores them, on rank 0 only.
-
-    Args:
-        names: Of every rank, the keys of its videos, its captions, and each caption's video among
-            the rank's own; None on other ranks.
-    """
-    if names is None:
-        return []
-    keys = [key for part, _, _ in names for key in part]
-    own_keys = [part[video] for part, _, videos in names for video in videos]
-    captions = [caption for _, part, _ in names for caption in part]
-    rows = zip(
-        captions,
-        own_keys,
-        found.ranks.text_to_video.tolist(),
-        found.top_videos.tolist(),
-        found.top_scores.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "caption": caption,
-            "key": key,
-            "rank": rank,
-            "top": [
-                {"key": keys[video], "similarity": value}
-                for video, value in zip(videos, values, strict=True)
-            ],
-        }
-        for caption, key, rank, videos, values in rows
-    ]

@@ -21,7 +21,9 @@ from tvr.trainer.checkpoint.restore import find_newest_weights, load_weights
 from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
+from tvr.trainer.evaluation.bank import encoded_bank
 from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.options import DEFAULTS, EvaluationOptions
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.records import Evaluation, results_table
@@ -36,7 +38,10 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_run(
-    run_dir: Path, data: str | None, choice: CheckpointChoice = "newest"
+    run_dir: Path,
+    data: str | None,
+    choice: CheckpointChoice = "newest",
+    options: EvaluationOptions = DEFAULTS,
 ) -> Evaluation:
     """Evaluates a run's checkpoint, on as many ranks as the job has.
 
@@ -46,6 +51,7 @@ def evaluate_run(
     Args:
         data: URL of another test set; None: the run's test set.
         choice: The newest checkpoint, the best one, or that of a step.
+        options: Choices of the protocol. With `equal_captions` or `paragraphs` nothing is stored.
 
     Raises:
         ValueError: no run, no such checkpoint, or no test set.
@@ -57,8 +63,20 @@ def evaluate_run(
     with join_world() as world:
         model, tokenizer, step = load_run(run_dir, config, world, choice)
         model.eval()
-        result = replace(evaluate(model, config, tokenizer, world), step=step)
-        if data is None and world.is_first:
+        bank = None
+        if options.qb_norm is not None:
+            bank = encoded_bank(
+                options.qb_norm,
+                model.encode_texts,
+                tokenizer,
+                config,
+                options.bank_captions,
+                world,
+            )
+        result = replace(evaluate(model, config, tokenizer, world, options, bank), step=step)
+        # The results in a run are all of one protocol.
+        is_plain = not (options.equal_captions or options.paragraphs)
+        if data is None and is_plain and world.is_first:
             is_last = choice == "newest" or step == step_of(run_dir, "newest")
             write_evaluation(run_dir, result, step, is_last=is_last)
     return result

@@ -14,9 +14,18 @@ from tvr.data_prep.records import Replacement
 from tvr.trainer.checkpoint.choice import CheckpointChoice
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World, join_world
-from tvr.trainer.evaluation.evaluate import TOP_VIDEOS, evaluate, query_results
+from tvr.trainer.evaluation.bank import encoded_bank, stored_bank
+from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import Interaction, load_source
-from tvr.trainer.evaluation.retrieval import rank_features
+from tvr.trainer.evaluation.protocol import (
+    DEFAULTS,
+    Bank,
+    EvaluationOptions,
+    Named,
+    caption_ids,
+    evaluation_of,
+    rank_set,
+)
 from tvr.trainer.evaluation.saved_run import ALONE
 from tvr.trainer.features.feature_set import FeatureSet
 from tvr.trainer.loss.objective import similarity_rows
@@ -30,6 +39,7 @@ def evaluate_source(
     choice: CheckpointChoice = "newest",
     *,
     num_frames: int | None = None,
+    options: EvaluationOptions = DEFAULTS,
 ) -> Evaluation:
     """Evaluates a model on a packed data set, on as many ranks as the job has; stores nothing.
 
@@ -40,7 +50,17 @@ def evaluate_source(
         model = load_source(source, choice, num_frames=num_frames, world=world)
         own = replace(model.config.data, test=data, test_exchanged=None)
         config = replace(model.config, data=own)
-        result = evaluate(model.encode, config, model.tokenizer, world)
+        bank = None
+        if options.qb_norm is not None:
+            bank = encoded_bank(
+                options.qb_norm,
+                model.model.encode_texts,
+                model.tokenizer,
+                config,
+                options.bank_captions,
+                world,
+            )
+        result = evaluate(model.encode, config, model.tokenizer, world, options, bank)
     return replace(result, step=model.step, model=model.name)
 
 
@@ -53,6 +73,8 @@ def evaluate_features(
     captions: Sequence[str] | None = None,
     data: str = "features",
     left_out: Sequence[Replacement] = (),
+    options: EvaluationOptions = DEFAULTS,
+    bank: Bank | None = None,
     world: World = ALONE,
 ) -> Evaluation:
     """Ranks all captions and videos against each other, without encoding them.
@@ -69,11 +91,19 @@ def evaluate_features(
         captions: (A,) texts; None numbers them.
         data: Name of the data set in the result.
         left_out: Videos that could not be read.
+        options: Choices of the protocol. `paragraphs` needs the captions to be encoded anew.
+        bank: This rank's part of the bank that `options.qb_norm` names; None for a feature set,
+            which opens the bank itself.
 
     Raises:
-        ValueError: an argument is missing, no rank has a caption, or a similarity is not finite.
+        ValueError: an argument is missing, no rank has a caption, a similarity is not finite, or an
+            option needs more than the features.
         ShardCorrupt: the feature set is damaged.
     """
+    if options.paragraphs:
+        raise ValueError(
+            "paragraphs: stored captions are encoded one by one; evaluate the data set itself"
+        )
     name: str | None = None
     if isinstance(features, FeatureSet):
         stored = features
@@ -90,6 +120,9 @@ def evaluate_features(
         captions = [stored.captions[row] for row in stored.captions_of(first, end)]
         data = ", ".join(source.url for source in stored.sources)
         left_out, name = stored.left_out, stored.info.model
+        if options.qb_norm is not None:
+            source = FeatureSet.open(options.qb_norm)
+            bank = stored_bank(source, stored.info, options.bank_captions, world)
     elif caption_video is None or model is None:
         raise ValueError("features in memory need caption_video and model")
     else:
@@ -97,22 +130,26 @@ def evaluate_features(
     count = len(features.frames)
     keys = [f"video {row}" for row in range(count)] if keys is None else keys
     if captions is None:
+        if options.equal_captions:
+            raise ValueError("equal_captions needs the captions' texts")
+        ids = None
         captions = [f"caption {row}" for row in range(len(caption_video))]
+    else:
+        ids = caption_ids(captions)
     if len(keys) != count or len(captions) != len(caption_video):
         raise ValueError(
             f"{len(keys)} keys for {count} videos, {len(captions)} texts for"
             f" {len(caption_video)} rows of caption_video; each needs as many"
         )
     score = partial(similarity_rows, model=model)
-    found = rank_features(features, caption_video, score, world, top_videos=TOP_VIDEOS)
-    names = world.gather_objects_to_first((list(keys), list(captions), caption_video.tolist()))
-    return Evaluation(
+    found, facts = rank_set(features, caption_video, ids, score, options, bank, data, world)
+    return evaluation_of(
+        found,
+        facts,
+        Named(list(keys), list(captions), caption_video.tolist()),
+        options,
+        world,
         data=data,
-        videos=sum(world.all_gather_counts(count)),
-        captions=len(found.ranks.text_to_video),
-        left_out=tuple(left_out),
-        metrics=found.ranks.metrics(),
-        binding_accuracy=None,
-        queries=query_results(found, names),
+        left_out=left_out,
         model=name,
     )

@@ -39,6 +39,7 @@ __all__ = [
     "FeatureHeader",
     "FeatureSet",
     "FeatureWriter",
+    "Part",
     "StoredType",
     "VideoSource",
 ]
@@ -122,6 +123,11 @@ class FeatureSet:
     def left_out_reasons(self) -> dict[str, int]:
         """Number of videos that could not be read, by reason."""
         return dict(Counter(entry.reason for entry in self.left_out))
+
+    @property
+    def parts(self) -> tuple[tuple[DataSource, Part], ...]:
+        """The blocks of all data sets, in the order of the rows."""
+        return tuple((each.source, each.part) for each in self._parts)
 
     def source(self, video: int) -> tuple[DataSource, VideoSource]:
         """The data set of a video, and its row or file there."""

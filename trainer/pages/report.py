@@ -21,6 +21,7 @@ from tvr.trainer.evaluation.results import stored_results
 from tvr.trainer.monitoring.run_log import LOG, Event, RunLog
 from tvr.trainer.pages.dashboard import Run, page_content, plotly_library, read_run
 from tvr.trainer.pages.panels import panels
+from tvr.trainer.records import TABLE_COLUMNS, WAYS, metric_blocks, protocol_line
 from tvr.trainer.run_files import CONFIG, EVALUATION
 
 Thumbnails = Callable[[str], Sequence[Image.Image]]
@@ -67,6 +68,8 @@ def write_report(
         summary=_summary(log),
         result=result,
         directions=DIRECTIONS,
+        blocks=_blocks(result) if result else [],
+        protocol=protocol_line(result["protocol"]) if result and "protocol" in result else "",
         content=content,
         library=plotly_library() if content else "",
         queries=[_shown_query(query, thumbnails) for query in queries],
@@ -90,6 +93,29 @@ def _last_result(folder: Path, log: RunLog) -> Event | None:
     if path.is_file():
         return json.loads(path.read_text())
     return log.evaluations[-1] if log.evaluations else None
+
+
+def _blocks(result: Event) -> list[dict[str, Any]]:
+    """The tables of the page: one for each way of scoring."""
+    return [
+        {
+            "title": block.title,
+            "names": [name for name, key in TABLE_COLUMNS.items() if key in block.columns],
+            "rows": [
+                (WAYS[way], [_shown(key, values.get(key)) for key in block.columns])
+                for way, values in block.ways.items()
+            ],
+        }
+        for block in metric_blocks(result)
+    ]
+
+
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if key == "mean_rank":
+        return f"{value:.2f}"
+    return f"{value:.1f}" if key == "median_rank" else f"{value:.1f} %"
 
 
 def _changes(log: RunLog) -> list[dict[str, Any]]:
@@ -175,11 +201,12 @@ def _chart_content(run: Run) -> dict[str, Any] | None:
 
 
 def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
+    right = query.get("keys", [query["key"]])
     clips = [
         {
             "key": clip["key"],
             "similarity": f"{clip['similarity']:.3f}",
-            "is_right": clip["key"] == query["key"],
+            "is_right": clip["key"] in right,
             "place": f"{place}.",
             "strip": _strip(clip["key"], thumbnails),
         }

@@ -13,7 +13,7 @@ the one before is lowered to the next smaller number of single precision.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ _NOT_IN_A_FIELD = re.compile(r"[\s%]")
 
 
 def write_trec(
-    queries: Sequence[Mapping[str, Any]], run: Path, depth: int, *, tag: str = TAG
+    queries: Sequence[Mapping[str, Any]],
+    run: Path,
+    depth: int,
+    *,
+    tag: str = TAG,
 ) -> Path:
     """Writes the run, and the qrels beside it with the suffix .qrels.
 
@@ -49,16 +53,18 @@ def write_trec(
     if not tag or _NOT_IN_A_FIELD.search(tag):
         raise ValueError(f"tag {tag!r} must be one word")
     qrels = run.with_name(run.name + ".qrels")
-    write_atomically(run, "".join(run_lines(queries, depth, tag)))
-    write_atomically(qrels, "".join(qrels_lines(queries)))
+    right = [list(dict.fromkeys(query.get("keys") or [query["key"]])) for query in queries]
+    write_atomically(run, "".join(_run_lines(queries, right, depth, tag)))
+    write_atomically(qrels, "".join(_qrels_lines(right)))
     return qrels
 
 
-def run_lines(queries: Iterable[Mapping[str, Any]], depth: int, tag: str = TAG) -> Iterator[str]:
-    """Yields the lines of a run; arguments and errors as `write_trec`."""
-    for number, query in enumerate(queries, 1):
+def _run_lines(
+    queries: Sequence[Mapping[str, Any]], right: Sequence[Sequence[str]], depth: int, tag: str
+) -> Iterator[str]:
+    for number, (query, keys) in enumerate(zip(queries, right, strict=True), 1):
         previous = np.float32(np.inf)
-        for place, (key, similarity) in enumerate(_ordered(query, depth), 1):
+        for place, (key, similarity) in enumerate(_ordered(query, set(keys), depth), 1):
             score = np.float32(similarity)
             if score >= previous:
                 score = np.nextafter(previous, np.float32(-np.inf))
@@ -66,10 +72,9 @@ def run_lines(queries: Iterable[Mapping[str, Any]], depth: int, tag: str = TAG) 
             yield f"q{number} Q0 {document(key)} {place} {score:.9g} {tag}\n"
 
 
-def qrels_lines(queries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields the lines of the qrels: every right video of every query has relevance 1."""
-    for number, query in enumerate(queries, 1):
-        for key in _right(query):
+def _qrels_lines(right: Sequence[Sequence[str]]) -> Iterator[str]:
+    for number, keys in enumerate(right, 1):
+        for key in keys:
             yield f"q{number} 0 {document(key)} 1\n"
 
 
@@ -80,13 +85,8 @@ def document(key: str) -> str:
     )
 
 
-def _right(query: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(query.get("keys") or [query["key"]]))
-
-
-def _ordered(query: Mapping[str, Any], depth: int) -> list[tuple[str, float]]:
+def _ordered(query: Mapping[str, Any], right: set[str], depth: int) -> list[tuple[str, float]]:
     """The best videos of a query in the order of our ranks, at most `depth`."""
-    right = set(_right(query))
     found = [(entry["key"], float(entry["similarity"])) for entry in query["top"]]
     keys = [key for key, _ in found]
     if len(set(keys)) < len(keys):
