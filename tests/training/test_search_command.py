@@ -26,7 +26,7 @@ from tvr.trainer.index.media import video_file
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.tokenizer import load_tokenizer
 
-README = Path(__file__).parents[2] / "trainer" / "README.md"
+README = Path(__file__).parents[2] / "trainer" / "index" / "README.md"
 
 
 @pytest.fixture(scope="module")
