@@ -150,6 +150,9 @@ def test_qb_norm_of_a_data_set_and_of_its_features_agree(
     assert main([*line[:-1], str(tmp_path / "other"), "--num-frames", "2"]) == 0
     assert main([*stored, "--qb-norm", str(tmp_path / "other")]) == 2
     assert "of another model or of other settings" in " ".join(capsys.readouterr().err.split())
+    # Stored captions cannot be joined.
+    assert main([*stored, "--paragraphs"]) == 2
+    assert "--paragraphs encodes captions anew" in " ".join(capsys.readouterr().err.split())
 
 
 def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_path: Path) -> None:
