@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tvr.trainer.records import Evaluation
 
 SECONDS_BETWEEN_LINES = 10.0
+
+Source: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -40,7 +42,7 @@ def evaluate(argv: Sequence[str]) -> int:
         json: Path | None = None,
         trec: Path | None = None,
         mmeb_v2: bool = False,
-        options: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
+        protocol: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -77,9 +79,9 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError(f"--num-frames {num_frames} needs --model")
         if save_features is not None and data is None:
             raise ValueError(f"--save-features {save_features} needs --data")
-        if options.paragraphs and (features is not None or save_features is not None):
+        if protocol.paragraphs and (features is not None or save_features is not None):
             raise ValueError("--paragraphs encodes captions anew: give no features")
-        if options.qb_norm is not None and save_features is not None:
+        if protocol.qb_norm is not None and save_features is not None:
             raise ValueError("--qb-norm with --save-features: evaluate the features afterwards")
         if mmeb_v2:
             from tvr.trainer.comparison.mmeb import NUM_FRAMES
@@ -99,7 +101,7 @@ def evaluate(argv: Sequence[str]) -> int:
                 raise ValueError(f"--mmeb-v2 takes {NUM_FRAMES} frames of a video, not {frames}")
             num_frames = None if features is not None else frames
         result = _result(
-            run_dir, model, features, data, checkpoint, save_features, num_frames, options
+            run_dir, model, features, data, checkpoint, save_features, num_frames, protocol
         )
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
@@ -113,7 +115,7 @@ def evaluate(argv: Sequence[str]) -> int:
             if trec is not None:
                 from tvr.trainer.comparison.trec import write_trec
 
-                depth = options.top_videos
+                depth = protocol.top_videos
                 qrels = write_trec(result.queries, trec, depth)
                 print(f"the best {depth} videos of each caption: {trec}; the right ones: {qrels}")
             if json is not None:
@@ -171,7 +173,7 @@ def embed(argv: Sequence[str]) -> int:
     """`tvr embed`."""
 
     def arguments(
-        source: tyro.conf.Positional[Path],
+        source: Source,
         *,
         data: str,
         out: Path,
