@@ -160,13 +160,37 @@ def _result(
         with join_world() as world:
             found = FeatureSet.open(save_features or features or "", verify=True)
             return replace(evaluate_features(found, options=options, world=world), step=step)
+    lines = _Lines()
+
+    def report(done: int) -> None:
+        if os.environ.get("RANK", "0") == "0" and lines.is_due():
+            ranks = os.environ.get("WORLD_SIZE", "1")
+            lines.write(f"encoded {done:,} videos on rank 0 of {ranks}", done)
+
     if run_dir is not None:
         from tvr.trainer.evaluation.saved_run import evaluate_run
 
-        return evaluate_run(run_dir, data, choice, options)
+        return evaluate_run(run_dir, data, choice, options, report)
     from tvr.trainer.evaluation.stored_features import evaluate_source
 
-    return evaluate_source(model or "", data or "", choice, num_frames=num_frames, options=options)
+    return evaluate_source(
+        model or "", data or "", choice, num_frames=num_frames, options=options, report=report
+    )
+
+
+class _Lines:
+    """Lines of progress on stderr, at most one in SECONDS_BETWEEN_LINES."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
+
+    def write(self, text: str, done: int, more: str = "") -> None:
+        self._last = time.monotonic()
+        rate = done / max(self._last - self._started, 1e-9)
+        print(f"{text}, {rate:.1f} a second{more}", file=sys.stderr, flush=True)
 
 
 def embed(argv: Sequence[str]) -> int:
@@ -225,17 +249,11 @@ def _embed(
     # Tasks share nothing but the folder, so there is no process group.
     world = World(rank=0, world_size=1, device=select_device(whole_number("RANK", 0)))
     model = load_source(folder, parse_choice(checkpoint), num_frames=num_frames, world=world)
-    started = last = time.monotonic()
+    lines = _Lines()
 
     def report(done: int, total: int, bad: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < SECONDS_BETWEEN_LINES:
-            return
-        last = now
-        rate = done / max(now - started, 1e-9)
-        text = f"embedded {done:,} of {total:,} videos, {rate:.1f} a second, {bad} left out"
-        print(text, file=sys.stderr, flush=True)
+        if done == total or lines.is_due():
+            lines.write(f"embedded {done:,} of {total:,} videos", done, f", {bad} left out")
 
     whole = encode(model, data, out, stored=dtype, task=task, max_bad=max_bad, report=report)
     print(out if whole else f"{out}: other tasks have not written all their parts yet")
