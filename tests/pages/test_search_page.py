@@ -12,7 +12,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -26,6 +28,9 @@ from schemathesis import GenerationMode
 
 from tvr.data_prep.demo_clips import COLOURS, SHAPES
 from tvr.launchers.cli import main
+from tvr.trainer.evaluation.model_source import SourceModel
+from tvr.trainer.index import index as index_module
+from tvr.trainer.index.encoder import load_model
 from tvr.trainer.index.index import Index
 from tvr.trainer.index.layout import FOLDER as INDEX_FOLDER
 from tvr.trainer.service import cli, http_server
@@ -273,6 +278,23 @@ def test_the_command_serves_until_it_is_interrupted(
     line = [str(folder), "--host", "0.0.0.0", "--allow-host", "search.example"]
     assert run_service(line, monkeypatch, use_name) == 0
     assert "warning: 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
+
+
+def test_a_model_that_weights_content_words_is_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> SourceModel:
+        model = load_model(*given)
+        return replace(model, tokenizer=replace(model.tokenizer, content_words=True))
+
+    monkeypatch.setattr(index_module, "load_model", load)
+
+    def use(url: str) -> None:
+        assert get(url, "/search?q=a+red+circle").status == 200
+        explained = get(url, "/explain?q=a+red+circle&row=0")
+        assert json.loads(explained.body)["caption"] == "a red circle"
+
+    assert run_service([str(folder), "--timeout-s", "120"], monkeypatch, use) == 0
 
 
 def test_what_the_command_refuses(
