@@ -1,8 +1,7 @@
 """Files that the service reads: those of the index, and the videos that it names.
 
-The index maps its vectors into memory. Reading a mapped page that a truncation has removed kills
-the process (SIGBUS), and the rest of a page that was cut reads as zeros. So sizes are compared
-before each use. A file that was replaced is no danger: the mapping keeps the old one.
+No file is mapped into memory: reading a page of a mapped file that was cut kills the process
+(SIGBUS). A search that reads a file that was cut or replaced fails, and `/healthz` names it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tvr.trainer.service.problems import CutWhileSent, Refusal
 from tvr.trainer.service.records import FoundVideo, SearchIndex
 
 VALID_S = 0.05
-"""A check holds so long, which bounds its cost when many searches run: a file takes 2 us."""
+"""A check holds so long, which bounds its cost when many ask for it: a file takes 2 us."""
 CHUNK_BYTES = 1 << 16
 THUMBNAIL_QUALITY = 85
 # RFC 9110, 14.2: other forms, such as several ranges, may be ignored, and the whole is sent.
@@ -43,7 +42,10 @@ class IndexFiles:
             for root, _, names in os.walk(folder):
                 for name in names:
                     path = os.path.join(root, name)
-                    found = os.stat(path)
+                    try:
+                        found = os.stat(path)
+                    except FileNotFoundError:
+                        continue  # a builder's temporary file, or a link that leads nowhere
                     self._files[path] = (found.st_dev, found.st_ino, found.st_size)
         self._lock = threading.Lock()
         self._checked_at = -VALID_S
@@ -64,7 +66,7 @@ class IndexFiles:
                 try:
                     found = os.stat(path)
                 except FileNotFoundError:
-                    continue  # what is mapped stays until it is closed
+                    continue  # a builder's temporary file, or an index that was removed
                 is_same = (found.st_dev, found.st_ino) == (device, inode)
                 if is_same and found.st_size < size:
                     raise ShardCorrupt(
