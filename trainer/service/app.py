@@ -281,7 +281,8 @@ def _check_row(row: int, index: SearchIndex) -> None:
 def _found_video(hit: FoundHit) -> FoundVideo:
     start_s, end_s = _finite(hit.start_s), _finite(hit.end_s)
     # Players read the cut of a longer file from the fragment.
-    cut = "" if end_s is None else f"#t={start_s or 0:g},{end_s:g}"
+    cut = f"#t={start_s or 0:.3f}" if start_s or end_s is not None else ""
+    cut += "" if end_s is None else f",{end_s:.3f}"
     return FoundVideo(
         rank=hit.rank,
         key=hit.key,

@@ -11,8 +11,8 @@ import re
 import stat
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,20 +79,13 @@ class Thumbnails:
     """Pictures of videos; those that were asked for last stay in memory."""
 
     def __init__(self, index: SearchIndex, most: int) -> None:
-        self._index, self._most = index, most
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._index = index
+        self.jpeg = lru_cache(most)(self._encoded)
+        """JPEG of the frame in the middle, of those that the model saw; by the video's row."""
 
-    def jpeg(self, video: int) -> bytes:
-        """JPEG of the frame in the middle, of those that the model saw."""
-        content = self._kept.get(video)
-        if content is None:
-            frames = self._index.frames(video)
-            content = encode_jpeg(frames[len(frames) // 2], THUMBNAIL_QUALITY)
-        # Each of these is one step for the interpreter, so threads need no lock.
-        self._kept[video] = content
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
-        return content
+    def _encoded(self, video: int) -> bytes:
+        frames = self._index.frames(video)
+        return encode_jpeg(frames[len(frames) // 2], THUMBNAIL_QUALITY)
 
 
 class Layouts:
@@ -111,7 +104,7 @@ class Layouts:
                 except (BadSample, ShardCorrupt, OSError):
                     continue  # the page shows the others; this one answers for itself
                 self._is_picture[hit.data] = kind.startswith("image/")
-        return frozenset(data for data, is_picture in self._is_picture.items() if is_picture)
+        return frozenset(hit.data for hit in hits if self._is_picture.get(hit.data))
 
 
 def open_video(index: SearchIndex, video: int) -> tuple[BinaryIO | bytes, int, str]:
