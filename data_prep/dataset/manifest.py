@@ -222,7 +222,7 @@ def _check_version(version: object, url: str) -> None:
         return
     hint = "pack the data set again"
     if version is None:
-        hint = "it is not the manifest of a data set, such as that of `tvr embed`"
+        hint = "this is no data set of `tvr pack`, but perhaps the features of `tvr embed`"
     if version == UPGRADED_VERSION:
         hint = f"`tvr upgrade {url}` converts the data set without packing it again"
     raise ValueError(
