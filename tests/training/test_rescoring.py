@@ -213,6 +213,7 @@ def test_a_bank_with_a_test_caption_is_refused_or_cleaned() -> None:
         ({"dual_softmax": 0.0}, "dual_softmax=0.0 must be above 0"),
         ({"qb_norm": "b", "beta": -1.0}, "beta=-1.0"),
         ({"bank_captions": 5}, "need qb_norm"),
+        ({"beta": 5.0}, "beta=5.0 needs qb_norm"),
         ({"qb_norm": "b", "bank_captions": 0}, "bank_captions=0"),
         ({"top_videos": 0}, "top_videos=0"),
     ],
