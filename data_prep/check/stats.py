@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,13 @@ from tvr.data_prep.check.sequential_reads import (
     read_members,
 )
 from tvr.data_prep.dataset.manifest import Layout, Manifest
-from tvr.data_prep.dataset.sample_codec import parse_meta
+from tvr.data_prep.dataset.sample_codec import parse_meta, stored_index
 from tvr.data_prep.dataset.sample_table import hash_texts
 from tvr.data_prep.records import ADJUSTMENTS, BadSample, hash_caption
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.storage.storage_errors import is_passing_error
 from tvr.data_prep.video.decode import describe_video, first_frame
+from tvr.data_prep.video.frame_index import FrameIndex
 from tvr.data_prep.video.frame_sampling import segment_centres
 
 MOST_FREQUENT = 10
@@ -286,6 +288,9 @@ def _parse_facts(row: int, key: str, members: dict[str, bytes]) -> SampleFacts:
         fields = json.loads(members["json"])
         if "source_size" not in fields:
             fields |= _describe(key, members)
+        if fields.get("span_s") is None:
+            # The times of its frames; the container's own numbers may be wrong.
+            fields |= _timed(stored_index(key, members))
         width, height = fields["source_size"]
         facts = SampleFacts(
             row=row,
@@ -303,6 +308,19 @@ def _parse_facts(row: int, key: str, members: dict[str, bytes]) -> SampleFacts:
     if min(sizes[:2]) < 1 or not all(map(math.isfinite, sizes)):
         raise BadSample(key, "unreadable", f"json: width, height, duration_s, fps = {sizes}")
     return facts
+
+
+def _timed(index: FrameIndex | None) -> dict[str, float]:
+    """Duration and mean rate of a whole video by its frames' times; empty if they are unknown.
+
+    The last frame is shown as long as the shorter of the two before it, see `timed_frames`.
+    """
+    if index is None or index.pts is None or index.num_frames < 2:
+        return {}
+    last = min(after - before for before, after in pairwise(index.pts[-3:]))
+    duration_s = (index.ticks(index.num_frames - 1) + last) * index.unit_s
+    rate = round(float(index.num_frames / duration_s), 6)
+    return {"duration_s": round(float(duration_s), 6), "fps": rate}
 
 
 def _describe(key: str, members: dict[str, bytes]) -> dict[str, Any]:

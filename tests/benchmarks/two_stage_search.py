@@ -49,8 +49,8 @@ def main() -> None:
     """Measures, and prints the line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--videos", type=int, default=50_000)
-    parser.add_argument("--captions", type=int, default=500)
-    parser.add_argument("--timed", type=int, default=20, help="captions whose time is taken")
+    parser.add_argument("--captions", type=int, default=400)
+    parser.add_argument("--timed", type=int, default=8, help="captions whose time is taken")
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--words", type=int, default=16)
     parser.add_argument("--width", type=int, default=512)

@@ -6,12 +6,14 @@ import base64
 import json
 import re
 import shutil
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from builders.clip_files import make_dataset, read_number, write_clips
@@ -361,3 +363,35 @@ def test_the_command_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     errors = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[2][:12] for line in errors[:2]] == ["pictures=-1 ", "jobs=0 must "]
     assert len(errors) == 3
+
+
+def with_long_last_frame(video: bytes, seconds: int) -> bytes:
+    """The same packets, of which the last one is said to be shown for so many seconds."""
+    written = BytesIO()
+    with av.open(BytesIO(video)) as source, av.open(written, "w", "mp4") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.dts is not None]
+        assert packets[-1].time_base is not None
+        packets[-1].duration = int(seconds / packets[-1].time_base)
+        for packet in packets:
+            packet.stream = stream
+            copy.mux(packet)
+    return written.getvalue()
+
+
+def test_the_times_of_the_frames_count_not_those_of_the_container(tmp_path: Path) -> None:
+    """Two videos of 12 frames, 10 a second; by its header one lasts 4.1 s, at 2.9 a second."""
+    (tmp_path / "videos").mkdir()
+    clips = write_clips(tmp_path / "videos", 2, num_frames=12)
+    lying = Path(clips[1].video)
+    lying.write_bytes(with_long_last_frame(lying.read_bytes(), 3))
+    url = str(tmp_path / "data")
+    pack_shards(clips, url, layout="video", processes=0)
+    with tarfile.open(next((tmp_path / "data").glob("*.tar"))) as shard:
+        noted = [shard.extractfile(each) for each in shard if each.name.endswith(".json")]
+        stated = [json.load(each)["duration_s"] for each in noted if each is not None]
+    assert sorted(stated) == pytest.approx([1.2, 4.1])
+    found = statistics_of(url)
+    for values, expected in ((found.duration_s, 1.2), (found.frame_rate_hz, 10)):
+        assert values is not None
+        assert (values.count, values.least, values.most) == (2, expected, expected)

@@ -283,6 +283,7 @@ def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path) -> None:
     assert f"<td>Mean of both</td>{row}" in page
     # The other direction is of an earlier release, which had no recall at 50.
     assert re.search(r"<td>Video to text</td>(<td>[^<]*</td>){3}<td>-</td>", page)
+    assert "<span>R@1, text to video, raw</span>" in page
     # Each way of scoring has a table of its own, under its name.
     tables = page.split("<table>")[1:4]
     titles = [re.findall(r"<th>([^<]*)</th>", table)[0] for table in tables]

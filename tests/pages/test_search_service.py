@@ -324,7 +324,7 @@ def test_a_search_that_takes_too_long(tmp_path: Path) -> None:
         assert waiting.status == 503
         assert waiting.headers["retry-after"] == "1"
         page = get(url, "/?q=third")
-        assert page.status == 503
+        assert (page.status, page.headers["retry-after"]) == (503, "1")
         assert b"no thread became free" in page.body
         gate.is_open.set()
         wait_until(lambda: get(url, "/search?q=red").status == 200)
@@ -352,7 +352,9 @@ def test_clients_that_hang_up(tmp_path: Path) -> None:
         assert index.searched == ["first", "red"]
 
 
-def test_a_client_that_leaves_a_video(tmp_path: Path) -> None:
+def test_clients_that_leave_a_video_and_a_video_that_is_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(bytes(20_000_000))
     index = MemoryIndex(KEYS, media_of=lambda video: MemoryMedia(path=path, bytes=None))
@@ -368,7 +370,9 @@ def test_a_client_that_leaves_a_video(tmp_path: Path) -> None:
                     while raw.recv(1 << 20):
                         pass
             wait_until(lambda: get(url, "/healthz").status == 200)
-        wait_until(lambda: str(path) not in open_files())
+            wait_until(lambda: str(path) not in open_files())
+    (record,) = [each for each in caplog.records if each.name == "tvr.service"]
+    assert re.search("clip.mp4 ended at byte .* of 20000000 while it was sent", record.message)
 
 
 def open_files() -> set[str]:

@@ -65,7 +65,9 @@ def test_equals_the_reference(
 ) -> None:
     options = {"interaction": interaction, "neighbour_frames": neighbours}
     tolerance = TOLERANCES[dtype]
-    for texts, videos, words, frames, width in SIZES[:-1] if variant == "tiles of 1" else SIZES:
+    # The last size is for tiles of the backend's own choice; small ones it only makes many.
+    small_tiles = VARIANTS[variant].get("chunk", 100) < 100
+    for texts, videos, words, frames, width in SIZES[:-1] if small_tiles else SIZES:
         arguments = similarity_inputs(texts, videos, words, frames, width=width, dtype=dtype)
         arguments |= masks(kind, arguments)
         expected = scores_and_gradients(reference.dmae_similarity, arguments, **options)

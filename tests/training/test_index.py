@@ -31,6 +31,7 @@ from tvr.trainer.features.feature_set import (
     StoredType,
     VideoSource,
 )
+from tvr.trainer.index.coarse import query_vectors, video_vectors
 from tvr.trainer.index.index import Hit, Index, build_index
 from tvr.trainer.index.layout import write_array
 from tvr.trainer.loss.objective import similarity_rows
@@ -173,6 +174,24 @@ def test_two_stages_find_what_the_whole_similarity_finds(written: Path, method: 
         hits = index.search_features(features.texts([row]), k=10, rerank=60)
         found.append(int(features.caption_video[row]) in [hit.video for hit in hits])
     assert sum(found) >= 0.97 * int(whole[list(rows)].sum())
+
+
+def test_the_words_of_a_query_bring_more_of_the_best_among_the_candidates(written: Path) -> None:
+    features = FeatureSet.open(written / "exact")
+    texts, videos = features.texts(), features.videos()
+    best = exhaustive(features, texts).topk(10).indices
+
+    def kept(queries: Tensor, vectors: Tensor) -> float:
+        found = (queries @ vectors.T).topk(20).indices
+        return (best[:, :, None] == found[:, None]).any(2).float().mean().item()
+
+    queries, vectors = query_vectors(texts, "att_wti"), video_vectors(videos, "att_wti")
+    logits = videos.frame_logits
+    assert logits is not None
+    weights = torch.where(videos.frame_mask > 0, logits, -torch.inf).softmax(1)
+    mean = (weights[..., None] * videos.frames).sum(1)
+    assert torch.allclose(unit(mean), vectors, atol=1e-6)
+    assert kept(queries, vectors) > kept(unit(texts.sentence), vectors) + 0.04
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_files import numbered_video
-from builders.jobs import run
 from builders.pretrained import save_clip
 from builders.tiny import IMAGE_SIZE, MAX_WORDS, NUM_FRAMES, make_tiny_data, tiny_config
 from transformers import CLIPModel
@@ -22,8 +21,11 @@ from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
+from tvr.trainer.evaluation.options import EvaluationOptions
+from tvr.trainer.evaluation.saved_run import evaluate_run
 from tvr.trainer.evaluation.stored_features import evaluate_features, evaluate_source
 from tvr.trainer.features.feature_set import FeatureSet
+from tvr.trainer.loop import train
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import build_model
 from tvr.trainer.model.tokenizer import load_tokenizer
@@ -148,9 +150,14 @@ def test_qb_norm_of_a_data_set_and_of_its_features_agree(
     assert main([*line[:-1], str(tmp_path / "other"), "--num-frames", "2"]) == 0
     assert main([*stored, "--qb-norm", str(tmp_path / "other")]) == 2
     assert "of another model or of other settings" in " ".join(capsys.readouterr().err.split())
+    # Stored captions cannot be joined.
+    assert main([*stored, "--paragraphs"]) == 2
+    assert "--paragraphs encodes captions anew" in " ".join(capsys.readouterr().err.split())
 
 
-def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_path: Path) -> None:
+def test_features_of_a_trained_form_give_the_evaluation_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(data, data={"test_exchanged": None}, train={"micro_batch": 4})
     words = load_tokenizer(data / "tokenizer", MAX_WORDS)
     torch.manual_seed(4)
@@ -166,7 +173,8 @@ def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_
     )
     sizes: dict[str, Any] = {"stored": "fp32", "videos_per_block": 4}
     test = str(data / "test")
-    assert embed(own, test, tmp_path / "one", **sizes)
+    monkeypatch.chdir(data)
+    assert embed(own, "test", tmp_path / "one", **sizes)  # noted as an absolute path
     assert not embed(own, test, tmp_path / "two", task=(1, 2), **sizes)
     assert embed(own, test, tmp_path / "two", task=(0, 2), **sizes)
     one, two = (
@@ -186,8 +194,7 @@ def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_
 def test_run_and_its_export_are_sources(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, train={"steps": 2, "zero_stage": 0})
     run_dir, exported = tmp_path / "run", tmp_path / "exported"
-    code, errors = run(config, run_dir, 1)
-    assert code == 0, errors
+    train(config, run_dir)
     assert main(["export", "--run-dir", str(run_dir), "--out", str(exported)]) == 0
     own, other = load_source(run_dir), load_source(exported)
     assert (own.step, other.step) == (2, None)
@@ -201,6 +208,18 @@ def test_run_and_its_export_are_sources(data: Path, tmp_path: Path) -> None:
     assert asdict(one.text_to_video) == asdict(two.text_to_video) == stored
     with pytest.raises(ValueError, match="step 7"):
         load_source(run_dir, 7)
+    # A run keeps results of the default protocol; other blocks are added beside the raw one.
+    before = (run_dir / "evaluation.json").read_bytes()
+    other = evaluate_run(run_dir, None, options=EvaluationOptions(equal_captions=True))
+    assert other.protocol["equal_captions"] == "right"
+    assert (run_dir / "evaluation.json").read_bytes() == before
+    line = ["evaluate", "--run-dir", str(run_dir), "--dual-softmax", "0.01"]
+    bank = ["--qb-norm", str(data / "train"), "--bank-shared", "drop"]
+    assert main([*line, *bank]) == 0
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    assert content["text_to_video"] == stored
+    assert set(content["rescored"]) == {"dual_softmax", "qb_norm"}
+    assert content["rescored"]["qb_norm"]["bank_captions"] <= 30
 
 
 own_world = World(rank=0, world_size=1, device=torch.device("cpu"))

@@ -5,6 +5,7 @@ The job resumes on other numbers of ranks and at another ZeRO stage.
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -38,13 +39,28 @@ def run_until_stopped(
     return saved
 
 
+def run_alone_until_terminated(config: Config, run_dir: Path, *, step: int) -> int:
+    """Terminates the only rank once `step` is logged; returns the step that it saved."""
+
+    def terminate(pids: list[int]) -> None:
+        jobs.until(lambda: jobs.steps_logged(run_dir) >= step)
+        os.kill(pids[0], signal.SIGTERM)
+
+    settings, output = jobs.write_settings(config, run_dir, 1), run_dir.with_suffix(".txt")
+    codes = jobs.run_forked(settings, run_dir, 1, terminate, output)
+    assert codes == [75], output.read_text()
+    saved = jobs.events(run_dir, "preempted")[-1]["step"]
+    assert f"step {saved} is saved; asked to stop by SIGTERM" in output.read_text()
+    return saved
+
+
 def test_stopped_job_resumes_on_other_ranks_and_at_another_stage(
     config: Config, tmp_path: Path
 ) -> None:
     whole, moved = tmp_path / "uninterrupted", tmp_path / "moved"
     assert jobs.run_forked(jobs.write_settings(config, whole, 2), whole, 2) == [0, 0]
     first = run_until_stopped(config, moved, 2, rank=1, number=signal.SIGUSR1, step=3)
-    second = run_until_stopped(config, moved, 1, rank=0, number=signal.SIGTERM, step=first + 2)
+    second = run_alone_until_terminated(config, moved, step=first + 2)
     settings = jobs.write_settings(jobs.with_stage(config, 3), moved, 2)
     assert jobs.run_forked(settings, moved, 2) == [0, 0]
     assert [event["step"] for event in jobs.events(moved, "resumed")] == [first, second]

@@ -106,7 +106,8 @@ def test_both_directions_equal_trec_eval(
         assert_equals_trec(found.video_to_text, by_trec_eval(table.T.tolist(), columns))
     for name in ("text_to_video", "video_to_text", "text_quality", "video_quality"):
         one, two = getattr(whole, name), getattr(streamed.ranks, name)
-        if one is not None or two is not None:
+        assert (one is None) == (two is None), name
+        if one is not None and two is not None:
             assert torch.equal(one, two), name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,8 @@ def test_ranks_and_best_videos_equal_those_of_the_whole_table() -> None:
                 expected = ranks(table, caption_video, ids)
                 for name in PARTS:
                     one, two = getattr(result.ranks, name), getattr(expected, name)
-                    if one is not None or two is not None:
+                    assert (one is None) == (two is None), name
+                    if one is not None and two is not None:
                         assert torch.equal(one, two), name
                 assert metrics == expected.metrics()
                 assert torch.allclose(result.top_scores, best.values[:, :5], atol=1e-6)
@@ -240,7 +242,7 @@ def test_no_rank_scores_more_than_a_tile_at_a_time() -> None:
         sizes.append(scores.numel())
         return scores
 
-    limits = {"captions_per_block": 32, "scores_per_tile": 1000}
+    limits: dict[str, Any] = {"captions_per_block": 32, "scores_per_tile": 1000}
     rank_features(own, caption_video, counted, ALONE, **limits)
     assert max(sizes) <= 32 * 32
     # The pairs of the table once, and the few of the positives.

@@ -206,10 +206,11 @@ def test_conversion_by_several_processes_writes_the_same_files(
         shards = saved[0] / f"{stage}-2" / "shards"
         conversion.convert(shards, tmp_path / f"{stage}-several" / "universal", stage, target)
 
-    # Each conversion starts a process, which takes most of its time.
-    with ThreadPoolExecutor(len(STAGES)) as pool:
-        list(pool.map(convert, STAGES))
-    for stage in STAGES:
+    # Each conversion starts a process, which takes most of its time. Stage 2 is converted as 1 is.
+    ways = (0, 1, 3)
+    with ThreadPoolExecutor(len(ways)) as pool:
+        list(pool.map(convert, ways))
+    for stage in ways:
         one, several = tmp_path / f"{stage}-one" / "universal", tmp_path / f"{stage}-several"
         write_universal(saved[0] / f"{stage}-2" / "shards", one, stage, target)
         ours = {str(path.relative_to(one)): path for path in one.rglob("*.pt")}

@@ -15,7 +15,7 @@ from tvr.trainer.checkpoint.choice import CheckpointChoice
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.evaluation.bank import encoded_bank, stored_bank
-from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.evaluate import Report, evaluate
 from tvr.trainer.evaluation.model_source import Interaction, load_source
 from tvr.trainer.evaluation.protocol import (
     DEFAULTS,
@@ -40,8 +40,11 @@ def evaluate_source(
     *,
     num_frames: int | None = None,
     options: EvaluationOptions = DEFAULTS,
+    report: Report | None = None,
 ) -> Evaluation:
     """Evaluates a model on a packed data set, on as many ranks as the job has; stores nothing.
+
+    `report` is that of `evaluate`.
 
     Raises:
         ValueError, CheckpointDamaged: as `load_source` and `evaluate`.
@@ -60,7 +63,7 @@ def evaluate_source(
                 options.bank_captions,
                 world,
             )
-        result = evaluate(model.encode, config, model.tokenizer, world, options, bank)
+        result = evaluate(model.encode, config, model.tokenizer, world, options, bank, report)
     return replace(result, step=model.step, model=model.name)
 
 

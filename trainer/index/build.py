@@ -46,8 +46,8 @@ from tvr.trainer.index.optional_faiss import import_faiss
 from tvr.trainer.index.segments import PlannedSegment, planned_segments
 
 # Videos from which `auto` takes ivf. Below, comparing all vectors takes less time than re-ranking.
-# hnsw is taken on request only: for the same recall it took longer than ivf to search, and 30 times
-# as long to build (tests/benchmarks/two_stage_search.py).
+# hnsw is taken on request only: it takes five times as long to build as ivf, and searches about as
+# fast (tests/benchmarks/two_stage_search.py).
 IVF_FROM = 100_000
 BLOCKS_PER_SEGMENT: dict[Method, int] = {"exact": 64, "ivf": 64, "hnsw": 256}
 # Of ivf's centres: videos per centre that they are learned from, and rounds of k-means.

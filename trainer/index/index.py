@@ -190,12 +190,12 @@ class Index:
             raise ValueError(f"the query {query!r:.100} has no visible character")
         rerank = self._checked(k, rerank)
         model = self.model
-        caption = Caption(text=texts[0])
-        if model.tokenizer.content_words:
-            from tvr.data_prep.packing.words import WordTagger
+        with self._encoding:  # tokeniser and tagger serve one thread at a time
+            caption = Caption(text=texts[0])
+            if model.tokenizer.content_words:
+                from tvr.data_prep.packing.words import WordTagger
 
-            (caption,) = WordTagger([]).tag(texts)
-        with self._encoding:  # a tokeniser serves one thread at a time
+                (caption,) = WordTagger([]).tag(texts)
             found = model.encode_texts([caption])
         return self.search_features(found, k=k, rerank=rerank)
 

@@ -6,17 +6,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlencode
 
+import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tvr.data_prep.html_page import page_template
-from tvr.trainer.explanation.explanation import explanation_page
-from tvr.trainer.service.explanations import explained
+from tvr.trainer.explanation.explanation import Explanation, explain, explanation_page
 from tvr.trainer.service.files import (
     IndexFiles,
     Layouts,
@@ -41,6 +41,7 @@ from tvr.trainer.service.records import (
 )
 from tvr.trainer.service.work_pool import WorkPool
 
+T = TypeVar("T")
 Text = Annotated[str, Query(max_length=MAX_QUERY_CHARS, pattern=r"\S")]
 AnyText = Annotated[str, Query(max_length=MAX_QUERY_CHARS)]
 Count = Annotated[int, Query(ge=1, le=MAX_RESULTS, description="Number of results.")]
@@ -125,18 +126,18 @@ def create_app(
     app.add_middleware(Guard, limits=limits, metrics=metrics, hosts=hosts)
     add_handlers(app)
 
-    async def of_index(request: Request, work: Callable[[], Any]) -> Any:
-        """Runs a search, or another use of the index's vectors."""
+    async def run(pool: WorkPool, request: Request, work: Callable[[], T]) -> T:
+        """Runs a use of the index, all of which reads mapped files."""
 
-        def checked() -> Any:
+        def checked() -> T:
             watched.check()
             return work()
 
-        return await searches.run(request, checked)
+        return await pool.run(request, checked)
 
     async def found(request: Request, search: Callable[[], Sequence[FoundHit]]) -> FoundVideos:
         began = time.perf_counter()
-        hits = await of_index(request, search)
+        hits = await run(searches, request, search)
         return FoundVideos(
             method=index.method,
             candidates=index.rerank,
@@ -159,52 +160,52 @@ def create_app(
     @app.get(
         "/videos/{row}/media",
         response_class=Response,
-        responses=_problems(404, 410, 416, 422, 503, 504)
+        responses=_problems(404, 410, 416, 422, 500, 503, 504)
         | {200: _content("video/*", "image/*"), 206: _content("video/*", "image/*")},
     )
     async def media(request: Request, row: Row) -> Response:
         """The video itself; a Range header gives a part of it."""
         _check_row(row, index)
-        opened = await files.run(request, lambda: open_video(index, row))
+        opened = await run(files, request, lambda: open_video(index, row))
         return ranged_response(*opened, request.headers.get("range"))
 
     @app.get(
         "/videos/{row}/thumbnail.jpg",
         response_class=Response,
-        responses=_problems(404, 410, 422, 503, 504) | {200: _content("image/jpeg")},
+        responses=_problems(404, 410, 422, 500, 503, 504) | {200: _content("image/jpeg")},
     )
     async def thumbnail(request: Request, row: Row) -> Response:
         """A frame from the middle of the video."""
         _check_row(row, index)
-        content = await files.run(request, lambda: thumbnails.jpeg(row))
+        content = await run(files, request, lambda: thumbnails.jpeg(row))
         return Response(content, headers={"Cache-Control": "no-cache"}, media_type="image/jpeg")
 
     @app.get("/explain", responses=_problems(404, 410, 422, 500, 503, 504))
-    async def explain(request: Request, q: Text, row: RowQuery) -> dict[str, Any]:
+    async def explanation(request: Request, q: Text, row: RowQuery) -> dict[str, Any]:
         """Why a video fits the text q: similarities of words and frames, and their weights."""
         _check_row(row, index)
-        return await of_index(request, lambda: explained(index, q, row)[0].to_json())
+        return await run(searches, request, lambda: _explained(index, q, row)[0].to_json())
 
     @app.get(
         "/explain/page",
         response_class=Response,
         responses=_problems(404, 410, 422, 500, 503, 504) | {200: _content("text/html")},
     )
-    async def explain_page(request: Request, q: Text, row: RowQuery) -> HTMLResponse:
+    async def explanation_html(request: Request, q: Text, row: RowQuery) -> HTMLResponse:
         """The explanation as a page."""
         _check_row(row, index)
 
         def work() -> str:
-            found, frames = explained(index, q, row)
+            found, frames = _explained(index, q, row)
             return explanation_page(found, frames, title=index.features.keys[row])
 
-        content = await of_index(request, work)
+        content = await run(searches, request, work)
         return HTMLResponse(content, headers={"Content-Security-Policy": EXPLANATION_POLICY})
 
     @app.get("/healthz", responses=_problems(500, 503, 504))
     async def healthz(request: Request) -> Health:
         """Whether the files of the index are whole."""
-        await files.run(request, watched.check)
+        await run(files, request, lambda: None)
         return Health(
             status="ok",
             videos=len(index),
@@ -227,7 +228,8 @@ def create_app(
         data: Data = "",
         k: Count = DEFAULT_RESULTS,
     ) -> HTMLResponse:
-        result, problem, status, pictures = None, None, 200, frozenset[str]()
+        result, problem, status, headers = None, None, 200, None
+        pictures = frozenset[str]()
         try:
             if like:
                 result = await found(
@@ -237,9 +239,9 @@ def create_app(
                 result = await found(request, lambda: index.search(q, k=k))
             if result is not None:
                 hits = result.hits
-                pictures = await files.run(request, lambda: layouts.pictures(hits))
+                pictures = await run(files, request, lambda: layouts.pictures(hits))
         except Refusal as refusal:
-            problem, status = refusal.problem, refusal.status
+            problem, status, headers = refusal.problem, refusal.status, refusal.headers
         html = page.render(
             query=q,
             like=like,
@@ -253,7 +255,7 @@ def create_app(
             counts=sorted({k, *COUNTS}),
             link=_link,
         )
-        return HTMLResponse(html, status)
+        return HTMLResponse(html, status, headers)
 
     @app.get("/style.css", include_in_schema=False)
     async def style_sheet() -> Response:
@@ -265,6 +267,13 @@ def create_app(
         return HTMLResponse(api_page.render(api=app.openapi()))
 
     return app
+
+
+def _explained(index: SearchIndex, text: str, video: int) -> tuple[Explanation, np.ndarray]:
+    """The explanation, and the video's frames (F, H, W, 3) uint8, which are its pictures."""
+    frames = index.frames(video)
+    times = index.features.frame_times(video)
+    return explain(index.model, text, frames, frame_times=times), frames
 
 
 def _check_row(row: int, index: SearchIndex) -> None:

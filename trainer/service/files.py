@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tvr.data_prep.records import BadSample, ShardCorrupt
 from tvr.data_prep.video.images import encode_jpeg
-from tvr.trainer.service.problems import Refusal
+from tvr.trainer.service.problems import CutWhileSent, Refusal
 from tvr.trainer.service.records import FoundVideo, SearchIndex
 
 VALID_S = 0.05
@@ -124,14 +125,17 @@ def open_video(index: SearchIndex, video: int) -> tuple[BinaryIO | bytes, int, s
     if media.path is None:
         content = media.bytes or b""
         return content, len(content), media.content_type
+    file = open(media.path, "rb", opener=_open_regular)
+    return file, os.fstat(file.fileno()).st_size, media.content_type
+
+
+def _open_regular(path: str, flags: int) -> int:
     # Without O_NONBLOCK a FIFO in the place of the file would hold the thread.
-    descriptor = os.open(media.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FileNotFoundError(f"{media.path.name} is no file")
-    file = os.fdopen(descriptor, "rb")
-    return file, found.st_size, media.content_type
+        raise FileNotFoundError(f"{path} is no file")
+    return descriptor
 
 
 def ranged_response(
@@ -167,12 +171,36 @@ def ranged_response(
     if isinstance(content, bytes):
         return Response(content[first:end], status, headers, content_type)
     headers["Content-Length"] = str(end - first)
-    return StreamingResponse(_chunks(content, first, end), status, headers, content_type)
+    return _FileResponse(content, first, end, status, headers, content_type)
+
+
+class _FileResponse(StreamingResponse):
+    """A part of an open file, which is closed when the answer ends or the client hangs up."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        first: int,
+        end: int,
+        status: int,
+        headers: dict[str, str],
+        content_type: str,
+    ) -> None:
+        super().__init__(_chunks(file, first, end), status, headers, content_type)
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._file.close()
 
 
 def _chunks(file: BinaryIO, first: int, end: int) -> Iterator[bytes]:
-    with file:
-        file.seek(first)
-        while first < end and (chunk := file.read(min(CHUNK_BYTES, end - first))):
-            first += len(chunk)
-            yield chunk
+    file.seek(first)
+    while first < end:
+        chunk = file.read(min(CHUNK_BYTES, end - first))
+        if not chunk:
+            raise CutWhileSent(f"{file.name} ended at byte {first} of {end} while it was sent")
+        first += len(chunk)
+        yield chunk

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tvr.trainer.service.problems import Refusal, busy
+from tvr.trainer.service.problems import CutWhileSent, Refusal, busy, log
 from tvr.trainer.service.records import Limits
 
 # Nothing from elsewhere, no script, no frame; links and videos of the service itself.
@@ -90,6 +90,8 @@ class Guard:
             refusal = await self._refusal(scope, receive)
             app = self._app if refusal is None else refusal.response()
             await app(scope, receive, send_guarded)
+        except CutWhileSent as error:
+            log.warning("%s", error)  # the server closes the connection
         finally:
             self._requests -= 1
             # The pattern of the route: a path that a client invents must not become a label.

@@ -46,6 +46,10 @@ class Refusal(Exception):
         return JSONResponse(asdict(self.problem), self.status, self.headers)
 
 
+class CutWhileSent(Exception):
+    """A video became shorter after its length had been sent."""
+
+
 def busy(what: str, allowed: str) -> Refusal:
     """503 with the time after which a client may ask again."""
     return Refusal(503, what, allowed=allowed, headers={"Retry-After": str(RETRY_AFTER_S)})

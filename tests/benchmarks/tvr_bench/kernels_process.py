@@ -12,6 +12,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,6 +95,44 @@ def seconds(
         MeasurementFailed: The process ended without a result.
     """
     return _run_process("seconds", job, passes, repeats, HEAP_KEEPS_PAGES)
+
+
+@contextmanager
+def forked_peaks() -> Iterator[Callable[[Job, tuple[str, ...]], dict[str, int]]]:
+    """Yields a function like `peak_bytes` whose processes are forked from one.
+
+    The libraries are loaded once, which takes longer than a small job. The copies share their
+    pages, and the peak is compared with the memory after the pass, in which those are as well.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tvr_bench.kernels_task", "--forked"],
+        env=child_environment(inherited, **HEAP_RETURNS_PAGES),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    to_process, answers = process.stdin, process.stdout
+
+    def peaks(job: Job, passes: tuple[str, ...]) -> dict[str, int]:
+        task = {"what": "peak_bytes", "job": asdict(job), "passes": passes, "repeats": 0}
+        to_process.write(json.dumps(task) + "\n")
+        to_process.flush()
+        answer = json.loads(answers.readline() or '{"ended": "the first process"}')
+        if "ended" in answer:
+            raise MeasurementFailed(f"a process ended with {answer['ended']}; see its output")
+        if "unsupported" in answer:
+            raise Unsupported(answer["unsupported"])
+        return answer
+
+    try:
+        yield peaks
+    finally:
+        to_process.close()
+        process.wait()
+        answers.close()
 
 
 def _run_process(

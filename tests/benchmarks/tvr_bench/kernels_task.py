@@ -1,11 +1,17 @@
-"""The measuring process of `kernels_process`: python -m tvr_bench.kernels_task TASK."""
+"""The measuring process of `kernels_process`.
+
+python -m tvr_bench.kernels_task TASK
+python -m tvr_bench.kernels_task --forked < TASKS    # one on each line
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,7 +49,33 @@ class Inputs(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    task = json.loads(argv[0])
+    if argv == ["--forked"]:
+        answer_each_in_a_fork()
+    else:
+        answer_task(argv[0])
+
+
+def answer_each_in_a_fork() -> None:
+    """Runs each line's task in a copy of this process, which has loaded the libraries."""
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                answer_task(line)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            print(json.dumps({"ended": status}), flush=True)
+
+
+def answer_task(line: str) -> None:
+    """Prints the answer to a task."""
+    task = json.loads(line)
     job = Job(**task["job"])
     torch.set_num_threads(job.threads)
     passes = tuple(task["passes"])
