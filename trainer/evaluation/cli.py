@@ -86,7 +86,7 @@ def evaluate(argv: Sequence[str]) -> int:
         if mmeb_v2:
             from tvr.trainer.comparison.mmeb import NUM_FRAMES, check_protocol
 
-            check_protocol(options.equal_captions, options.paragraphs)
+            check_protocol(protocol.equal_captions, protocol.paragraphs)
             frames = NUM_FRAMES if num_frames is None else num_frames
             if features is not None:
                 from tvr.trainer.features.feature_set import FeatureSet
