@@ -164,14 +164,23 @@ def count_candidates(
     better = (scores > best + TIE_TOLERANCE).sum(dim=dim)
     not_worse = (scores >= best - TIE_TOLERANCE).sum(dim=dim)
     further = torch.zeros_like(positives.query)
-    # As many at a time as the tile has queries, so that no copy is larger than the tile.
-    size = max(1, scores.shape[1 - dim])
-    for start in range(0, len(further), size):
-        some = slice(start, start + size)
-        copied = scores.index_select(1 - dim, positives.query[some])
-        least = positives.score[some].unsqueeze(dim) - TIE_TOLERANCE
-        further[some] = (copied >= least).sum(dim=dim)
+    if len(further):
+        queries, row = positives.query.unique(return_inverse=True)
+        ordered = scores.index_select(1 - dim, queries).sort(dim=dim).values
+        least = positives.score - TIE_TOLERANCE
+        further = _count_at_least(ordered if dim else ordered.T, row, least)
     return CandidateCounts(torch.stack([better, not_worse - better], dim=1), further)
+
+
+def _count_at_least(ordered: Tensor, row: Tensor, least: Tensor) -> Tensor:
+    """(P,) entries of a row that are `least` or more: binary search in rows that ascend."""
+    width = ordered.shape[1]
+    below = torch.zeros_like(row)
+    for bit in reversed(range(width.bit_length())):
+        more = below + (1 << bit)
+        is_below = ordered[row, more.clamp(max=width) - 1] < least
+        below = torch.where(is_below & (more <= width), more, below)
+    return width - below
 
 
 def ranks_of_counts(counts: Int[Tensor, "Q 2"]) -> tuple[Int[Tensor, " Q"], Bool[Tensor, " Q"]]:

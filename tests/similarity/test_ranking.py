@@ -1,12 +1,22 @@
 """Recall and ranks against a plain sort, with ties, several texts a video, and errors."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvr.kernels.ranking import Ranks, ranks, retrieval_metrics
+from tvr.kernels.ranking import (
+    TIE_TOLERANCE,
+    Positives,
+    Ranks,
+    count_candidates,
+    ranks,
+    retrieval_metrics,
+)
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -83,6 +93,35 @@ def test_metrics_of_a_small_matrix() -> None:
     # Videos 0 (by its better text), 1 and 2 have rank 1. Video 3 has no text and is no query.
     to_text = metrics.video_to_text
     assert (to_text.recall_at_1, to_text.queries, to_text.ties) == (100, 3, 0)
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_many_right_answers_are_counted_in_few_operations(dim: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, 30, generator=draw)
+    scores[torch.rand(20, 30, generator=draw) < 0.3] = -torch.inf
+    scores[3] = scores[:, 4] = -torch.inf
+    num_queries = scores.shape[1 - dim]
+    query = torch.randint(num_queries, (5000,), generator=draw)
+    positives = Positives.of(query, torch.randn(5000, generator=draw), num_queries)
+    positives.score[::7] = scores.T[0, 0] if dim else scores[0, 0]
+    rows = scores if dim else scores.T
+    least = positives.score[:, None] - TIE_TOLERANCE
+    expected = (rows[positives.query] >= least).sum(1)
+    with Operations() as operations:
+        found = count_candidates(scores, positives, dim)
+    assert torch.equal(found.further, expected)
+    assert operations.count < 100
 
 
 def test_ties_count_wrong_candidates_only() -> None:

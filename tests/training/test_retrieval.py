@@ -249,6 +249,20 @@ def test_no_rank_scores_more_than_a_tile_at_a_time() -> None:
     assert sum(sizes) <= 300 * 200 + 300 * 32
 
 
+def test_a_caption_with_many_right_videos_is_scored_once_with_each() -> None:
+    own, _ = features_of(200, 150)
+    sizes = []
+
+    def counted(texts: Features, videos: Features) -> Tensor:
+        sizes.append(len(texts.sentence) * len(videos.frames))
+        return score(texts, videos)
+
+    caption, video = torch.arange(20).repeat_interleave(150), torch.arange(150).repeat(20)
+    found = paired_scores(own, own, caption, video, counted, CPU, pairs_per_block=300)
+    assert torch.allclose(found, score(own, own)[:20].flatten(), atol=1e-6)
+    assert sum(sizes) == 20 * 150
+
+
 def test_similarity_that_is_not_finite_is_refused_by_its_pair() -> None:
     own, caption_video = features_of(9, 12)
 

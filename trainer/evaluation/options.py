@@ -16,8 +16,8 @@ class EvaluationOptions:
     paragraphs: bool = False
     """Joins the captions of each video to one query."""
     dual_softmax: float | None = None
-    """Adds results by dual softmax, with this temperature in units of the similarity; 0.01 is
-    usual. They are kept apart from the raw ones."""
+    """Adds results by dual softmax, with this temperature in units of the similarity, from 1e-5 to
+    100; 0.01 is usual. They are kept apart from the raw ones."""
     qb_norm: str | None = None
     """Adds results by QB-Norm, with this bank of training captions: a packed data set, or for
     --features a folder of features of the same model. They are kept apart from the raw ones."""
@@ -27,7 +27,7 @@ class EvaluationOptions:
     """What happens if the bank holds captions of the test set: it is refused, or they are dropped
     and counted."""
     beta: float = 20.0
-    """Inverse temperature of QB-Norm."""
+    """Inverse temperature of QB-Norm, from 1e-3 to 1e5."""
     top_videos: int = 5
     """Best videos that are stored for each query."""
 

@@ -120,17 +120,18 @@ def paired_scores(
 ) -> Tensor:
     """(P,) similarities of single pairs, given by rows of `texts` and of `videos`.
 
-    A block of pairs scores its captions with the videos that occur in it, which are no more than
-    its pairs: at most `pairs_per_block` squared scores at a time.
+    A block of pairs scores the captions with the videos that occur in it, neither of which are more
+    than its pairs: at most `pairs_per_block` squared scores at a time.
     """
     found: list[Tensor] = [torch.zeros(0, device=device)]
     for rows, columns in zip(
         caption.split(pairs_per_block), video.split(pairs_per_block), strict=True
     ):
+        # Equal captions with many videos give many pairs of few captions.
+        captions, row = rows.unique(return_inverse=True)
         chosen, place = columns.unique(return_inverse=True)
-        scores = score(captions_of(texts, rows, device), videos_of(videos, chosen, device))
-        pairs = torch.arange(len(rows), device=device)
-        found.append(scores[pairs, place.to(device)])
+        scores = score(captions_of(texts, captions, device), videos_of(videos, chosen, device))
+        found.append(scores[row.to(device), place.to(device)])
     return torch.cat(found)
 
 

@@ -20,8 +20,8 @@ from tvr.trainer.ranking.caption_blocks import BlockLayout, CaptionBlock, Score,
 from tvr.trainer.ranking.right_pairs import RightPairs
 
 SCORES_PER_TILE = 1 << 22
-"""Scores that are held at a time: 16 MiB, as much again while they are counted, and eight times as
-much while they are rescored."""
+"""Scores that are held at a time: 16 MiB, four times as much again while they are counted, and
+eight times as much while they are rescored."""
 
 
 class Tile(NamedTuple):
