@@ -27,6 +27,7 @@ READMES = [
     README,
     ROOT / "AGENTS.md",
     *(ROOT / folder / "README.md" for folder in ("data_prep", "kernels", "launchers", "trainer")),
+    *sorted((ROOT / "trainer").glob("*/README.md")),
     ROOT / "tests" / "README.md",
 ]
 ids = [str(path.relative_to(ROOT)) for path in READMES]
@@ -102,6 +103,7 @@ def test_readmes_hold_commands_and_the_root_one_is_short() -> None:
     counts = {str(path.relative_to(ROOT)): len(command_lines(path)) for path in READMES}
     assert counts["README.md"] >= 9
     assert min(counts["data_prep/README.md"], counts["launchers/README.md"]) >= 5
+    assert counts["trainer/evaluation/README.md"] >= 14
     assert 6_000 <= README.stat().st_size <= 8_192
 
 

@@ -50,8 +50,8 @@ class Evaluation:
     """Percentage of captions that score higher with their own clip than with its counterpart,
     which shows the same scene with exchanged attributes; None without such a set."""
     queries: list[dict[str, Any]]
-    """For each caption: its text, its video's key, that video's rank, and the top 5 videos. Empty
-    on every rank but 0."""
+    """For each caption: its text, its video's key, that video's rank, and the best videos with
+    their similarities. Empty on every rank but 0."""
     video_queries: list[dict[str, Any]] = field(default_factory=list)
     """For each video with a caption: its key, and the rank of its best caption. On rank 0 only."""
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)

@@ -290,7 +290,7 @@ def _check_sizes(url: str, manifest: Manifest, num_frames: int, image_size: int)
     if manifest.layout == "frames" and num_frames > stored:
         raise ValueError(
             f"num_frames={num_frames} must be from 1 to {stored}, the frames stored per sample"
-            f" in {url}; pack again with a larger --num-frames to use more"
+            f" in {url}; give no more (data.num_frames, or --num-frames), or pack again with more"
         )
 
 

@@ -248,5 +248,6 @@ def test_workers_read_only_from_the_first_batch(
     )
     assert [position - position % 12 for position in received] == sorted(starts[:4] * 6)
     read = sorted(int(line) for line in log_file.read_text().split())
-    assert read == starts[: len(read)]
-    assert len(read) >= 4
+    # No order among the batches ahead: on a busy machine one worker may be behind the others.
+    assert len(set(read)) == len(read)
+    assert set(starts[:4]) <= set(read) <= set(starts)

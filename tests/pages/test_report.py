@@ -121,6 +121,15 @@ def test_marks_the_right_clip_of_every_query(full_run: Path) -> None:
     assert page.text.count("\u2713") == 3
 
 
+def test_shows_five_clips_of_a_query_that_has_more(tmp_path: Path) -> None:
+    many = query(1, "a hit")
+    many["top"] = [{**many["top"][0], "key": f"{n}"} for n in range(30)]
+    write_report_run(tmp_path, [step_event(1), evaluation_event(1)], [many])
+    page = Page(write_report(tmp_path).read_text())
+    # And the right one, which is not among them.
+    assert len(page.named("figure")) == 6
+
+
 def test_thumbnails_are_strips_inside_the_page(full_run: Path) -> None:
     page = Page(write_report(full_run, thumbnails=frames).read_text())
     source = page.named("img")[0]["src"]

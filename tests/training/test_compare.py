@@ -147,11 +147,34 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFix
     _changed(bad, queries=[{"caption": "c", "rank": 1}])
     with pytest.raises(ValueError, match=r"queries\[0\] has no key"):
         compare_paths([good, bad])
-    (bad / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
-        compare_paths([good, bad])
+    for text in ("{", "[" * 100_000):
+        (bad / "evaluation.json").write_text(text)
+        with pytest.raises(ValueError, match="is no JSON"):
+            compare_paths([good, bad])
     with pytest.raises(ValueError, match="1 names for 2 runs"):
         compare_paths([good, good], groups=["x"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"protocol": ["name"]}, "protocol is list, must be an object or null"),
+        ({"step": {}}, r"step is \{\}, must be an integer or null"),
+        ({"videos": True}, "videos is True, must be the number of videos"),
+        ({"videos": 9}, r"queries\[\d+\]: rank is \d+, must be an integer from 1 to 9"),
+        (
+            {"video_queries": [{"key": "v", "rank": 10**30}]},
+            r"video_queries\[0\]: rank is 10{30}, must be an integer from 1 to 80",
+        ),
+    ],
+)
+def test_bad_values_are_refused_by_name(
+    tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    good = write_run(tmp_path / "a", some_ranks(0))
+    bad = write_run(tmp_path / "b", some_ranks(0), **changed)
+    with pytest.raises(ValueError, match=rf"b/evaluation.json: {named}"):
+        compare_paths([good, bad])
 
 
 def test_groups_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -428,7 +428,7 @@ def test_two_checkpoints_of_a_run(
 def test_the_readme_states_the_result_of_the_heat_map_benchmark(tmp_path: Path) -> None:
     """The word "circle" peaks on a frame with the circle in at least 80 % of 50 queries."""
     result = json.loads((ROOT / "tests/benchmarks/results/heat_map.json").read_text())
-    readme = (ROOT / "trainer" / "README.md").read_text()
+    readme = (ROOT / "trainer/explanation/README.md").read_text()
     assert result["queries"] == 50
     assert [row["frames_with_circle"] for row in result["rows"]] == [6, 3, 1]
     for row in result["rows"][1:]:
@@ -454,7 +454,7 @@ def test_the_readmes_snippet_runs(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a").symlink_to(clip)
     (tmp_path / "clip.mp4").symlink_to(min((data / "clips" / "test").glob("*.mp4")))
-    section = (ROOT / "trainer" / "README.md").read_text().partition("## Why this video\n")[2]
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", section.split("\n## ")[0], re.S | re.M)
+    text = (ROOT / "trainer/explanation/README.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
     exec(compile(snippet, "README.md", "exec"), {})
     assert HeatMap((tmp_path / "page.html").read_text()).rows[1][0] == "[start]"

@@ -155,7 +155,9 @@ def test_qb_norm_of_a_data_set_and_of_its_features_agree(
     assert "--paragraphs encodes captions anew" in " ".join(capsys.readouterr().err.split())
 
 
-def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_path: Path) -> None:
+def test_features_of_a_trained_form_give_the_evaluation_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(data, data={"test_exchanged": None}, train={"micro_batch": 4})
     words = load_tokenizer(data / "tokenizer", MAX_WORDS)
     torch.manual_seed(4)
@@ -171,7 +173,8 @@ def test_features_of_a_trained_form_give_the_evaluation_exactly(data: Path, tmp_
     )
     sizes: dict[str, Any] = {"stored": "fp32", "videos_per_block": 4}
     test = str(data / "test")
-    assert embed(own, test, tmp_path / "one", **sizes)
+    monkeypatch.chdir(data)
+    assert embed(own, "test", tmp_path / "one", **sizes)  # noted as an absolute path
     assert not embed(own, test, tmp_path / "two", task=(1, 2), **sizes)
     assert embed(own, test, tmp_path / "two", task=(0, 2), **sizes)
     one, two = (

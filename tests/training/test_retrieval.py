@@ -23,6 +23,7 @@ from tvr.trainer.evaluation.retrieval import (
     paired_scores,
     rank_features,
 )
+from tvr.trainer.evaluation.stored_features import evaluate_features
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features
 
@@ -201,6 +202,17 @@ def test_a_copy_of_the_right_video_is_a_tie_whatever_the_tiles() -> None:
         assert torch.equal(found.ranks.text_to_video, 2 * alone.ranks.text_to_video)
 
 
+def test_the_best_of_equal_scores_are_the_first_videos_whatever_the_tiles() -> None:
+    own, caption_video = features_of(7, 40)
+
+    def alike(texts: Features, videos: Features) -> Tensor:
+        return torch.zeros(len(texts.sentence), len(videos.frames))
+
+    for size in (1 << 20, 7 * 13, 7 * 3):
+        found = rank_features(own, caption_video, alike, ALONE, scores_per_tile=size)
+        assert found.top_videos.tolist() == [[0, 1, 2, 3, 4]] * 7
+
+
 def test_memory_mapped_half_precision_features_are_ranked(tmp_path: Path) -> None:
     own, caption_video = features_of(20, 15)
 
@@ -260,6 +272,11 @@ def refused_on(rank: int, world_size: int) -> str:
 
     with pytest.raises(ValueError, match="not finite") as error:
         rank_features(*own, broken, world, captions_per_block=8)
+    # Only rank 1 has a wrong row; a negative one would choose a video from the end.
+    wrong = own[1].clone()
+    wrong[-1] -= 6 * rank
+    with pytest.raises(ValueError, match=r"caption_video\[\d+\] is -\d; this rank has 6 videos"):
+        rank_features(own[0], wrong, score, world)
     # Rank 0 gives the bank a caption that rank 1 has in its part of the test set.
     texts = [["A dog.", "a cat"], ["a bird", "a fish"]][rank]
     bank = Bank(name="train", features=bank_of(rank, 5), captions=texts)
@@ -277,6 +294,39 @@ def test_one_ranks_broken_similarity_ends_all_ranks() -> None:
     assert first == second
     assert "with video 7 is nan" in first
     assert "such as 'A dog.'" in first
+
+
+def named_on(rank: int, world_size: int) -> tuple[list[str], list[str], object]:
+    torch.set_num_threads(1)
+    world = World(rank=rank, world_size=world_size, device=CPU)
+    whole, caption_video = features_of(20, 12)
+    bounds = [12 * part // world_size for part in range(world_size + 1)]
+    own = slice_of(whole, caption_video, range(bounds[rank], bounds[rank + 1]))
+    found = evaluate_features(*own, model=ModelConfig(interaction="att_wti"), world=world)
+    queries = [query["caption"] for query in found.queries]
+    return queries, [query["key"] for query in found.video_queries], found.intervals
+
+
+def test_features_without_names_are_numbered_through_all_ranks() -> None:
+    one = named_on(0, 1)
+    assert one[0] == [f"caption {number}" for number in range(20)]
+    assert spawn(named_on, 2)[0] == one
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([0, 1, 5], r"caption_video\[2\] is 5; .* allowed are 0 to 4"),
+        ([0, -1, 4], r"caption_video\[1\] is -1; .* allowed are 0 to 4"),
+        ([0, 1], "caption_video has 2 rows for 3 captions"),
+    ],
+)
+def test_a_row_of_no_video_is_refused(rows: list[int], named: str) -> None:
+    own, _ = features_of(3, 5)
+    with pytest.raises(ValueError, match=named):
+        rank_features(own, torch.tensor(rows), score, ALONE)
+    with pytest.raises(ValueError, match="caption_ids has 1 rows for 3 captions"):
+        rank_features(own, torch.tensor([0, 1, 2]), score, ALONE, caption_ids=torch.tensor([1]))
 
 
 def test_a_set_without_captions_is_refused() -> None:

@@ -26,7 +26,7 @@ from tvr.trainer.index.media import video_file
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.tokenizer import load_tokenizer
 
-README = Path(__file__).parents[2] / "trainer" / "README.md"
+README = Path(__file__).parents[2] / "trainer" / "index" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +162,16 @@ def test_another_model_is_refused_by_name(
     ):
         assert main(line) == 2
         assert "is not the model that encoded" in capsys.readouterr().err
+    line = ["search", str(data / "features"), "a circle", "--model", str(data / "test")]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert f"the model that encoded {data / 'features'}, {data / 'clip'}" in error
+    assert "name the one that did with --model" in error
+    assert main(["search", str(data / "test"), "a circle"]) == 2
+    assert "is a packed data set, and holds no features" in capsys.readouterr().err
     for more, message in (
-        ([], "give one of a query"),
-        (["a", "--key", "b"], "give one of a query"),
+        ([], "give one of QUERY"),
+        (["a", "--key", "b"], "give one of QUERY"),
         (["a", "--data", "b"], "--data b needs --key"),
         (["a", "--checkpoint", "best"], "needs --model"),
         (["--key", "nothing"], "no video with the key 'nothing'"),

@@ -213,6 +213,19 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+def test_one_long_key_needs_no_more_memory() -> None:
+    ranks = list(range(1, 2001))
+    keys = [f"video {number // 2}" for number in range(2000)]
+    expected = intervals(ranks, np.array(keys), samples=20)
+    # The same order of keys, so the same resamples.
+    long = [key + "x" * 50_000 if key == "video 999" else key for key in keys]
+    tracemalloc.start()
+    assert intervals(ranks, long, samples=20) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6
+
+
 def test_no_error_of_ends_without_another_case() -> None:
     assert intervals([1, 1, 1], samples=50)["recall_at_1"] == (100.0, 100.0)
     assert intervals([3], samples=50)["median_rank"] == (3.0, 3.0)

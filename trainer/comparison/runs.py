@@ -63,27 +63,27 @@ def read_evaluation(path: Path) -> StoredEvaluation:
     if not file.is_file():
         advice = f"run `tvr evaluate --run-dir {path}` first" if path.is_dir() else "no such file"
         raise ValueError(f"{file}: {advice}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    content = _json(file)
     if not isinstance(content, dict) or not content.get("queries"):
         raise ValueError(
             f"{file} holds no ranks of queries: give an evaluation.json, or a file of"
             " `tvr evaluate --json`"
         )
-    videos = content.get("videos")
-    if not isinstance(videos, int):
-        raise ValueError(f"{file}: videos is {videos!r}, must be the number of videos")
-    directions = {"text_to_video": _ranked(content["queries"], "caption", f"{file}: queries")}
+    videos, step = content.get("videos"), content.get("step")
+    if type(videos) is not int or videos < 1:
+        raise ValueError(f"{file}: videos is {videos!r}, must be the number of videos, from 1")
+    if step is not None and type(step) is not int:
+        raise ValueError(f"{file}: step is {step!r}, must be an integer or null")
+    texts = _ranked(content["queries"], "caption", f"{file}: queries", videos)
+    directions = {"text_to_video": texts}
     if content.get("video_queries"):
-        found = _ranked(content["video_queries"], None, f"{file}: video_queries")
+        found = _ranked(content["video_queries"], None, f"{file}: video_queries", len(texts.names))
         directions["video_to_text"] = found
     return StoredEvaluation(
         name=str(path),
-        step=content.get("step"),
+        step=step,
         videos=videos,
-        protocol=_protocol(content.get("protocol")),
+        protocol=_protocol(content.get("protocol"), file),
         directions=directions,
         settings=_settings(file.parent / CONFIG),
     )
@@ -155,30 +155,38 @@ def _decides(setting: str) -> bool:
         return True  # of another release
 
 
-def _protocol(stored: Any) -> dict[str, Any]:
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise ValueError(f"{file} is no JSON: {error}") from error
+
+
+def _protocol(stored: Any, file: Path) -> dict[str, Any]:
+    if stored is not None and not isinstance(stored, dict):
+        raise ValueError(f"{file}: protocol is {type(stored).__name__}, must be an object or null")
     names = ("name", "equal_captions")
     return {name: stored[name] for name in names if name in stored} if stored else {}
 
 
 def _settings(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
     return dict(named_settings(content)) if isinstance(content, dict) else None
 
 
-def _ranked(rows: Any, caption: str | None, where: str) -> RankedQueries:
-    found = sorted(_rows(rows, caption, where))
+def _ranked(rows: Any, caption: str | None, where: str, last: int) -> RankedQueries:
+    found = sorted(_rows(rows, caption, where, last))
     return RankedQueries(
         tuple((key, text) for key, text, _ in found),
         np.array([rank for _, _, rank in found], dtype=np.int64),
     )
 
 
-def _rows(rows: Any, caption: str | None, where: str) -> Iterator[tuple[str, str, int]]:
+def _rows(rows: Any, caption: str | None, where: str, last: int) -> Iterator[tuple[str, str, int]]:
+    """Key, caption and rank of each query; `last` is the largest rank."""
     if not isinstance(rows, list):
         raise ValueError(f"{where} must be a list, is {type(rows).__name__}")
     for number, row in enumerate(rows):
@@ -187,8 +195,10 @@ def _rows(rows: Any, caption: str | None, where: str) -> Iterator[tuple[str, str
         text = row.get(caption) if caption is not None else ""
         if not (isinstance(key, str) and isinstance(text, str)):
             raise ValueError(f"{where}[{number}] has no key or no caption")
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"{where}[{number}]: rank is {rank!r}, must be an integer from 1")
+        if type(rank) is not int or not 1 <= rank <= last:
+            raise ValueError(
+                f"{where}[{number}]: rank is {rank!r}, must be an integer from 1 to {last}"
+            )
         yield key, text, rank
 
 

@@ -300,7 +300,11 @@ def _codes(clusters: Sequence[object] | NDArray[Any] | None, queries: int) -> In
         return np.arange(queries)
     if len(clusters) != queries:
         raise ValueError(f"{len(clusters)} clusters for {queries} queries; each query needs one")
-    return np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
+    if isinstance(clusters, np.ndarray):
+        return np.unique(clusters, return_inverse=True)[1].reshape(-1)
+    # An array of texts would give each the length of the longest one.
+    place = {cluster: number for number, cluster in enumerate(sorted(set(clusters)))}
+    return np.fromiter((place[cluster] for cluster in clusters), np.int64, queries)
 
 
 def _checked(values: Sequence[float] | NDArray[Any]) -> Floats:

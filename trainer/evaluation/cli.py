@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tvr.trainer.records import Evaluation
 
 SECONDS_BETWEEN_LINES = 10.0
+
+Source: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -40,7 +42,7 @@ def evaluate(argv: Sequence[str]) -> int:
         json: Path | None = None,
         trec: Path | None = None,
         mmeb_v2: bool = False,
-        options: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
+        protocol: tyro.conf.OmitArgPrefixes[EvaluationOptions] = DEFAULTS,
     ) -> int:
         """Evaluates a model: recall from text to video and from video to text.
 
@@ -77,9 +79,9 @@ def evaluate(argv: Sequence[str]) -> int:
             raise ValueError(f"--num-frames {num_frames} needs --model")
         if save_features is not None and data is None:
             raise ValueError(f"--save-features {save_features} needs --data")
-        if options.paragraphs and (features is not None or save_features is not None):
+        if protocol.paragraphs and (features is not None or save_features is not None):
             raise ValueError("--paragraphs encodes captions anew: give no features")
-        if options.qb_norm is not None and save_features is not None:
+        if protocol.qb_norm is not None and save_features is not None:
             raise ValueError("--qb-norm with --save-features: evaluate the features afterwards")
         if mmeb_v2:
             from tvr.trainer.comparison.mmeb import NUM_FRAMES
@@ -99,7 +101,7 @@ def evaluate(argv: Sequence[str]) -> int:
                 raise ValueError(f"--mmeb-v2 takes {NUM_FRAMES} frames of a video, not {frames}")
             num_frames = None if features is not None else frames
         result = _result(
-            run_dir, model, features, data, checkpoint, save_features, num_frames, options
+            run_dir, model, features, data, checkpoint, save_features, num_frames, protocol
         )
         if os.environ.get("RANK", "0") == "0":
             print(result.table())
@@ -113,7 +115,7 @@ def evaluate(argv: Sequence[str]) -> int:
             if trec is not None:
                 from tvr.trainer.comparison.trec import write_trec
 
-                depth = options.top_videos
+                depth = protocol.top_videos
                 qrels = write_trec(result.queries, trec, depth)
                 print(f"the best {depth} videos of each caption: {trec}; the right ones: {qrels}")
             if json is not None:
@@ -158,20 +160,44 @@ def _result(
         with join_world() as world:
             found = FeatureSet.open(save_features or features or "", verify=True)
             return replace(evaluate_features(found, options=options, world=world), step=step)
+    lines = _Lines()
+
+    def report(done: int) -> None:
+        if os.environ.get("RANK", "0") == "0" and lines.is_due():
+            ranks = os.environ.get("WORLD_SIZE", "1")
+            lines.write(f"encoded {done:,} videos on rank 0 of {ranks}", done)
+
     if run_dir is not None:
         from tvr.trainer.evaluation.saved_run import evaluate_run
 
-        return evaluate_run(run_dir, data, choice, options)
+        return evaluate_run(run_dir, data, choice, options, report)
     from tvr.trainer.evaluation.stored_features import evaluate_source
 
-    return evaluate_source(model or "", data or "", choice, num_frames=num_frames, options=options)
+    return evaluate_source(
+        model or "", data or "", choice, num_frames=num_frames, options=options, report=report
+    )
+
+
+class _Lines:
+    """Lines of progress on stderr, at most one in SECONDS_BETWEEN_LINES."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
+
+    def write(self, text: str, done: int, more: str = "") -> None:
+        self._last = time.monotonic()
+        rate = done / max(self._last - self._started, 1e-9)
+        print(f"{text}, {rate:.1f} a second{more}", file=sys.stderr, flush=True)
 
 
 def embed(argv: Sequence[str]) -> int:
     """`tvr embed`."""
 
     def arguments(
-        source: tyro.conf.Positional[Path],
+        source: Source,
         *,
         data: str,
         out: Path,
@@ -223,17 +249,11 @@ def _embed(
     # Tasks share nothing but the folder, so there is no process group.
     world = World(rank=0, world_size=1, device=select_device(whole_number("RANK", 0)))
     model = load_source(folder, parse_choice(checkpoint), num_frames=num_frames, world=world)
-    started = last = time.monotonic()
+    lines = _Lines()
 
     def report(done: int, total: int, bad: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < SECONDS_BETWEEN_LINES:
-            return
-        last = now
-        rate = done / max(now - started, 1e-9)
-        text = f"embedded {done:,} of {total:,} videos, {rate:.1f} a second, {bad} left out"
-        print(text, file=sys.stderr, flush=True)
+        if done == total or lines.is_due():
+            lines.write(f"embedded {done:,} of {total:,} videos", done, f", {bad} left out")
 
     whole = encode(model, data, out, stored=dtype, task=task, max_bad=max_bad, report=report)
     print(out if whole else f"{out}: other tasks have not written all their parts yet")

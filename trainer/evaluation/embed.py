@@ -224,7 +224,9 @@ class _PackedSet:
         )
         content = hashlib.sha256(self._reader.manifest.content.encode()).hexdigest()
         blocks = -(-len(self._reader) // videos_per_block)
-        self.data = DataSource(url=url, kind="packed", content=content, num_blocks=blocks)
+        # A search may run in another folder.
+        place = url if "://" in url else str(Path(url).absolute())
+        self.data = DataSource(url=place, kind="packed", content=content, num_blocks=blocks)
 
     def __len__(self) -> int:
         return len(self._reader)

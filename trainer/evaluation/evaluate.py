@@ -32,6 +32,8 @@ from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.records import Evaluation
 
 Encode = Callable[..., Features]
+Report = Callable[[int], None]
+"""Takes the number of videos that this rank has encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ def evaluate(
     world: World,
     options: EvaluationOptions = DEFAULTS,
     bank: Bank | None = None,
+    report: Report | None = None,
 ) -> Evaluation:
     """Ranks all captions and videos of `data.test` against each other.
 
@@ -63,6 +66,7 @@ def evaluate(
         encode: The model's forward in evaluation mode. With partitioned weights (ZeRO-3) it is a
             collective, so all ranks call it equally often.
         bank: This rank's part of the bank that `options.qb_norm` names.
+        report: Called after each batch of this rank.
 
     Raises:
         ValueError: `data.test` is not set, the set has fewer readable videos than ranks, or
@@ -71,7 +75,9 @@ def evaluate(
     """
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
-    own = _encode_set(encode, config.data.test, config, tokenizer, world, options.paragraphs)
+    own = _encode_set(
+        encode, config.data.test, config, tokenizer, world, options.paragraphs, report
+    )
     score = partial(similarity_rows, model=config.model)
     data, ids = config.data.test, caption_ids(own.captions)
     found, facts = rank_set(own.features, own.caption_video, ids, score, options, bank, data, world)
@@ -96,6 +102,7 @@ def _encode_set(
     tokenizer: Tokenizer,
     world: World,
     paragraphs: bool = False,
+    report: Report | None = None,
 ) -> _EncodedSet:
     batches = ordered_batches(url, config.data, config.model, config.train, tokenizer, world)
     parts: list[Features] = []
@@ -115,6 +122,8 @@ def _encode_set(
             keys.extend(batch.keys)
             captions.extend(batch.captions)
             left_out.extend(batch.replaced)
+            if report is not None:
+                report(len(keys))
     return _EncodedSet(concat_features(parts), keys, captions, torch.cat(caption_video), left_out)
 
 

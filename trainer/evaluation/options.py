@@ -42,6 +42,8 @@ class EvaluationOptions:
             raise ValueError(f"top_videos={self.top_videos} must be at least 1")
         if self.qb_norm is None and (self.bank_captions is not None or self.bank_shared == "drop"):
             raise ValueError("bank_captions and bank_shared need qb_norm, the bank")
+        if self.qb_norm is None and self.beta != 20.0:
+            raise ValueError(f"beta={self.beta} needs qb_norm, the bank")
 
 
 DEFAULTS = EvaluationOptions()

@@ -88,11 +88,13 @@ def rank_features(
         top_videos: Number of best videos to return.
 
     Raises:
-        ValueError: no rank has a caption, a similarity is not finite, `merge_equal` without
-            `caption_ids`, or the bank of `rescoring` is empty.
+        ValueError: no rank has a caption, `caption_video` does not fit the features, a similarity
+            is not finite, `merge_equal` without `caption_ids`, or the bank of `rescoring` is empty.
     """
     if merge_equal and caption_ids is None:
         raise ValueError("equal captions can be merged only if the captions' texts are known")
+    # On every rank at once: the others would wait for a rank that leaves alone.
+    world.run_on_all(lambda: _check(own, caption_video, caption_ids), ValueError)
     num_captions = world.all_gather_counts(len(caption_video))
     num_videos = world.all_gather_counts(len(own.frames))
     if not sum(num_captions):
@@ -125,3 +127,22 @@ def rank_features(
         top_scores=best.scores,
         rescored=rescored,
     )
+
+
+def _check(own: Features, caption_video: Tensor, caption_ids: Tensor | None) -> None:
+    captions, videos = len(own.sentence), len(own.frames)
+    if len(caption_video) != captions:
+        raise ValueError(
+            f"caption_video has {len(caption_video)} rows for {captions} captions; each needs one"
+        )
+    if caption_ids is not None and len(caption_ids) != captions:
+        raise ValueError(
+            f"caption_ids has {len(caption_ids)} rows for {captions} captions; each needs one"
+        )
+    outside = ((caption_video < 0) | (caption_video >= videos)).nonzero()
+    if len(outside):
+        caption = int(outside[0, 0])
+        raise ValueError(
+            f"caption_video[{caption}] is {int(caption_video[caption])}; this rank has"
+            f" {videos} videos, so allowed are 0 to {videos - 1}"
+        )

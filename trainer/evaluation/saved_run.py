@@ -22,7 +22,7 @@ from tvr.trainer.config import Config
 from tvr.trainer.data import build_tokenizer
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.evaluation.bank import encoded_bank
-from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.evaluate import Report, evaluate
 from tvr.trainer.evaluation.options import DEFAULTS, EvaluationOptions
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ def evaluate_run(
     data: str | None,
     choice: CheckpointChoice = "newest",
     options: EvaluationOptions = DEFAULTS,
+    report: Report | None = None,
 ) -> Evaluation:
     """Evaluates a run's checkpoint, on as many ranks as the job has.
 
@@ -52,6 +53,7 @@ def evaluate_run(
         data: URL of another test set; None: the run's test set.
         choice: The newest checkpoint, the best one, or that of a step.
         options: Choices of the protocol. With `equal_captions` or `paragraphs` nothing is stored.
+        report: As in `evaluate`.
 
     Raises:
         ValueError: no run, no such checkpoint, or no test set.
@@ -73,7 +75,8 @@ def evaluate_run(
                 options.bank_captions,
                 world,
             )
-        result = replace(evaluate(model, config, tokenizer, world, options, bank), step=step)
+        found = evaluate(model, config, tokenizer, world, options, bank, report)
+        result = replace(found, step=step)
         # The results in a run are all of one protocol.
         is_plain = not (options.equal_captions or options.paragraphs)
         if data is None and is_plain and world.is_first:

@@ -15,7 +15,7 @@ from tvr.trainer.checkpoint.choice import CheckpointChoice
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.evaluation.bank import encoded_bank, stored_bank
-from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.evaluate import Report, evaluate
 from tvr.trainer.evaluation.model_source import Interaction, load_source
 from tvr.trainer.evaluation.protocol import (
     DEFAULTS,
@@ -40,8 +40,11 @@ def evaluate_source(
     *,
     num_frames: int | None = None,
     options: EvaluationOptions = DEFAULTS,
+    report: Report | None = None,
 ) -> Evaluation:
     """Evaluates a model on a packed data set, on as many ranks as the job has; stores nothing.
+
+    `report` is that of `evaluate`.
 
     Raises:
         ValueError, CheckpointDamaged: as `load_source` and `evaluate`.
@@ -60,7 +63,7 @@ def evaluate_source(
                 options.bank_captions,
                 world,
             )
-        result = evaluate(model.encode, config, model.tokenizer, world, options, bank)
+        result = evaluate(model.encode, config, model.tokenizer, world, options, bank, report)
     return replace(result, step=model.step, model=model.name)
 
 
@@ -87,8 +90,8 @@ def evaluate_features(
             following arguments itself.
         caption_video: (A,) row of each caption's video.
         model: Settings of the similarity; None for a feature set.
-        keys: (C,) keys of the videos; None numbers them.
-        captions: (A,) texts; None numbers them.
+        keys: (C,) keys of the videos; None numbers them through all ranks, on every rank.
+        captions: (A,) texts; None numbers them likewise.
         data: Name of the data set in the result.
         left_out: Videos that could not be read.
         options: Choices of the protocol. `paragraphs` needs the captions to be encoded anew.
@@ -127,20 +130,15 @@ def evaluate_features(
         raise ValueError("features in memory need caption_video and model")
     else:
         left_out = tuple(each for part in world.all_gather_objects([*left_out]) for each in part)
-    count = len(features.frames)
-    keys = [f"video {row}" for row in range(count)] if keys is None else keys
+    ids = None if captions is None else caption_ids(captions)
+    if ids is None and options.equal_captions:
+        raise ValueError("equal_captions needs the captions' texts")
+    keys = _numbered("video", len(features.frames), world) if keys is None else keys
     if captions is None:
-        if options.equal_captions:
-            raise ValueError("equal_captions needs the captions' texts")
-        ids = None
-        captions = [f"caption {row}" for row in range(len(caption_video))]
-    else:
-        ids = caption_ids(captions)
-    if len(keys) != count or len(captions) != len(caption_video):
-        raise ValueError(
-            f"{len(keys)} keys for {count} videos, {len(captions)} texts for"
-            f" {len(caption_video)} rows of caption_video; each needs as many"
-        )
+        captions = _numbered("caption", len(caption_video), world)
+    sizes = (len(keys), len(features.frames), len(captions), len(caption_video))
+    # On every rank at once: the others would wait for a rank that leaves alone.
+    world.run_on_all(lambda: _check_names(*sizes), ValueError)
     score = partial(similarity_rows, model=model)
     found, facts = rank_set(features, caption_video, ids, score, options, bank, data, world)
     return evaluation_of(
@@ -153,3 +151,17 @@ def evaluate_features(
         left_out=left_out,
         model=name,
     )
+
+
+def _numbered(kind: str, count: int, world: World) -> list[str]:
+    """Names of this rank's videos or captions, numbered through all ranks."""
+    first = sum(world.all_gather_counts(count)[: world.rank])
+    return [f"{kind} {number}" for number in range(first, first + count)]
+
+
+def _check_names(keys: int, videos: int, captions: int, rows: int) -> None:
+    if keys != videos or captions != rows:
+        raise ValueError(
+            f"{keys} keys for {videos} videos, {captions} texts for {rows} rows of caption_video;"
+            " each needs as many"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 
@@ -15,13 +15,16 @@ from tvr.trainer.exit_reporting import run_training_command
 
 DEFAULT_PAGE = Path("explanation.html")
 
+Source: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Text: TypeAlias = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
+
 
 def explain(argv: Sequence[str]) -> int:
     """`tvr explain`."""
 
     def arguments(
-        source: tyro.conf.Positional[Path],
-        caption: tyro.conf.Positional[str | None] = None,
+        source: Source,
+        caption: Text = None,
         *,
         video: Path | None = None,
         data: str | None = None,

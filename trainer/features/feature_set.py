@@ -97,6 +97,7 @@ class FeatureSet:
 
         Raises:
             FileNotFoundError: there is no manifest: nothing is published.
+            ValueError: the folder is a packed data set.
             ShardCorrupt: the manifest or a file is damaged, cut short or edited; names it.
         """
         path = Path(folder) / MANIFEST

@@ -186,6 +186,7 @@ def read_manifest(path: Path) -> FeatureManifest:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is the manifest of a packed data set.
         ShardCorrupt: a field is missing or not allowed; names file, field and value.
     """
     if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -195,6 +196,11 @@ def read_manifest(path: Path) -> FeatureManifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ShardCorrupt(f"{path}: damaged or edited: {error}") from error
+    if isinstance(content, dict) and {"format_version", "layout"} <= content.keys():
+        raise ValueError(
+            f"{path.parent} is a packed data set, and holds no features: encode it with `tvr embed`"
+            " into another folder"
+        )
     fields = IndexFields(content, str(path), remedy=EMBED_AGAIN)
     fields.choice("format", (FORMAT,))
     fields.integer("version", VERSION, VERSION)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 
+Features: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
+Query: TypeAlias = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
+
 
 def index(argv: Sequence[str]) -> int:
     """`tvr index`."""
 
     def arguments(
-        features: tyro.conf.Positional[Path],
+        features: Features,
         *,
         method: Literal["auto", "exact", "ivf", "hnsw"] = "auto",
         model: Path | None = None,
@@ -108,8 +111,8 @@ def search(argv: Sequence[str]) -> int:
     """`tvr search`."""
 
     def arguments(
-        index: tyro.conf.Positional[Path],
-        query: tyro.conf.Positional[str | None] = None,
+        index: Features,
+        query: Query = None,
         *,
         video: Path | None = None,
         key: str | None = None,
@@ -143,7 +146,7 @@ def search(argv: Sequence[str]) -> int:
 
         given = [each for each in (query, video, key) if each is not None]
         if len(given) != 1:
-            raise ValueError("give one of a query, --video and --key")
+            raise ValueError("give one of QUERY, --video and --key")
         if data is not None and key is None:
             raise ValueError(f"--data {data} needs --key")
         choice = parse_choice(checkpoint)

@@ -47,14 +47,21 @@ def load_model(named: NamedModel | None, features: FeatureSet, device: torch.dev
     frames, words, interaction = (
         settings.get(name) for name in ("num_frames", "max_words", "interaction")
     )
-    found = load_source(
-        named.path,
-        named.checkpoint,
-        num_frames=cast(int, frames),
-        max_words=cast(int, words),
-        interaction=None if settings.get("mean_of_frames") else cast(Interaction, interaction),
-        world=World(rank=0, world_size=1, device=device),
-    )
+    try:
+        found = load_source(
+            named.path,
+            named.checkpoint,
+            num_frames=cast(int, frames),
+            max_words=cast(int, words),
+            interaction=None if settings.get("mean_of_frames") else cast(Interaction, interaction),
+            world=World(rank=0, world_size=1, device=device),
+        )
+    except ValueError as error:
+        # Such as an interaction of the features that another model cannot have.
+        raise ValueError(
+            f"{named.path} cannot take the place of the model that encoded {features.folder},"
+            f" {info.model}: {error}; name the one that did with --model"
+        ) from error
     if found.fingerprint != info.fingerprint:
         own = found.settings
         differing = [name for name in own if own[name] != settings.get(name)]

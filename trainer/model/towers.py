@@ -307,13 +307,16 @@ def _load_tower(tower: Any, folder: str) -> Any:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers, which would list the other tower's weights as unexpected."""
-    before = logging.get_verbosity()
+    """Silences transformers: it lists the other tower's weights as unexpected, and draws bars."""
+    before, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _random_tower(tower: Any, folder: str) -> Any:

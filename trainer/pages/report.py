@@ -27,6 +27,7 @@ from tvr.trainer.run_files import CONFIG, EVALUATION
 Thumbnails = Callable[[str], Sequence[Image.Image]]
 
 SHOWN_QUERIES = 12
+SHOWN_VIDEOS = 5
 SHOWN_KEYS = 5
 DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
 SHOWN_METRICS = (
@@ -210,7 +211,7 @@ def _shown_query(query: Event, thumbnails: Thumbnails | None) -> dict[str, Any]:
             "place": f"{place}.",
             "strip": _strip(clip["key"], thumbnails),
         }
-        for place, clip in enumerate(query["top"], start=1)
+        for place, clip in enumerate(query["top"][:SHOWN_VIDEOS], start=1)
     ]
     if not any(clip["is_right"] for clip in clips):
         missed = {"key": query["key"], "similarity": "", "is_right": True}

@@ -149,9 +149,9 @@ class TopVideos:
 
     def add(self, tile: Tile) -> None:
         """Keeps the best of the tile and of those before."""
-        found = tile.scores.topk(min(self.size, tile.scores.shape[1]), dim=1)
-        scores = torch.cat([self._scores, found.values.to(self._scores.dtype)], dim=1)
-        videos = torch.cat([self._videos, found.indices + tile.first_video], dim=1)
+        found, columns = _best_columns(tile.scores, self.size)
+        scores = torch.cat([self._scores, found.to(self._scores.dtype)], dim=1)
+        videos = torch.cat([self._videos, columns + tile.first_video], dim=1)
         self._scores, self._videos = _best_of(scores, videos, self.size)
 
     def finish(self, block: CaptionBlock) -> None:
@@ -175,6 +175,21 @@ class TopVideos:
         pad = torch.nn.functional.pad
         scores = pad(self._scores, (0, missing), value=-torch.inf)
         return scores, pad(self._videos, (0, missing))
+
+
+def _best_columns(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The best `size` of each row of a tile; of equal scores those with the lower columns."""
+    found = scores.topk(min(size + 1, scores.shape[1]), dim=1)
+    values, columns = found.values[:, :size], found.indices[:, :size]
+    if found.values.shape[1] > size:
+        # Which of equal scores topk takes depends on the shape of the tile.
+        tied = (found.values[:, size - 1] == found.values[:, size]).nonzero().squeeze(1)
+        if len(tied):
+            columns = columns.clone()
+            order = scores[tied].argsort(dim=1, descending=True, stable=True)
+            columns[tied] = order[:, :size]
+            values = scores.gather(1, columns)
+    return values, columns
 
 
 def _best_of(scores: Tensor, videos: Tensor, size: int) -> tuple[Tensor, Tensor]:

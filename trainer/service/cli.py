@@ -7,11 +7,15 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import tyro
 
 from tvr.launchers.exit_codes import EXIT_DONE
 from tvr.trainer.exit_reporting import run_training_command
+
+if TYPE_CHECKING:
+    from tvr.trainer.checkpoint.choice import CheckpointChoice
 
 NO_PROTECTION = (
     "warning: {host} can be reached from other machines, and the service knows no users and no"
@@ -21,14 +25,17 @@ NO_PROTECTION = (
 HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+")
 NEEDED = ("fastapi", "uvicorn")
 
+Features: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
+
 
 def serve(argv: Sequence[str]) -> int:
     """`tvr serve`."""
 
     def arguments(
-        index: tyro.conf.Positional[Path],
+        index: Features,
         *,
         model: Path | None = None,
+        checkpoint: str = "newest",
         host: str = "127.0.0.1",
         port: int = 8080,
         allow_host: tuple[str, ...] = (),
@@ -41,8 +48,9 @@ def serve(argv: Sequence[str]) -> int:
         The service knows no users and no encryption.
 
         Args:
-            index: Folder that `tvr index` wrote.
-            model: Folder of the model that encoded the index. None: the place it had then.
+            index: Folder of the feature set that `tvr index` made searchable.
+            model: Model that encoded the features, if `tvr index --model` did not name it.
+            checkpoint: Of a run with --model: newest, best, or the number of a step.
             host: Address to listen on. Others than the loopback interface let other machines in.
             port: Port to listen on; 0: a free one, which is printed.
             allow_host: Names under which the service may be asked for, such as a reverse proxy's.
@@ -53,6 +61,8 @@ def serve(argv: Sequence[str]) -> int:
         """
         if not 0 <= port <= 65535:
             raise ValueError(f"--port {port} must be 0 to 65535")
+        if model is None and checkpoint != "newest":
+            raise ValueError(f"--checkpoint {checkpoint} needs --model")
         if search_threads < 1 or not timeout_s > 0:
             raise ValueError(
                 f"--search-threads {search_threads} and --timeout-s {timeout_s} must be above 0"
@@ -69,7 +79,12 @@ def serve(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"tvr serve needs {' and '.join(missing)}: pip install 'tvr[serve,search]'"
             )
-        return _serve(index, model, host, port, allow_host, search_threads, timeout_s, verify)
+        from tvr.trainer.checkpoint.choice import parse_choice
+
+        choice = parse_choice(checkpoint)
+        return _serve(
+            index, model, choice, host, port, allow_host, search_threads, timeout_s, verify
+        )
 
     return run_training_command(
         "serve", lambda: tyro.cli(arguments, prog="tvr serve", args=list(argv))
@@ -79,6 +94,7 @@ def serve(argv: Sequence[str]) -> int:
 def _serve(
     folder: Path,
     model: Path | None,
+    checkpoint: CheckpointChoice,
     host: str,
     port: int,
     allow_host: tuple[str, ...],
@@ -92,7 +108,10 @@ def _serve(
     from tvr.trainer.service.records import Limits
 
     # Taken first: a port in use is known before the model is loaded.
-    with listening(host, port) as server, Index.open(folder, model=model, verify=verify) as index:
+    with (
+        listening(host, port) as server,
+        Index.open(folder, model=model, checkpoint=checkpoint, verify=verify) as index,
+    ):
         # Loads the model: the first search should not wait, and errors belong here. This also sets
         # the tokeniser's length, which two threads must not do at once.
         index.search("a", k=1)
