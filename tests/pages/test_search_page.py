@@ -311,6 +311,7 @@ def test_what_the_command_refuses(
         assert f"--port {port}: " in refused(str(folder), "--port", port)
     assert "--port 70000 must be 0 to 65535" in refused(str(folder), "--port", "70000")
     assert "--timeout-s 0.0" in refused(str(folder), "--timeout-s", "0")
+    assert "--checkpoint best needs --model" in refused(str(folder), "--checkpoint", "best")
     assert "no.such.host.invalid" in refused(str(folder), "--host", "no.such.host.invalid")
     assert str(tmp_path) in refused(str(tmp_path), "--port", "0")
     for name in ("search.example:8080", "http://search.example", "*"):
