@@ -273,7 +273,7 @@ def test_the_command_serves_until_it_is_interrupted(
         assert get(url, "/", headers={"Host": "search.example"}).status == 200
         assert get(url, "/", headers={"Host": "other.example"}).status == 421
 
-    line = [str(folder), "--host", "0.0.0.0", "--allow-host", "search.example"]
+    line = [str(folder), "--host", "0.0.0.0", "--allow-host", "Search.Example"]
     assert run_service(line, monkeypatch, use_name) == 0
     assert "warning: 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
 
@@ -314,5 +314,7 @@ def test_what_the_command_refuses(
     assert "--checkpoint best needs --model" in refused(str(folder), "--checkpoint", "best")
     assert "no.such.host.invalid" in refused(str(folder), "--host", "no.such.host.invalid")
     assert str(tmp_path) in refused(str(tmp_path), "--port", "0")
+    for name in ("search.example:8080", "http://search.example", "*"):
+        assert f"--allow-host {name!r} must be a name" in refused(str(folder), "--allow-host", name)
     monkeypatch.setattr(cli, "NEEDED", ("fastapi", "no_such_package"))
     assert "no_such_package: pip install 'tvr[serve,search]'" in refused(str(folder))

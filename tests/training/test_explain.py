@@ -323,6 +323,8 @@ def test_hardest_captions_and_their_movement(data: Path, tmp_path: Path) -> None
     gained = len(content["newly_won"]) - len(content["newly_lost"])
     assert content["first"] == content["before"]["first"] + gained
     assert sum(each.is_won for each in moved) == len(content["newly_won"])
+    hidden = replace(after[0], caption="red\x1b[2J")
+    assert "red\\u001b[2J" in hardest_table([hidden], 1)  # a terminal would clear its screen
     lines = hardest_table(after, 3, moved).splitlines()
     assert len(lines) == 5
     assert lines[2].endswith(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvr.data_prep.html_page import page_template
+from tvr.data_prep.html_page import page_template, shown_text
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
@@ -215,7 +215,7 @@ def hardest_table(
         if moved is not None:
             old = earlier.get((each.key, each.caption))
             line += "  " + (f"{old.lead:11.4f} {old.rank:5}" if old else " " * 17)
-        lines.append(f"{line}  {each.caption} [{each.key}; {each.wrong_key}]")
+        lines.append(f"{line}  {shown_text(each.caption)} [{each.key}; {each.wrong_key}]")
     return "\n".join(lines)
 
 

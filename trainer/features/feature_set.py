@@ -82,7 +82,7 @@ class FeatureSet:
         """Key of each video; unique within a data set."""
         self.captions: Sequence[str] = _Texts(self, "captions", self._caption_ends)
         firsts = zip(self._parts, self._video_ends, strict=False)
-        rows = [each.columns["caption_video"] + first for each, first in firsts]
+        rows = [each.columns["caption_video"][:] + first for each, first in firsts]
         self.caption_video: Tensor = torch.from_numpy(
             np.concatenate([np.empty(0, np.int64), *rows])
         )

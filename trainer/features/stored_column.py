@@ -41,7 +41,7 @@ class StoredColumn:
             counts = [end - first for first, end in pairwise(edges)]
         out = np.empty((sum(counts), *self._shape[1:]), self._kind)
         if out.size:
-            self._read(memoryview(out.reshape(-1).view(np.uint8)), starts, counts)
+            self._read(out.reshape(-1).view(np.uint8).data, starts, counts)
         return out
 
     def _read(self, out: memoryview, starts: list[int], counts: list[int]) -> None:

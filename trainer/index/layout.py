@@ -227,7 +227,7 @@ def read_array(
     """
     check_array(path, stored, hashed=False)
     array = np.empty(shape, kind)
-    content = memoryview(array.reshape(-1).view(np.uint8))
+    content = array.reshape(-1).view(np.uint8).data
     with path.open("rb") as file:
         if file.readinto(content) != len(content):
             raise ShardCorrupt(f"{path}: cut short while it was read; build the index again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ NO_PROTECTION = (
     "warning: {host} can be reached from other machines, and the service knows no users and no"
     " encryption: everyone who reaches it can search and watch; put a reverse proxy before it"
 )
+# Also IPv6, which a Host header has in brackets.
+HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+")
 NEEDED = ("fastapi", "uvicorn")
 
 Features: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
@@ -64,6 +67,13 @@ def serve(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"--search-threads {search_threads} and --timeout-s {timeout_s} must be above 0"
             )
+        for name in allow_host:
+            if not HOST_NAME.fullmatch(name):
+                raise ValueError(
+                    f"--allow-host {name!r:.100} must be a name or an IP address without scheme,"
+                    " port and path, such as search.example"
+                )
+        allow_host = tuple(name.lower() for name in allow_host)
         missing = [name for name in NEEDED if find_spec(name) is None]
         if missing:
             raise ValueError(
