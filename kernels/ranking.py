@@ -243,7 +243,7 @@ def right_pairs(
     if total > limit:
         raise ValueError(
             f"equal captions give {total:,} right pairs of a caption and a video; at most {limit:,}"
-            " fit in memory: evaluate without equal captions"
+            " fit in memory: set equal_captions to False"
         )
     start = (sizes.cumsum(0) - sizes)[group] - (count.cumsum(0) - count)
     text = by_group[start.repeat_interleave(count) + torch.arange(total, device=group.device)]

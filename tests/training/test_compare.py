@@ -53,6 +53,8 @@ def test_compares_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["compare", *map(str, runs), "--samples", "300", "--json", str(report)]) == 0
     printed = capsys.readouterr().out
     found = json.loads(report.read_text())
+    assert found["scores"] == "raw"
+    assert printed.startswith("40 videos, raw ranks; ")
     assert list(found["directions"]) == ["text_to_video", "video_to_text"]
     part = found["directions"]["text_to_video"]
     assert (part["queries"], part["videos"]) == (80, 40)

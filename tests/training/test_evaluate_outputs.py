@@ -140,13 +140,24 @@ def test_mmeb_v2_refuses_other_settings(
     equal = {**found.protocol, "equal_captions": "right"}
     with pytest.raises(ValueError, match="leave --equal-captions out"):
         mmeb_v2_score(replace(found, protocol=equal))
+    joined = {**found.protocol, "name": "paragraph"}
+    with pytest.raises(ValueError, match="leave --paragraphs out"):
+        mmeb_v2_score(replace(found, protocol=joined))
+    # Before anything is encoded.
+    (tmp_path / "none").mkdir()
+    line = ["evaluate", "--model", str(tmp_path / "none"), "--data", "x", "--mmeb-v2"]
+    for option in ("--equal-captions", "--paragraphs"):
+        assert main([*line, option]) == 2
+        assert f"leave {option} out" in capsys.readouterr().err
 
 
 def test_mmeb_v2_of_a_run_takes_8_frames_and_stores_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = evaluate_source(data / "clip", str(data / "eight"), num_frames=8)
-    (tmp_path / "config.json").write_text(to_json(tiny_config(data)))
     asked: list[Any] = []
 
     def evaluates(source: Path, url: str, choice: str, **options: Any) -> Evaluation:
@@ -154,7 +165,13 @@ def test_mmeb_v2_of_a_run_takes_8_frames_and_stores_nothing(
         return found
 
     monkeypatch.setattr(stored_features, "evaluate_source", evaluates)
+    config = tiny_config(data)
+    without = replace(config, data=replace(config.data, test=None))
+    (tmp_path / "config.json").write_text(to_json(without))
     line = ["evaluate", "--run-dir", str(tmp_path), "--mmeb-v2", "--checkpoint", "best"]
+    assert main(line) == 2
+    assert "has no data.test: give --data" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(to_json(config))
     assert main(line) == 0
     assert asked == [(tmp_path, str(data / "test"), "best", 8)]
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

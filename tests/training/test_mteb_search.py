@@ -104,6 +104,15 @@ def test_tiles_and_blocks_change_nothing(
         assert list(of_query.values()) == pytest.approx(list(whole[key].values()), abs=1e-6)
 
 
+def test_a_score_that_is_not_finite_is_refused(source: SourceModel, files: list[bytes]) -> None:
+    model = MtebSearch(source)
+    model.index(corpus_of(files))
+    assert model._corpus is not None
+    model._corpus.frames[2] = torch.nan
+    with pytest.raises(ValueError, match="of query q0 with document d2 is nan"):
+        model.search(text_rows(), top_k=4)
+
+
 def test_given_documents_alone_are_ranked(source: SourceModel, files: list[bytes]) -> None:
     table = expected(source, files)
     model = MtebSearch(source)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tvr.kernels.rescoring import dual_softmax, qb_norm
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.bank import Bank
+from tvr.trainer.evaluation.bank import Bank, caption_ids, without_test_captions
 from tvr.trainer.evaluation.options import EvaluationOptions
 from tvr.trainer.evaluation.retrieval import Rescoring, Retrieval, rank_features
 from tvr.trainer.evaluation.stored_features import evaluate_features
@@ -207,11 +207,20 @@ def test_a_bank_with_a_test_caption_is_refused_or_cleaned() -> None:
         evaluated(None, names, qb_norm="train")
 
 
+def test_a_bank_caption_without_its_text_is_refused() -> None:
+    bank = Bank(name="train", features=numbered(3, 0), captions=["x", "y"])
+    with pytest.raises(ValueError, match="train has 2 texts for 3 captions"):
+        without_test_captions(bank, caption_ids(["z"]), "test", False, ALONE)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"dual_softmax": 0.0}, "dual_softmax=0.0 must be above 0"),
-        ({"qb_norm": "b", "beta": -1.0}, "beta=-1.0"),
+        ({"dual_softmax": 0.0}, "dual_softmax=0.0 must be from 1e-5 to 100"),
+        ({"dual_softmax": float("inf")}, "dual_softmax=inf must be from 1e-5 to 100"),
+        ({"dual_softmax": 1e-320}, "dual_softmax=1e-320 must be"),
+        ({"qb_norm": "b", "beta": -1.0}, "beta=-1.0 must be from 1e-3 to 1e5"),
+        ({"qb_norm": "b", "beta": float("inf")}, "beta=inf must be"),
         ({"bank_captions": 5}, "need qb_norm"),
         ({"beta": 5.0}, "beta=5.0 needs qb_norm"),
         ({"qb_norm": "b", "bank_captions": 0}, "bank_captions=0"),

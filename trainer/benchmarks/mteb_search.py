@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tvr.data_prep.video.frame_sampling import segment_frames
+from tvr.kernels.ranking import check_finite
 from tvr.trainer.evaluation.model_source import SourceModel, load_source
 from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.loss.objective import similarity_rows
@@ -136,7 +138,8 @@ class MtebSearch:
             By id of the query, the scores of its best documents by their ids.
 
         Raises:
-            ValueError: no corpus was indexed, or queries and documents are of one kind.
+            ValueError: no corpus was indexed, queries and documents are of one kind, or a score is
+                not finite.
         """
         if self._corpus is None:
             raise ValueError("index the corpus before searching it")
@@ -153,14 +156,19 @@ class MtebSearch:
             allowed = None
             if top_ranked is not None:
                 allowed = [[place[key] for key in top_ranked[one]] for one in block]
-            scores, columns = self._best(_part(features, rows, kind), kind, top_k, allowed)
+            scores, columns = self._best(block, _part(features, rows, kind), kind, top_k, allowed)
             for one, values, which in zip(block, scores.tolist(), columns.tolist(), strict=True):
                 pairs = zip(which, values, strict=True)
                 found[one] = {self._ids[c]: value for c, value in pairs if value > -np.inf}
         return found
 
     def _best(
-        self, queries: Features, kind: str, top_k: int, allowed: list[list[int]] | None
+        self,
+        ids: Sequence[str],
+        queries: Features,
+        kind: str,
+        top_k: int,
+        allowed: list[list[int]] | None,
     ) -> tuple[Tensor, Tensor]:
         """Scores and columns of the best documents of some queries, best first."""
         assert self._corpus is not None
@@ -174,6 +182,8 @@ class MtebSearch:
                     scores = similarity_rows(queries, documents, model)
                 else:
                     scores = similarity_rows(documents, queries, model).T
+            names = partial(_names, ids, self._ids[start:end])
+            check_finite(scores, names)  # topk would put NaN first
             if allowed is not None:
                 mask = torch.zeros(rows, end - start, dtype=torch.bool, device=scores.device)
                 for row, of_query in enumerate(allowed):
@@ -247,6 +257,10 @@ def _text(row: Mapping[str, Any]) -> str:
     """A document is its title and its text, a query its text and its instruction, as in MTEB."""
     parts = (row.get("title"), row["text"], row.get("instruction"))
     return " ".join(part.strip() for part in parts if part and part.strip())
+
+
+def _names(queries: Sequence[str], documents: Sequence[str], row: int, column: int) -> str:
+    return f"query {queries[row]} with document {documents[column]}"
 
 
 def _count(features: Features, kind: str) -> int:

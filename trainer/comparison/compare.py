@@ -18,6 +18,7 @@ from tvr.trainer.comparison.runs import (
 )
 from tvr.trainer.comparison.statistics import (
     CONFIDENCE,
+    METRICS,
     SAMPLES,
     Difference,
     Interval,
@@ -25,15 +26,10 @@ from tvr.trainer.comparison.statistics import (
     metrics,
     paired_differences,
 )
+from tvr.trainer.records import TABLE_COLUMNS
 
-COLUMNS = {
-    "R@1": "recall_at_1",
-    "R@5": "recall_at_5",
-    "R@10": "recall_at_10",
-    "R@50": "recall_at_50",
-    "MdR": "median_rank",
-    "MnR": "mean_rank",
-}
+COLUMNS = {name: key for name, key in TABLE_COLUMNS.items() if key in METRICS}
+"""Titles of the metrics that follow from ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +88,10 @@ class DirectionComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Evaluations of one test set side by side. Recalls are in percent; ranks start at 1."""
+    """Evaluations of one test set side by side, by their raw ranks.
+
+    Recalls are in percent; ranks start at 1. Dual softmax and QB-Norm are not compared.
+    """
 
     runs: tuple[str, ...]
     steps: tuple[int | None, ...]
@@ -104,12 +103,16 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers as plain values."""
-        return asdict(self) | {"confidence": CONFIDENCE, "resampled": "videos"}
+        return asdict(self) | {
+            "scores": "raw",
+            "confidence": CONFIDENCE,
+            "resampled": "videos",
+        }
 
     def table(self) -> str:
         """The comparison as text for a terminal."""
         lines = [
-            f"{self.gallery:,} videos; {100 * CONFIDENCE:.0f} % intervals of"
+            f"{self.gallery:,} videos, raw ranks; {100 * CONFIDENCE:.0f} % intervals of"
             f" {self.samples:,} resamples of the videos (seed {self.seed})"
         ]
         for number, (run, step) in enumerate(zip(self.runs, self.steps, strict=True), 1):

@@ -45,10 +45,11 @@ def mmeb_v2_score(evaluation: Evaluation) -> MmebScore:
         evaluation: With its queries, so of rank 0, by a model that took 8 frames of each video.
 
     Raises:
-        ValueError: videos without a query, or equal captions count as right.
+        ValueError: videos without a query, equal captions count as right, or the captions of a
+            video were joined.
     """
-    if evaluation.protocol.get("equal_captions") == "right":
-        raise ValueError("MMEB-V2 counts only a caption's own video: leave --equal-captions out")
+    protocol = evaluation.protocol
+    check_protocol(protocol.get("equal_captions") == "right", protocol.get("name") == "paragraph")
     first: dict[str, int] = {}
     for query in evaluation.queries:
         first.setdefault(query["key"], query["rank"])
@@ -61,3 +62,11 @@ def mmeb_v2_score(evaluation: Evaluation) -> MmebScore:
     return MmebScore(
         hit_at_1=sum(hits) / len(hits), interval=bootstrap_interval(hits), queries=len(hits)
     )
+
+
+def check_protocol(equal_captions: bool, paragraphs: bool) -> None:
+    """Raises ValueError if queries are not single captions with one right video."""
+    if equal_captions:
+        raise ValueError("MMEB-V2 counts only a caption's own video: leave --equal-captions out")
+    if paragraphs:
+        raise ValueError("MMEB-V2 asks the first caption of a video: leave --paragraphs out")

@@ -303,7 +303,8 @@ def _codes(clusters: Sequence[object] | NDArray[Any] | None, queries: int) -> In
     if isinstance(clusters, np.ndarray):
         return np.unique(clusters, return_inverse=True)[1].reshape(-1)
     # An array of texts would give each the length of the longest one.
-    place = {cluster: number for number, cluster in enumerate(sorted(set(clusters)))}
+    distinct: list[Any] = list(set(clusters))
+    place = {cluster: number for number, cluster in enumerate(sorted(distinct))}
     return np.fromiter((place[cluster] for cluster in clusters), np.int64, queries)
 
 

@@ -136,8 +136,10 @@ def without_test_captions(
         drop: Drop such captions instead of refusing them.
 
     Raises:
-        ValueError: the bank holds captions of the test set.
+        ValueError: the bank holds captions of the test set, or has not one text for each caption.
     """
+    # On every rank at once: the others would wait for a rank that leaves alone.
+    world.run_on_all(lambda: _check_texts(bank), ValueError)
     counts = world.all_gather_counts(len(test_ids))
     tested = all_gather_rows(test_ids.to(world.device), world, counts).cpu()
     shared = torch.isin(caption_ids(bank.captions), tested)
@@ -159,6 +161,14 @@ def without_test_captions(
         captions=[bank.captions[row] for row in kept.tolist()],
         dropped=number,
     )
+
+
+def _check_texts(bank: Bank) -> None:
+    if len(bank.captions) != len(bank.features.sentence):
+        raise ValueError(
+            f"the bank {bank.name} has {len(bank.captions)} texts for"
+            f" {len(bank.features.sentence)} captions; each needs one, or a test caption could hide"
+        )
 
 
 def _spread(total: int, limit: int | None) -> np.ndarray:

@@ -84,8 +84,9 @@ def evaluate(argv: Sequence[str]) -> int:
         if protocol.qb_norm is not None and save_features is not None:
             raise ValueError("--qb-norm with --save-features: evaluate the features afterwards")
         if mmeb_v2:
-            from tvr.trainer.comparison.mmeb import NUM_FRAMES
+            from tvr.trainer.comparison.mmeb import NUM_FRAMES, check_protocol
 
+            check_protocol(protocol.equal_captions, protocol.paragraphs)
             frames = NUM_FRAMES if num_frames is None else num_frames
             if features is not None:
                 from tvr.trainer.features.feature_set import FeatureSet
@@ -96,6 +97,8 @@ def evaluate(argv: Sequence[str]) -> int:
 
                 # As a model of its own: the run's results are those with its own frames.
                 data = data or read_config(run_dir).data.test
+                if data is None:
+                    raise ValueError(f"{run_dir} has no data.test: give --data")
                 model, run_dir = run_dir, None
             if frames != NUM_FRAMES:
                 raise ValueError(f"--mmeb-v2 takes {NUM_FRAMES} frames of a video, not {frames}")

@@ -32,10 +32,13 @@ class EvaluationOptions:
     """Best videos that are stored for each query."""
 
     def __post_init__(self) -> None:
-        if self.dual_softmax is not None and not self.dual_softmax > 0:
-            raise ValueError(f"dual_softmax={self.dual_softmax} must be above 0, such as 0.01")
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} must be above 0, such as 20")
+        # Beyond these ends scores differ by less than their rounding.
+        if self.dual_softmax is not None and not 1e-5 <= self.dual_softmax <= 100:
+            raise ValueError(
+                f"dual_softmax={self.dual_softmax} must be from 1e-5 to 100, such as 0.01"
+            )
+        if not 1e-3 <= self.beta <= 1e5:
+            raise ValueError(f"beta={self.beta} must be from 1e-3 to 1e5, such as 20")
         if self.bank_captions is not None and self.bank_captions < 1:
             raise ValueError(f"bank_captions={self.bank_captions} must be at least 1")
         if self.top_videos < 1:

@@ -120,8 +120,8 @@ def paired_scores(
 ) -> Tensor:
     """(P,) similarities of single pairs, given by rows of `texts` and of `videos`.
 
-    A block scores its captions with the videos that occur in it. If captions are in the order of
-    their videos, that is few more pairs than those asked for.
+    A block of pairs scores its captions with the videos that occur in it, which are no more than
+    its pairs: at most `pairs_per_block` squared scores at a time.
     """
     found: list[Tensor] = [torch.zeros(0, device=device)]
     for rows, columns in zip(
