@@ -400,6 +400,7 @@ def test_two_checkpoints_of_a_run(
     monkeypatch.setattr(model_source, "load_source", load)
     written, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
     flags = ["--out", str(written), "--json", str(numbers)]
+    monkeypatch.setattr("tvr.trainer.evaluation.cli.SECONDS_BETWEEN_LINES", 0.0)
     assert main(["explain", "run", "--hardest", "3", "--between", "100", "300", *flags]) == 0
     assert sorted(asked) == [100, 300]
     content = json.loads(numbers.read_text())
@@ -416,7 +417,9 @@ def test_two_checkpoints_of_a_run(
         assert pair["before"]["rank"] == 1 < pair["after"]["rank"]
     assert content["newly_won"] or content["newly_lost"]
     assert "Newly lost" in written.read_text()
-    assert "newly won" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "newly won" in shown.out
+    assert shown.err.count("encoded ") == 2  # one block for each checkpoint
     # A sample of the run's own test set, with its own caption.
     assert main(["explain", "run", "--key", "test-00004", "--checkpoint", "300", *flags]) == 0
     sample = sample_of(at_step[300], str(data / "test"), "test-00004")

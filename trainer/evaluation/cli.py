@@ -163,12 +163,12 @@ def _result(
         with join_world() as world:
             found = FeatureSet.open(save_features or features or "", verify=True)
             return replace(evaluate_features(found, options=options, world=world), step=step)
-    lines: _Lines | None = None
+    lines: ProgressLines | None = None
 
     def report(done: int) -> None:
         nonlocal lines
         # The time before the first batch is that of loading, and no part of the rate.
-        lines = lines or _Lines(done)
+        lines = lines or ProgressLines(done)
         if os.environ.get("RANK", "0") == "0" and lines.is_due():
             ranks = os.environ.get("WORLD_SIZE", "1")
             lines.write(f"encoded {done:,} videos on rank 0 of {ranks}", done)
@@ -184,7 +184,7 @@ def _result(
     )
 
 
-class _Lines:
+class ProgressLines:
     """Lines of progress on stderr, at most one in SECONDS_BETWEEN_LINES."""
 
     def __init__(self, done: int = 0) -> None:
@@ -256,7 +256,7 @@ def _embed(
     # Tasks share nothing but the folder, so there is no process group.
     world = World(rank=0, world_size=1, device=select_device(whole_number("RANK", 0)))
     model = load_source(folder, parse_choice(checkpoint), num_frames=num_frames, world=world)
-    lines = _Lines()
+    lines = ProgressLines()
     who = "" if task[1] == 1 else f"task {task[0]}/{task[1]}: "
 
     def report(done: int, total: int, bad: int) -> None:

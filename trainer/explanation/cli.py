@@ -126,6 +126,7 @@ def _hardest(
     if between is not None and checkpoint != "newest":
         raise ValueError(f"--between names the checkpoints: leave out --checkpoint {checkpoint}")
     from tvr.trainer.checkpoint.choice import parse_choice
+    from tvr.trainer.evaluation.cli import ProgressLines
     from tvr.trainer.evaluation.model_source import load_source
     from tvr.trainer.explanation import hardest as hard
     from tvr.trainer.explanation.videos import strips_of, test_set_of
@@ -135,8 +136,17 @@ def _hardest(
     # Loaded before anything is encoded, which takes long: the step may not be there.
     earlier = load_source(folder, between[0], num_frames=num_frames) if between else None
     url = test_set_of(source, data)
-    found = hard.hard_negatives(source, url)
-    moved = None if earlier is None else hard.movements(hard.hard_negatives(earlier, url), found)
+    lines = ProgressLines()
+
+    def report(done: int, total: int, bad: int) -> None:
+        if lines.is_due():
+            lines.write(f"encoded {done:,} of {total:,} videos", done, f", {bad} left out")
+
+    found = hard.hard_negatives(source, url, report=report)
+    moved = None
+    if earlier is not None:
+        lines = ProgressLines()
+        moved = hard.movements(hard.hard_negatives(earlier, url, report=report), found)
     page = hard.hardest_page(
         found, count, title=source.name, strips=strips_of(source, url), moved=moved, steps=between
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from tvr.data_prep.html_page import page_template, shown_text
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
-from tvr.trainer.evaluation.embed import embed
+from tvr.trainer.evaluation.embed import Report, embed
 from tvr.trainer.evaluation.model_source import SourceModel
 from tvr.trainer.evaluation.retrieval import paired_scores, rank_features
 from tvr.trainer.explanation.videos import Strips
@@ -66,7 +66,9 @@ class Movement:
         return self.before.rank == 1 and self.after.rank > 1
 
 
-def hard_negatives(source: SourceModel, data: str, *, max_bad: int = 100) -> list[HardNegative]:
+def hard_negatives(
+    source: SourceModel, data: str, *, max_bad: int = 100, report: Report | None = None
+) -> list[HardNegative]:
     """Finds the best wrong video of every caption of a packed test set.
 
     A video with an equal caption is not wrong.
@@ -75,6 +77,7 @@ def hard_negatives(source: SourceModel, data: str, *, max_bad: int = 100) -> lis
         source: The model.
         data: URL of the set. Its features are held in a temporary folder.
         max_bad: Allowed number of samples that cannot be read.
+        report: As in `embed`.
 
     Returns:
         One record a caption, in the order of the set.
@@ -84,7 +87,7 @@ def hard_negatives(source: SourceModel, data: str, *, max_bad: int = 100) -> lis
         TooManyBadSamples: as `embed`.
     """
     with tempfile.TemporaryDirectory(prefix="tvr-hardest-") as folder:
-        embed(source, data, folder, stored="fp32", max_bad=max_bad)
+        embed(source, data, folder, stored="fp32", max_bad=max_bad, report=report)
         stored = FeatureSet.open(folder)
         if len(stored) < 2 or not stored.num_captions:
             raise ValueError(
