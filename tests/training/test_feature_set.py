@@ -141,7 +141,7 @@ def test_names_and_sources_come_back(written: Path) -> None:
     assert (data, video.row, video.file) == (SOURCE, 5, "")
     assert found.frame_times(5) == [1.0] * FRAMES
     assert found.left_out_reasons == {"unreadable": 1}
-    features, caption_video = found.mapped(3, 9)
+    features, caption_video = found.lazy_features(3, 9)
     assert len(features.frames) == 6
     assert caption_video.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
     assert torch.equal(features.sentence[:2], found.texts([5, 6]).sentence)

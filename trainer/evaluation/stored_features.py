@@ -113,7 +113,7 @@ def evaluate_features(
         if not len(stored) or not stored.num_captions:
             raise ValueError(f"{stored.folder} holds no captions: there is nothing to evaluate")
         first, end = (len(stored) * r // world.world_size for r in (world.rank, world.rank + 1))
-        features, caption_video = stored.mapped(first, end)
+        features, caption_video = stored.lazy_features(first, end)
         settings = stored.info.settings
         model = ModelConfig(
             interaction=cast(Interaction, settings["interaction"]),

@@ -94,7 +94,7 @@ def hard_negatives(
                 f"{data} has {stored.num_captions} captions and {len(stored)} videos: a wrong video"
                 " needs a caption and two videos"
             )
-        features, caption_video = stored.mapped()
+        features, caption_video = stored.lazy_features()
         return negatives_of_features(
             features,
             caption_video,

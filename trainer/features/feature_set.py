@@ -160,7 +160,7 @@ class FeatureSet:
         rows = _row_numbers(rows, len(self))
         return self._features(FeatureSet.column, rows, np.empty(0, np.int64))
 
-    def mapped(self, first: int = 0, end: int | None = None) -> tuple[Features, Tensor]:
+    def lazy_features(self, first: int = 0, end: int | None = None) -> tuple[Features, Tensor]:
         """Videos `first` to `end` and their captions; vectors are read when they are indexed.
 
         Returns:
