@@ -135,7 +135,7 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        """Frees the model; files are unmapped with the last reference to the index."""
+        """Frees the model; vectors are freed with the last reference to the index."""
         with self._lock:
             self._model = None
 
