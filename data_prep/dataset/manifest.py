@@ -221,6 +221,8 @@ def _check_version(version: object, url: str) -> None:
     if version == FORMAT_VERSION:
         return
     hint = "pack the data set again"
+    if version is None:
+        hint = "this is no data set of `tvr pack`, but perhaps the features of `tvr embed`"
     if version == UPGRADED_VERSION:
         hint = f"`tvr upgrade {url}` converts the data set without packing it again"
     raise ValueError(

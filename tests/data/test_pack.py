@@ -294,6 +294,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "manifest.json",
+            lambda old: old.replace(b'"format_version"', b'"version"'),
+            ValueError,
+            "perhaps the features of `tvr embed`",
+        ),
+        (
+            "manifest.json",
             lambda old: old.replace(b'"num_samples": 5', b'"num_samples": 4'),
             ShardCorrupt,
             "disagree on the samples per shard",

@@ -12,7 +12,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -26,6 +28,9 @@ from schemathesis import GenerationMode
 
 from tvr.data_prep.demo_clips import COLOURS, SHAPES
 from tvr.launchers.cli import main
+from tvr.trainer.evaluation.model_source import SourceModel
+from tvr.trainer.index import index as index_module
+from tvr.trainer.index.encoder import load_model
 from tvr.trainer.index.index import Index
 from tvr.trainer.index.layout import FOLDER as INDEX_FOLDER
 from tvr.trainer.service import cli, http_server
@@ -202,30 +207,28 @@ def test_an_index_that_is_cut_short(name: str, folder: Path, tmp_path: Path) -> 
         path = next(path for path in files if path.name == name)
     content = path.read_bytes()
     with Index.open(copy) as index, served(create_app(index, [copy], limits=SLOW)) as url:
-        assert get(url, "/search?q=red").status == 200
         for size in (len(content) // 2, 0):
             os.truncate(path, size)
-            for route in (
-                "/search?q=red",
-                "/similar?key=clip-00001",
-                "/explain?q=red&row=0",
-                "/videos/0/media",
-                "/videos/0/thumbnail.jpg",
-                "/healthz",
-            ):
-                wait_until(lambda route=route: get(url, route).status == 500)
+            wait_until(lambda: get(url, "/healthz").status == 500)
+            named = f"{path} has {size} bytes; it had {len(content)} when the service started"
+            assert named.startswith(get(url, "/healthz").problem()["value"].split("... (")[0])
+            # All but the frames is in memory.
+            status = 500 if name == "frames.bin" else 200
+            for route in ("/search?q=red", "/similar?key=clip-00001"):
                 answer = get(url, route)
-                assert answer.problem()["error"].startswith("a file of the index is damaged")
-                named = f"{path} has {size} bytes; it had {len(content)} when the service started"
-                assert named.startswith(answer.problem()["value"].split("... (")[0])
+                assert answer.status == status
+                if status == 500:
+                    assert answer.problem()["error"].startswith("a file of the index is damaged")
+                    assert answer.problem()["value"].startswith(f"{path}: {size} bytes instead of")
             page = get(url, "/?q=red")
-            assert page.status == 500
-            assert b"a file of the index is damaged" in page.body
-            assert get(url, "/metrics").status == 200
-        with path.open("r+b") as file:  # the same file: a new one would not mend the mapping
+            assert page.status == status
+            assert (b"a file of the index is damaged" in page.body) == (status == 500)
+            for route in ("/explain?q=red&row=0", "/videos/0/media", "/metrics"):
+                assert get(url, route).status == 200
+        with path.open("r+b") as file:  # the same file: a new one is refused
             file.write(content)
-        wait_until(lambda: get(url, "/search?q=red").status == 200)
-        assert get(url, "/healthz").status == 200
+        wait_until(lambda: get(url, "/healthz").status == 200)
+        assert get(url, "/search?q=red").status == 200
 
 
 def run_service(
@@ -275,6 +278,23 @@ def test_the_command_serves_until_it_is_interrupted(
     assert "warning: 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
 
 
+def test_a_model_that_weights_content_words_is_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> SourceModel:
+        model = load_model(*given)
+        return replace(model, tokenizer=replace(model.tokenizer, content_words=True))
+
+    monkeypatch.setattr(index_module, "load_model", load)
+
+    def use(url: str) -> None:
+        assert get(url, "/search?q=a+red+circle").status == 200
+        explained = get(url, "/explain?q=a+red+circle&row=0")
+        assert json.loads(explained.body)["caption"] == "a red circle"
+
+    assert run_service([str(folder), "--timeout-s", "120"], monkeypatch, use) == 0
+
+
 def test_what_the_command_refuses(
     folder: Path,
     tmp_path: Path,
@@ -291,6 +311,7 @@ def test_what_the_command_refuses(
         assert f"--port {port}: " in refused(str(folder), "--port", port)
     assert "--port 70000 must be 0 to 65535" in refused(str(folder), "--port", "70000")
     assert "--timeout-s 0.0" in refused(str(folder), "--timeout-s", "0")
+    assert "--checkpoint best needs --model" in refused(str(folder), "--checkpoint", "best")
     assert "no.such.host.invalid" in refused(str(folder), "--host", "no.such.host.invalid")
     assert str(tmp_path) in refused(str(tmp_path), "--port", "0")
     monkeypatch.setattr(cli, "NEEDED", ("fastapi", "no_such_package"))

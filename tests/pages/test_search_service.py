@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -14,9 +15,10 @@ from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
+import numpy as np
 import pytest
 from builders.html_page import Page
-from builders.served_index import MemoryIndex, MemoryMedia, served
+from builders.served_index import MemoryHit, MemoryIndex, MemoryMedia, served
 from builders.service_client import ROUTES, Answer, get, metric, wait_until
 from fastapi.testclient import TestClient
 
@@ -191,6 +193,44 @@ def test_ranges_of_a_video(kind: str, tmp_path: Path) -> None:
     # RFC 9110 lets a server ignore what it does not know.
     for wanted in ("bytes=0-1,5-6", "frames=1-2", "bytes=", "bytes=-", "bytes=" + "9" * 5000):
         assert (asked(wanted).status_code, asked(wanted).content) == (200, content), wanted
+
+
+def test_the_pictures_asked_for_last_stay_in_memory(tmp_path: Path) -> None:
+    index, drawn = MemoryIndex(KEYS), []
+
+    def frames(video: int) -> np.ndarray:
+        drawn.append(video)
+        return np.zeros((1, 8, 8, 3), np.uint8)
+
+    index.frames = frames  # type: ignore[method-assign]
+    client = client_of(index, tmp_path, thumbnails=2)
+    for row in (0, 1, 0, 2, 0, 1):
+        assert client.get(f"/videos/{row}/thumbnail.jpg").status_code == 200
+    assert drawn == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "fragment", "shown"),
+    [
+        (0.0, math.nan, "", None),
+        (30.0, math.nan, "#t=30.000", "from 30.0 s"),
+        (0.0, 4.5, "#t=0.000,4.500", "0.0 to 4.5 s"),
+        (12345.678, 12350.125, "#t=12345.678,12350.125", "12345.7 to 12350.1 s"),
+    ],
+)
+def test_a_player_begins_and_ends_at_the_cut(
+    tmp_path: Path, start_s: float, end_s: float, fragment: str, shown: str | None
+) -> None:
+    index = MemoryIndex(KEYS)
+    hit = MemoryHit(
+        rank=1, key="a", data="set", video=0, similarity=1, start_s=start_s, end_s=end_s
+    )
+    index.search = lambda query, *, k=10: [hit]  # type: ignore[method-assign]
+    client = client_of(index, tmp_path)
+    found = client.get("/search?q=a").json()["hits"][0]
+    assert found["media"] == "videos/0/media" + fragment
+    page = client.get("/?q=a").text
+    assert shown is None or shown in page
 
 
 def test_a_video_that_is_gone(tmp_path: Path) -> None:
@@ -398,3 +438,9 @@ def test_errors_of_the_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert statuses == [503, 410, 500]
     assert "a bug" in caplog.text  # with its traceback; the client gets its type only
     assert client.get("/healthz").status_code == 200
+
+
+def test_files_that_come_and_go_while_the_service_starts(tmp_path: Path) -> None:
+    # A builder that adds videos writes under a temporary name; a link may lead nowhere.
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert client_of(MemoryIndex(KEYS), tmp_path).get("/healthz").status_code == 200

@@ -162,11 +162,36 @@ def test_evaluation_from_files_equals_that_from_memory(written: Path) -> None:
     assert (files.videos, files.captions, len(files.left_out)) == (12, 18, 1)
 
 
-def test_arrays_are_mapped_and_not_read(written: Path) -> None:
+def test_no_file_stays_open_or_mapped(written: Path) -> None:
+    # A million videos have some 17,000 files; many systems allow a process 1,024.
+    before = os.listdir("/proc/self/fd")
     found = FeatureSet.open(written)
-    for part in found._parts:
-        for name in ("frames", "sentence", "words"):
-            assert isinstance(part.columns[name], np.memmap)
+    found.videos([7, 1])
+    assert os.listdir("/proc/self/fd") == before
+    assert str(written) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_is_cut_or_replaced_while_the_set_is_open_is_named(
+    written: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(written, copy)
+    found = FeatureSet.open(copy)
+    (path,) = copy.glob("set-*/block-00000001/frames.bin")
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) - 1)  # a mapped page would read as zeros, or kill the process
+    assert len(found.videos([4]).frames) == 1
+    with pytest.raises(ShardCorrupt, match=rf"frames.bin: {len(whole) - 1} bytes instead of"):
+        found.videos([7])
+    path.write_bytes(whole)
+    found.videos([7])
+    path.with_name("other").write_bytes(whole)
+    path.with_name("other").rename(path)
+    with pytest.raises(ShardCorrupt, match=r"frames\.bin: replaced since it was opened"):
+        found.videos([7])
+    path.unlink()
+    with pytest.raises(ShardCorrupt, match=r"frames\.bin: gone since it was opened"):
+        found.videos([7])
 
 
 def test_two_writers_give_the_bytes_of_one_in_any_order(written: Path, tmp_path: Path) -> None:

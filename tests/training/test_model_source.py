@@ -100,8 +100,12 @@ def test_a_plain_clip_is_sentence_times_mean_of_frames(
 
 
 def test_evaluation_of_folder_and_of_its_features_agree(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("tvr.trainer.evaluation.cli.SECONDS_BETWEEN_LINES", 0.0)
     line = ["evaluate", "--model", str(data / "clip"), "--data", str(data / "test")]
     results = []
     for name, more in (
@@ -117,7 +121,10 @@ def test_evaluation_of_folder_and_of_its_features_agree(
         assert "zero-shot, mean of frames" in result["model"]
         assert result["videos"] == 10
         assert result == results[0]
-    assert "zero-shot, mean of frames" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "zero-shot, mean of frames" in shown.out
+    assert "encoded 10 videos on rank 0 of 1, " in shown.err
+    assert "Loading weights" not in shown.err
 
 
 def test_qb_norm_of_a_data_set_and_of_its_features_agree(

@@ -222,6 +222,7 @@ def test_a_bank_caption_without_its_text_is_refused() -> None:
         ({"qb_norm": "b", "beta": -1.0}, "beta=-1.0 must be from 1e-3 to 1e5"),
         ({"qb_norm": "b", "beta": float("inf")}, "beta=inf must be"),
         ({"bank_captions": 5}, "need qb_norm"),
+        ({"beta": 5.0}, "beta=5.0 needs qb_norm"),
         ({"qb_norm": "b", "bank_captions": 0}, "bank_captions=0"),
         ({"top_videos": 0}, "top_videos=0"),
     ],

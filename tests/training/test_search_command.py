@@ -205,7 +205,17 @@ def test_content_words_of_a_query_are_found(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["../outside.mp4", "link.mp4", "notes.txt", "more", "", "/etc/passwd", "a.mp4/../../x"]
+    "file",
+    [
+        "../outside.mp4",
+        "link.mp4",
+        "notes.txt",
+        "more",
+        "",
+        "/etc/passwd",
+        "a.mp4/../../x",
+        "a\0.mp4",
+    ],
 )
 def test_only_video_files_below_the_folder_are_opened(tmp_path: Path, file: str) -> None:
     folder = tmp_path / "videos"

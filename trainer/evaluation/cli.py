@@ -163,9 +163,12 @@ def _result(
         with join_world() as world:
             found = FeatureSet.open(save_features or features or "", verify=True)
             return replace(evaluate_features(found, options=options, world=world), step=step)
-    lines = _Lines()
+    lines: _Lines | None = None
 
     def report(done: int) -> None:
+        nonlocal lines
+        # The time before the first batch is that of loading, and no part of the rate.
+        lines = lines or _Lines(done)
         if os.environ.get("RANK", "0") == "0" and lines.is_due():
             ranks = os.environ.get("WORLD_SIZE", "1")
             lines.write(f"encoded {done:,} videos on rank 0 of {ranks}", done)
@@ -184,15 +187,16 @@ def _result(
 class _Lines:
     """Lines of progress on stderr, at most one in SECONDS_BETWEEN_LINES."""
 
-    def __init__(self) -> None:
+    def __init__(self, done: int = 0) -> None:
         self._started = self._last = time.monotonic()
+        self._done = done
 
     def is_due(self) -> bool:
         return time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
 
     def write(self, text: str, done: int, more: str = "") -> None:
         self._last = time.monotonic()
-        rate = done / max(self._last - self._started, 1e-9)
+        rate = (done - self._done) / max(self._last - self._started, 1e-9)
         print(f"{text}, {rate:.1f} a second{more}", file=sys.stderr, flush=True)
 
 
@@ -253,13 +257,14 @@ def _embed(
     world = World(rank=0, world_size=1, device=select_device(whole_number("RANK", 0)))
     model = load_source(folder, parse_choice(checkpoint), num_frames=num_frames, world=world)
     lines = _Lines()
+    who = "" if task[1] == 1 else f"task {task[0]}/{task[1]}: "
 
     def report(done: int, total: int, bad: int) -> None:
         if done == total or lines.is_due():
-            lines.write(f"embedded {done:,} of {total:,} videos", done, f", {bad} left out")
+            lines.write(f"{who}embedded {done:,} of {total:,} videos", done, f", {bad} left out")
 
     whole = encode(model, data, out, stored=dtype, task=task, max_bad=max_bad, report=report)
-    print(out if whole else f"{out}: other tasks have not written all their parts yet")
+    print(out if whole else f"{who}{out}: other tasks have not written all their parts yet")
     return EXIT_DONE
 
 

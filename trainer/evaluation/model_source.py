@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.records import Caption
 from tvr.data_prep.video.images import fit_square
 from tvr.kernels.numerics import unit
@@ -105,6 +106,21 @@ class SourceModel:
         """The model's forward, for `evaluate`; arguments as `TextVideoModel.forward`."""
         with torch.no_grad():
             return self._pooled(self.model(frames, frame_mask, token_ids, word_mask))
+
+    def caption(self, text: str) -> Caption:
+        """A plain text as packing reads it, with its words if the model weights content words.
+
+        Raises:
+            ValueError: it has no visible character.
+        """
+        texts = clean_captions([text])
+        if not texts:
+            raise ValueError(f"the caption {text!r:.100} has no visible character")
+        if not self.tokenizer.content_words:
+            return Caption(text=texts[0])
+        from tvr.data_prep.packing.words import WordTagger
+
+        return WordTagger([]).tag(texts)[0]
 
     def encode_texts(
         self, texts: Sequence[str | Caption], *, batch: int = DEFAULT_BATCH

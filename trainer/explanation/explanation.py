@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvr.data_prep.caption_text import clean_captions
 from tvr.data_prep.records import Caption
 from tvr.kernels.explanation import PairMaxima, pair_maxima
 from tvr.trainer.evaluation.model_source import SourceModel
@@ -61,7 +60,7 @@ def explain(
         ValueError: no visible character in the caption, frames of another form, or features of not
             exactly one video.
     """
-    text = caption if isinstance(caption, Caption) else _caption(source, caption)
+    text = caption if isinstance(caption, Caption) else source.caption(caption)
     videos = frames if isinstance(frames, Features) else source.encode_frames([frames])
     if len(videos.frames) != 1:
         raise ValueError(f"features of {len(videos.frames)} videos; explain takes those of one")
@@ -97,18 +96,6 @@ def explain(
         np.flatnonzero(videos.frame_mask[0].cpu().numpy()),
         frame_times,
     )
-
-
-def _caption(source: SourceModel, text: str) -> Caption:
-    """A plain text as packing reads it, with its words if the model weights them."""
-    texts = clean_captions([text])
-    if not texts:
-        raise ValueError(f"the caption {text!r:.100} has no visible character")
-    if not source.tokenizer.content_words:
-        return Caption(text=texts[0])
-    from tvr.data_prep.packing.words import WordTagger
-
-    return WordTagger([]).tag(texts)[0]
 
 
 def _selector_weights(

@@ -1,4 +1,4 @@
-"""Features of captions and videos on disk, memory-mapped: written once, evaluated and searched.
+"""Features of captions and videos on disk: written once, evaluated and searched.
 
 The door of the package. `FeatureWriter` writes a set, `FeatureSet` reads it.
 """
@@ -30,6 +30,7 @@ from tvr.trainer.features.layout import (
     columns,
     read_manifest,
 )
+from tvr.trainer.features.stored_column import StoredColumn
 from tvr.trainer.features.writer import FeatureWriter, VideoSource, check_files
 from tvr.trainer.model.model import Features
 
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 Rows = slice | Tensor | np.ndarray | Sequence[int]
-# Read whole when a set is opened: few bytes a row, and all else depends on them.
+# Held in memory: few bytes a row, and all else depends on them.
 CHECKED = ("keys", "keys_ends", "files_ends", "captions_ends", "caption_video", "rows")
 
 
@@ -53,7 +54,7 @@ CHECKED = ("keys", "keys_ends", "files_ends", "captions_ends", "caption_video", 
 class _OpenPart:
     source: DataSource
     part: Part
-    columns: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray | StoredColumn]
 
 
 class FeatureSet:
@@ -133,9 +134,9 @@ class FeatureSet:
     def source(self, video: int) -> tuple[DataSource, VideoSource]:
         """The data set of a video, and its row or file there."""
         each, row = self._place(self._video_ends, video)
-        start_s, end_s = each.columns["spans"][row].tolist()
+        start_s, end_s = each.columns["spans"][row : row + 1][0].tolist()
         found = VideoSource(
-            row=int(each.columns["rows"][row]),
+            row=int(each.columns["rows"][row : row + 1][0]),
             file=_text(self.folder, each, "files", row),
             start_s=start_s,
             end_s=end_s,
@@ -147,7 +148,7 @@ class FeatureSet:
     def frame_times(self, video: int) -> list[float]:
         """Seconds of a video's frames from its start; not a number where unknown."""
         each, row = self._place(self._video_ends, video)
-        return each.columns["frame_times"][row].tolist()
+        return each.columns["frame_times"][row : row + 1][0].tolist()
 
     def texts(self, rows: Rows = slice(None)) -> Features:
         """Features of some captions, without videos, on the CPU."""
@@ -160,7 +161,7 @@ class FeatureSet:
         return self._features(FeatureSet.column, rows, np.empty(0, np.int64))
 
     def mapped(self, first: int = 0, end: int | None = None) -> tuple[Features, Tensor]:
-        """Videos `first` to `end` and their captions, which are read only where they are indexed.
+        """Videos `first` to `end` and their captions; vectors are read when they are indexed.
 
         Returns:
             Columns that give tensors for a slice or a tensor of rows, as `rank_features` takes
@@ -281,9 +282,8 @@ def _opened(
     shapes = columns(header, part.videos, part.captions)
     for name, stored in part.files.items():
         kind, shape = shapes.get(name, (np.dtype(np.uint8), (stored.num_bytes,)))
-        empty = not stored.num_bytes  # no memory can be mapped
-        path = folder / f"{name}.bin"
-        found[name] = np.empty(shape, kind) if empty else np.memmap(path, kind, "r", shape=shape)
+        column = StoredColumn(folder / f"{name}.bin", kind, shape)
+        found[name] = column[:] if name in CHECKED else column
     for name in ("files", "captions"):
         ends = np.concatenate([[0], found[f"{name}_ends"]])
         if (np.diff(ends) < 0).any() or ends[-1] != part.files[name].num_bytes:
@@ -300,9 +300,9 @@ def _opened(
 
 
 def _text(folder: Path, each: _OpenPart, name: str, row: int) -> str:
-    ends = each.columns[f"{name}_ends"]
-    start = int(ends[row - 1]) if row else 0
+    ends = each.columns[f"{name}_ends"][max(row - 1, 0) : row + 1].tolist()
+    start = ends[0] if row else 0
     try:
-        return each.columns[name][start : int(ends[row])].tobytes().decode()
+        return each.columns[name][start : ends[-1]].tobytes().decode()
     except UnicodeDecodeError as error:
         raise ShardCorrupt(f"{folder}: {name} of row {row}: {error}") from error

@@ -34,7 +34,7 @@ from tvr.trainer.index.layout import (
     SegmentRecord,
     StoredArray,
     check_array,
-    map_array,
+    read_array,
     read_record,
     same,
     segment_name,
@@ -280,9 +280,10 @@ class _Builder:
             published = read_record(self._folder / MANIFEST, IndexManifest).centroids
             if published is not None:
                 check_array(path, published, hashed=True)
+        stored = StoredArray(num_bytes=size, sha256=sha256_of(path))
         shape = (header.num_lists, header.width)
-        self._centroids = np.array(map_array(path, np.dtype("<f4"), shape))
-        return sha256_of(path)
+        self._centroids = read_array(path, stored, np.dtype("<f4"), shape)
+        return stored.sha256
 
     def _learned(self) -> np.ndarray:
         faiss, header = import_faiss(), self._header

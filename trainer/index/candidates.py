@@ -15,8 +15,7 @@ from tvr.trainer.index.layout import (
     CENTROIDS,
     IndexManifest,
     arrays,
-    check_array,
-    map_array,
+    read_array,
 )
 from tvr.trainer.index.optional_faiss import import_faiss
 
@@ -30,20 +29,19 @@ LEAST_KEPT, KEPT_PER_CANDIDATE = 128, 8
 
 @dataclass(frozen=True, slots=True)
 class OpenSegment:
-    """Arrays of a segment, mapped from its files."""
+    """A segment of `exact` or `hnsw`."""
 
-    folder: Path
     first_row: int
     """Row in the feature set of its first video."""
     videos: int
-    arrays: dict[str, np.ndarray]
+    vectors: Any
+    """(n, D) fp32 of `exact`; of `hnsw` a FAISS index, which holds them."""
 
 
 class Candidates:
     """Coarse vectors of all segments, ready to be searched; safe to use from several threads.
 
-    `exact` compares all vectors and maps them from the files. `ivf` and `hnsw` copy them into
-    memory: 4 D bytes a video, and about 270 more with `hnsw`.
+    All vectors are in memory: 4 D bytes a video, 8 more with `ivf`, about 270 more with `hnsw`.
 
     Args:
         folder: Folder of the index.
@@ -60,27 +58,25 @@ class Candidates:
     ) -> None:
         self._faiss = import_faiss()
         header = self._header = manifest.header
-        segments = []
+        self._segments: list[OpenSegment] = []
+        self._lists: Any = self._empty_lists(folder, manifest) if header.method == "ivf" else None
         for segment, first in zip(manifest.segments, first_rows, strict=True):
             place = folder / segment.source / segment.name
             found = {}
             for name, (kind, shape) in arrays(header, segment.videos).items():
-                path, stored = place / f"{name}.bin", segment.files[name]  # type: ignore[index]
-                check_array(path, stored, hashed=verify or name != "vectors")
+                stored = segment.files[name]  # type: ignore[index]
                 shape = (stored.num_bytes // kind.itemsize,) if shape is None else shape
-                found[name] = map_array(path, kind, shape)
-            if segment.videos:
-                segments.append(OpenSegment(place, first, segment.videos, found))
-        self._segments = segments
-        self._lists: Any = None
-        self._graphs: list[Any] = []
-        if header.method == "ivf":
-            self._lists = self._inverted_lists(folder, manifest)
-        elif header.method == "hnsw":
-            self._graphs = [
-                open_graph(each.arrays["vectors"], each.arrays, header.neighbours, each.folder)
-                for each in segments
-            ]
+                hashed = verify or name != "vectors"
+                found[name] = read_array(place / f"{name}.bin", stored, kind, shape, hashed=hashed)
+            if not segment.videos:
+                continue
+            vectors = found["vectors"]
+            if header.method == "ivf":  # FAISS copies them
+                self._add_to_lists(found, first, place)
+                continue
+            if header.method == "hnsw":
+                vectors = open_graph(vectors, found, header.neighbours, place)
+            self._segments.append(OpenSegment(first, segment.videos, vectors))
 
     def search(self, vector: np.ndarray, count: int) -> np.ndarray:
         """Rows (n,) in the feature set of the n <= `count` nearest videos, nearest first.
@@ -92,14 +88,14 @@ class Candidates:
         if self._header.method == "ivf":
             return self._search_lists(query, count)
         scores, rows = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
-        for number, segment in enumerate(self._segments):
+        for segment in self._segments:
             most = min(count, segment.videos)
             if self._header.method == "exact":
-                found = self._nearest(query, segment.arrays["vectors"], most)
+                found = self._nearest(query, segment.vectors, most)
             else:
                 kept = max(LEAST_KEPT, KEPT_PER_CANDIDATE * most)
                 settings = self._faiss.SearchParametersHNSW(efSearch=kept)
-                found = self._graphs[number].search(query, most, params=settings)
+                found = segment.vectors.search(query, most, params=settings)
             valid = found[1][0] >= 0
             scores.append(found[0][0][valid])
             rows.append(found[1][0][valid] + segment.first_row)
@@ -120,26 +116,24 @@ class Candidates:
         valid = rows[0] >= 0
         return _best(scores[0][valid], rows[0][valid], count)
 
-    def _inverted_lists(self, folder: Path, manifest: IndexManifest) -> Any:
-        faiss, header = self._faiss, self._header
-        path, stored = folder / CENTROIDS, manifest.centroids
+    def _empty_lists(self, folder: Path, manifest: IndexManifest) -> Any:
+        faiss, header, stored = self._faiss, self._header, manifest.centroids
         assert stored is not None  # `read_record` has checked it
-        check_array(path, stored, hashed=True)
         shape = (header.num_lists, header.width)
-        centroids = flat(map_array(path, np.dtype("<f4"), shape))
+        centroids = flat(read_array(folder / CENTROIDS, stored, np.dtype("<f4"), shape))
         index = faiss.IndexIVFFlat(centroids, *shape[::-1], faiss.METRIC_INNER_PRODUCT)
         index.is_trained = True
-        for each in self._segments:
-            lists = each.arrays["lists"].astype(np.int64)
-            if lists.min() < 0 or lists.max() >= header.num_lists:
-                raise ShardCorrupt(
-                    f"{each.folder / 'lists.bin'}: lists must be 0 to {header.num_lists - 1}"
-                )
-            vectors = np.ascontiguousarray(each.arrays["vectors"])
-            rows = np.arange(each.first_row, each.first_row + each.videos)
-            pointers = (faiss.swig_ptr(array) for array in (vectors, rows, lists))
-            index.add_core(each.videos, *pointers)
         return index
+
+    def _add_to_lists(self, found: dict[str, np.ndarray], first: int, place: Path) -> None:
+        lists = found["lists"].astype(np.int64)
+        if lists.min() < 0 or lists.max() >= self._header.num_lists:
+            raise ShardCorrupt(
+                f"{place / 'lists.bin'}: lists must be 0 to {self._header.num_lists - 1}"
+            )
+        rows = np.arange(first, first + len(lists))
+        pointers = (self._faiss.swig_ptr(array) for array in (found["vectors"], rows, lists))
+        self._lists.add_core(len(lists), *pointers)
 
 
 def flat(vectors: np.ndarray) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tvr.data_prep.caption_text import clean_captions
-from tvr.data_prep.records import BadSample, Caption
+from tvr.data_prep.records import BadSample
 from tvr.data_prep.video.decoders import frame_sampler
 from tvr.data_prep.video.images import fit_square
 from tvr.trainer.checkpoint.choice import CheckpointChoice
@@ -185,18 +185,12 @@ class Index:
         if len(query) > MAX_CHARACTERS:
             raise ValueError(f"the query has {len(query)} characters; allowed are {MAX_CHARACTERS}")
         query.encode()  # raises ValueError for a half of a UTF-16 pair
-        texts = clean_captions([query])
-        if not texts:
-            raise ValueError(f"the query {query!r:.100} has no visible character")
         rerank = self._checked(k, rerank)
+        if not clean_captions([query]):  # known before the model is loaded
+            raise ValueError(f"the query {query!r:.100} has no visible character")
         model = self.model
-        with self._encoding:  # tokeniser and tagger serve one thread at a time
-            caption = Caption(text=texts[0])
-            if model.tokenizer.content_words:
-                from tvr.data_prep.packing.words import WordTagger
-
-                (caption,) = WordTagger([]).tag(texts)
-            found = model.encode_texts([caption])
+        with self._encoding:  # the first call sets the tokeniser's length
+            found = model.encode_texts([model.caption(query)])
         return self.search_features(found, k=k, rerank=rerank)
 
     def search_frames(

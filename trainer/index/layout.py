@@ -217,11 +217,23 @@ def check_array(path: Path, stored: StoredArray, *, hashed: bool) -> None:
         raise ShardCorrupt(f"{path}: its content differs from what was written; build it again")
 
 
-def map_array(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A checked file as a read-only array, whose pages are read when they are used."""
-    if 0 in shape:  # no memory can be mapped
-        return np.empty(shape, kind)
-    return np.memmap(path, kind, "r", shape=shape)
+def read_array(
+    path: Path, stored: StoredArray, kind: np.dtype, shape: tuple[int, ...], *, hashed: bool = True
+) -> np.ndarray:
+    """Reads an array into memory and compares it with its record; `shape` is that of the record.
+
+    Raises:
+        ShardCorrupt: as `check_array`; the hash is that of what was read.
+    """
+    check_array(path, stored, hashed=False)
+    array = np.empty(shape, kind)
+    content = memoryview(array.reshape(-1).view(np.uint8))
+    with path.open("rb") as file:
+        if file.readinto(content) != len(content):
+            raise ShardCorrupt(f"{path}: cut short while it was read; build the index again")
+    if hashed and hashlib.sha256(content).hexdigest() != stored.sha256:
+        raise ShardCorrupt(f"{path}: its content differs from what was written; build it again")
+    return array
 
 
 def sha256_of(path: Path) -> str:

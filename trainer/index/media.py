@@ -146,9 +146,10 @@ def video_file(folder: Path, file: str) -> Path:
         ShardCorrupt: it is no video file, or it lies elsewhere, also by a symbolic link.
         FileNotFoundError: there is no such file.
     """
-    path = (folder / file).resolve()
     root = folder.resolve()
-    if root not in path.parents or path.suffix.lower() not in SUFFIXES or "\0" in file:
+    # `resolve` refuses a null byte with another error.
+    path = root if "\0" in file else (folder / file).resolve()
+    if root not in path.parents or path.suffix.lower() not in SUFFIXES:
         raise ShardCorrupt(f"{file!r:.200} is no video file in {folder}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the video is gone; embed the folder again")

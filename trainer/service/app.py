@@ -88,7 +88,7 @@ def create_app(
 
     Args:
         index: The index, whose methods are called from several threads.
-        folders: Folders with the index's files, whose sizes are watched.
+        folders: Folders with the index's files, whose sizes `/healthz` compares.
         limits: Bounds of requests.
         hosts: Names under which the service answers (the Host header); None for any.
     """
@@ -126,18 +126,9 @@ def create_app(
     app.add_middleware(Guard, limits=limits, metrics=metrics, hosts=hosts)
     add_handlers(app)
 
-    async def run(pool: WorkPool, request: Request, work: Callable[[], T]) -> T:
-        """Runs a use of the index, all of which reads mapped files."""
-
-        def checked() -> T:
-            watched.check()
-            return work()
-
-        return await pool.run(request, checked)
-
     async def found(request: Request, search: Callable[[], Sequence[FoundHit]]) -> FoundVideos:
         began = time.perf_counter()
-        hits = await run(searches, request, search)
+        hits = await searches.run(request, search)
         return FoundVideos(
             method=index.method,
             candidates=index.rerank,
@@ -166,7 +157,7 @@ def create_app(
     async def media(request: Request, row: Row) -> Response:
         """The video itself; a Range header gives a part of it."""
         _check_row(row, index)
-        opened = await run(files, request, lambda: open_video(index, row))
+        opened = await files.run(request, lambda: open_video(index, row))
         return ranged_response(*opened, request.headers.get("range"))
 
     @app.get(
@@ -177,14 +168,14 @@ def create_app(
     async def thumbnail(request: Request, row: Row) -> Response:
         """A frame from the middle of the video."""
         _check_row(row, index)
-        content = await run(files, request, lambda: thumbnails.jpeg(row))
+        content = await files.run(request, lambda: thumbnails.jpeg(row))
         return Response(content, headers={"Cache-Control": "no-cache"}, media_type="image/jpeg")
 
     @app.get("/explain", responses=_problems(404, 410, 422, 500, 503, 504))
     async def explanation(request: Request, q: Text, row: RowQuery) -> dict[str, Any]:
         """Why a video fits the text q: similarities of words and frames, and their weights."""
         _check_row(row, index)
-        return await run(searches, request, lambda: _explained(index, q, row)[0].to_json())
+        return await searches.run(request, lambda: _explained(index, q, row)[0].to_json())
 
     @app.get(
         "/explain/page",
@@ -199,13 +190,13 @@ def create_app(
             found, frames = _explained(index, q, row)
             return explanation_page(found, frames, title=index.features.keys[row])
 
-        content = await run(searches, request, work)
+        content = await searches.run(request, work)
         return HTMLResponse(content, headers={"Content-Security-Policy": EXPLANATION_POLICY})
 
     @app.get("/healthz", responses=_problems(500, 503, 504))
     async def healthz(request: Request) -> Health:
         """Whether the files of the index are whole."""
-        await run(files, request, lambda: None)
+        await files.run(request, watched.check)
         return Health(
             status="ok",
             videos=len(index),
@@ -239,7 +230,7 @@ def create_app(
                 result = await found(request, lambda: index.search(q, k=k))
             if result is not None:
                 hits = result.hits
-                pictures = await run(files, request, lambda: layouts.pictures(hits))
+                pictures = await files.run(request, lambda: layouts.pictures(hits))
         except Refusal as refusal:
             problem, status, headers = refusal.problem, refusal.status, refusal.headers
         html = page.render(
@@ -290,7 +281,8 @@ def _check_row(row: int, index: SearchIndex) -> None:
 def _found_video(hit: FoundHit) -> FoundVideo:
     start_s, end_s = _finite(hit.start_s), _finite(hit.end_s)
     # Players read the cut of a longer file from the fragment.
-    cut = "" if end_s is None else f"#t={start_s or 0:g},{end_s:g}"
+    cut = f"#t={start_s or 0:.3f}" if start_s or end_s is not None else ""
+    cut += "" if end_s is None else f",{end_s:.3f}"
     return FoundVideo(
         rank=hit.rank,
         key=hit.key,

@@ -92,7 +92,6 @@ def _serve(
     timeout_s: float,
     verify: bool,
 ) -> int:
-    from tvr.data_prep.records import Caption
     from tvr.trainer.index.index import Index
     from tvr.trainer.service.app import LOOPBACK_NAMES, create_app
     from tvr.trainer.service.http_server import address, is_loopback, listening, run_server
@@ -105,7 +104,7 @@ def _serve(
     ):
         # Loads the model: the first search should not wait, and errors belong here. This also sets
         # the tokeniser's length, which two threads must not do at once.
-        index.model.encode_texts([Caption(text="a")])
+        index.search("a", k=1)
         is_local = is_loopback(server)
         if not is_local:
             print(NO_PROTECTION.format(host=host), file=sys.stderr)

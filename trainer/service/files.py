@@ -1,8 +1,7 @@
 """Files that the service reads: those of the index, and the videos that it names.
 
-The index maps its vectors into memory. Reading a mapped page that a truncation has removed kills
-the process (SIGBUS), and the rest of a page that was cut reads as zeros. So sizes are compared
-before each use. A file that was replaced is no danger: the mapping keeps the old one.
+No file is mapped into memory: reading a page of a mapped file that was cut kills the process
+(SIGBUS). A search that reads a file that was cut or replaced fails, and `/healthz` names it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import re
 import stat
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +25,7 @@ from tvr.trainer.service.problems import CutWhileSent, Refusal
 from tvr.trainer.service.records import FoundVideo, SearchIndex
 
 VALID_S = 0.05
-"""A check holds so long, which bounds its cost when many searches run: a file takes 2 us."""
+"""A check holds so long, which bounds its cost when many ask for it: a file takes 2 us."""
 CHUNK_BYTES = 1 << 16
 THUMBNAIL_QUALITY = 85
 # RFC 9110, 14.2: other forms, such as several ranges, may be ignored, and the whole is sent.
@@ -43,7 +42,10 @@ class IndexFiles:
             for root, _, names in os.walk(folder):
                 for name in names:
                     path = os.path.join(root, name)
-                    found = os.stat(path)
+                    try:
+                        found = os.stat(path)
+                    except FileNotFoundError:
+                        continue  # a builder's temporary file, or a link that leads nowhere
                     self._files[path] = (found.st_dev, found.st_ino, found.st_size)
         self._lock = threading.Lock()
         self._checked_at = -VALID_S
@@ -64,7 +66,7 @@ class IndexFiles:
                 try:
                     found = os.stat(path)
                 except FileNotFoundError:
-                    continue  # what is mapped stays until it is closed
+                    continue  # a builder's temporary file, or an index that was removed
                 is_same = (found.st_dev, found.st_ino) == (device, inode)
                 if is_same and found.st_size < size:
                     raise ShardCorrupt(
@@ -77,20 +79,13 @@ class Thumbnails:
     """Pictures of videos; those that were asked for last stay in memory."""
 
     def __init__(self, index: SearchIndex, most: int) -> None:
-        self._index, self._most = index, most
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._index = index
+        self.jpeg = lru_cache(most)(self._encoded)
+        """JPEG of the frame in the middle, of those that the model saw; by the video's row."""
 
-    def jpeg(self, video: int) -> bytes:
-        """JPEG of the frame in the middle, of those that the model saw."""
-        content = self._kept.get(video)
-        if content is None:
-            frames = self._index.frames(video)
-            content = encode_jpeg(frames[len(frames) // 2], THUMBNAIL_QUALITY)
-        # Each of these is one step for the interpreter, so threads need no lock.
-        self._kept[video] = content
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
-        return content
+    def _encoded(self, video: int) -> bytes:
+        frames = self._index.frames(video)
+        return encode_jpeg(frames[len(frames) // 2], THUMBNAIL_QUALITY)
 
 
 class Layouts:
@@ -109,7 +104,7 @@ class Layouts:
                 except (BadSample, ShardCorrupt, OSError):
                     continue  # the page shows the others; this one answers for itself
                 self._is_picture[hit.data] = kind.startswith("image/")
-        return frozenset(data for data, is_picture in self._is_picture.items() if is_picture)
+        return frozenset(hit.data for hit in hits if self._is_picture.get(hit.data))
 
 
 def open_video(index: SearchIndex, video: int) -> tuple[BinaryIO | bytes, int, str]:

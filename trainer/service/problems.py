@@ -96,7 +96,7 @@ def add_handlers(app: FastAPI) -> None:
         found: dict[str, Any] = error.errors()[0]
         name = ".".join(str(part) for part in found["loc"][1:])
         refusal = Refusal(
-            422, f"{name}: {found['msg']}", value=found.get("input"), allowed="see docs"
+            422, f"{name}: {found['msg']}", value=found.get("input"), allowed="see /docs"
         )
         return refusal.response()
 
@@ -105,7 +105,7 @@ def add_handlers(app: FastAPI) -> None:
         value = request.method if error.status_code == 405 else request.url.path
         headers = dict(error.headers) if error.headers else None
         refusal = Refusal(
-            error.status_code, str(error.detail), value=value, allowed="see docs", headers=headers
+            error.status_code, str(error.detail), value=value, allowed="see /docs", headers=headers
         )
         return refusal.response()
 
