@@ -234,3 +234,15 @@ def test_a_data_set_that_changed_is_refused(data: Path, tmp_path: Path) -> None:
         first = index.row("a") + 3
         with pytest.raises(ShardCorrupt, match=r"is not .* any more"):
             index._videos._reader(index.features.source(5)[0], 5, index.features.keys[first])
+
+
+def test_settings_under_which_a_picture_takes_gigabytes_are_refused(
+    data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "features", tmp_path / "features")
+    path = tmp_path / "features" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["header"]["settings"] |= {"num_frames": 12, "image_size": 8192}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ShardCorrupt, match=r"image_size=8192: .* would take 2415919104 bytes"):
+        Index.open(tmp_path / "features")

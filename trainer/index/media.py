@@ -39,6 +39,8 @@ CONTENT_TYPES = {
     ".flv": "video/x-flv",
 }
 MS_PER_PICTURE = 500
+MAX_FRAME_BYTES = 1 << 30
+"""Of the frames of a video in memory; 64 frames of 448 pixels take 39 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,13 @@ class StoredVideos:
         settings = features.info.settings
         self._num_frames = _size(features, "num_frames", 1024)
         self._side = _size(features, "image_size", 1 << 13)
+        size = 3 * self._num_frames * self._side**2
+        if size > MAX_FRAME_BYTES:
+            raise ShardCorrupt(
+                f"{features.folder}: settings num_frames={self._num_frames},"
+                f" image_size={self._side}: the frames of a video would take {size} bytes; allowed"
+                f" are {MAX_FRAME_BYTES}"
+            )
         spacing = settings.get("frame_spacing")
         self._spacing: FrameSpacing = "index" if spacing == "index" else "time"
 
