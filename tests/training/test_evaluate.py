@@ -44,6 +44,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Two videos only: too few for three ranks.
     clips = read_annotations(str(folder / "clips" / "test" / "captions.jsonl"))
     pack_shards(clips[:2], str(folder / "two"), layout="frames", num_frames=3, short_side=16)
+    # Fewer clips than the test set: the ranks divide it at other places.
+    clips = read_annotations(str(folder / "clips" / "exchanged" / "captions.jsonl"))
+    pack_shards(clips[4:], str(folder / "six"), layout="frames", num_frames=3, short_side=16)
     damage(folder / "test", folder / "test-damaged", rows=(2, 9))
     damage(folder / "exchanged", folder / "exchanged-damaged", rows=(2, 5))
     return folder
@@ -203,6 +206,7 @@ def evaluate_on_rank(rank: int, world_size: int, folder: Path) -> tuple[list[Eva
         setting(folder, micro_batch=100),
         setting(folder, micro_batch=3, test=str(folder / "train"), test_exchanged=None),
         damaged(folder, micro_batch=3),
+        setting(folder, micro_batch=3, test_exchanged=str(folder / "six")),
     ):
         results.append(evaluated(config, world))
     config = setting(folder, test=str(folder / "two"), test_exchanged=None)
@@ -325,6 +329,9 @@ def test_binding_accuracy_covers_clips_readable_with_their_counterparts(
     readable = [row for row in range(10) if row not in (2, 5)]
     expected = 100 * float(wins[readable].double().mean())
     assert evaluated(one_sided).binding_accuracy == pytest.approx(expected)
+    six = setting(data, test_exchanged=str(data / "six"))
+    expected = 100 * float(wins[4:].double().mean())
+    assert evaluated(six).binding_accuracy == pytest.approx(expected)
 
 
 def test_budget_for_unreadable_samples_applies(data: Path) -> None:

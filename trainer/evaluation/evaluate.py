@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,8 @@ from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.records import Evaluation
 
 Encode = Callable[..., Features]
+VIDEOS_PER_EXCHANGE = 256
+"""Counterparts that all ranks hold at a time."""
 Report = Callable[[int], None]
 """Takes the number of videos that this rank has encoded."""
 
@@ -181,7 +183,7 @@ def _binding_accuracy(
     if url is None:
         return None, []
     other = _encode_set(encode, url, config, tokenizer, world)
-    row_of = {key: row for row, key in enumerate(other.keys)}
+    counterparts, row_of = _counterparts(own.keys, other, world)
     pairs = [
         (caption, video, row_of[own.keys[video]])
         for caption, video in enumerate(own.caption_video.tolist())
@@ -190,8 +192,8 @@ def _binding_accuracy(
     caption, video, counterpart = torch.tensor(pairs, dtype=torch.long).view(-1, 3).unbind(1)
     with torch.no_grad():
         matched, exchanged = (
-            paired_scores(own.features, videos.features, caption, row, score, world.device)
-            for videos, row in ((own, video), (other, counterpart))
+            paired_scores(own.features, videos, caption, row, score, world.device)
+            for videos, row in ((own.features, video), (counterparts, counterpart))
         )
     lead = matched - exchanged
     # A tie counts half, as a guess would.
@@ -200,3 +202,36 @@ def _binding_accuracy(
     if not len(wins):
         raise ValueError(f"{url} shares no readable key with {config.data.test}")
     return float(100 * wins.mean()), other.left_out
+
+
+def _counterparts(
+    keys: Sequence[str], other: _EncodedSet, world: World
+) -> tuple[Features, dict[str, int]]:
+    """The counterparts of this rank's videos, whichever rank encoded them, and their rows by key.
+
+    Sets of unequal size are divided differently among the ranks, so that a clip and its counterpart
+    may lie on two of them.
+    """
+    wanted = set(keys)
+    features, row_of = other.features, {}
+    columns = [features.frames, features.frame_mask]
+    columns += [] if features.frame_logits is None else [features.frame_logits]
+    found: list[list[Tensor]] = [[] for _ in columns]
+    for rank, names in enumerate(world.all_gather_objects(other.keys)):
+        for start in range(0, len(names), VIDEOS_PER_EXCHANGE):
+            piece = names[start : start + VIDEOS_PER_EXCHANGE]
+            counts = tuple(len(piece) if each == rank else 0 for each in range(world.world_size))
+            sent = slice(start, start + counts[world.rank])
+            kept = torch.tensor([key in wanted for key in piece], device=world.device)
+            for parts, column in zip(found, columns, strict=True):
+                parts.append(all_gather_rows(column[sent], world, counts)[kept])
+            for key in piece:
+                if key in wanted:
+                    row_of[key] = len(row_of)
+    frames, mask, *logits = (torch.cat(parts) for parts in found)
+    return (
+        features._replace(
+            frames=frames, frame_mask=mask, frame_logits=logits[0] if logits else None
+        ),
+        row_of,
+    )
