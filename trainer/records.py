@@ -69,8 +69,9 @@ class Evaluation:
     @property
     def score(self) -> float:
         """Mean R@1 of both directions; the best checkpoint is the one with the highest score."""
-        both = (self.metrics.text_to_video, self.metrics.video_to_text)
-        return sum(way.recall_at_1 for way in both) / len(both)
+        value = self.metrics.mean["recall_at_1"]
+        assert value is not None  # both directions have it
+        return value
 
     def summary(self) -> dict[str, Any]:
         """All results except the queries, as logged and stored."""

@@ -271,9 +271,15 @@ def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path) -> None:
             "text_to_video": way | {"recall_at_1": 92.5},
         },
     }
+    final["intervals"] = {"text_to_video": {"recall_at_1": [31.25, 48.75]}}
     write_run(tmp_path, step_event(4))
     (tmp_path / "evaluation.json").write_text(json.dumps(final))
     page = " ".join(write_report(tmp_path).read_text().split())
+    interval = '<br><small class="muted">31.2 to 48.8</small>'
+    assert page.count(interval) == 1
+    assert page.index(interval) < page.index("Dual softmax")
+    page = page.replace(interval, "")
+    assert "its 95 % interval" in page
     assert "12 captions equal one of another video: only the own video is right." in page
     names = ["R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "mAP"]
     assert "<th>Raw</th>" + "".join(f"<th>{name}</th>" for name in names) in page

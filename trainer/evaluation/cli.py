@@ -230,7 +230,7 @@ def embed(argv: Sequence[str]) -> int:
             num_frames: Frames per video. None: as the model was trained; 12 for a plain folder.
             max_bad: Largest number of unreadable videos, which are left out.
         """
-        return _embed(source, data, out, checkpoint, dtype, _task(task), num_frames, max_bad)
+        return _embed(source, data, out, checkpoint, dtype, task_of_rank(task), num_frames, max_bad)
 
     return run_training_command(
         "embed", lambda: tyro.cli(arguments, prog="tvr embed", args=list(argv))
@@ -268,7 +268,12 @@ def _embed(
     return EXIT_DONE
 
 
-def _task(text: str | None) -> tuple[int, int]:
+def task_of_rank(text: str | None) -> tuple[int, int]:
+    """Reads `--task K/N`; None: this rank's share under `tvr launch`, or all.
+
+    Raises:
+        ValueError: the text is no K/N with K from 0 to N - 1.
+    """
     if text is None:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import tyro
 
 from tvr.launchers.exit_codes import EXIT_DONE
+from tvr.trainer.evaluation.cli import ProgressLines, task_of_rank
 from tvr.trainer.exit_reporting import run_training_command
 
 if TYPE_CHECKING:
     from tvr.trainer.index.index import Hit, Index
-
-SECONDS_BETWEEN_LINES = 10.0
 
 Features: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURES")]
 Query: TypeAlias = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
@@ -53,7 +50,7 @@ def index(argv: Sequence[str]) -> int:
             task: K/N: builds every N-th segment, as task K of N, from 0. None: all of them, or the
                 share of this rank under `tvr launch`.
         """
-        return _index(features, method, model, checkpoint, _task(task))
+        return _index(features, method, model, checkpoint, task_of_rank(task))
 
     return run_training_command(
         "index", lambda: tyro.cli(arguments, prog="tvr index", args=list(argv))
@@ -83,17 +80,11 @@ def _index(
         place = ModelPlace(path=str(model.absolute()), step=found.step)
     elif choice != "newest":
         raise ValueError(f"--checkpoint {checkpoint} needs --model, the run that it belongs to")
-    started = last = time.monotonic()
+    lines = ProgressLines()
 
     def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < SECONDS_BETWEEN_LINES:
-            return
-        last = now
-        rate = done / max(now - started, 1e-9)
-        text = f"indexed {done:,} of {total:,} videos, {rate:.1f} a second"
-        print(text, file=sys.stderr, flush=True)
+        if done == total or lines.is_due():
+            lines.write(f"indexed {done:,} of {total:,} videos", done)
 
     if not build_index(features, method=method, model=place, task=task, report=report):
         print(f"{folder}: other tasks have not built all their segments yet")
@@ -214,12 +205,3 @@ def _whole(hit: Hit) -> bool:
 
 def _end(hit: Hit) -> str:
     return "the end" if hit.end_s != hit.end_s else f"{hit.end_s:.2f} s"
-
-
-def _task(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"--task {text} must be K/N with K from 0 to N - 1, such as 0/4")
-    return int(match[1]), int(match[2])

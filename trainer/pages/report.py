@@ -21,7 +21,7 @@ from tvr.trainer.evaluation.results import stored_results
 from tvr.trainer.monitoring.run_log import LOG, Event, RunLog
 from tvr.trainer.pages.dashboard import Run, page_content, plotly_library, read_run
 from tvr.trainer.pages.panels import panels
-from tvr.trainer.records import TABLE_COLUMNS, WAYS, metric_blocks, protocol_line
+from tvr.trainer.records import TABLE_COLUMNS, WAYS, MetricBlock, metric_blocks, protocol_line
 from tvr.trainer.run_files import CONFIG, EVALUATION
 
 Thumbnails = Callable[[str], Sequence[Image.Image]]
@@ -103,12 +103,26 @@ def _blocks(result: Event) -> list[dict[str, Any]]:
             "title": block.title,
             "names": [name for name, key in TABLE_COLUMNS.items() if key in block.columns],
             "rows": [
-                (WAYS[way], [_shown(key, values.get(key)) for key in block.columns])
+                (
+                    WAYS[way],
+                    [
+                        (_shown(key, values.get(key)), _interval(result, block, way, key))
+                        for key in block.columns
+                    ],
+                )
                 for way, values in block.ways.items()
             ],
         }
         for block in metric_blocks(result)
     ]
+
+
+def _interval(result: Event, block: MetricBlock, way: str, key: str) -> str | None:
+    """Ends of the 95 % interval of a raw metric, if the evaluation has it."""
+    found = result.get("intervals", {}).get(way, {}).get(key)
+    if found is None or block.title != "raw":
+        return None
+    return "{:.1f} to {:.1f}".format(*found)
 
 
 def _shown(key: str, value: float | None) -> str:
