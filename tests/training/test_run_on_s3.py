@@ -216,7 +216,11 @@ def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
     found |= {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
     for name, value in evaluation.items():
         if isinstance(value, dict):
-            found |= {f"{name} {inner}": number for inner, number in value.items()}
+            found |= {
+                f"{name} {inner}": number
+                for inner, number in value.items()
+                if isinstance(number, int | float)
+            }
     return found
 
 
