@@ -21,10 +21,11 @@ def start_worker(worker: int) -> None:
     # From before the fork: `os.getppid` would name the process that adopted an orphan.
     parent = parent_process()
     rank = os.getppid() if parent is None or parent.pid is None else parent.pid
+    # First: threads that start later must not take the signal either.
+    _exit_on_sigterm_of_parent(rank)
     end_with_parent(rank)
     # The rank may run the garbage collector on a schedule of steps, which a worker does not see.
     gc.enable()
-    _exit_on_sigterm_of_parent(rank)
 
 
 def _exit_on_sigterm_of_parent(rank: int) -> None:
