@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,18 @@ from pathlib import Path
 def _flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Removes the last byte."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    """Changes one bit of the last byte."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
     path.write_bytes(content)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.file_damage import cut, flip
 
 from tvr.data_prep.records import Replacement, ShardCorrupt
 from tvr.trainer.config import ModelConfig
@@ -214,7 +215,7 @@ sys.path[:0] = sys.argv[4:]
 import test_feature_set as t
 from tvr.trainer.features import writer
 calls, limit = 0, int(sys.argv[2])
-real = writer._write
+real = writer.write_array
 def write(path, array):
     global calls
     calls += 1
@@ -222,7 +223,7 @@ def write(path, array):
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, array)
-writer._write = write
+writer.write_array = write
 own = t.FeatureWriter(Path(sys.argv[1]), t.HEADER, t.SOURCE)
 for number in range(t.BLOCKS):
     if not own.has(number):
@@ -280,16 +281,6 @@ def test_features_of_another_kind_are_not_mixed(
 def test_a_changed_data_set_of_the_same_address_is_refused(written: Path) -> None:
     with pytest.raises(ValueError, match="as it was before"):
         FeatureWriter(written, HEADER, replace(SOURCE, content="e" * 64))
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])

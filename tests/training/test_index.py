@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pytest
 import torch
+from builders.file_damage import cut, flip
 from torch import Tensor
 
 from tvr.data_prep.records import ShardCorrupt
@@ -31,9 +31,9 @@ from tvr.trainer.features.feature_set import (
     StoredType,
     VideoSource,
 )
+from tvr.trainer.features.stored_file import write_array
 from tvr.trainer.index.coarse import query_vectors, video_vectors
 from tvr.trainer.index.index import Hit, Index, build_index
-from tvr.trainer.index.layout import write_array
 from tvr.trainer.loss.objective import similarity_rows
 from tvr.trainer.model.model import Features
 
@@ -286,16 +286,6 @@ def test_a_killed_build_goes_on_to_the_same_files(written: Path, tmp_path: Path)
     own, other = content(tmp_path), content(written / "ivf")
     assert {name for name in own if not Path(name).name.startswith(".")} == set(other)
     assert all(own[name] == other[name] for name in other)
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 FILES = {

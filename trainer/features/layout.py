@@ -22,6 +22,7 @@ import numpy as np
 
 from tvr.data_prep.dataset.index_rules import IndexFields, refuse
 from tvr.data_prep.records import BAD_SAMPLE_REASONS, Replacement, ShardCorrupt
+from tvr.trainer.features.stored_file import StoredFile
 
 FORMAT, VERSION = "tvr-features", 1
 MANIFEST, PART = "manifest.json", "part.json"
@@ -97,12 +98,6 @@ class DataSource:
         """Name of its folder."""
         text = json.dumps([self.kind, self.content, self.num_blocks])
         return f"set-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFile:
-    num_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from tvr.data_prep.records import REFUSED_TEXT, Replacement, ShardCorrupt
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.features.layout import (
+    EMBED_AGAIN,
     MANIFEST,
     MAX_TEXT,
     PART,
@@ -23,12 +22,12 @@ from tvr.trainer.features.layout import (
     FeatureHeader,
     FeatureManifest,
     Part,
-    StoredFile,
     columns,
     part_json,
     read_manifest,
     to_json,
 )
+from tvr.trainer.features.stored_file import check_file, write_array
 from tvr.trainer.model.model import Features
 
 INT8_LEVELS = 127
@@ -132,7 +131,9 @@ class FeatureWriter:
         for left in self._own.glob(f".{part.name}.*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = {name: _write(partial / f"{name}.bin", array) for name, array in arrays.items()}
+        files = {
+            name: write_array(partial / f"{name}.bin", array) for name, array in arrays.items()
+        }
         part = Part(
             name=part.name,
             videos=part.videos,
@@ -141,7 +142,7 @@ class FeatureWriter:
             left_out=tuple(_shortened(each) for each in left_out),
         )
         text = part_json(self.header, self.source, part)
-        _write(partial / PART, np.frombuffer(text.encode(), np.uint8))
+        write_array(partial / PART, np.frombuffer(text.encode(), np.uint8))
         try:
             partial.rename(folder)
         except OSError:
@@ -235,14 +236,8 @@ def check_files(folder: Path, part: Part, *, hashes: bool, names: Sequence[str] 
         ShardCorrupt: a file is missing, cut short or differs; names it.
     """
     for name, stored in part.files.items():
-        path = folder / f"{name}.bin"
-        if path.is_symlink() or not path.is_file():
-            raise ShardCorrupt(f"{path}: missing, or not a plain file; embed again")
-        size = path.stat().st_size
-        if size != stored.num_bytes:
-            raise ShardCorrupt(f"{path}: {size} bytes instead of {stored.num_bytes}; embed again")
-        if (hashes or name in names) and _sha256(path) != stored.sha256:
-            raise ShardCorrupt(f"{path}: its content differs from what was written; embed again")
+        hashed = hashes or name in names
+        check_file(folder / f"{name}.bin", stored, hashed=hashed, remedy=EMBED_AGAIN)
 
 
 def block_name(block: int) -> str:
@@ -262,20 +257,6 @@ def _stored(name: str, values: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     safe = np.where(scale > 0, scale, 1)[..., None]
     levels = np.rint(values / safe).clip(-INT8_LEVELS, INT8_LEVELS)
     return {name: levels, f"{name}_scale": scale}
-
-
-def _write(path: Path, array: np.ndarray) -> StoredFile:
-    content: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return StoredFile(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shortened(left_out: Replacement) -> Replacement:

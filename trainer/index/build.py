@@ -18,10 +18,12 @@ import numpy as np
 from tvr.data_prep.records import ShardCorrupt
 from tvr.launchers.atomic_write import write_atomically
 from tvr.trainer.features.feature_set import FeatureSet
+from tvr.trainer.features.stored_file import StoredFile, check_file, sha256_of, write_array
 from tvr.trainer.index.candidates import flat
 from tvr.trainer.index.coarse import video_vectors
 from tvr.trainer.index.graph import NEIGHBOURS, build_graph
 from tvr.trainer.index.layout import (
+    BUILD_AGAIN,
     CENTROIDS,
     FOLDER,
     MANIFEST,
@@ -32,15 +34,11 @@ from tvr.trainer.index.layout import (
     ModelPlace,
     Segment,
     SegmentRecord,
-    StoredArray,
-    check_array,
     read_array,
     read_record,
     same,
     segment_name,
-    sha256_of,
     to_json,
-    write_array,
 )
 from tvr.trainer.index.optional_faiss import import_faiss
 from tvr.trainer.index.segments import PlannedSegment, planned_segments
@@ -170,7 +168,7 @@ class _Builder:
         try:
             segment = self._record(planned)
             for name, stored in segment.files.items():
-                check_array(folder / f"{name}.bin", stored, hashed=True)
+                check_file(folder / f"{name}.bin", stored, hashed=True, remedy=BUILD_AGAIN)
         except (ShardCorrupt, OSError):
             shutil.rmtree(folder)
             return False
@@ -219,7 +217,7 @@ class _Builder:
             model = read_record(path, IndexManifest).model
         centroids = None
         if self._centroids is not None and self._centroids_sha256 is not None:
-            centroids = StoredArray(num_bytes=self._centroids.nbytes, sha256=self._centroids_sha256)
+            centroids = StoredFile(num_bytes=self._centroids.nbytes, sha256=self._centroids_sha256)
         manifest = IndexManifest(
             header=self._header,
             model=model,
@@ -279,8 +277,8 @@ class _Builder:
         if (self._folder / MANIFEST).exists():
             published = read_record(self._folder / MANIFEST, IndexManifest).centroids
             if published is not None:
-                check_array(path, published, hashed=True)
-        stored = StoredArray(num_bytes=size, sha256=sha256_of(path))
+                check_file(path, published, hashed=True, remedy=BUILD_AGAIN)
+        stored = StoredFile(num_bytes=size, sha256=sha256_of(path))
         shape = (header.num_lists, header.width)
         self._centroids = read_array(path, stored, np.dtype("<f4"), shape)
         return stored.sha256

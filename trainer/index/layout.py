@@ -13,7 +13,6 @@ and a range, and is checked before anything is done with it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,23 +24,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tvr.data_prep.records import ShardCorrupt
+from tvr.trainer.features.stored_file import STRICT, Sha256, StoredFile, check_file
 
 FOLDER, MANIFEST, SEGMENT, CENTROIDS = "index", "index.json", "segment.json", "centroids.bin"
 FORMAT, VERSION = "tvr-index", 1
 Method = Literal["exact", "ivf", "hnsw"]
 MAX_JSON_BYTES = 1 << 26
 MAX_ROWS = 1 << 32
-PIECE_BYTES = 1 << 24
-STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+BUILD_AGAIN = "build the index again"
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 Count = Annotated[int, Field(ge=0, le=MAX_ROWS)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StoredArray:
-    num_bytes: Annotated[int, Field(ge=0, le=1 << 44)]
-    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -73,7 +65,7 @@ class Segment:
     features: Sha256
     """Of the hashes of the features that it was built from."""
     centroids: Sha256 | None
-    files: Mapping[Literal["vectors", "lists", "levels", "neighbours", "entry"], StoredArray]
+    files: Mapping[Literal["vectors", "lists", "levels", "neighbours", "entry"], StoredFile]
 
     @property
     def name(self) -> str:
@@ -100,7 +92,7 @@ class ModelPlace:
 class IndexManifest:
     header: IndexHeader
     model: ModelPlace | None
-    centroids: StoredArray | None
+    centroids: StoredFile | None
     segments: tuple[Segment, ...]
 
 
@@ -187,45 +179,15 @@ def _check_segment(path: Path, header: IndexHeader, segment: Segment) -> None:
         raise ShardCorrupt(f"{path}: damaged or edited: end_block={segment.end_block} is too small")
 
 
-def write_array(path: Path, array: np.ndarray) -> StoredArray:
-    """Writes an array's bytes and waits until they are on the disk."""
-    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return StoredArray(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def check_array(path: Path, stored: StoredArray, *, hashed: bool) -> None:
-    """Compares a file with its record.
-
-    Args:
-        hashed: Also reads it; otherwise only its size is compared.
-
-    Raises:
-        ShardCorrupt: it is missing, cut short or differs; names it.
-    """
-    if path.is_symlink() or not path.is_file():
-        raise ShardCorrupt(f"{path}: missing, or not a plain file; build the index again")
-    size = path.stat().st_size
-    if size != stored.num_bytes:
-        raise ShardCorrupt(
-            f"{path}: {size} bytes instead of {stored.num_bytes}; build the index again"
-        )
-    if hashed and sha256_of(path) != stored.sha256:
-        raise ShardCorrupt(f"{path}: its content differs from what was written; build it again")
-
-
 def read_array(
-    path: Path, stored: StoredArray, kind: np.dtype, shape: tuple[int, ...], *, hashed: bool = True
+    path: Path, stored: StoredFile, kind: np.dtype, shape: tuple[int, ...], *, hashed: bool = True
 ) -> np.ndarray:
     """Reads an array into memory and compares it with its record; `shape` is that of the record.
 
     Raises:
-        ShardCorrupt: as `check_array`; the hash is that of what was read.
+        ShardCorrupt: as `check_file`; the hash is that of what was read.
     """
-    check_array(path, stored, hashed=False)
+    check_file(path, stored, hashed=False, remedy=BUILD_AGAIN)
     array = np.empty(shape, kind)
     content = array.reshape(-1).view(np.uint8).data
     with path.open("rb") as file:
@@ -234,15 +196,6 @@ def read_array(
     if hashed and hashlib.sha256(content).hexdigest() != stored.sha256:
         raise ShardCorrupt(f"{path}: its content differs from what was written; build it again")
     return array
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def same(one: IndexHeader, other: IndexHeader, where: str) -> None:
