@@ -11,21 +11,28 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tvr.trainer.config_sections import (
-    STRICT,
-    DataConfig,
-    NotNegative,
-    Positive,
-    Share,
-    TrainConfig,
-    TrainSetConfig,
+from tvr.trainer.config_sections.data_section import DataConfig, TrainSetConfig
+from tvr.trainer.config_sections.field_types import STRICT, NotNegative, Positive
+from tvr.trainer.config_sections.loss_section import LossConfig
+from tvr.trainer.config_sections.model_section import (
+    Freeze,
+    HeadPart,
+    InitPart,
+    ModelConfig,
+    TowerPart,
+    TowersConfig,
 )
+from tvr.trainer.config_sections.output_sections import (
+    CheckpointConfig,
+    MetricsConfig,
+    WriterName,
+)
+from tvr.trainer.config_sections.train_section import TrainConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -52,177 +59,6 @@ __all__ = [
     "read_overrides",
     "to_json",
 ]
-
-WriterName = Literal["tensorboard", "wandb", "mlflow"]
-Freeze = NotNegative | Literal["text", "image", "both"]
-TowerPart = Literal["text_tower", "image_tower"]
-HeadPart = Literal[
-    "sequence_header", "text_weight", "frame_weight", "word_predictor", "frame_predictor"
-]
-InitPart = TowerPart | HeadPart | Literal["towers", "heads"]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TowersConfig:
-    """Shape of CLIP towers that are trained from scratch; ignored with
-    `model.pretrained`."""
-
-    width: Positive = 128
-    """Hidden width of both towers."""
-    layers: Positive = 3
-    """Transformer layers of each tower."""
-    heads: Positive = 4
-    """Attention heads of each layer."""
-    embed_width: Positive = 128
-    """Width D of the projected text and frame vectors."""
-    image_size: Positive = 48
-    """Side of the square frames, in pixels."""
-    patch_size: Positive = 12
-    """Side of an image patch, in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelConfig:
-    """The two towers and the heads on top."""
-
-    pretrained: str | None = None
-    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format.
-    None: towers from scratch, as `towers` describes them."""
-    tokenizer: str | None = None
-    """Local folder with the tokeniser. None: the one in `pretrained`."""
-    init_from: str | None = None
-    """Run, or folder of `tvr export`, from whose weights a new run starts;
-    its optimiser is not taken. RUN is the newest checkpoint of a run,
-    RUN@best the best one, RUN@300 that of step 300. Weights must fit by
-    names and shapes. None: towers as above, new heads."""
-    init_parts: tuple[InitPart, ...] = ()
-    """Parts that are taken from `init_from`; others start as without it.
-    towers and heads stand for several parts. Nothing: the whole model."""
-    towers: TowersConfig = TowersConfig()
-    """Shape of towers from scratch."""
-    freeze: Freeze = 0
-    """Weights of the towers that are not trained: a number N freezes the
-    embeddings and the bottom N layers of each tower; text, image or both
-    freezes whole towers. 0: nothing."""
-    lora_rank: NotNegative = 0
-    """Rank of LoRA adapters on the towers' queries and values (alpha = 2 x
-    rank); the towers' own weights are then frozen. 0: no LoRA. Needs the
-    extra `lora`."""
-    sequence_header_layers: NotNegative = 0
-    """Transformer layers over the frames of a video, on top of the image
-    tower. 0: frames are encoded independently."""
-    unit_after_header: bool = True
-    """Normalises frames to unit length after the sequence header, so that
-    similarities are cosines. false: as in the authors' implementation."""
-    interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
-    """Similarity of captions and videos. ti and wti compare the sentence
-    with the frames; att_ti and att_wti also compare the words. wti and
-    att_wti weight tokens by learned weights, ti and att_ti by plain
-    means."""
-    neighbour_frames: bool = True
-    """Adds to each word's best frame the frame that is most similar to that
-    frame."""
-    weight_layers: Annotated[int, Field(ge=1, le=3)] = 1
-    """Linear layers in the token-weight networks of wti and att_wti."""
-
-    def __post_init__(self) -> None:
-        if self.init_parts and self.init_from is None:
-            raise ValueError(f"model.init_parts={self.init_parts} needs model.init_from")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LossConfig:
-    """The training objective."""
-
-    similarity: Literal["info_nce", "neg_nce"] = "neg_nce"
-    """Contrastive loss over the pairs of a batch."""
-    neg_nce_mode: Literal["reference", "log"] = "log"
-    """Form of NegNCE. reference: as in the authors' code. log: in log space,
-    without a clamp, negatives normalised per row."""
-    neg_nce_weight: Annotated[float, Field(ge=0.0)] = 0.5
-    """Weight of the penalty on hard negatives in NegNCE."""
-    temperature: Annotated[float, Field(gt=0.0)] = 0.01
-    """Logits are similarity / temperature. It is constant, not learned."""
-    mask_same_video: bool | None = None
-    """Excludes pairs of the same video id from the negatives. None: on for
-    neg_nce in log mode, otherwise off."""
-    mask_equal_captions: bool | None = None
-    """Excludes videos that have the caption of a pair from its negatives.
-    Captions are equal but for case, white space and the final punctuation.
-    None: on for neg_nce in log mode, otherwise off."""
-    tpm_cl: Literal[0, 2, 3, 4] = 4
-    """Type of TPM-CL, the loss on partially masked samples. 0: off. 2:
-    margins 1 and 2. 3: margin 3. 4: all three margins."""
-    tpm_cl_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of TPM-CL in the loss."""
-    margin: Annotated[float, Field(ge=0.0)] = 0.6
-    """Margin of the TPM-CL hinge."""
-    mask_threshold: Share = 0.6
-    """Share of the token weight that is removed from the partial samples of
-    TPM-CL."""
-    straight_through: bool = False
-    """Passes a gradient to the frame-weight predictor of TPM-CL, which
-    otherwise keeps its initial weights, as in the method."""
-    normalise_partial: bool = False
-    """Normalises the partial text vector of TPM-CL to unit length, as the
-    whole one."""
-    mask_padding_weights: bool = False
-    """Gives padding words and frames no weight in the predictors of TPM-CL."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class CheckpointConfig:
-    """Where checkpoints are written, how often, and which are kept."""
-
-    url: str | None = None
-    """Folder or fsspec URL for the checkpoints of this run alone. None:
-    run_dir/checkpoints."""
-    every: NotNegative = 0
-    """Steps between checkpoints. 0: only after the last step."""
-    keep_last: Positive = 2
-    """Number of newest checkpoints to keep."""
-    keep_every: NotNegative = 0
-    """Also keeps the checkpoints of steps that are multiples of this number.
-    0: none."""
-    keep_best: bool = True
-    """Also keeps the checkpoint with the best evaluation, by the mean of R@1
-    in both directions."""
-    background: bool = True
-    """Writes checkpoints while training continues: a step waits only for a
-    copy of the rank's weights and optimiser in host memory. Off: a step
-    waits for the disk, and no copy is made. A run falls back to off, with
-    a warning and a line in the log, if a copy does not fit."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MetricsConfig:
-    """Metrics for Prometheus during the run. The last values also go
-    to run_dir/metrics."""
-
-    enabled: bool = True
-    """Turns metrics on or off."""
-    endpoint: Literal["node", "rank", "none"] = "node"
-    """HTTP endpoints that Prometheus scrapes: one for each node, one for
-    each rank, or none. Addresses are in run_dir/metrics/HOST.json, a file
-    for file_sd."""
-    address: str | None = None
-    """IP address of the network interface that the endpoint listens on.
-    None: loopback (127.0.0.1) for a run on one machine; all interfaces
-    (0.0.0.0) on several ones, or with `tvr launch slurm --targets`."""
-    host: Annotated[str, Field(pattern=r"^[\w.:{}\[\]-]+$")] = "auto"
-    """Host in the addresses for Prometheus: `fqdn`, `ip`, `hostname`, or
-    text in which {hostname} stands for the node's name. auto: the address
-    that the endpoint listens on, or with all interfaces the full name of
-    the node if it has one, else its IP address, else its name."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the endpoint; with `rank`, the port of the first rank of a
-    node. 0: any free port."""
-    writers: tuple[WriterName, ...] = ()
-    """Tools that also receive the log, in run_dir. Each needs the extra of
-    its name."""
-    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
-    """Peak TFLOPS of a rank's device, for MFU. None: the vendor's figure, if
-    the device is known."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
