@@ -198,6 +198,10 @@ class _BlockLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: Tensor, loss: RowLoss) -> tuple[Tensor, Tensor]:
+        if loss.needs_positives:
+            for position, rows in _row_chunks(block, loss.row_offset):
+                loss.add_positives(rows, position)
+            loss.finish_positives()
         for position, rows in _row_chunks(block, loss.row_offset):
             loss.add_softmax_stats(at_least_float32(rows), position)
         loss.finish_softmax()
