@@ -45,9 +45,7 @@ class LossRule:
     def __post_init__(self) -> None:
         mode = self.neg_nce_mode
         if mode is not None and mode not in NEG_NCE_MODES:
-            raise ValueError(
-                f"mode={mode!r} of NegNCE is unknown; use 'reference', 'log' or 'set'"
-            )
+            raise ValueError(f"mode={mode!r} of NegNCE is unknown; use 'reference', 'log' or 'set'")
         if not (self.hardness >= 0 and math.isfinite(self.hardness)):
             raise ValueError(f"hardness={self.hardness} must be a number of at least 0; 0 is off")
         if self.drop_above is not None and not self.drop_above >= 0:
