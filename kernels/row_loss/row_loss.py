@@ -149,6 +149,7 @@ class RowLoss:
         logits, excluded = self._logits(scores, position)
         for direction in self.directions:
             kept, hard = self._kept(scores, logits, excluded, direction, position)
+            assert hard is not None, "the form uses hard negatives"
             direction.add_hard_negatives(kept, hard, position)
 
     def finish_hard_negatives(self) -> None:
