@@ -34,13 +34,13 @@ from tvr.kernels.losses import row_loss
 from tvr.kernels.row_loss.loss_rule import LossRule
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, hard_negatives
 
-SCALE, WEIGHT = 100.0, 0.5
+SCALE, WEIGHT, BASE = 100.0, 0.5, "info_nce"
 
 
 def losses(alignment: float) -> dict[str, LossRule]:
     """The losses by name."""
     return {
-        "info_nce": LossRule(None, scale=SCALE),
+        BASE: LossRule(None, scale=SCALE),
         "neg_nce reference": LossRule("reference", scale=SCALE, weight=WEIGHT),
         "neg_nce log": LossRule("log", scale=SCALE, weight=WEIGHT),
         "neg_nce set": LossRule("set", scale=SCALE, weight=WEIGHT),
@@ -57,22 +57,25 @@ def main() -> None:
     parser.add_argument("--alignments", type=float, nargs="+", default=[0.1, 0.2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--width", type=int, default=512)
+    names = tuple(losses(0.0))
+    parser.add_argument("--losses", nargs="+", default=names, choices=names)
     options = parser.parse_args()
     rows, variation = [], {}
     for alignment in options.alignments:
+        # InfoNCE is the measure of the others.
+        chosen = {BASE, *options.losses}
+        rules = {loss: rule for loss, rule in losses(alignment).items() if loss in chosen}
         for pairs in options.pairs:
             of_seeds = [
-                of_one_draw(
-                    synthetic_similarity(pairs, alignment, options.width, seed), losses(alignment)
-                )
+                of_one_draw(synthetic_similarity(pairs, alignment, options.width, seed), rules)
                 for seed in options.seeds
             ]
-            for loss in losses(alignment):
+            for loss in rules:
                 case = {"alignment": alignment, "pairs": pairs, "loss": loss}
                 rows.append(case | spread([found[loss] for found in of_seeds]))
             print(f"alignment {alignment}, {pairs} pairs: done", file=sys.stderr, flush=True)
         variation[str(alignment)] = {
-            loss: relative_variation(rows, loss, alignment) for loss in losses(alignment)
+            loss: relative_variation(rows, loss, alignment) for loss in rules
         }
     line = {
         "benchmark": "push on hard negatives: [mean over seeds, smallest, largest]",
@@ -99,7 +102,7 @@ def of_one_draw(scores: Tensor, rules: dict[str, LossRule]) -> dict[str, dict[st
         positives = gradient.diagonal().abs().sum(dtype=torch.float64).item() / SCALE
         push = gradient.masked_fill_(~hard, 0).abs_()
         absolute = push.sum(dtype=torch.float64).item() / SCALE
-        base = found["info_nce"]["absolute"] if found else absolute
+        base = found[BASE]["absolute"] if found else absolute
         found[loss] = {
             "absolute": absolute,
             "relative": absolute / base,
