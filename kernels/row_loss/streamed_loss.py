@@ -206,6 +206,18 @@ class _TileStream:
                     position = TilePosition(row, column + first, self.loss.row_offset)
                     yield position, mean_similarity(text_tile, video_tile, self.backend)
 
+    def matched_scores(
+        self, texts: tuple[TokenSet, ...], videos: tuple[Tensor, ...]
+    ) -> Iterator[tuple[TilePosition, Tensor]]:
+        """Scores the tiles that hold this rank's matched pairs; their videos are its own."""
+        text_tiles, offset = self.text_tiles(texts), self.loss.row_offset
+        for first, video_tile in self.video_tiles(videos):
+            for row, text_tile in text_tiles:
+                num_texts, num_videos = len(text_tile[0].weights), len(video_tile.frames)
+                if first - num_texts < row < first + num_videos:
+                    scores = mean_similarity(text_tile, video_tile, self.backend)
+                    yield TilePosition(row, offset + first, offset), scores
+
 
 class _StreamedLoss(torch.autograd.Function):
     """Shares of the two directions, from the tensors of the token sets and of the videos."""
@@ -214,6 +226,10 @@ class _StreamedLoss(torch.autograd.Function):
     def forward(ctx: Any, stream: _TileStream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         texts, videos = stream.split(tensors)
         loss, stored = stream.loss, []
+        if loss.needs_positives:
+            for position, scores in stream.matched_scores(texts, videos):
+                loss.add_positives(scores, position)
+            loss.finish_positives()
         for position, scores in stream.scores(texts, videos):
             loss.add_softmax_stats(scores, position)
             if stream.keep_scores:

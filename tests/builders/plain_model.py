@@ -119,6 +119,8 @@ def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
             mask_equal_captions=loss.mask_equal_captions is True,
             scale=scale,
         )
+    elif loss.similarity == "sigmoid":
+        value = losses.sigmoid_loss(square, bias=loss.sigmoid_bias, scale=scale)
     else:
         value = losses.neg_nce(
             square,
@@ -127,6 +129,8 @@ def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
             caption_ids=CAPTION_IDS,
             mask_equal_captions=loss.mask_equal_captions,
             scale=scale,
+            hardness=loss.hardness,
+            drop_above=loss.drop_above,
         )
     value = value + loss.tpm_cl_weight * features.margin_hinge.mean()
     value.backward()

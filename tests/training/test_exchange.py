@@ -39,6 +39,8 @@ LOSSES = {
     "info_nce": LossConfig(similarity="info_nce", mask_equal_captions=True),
     "reference": LossConfig(neg_nce_mode="reference"),
     "log": LossConfig(neg_nce_mode="log"),
+    "set": LossConfig(neg_nce_mode="set", hardness=0.5, drop_above=0.1),
+    "sigmoid": LossConfig(similarity="sigmoid", sigmoid_bias=-30.0),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PATHS = list(product(("gather", "ring"), ("keep", "stream"), (False, True)))

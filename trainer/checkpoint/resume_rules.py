@@ -166,7 +166,8 @@ GROUPS = (
     _group(
         "refused",
         "loss",
-        "similarity neg_nce_mode neg_nce_weight temperature mask_same_video mask_equal_captions"
+        "similarity neg_nce_mode neg_nce_weight temperature hardness drop_above sigmoid_bias"
+        " mask_same_video mask_equal_captions"
         " tpm_cl tpm_cl_weight margin mask_threshold straight_through normalise_partial"
         " mask_padding_weights",
         "the loss; start a new run",

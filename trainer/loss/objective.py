@@ -141,13 +141,16 @@ def _with_tpm_cl(
 
 def loss_rule(loss: LossConfig) -> LossRule:
     """The similarity loss of these settings, in the form that the kernels take."""
-    contrastive = loss.similarity == "info_nce"
     return LossRule(
-        None if contrastive else loss.neg_nce_mode,
+        loss.neg_nce_mode if loss.similarity == "neg_nce" else None,
         scale=1 / loss.temperature,
         weight=loss.neg_nce_weight,
         mask_same_video=loss.mask_same_video,
         mask_equal_captions=loss.mask_equal_captions,
+        hardness=loss.hardness,
+        drop_above=loss.drop_above,
+        sigmoid=loss.similarity == "sigmoid",
+        sigmoid_bias=loss.sigmoid_bias,
     )
 
 

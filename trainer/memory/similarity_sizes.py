@@ -8,7 +8,7 @@ from typing import Literal
 
 from tvr.kernels.backends.torch_dense import CPU_SCORES_PER_TILE
 from tvr.kernels.backends.torch_tiles import SCORES_PER_TILE, VIDEOS_PER_TEXT
-from tvr.kernels.losses import SCORES_PER_CHUNK
+from tvr.kernels.row_loss.stored_loss import SCORES_PER_CHUNK
 from tvr.kernels.similarity import PAIRS_PER_TILE
 
 
