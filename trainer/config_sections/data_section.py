@@ -114,6 +114,13 @@ class DataConfig:
     the loader processes read at once, in all data sets of the run, is
     refused with the number. With room for one more reading window, the
     next shards are downloaded while the present ones are read."""
+    hard_batches: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Largest share of a global batch that is filled with groups of similar
+    captions, which are hard negatives of each other. An epoch still reads
+    each sample once. The captions' vectors are made when the run starts,
+    or before each epoch that `hard_every` names. 0: off."""
+    hard_group: Annotated[int, Field(ge=2)] = 4
+    """Captions in such a group. Pairs of one loss should be a multiple."""
     max_bad: NotNegative = 100
     """Largest number of different bad samples that a run replaces, over all
     ranks and restarts; one more stops the run. Each of `train_sets` has
