@@ -13,12 +13,14 @@ the hardest negatives: "a red square on a blue one".
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -34,6 +36,8 @@ LENGTH = 320.0
 # Samples of which the vectors are held at once.
 ROWS = 4096
 SOURCE = "words of the captions"
+# Beside the vectors: each caption as a line of JSON, for vectors that a model makes later.
+CAPTIONS_NAME = "captions.jsonl"
 # A letter of a script without spaces is a word of its own; otherwise a run of letters and digits.
 _WORD = re.compile(
     r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+"
@@ -65,6 +69,14 @@ def write_word_vectors(folder: Path, samples: Iterable[SampleCaptions], *, conte
     Raises:
         OSError: the folder cannot be written.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / CAPTIONS_NAME).open("w", encoding="utf-8") as file:
+        _write_word_vectors(folder, samples, file, content)
+
+
+def _write_word_vectors(
+    folder: Path, samples: Iterable[SampleCaptions], file: TextIO, content: str
+) -> None:
     numbers: dict[str, int] = {}
     counts = Counter[int]()
     words, ends, texts = array("I"), array("Q"), array("Q")
@@ -76,6 +88,7 @@ def write_word_vectors(folder: Path, samples: Iterable[SampleCaptions], *, conte
             words.extend(own)
             ends.append(len(words))
             texts.append(hash_caption(text) if text else 0)
+            file.write(json.dumps(text) + "\n")
         videos.append(hash_video_id(sample.video_id))
         num_captions.append(max(1, len(sample.texts)))
     idf = np.log((1 + len(texts)) / (1 + np.array([counts[n] for n in range(len(numbers))])))
@@ -87,6 +100,13 @@ def write_word_vectors(folder: Path, samples: Iterable[SampleCaptions], *, conte
         signs,
     )
     write_vectors(folder, parts, width=WIDTH, content=content, source=SOURCE)
+
+
+def read_texts(folder: Path, first: int, end: int) -> Iterator[str]:
+    """Yields captions of a folder of `write_word_vectors` by their numbers, from first to end."""
+    with (folder / CAPTIONS_NAME).open(encoding="utf-8") as file:
+        for line in islice(file, first, end):
+            yield json.loads(line)
 
 
 def read_captions(reader: SampleReader) -> Iterator[SampleCaptions]:

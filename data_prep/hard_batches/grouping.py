@@ -1,7 +1,7 @@
 """Hard batches: samples with similar captions are brought together, as a pure function.
 
 THE CONTRACT. A window's samples come in the order of `reading/order.py`. Each global batch, or the
-part of it that lies in the window, has n positions. Of its n // g groups of g consecutive positions,
+part of it that lies in the window, has n positions. Of its n // g runs of g consecutive positions,
 floor(share n / g), evenly spread, are hard groups: a batch holds at most share n samples in them.
 
 The window is cut into blocks of about BLOCK positions. In a block of h hard groups, the first
@@ -30,8 +30,8 @@ import numpy as np
 
 # Positions among which neighbours are searched.
 BLOCK = 1 << 14
-# Neighbours of a seed that are looked at, for each sample of its group: of those that were free when
-# the seed was searched, together with others.
+# Neighbours of a seed that are looked at, for each sample of its group. They were free when the
+# seed was searched, together with others.
 CANDIDATES = 8
 # Samples that are visited for each hard group: captions without neighbours would cost much time.
 TRIES = 4

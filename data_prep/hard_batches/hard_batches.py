@@ -7,6 +7,7 @@ World size, micro-batches, loader workers and restarts do not affect it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,12 +32,18 @@ class HardBatches:
     """Largest share of a batch's positions in hard groups, above 0 and at most 1."""
     group: int
     """Captions of a hard group, at least 2."""
+    every: int = 0
+    """Epochs for which the same caption vectors hold; 0 = for all."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} (data.hard_batches) must be above 0, at most 1")
         if self.group < 2:
             raise ValueError(f"group={self.group} (data.hard_group) must be at least 2")
+
+    def first_epoch(self, epoch: int) -> int:
+        """Returns the first epoch whose caption vectors are those of an epoch."""
+        return epoch // self.every * self.every if self.every else 0
 
     def check(self, global_batch: int) -> None:
         """Raises ValueError if no group fits into a batch."""
@@ -52,7 +59,7 @@ class CaptionGroups:
     """Reorders each window of a data set, so that similar captions share a global batch.
 
     Args:
-        vectors: Those of the data set's captions.
+        vectors: Those of the data set's captions, by the first epoch for which they hold.
         hard: Share and group.
         seed: Seed of the run, by which captions are chosen.
         batch_starts: Where global batches begin in the data set's own stream.
@@ -61,7 +68,7 @@ class CaptionGroups:
 
     def __init__(
         self,
-        vectors: CaptionVectors,
+        vectors: Mapping[int, CaptionVectors],
         hard: HardBatches,
         *,
         seed: int,
@@ -81,17 +88,23 @@ class CaptionGroups:
             epoch: Epoch of the window.
             first: The window's first position in the data set's own stream.
             samples: (M,) rows of the data set, in their order.
+
+        Raises:
+            LookupError: the vectors of this epoch are not there.
         """
+        vectors = self._vectors.get(self._hard.first_epoch(epoch))
+        if vectors is None:
+            raise LookupError(f"no caption vectors for data.hard_batches in epoch {epoch}")
         end = first + len(samples)
         inside = self._batch_starts(first + 1, end)
         bounds = np.concatenate([[first], inside, [end]]) - first
         starts = hard_groups(bounds, self._hard.share, self._hard.group)
-        captions = self._vectors.of(samples, self._choices(epoch, samples))
+        captions = vectors.of(samples, self._choices(epoch, samples, vectors))
         return grouped_order(captions, starts, self._hard.group)
 
-    def _choices(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+    def _choices(self, epoch: int, samples: np.ndarray, vectors: CaptionVectors) -> np.ndarray:
         """The caption that training will take of each sample."""
-        counts = self._vectors.num_captions(samples)
+        counts = vectors.num_captions(samples)
         choices = np.zeros(len(samples), np.int64)
         for number in np.flatnonzero(counts > 1).tolist():
             sample = self._first_sample + int(samples[number])
@@ -100,7 +113,7 @@ class CaptionGroups:
 
 
 def caption_groups(
-    vectors: Mapping[str, CaptionVectors],
+    vectors: Mapping[str, Mapping[int, CaptionVectors]],
     hard: HardBatches,
     *,
     seed: int,
@@ -110,14 +123,14 @@ def caption_groups(
     """Returns the last step of the order of each training set, by its name.
 
     Args:
-        vectors: Those of each set, by its name; that of a single set may be empty.
+        vectors: Those of each set by its name, see `CaptionGroups`; a single set's may be empty.
         hard: Share and group.
         seed: Seed of the run.
         global_batch: Pairs per step on all ranks together.
         mixture: How several sets are mixed; None = a single set.
     """
     names = sorted(vectors)
-    counts = [vectors[name].num_samples for name in names]
+    counts = [next(iter(vectors[name].values())).num_samples for name in names]
     groups = {}
     for name, first in zip(names, accumulate([0, *counts[:-1]]), strict=True):
         starts = (
@@ -136,6 +149,18 @@ def every_batch(global_batch: int) -> BatchStarts:
     return lambda start, stop: np.arange(
         -(-start // global_batch) * global_batch, stop, global_batch
     )
+
+
+def batch_of(position: int, global_batch: int, mixture: Mixture | None, name: str) -> int:
+    """Returns the number of the global batch that holds a position of a set's own stream."""
+    if mixture is None:
+        return position // global_batch
+    block = position // mixture.quotas[mixture.names.index(name)]
+    first, last = block * BLOCK // global_batch, ((block + 1) * BLOCK - 1) // global_batch
+    # The last of these batches that begins at or before the position.
+    batches = range(first, last + 1)
+    before = bisect_right(batches, position, key=lambda k: mixture.drawn(k * global_batch)[name])
+    return batches[max(0, before - 1)]
 
 
 def batches_of_set(mixture: Mixture, name: str, global_batch: int) -> BatchStarts:

@@ -61,7 +61,10 @@ def hard_order(
     vectors: CaptionVectors, sizes: list[int], *, seed: int, batch: int, share: float, group: int
 ) -> SampleOrder:
     groups = CaptionGroups(
-        vectors, HardBatches(share=share, group=group), seed=seed, batch_starts=every_batch(batch)
+        {0: vectors},
+        HardBatches(share=share, group=group),
+        seed=seed,
+        batch_starts=every_batch(batch),
     )
     return SampleOrder(sizes, seed, 2, groups)
 
@@ -219,14 +222,13 @@ def test_equal_captions_and_clips_of_one_video_are_never_grouped(tmp_path: Path)
     samples = [SampleCaptions(f"v{i // 2}", (texts[i % 6],)) for i in range(60)]
     samples[7] = SampleCaptions("", ())  # a bad sample
     vectors = vectors_of(tmp_path / "set", samples)
-    found, starts = vectors.of(np.arange(60), np.zeros(60, int)), np.arange(0, 60, 3)
-    order = grouped_order(found, starts, 3)
-    groups = order.reshape(20, 3)
-    # The last groups may lack partners, and are filled with what is left.
-    complete = [group for group in groups.tolist() if 7 not in group][:8]
-    for members in complete:
-        assert len({hash_caption(samples[each].texts[0]) for each in members}) == 3
-        assert len({samples[each].video_id for each in members}) == 3
+    found = vectors.of(np.arange(60), np.zeros(60, int))
+    groups = grouping._groups(found, np.ones(60, bool), 20, 3)
+    assert [len(members) for members in groups[:8]] == [3] * 8
+    for members in groups:
+        assert 7 not in members
+        assert len({hash_caption(samples[each].texts[0]) for each in members}) == len(members)
+        assert len({samples[each].video_id for each in members}) == len(members)
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 40))
@@ -253,7 +255,11 @@ def test_several_sets_have_groups_of_their_own_and_one_cap(tmp_path: Path) -> No
     vectors = {name: vectors_of(tmp_path / name, own) for name, own in samples.items()}
     mixture, batch, share = Mixture({"films": 3.0, "web": 1.0}, 9), 48, 0.5
     groups = caption_groups(
-        vectors, HardBatches(share=share, group=3), seed=9, global_batch=batch, mixture=mixture
+        {name: {0: own} for name, own in vectors.items()},
+        HardBatches(share=share, group=3),
+        seed=9,
+        global_batch=batch,
+        mixture=mixture,
     )
     sizes = {"films": [100] * 4, "web": [60] * 5}
     orders = {
@@ -275,7 +281,7 @@ def test_several_sets_have_groups_of_their_own_and_one_cap(tmp_path: Path) -> No
     # The captions of the second set are chosen by their number among all samples.
     own = np.arange(300)
     number, counts = 7, vectors["web"].num_captions(own)
-    chosen = groups["web"]._choices(number, own)
+    chosen = groups["web"]._choices(number, own, vectors["web"])
     assert chosen.tolist() == [
         caption_choice(9, number, 400 + row, int(counts[row])) for row in range(300)
     ]
