@@ -82,6 +82,8 @@ class TrainingRun:
     def find_hard_batches(self, done: int) -> None:
         """Finds the caption vectors that `hard_epochs` needs after `done` steps."""
         assert self.hard_epochs is not None
+        if self.world.is_first:
+            self.attempt.check()
         self.engine.set_training(False)
         encode = caption_encoder(self.engine, self.config, self.tokenizer, self.world)
         self.hard_epochs.find(done, encode)

@@ -89,7 +89,7 @@ class CaptionVectors:
 def write_vectors(
     folder: Path, parts: Iterable[CaptionRows], *, width: int, content: str, source: str
 ) -> None:
-    """Writes the vectors of a data set; a folder that is complete is replaced in one step.
+    """Writes the vectors of a data set; files that were there are replaced, not changed.
 
     Args:
         folder: Where to write.
@@ -105,14 +105,14 @@ def write_vectors(
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"width={width} of caption vectors must be from 1 to {MAX_WIDTH}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX_NAME).unlink(missing_ok=True)
+    names = ("vectors.raw", "texts.npy", "videos.npy", "starts.npy")
+    for name in (INDEX_NAME, *names):  # a process may still map the files
+        (folder / name).unlink(missing_ok=True)
     small: dict[str, list[np.ndarray]] = {"texts": [], "videos": [], "starts": []}
-    raw, count = folder / "vectors.raw", 0
-    with raw.open("wb") as file:
+    with (folder / "vectors.raw").open("wb") as file:
         for part in parts:
             assert part.vectors.shape == (part.num_captions.sum(), width)
             file.write(np.ascontiguousarray(part.vectors, np.int8).tobytes())
-            count += len(part.vectors)
             small["texts"].append(part.texts.astype(np.uint64))
             small["videos"].append(part.videos.astype(np.uint64))
             small["starts"].append(part.num_captions.astype(np.int64))
@@ -123,7 +123,6 @@ def write_vectors(
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, column)
             _flush(file.fileno())
-    names = ("vectors.raw", *(f"{name}.npy" for name in columns))
     index = VectorsIndex(
         format_version=FORMAT_VERSION,
         content=content,

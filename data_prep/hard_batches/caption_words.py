@@ -28,7 +28,13 @@ from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.dataset.sample_codec import parse_meta
 from tvr.data_prep.hard_batches.caption_vectors import CaptionRows, write_vectors
 from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.records import BadSample, hash_caption, hash_video_id, normal_caption
+from tvr.data_prep.records import (
+    TRANSIENT_REASONS,
+    BadSample,
+    hash_caption,
+    hash_video_id,
+    normal_caption,
+)
 
 WIDTH = 256
 # Length of a vector: a value is 20 on average, and 127 is six times the standard deviation.
@@ -110,11 +116,19 @@ def read_texts(folder: Path, first: int, end: int) -> Iterator[str]:
 
 
 def read_captions(reader: SampleReader) -> Iterator[SampleCaptions]:
-    """Yields the captions of a data set, without decoding frames; none for a bad sample."""
+    """Yields the captions of a data set, without decoding frames; none for a bad sample.
+
+    Raises:
+        OSError: the storage fails for the moment.
+    """
     for row in range(len(reader)):
         try:
             meta = parse_meta(reader.key(row), reader.members(row))
-        except BadSample:
+        except BadSample as bad:
+            if bad.reason in TRANSIENT_REASONS:
+                raise OSError(
+                    f"{reader.url}: the captions for data.hard_batches cannot be read: {bad}"
+                ) from bad
             yield SampleCaptions("", ())
         else:
             yield SampleCaptions(meta.video_id, meta.texts)
@@ -125,7 +139,7 @@ def find_word_vectors(url: str, manifest: Manifest, folder: Path) -> None:
 
     Raises:
         ValueError: the data set is a beton, whose captions are not read one by one.
-        OSError: see `write_word_vectors`.
+        OSError: see `read_captions` and `write_word_vectors`.
     """
     if manifest.beton is not None:
         raise ValueError(

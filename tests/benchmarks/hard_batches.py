@@ -5,7 +5,7 @@
 - words: the vectors of `--captions` captions of ten random words;
 - windows: drawing the first window of synthetic sets of 1 and 10 million samples;
 - nodes: samples that a node reads from shards that it does not own, in batches of 1,024;
-- training: hard negatives a row (NegNCE, log mode) in the last 24 of 40 steps on the demo's clips,
+- training: hard negatives a row (NegNCE, log mode) in the last 24 of 240 steps on the demo's clips,
   a tiny model, one seed, batch 32 of 256 clips.
 
 Times are those of the processor, since the machine may be busy.
@@ -42,7 +42,7 @@ WINDOWS = ((1_000_000, 1024), (1_000_000, 8192), (10_000_000, 1024))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--captions", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from tvr.data_prep.hard_batches.grouping import Captions, grouped_order, hard_gr
 from tvr.data_prep.hard_batches.hard_batches import (
     CaptionGroups,
     HardBatches,
+    batch_of,
     batches_of_set,
     caption_groups,
     every_batch,
@@ -285,6 +286,17 @@ def test_several_sets_have_groups_of_their_own_and_one_cap(tmp_path: Path) -> No
     assert chosen.tolist() == [
         caption_choice(9, number, 400 + row, int(counts[row])) for row in range(300)
     ]
+
+
+@given(st.integers(0, 3000), st.integers(5, 300), st.floats(0.1, 10))
+@settings(max_examples=30)
+def test_the_batch_of_a_position_holds_it(position: int, batch: int, weight: float) -> None:
+    mixture = Mixture({"films": weight, "web": 1.0}, 3)
+    for name in mixture.names:
+        number = batch_of(position, batch, mixture, name)
+        first, end = (mixture.drawn(k * batch)[name] for k in (number, number + 1))
+        assert first <= position < end
+    assert batch_of(position, batch, None, "") == position // batch
 
 
 def test_vectors_are_of_the_words_and_say_when_they_are_damaged(tmp_path: Path) -> None:

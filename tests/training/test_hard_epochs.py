@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from builders import jobs
-from builders.tiny import tiny_config, with_ranks
+from builders.tiny import damaged_data, tiny_config, with_ranks
 
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.hard_batches.caption_vectors import CaptionVectors, open_vectors
+from tvr.data_prep.hard_batches.caption_words import find_word_vectors, read_captions
+from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.records import BadSample
 from tvr.trainer.config import Config, merged, to_json
 from tvr.trainer.loop import train
 
@@ -98,3 +102,25 @@ def test_two_ranks_train_on_the_hard_batches_of_one(data: Path, tmp_path: Path) 
     # The weights of the two runs agree to rounding, and so do the vectors.
     assert abs(one.vectors.astype(int) - two.vectors.astype(int)).max() <= 1
     assert np.unique(one.vectors).size > 50
+
+
+def test_bad_samples_are_in_no_group_and_a_store_that_is_down_ends_the_reading(
+    data: Path, tmp_path: Path
+) -> None:
+    folder, _ = damaged_data(data, tmp_path / "set", rows=[1])
+    reader = SampleReader(str(folder), num_frames=1, image_size=16)
+    found = [sample.texts for sample in read_captions(reader)]
+    assert [row for row, texts in enumerate(found) if not texts] == [1]
+    assert len(found) == NUM_TRAIN
+
+    def down(row: int) -> dict[str, bytes]:
+        raise BadSample(f"row {row}", "unavailable", "no route")
+
+    reader.members = down
+    with pytest.raises(
+        OSError, match=r"captions for data\.hard_batches cannot be read: .*no route"
+    ):
+        list(read_captions(reader))
+    manifest = replace(reader.manifest, beton=reader.manifest.shards[0])
+    with pytest.raises(ValueError, match="which is a beton; train from the shards"):
+        find_word_vectors("/data/set.beton", manifest, tmp_path / "vectors")
