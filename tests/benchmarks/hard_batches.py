@@ -40,7 +40,7 @@ WINDOWS = ((1_000_000, 1024), (1_000_000, 8192), (10_000_000, 1024))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", type=Path, required=True)
@@ -125,7 +125,8 @@ def drawn_window(folder: Path, num_samples: int, batch: int) -> dict[str, Any]:
 
 def reads_of_others(vectors: CaptionVectors, ranks: int, per_node: int = 8) -> dict[str, Any]:
     """The share of samples that a node reads from shards it does not own, over a few batches."""
-    batch, found = 1024, {"ranks": ranks, "nodes": ranks // per_node}
+    batch = 1024
+    found: dict[str, Any] = {"ranks": ranks, "nodes": ranks // per_node}
     for name, own in (("plain", None), ("hard", vectors)):
         order, far, near = order_of(own, vectors.num_samples, batch), 0, list[float]()
         for step in range(12):
