@@ -6,7 +6,8 @@
 - windows: drawing the first window of synthetic sets of 1 and 10 million samples;
 - nodes: samples that a node reads from shards that it does not own, in batches of 1,024;
 - training: hard negatives a row (NegNCE, log mode) in the last 24 of 240 steps on the demo's clips,
-  a tiny model, one seed, batch 32 of 256 clips.
+  a tiny model, one seed, batch 32 of 256 clips;
+- same_weights: the same over an epoch of these orders, all with the weights of the run without.
 
 Times are those of the processor, since the machine may be busy.
 """
@@ -36,6 +37,7 @@ from tvr.data_prep.reading.order import SampleOrder, window_shards
 
 SHARD, WIDTH, WORDS, CAPTION_WORDS = 1000, 256, 30_000, 10
 SHARE, GROUP = 0.25, 4
+ORDERS = ((0.0, 0), (0.25, 0), (0.5, 0), (0.5, 1))
 WINDOWS = ((1_000_000, 1024), (1_000_000, 8192), (10_000_000, 1024))
 
 
@@ -57,6 +59,7 @@ def main() -> None:
             "nodes": [reads_of_others(vectors, ranks) for ranks in (16, 64)],
             "training": hard_negatives(Path(folder), arguments.steps),
         }
+        result["same_weights"] = same_weights(Path(folder))
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
@@ -149,29 +152,48 @@ def reads_of_others(vectors: CaptionVectors, ranks: int, per_node: int = 8) -> d
 
 def hard_negatives(folder: Path, steps: int) -> list[dict[str, Any]]:
     """Trains a tiny model on the demo's clips."""
+    from builders.tiny import make_tiny_data
+
+    make_tiny_data(folder, num_train=256)
+    return [
+        trained(folder, f"run-{share}-{every}", share, every, 24, train={"steps": steps})
+        for share, every in ORDERS
+    ]
+
+
+def same_weights(folder: Path) -> list[dict[str, Any]]:
+    """Two epochs of 8 steps at a learning rate of almost 0, of which the second one counts."""
+    rates = {"steps": 16, "learning_rate": 1e-12, "encoder_learning_rate": 1e-12}
+    start = {"init_from": str(folder / "run-0.0-0")}
+    return [
+        trained(folder, f"same-{share}-{every}", share, every, 8, train=rates, model=start)
+        for share, every in ORDERS
+    ]
+
+
+def trained(
+    folder: Path, name: str, share: float, every: int, last: int, **changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains, and averages what the log says of the last steps."""
     from builders import jobs
-    from builders.tiny import make_tiny_data, tiny_config
+    from builders.tiny import tiny_config
 
     from tvr.trainer.config import merged
     from tvr.trainer.loop import train
 
-    make_tiny_data(folder, num_train=256)
-    found = []
-    for share, every in ((0.0, 0), (0.25, 0), (0.5, 0), (0.5, 1)):
-        data = {"hard_batches": share, "hard_every": every, "test": None, "test_exchanged": None}
-        changes = {
-            "data": data,
-            "train": {"steps": steps, "global_batch": 32, "micro_batch": 32},
-            "loss": {"similarity": "neg_nce", "neg_nce_mode": "log"},
-            "checkpoint": {"every": 0},
-        }
-        run_dir = folder / f"run-{share}-{every}"
-        train(merged(tiny_config(folder), changes, where="benchmark"), run_dir)
-        last = jobs.events(run_dir, "step")[-24:]
-        names = ("hard_negatives_per_row", "hardest_similarity", "loss")
-        means = {name: round(sum(step[name] for step in last) / len(last), 3) for name in names}
-        found.append({"hard_batches": share, "hard_every": every, **means})
-    return found
+    data = {"hard_batches": share, "hard_every": every, "test": None, "test_exchanged": None}
+    settings = {
+        "data": data,
+        "train": {"global_batch": 32, "micro_batch": 32, "log_every": 1},
+        "loss": {"similarity": "neg_nce", "neg_nce_mode": "log"},
+        "checkpoint": {"every": 0},
+    }
+    config = merged(tiny_config(folder), settings, where="benchmark")
+    train(merged(config, changes, where="benchmark"), folder / name)
+    steps = jobs.events(folder / name, "step")[-last:]
+    names = ("hard_negatives_per_row", "hardest_similarity", "loss")
+    means = {name: round(sum(step[name] for step in steps) / len(steps), 3) for name in names}
+    return {"hard_batches": share, "hard_every": every, "steps": len(steps), **means}
 
 
 if __name__ == "__main__":
