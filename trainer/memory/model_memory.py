@@ -129,19 +129,6 @@ def checkpoint_bytes(model: TextVideoModel, train: TrainConfig) -> int:
     return weights + FP32 * (ADAM_MOMENTS + _has_master(train)) * trained
 
 
-def embed_width(model: ModelConfig) -> int:
-    """Length of a feature vector; of a pretrained model it is read from its config.json.
-
-    Raises:
-        ValueError: The folder holds no CLIP or SigLIP.
-    """
-    if model.pretrained is None:
-        return model.towers.embed_width
-    from tvr.trainer.model.towers import pretrained_width
-
-    return pretrained_width(model.pretrained)
-
-
 def _bytes_per_number(train: TrainConfig) -> int:
     return BF16 if train.precision == "bf16" else FP32
 
