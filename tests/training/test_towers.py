@@ -12,8 +12,16 @@ import pytest
 import torch
 from builders.clip_files import plain_captions
 from builders.pretrained import save_siglip
-from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, SiglipModel
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipModel,
+)
 
 try:
     from transformers.initialization import no_init_weights
@@ -21,10 +29,13 @@ except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
 from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
+from tvr.trainer.model.clip_family import joined_clip
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
-from tvr.trainer.model.parameter_groups import depth, merge_adapters, parameter_groups
+from tvr.trainer.model.parameter_groups import merge_adapters, parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from tvr.trainer.model.towers import CLIP, Towers, check_tokenizer, pretrained_width
+from tvr.trainer.model.tower_depth import depths
+from tvr.trainer.model.tower_folders import embed_width
+from tvr.trainer.model.towers import check_tokenizer
 
 MAX_WORDS = 16
 CAPTIONS = [
@@ -74,7 +85,7 @@ def test_a_siglip_folder_gives_the_features_of_siglip(siglip: tuple[Path, Siglip
     folder, theirs = siglip
     config = ModelConfig(pretrained=str(folder))
     assert image_size(config) == 24
-    assert pretrained_width(str(folder)) == 32
+    assert embed_width(config) == 32
     words = load_tokenizer(folder, MAX_WORDS)
     token_ids, word_mask = words(plain_captions(*CAPTIONS))
     frames, frame_mask = pictures(24)
@@ -131,7 +142,9 @@ def test_towers_from_scratch_need_a_start_token(
 
 def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
-    with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip"):
+    with pytest.raises(
+        ValueError, match=r"type 'blip'; supported are clip, siglip, vision-text-dual-encoder"
+    ):
         built(tokenizer, pretrained=str(tmp_path))
 
 
@@ -181,11 +194,13 @@ def test_folders_of_the_published_base_shapes(
 def test_the_published_large_shape() -> None:
     text, vision = published(14, large=True, eos=49407)
     with torch.device("meta"):  # shapes without values
-        towers = Towers(family=CLIP, text=CLIP.text(text), image=CLIP.image(vision))
+        towers = joined_clip(
+            CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
+        )
         model = TextVideoModel(
             towers, ModelConfig(), LossConfig(), num_frames=12, num_words=MAX_WORDS
         )
-        frames = CLIP.encode_frames(towers.image, torch.zeros(4, 3, 224, 224))
+        frames = towers.family.encode_frames(towers.image, torch.zeros(4, 3, 224, 224))
         words = towers.text.text_projection(torch.zeros(2, MAX_WORDS, text.hidden_size))
     assert frames.shape == (4, 768)
     assert words.shape == (2, MAX_WORDS, 768)
@@ -216,7 +231,13 @@ def train_config(**changes: Any) -> TrainConfig:
     ],
 )
 def test_depth(name: str, expected: int) -> None:
-    assert depth(name, 3) == expected
+    class Named(nn.Module):
+        def named_parameters(self, *args: Any, **options: Any) -> Any:
+            layers = [f"encoder.layers.{index}.norm.weight" for index in range(3)]
+            return ((each, nn.Parameter()) for each in (name, *layers))
+
+    depth, layers = depths(Named())
+    assert (depth[name], layers) == (expected, 3)
 
 
 def test_rates_fall_towards_the_embeddings(tokenizer: Tokenizer) -> None:
@@ -349,5 +370,6 @@ def test_lora_without_peft_names_the_extra(
 
 def test_check_tokenizer_follows_the_family(tokenizer: Tokenizer) -> None:
     model = built(tokenizer)
-    towers = Towers(family=CLIP, text=model.text_tower, image=model.image_tower)
-    check_tokenizer(towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1))  # CLIP may have fewer
+    check_tokenizer(
+        model.towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1)
+    )  # CLIP may have fewer

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tvr.trainer.config import Config, ModelConfig, TrainConfig
+from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.engine.deepspeed_config import whole_gradient_bytes
 from tvr.trainer.model.model import (
     TextVideoModel,

@@ -36,7 +36,7 @@ from tvr.trainer.model.encoder_kinds import (
     vision_pooling,
 )
 from tvr.trainer.model.pixel_format import PixelFormat, pixel_format
-from tvr.trainer.model.towers import TowerFamily, Towers, load_tower, whole_model
+from tvr.trainer.model.towers import TowerFamily, Towers, load_tower
 
 DUAL_ENCODER = "vision-text-dual-encoder"
 TEXT, VISION, PRETRAINED = "model.text_tower", "model.vision_tower", "model.pretrained"

@@ -13,8 +13,10 @@ _BELOW = re.compile(
     r"\b(embeddings|embedder|patch_embed|pos_embed|cls_token|reg_token|norm_pre|stem|conv_stem"
     r"|pre_layrnorm|relative_attention_bias)\b"
 )
-# What scales down to a stage; all else of a stage comes after its layers.
-_ENTERS_STAGE = re.compile(r"downsampl|patch_embedding")
+# What scales down to a stage; all else of a stage comes after its layers, as `downsample` in Swin.
+_ENTERS_STAGE = re.compile(
+    r"downsampling_layer|downsample_layers|patch_embedding|^timm_model\..*downsample"
+)
 _PVT_STAGE = re.compile(r"\bpatch_embeddings\.(\d+)\.")
 
 
