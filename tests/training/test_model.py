@@ -15,7 +15,7 @@ from transformers import CLIPModel
 
 from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
 from tvr.trainer.loss.objective import similarity_rows
-from tvr.trainer.model.clip_family import CLIP
+from tvr.trainer.model.clip_family import CLIP, joined_clip
 from tvr.trainer.model.model import (
     Features,
     TextVideoModel,

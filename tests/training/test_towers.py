@@ -143,7 +143,7 @@ def test_towers_from_scratch_need_a_start_token(
 def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
     with pytest.raises(
-        ValueError, match=r"type 'blip'; supported are clip, siglip, vision-text-dual-encoder"
+        ValueError, match=r"type 'blip'; supported are clip, siglip, vision"
     ):
         built(tokenizer, pretrained=str(tmp_path))
 

@@ -182,7 +182,8 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         init_from=None if config.model.init_from is None else _name(config.model.init_from),
         init_parts=config.model.init_parts,
         whole=model.family.whole.__name__,
-        text_inputs=model.family.text_inputs,
+        text_code=model.family.text_code,
+        image_code=model.family.image_code,
     )
 
 

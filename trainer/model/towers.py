@@ -55,8 +55,10 @@ class TowerFamily:
     """(tower, pixels (N, 3, H, W)) -> (N, W)."""
     joined: Callable[[Towers, Tensor], Any]
     """(towers, log(1 / temperature)) -> the whole model with their weights, for export."""
-    text_inputs: str = "**texts"
-    """Arguments of the whole model for tokenised `texts`, in the model card."""
+    text_code: str = "model.get_text_features(**texts).pooler_output"
+    """How transformers alone encodes tokenised `texts`, in the model card."""
+    image_code: str = "model.get_image_features(**pixels).pooler_output"
+    """How transformers alone encodes processed `pixels`, in the model card."""
     pooling: tuple[str, str] | None = None
     """How the sentence and the frame are pooled, in families with a choice (encoder_kinds.py)."""
 
