@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_files import plain_captions
-from builders.pretrained import save_siglip
+from builders.pretrained import save_siglip, save_siglip2
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -28,6 +29,7 @@ try:
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
+from tvr.data_prep.records import Caption, Word, WordKind
 from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
 from tvr.trainer.model.clip_family import joined_clip
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
@@ -114,6 +116,45 @@ def test_a_siglip_needs_captions_of_all_its_positions(siglip: tuple[Path, Siglip
         built(short, pretrained=str(folder))
 
 
+def test_siglip2_reads_captions_in_lower_case(tmp_path: Path) -> None:
+    theirs = save_siglip2(tmp_path / "own", CAPTIONS, max_words=64, image_size=24)
+    words = load_tokenizer(tmp_path / "own", 64)
+    mixed, lower = (
+        words(plain_captions(text)) for text in ("A RED Circle moves", "a red circle moves")
+    )
+    assert torch.equal(mixed[0], lower[0])
+    assert mixed[0].shape == (1, 64)  # all 64 slots are filled, padding at the end
+    assert mixed[0][0, :2].tolist() == [words.backend.get_vocab()[piece] for piece in "a\u2581"]
+    assert mixed[0][0, 17:20].tolist() == [words.backend.get_vocab()["s"], 1, 0]
+    assert mixed[1].sum() == 19
+    # The folder alone does not lower them, and a tokeniser that was saved again still does.
+    again = tmp_path / "again"
+    words.backend.save_pretrained(again)
+    assert torch.equal(load_tokenizer(again, 64)(plain_captions("A RED Circle moves"))[0], lower[0])
+    assert "Lowercase" not in (tmp_path / "own" / "tokenizer.json").read_text()
+    assert torch.equal(
+        torch.tensor(AutoTokenizer.from_pretrained(again)("A RED Circle moves").input_ids),
+        lower[0][0, :19],
+    )
+    # Offsets count the characters of the original caption.
+    marked = load_tokenizer(tmp_path / "own", 64, content_words=True)
+    caption = Caption(text="A RED", words=(Word(2, 5, WordKind.CONTENT),))
+    assert marked([caption])[1][0, :7].tolist() == [1, 1, 2, 2, 2, 1, 0]
+    model = build_model(
+        ModelConfig(pretrained=str(tmp_path / "own")), LossConfig(), words, num_frames=2
+    ).eval()
+    with torch.no_grad():
+        text: Any = theirs.get_text_features(input_ids=lower[0])
+        found = model.encode_texts(*mixed)
+    assert torch.allclose(found.sentence, unit(pooled(text)), atol=1e-5)
+
+
+def test_the_patch_form_of_siglip2_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(ValueError, match=r"NaFlex form.*siglip2-base-patch16-224"):
+        built(tokenizer, pretrained=str(tmp_path))
+
+
 def test_content_words_are_refused_with_siglip(siglip: tuple[Path, SiglipModel]) -> None:
     with pytest.raises(ValueError, match=r"data\.content_words needs"):
         load_tokenizer(siglip[0], MAX_WORDS, content_words=True)
@@ -142,9 +183,7 @@ def test_towers_from_scratch_need_a_start_token(
 
 def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
-    with pytest.raises(
-        ValueError, match=r"type 'blip'; supported are clip, siglip, vision"
-    ):
+    with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip, vision"):
         built(tokenizer, pretrained=str(tmp_path))
 
 

@@ -58,6 +58,12 @@ def family_of(folder: str) -> str:
         raise ValueError(
             f"model.pretrained={folder!r} holds no config.json of a CLIP or SigLIP: {error}"
         ) from None
+    if kind == "siglip2":
+        raise ValueError(
+            f"model.pretrained={folder!r} is a SigLIP 2 of the NaFlex form, which takes patches of"
+            " images of any size; give one for frames of one size, such as"
+            " google/siglip2-base-patch16-224, whose model_type is siglip"
+        )
     if kind not in LOADERS:
         raise ValueError(
             f"model.pretrained={folder!r} holds a model of type {kind!r}; supported are "
