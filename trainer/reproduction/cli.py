@@ -69,9 +69,9 @@ def reproduce(argv: Sequence[str], run: RunCommand = run_as_child) -> int:
             max_bad: Bad clips of a split that packing leaves out. A smaller test split reaches no
                 published number.
             dual_softmax: Temperature of the rows by dual softmax.
-            slurm: Options of `tvr launch slurm`, such as --slurm="--nodes 1 --time 8:00:00". Commands
-                to submit the trainings are then printed; start this command again when the jobs are
-                done.
+            slurm: Options of `tvr launch slurm`, as in --slurm="--nodes 1 --time 8:00:00". Commands
+                to submit the trainings are then printed; start this command again when the jobs
+                are done.
             dry_run: Reads the annotations, prints every command, and runs and writes nothing.
         """
         options = ReproductionOptions(
