@@ -51,7 +51,11 @@ def student_t(degrees: int) -> float:
 
 
 def recall_interval(
-    ranks: Sequence[NDArray[Any]], videos: Sequence[object], *, k: int = 1, samples: int = 10_000
+    ranks: Sequence[NDArray[Any]],
+    videos: Sequence[object] | NDArray[Any],
+    *,
+    k: int = 1,
+    samples: int = 10_000,
 ) -> SeedInterval:
     """Computes the mean R@k of several seeds and its 95 % interval.
 
