@@ -213,8 +213,12 @@ def test_on_a_gpu_the_tiles_equal_the_reference(
             assert_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "neighbours"),
+    principal_and_further(
+        product(VARIANTS, [False, True]), list(product(["compiled", "torch", "dense"], [True]))
+    ),
+)
 def test_fast_is_off_by_default_and_within_bfloat16_rounding(
     variant: str, neighbours: bool
 ) -> None:
