@@ -68,7 +68,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(ExhaustiveMark())
+    config.pluginmanager.register(ExhaustiveMark(config))
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--record-seconds") and not is_worker:
         config.pluginmanager.register(SecondsRecorder(config.rootpath))

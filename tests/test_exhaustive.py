@@ -19,15 +19,19 @@ from builders.exhaustive import ExhaustiveMark
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: a further variant")
-    config.pluginmanager.register(ExhaustiveMark())
+    config.pluginmanager.register(ExhaustiveMark(config))
 """
 FILE = """
 import pytest
-from builders.exhaustive import collected_values, is_collected, principal_and_further
+from builders.exhaustive import (
+    collected_values, everything, is_collected, principal_and_further
+)
+
+EVERY = everything()
 
 @pytest.fixture(scope="module")
 def prepared(request):
-    return collected_values(request, "number"), is_collected(request, "test_long")
+    return collected_values(request, "number"), is_collected(request, "test_long"), EVERY
 
 @pytest.mark.parametrize("number", principal_and_further(range(4), [1]))
 def test_number(prepared, number):
@@ -72,15 +76,16 @@ def test_further_variants_are_left_out_with_one_line(
     line = "left out 4 further variants (mark exhaustive): TVR_CI=1 make test runs all"
     assert printed.count(line) == 1
     if not workers:
-        assert "prepared ([(1,)], False)" in printed
+        assert "prepared ([(1,)], False, False)" in printed
 
 
 def test_continuous_integration_a_named_test_and_an_expression_run_them(folder: Path) -> None:
     printed = run(folder, everything=True)
     assert "5 passed" in printed, printed
     assert "left out" not in printed
-    assert "prepared ([(0,), (1,), (2,), (3,)], True)" in printed
+    assert "prepared ([(0,), (1,), (2,), (3,)], True, True)" in printed
     assert "1 passed" in run(folder, "test_some.py::test_long")
+    assert "prepared ([(0,)], False, True)" in run(folder, "test_some.py::test_number[0]")
     assert "4 passed, 1 deselected" in run(folder, "-m", "exhaustive")
 
 

@@ -7,7 +7,6 @@ everything; a test that is named by its id runs, too, and so do those of `-m exh
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +14,8 @@ from typing import Any, TypeVar
 import pytest
 
 MARK = "exhaustive"
-EVERYTHING = os.environ.get("TVR_CI") == "1"
-"""True where every test runs."""
+VARIABLE = "TVR_EXHAUSTIVE"
+"""Set while further variants run, so that processes of a test know it, too."""
 
 Value = TypeVar("Value")
 
@@ -38,9 +37,14 @@ def principal_and_further(values: Iterable[Value], principal: Sequence[Value]) -
     return [value if value in principal else further(value)[0] for value in ordered]
 
 
+def everything() -> bool:
+    """True where further variants run; a fixture that tests share then prepares all of them."""
+    return "1" in (os.environ.get("TVR_CI"), os.environ.get(VARIABLE))
+
+
 def examples(number: int) -> int:
     """Random examples that a test draws: all of them, or a quarter where variants are left out."""
-    return number if EVERYTHING else max(1, number // 4)
+    return number if everything() else max(1, number // 4)
 
 
 def is_collected(request: pytest.FixtureRequest, test: str) -> bool:
@@ -83,35 +87,39 @@ def split_off(items: Sequence[pytest.Item]) -> tuple[list[pytest.Item], list[pyt
 class ExhaustiveMark:
     """Plugin that leaves further variants out, and counts them over all workers."""
 
-    def __init__(self, *, everything: bool = EVERYTHING) -> None:
-        self._everything = everything
-        self._left_out: Counter[str] = Counter()
+    def __init__(self, config: pytest.Config) -> None:
+        self._left_out = 0
+        # Tests that are named by their id run, and so do those of `-m exhaustive`.
+        asked = any("::" in argument for argument in config.args)
+        if asked or MARK in config.option.markexpr:
+            os.environ[VARIABLE] = "1"
+        self._named = asked
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        if any("::" in argument for argument in config.args):
-            return  # tests that are named run
+        if self._named:
+            return
         kept, left_out = split_off(items)
-        if self._everything or MARK in config.option.markexpr:
+        if everything():
             return
         items[:] = kept
         config.hook.pytest_deselected(items=left_out)
-        self._left_out["tests"] = len(left_out)
+        self._left_out = len(left_out)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         output = getattr(session.config, "workeroutput", None)
         if output is not None:  # a worker of pytest-xdist: each collects all tests
-            output[MARK] = self._left_out["tests"]
+            output[MARK] = self._left_out
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: object) -> None:
         found = getattr(node, "workeroutput", {}).get(MARK, 0)
-        self._left_out["tests"] = max(self._left_out["tests"], found)
+        self._left_out = max(self._left_out, found)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if number := self._left_out["tests"]:
+        if number := self._left_out:
             terminalreporter.write_line(
                 f"left out {number:,} further variants (mark {MARK}): TVR_CI=1 make test runs all"
             )

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from builders.exhaustive import EVERYTHING, principal_and_further
+from builders.exhaustive import everything, principal_and_further
 from builders.spawn import spawn
 from builders.tiny import tiny_config
 from torch import Tensor
@@ -112,7 +112,7 @@ class Poisoned:
 def run_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """Runs every case with `tvr train`; returns what it left, by name."""
     results = {}
-    chosen = CASES if EVERYTHING else {name: CASES[name] for name in PRINCIPAL}
+    chosen = CASES if everything() else {name: CASES[name] for name in PRINCIPAL}
     cases = {**chosen, AT_A_PAIR: (NAN, {"zero_stage": 1})}
     for number, (name, (value, settings)) in enumerate(cases.items()):
         config = tiny_config(

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders import jobs
-from builders.exhaustive import EVERYTHING, principal_and_further
+from builders.exhaustive import everything, principal_and_further
 from builders.spawn import spawn
 from builders.tiny import tiny_config
 
@@ -65,7 +65,7 @@ def run_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, l
     """Runs every form without and with stops; returns the exit codes of each start."""
     codes = {}
     for number, form in enumerate(FORMS):
-        if not EVERYTHING and form not in PRINCIPAL:
+        if not everything() and form not in PRINCIPAL:
             continue
         starts = [("whole", None), *(("stopped", stop) for stop in (*STOPS, None))]
         codes[form] = [

@@ -20,7 +20,7 @@ from builders.engine_states import (
     seeded_model,
     train_losses,
 )
-from builders.exhaustive import EVERYTHING
+from builders.exhaustive import everything
 from builders.spawn import spawn
 from builders.tiny import tiny_config, with_ranks
 
@@ -50,7 +50,7 @@ def stages(precision: str) -> tuple[int, ...]:
 def targets(source: int, precision: str) -> tuple[int, ...]:
     """Stages at which a state of a stage is loaded; without TVR_CI=1, the one after its own."""
     every = stages(precision)
-    return every if EVERYTHING else (every[(source + 1) % len(every)],)
+    return every if everything() else (every[(source + 1) % len(every)],)
 
 
 def settings(data: Path, stage: int, world_size: int, precision: str = "fp32") -> Any:
