@@ -144,23 +144,23 @@ def run_scenario(
         observe(scenario, prom)
         pack_the_rest()
         pids = rank_pids(run_dir)
-        if not every_alert:
+        if every_alert:
+            with files_of_at_most(FILE_BYTES, pids):
+                wait_for("TvrSavesFail", "TvrCheckpointOld")
+            with throttled(loaders(pids[1])):
+                wait_for("TvrDataStarved", "TvrStraggler", "TvrSlow")
+            wait_for_end("TvrSavesFail", "TvrCheckpointOld", "TvrStraggler")
+            os.kill(pids[1], signal.SIGSTOP)
+            wait_for("TvrStalled")
+            os.kill(pids[1], signal.SIGCONT)
+            wait_for_end("TvrStalled", "TvrSlow", "TvrDataStarved")
+            wait_for_end("TvrNonFinite", run="runs/b")
+            os.kill(pids[0], signal.SIGKILL)
+            wait_for("TvrDown")
+            _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
+            assert job.returncode == 3, errors
+        else:
             end_normally(job, pids)
-            return until_samples_expire(scenario, prom)
-        with files_of_at_most(FILE_BYTES, pids):
-            wait_for("TvrSavesFail", "TvrCheckpointOld")
-        with throttled(loaders(pids[1])):
-            wait_for("TvrDataStarved", "TvrStraggler", "TvrSlow")
-        wait_for_end("TvrSavesFail", "TvrCheckpointOld", "TvrStraggler")
-        os.kill(pids[1], signal.SIGSTOP)
-        wait_for("TvrStalled")
-        os.kill(pids[1], signal.SIGCONT)
-        wait_for_end("TvrStalled", "TvrSlow", "TvrDataStarved")
-        wait_for_end("TvrNonFinite", run="runs/b")
-        os.kill(pids[0], signal.SIGKILL)
-        wait_for("TvrDown")
-        _, errors = job.communicate(timeout=jobs.TIMEOUT_S)
-        assert job.returncode == 3, errors
     with_room = replace(config, data=replace(config.data, max_bad=100))
     with jobs.running(with_room, run_dir, RANKS) as job:
         wait_for_end("TvrDown", "TvrSkipBudget")
