@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import plain_model as plain
+from builders.exhaustive import principal_and_further
 from builders.plain_model import (
     CAPTION_IDS,
     PAIRS,
@@ -129,7 +130,11 @@ def on_every_rank(rank: int, world_size: int) -> dict[Any, Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=sorted(COUNTS), ids=lambda size: f"{size} ranks")
+@pytest.fixture(
+    scope="module",
+    params=principal_and_further(sorted(COUNTS), [3]),
+    ids=lambda size: f"{size} ranks",
+)
 def by_rank(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     return spawn(on_every_rank, request.param, timeout_s=600)
 
