@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ GRID = (2, 3)
 PARTS = 1 + GRID[0] * GRID[1]
 """Vectors of a frame: of the whole picture, and of the cells of a grid in reading order."""
 FRAME_WIDTH, TEXT_WIDTH = 1280, 384
+PIECE = 50
+"""Clips that a process encodes at a time."""
 # The network's own normalisation of pixels in 0 to 1.
 PIXEL_MEAN, PIXEL_STD = 0.498, 0.502
 
@@ -74,7 +78,10 @@ class FrameEncoder:
         """(F, 3, H, W) uint8 -> (F, PARTS, FRAME_WIDTH)."""
         pixels = interpolate(frames.float(), PIXELS, mode="bilinear", antialias=True)
         pixels = (pixels / 255 - PIXEL_MEAN) / PIXEL_STD
-        found = self._network.extract_features(pixels.to(memory_format=torch.channels_last))
+        # Half the time in bfloat16, and the features are stored in 16 bits anyway.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = self._network.extract_features(pixels.to(memory_format=torch.channels_last))
+        found = found.float()
         cells = adaptive_avg_pool2d(found, GRID).flatten(2)
         return torch.cat([found.mean((2, 3))[..., None], cells], dim=2).mT
 
@@ -99,35 +106,66 @@ class TextEncoder:
         return words, mask, normalize(words.sum(1), dim=-1)
 
 
-def compute(sets: Sequence[Path], out: Path) -> ClipFeatures:
-    """The features of all clips of some packed sets; read from the file `out` if it is there."""
+def compute(sets: Sequence[Path], out: Path, workers: int = 1) -> ClipFeatures:
+    """The features of all clips of some packed sets; read from the file `out` if it is there.
+
+    Args:
+        workers: Processes; pieces that are done are not computed again.
+    """
     if out.exists():
         with np.load(out) as stored:
             return ClipFeatures(**{name: stored[name] for name in ClipFeatures._fields})
-    encode, rows = FrameEncoder(), []
-    for folder in sets:
-        reader = SampleReader(str(folder), num_frames=NUM_FRAMES, image_size=min(PIXELS))
-        for row in range(len(reader)):
-            meta, pictures, _ = reader.decode(row, NUM_FRAMES, None)
-            frames = torch.stack([torch.from_numpy(np.asarray(x)) for x in pictures])
-            if len(frames) < NUM_FRAMES:
-                # Clips shorter than 12 frames repeat their last one.
-                frames = torch.cat([frames, frames[-1:].expand(NUM_FRAMES - len(frames), -1, -1, -1)])
-            vectors = encode(frames.permute(0, 3, 1, 2)).half().numpy()
-            rows.append((reader.key(row), meta.captions[0].text, vectors))
-        print(f"{folder.name}: features of {len(reader)} clips", flush=True)
-    keys, captions, frames = zip(*rows, strict=True)
+    jobs = [
+        (folder, start, out.with_name(f"{out.stem}-{folder.name}-{start:04d}.npz"))
+        for folder in sets
+        for start in range(0, len(_reader(folder)), PIECE)
+    ]
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        list(pool.map(_write_piece, jobs))
+    pieces = [np.load(path) for _, _, path in jobs]
+    keys, captions, frames = (
+        np.concatenate([piece[name] for piece in pieces]) for name in ("keys", "captions", "frames")
+    )
     words, mask, sentences = TextEncoder()(captions)
     found = ClipFeatures(
-        np.array(keys),
-        np.array(captions),
-        np.stack(frames),
+        keys,
+        captions,
+        frames,
         words.half().numpy(),
         mask.to(torch.int8).numpy(),
         sentences.numpy(),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial.npz")
-    np.savez(partial, **found._asdict())
-    partial.replace(out)
+    _save(out, **found._asdict())
+    for _, _, path in jobs:
+        path.unlink()
     return found
+
+
+def _write_piece(job: tuple[Path, int, Path]) -> None:
+    folder, start, path = job
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    reader, encode, rows = _reader(folder), FrameEncoder(), []
+    for row in range(start, min(start + PIECE, len(reader))):
+        meta, pictures, _ = reader.decode(row, NUM_FRAMES, None)
+        frames = torch.stack([torch.from_numpy(np.asarray(x)) for x in pictures])
+        if len(frames) < NUM_FRAMES:
+            # Clips shorter than 12 frames repeat their last one.
+            last = frames[-1:].expand(NUM_FRAMES - len(frames), -1, -1, -1)
+            frames = torch.cat([frames, last])
+        vectors = encode(frames.permute(0, 3, 1, 2)).half().numpy()
+        rows.append((reader.key(row), meta.captions[0].text, vectors))
+    keys, captions, frames = zip(*rows, strict=True)
+    _save(path, keys=np.array(keys), captions=np.array(captions), frames=np.stack(frames))
+
+
+def _reader(folder: Path) -> SampleReader:
+    return SampleReader(str(folder), num_frames=NUM_FRAMES, image_size=min(PIXELS))
+
+
+def _save(path: Path, **arrays: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial.npz")
+    np.savez(partial, **arrays)
+    partial.replace(path)

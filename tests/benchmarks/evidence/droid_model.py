@@ -160,7 +160,9 @@ def train_model(config: Config, shape: HeadShape, train: Rows) -> FeatureModel:
     )
     batches = batch_rows(len(train), min(settings.global_batch, len(train)), settings.seed)
     for step in range(settings.steps):
-        factor = learning_rate_factor(step, warmup_steps=settings.warmup_steps, steps=settings.steps)
+        factor = learning_rate_factor(
+            step, warmup_steps=settings.warmup_steps, steps=settings.steps
+        )
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * factor
         chosen = next(batches)
