@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evidence import droid, run
+from evidence import droid, plot, run
 from evidence.droid_features import FRAME_WIDTH, TEXT_WIDTH, ClipFeatures
 from evidence.droid_model import HeadShape, Rows, train_model
 from evidence.paired import compare, crossed_interval, mean_of, values_of
 from evidence.results import Table, ranks_file, write_results
 from evidence.rows import FIRST, FULL, ROWS, nested
 
-from tvr.trainer.config import merged
 from tvr.trainer.comparison.statistics import metrics
+from tvr.trainer.config import merged
 
 CLIPS, FRAMES, WORDS = 60, 3, 5
 SHORT = {"train.steps": 3, "train.global_batch": 8, "train.micro_batch": 8}
@@ -176,7 +176,7 @@ def test_results_hold_what_the_table_shows(tmp_path: Path) -> None:
     assert [x["row"] for x in summary["rows"]] == [FIRST, FULL]
     assert summary["rows"][0]["against_first"] is None
     with np.load(ranks_file(path)) as stored:
-        again = {str(row): x.astype(int) for row, x in zip(stored["rows"], stored["ranks"])}
+        again = {str(row): x.astype(int) for row, x in zip(stored["rows"], stored["ranks"], strict=True)}
     for row, entry in zip(ranks, summary["rows"], strict=True):
         expected = 100 * (again[row] == 1).mean()
         assert entry["means"]["recall_at_1"]["value"] == pytest.approx(expected, abs=1e-3)
@@ -198,3 +198,13 @@ def test_run_skips_finished_rows_of_droid1k(
     found = run._droid_row(*job)
     monkeypatch.setattr(droid, "cross_validate", lambda *_: pytest.fail("it was finished"))
     assert run._droid_row(*job) == found
+
+
+def test_plot_shows_both_sets(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    keys, found = [f"k{x}" for x in range(12)], {}
+    for name in ("shapes", "droid1k"):
+        ranks = {row: rng.integers(1, 9, (2, 2, 12)) for row in (FIRST, FULL)}
+        more = {row: {"train_s": [1.0, 2.0]} for row in ranks}
+        found[name] = Table(name, [0, 1], keys, keys, ranks, more, {}).summary()
+    assert plot.draw(found, tmp_path / "evidence.png") > 10_000

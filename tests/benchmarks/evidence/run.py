@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-from evidence.results import Table, write_results  # noqa: E402
-from evidence.rows import FULL, ROWS, slug  # noqa: E402
+import numpy as np
+from evidence.results import Table, write_results
+from evidence.rows import ROWS, slug
 
-from tvr.launchers.host_limits import host_cpus  # noqa: E402
+from tvr.launchers.host_limits import host_cpus
 
 SEEDS = {"shapes": [0, 1, 2, 3, 4], "droid1k": [0, 1, 2]}
 # droid1k has an order of samples of its own.
