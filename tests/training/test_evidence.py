@@ -176,7 +176,9 @@ def test_results_hold_what_the_table_shows(tmp_path: Path) -> None:
     assert [x["row"] for x in summary["rows"]] == [FIRST, FULL]
     assert summary["rows"][0]["against_first"] is None
     with np.load(ranks_file(path)) as stored:
-        again = {str(row): x.astype(int) for row, x in zip(stored["rows"], stored["ranks"], strict=True)}
+        again = {
+            str(row): x.astype(int) for row, x in zip(stored["rows"], stored["ranks"], strict=True)
+        }
     for row, entry in zip(ranks, summary["rows"], strict=True):
         expected = 100 * (again[row] == 1).mean()
         assert entry["means"]["recall_at_1"]["value"] == pytest.approx(expected, abs=1e-3)

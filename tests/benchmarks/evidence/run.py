@@ -42,11 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--droid1k", type=Path, default=None, help="folder of the raw clips")
     parser.add_argument("--out", type=Path, default=None, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument(
+        "--files",
+        type=Path,
+        default=None,
+        help="droid1k: writes each clip's frames here for `tvr import-features`, and trains nothing",
+    )
     parser.add_argument("--at-once", type=int, default=host_cpus().usable)
     options = parser.parse_args(argv)
     options.seeds = options.seeds or SEEDS[options.set]
     options.data = options.data or Path("runs") / options.set
     options.out = options.out or Path("runs/evidence") / options.set
+    if options.files is not None:
+        return write_frames(options)
     table = (shapes if options.set == "shapes" else droid)(options)
     print(table.text())
     if options.results is not None:
@@ -85,13 +93,29 @@ def shapes(options: argparse.Namespace) -> Table:
     return Table("shapes", options.seeds, keys, keys, ranks, more, _settings(base(runs)))
 
 
+def write_frames(options: argparse.Namespace) -> int:
+    """Packs and encodes droid1k, and writes a file of frames for each clip."""
+    from evidence import droid as bench
+    from evidence.droid_features import write_files
+
+    features = bench.prepare(_source(options), options.data, options.at_once)
+    write_files(features, options.files)
+    print(options.files)
+    return 0
+
+
+def _source(options: argparse.Namespace) -> Path:
+    if options.set != "droid1k" or options.droid1k is None:
+        raise SystemExit("give run.py droid1k --droid1k, the folder of captions.jsonl and clips")
+    return options.droid1k
+
+
 def droid(options: argparse.Namespace) -> Table:
     """Cross-validates rows on droid1k."""
     from evidence import droid as bench
 
-    if options.droid1k is None:
-        raise SystemExit("run.py droid1k needs --droid1k, the folder with captions.jsonl and clips")
-    features = bench.prepare(options.droid1k, options.data)
+    _source(options)
+    features = bench.prepare(options.droid1k, options.data, options.at_once)
     meta = bench.meta_of(options.droid1k)
     groups = [meta[key]["group"] for key in features.keys]
     rows = options.rows or [row for row in ROWS if row not in NOT_ON_DROID]
