@@ -126,7 +126,7 @@ def compute(sets: Sequence[Path], out: Path, workers: int = 1) -> ClipFeatures:
     keys, captions, frames = (
         np.concatenate([piece[name] for piece in pieces]) for name in ("keys", "captions", "frames")
     )
-    words, mask, sentences = TextEncoder()(captions)
+    words, mask, sentences = TextEncoder()(list(captions))
     found = ClipFeatures(
         keys,
         captions,
@@ -164,7 +164,7 @@ def _reader(folder: Path) -> SampleReader:
     return SampleReader(str(folder), num_frames=NUM_FRAMES, image_size=min(PIXELS))
 
 
-def _save(path: Path, **arrays: NDArray[Any]) -> None:
+def _save(path: Path, **arrays: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.npz")
     np.savez(partial, **arrays)

@@ -34,7 +34,7 @@ NOT_ON_DROID = ("full method + hard batches",)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; an error of a run ends it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("set", choices=SEEDS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=None)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--files",
         type=Path,
         default=None,
-        help="droid1k: writes each clip's frames here for `tvr import-features`, and trains nothing",
+        help="droid1k: only writes each clip's frames here, for `tvr import-features`",
     )
     parser.add_argument("--at-once", type=int, default=host_cpus().usable)
     options = parser.parse_args(argv)
