@@ -77,8 +77,8 @@ def pair_maxima(
 
     Args:
         sentence, words, frames, word_mask, frame_mask, interaction, matching, neighbour_frames,
-            word_logits, frame_logits: As in `similarity.dmae_similarity`. `ti` and `wti` accept words, too:
-            their similarities and maxima are returned with weight 0.
+            word_logits, frame_logits: As in `similarity.dmae_similarity`. `ti` and `wti` accept
+            words, too: their similarities and maxima are returned with weight 0.
         selector_word_weights: Outputs of TPM-CL's word predictor for this pair.
         selector_frame_weights: Outputs of its frame predictor.
         threshold: Of the selector; see `partial.select_tokens`.

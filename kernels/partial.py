@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tvr.kernels.checks import check_matching
 from tvr.kernels.checkpointed_chunks import pairs_per_chunk, run_in_chunks
+from tvr.kernels.checks import check_matching
 from tvr.kernels.device_transfer import to_host
 from tvr.kernels.numerics import at_least_float32, masked_softmax, no_autocast, unit
 from tvr.kernels.token_weights import AttentionTokenWeights, LinearTokenWeights
@@ -63,7 +63,8 @@ def tpm_cl(
 ) -> TpmCl:
     """Computes the triplet partial margins of B matched pairs (method section 4).
 
-    With s(x, video) = 1/2 (max_f S + agg_f S), or max_f S with `words_to_frames`, the margins require
+    With s(x, video) = 1/2 (max_f S + agg_f S), or with `words_to_frames` s = max_f S, the margins
+    require
         1: s(sentence, partial frames) + margin <= s(sentence, frames),
         2: s(whole words, partial frames) + margin <= s(whole words, frames),
         3: s(partial words, frames) + margin <= s(whole words, frames).

@@ -75,8 +75,8 @@ def dmae_similarity(
         Scores in float32, or float64 if an input is, also under autocast.
 
     Raises:
-        ValueError: unknown interaction or matching, a missing tensor, shapes that disagree, mask values out of
-            range, or a text or video without a valid slot.
+        ValueError: unknown interaction or matching, a missing tensor, shapes that disagree, mask
+            values out of range, or a text or video without a valid slot.
     """
     has_words, weighted = interaction.startswith("att_"), interaction.endswith("wti")
     both_ways = matching == "two_way"

@@ -43,11 +43,14 @@ METHODS = ("exact", "ivf", "hnsw")
 Interaction = Literal["ti", "wti", "att_ti", "att_wti"]
 
 
-def header(stored: StoredType = "fp32", interaction: Interaction = "att_wti") -> FeatureHeader:
+def header(
+    stored: StoredType = "fp32", interaction: Interaction = "att_wti", one_way: bool = False
+) -> FeatureHeader:
     return FeatureHeader(
         model="planted",
         fingerprint="a" * 64,
-        settings={
+        settings=({"matching": "words_to_frames"} if one_way else {})
+        | {
             "interaction": interaction,
             "neighbour_frames": True,
             "num_frames": FRAMES,
@@ -120,7 +123,9 @@ def build(folder: Path, method: Any, **more: Any) -> Index:
 def exhaustive(features: FeatureSet, texts: Features) -> Tensor:
     settings = features.info.settings
     model = ModelConfig(
-        interaction=settings["interaction"], neighbour_frames=settings["neighbour_frames"]
+        interaction=settings["interaction"],
+        matching=settings.get("matching", "two_way"),
+        neighbour_frames=settings["neighbour_frames"],
     )
     return similarity_rows(texts, features.videos(), model)
 
