@@ -44,8 +44,8 @@ CASES = [
     replace(JOB, implementation="dense", texts=128),
     replace(JOB, implementation="dense", chunk=48, lengths="ragged"),
     replace(JOB, implementation="streamed", backend="dense", chunk=64, words=16),
-    replace(ONE_WAY, neighbour_frames=False, texts=200),
-    replace(ONE_WAY, implementation="torch", lengths="ragged", chunk=32, texts=200),
+    replace(ONE_WAY, neighbour_frames=False),
+    replace(ONE_WAY, implementation="torch", lengths="ragged", chunk=32),
     replace(ONE_WAY, implementation="reference", neighbour_frames=False, texts=64),
 ]
 BACKEND_OF = {"torch": "torch", "dense": "dense", "reference": "naive"}
