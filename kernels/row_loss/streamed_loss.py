@@ -89,6 +89,7 @@ def streamed_loss(
     frame_mask: Int[Tensor, "B F"],
     *,
     interaction: str = "att_wti",
+    matching: str = "two_way",
     neighbour_frames: bool = True,
     word_logits: Float[Tensor, "B T"] | None = None,
     frame_logits: Float[Tensor, "B F"] | None = None,
@@ -137,6 +138,7 @@ def streamed_loss(
             word_mask,
             frame_mask,
             interaction=interaction,
+            matching=matching,
             neighbour_frames=neighbour_frames,
             word_logits=word_logits,
             frame_logits=frame_logits,
@@ -286,8 +288,10 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _frame_set(tensors: tuple[Tensor, ...]) -> FrameSet:
-    frames, weights, *neighbours = tensors
-    strength, neighbour = neighbours or (None, None)
+    """The inverse of leaving out the fields that are None: neighbours come in pairs."""
+    frames, *others = tensors
+    weights = others.pop(0) if len(others) % 2 else None
+    strength, neighbour = others or (None, None)
     return FrameSet(frames, weights, strength, neighbour)
 
 

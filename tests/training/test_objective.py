@@ -69,6 +69,7 @@ def similarity(own: Features, model: ModelConfig) -> Tensor:
         own.word_mask,
         own.frame_mask,
         interaction=model.interaction,
+        matching=model.matching,
         neighbour_frames=model.neighbour_frames,
         word_logits=own.word_logits,
         frame_logits=own.frame_logits,
@@ -133,6 +134,7 @@ MODELS: list[dict[str, Any]] = [
     {"interaction": "att_ti", "neighbour_frames": False},
     {"interaction": "wti"},
     {"interaction": "ti"},
+    {"matching": "words_to_frames"},
 ]
 
 

@@ -154,7 +154,7 @@ GROUPS = (
         "model",
         "towers.width towers.layers towers.heads towers.embed_width towers.image_size"
         " towers.patch_size freeze lora_rank sequence_header_layers unit_after_header interaction"
-        " neighbour_frames weight_layers",
+        " matching neighbour_frames weight_layers",
         "the model and its trained weights; start a new run",
     ),
     _group(

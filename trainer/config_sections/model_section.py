@@ -93,6 +93,11 @@ class ModelConfig:
     with the frames; att_ti and att_wti also compare the words. wti and
     att_wti weight tokens by learned weights, ti and att_ti by plain
     means."""
+    matching: Literal["two_way", "words_to_frames"] = "two_way"
+    """two_way: each word chooses its best frame and each frame its best
+    word. words_to_frames: words alone choose, as in the late interaction
+    of ColBERT; frames then have no weights, and TPM-CL compares a token
+    with its best frame alone."""
     neighbour_frames: bool = True
     """Adds to each word's best frame the frame that is most similar to that
     frame."""

@@ -83,7 +83,9 @@ class SourceModel:
     def settings(self) -> dict[str, Any]:
         """The settings on which features and similarity depend, beside the weights."""
         data, model = self.config.data, self.config.model
-        return {
+        # Two-way features have no entry, so that those of earlier versions still belong to it.
+        one_way = {} if model.matching == "two_way" else {"matching": model.matching}
+        return one_way | {
             "num_frames": data.num_frames,
             "max_words": self.max_words,
             "image_size": self.image_size,

@@ -105,6 +105,7 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
         frames=config.data.num_frames,
         width=embed_width(config.model),
         interaction=config.model.interaction,
+        matching=config.model.matching,
         neighbour_frames=config.model.neighbour_frames,
         backend=backend,
         # Features are float32 in every precision, since they are normalised in float32.

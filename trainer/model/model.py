@@ -46,7 +46,8 @@ class Features(NamedTuple):
     word_logits: Tensor | None
     """(A, T) token weights before the masked softmax; none in the ti family."""
     frame_logits: Tensor | None
-    """(C, F) frame weights before the masked softmax; none in the ti family."""
+    """(C, F) frame weights before the masked softmax; none in the ti family, nor with
+    `words_to_frames`."""
     margin_hinge: Tensor | None
     """(B,) TPM-CL of each matched pair; none in evaluation, or if TPM-CL is off."""
 
@@ -88,6 +89,9 @@ class TextVideoModel(nn.Module):
         self.unit_after_header = model.unit_after_header
         weighted = model.interaction.endswith("wti")
         self.text_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
+        self.matching = model.matching
+        # Without a way from frames to words, nothing would read the weights of frames.
+        weighted = weighted and model.matching == "two_way"
         self.frame_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
         partial = bool(loss.tpm_cl)
         self.word_predictor = LinearTokenWeights(num_frames, num_words, width) if partial else None
@@ -151,7 +155,7 @@ class TextVideoModel(nn.Module):
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
         sentence, words = self._encode_text(token_ids, word_mask)
-        weigh = self.text_weight
+        weigh, weighs_frames = self.text_weight, self.frame_weight is not None
         return Features(
             sentence=sentence,
             words=words,
@@ -159,21 +163,21 @@ class TextVideoModel(nn.Module):
             frames=sentence.new_zeros(0, 1, sentence.shape[1]),
             frame_mask=word_mask.new_zeros(0, 1),
             word_logits=weigh(words) if weigh else None,
-            frame_logits=sentence.new_zeros(0, 1) if weigh else None,
+            frame_logits=sentence.new_zeros(0, 1) if weighs_frames else None,
             margin_hinge=None,
         )
 
     def encode_videos(self, frames: Tensor, frame_mask: Tensor) -> Features:
         """Encodes videos alone, as `forward` in evaluation: a record without captions."""
         vectors = self._encode_frames(frames, frame_mask)
-        weigh = self.frame_weight
+        weigh, weighs_words = self.frame_weight, self.text_weight is not None
         return Features(
             sentence=vectors.new_zeros(0, vectors.shape[-1]),
             words=vectors.new_zeros(0, 1, vectors.shape[-1]),
             word_mask=frame_mask.new_zeros(0, 1),
             frames=vectors,
             frame_mask=frame_mask,
-            word_logits=vectors.new_zeros(0, 1) if weigh else None,
+            word_logits=vectors.new_zeros(0, 1) if weighs_words else None,
             frame_logits=weigh(vectors) if weigh else None,
             margin_hinge=None,
         )
@@ -220,6 +224,7 @@ class TextVideoModel(nn.Module):
                 sentence[:, None], frames, frame_mask if mask_padding else None
             ),
             frame_weight_layer=self.frame_weight,
+            matching=self.matching,
             kind=self.loss.tpm_cl,
             threshold=self.loss.mask_threshold,
             margin=self.loss.margin,

@@ -72,9 +72,9 @@ class LossRecord:
         metadata=loss_term(
             "tvr_train_positive_similarity",
             "Mean similarity of the last step's texts with their own videos, before the"
-            " temperature. It averages best cosines and is no cosine itself: it lies within +-1,"
-            " with model.neighbour_frames within +-1.25, and with data.content_words in att_wti,"
-            " too, within +-1.625.",
+            " temperature. A mean of best cosines, and no cosine: it lies within +-1, with"
+            " model.neighbour_frames within +-1.25 (words_to_frames +-1.5), and with"
+            " data.content_words in att_wti, too, within +-1.625 (words_to_frames +-2.25).",
             panel=MINING,
             beside="tvr_train_hardest_negative_similarity",
         )
