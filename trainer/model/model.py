@@ -21,13 +21,10 @@ from tvr.kernels.weight_layers import SequenceHeader, TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.model.towers import (
-    Towers,
-    check_tokenizer,
-    pretrained_image_size,
-    pretrained_towers,
-    random_towers,
-)
+from tvr.trainer.model.tower_folders import build_towers
+from tvr.trainer.model.tower_folders import image_size as image_size
+from tvr.trainer.model.tower_folders import tokenizer_folder as tokenizer_folder
+from tvr.trainer.model.towers import Towers, check_tokenizer
 
 
 class Features(NamedTuple):
@@ -77,7 +74,9 @@ class TextVideoModel(nn.Module):
         self.loss = loss
         self.family = towers.family
         self.text_tower, self.image_tower = towers.text, towers.image
-        width = towers.width
+        self.text_projection = towers.text_projection
+        self.visual_projection = towers.visual_projection
+        self.width = width = towers.width
         self.sequence_header = (
             SequenceHeader(
                 width,
@@ -100,6 +99,29 @@ class TextVideoModel(nn.Module):
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(getattr(self.family, name)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
+
+    @property
+    def towers(self) -> Towers:
+        """Both towers with their projections, if there are any."""
+        return Towers(
+            family=self.family,
+            text=self.text_tower,
+            image=self.image_tower,
+            width=self.width,
+            text_projection=self.text_projection,
+            visual_projection=self.visual_projection,
+        )
+
+    def train(self, mode: bool = True) -> TextVideoModel:
+        """Sets training mode; batch norms of a tower keep the statistics that they came with.
+
+        Statistics of a batch would depend on the number of ranks, and of the gradient cache.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
@@ -164,16 +186,27 @@ class TextVideoModel(nn.Module):
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
         pixels = pixels.to(next(self.image_tower.parameters()).dtype)
-        per_frame = self.family.encode_frames(self.image_tower, pixels)
-        vectors = unit(per_frame).unflatten(0, frames.shape[:2])
+        vectors = unit(self.frame_vectors(pixels)).unflatten(0, frames.shape[:2])
         if self.sequence_header is None:
             return vectors
         vectors = self.sequence_header(vectors, frame_mask)
         return unit(vectors) if self.unit_after_header else vectors
 
     def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
+        sentence, words = self.text_vectors(token_ids, word_mask)
         return unit(sentence), unit(words)
+
+    def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sentence (A, D) and words (A, T, D), before they are scaled to unit length."""
+        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
+        if self.text_projection is None:
+            return sentence, words
+        return self.text_projection(sentence), self.text_projection(words)
+
+    def frame_vectors(self, pixels: Tensor) -> Tensor:
+        """Frames (N, D) of pixels (N, 3, H, W), before they are scaled to unit length."""
+        frames = self.family.encode_frames(self.image_tower, pixels)
+        return frames if self.visual_projection is None else self.visual_projection(frames)
 
     def _margins(
         self, sentence: Tensor, words: Tensor, word_mask: Tensor, frames: Tensor, frame_mask: Tensor
@@ -231,10 +264,7 @@ def _build(
     weights: bool,
     initialise: Callable[[TextVideoModel], None] | None = None,
 ) -> TextVideoModel:
-    if model.pretrained is None:
-        towers = random_towers(model.towers, tokenizer)
-    else:
-        towers = pretrained_towers(model.pretrained, weights=weights)
+    towers = build_towers(model, tokenizer, weights=weights)
     check_tokenizer(towers, tokenizer)
     built = TextVideoModel(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
@@ -298,27 +328,6 @@ def checkpoint_activations(model: TextVideoModel) -> None:
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = recompute
-
-
-def tokenizer_folder(model: ModelConfig) -> str:
-    """Returns the local folder with the tokeniser.
-
-    Raises:
-        ValueError: neither `model.tokenizer` nor `model.pretrained` is set.
-    """
-    folder = model.tokenizer or model.pretrained
-    if folder is None:
-        raise ValueError(
-            "set model.tokenizer to a local folder, or model.pretrained to one with a tokeniser"
-        )
-    return folder
-
-
-def image_size(model: ModelConfig) -> int:
-    """Returns the side, in pixels, of the square frames that the image tower takes."""
-    if model.pretrained is None:
-        return model.towers.image_size
-    return pretrained_image_size(model.pretrained)
 
 
 def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
