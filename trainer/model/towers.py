@@ -15,6 +15,7 @@ encoder_kinds.py lists how each kind pools.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from tvr.trainer.model.patch_grid import cells
 from tvr.trainer.model.tokenizer import Tokenizer
 
 Channels: TypeAlias = tuple[float, float, float]
@@ -53,6 +55,11 @@ class TowerFamily:
     the width of the encoder if a projection follows."""
     encode_frames: Callable[[Any, Tensor], Tensor]
     """(tower, pixels (N, 3, H, W)) -> (N, W)."""
+    encode_cells: Callable[[Any, Tensor, int], Tensor] | None = None
+    """(tower, pixels (N, 3, H, W), side) -> (N, side x side, W), the cells of `patch_grid`; None in
+    families without them."""
+    needs_equal_cells: bool = False
+    """True if all cells must have equally many patches."""
     joined: Callable[[Towers, Tensor], Any]
     """(towers, log(1 / temperature)) -> the whole model with their weights, for export."""
     text_code: str = "model.get_text_features(**texts).pooler_output"
@@ -61,6 +68,24 @@ class TowerFamily:
     """How transformers alone encodes processed `pixels`, in the model card."""
     pooling: tuple[str, str] | None = None
     """How the sentence and the frame are pooled, in families with a choice (encoder_kinds.py)."""
+
+    def check_cells(self, tower: Any, tokens_per_frame: int) -> None:
+        """Raises ValueError if an image tower has no such grid of cells."""
+        if tokens_per_frame == 1:
+            return
+        if self.encode_cells is None:
+            raise ValueError(
+                f"model.tokens_per_frame={tokens_per_frame}: towers of the family {self.name} have"
+                " no grid of patches here; use a CLIP or a SigLIP, or 1"
+            )
+        rows = tower.config.image_size // tower.config.patch_size
+        cells(rows, math.isqrt(tokens_per_frame), equal=self.needs_equal_cells)
+
+    def encode_slots(self, tower: Any, pixels: Tensor, tokens_per_frame: int) -> Tensor:
+        """(N x tokens_per_frame, W): frames, or the cells of each frame side by side."""
+        if tokens_per_frame == 1 or self.encode_cells is None:
+            return self.encode_frames(tower, pixels)
+        return self.encode_cells(tower, pixels, math.isqrt(tokens_per_frame)).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
