@@ -32,7 +32,7 @@ from tvr.trainer.model.model import (
 )
 from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import load_tokenizer
-from tvr.trainer.model.tower_depth import depths
+from tvr.trainer.model.tower_depth import depths, tower_layers
 from tvr.trainer.model.tower_folders import embed_width
 
 MAX_WORDS, D = 16, 24
@@ -144,6 +144,38 @@ def test_every_trained_weight_gets_a_gradient(folders: Path, text: str, vision: 
             assert (parameter.grad is not None) == parameter.requires_grad == trained, name
     for name in ALSO_HEADS:
         assert model.get_parameter(name).grad is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "vision"), [("mpnet", "pvt"), ("bert", "swin"), ("bert", "convnext")]
+)
+def test_layers_are_recomputed(folders: Path, text: str, vision: str) -> None:
+    gradients, calls = [], []
+    for recompute in (False, True):
+        model = built(folders, text, vision)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        expected = sum(depths(tower)[1] for tower in (model.text_tower, model.image_tower))
+        if recompute:
+            checkpoint_activations(model)
+        layers = [*tower_layers(model.text_tower), *tower_layers(model.image_tower)]
+        assert len(layers) == expected
+        count = [0]
+        for layer in layers:
+            layer.register_forward_pre_hook(
+                lambda *_, count=count: count.__setitem__(0, count[0] + 1)
+            )
+        found = model(*inputs(folders, text))
+        (
+            found.words[..., 0].sum() + found.frames[..., 0].sum() + found.sentence[:, 1].sum()
+        ).backward()
+        calls.append(count[0] / expected)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert calls == [1, 2]  # each layer runs again in the backward
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
 def test_new_projections_are_heads(folders: Path) -> None:

@@ -19,6 +19,8 @@ from tvr.trainer.model.dual_encoder import (
     pair_towers,
 )
 from tvr.trainer.model.encoder_kinds import usable_positions
+from tvr.trainer.model.pe_core_family import CONFIG as OPEN_CLIP_CONFIG
+from tvr.trainer.model.pe_core_family import PE_CORE, pe_core_folder, pe_core_towers
 from tvr.trainer.model.siglip_family import siglip_towers
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import Towers
@@ -28,6 +30,7 @@ LOADERS: dict[str, Callable[..., Towers]] = {
     "clip": clip_towers,
     "siglip": siglip_towers,
     DUAL_ENCODER: dual_encoder_towers,
+    PE_CORE: pe_core_towers,
 }
 
 
@@ -52,11 +55,13 @@ def family_of(folder: str) -> str:
     Raises:
         ValueError: the folder has no config.json, or holds another kind of model.
     """
+    if (Path(folder) / OPEN_CLIP_CONFIG).is_file():
+        return PE_CORE
     try:
         kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"model.pretrained={folder!r} holds no config.json of a CLIP or SigLIP: {error}"
+            f"model.pretrained={folder!r} holds no config.json of a supported model: {error}"
         ) from None
     if kind == "siglip2":
         raise ValueError(
@@ -95,6 +100,8 @@ def embed_width(model: ModelConfig) -> int:
     family = family_of(model.pretrained)
     if family == DUAL_ENCODER:
         return dual_encoder_config(model.pretrained).projection_dim
+    if family == PE_CORE:
+        return pe_core_folder(model.pretrained).width
     config, name = (
         (CLIPTextConfig, "projection_dim")
         if family == "clip"
@@ -120,6 +127,8 @@ def image_size(model: ModelConfig) -> int:
     family = family_of(folder)
     if family == DUAL_ENCODER:
         return dual_encoder_pixels(folder).side
+    if family == PE_CORE:
+        return pe_core_folder(folder).pixels.side
     config = CLIPVisionConfig if family == "clip" else SiglipVisionConfig
     size = config.from_pretrained(folder, local_files_only=True).image_size
     if not isinstance(size, int):
@@ -135,6 +144,8 @@ def default_words(folder: str) -> int:
     family = family_of(folder)
     if family == DUAL_ENCODER:
         return min(MOST_WORDS, usable_positions(dual_encoder_config(folder).text_config))
+    if family == PE_CORE:
+        return pe_core_folder(folder).positions
     config = CLIPTextConfig if family == "clip" else SiglipTextConfig
     return config.from_pretrained(folder, local_files_only=True).max_position_embeddings
 

@@ -3,13 +3,15 @@
                 sentence                       words                    frame
 CLIP            the end token, projected       all tokens, projected    class token, projected
 SigLIP          the last slot, by `head`       all tokens, by `head`    pooled by learned attention
+PE-Core         the end token, projected       all tokens, projected    pooled by learned attention,
+                                                                        projected
 dual encoder    as its text encoder pools,     all tokens, projected    as its vision encoder
                 projected                                               pools, projected
 
 Sentences and frames are the vectors of the family's own similarity. Words go through the same
-final layer as the sentence. CLIP's text tower is causal and never attends to padding. SigLIP's
-attends to all slots without a mask and was trained with all its positions filled, so padding is
-part of its captions. The encoders of a dual encoder attend to all tokens but padding;
+final layer as the sentence. The text tower of CLIP and PE-Core is causal and never attends to
+padding. SigLIP's attends to all slots without a mask and was trained with all its positions filled,
+so padding is part of its captions. The encoders of a dual encoder attend to all tokens but padding;
 encoder_kinds.py lists how each kind pools.
 """
 
