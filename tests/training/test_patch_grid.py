@@ -26,8 +26,8 @@ from tvr.trainer.loss.objective import objective, similarity_rows
 from tvr.trainer.memory.environment import similarity_backend
 from tvr.trainer.memory.rank_memory import configured_sizes
 from tvr.trainer.model.model import TextVideoModel, build_model
-from tvr.trainer.model.patch_grid import cell_means, cell_patches, cells
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.model.towers import cell_means, cell_patches, cells
 from tvr.trainer.monitoring.flops import flops_per_pair
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
@@ -177,7 +177,7 @@ def test_what_holds_one_vector_a_frame_is_refused(data: Path, tmp_path: Path) ->
             call()
     with pytest.raises(ValueError, match="tokens_per_frame=3 must be a square"):
         ModelConfig(tokens_per_frame=3)
-    with pytest.raises(ValueError, match="cannot be combined with model.sequence_header_layers=2"):
+    with pytest.raises(ValueError, match=r"combined with model\.sequence_header_layers=2"):
         ModelConfig(tokens_per_frame=4, sequence_header_layers=2)
     with pytest.raises(ValueError, match="=25 exceeds the 4 x 4 patches"):
         built(setting(data, 25))

@@ -87,8 +87,8 @@ def embed(
         False if blocks of other tasks are still missing.
 
     Raises:
-        ValueError: the model has several tokens a frame; `out` holds features of another model, of other settings, or of an earlier state
-            of the data.
+        ValueError: the model has several tokens a frame; `out` holds features of another model, of
+            other settings, or of an earlier state of the data.
         TooManyBadSamples: more than `max_bad` videos are unreadable, or the storage is down.
     """
     if (cells := source.config.model.tokens_per_frame) > 1:

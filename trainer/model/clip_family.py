@@ -17,11 +17,11 @@ from transformers import (
 from transformers.models.clip import modeling_clip
 
 from tvr.trainer.config import TowersConfig
-from tvr.trainer.model.patch_grid import cell_means
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import (
     TowerFamily,
     Towers,
+    cell_means,
     equal_widths,
     load_tower,
     random_tower,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import SiglipModel, SiglipProcessor, SiglipTextModel, SiglipVisionModel
 
-from tvr.trainer.model.patch_grid import cell_patches
 from tvr.trainer.model.towers import (
     TowerFamily,
     Towers,
+    cell_patches,
     equal_widths,
     load_tower,
     random_tower,
