@@ -20,8 +20,11 @@ from tvr.trainer.config import ModelConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.embed import embed
 from tvr.trainer.evaluation.evaluate import evaluate
+from tvr.trainer.evaluation.export import export_run, exported_config, load_exported
 from tvr.trainer.evaluation.model_source import SourceModel
+from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.explanation.explanation import explain
+from tvr.trainer.loop import train
 from tvr.trainer.loss.objective import objective, similarity_rows
 from tvr.trainer.memory.environment import similarity_backend
 from tvr.trainer.memory.rank_memory import configured_sizes
@@ -154,6 +157,25 @@ def test_evaluation_memory_and_flops_count_the_cells(data: Path) -> None:
     assert more > similarity
     result = evaluate(model.eval(), config, tokenizer, ALONE)
     assert result.captions == 10
+
+
+def test_a_run_at_zero_3_exports_a_model_of_cells(data: Path, tmp_path: Path) -> None:
+    config = setting(data, matching="words_to_frames")
+    config = replace(config, train=replace(config.train, steps=2, zero_stage=3))
+    train(config, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert exported_config(tmp_path / "out").model.tokens_per_frame == 4
+    model, tokenizer, _ = load_run(tmp_path / "run", config)
+    batch = inputs(tokenizer)
+    with torch.no_grad():
+        expected = model.eval()(*batch)
+        found = load_exported(tmp_path / "out")(*batch)
+    assert found.frames.shape[1] == 4 * NUM_FRAMES
+    torch.testing.assert_close(found.frames, expected.frames)
+    untrained, _ = built(config)
+    untrained.eval()
+    with torch.no_grad():
+        assert not torch.allclose(untrained(*batch).frames, found.frames, atol=1e-4)
 
 
 def test_what_holds_one_vector_a_frame_is_refused(data: Path, tmp_path: Path) -> None:
