@@ -153,8 +153,8 @@ GROUPS = (
         "refused",
         "model",
         "towers.width towers.layers towers.heads towers.embed_width towers.image_size"
-        " towers.patch_size freeze lora_rank sequence_header_layers unit_after_header interaction"
-        " matching neighbour_frames weight_layers",
+        " towers.patch_size freeze lora_rank sequence_header_layers unit_after_header"
+        " tokens_per_frame interaction matching neighbour_frames weight_layers",
         "the model and its trained weights; start a new run",
     ),
     _group(

@@ -21,6 +21,7 @@ from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import (
     TowerFamily,
     Towers,
+    cell_means,
     equal_widths,
     load_tower,
     random_tower,
@@ -64,6 +65,13 @@ def _whole(towers: Towers, log_scale: Tensor) -> CLIPModel:
     return whole_model(CLIPModel, config, weights)
 
 
+def _cells(tower: Any, pixels: Tensor, side: int) -> Tensor:
+    """The mean patch of each cell, through the layers that end the class token."""
+    vision = tower.vision_model
+    patches = vision(pixel_values=pixels).last_hidden_state[:, 1:]
+    return tower.visual_projection(cell_means(vision.post_layernorm(patches), side))
+
+
 CLIP = TowerFamily(
     name="clip",
     whole=CLIPModel,
@@ -74,6 +82,7 @@ CLIP = TowerFamily(
     positions=lambda config: config.max_position_embeddings,
     encode_text=clip_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).image_embeds,
+    encode_cells=_cells,
     joined=_whole,
 )
 

@@ -40,7 +40,8 @@ class Features(NamedTuple):
     word_mask: Tensor
     """(A, T) 0 = padding."""
     frames: Tensor
-    """(C, F, D) frame vectors."""
+    """(C, F, D) frame vectors. With `tokens_per_frame` k, here and below F is k x the frames, the
+    cells of a frame side by side."""
     frame_mask: Tensor
     """(C, F) 0 = padding."""
     word_logits: Tensor | None
@@ -87,6 +88,9 @@ class TextVideoModel(nn.Module):
             else None
         )
         self.unit_after_header = model.unit_after_header
+        self.tokens_per_frame = model.tokens_per_frame
+        self.family.check_cells(self.image_tower, self.tokens_per_frame)
+        slots = num_frames * self.tokens_per_frame
         weighted = model.interaction.endswith("wti")
         self.text_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
         self.matching = model.matching
@@ -94,8 +98,8 @@ class TextVideoModel(nn.Module):
         weighted = weighted and model.matching == "two_way"
         self.frame_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
         partial = bool(loss.tpm_cl)
-        self.word_predictor = LinearTokenWeights(num_frames, num_words, width) if partial else None
-        self.frame_predictor = LinearTokenWeights(1, num_frames, width) if partial else None
+        self.word_predictor = LinearTokenWeights(slots, num_words, width) if partial else None
+        self.frame_predictor = LinearTokenWeights(1, slots, width) if partial else None
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(getattr(self.family, name)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
@@ -138,7 +142,7 @@ class TextVideoModel(nn.Module):
             token_ids: (A, T).
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
-        frames = self._encode_frames(frames, frame_mask)
+        frames, frame_mask = self._encode_frames(frames, frame_mask)
         sentence, words = self._encode_text(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
@@ -169,7 +173,7 @@ class TextVideoModel(nn.Module):
 
     def encode_videos(self, frames: Tensor, frame_mask: Tensor) -> Features:
         """Encodes videos alone, as `forward` in evaluation: a record without captions."""
-        vectors = self._encode_frames(frames, frame_mask)
+        vectors, frame_mask = self._encode_frames(frames, frame_mask)
         weigh, weighs_words = self.frame_weight, self.text_weight is not None
         return Features(
             sentence=vectors.new_zeros(0, vectors.shape[-1]),
@@ -182,15 +186,17 @@ class TextVideoModel(nn.Module):
             margin_hinge=None,
         )
 
-    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and mask of F slots, or of F x `tokens_per_frame`."""
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
         pixels = pixels.to(next(self.image_tower.parameters()).dtype)
-        vectors = unit(self.frame_vectors(pixels)).unflatten(0, frames.shape[:2])
+        mask = frame_mask.repeat_interleave(self.tokens_per_frame, dim=1)
+        vectors = unit(self.frame_vectors(pixels)).unflatten(0, mask.shape)
         if self.sequence_header is None:
-            return vectors
-        vectors = self.sequence_header(vectors, frame_mask)
-        return unit(vectors) if self.unit_after_header else vectors
+            return vectors, mask
+        vectors = self.sequence_header(vectors, mask)
+        return (unit(vectors) if self.unit_after_header else vectors), mask
 
     def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         sentence, words = self.text_vectors(token_ids, word_mask)
@@ -204,8 +210,8 @@ class TextVideoModel(nn.Module):
         return self.text_projection(sentence), self.text_projection(words)
 
     def frame_vectors(self, pixels: Tensor) -> Tensor:
-        """Frames (N, D) of pixels (N, 3, H, W), before they are scaled to unit length."""
-        frames = self.family.encode_frames(self.image_tower, pixels)
+        """Frames (N, D), or cells (N x k, D), of pixels (N, 3, H, W), not yet of unit length."""
+        frames = self.family.encode_slots(self.image_tower, pixels, self.tokens_per_frame)
         return frames if self.visual_projection is None else self.visual_projection(frames)
 
     def _margins(

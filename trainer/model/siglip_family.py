@@ -15,6 +15,7 @@ from transformers import SiglipModel, SiglipProcessor, SiglipTextModel, SiglipVi
 from tvr.trainer.model.towers import (
     TowerFamily,
     Towers,
+    cell_patches,
     equal_widths,
     load_tower,
     random_tower,
@@ -40,6 +41,12 @@ def _whole(towers: Towers, log_scale: Tensor) -> SiglipModel:
     return whole_model(SiglipModel, config, weights)
 
 
+def _cells(tower: Any, pixels: Tensor, side: int) -> Tensor:
+    """The patches of each cell, pooled as those of a whole frame."""
+    own = cell_patches(tower(pixel_values=pixels).last_hidden_state, side)
+    return tower.head(own.flatten(0, 1)).unflatten(0, own.shape[:2])
+
+
 SIGLIP = TowerFamily(
     name="siglip",
     whole=SiglipModel,
@@ -50,6 +57,8 @@ SIGLIP = TowerFamily(
     positions=lambda config: config.max_position_embeddings,
     encode_text=_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).pooler_output,
+    encode_cells=_cells,
+    needs_equal_cells=True,
     joined=_whole,
     # Trained without an attention mask, so it is called without one.
     text_code='model.get_text_features(input_ids=texts["input_ids"]).pooler_output',

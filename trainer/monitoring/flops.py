@@ -48,7 +48,8 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
             frame, _ = _counted(model, lambda: [model.frame_vectors(pixels)])
     others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
     rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
-    similarity = 3 * 2 * others * rows * data.num_frames * sentence.shape[-1]
+    slots = data.num_frames * config.model.tokens_per_frame
+    similarity = 3 * 2 * others * rows * slots * sentence.shape[-1]
     return text + data.num_frames * frame + similarity
 
 
