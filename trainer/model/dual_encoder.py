@@ -88,7 +88,7 @@ def pair_towers(text_folder: str, vision_folder: str, width: int, *, weights: bo
             (vision_folder, vision_config, VISION, pooling[1]),
         )
     ]
-    projections = [_projection(encoder_width(each.config), width) for each in encoders]
+    projections = [_projection(encoder_width(each), width) for each in encoders]
     return _towers(encoders, projections, pooling, pair_pixels(vision_folder), width)
 
 
@@ -109,7 +109,7 @@ def dual_encoder_config(folder: str) -> Any:
     Raises:
         ValueError: one of its encoders is not supported.
     """
-    config = VisionTextDualEncoderConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = VisionTextDualEncoderConfig.from_pretrained(folder, local_files_only=True)
     where = f"{PRETRAINED}={folder!r}"
     kind_of(TEXT_KINDS, config.text_config.model_type, where)
     kind_of(VISION_KINDS, config.vision_config.model_type, where)
@@ -243,13 +243,10 @@ def _whole(towers: Towers, log_scale: Tensor) -> VisionTextDualEncoderModel:
     configs = {}
     for name, tower in (("text_config", towers.text), ("vision_config", towers.image)):
         # The class sizes its projections by `hidden_size`, which pyramids do not have.
-        configs[name] = tower.config.to_dict() | {"hidden_size": encoder_width(tower.config)}
-    config: Any = VisionTextDualEncoderConfig(
-        **configs,
-        projection_dim=towers.width,
-        text_pooling=towers.family.pooling[0],
-        vision_pooling=towers.family.pooling[1],
-    )
+        configs[name] = tower.config.to_dict() | {"hidden_size": encoder_width(tower)}
+    pooling = towers.family.pooling
+    poolings: Any = {"text_pooling": pooling[0], "vision_pooling": pooling[1]}
+    config = VisionTextDualEncoderConfig(**configs, **poolings, projection_dim=towers.width)
     parts = {
         "text_model": towers.text,
         "vision_model": towers.image,
