@@ -339,6 +339,20 @@ def test_a_wrong_vision_folder_is_named(
         built(folders, vision=str(tmp_path))
 
 
+def test_a_tower_of_timm_names_what_it_needs(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    def absent(*args: Any, **options: Any) -> None:
+        raise ImportError("TimmWrapperConfig requires the timm library")
+
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    monkeypatch.setattr(AutoConfig, "from_pretrained", absent)
+    with pytest.raises(ValueError, match=r"model\.vision_tower=.*pip install timm torchvision"):
+        image_size(settings(folders, "bert", str(tmp_path)))
+
+
 def test_wrong_settings_are_named(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vision_tower=None must be given together"):
         ModelConfig(text_tower="a")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     VisionTextDualEncoderConfig,
@@ -169,10 +170,7 @@ def encoder_config(folder: str, setting: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
-        raise ValueError(
-            f"{setting}={folder!r} is an encoder of timm, which needs timm and the torchvision of the"
-            f" installed torch (pip install timm torchvision): {error}"
-        ) from None
+        raise _needs_timm(folder, setting, error) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting}={folder!r} holds no known encoder: {error}") from None
     # A CLIP or SigLIP folder: its own vision tower.
@@ -184,18 +182,27 @@ def encoder_config(folder: str, setting: str) -> Any:
 def _encoder(folder: str, config: Any, setting: str, pooling: Pooling, *, weights: bool) -> Any:
     if weights:
         dropped = () if pooling == "pooler" else ("pooler.",)
-        encoder = load_tower(partial_class(config), folder, setting=setting, dropped=dropped)
+        encoder = load_tower(
+            _encoder_class(config, folder, setting), folder, setting=setting, dropped=dropped
+        )
     else:
         encoder = AutoModel.from_config(config).float()
     drop_unused(encoder, pooling)
     return encoder
 
 
-def partial_class(config: Any) -> Any:
-    """The class of an encoder, which loads its part of a folder with more."""
-    from transformers import MODEL_MAPPING
+def _encoder_class(config: Any, folder: str, setting: str) -> Any:
+    try:
+        return MODEL_MAPPING[type(config)]
+    except ImportError as error:
+        raise _needs_timm(folder, setting, error) from None
 
-    return MODEL_MAPPING[type(config)]
+
+def _needs_timm(folder: str, setting: str, error: ImportError) -> ValueError:
+    return ValueError(
+        f"{setting}={folder!r} is an encoder of timm, which needs timm and the torchvision of the"
+        f" installed torch (pip install timm torchvision): {error}"
+    )
 
 
 def _projection(width: int, projected: int) -> nn.Linear:
