@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    CLIPConfig,
     CLIPModel,
     CLIPProcessor,
     CLIPTextConfig,
@@ -56,7 +57,7 @@ def attention_mask(tower: Any, word_mask: Tensor) -> Tensor:
 
 def _whole(towers: Towers, log_scale: Tensor) -> CLIPModel:
     text, image = towers.text, towers.image
-    config = CLIPModel.config_class(
+    config = CLIPConfig(
         text_config=text.config.to_dict(),
         vision_config=image.config.to_dict(),
         projection_dim=text.config.projection_dim,

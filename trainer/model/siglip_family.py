@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SiglipModel, SiglipProcessor, SiglipTextModel, SiglipVisionModel
+from transformers import (
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
+    SiglipTextModel,
+    SiglipVisionModel,
+)
 
 from tvr.trainer.model.towers import (
     TowerFamily,
@@ -31,9 +37,7 @@ def _text(tower: Any, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Ten
 
 def _whole(towers: Towers, log_scale: Tensor) -> SiglipModel:
     text, image = towers.text, towers.image
-    config = SiglipModel.config_class(
-        text_config=text.config.to_dict(), vision_config=image.config.to_dict()
-    )
+    config = SiglipConfig(text_config=text.config.to_dict(), vision_config=image.config.to_dict())
     weights = {f"text_model.{name}": value for name, value in text.state_dict().items()}
     weights |= {f"vision_model.{name}": value for name, value in image.state_dict().items()}
     # The bias belongs to SigLIP's sigmoid loss, which is not used here.
