@@ -146,7 +146,7 @@ GROUPS = (
     _group(
         "refused",
         "data",
-        "train_sets.NAME.weight",
+        "train_sets.NAME.weight hard_batches hard_group hard_every",
         "the order of the samples; start a new run",
     ),
     _group(
