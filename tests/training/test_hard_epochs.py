@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+<<<<<<< HEAD
+=======
+from collections.abc import Sequence
+>>>>>>> origin/i19-E
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 from builders import jobs
 from builders.tiny import damaged_data, tiny_config, with_ranks
+<<<<<<< HEAD
 
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.data_prep.hard_batches.caption_vectors import CaptionVectors, open_vectors
@@ -18,6 +23,22 @@ from tvr.data_prep.hard_batches.caption_words import find_word_vectors, read_cap
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import BadSample
 from tvr.trainer.config import Config, merged, to_json
+=======
+from builders.worlds import SINGLE_RANK
+
+from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.hard_batches.caption_vectors import CaptionVectors, open_vectors
+from tvr.data_prep.hard_batches.caption_words import (
+    SampleCaptions,
+    find_word_vectors,
+    read_captions,
+    write_word_vectors,
+)
+from tvr.data_prep.reading.sample_reader import SampleReader
+from tvr.data_prep.records import BadSample
+from tvr.trainer.config import Config, merged, to_json
+from tvr.trainer.hard_batches.sentence_vectors import write_sentence_vectors
+>>>>>>> origin/i19-E
 from tvr.trainer.loop import train
 
 BATCH, STEPS, NUM_TRAIN = 10, 11, 48
@@ -124,3 +145,32 @@ def test_bad_samples_are_in_no_group_and_a_store_that_is_down_ends_the_reading(
     manifest = replace(reader.manifest, beton=reader.manifest.shards[0])
     with pytest.raises(ValueError, match="which is a beton; train from the shards"):
         find_word_vectors("/data/set.beton", manifest, tmp_path / "vectors")
+<<<<<<< HEAD
+=======
+
+
+def test_sentence_vectors_are_centred_and_bad_samples_have_none(tmp_path: Path) -> None:
+    texts = [(), *((f"caption {number}",) for number in range(600)), ("one", "two")]
+    words, found = tmp_path / "words", tmp_path / "found"
+    samples = [SampleCaptions(f"v{number}", own) for number, own in enumerate(texts)]
+    write_word_vectors(words, samples, content="digest")
+    random, sizes = np.random.default_rng(0), list[int]()
+    by_text = {text: random.normal(3, 1, 64) for text in ("", *(t for own in texts for t in own))}
+
+    def encode(captions: Sequence[str]) -> np.ndarray:
+        sizes.append(len(captions))
+        return np.array([by_text[text] for text in captions], np.float32)
+
+    opened = open_vectors(words, "digest")
+    write_sentence_vectors(found, words, opened, encode, SINGLE_RANK, source="a test")
+    vectors = open_vectors(found, "digest")
+    assert sizes == [256, 256, 91] * 2
+    assert vectors.index.source == "a test"
+    assert (vectors.starts == opened.starts).all()
+    assert not vectors.vectors[0].any()
+    raw = np.array([by_text[text] for own in texts for text in own or ("",)])
+    raw -= raw.mean(0)
+    expected = raw / np.linalg.norm(raw, axis=1, keepdims=True) * 20 * 8
+    assert abs(vectors.vectors - expected.clip(-127, 127))[1:].max() <= 0.51
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found", "words"]
+>>>>>>> origin/i19-E

@@ -145,6 +145,7 @@ def _rows(words: CaptionVectors, files: Sequence[Path], width: int) -> Iterator[
     for first in range(0, words.num_samples, ROWS):
         last = min(first + ROWS, words.num_samples)
         start, stop = int(words.starts[first]), int(words.starts[last])
+<<<<<<< HEAD
         vectors = [
             part[max(0, start - (end - len(part))) : max(0, stop - (end - len(part)))]
             for part, end in zip(stored, ends, strict=True)
@@ -152,6 +153,17 @@ def _rows(words: CaptionVectors, files: Sequence[Path], width: int) -> Iterator[
         yield CaptionRows(
             np.concatenate(vectors),
             np.asarray(words.texts[start:stop]),
+=======
+        parts = [
+            part[max(0, start - (end - len(part))) : max(0, stop - (end - len(part)))]
+            for part, end in zip(stored, ends, strict=True)
+        ]
+        vectors, texts = np.concatenate(parts), np.asarray(words.texts[start:stop])
+        vectors[texts == 0] = 0  # a bad sample has no neighbours
+        yield CaptionRows(
+            vectors,
+            texts,
+>>>>>>> origin/i19-E
             np.asarray(words.videos[first:last]),
             np.diff(words.starts[first : last + 1]),
         )
