@@ -164,13 +164,8 @@ def open_vectors(folder: Path, content: str) -> CaptionVectors:
         vectors = np.memmap(folder / "vectors.raw", np.int8, "r").reshape(len(texts), -1)
     except (ValueError, TypeError) as error:
         raise ValueError(
-<<<<<<< HEAD
-            f"{where}: the caption vectors for data.hard_batches cannot be used: {error}; remove"
-            f" the folder, and they are made again"
-=======
             f"{where}: the caption vectors for data.hard_batches cannot be used: {error}."
             " Restore the files; those from words are made again if their folder is removed"
->>>>>>> origin/i19-E
         ) from error
     return CaptionVectors(index=index, vectors=vectors, texts=texts, videos=videos, starts=starts)
 

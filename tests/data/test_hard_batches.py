@@ -315,11 +315,7 @@ def test_vectors_are_of_the_words_and_say_when_they_are_damaged(tmp_path: Path) 
     content = bytearray(raw.read_bytes())
     content[100] ^= 1
     raw.write_bytes(content)
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match=r"the sha256 of vectors.raw differs; remove the folder"):
-=======
     with pytest.raises(ValueError, match=r"the sha256 of vectors.raw differs. Restore the files"):
->>>>>>> origin/i19-E
         open_vectors(folder, CONTENT)
     (folder / "vectors.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(ValueError, match="cannot be used"):

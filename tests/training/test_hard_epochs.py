@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-<<<<<<< HEAD
-=======
 from collections.abc import Sequence
->>>>>>> origin/i19-E
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,6 @@ import numpy as np
 import pytest
 from builders import jobs
 from builders.tiny import damaged_data, tiny_config, with_ranks
-<<<<<<< HEAD
-
-from tvr.data_prep.dataset.manifest import read_manifest
-from tvr.data_prep.hard_batches.caption_vectors import CaptionVectors, open_vectors
-from tvr.data_prep.hard_batches.caption_words import find_word_vectors, read_captions
-from tvr.data_prep.reading.sample_reader import SampleReader
-from tvr.data_prep.records import BadSample
-from tvr.trainer.config import Config, merged, to_json
-=======
 from builders.worlds import SINGLE_RANK
 
 from tvr.data_prep.dataset.manifest import read_manifest
@@ -38,7 +26,6 @@ from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import BadSample
 from tvr.trainer.config import Config, merged, to_json
 from tvr.trainer.hard_batches.sentence_vectors import write_sentence_vectors
->>>>>>> origin/i19-E
 from tvr.trainer.loop import train
 
 BATCH, STEPS, NUM_TRAIN = 10, 11, 48
@@ -145,8 +132,6 @@ def test_bad_samples_are_in_no_group_and_a_store_that_is_down_ends_the_reading(
     manifest = replace(reader.manifest, beton=reader.manifest.shards[0])
     with pytest.raises(ValueError, match="which is a beton; train from the shards"):
         find_word_vectors("/data/set.beton", manifest, tmp_path / "vectors")
-<<<<<<< HEAD
-=======
 
 
 def test_sentence_vectors_are_centred_and_bad_samples_have_none(tmp_path: Path) -> None:
@@ -173,4 +158,3 @@ def test_sentence_vectors_are_centred_and_bad_samples_have_none(tmp_path: Path) 
     expected = raw / np.linalg.norm(raw, axis=1, keepdims=True) * 20 * 8
     assert abs(vectors.vectors - expected.clip(-127, 127))[1:].max() <= 0.51
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found", "words"]
->>>>>>> origin/i19-E

@@ -145,15 +145,6 @@ def _rows(words: CaptionVectors, files: Sequence[Path], width: int) -> Iterator[
     for first in range(0, words.num_samples, ROWS):
         last = min(first + ROWS, words.num_samples)
         start, stop = int(words.starts[first]), int(words.starts[last])
-<<<<<<< HEAD
-        vectors = [
-            part[max(0, start - (end - len(part))) : max(0, stop - (end - len(part)))]
-            for part, end in zip(stored, ends, strict=True)
-        ]
-        yield CaptionRows(
-            np.concatenate(vectors),
-            np.asarray(words.texts[start:stop]),
-=======
         parts = [
             part[max(0, start - (end - len(part))) : max(0, stop - (end - len(part)))]
             for part, end in zip(stored, ends, strict=True)
@@ -163,7 +154,6 @@ def _rows(words: CaptionVectors, files: Sequence[Path], width: int) -> Iterator[
         yield CaptionRows(
             vectors,
             texts,
->>>>>>> origin/i19-E
             np.asarray(words.videos[first:last]),
             np.diff(words.starts[first : last + 1]),
         )
