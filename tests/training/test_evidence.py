@@ -9,7 +9,7 @@ import pytest
 import torch
 from evidence import droid, plot, run
 from evidence.droid_features import FRAME_WIDTH, TEXT_WIDTH, ClipFeatures
-from evidence.droid_model import HeadShape, Rows, train_model
+from evidence.droid_model import HeadShape, Rows, reduce_frames, train_model
 from evidence.paired import compare, crossed_interval, mean_of, values_of
 from evidence.results import Table, ranks_file, write_results
 from evidence.rows import FIRST, FULL, ROWS, nested
@@ -210,3 +210,21 @@ def test_plot_shows_both_sets(tmp_path: Path) -> None:
         more = {row: {"train_s": [1.0, 2.0]} for row in ranks}
         found[name] = Table(name, [0, 1], keys, keys, ranks, more, {}).summary()
     assert plot.draw(found, tmp_path / "evidence.png") > 10_000
+
+
+def test_components_are_those_of_the_training_clips() -> None:
+    first, second = (Rows(features(), np.arange(40), 1) for _ in range(2))
+    test, other = Rows(features(), np.arange(40, 60), 1), Rows(features(1), np.arange(40, 60), 1)
+    plain = first.frames.flatten(0, 1).clone()
+    reduce_frames(first, test, HeadShape(components=8, whitening=1.0))
+    reduce_frames(second, other, HeadShape(components=8, whitening=1.0))
+    torch.testing.assert_close(first.frames, second.frames)
+    found = first.frames.flatten(0, 1)
+    # Whitened: each component has deviation 1, and none goes with another.
+    torch.testing.assert_close(found.T @ found / len(found), torch.eye(8), rtol=0, atol=1e-3)
+    values = torch.linalg.svdvals(plain - plain.mean(0))[:8]
+    kept = HeadShape(components=8, whitening=0.0)
+    again = Rows(features(), np.arange(40), 1)
+    reduce_frames(again, Rows(features(), np.arange(40, 60), 1), kept)
+    sizes = torch.linalg.svdvals(again.frames.flatten(0, 1))
+    torch.testing.assert_close(sizes / sizes[0], values / values[0], rtol=1e-3, atol=1e-3)

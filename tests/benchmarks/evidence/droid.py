@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from evidence.droid_features import NUM_FRAMES, ClipFeatures, compute
-from evidence.droid_model import HeadShape, Rows, ranks, train_model
+from evidence.droid_model import HeadShape, Rows, ranks, reduce_frames, train_model
 from evidence.rows import nested
 from numpy.typing import NDArray
 
@@ -105,6 +105,7 @@ def cross_validate(
         rows = np.flatnonzero(fold == tested)
         others = np.flatnonzero((fold != tested) & (fold != outer))
         train, test = (Rows(features, x, shape.parts) for x in (others, rows))
+        reduce_frames(train, test, shape)
         model = train_model(config, shape, train)
         found[:, rows] = np.stack([x.numpy() for x in ranks(model, config, test)])
     return found
