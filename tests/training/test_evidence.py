@@ -48,6 +48,8 @@ def features(seed: int = 0) -> ClipFeatures:
 
 
 GROUPS = [f"day-{clip // 3}" for clip in range(CLIPS)]
+SHAPE = HeadShape(components=32)
+FOLDS = droid.Folds(features(), GROUPS, SHAPE)
 
 
 def test_no_group_is_in_two_folds_and_folds_have_equal_sizes() -> None:
@@ -61,9 +63,7 @@ def test_no_group_is_in_two_folds_and_folds_have_equal_sizes() -> None:
 
 @pytest.mark.parametrize("row", EXISTING)
 def test_rows_train_and_a_seed_repeats_bit_for_bit(row: str) -> None:
-    once, again = (
-        droid.cross_validate(features(), GROUPS, {**ROWS[row], **SHORT}, 3) for _ in range(2)
-    )
+    once, again = (droid.cross_validate(FOLDS, {**ROWS[row], **SHORT}, 3) for _ in range(2))
     assert once.shape == (2, CLIPS)
     assert once.min() >= 1
     assert (once == again).all()
@@ -71,9 +71,9 @@ def test_rows_train_and_a_seed_repeats_bit_for_bit(row: str) -> None:
 
 def test_training_finds_what_captions_and_frames_share() -> None:
     long = {**ROWS[FIRST], "train.steps": 40, "train.global_batch": 32, "train.micro_batch": 32}
-    found = droid.cross_validate(features(), GROUPS, long, 0)
+    found = droid.cross_validate(FOLDS, long, 0)
     assert values_of(found[None])["recall_at_1"].mean() > 50  # chance is 8
-    short = droid.cross_validate(features(), GROUPS, {**long, "train.steps": 1}, 0)
+    short = droid.cross_validate(FOLDS, {**long, "train.steps": 1}, 0)
     assert (
         values_of(short[None])["recall_at_1"].mean() < values_of(found[None])["recall_at_1"].mean()
     )
@@ -81,11 +81,11 @@ def test_training_finds_what_captions_and_frames_share() -> None:
 
 def test_inner_folds_never_see_the_outer_test_fold() -> None:
     settings = {**ROWS[FIRST], **SHORT}
-    first = droid.cross_validate(features(), GROUPS, settings, 0, inner=True)
+    first = droid.cross_validate(droid.Folds(features(), GROUPS, SHAPE, inner=True), settings, 0)
     changed = features()
     fold = droid.folds_of(GROUPS)
     changed.frames[fold == 0] = 7.0
-    again = droid.cross_validate(changed, GROUPS, settings, 0, inner=True)
+    again = droid.cross_validate(droid.Folds(changed, GROUPS, SHAPE, inner=True), settings, 0)
     # Fold 1 is the inner test while fold 0 is the outer one.
     assert (first[:, fold == 1] == again[:, fold == 1]).all()
     assert (first != again).any()
