@@ -9,7 +9,7 @@ import pytest
 import torch
 from evidence import droid, plot, run
 from evidence.droid_features import FRAME_WIDTH, TEXT_WIDTH, ClipFeatures
-from evidence.droid_model import HeadShape, Rows, train_model
+from evidence.droid_model import HeadShape, Rows, reduce_frames, train_model
 from evidence.paired import compare, crossed_interval, mean_of, values_of
 from evidence.results import Table, ranks_file, write_results
 from evidence.rows import FIRST, FULL, ROWS, nested
@@ -48,6 +48,8 @@ def features(seed: int = 0) -> ClipFeatures:
 
 
 GROUPS = [f"day-{clip // 3}" for clip in range(CLIPS)]
+SHAPE = HeadShape(components=32)
+FOLDS = droid.Folds(features(), GROUPS, SHAPE)
 
 
 def test_no_group_is_in_two_folds_and_folds_have_equal_sizes() -> None:
@@ -61,9 +63,7 @@ def test_no_group_is_in_two_folds_and_folds_have_equal_sizes() -> None:
 
 @pytest.mark.parametrize("row", EXISTING)
 def test_rows_train_and_a_seed_repeats_bit_for_bit(row: str) -> None:
-    once, again = (
-        droid.cross_validate(features(), GROUPS, {**ROWS[row], **SHORT}, 3) for _ in range(2)
-    )
+    once, again = (droid.cross_validate(FOLDS, {**ROWS[row], **SHORT}, 3) for _ in range(2))
     assert once.shape == (2, CLIPS)
     assert once.min() >= 1
     assert (once == again).all()
@@ -71,9 +71,9 @@ def test_rows_train_and_a_seed_repeats_bit_for_bit(row: str) -> None:
 
 def test_training_finds_what_captions_and_frames_share() -> None:
     long = {**ROWS[FIRST], "train.steps": 40, "train.global_batch": 32, "train.micro_batch": 32}
-    found = droid.cross_validate(features(), GROUPS, long, 0)
+    found = droid.cross_validate(FOLDS, long, 0)
     assert values_of(found[None])["recall_at_1"].mean() > 50  # chance is 8
-    short = droid.cross_validate(features(), GROUPS, {**long, "train.steps": 1}, 0)
+    short = droid.cross_validate(FOLDS, {**long, "train.steps": 1}, 0)
     assert (
         values_of(short[None])["recall_at_1"].mean() < values_of(found[None])["recall_at_1"].mean()
     )
@@ -81,11 +81,11 @@ def test_training_finds_what_captions_and_frames_share() -> None:
 
 def test_inner_folds_never_see_the_outer_test_fold() -> None:
     settings = {**ROWS[FIRST], **SHORT}
-    first = droid.cross_validate(features(), GROUPS, settings, 0, inner=True)
+    first = droid.cross_validate(droid.Folds(features(), GROUPS, SHAPE, inner=True), settings, 0)
     changed = features()
     fold = droid.folds_of(GROUPS)
     changed.frames[fold == 0] = 7.0
-    again = droid.cross_validate(changed, GROUPS, settings, 0, inner=True)
+    again = droid.cross_validate(droid.Folds(changed, GROUPS, SHAPE, inner=True), settings, 0)
     # Fold 1 is the inner test while fold 0 is the outer one.
     assert (first[:, fold == 1] == again[:, fold == 1]).all()
     assert (first != again).any()
@@ -210,3 +210,21 @@ def test_plot_shows_both_sets(tmp_path: Path) -> None:
         more = {row: {"train_s": [1.0, 2.0]} for row in ranks}
         found[name] = Table(name, [0, 1], keys, keys, ranks, more, {}).summary()
     assert plot.draw(found, tmp_path / "evidence.png") > 10_000
+
+
+def test_components_are_those_of_the_training_clips() -> None:
+    first, second = (Rows(features(), np.arange(40), 1) for _ in range(2))
+    test, other = Rows(features(), np.arange(40, 60), 1), Rows(features(1), np.arange(40, 60), 1)
+    plain = first.frames.flatten(0, 1).clone()
+    reduce_frames(first, test, HeadShape(components=8, whitening=1.0))
+    reduce_frames(second, other, HeadShape(components=8, whitening=1.0))
+    torch.testing.assert_close(first.frames, second.frames)
+    found = first.frames.flatten(0, 1)
+    # Whitened: each component has deviation 1, and none goes with another.
+    torch.testing.assert_close(found.T @ found / len(found), torch.eye(8), rtol=0, atol=1e-3)
+    values = torch.linalg.svdvals(plain - plain.mean(0))[:8]
+    kept = HeadShape(components=8, whitening=0.0)
+    again = Rows(features(), np.arange(40), 1)
+    reduce_frames(again, Rows(features(), np.arange(40, 60), 1), kept)
+    sizes = torch.linalg.svdvals(again.frames.flatten(0, 1))
+    torch.testing.assert_close(sizes / sizes[0], values / values[0], rtol=1e-3, atol=1e-3)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from evidence.droid_features import NUM_FRAMES, ClipFeatures, compute
-from evidence.droid_model import HeadShape, Rows, ranks, train_model
+from evidence.droid_model import HeadShape, Rows, ranks, reduce_frames, train_model
 from evidence.rows import nested
 from numpy.typing import NDArray
 
@@ -81,30 +81,51 @@ def folds_of(groups: Sequence[str], folds: int = FOLDS) -> NDArray[np.int64]:
     return np.array([fold[group] for group in groups], np.int64)
 
 
-def cross_validate(
-    features: ClipFeatures,
-    groups: Sequence[str],
-    settings: Mapping[str, Any],
-    seed: int,
-    *,
-    shape: HeadShape = SHAPE,
-    inner: bool = False,
-) -> NDArray[np.int64]:
+class Folds:
+    """The features of all clips, divided; training clips and test clips of a fold are made once."""
+
+    def __init__(
+        self,
+        features: ClipFeatures,
+        groups: Sequence[str],
+        shape: HeadShape = SHAPE,
+        *,
+        inner: bool = False,
+    ) -> None:
+        """
+        Args:
+            inner: For the choice of settings: each outer test fold is left out of training and of
+                test, and the next fold is the test in its place.
+        """
+        self._features, self.shape, self._inner = features, shape, inner
+        self._fold = folds_of(groups)
+        self._made: dict[int, tuple[NDArray[np.int64], Rows, Rows]] = {}
+
+    def __len__(self) -> int:
+        return len(self._fold)
+
+    def rows(self, outer: int) -> tuple[NDArray[np.int64], Rows, Rows]:
+        """Numbers of the test clips of a fold, its training clips, its test clips."""
+        if outer not in self._made:
+            tested = (outer + 1) % FOLDS if self._inner else outer
+            own = np.flatnonzero(self._fold == tested)
+            others = np.flatnonzero((self._fold != tested) & (self._fold != outer))
+            train, test = (Rows(self._features, x, self.shape.parts) for x in (others, own))
+            reduce_frames(train, test, self.shape)
+            self._made[outer] = own, train, test
+        return self._made[outer]
+
+
+def cross_validate(folds: Folds, settings: Mapping[str, Any], seed: int) -> NDArray[np.int64]:
     """(2, C) ranks of each clip's caption and of each clip, among the clips of its fold.
 
     Args:
         settings: Settings of a row, by names such as "loss.tpm_cl".
-        inner: For the choice of settings: each outer test fold is left out of training and of test,
-            and the next fold is the test in its place.
     """
     config = merged(base(), nested({**settings, "train.seed": seed}), where="row")
-    fold = folds_of(groups)
-    found = np.zeros((2, len(fold)), np.int64)
+    found = np.zeros((2, len(folds)), np.int64)
     for outer in range(FOLDS):
-        tested = (outer + 1) % FOLDS if inner else outer
-        rows = np.flatnonzero(fold == tested)
-        others = np.flatnonzero((fold != tested) & (fold != outer))
-        train, test = (Rows(features, x, shape.parts) for x in (others, rows))
-        model = train_model(config, shape, train)
-        found[:, rows] = np.stack([x.numpy() for x in ranks(model, config, test)])
+        own, train, test = folds.rows(outer)
+        model = train_model(config, folds.shape, train)
+        found[:, own] = np.stack([x.numpy() for x in ranks(model, config, test)])
     return found

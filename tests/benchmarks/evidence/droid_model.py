@@ -37,6 +37,10 @@ class HeadShape:
     """Width D of words and frames."""
     parts: int = 1
     """Vectors of a frame that take part: 1 = of the whole picture, 7 = also of its cells."""
+    components: int = 256
+    """Principal components of the frames' features that are kept, found on the training clips."""
+    whitening: float = 0.5
+    """Power by which their deviations are divided out: 0 leaves them, 1 makes all equal."""
     dropout: float = 0.3
     """Of the stored features, in training."""
     keep_text: bool = True
@@ -58,11 +62,24 @@ class Rows:
         return len(self.frames)
 
 
+def reduce_frames(train: Rows, test: Rows, shape: HeadShape) -> None:
+    """Replaces the frames' features by principal components, which the training clips give."""
+    vectors = train.frames.flatten(0, 1)
+    mean = vectors.mean(0)
+    covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
+    variances, directions = torch.linalg.eigh(covariance)
+    kept = variances.argsort(descending=True)[: shape.components]
+    deviations = variances[kept].clamp(min=1e-6).sqrt()
+    scales = deviations**-shape.whitening
+    # The whole has the size of unit vectors' entries, whatever the power.
+    scales = scales / (deviations * scales).square().mean().sqrt()
+    matrix = directions[:, kept] * scales
+    for rows in (train, test):
+        rows.frames = (rows.frames - mean) @ matrix
+
+
 class FeatureModel(nn.Module):
     """Stored features -> `Features`, as `TextVideoModel` makes them from pixels and tokens."""
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, config: Config, shape: HeadShape, train: Rows) -> None:
         super().__init__()
@@ -91,13 +108,10 @@ class FeatureModel(nn.Module):
             LinearTokenWeights(tokens, words, shape.width) if partial_loss else None
         )
         self.frame_predictor = LinearTokenWeights(1, tokens, shape.width) if partial_loss else None
-        self.register_buffer("mean", train.frames.mean((0, 1)))
-        self.register_buffer("deviation", train.frames.std((0, 1)) + 1e-3)
 
     def forward(self, rows: Rows, chosen: Tensor) -> Features:
         """Encodes the chosen clips and their captions; in training with TPM-CL."""
-        pixels = (rows.frames[chosen] - self.mean) / self.deviation
-        frames = unit(self.frame_map(self.dropout(pixels)))
+        frames = unit(self.frame_map(self.dropout(rows.frames[chosen])))
         frame_mask = torch.ones(frames.shape[:2], dtype=torch.int64)
         if self.sequence_header is not None:
             frames = unit(self.sequence_header(frames, frame_mask))

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,8 @@ def _droid_row(source: Path, data: Path, out: Path, job: tuple[str, int]) -> dic
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    features, meta = bench.prepare(source, data), bench.meta_of(source)
     started = time.perf_counter()
-    groups = [meta[key]["group"] for key in features.keys]
-    ranks = bench.cross_validate(features, groups, ROWS[row], seed)
+    ranks = bench.cross_validate(_folds(source, data), ROWS[row], seed)
     found = {"ranks": ranks.tolist(), "train_s": time.perf_counter() - started}
     out.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
@@ -150,6 +148,15 @@ def _droid_row(source: Path, data: Path, out: Path, job: tuple[str, int]) -> dic
     partial_path.replace(path)
     _said(path)
     return found
+
+
+@lru_cache(maxsize=1)
+def _folds(source: Path, data: Path) -> Any:
+    """The folds, once in each process."""
+    from evidence import droid as bench
+
+    features, meta = bench.prepare(source, data), bench.meta_of(source)
+    return bench.Folds(features, [meta[key]["group"] for key in features.keys])
 
 
 def _said(path: Path) -> Path:
