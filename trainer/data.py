@@ -18,9 +18,9 @@ from tvr.data_prep.reading.locality import (
     evaluation_need,
     training_need,
 )
-from tvr.data_prep.reading.mixed_sets import set_order
+from tvr.data_prep.reading.mixed_sets import NO_REGROUP, set_order
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import window_shards
+from tvr.data_prep.reading.order import Regroup, window_shards
 from tvr.data_prep.records import Batch, TrainingSet
 from tvr.data_prep.storage.storage import Storage
 from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
@@ -195,12 +195,14 @@ def training_batches(
     *,
     start_step: int = 0,
     known_bad: Mapping[str, str] | None = None,
+    regroup: Mapping[str, Regroup] = NO_REGROUP,
 ) -> Iterator[Batch]:
     """Yields this rank's micro-batches for training, without end.
 
     Args:
         start_step: Optimiser steps already done; their samples are skipped.
         known_bad: Keys of bad samples found before, on any rank, with their reasons.
+        regroup: Last step of each set's order, see `hard_batches.prepare_hard_batches`.
 
     Raises:
         ValueError, OSError, TooManyBadSamples: as `train_batches`.
@@ -230,6 +232,7 @@ def training_batches(
         shard_cache=_training_cache(data, train, world),
         node=world.node,
         pin=pin_pages if world.device.type == "cuda" else None,
+        regroup=regroup,
     )
 
 

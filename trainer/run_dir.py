@@ -5,6 +5,7 @@ evaluation.json   the last evaluation             report.html     `tvr report`
 evaluation-step-00000300.json   `tvr evaluate --checkpoint` of another one
 dashboard.html    `tvr dashboard`
 checkpoints/      one folder a step (checkpoint/)
+hard_batches/     vectors of the captions for data.hard_batches (hard_batches/)
 launch/           a job on a cluster: record, script, attempts, output (tvr.launchers.job)
 failures/         a job's first failure (failures.py)
 metrics/          targets of the nodes for Prometheus, and their last values (monitor.py)
@@ -36,8 +37,9 @@ CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
 # Files by which a tokeniser is recognised, and the one that gives the shape of a model.
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
-MODEL_FILES = ("config.json",)
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
+MODEL_FILES = ("config.json", "open_clip_config.json")
+POOLING_FILES, PIXEL_FILES = ("1_Pooling/config.json",), ("preprocessor_config.json",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,13 @@ def _model_contents(config: Config) -> dict[str, str]:
     model, found = config.model, {}
     for setting, folder, names in (
         ("model.pretrained", model.pretrained, MODEL_FILES),
-        ("model.tokenizer", model.tokenizer or model.pretrained, VOCABULARY_FILES),
+        ("model.text_tower", model.text_tower, (*MODEL_FILES, *POOLING_FILES)),
+        ("model.vision_tower", model.vision_tower, (*MODEL_FILES, *PIXEL_FILES)),
+        (
+            "model.tokenizer",
+            model.tokenizer or model.text_tower or model.pretrained,
+            VOCABULARY_FILES,
+        ),
     ):
         files = [] if folder is None else [Path(folder) / name for name in names]
         content = [(path.name, path.read_bytes()) for path in files if path.is_file()]

@@ -31,9 +31,9 @@ from tvr.data_prep.reading.locality import (
     RankShare,
     evaluation_need,
 )
-from tvr.data_prep.reading.mixed_sets import TrainingReader, open_sets
+from tvr.data_prep.reading.mixed_sets import NO_REGROUP, TrainingReader, open_sets
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import SampleOrder
+from tvr.data_prep.reading.order import Regroup, SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import (
     BatchCollator,
@@ -76,6 +76,7 @@ def train_batches(
     shard_cache: CacheFolder | None = None,
     node: range | None = None,
     pin: PinPages | None = None,
+    regroup: Mapping[str, Regroup] = NO_REGROUP,
 ) -> Iterator[Batch]:
     """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
 
@@ -117,6 +118,7 @@ def train_batches(
         shard_cache: Folder of this node for shards of a remote data set.
         node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
+        regroup: Last step of each set's order by its name, "" for one without; see `SampleOrder`.
 
     Returns:
         An iterator that raises `TooManyBadSamples` when a limit is exceeded.
@@ -141,6 +143,7 @@ def train_batches(
         frame_spacing=frame_spacing,
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
+        regroup=regroup,
     )
     for each in opened.readers:
         _check_augmentation(augmentation, each, cache_bytes)

@@ -22,6 +22,7 @@ from tvr.data_prep.reading.augment import View
 from tvr.data_prep.reading.locality import NOTHING_NEEDED, CacheNeed, RankShare, training_need
 from tvr.data_prep.reading.order import (
     OrderWindow,
+    Regroup,
     SampleLocation,
     SampleLocations,
     SampleOrder,
@@ -29,6 +30,8 @@ from tvr.data_prep.reading.order import (
 )
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.records import BadSample, Sample, TrainingSet, key_in_set
+
+NO_REGROUP: Mapping[str, Regroup] = {}
 
 
 class MixedOrder:
@@ -216,6 +219,7 @@ def open_sets(
     seed: int,
     global_batch: int,
     cache_bytes: int,
+    regroup: Mapping[str, Regroup] = NO_REGROUP,
     **reading: Any,
 ) -> OpenedSets:
     """Opens one training set without a name, or several with names.
@@ -225,6 +229,7 @@ def open_sets(
         seed: Seed of the run.
         global_batch: Pairs per step on all ranks together.
         cache_bytes: Bytes of decoded frames to cache per worker; sets share them by their weights.
+        regroup: Last step of the order of each set, by its name; see `SampleOrder`.
         reading: Other arguments of `SampleReader`.
 
     Raises:
@@ -235,7 +240,7 @@ def open_sets(
     if not sets[0].name:
         (alone,) = sets
         reader = SampleReader(alone.url, cache_bytes=cache_bytes, **reading)
-        order = set_order(reader.manifest, seed, global_batch)
+        order = set_order(reader.manifest, seed, global_batch, regroup=regroup.get(""))
         return OpenedSets(reader, order, [reader], [order], [1.0])
     mixture = Mixture({each.name: each.weight for each in sets}, seed)
     urls, readers, orders = {each.name: each.url for each in sets}, {}, []
@@ -247,7 +252,8 @@ def open_sets(
                 " mixed with other sets; give the shards that it was written from"
             )
         readers[name] = reader
-        orders.append(set_order(reader.manifest, mixture.set_seed(number), global_batch, share))
+        own_seed, own = mixture.set_seed(number), regroup.get(name)
+        orders.append(set_order(reader.manifest, own_seed, global_batch, share, regroup=own))
     return OpenedSets(
         MixedReader(readers),
         MixedOrder(mixture, orders),
@@ -257,7 +263,14 @@ def open_sets(
     )
 
 
-def set_order(manifest: Manifest, seed: int, global_batch: int, share: float = 1.0) -> SampleOrder:
+def set_order(
+    manifest: Manifest,
+    seed: int,
+    global_batch: int,
+    share: float = 1.0,
+    *,
+    regroup: Regroup | None = None,
+) -> SampleOrder:
     """Returns the order of a set that has a share of each global batch.
 
     Args:
@@ -265,9 +278,11 @@ def set_order(manifest: Manifest, seed: int, global_batch: int, share: float = 1
         seed: The set's own seed.
         global_batch: Pairs per step on all ranks together.
         share: Part of the stream that the set has.
+        regroup: Last step of the order, see `SampleOrder`.
     """
     sizes = manifest.shard_sizes
-    return SampleOrder(sizes, seed, window_shards(math.ceil(global_batch * share), len(sizes)))
+    per_window = window_shards(math.ceil(global_batch * share), len(sizes))
+    return SampleOrder(sizes, seed, per_window, regroup)
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

@@ -27,6 +27,7 @@ from tvr.trainer.model.model import Features
 JOB = Job(
     implementation="compiled", texts=256, videos=256, words=32, frames=12, width=512, loss=True
 )
+ONE_WAY = replace(JOB, matching="words_to_frames")
 CASES = [
     JOB,
     replace(JOB, lengths="ragged", dtype="bfloat16", texts=128, videos=512),
@@ -44,6 +45,9 @@ CASES = [
     replace(JOB, implementation="dense", texts=128),
     replace(JOB, implementation="dense", chunk=48, lengths="ragged"),
     replace(JOB, implementation="streamed", backend="dense", chunk=64, words=16),
+    replace(ONE_WAY, neighbour_frames=False),
+    replace(ONE_WAY, implementation="torch", lengths="ragged", chunk=32),
+    replace(ONE_WAY, implementation="reference", neighbour_frames=False, texts=64),
 ]
 # One of each implementation; JOB is also measured by other tests.
 PRINCIPAL = [CASES[place] for place in (0, 6, 8, 10, 13)]
@@ -60,6 +64,7 @@ def sizes_of(job: Job) -> SimilaritySizes:
         frames=job.frames,
         width=job.width,
         interaction=job.interaction,
+        matching=job.matching,
         neighbour_frames=job.neighbour_frames,
         backend=BACKEND_OF.get(job.implementation, job.backend or "compiled"),
         streamed=job.implementation == "streamed",

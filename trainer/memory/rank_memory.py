@@ -12,10 +12,11 @@ from tvr.launchers.host_limits import host_memory
 from tvr.trainer.config import Config, TrainConfig, accumulation_steps
 from tvr.trainer.engine.staging import pinned_bytes
 from tvr.trainer.memory.environment import device, similarity_backend
-from tvr.trainer.memory.model_memory import ModelBytes, embed_width, model_bytes
+from tvr.trainer.memory.model_memory import ModelBytes, model_bytes
 from tvr.trainer.memory.similarity_memory import estimate_similarity
 from tvr.trainer.memory.similarity_sizes import SimilaritySizes, with_exchange
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.model.tower_folders import embed_width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +97,15 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
     micro_steps = accumulation_steps(train, ranks)
     texts = train.micro_batch * (micro_steps if train.gradient_cache else 1)
     words = config.data.max_words
-    backend, _ = similarity_backend(config.data, config.train)
+    backend, _ = similarity_backend(config)
     sizes = SimilaritySizes(
         texts=texts,
         videos=texts * ranks,
         words=words,
-        frames=config.data.num_frames,
+        frames=config.data.num_frames * config.model.tokens_per_frame,
         width=embed_width(config.model),
         interaction=config.model.interaction,
+        matching=config.model.matching,
         neighbour_frames=config.model.neighbour_frames,
         backend=backend,
         # Features are float32 in every precision, since they are normalised in float32.

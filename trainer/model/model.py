@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.data_prep.records import Batch
 from tvr.kernels.numerics import unit
@@ -21,13 +20,11 @@ from tvr.kernels.weight_layers import SequenceHeader, TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.model.towers import (
-    Towers,
-    check_tokenizer,
-    pretrained_image_size,
-    pretrained_towers,
-    random_towers,
-)
+from tvr.trainer.model.tower_depth import tower_layers
+from tvr.trainer.model.tower_folders import build_towers
+from tvr.trainer.model.tower_folders import image_size as image_size
+from tvr.trainer.model.tower_folders import tokenizer_folder as tokenizer_folder
+from tvr.trainer.model.towers import Towers, check_tokenizer
 
 
 class Features(NamedTuple):
@@ -43,13 +40,15 @@ class Features(NamedTuple):
     word_mask: Tensor
     """(A, T) 0 = padding."""
     frames: Tensor
-    """(C, F, D) frame vectors."""
+    """(C, F, D) frame vectors. With `tokens_per_frame` k, here and below F is k x the frames, the
+    cells of a frame side by side."""
     frame_mask: Tensor
     """(C, F) 0 = padding."""
     word_logits: Tensor | None
     """(A, T) token weights before the masked softmax; none in the ti family."""
     frame_logits: Tensor | None
-    """(C, F) frame weights before the masked softmax; none in the ti family."""
+    """(C, F) frame weights before the masked softmax; none in the ti family, nor with
+    `words_to_frames`."""
     margin_hinge: Tensor | None
     """(B,) TPM-CL of each matched pair; none in evaluation, or if TPM-CL is off."""
 
@@ -76,7 +75,9 @@ class TextVideoModel(nn.Module):
         self.loss = loss
         self.family = towers.family
         self.text_tower, self.image_tower = towers.text, towers.image
-        width = towers.width
+        self.text_projection = towers.text_projection
+        self.visual_projection = towers.visual_projection
+        self.width = width = towers.width
         self.sequence_header = (
             SequenceHeader(
                 width,
@@ -87,15 +88,44 @@ class TextVideoModel(nn.Module):
             else None
         )
         self.unit_after_header = model.unit_after_header
+        self.tokens_per_frame = model.tokens_per_frame
+        self.family.check_cells(self.image_tower, self.tokens_per_frame)
+        slots = num_frames * self.tokens_per_frame
         weighted = model.interaction.endswith("wti")
         self.text_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
+        self.matching = model.matching
+        # Without a way from frames to words, nothing would read the weights of frames.
+        weighted = weighted and model.matching == "two_way"
         self.frame_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
         partial = bool(loss.tpm_cl)
-        self.word_predictor = LinearTokenWeights(num_frames, num_words, width) if partial else None
-        self.frame_predictor = LinearTokenWeights(1, num_frames, width) if partial else None
+        self.word_predictor = LinearTokenWeights(slots, num_words, width) if partial else None
+        self.frame_predictor = LinearTokenWeights(1, slots, width) if partial else None
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(getattr(self.family, name)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
+
+    @property
+    def towers(self) -> Towers:
+        """Both towers with their projections, if there are any."""
+        return Towers(
+            family=self.family,
+            text=self.text_tower,
+            image=self.image_tower,
+            width=self.width,
+            text_projection=self.text_projection,
+            visual_projection=self.visual_projection,
+        )
+
+    def train(self, mode: bool = True) -> TextVideoModel:
+        """Sets training mode; batch norms of a tower keep the statistics that they came with.
+
+        Statistics of a batch would depend on the number of ranks, and of the gradient cache.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
@@ -112,7 +142,7 @@ class TextVideoModel(nn.Module):
             token_ids: (A, T).
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
-        frames = self._encode_frames(frames, frame_mask)
+        frames, frame_mask = self._encode_frames(frames, frame_mask)
         sentence, words = self._encode_text(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
@@ -129,7 +159,7 @@ class TextVideoModel(nn.Module):
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
         sentence, words = self._encode_text(token_ids, word_mask)
-        weigh = self.text_weight
+        weigh, weighs_frames = self.text_weight, self.frame_weight is not None
         return Features(
             sentence=sentence,
             words=words,
@@ -137,39 +167,52 @@ class TextVideoModel(nn.Module):
             frames=sentence.new_zeros(0, 1, sentence.shape[1]),
             frame_mask=word_mask.new_zeros(0, 1),
             word_logits=weigh(words) if weigh else None,
-            frame_logits=sentence.new_zeros(0, 1) if weigh else None,
+            frame_logits=sentence.new_zeros(0, 1) if weighs_frames else None,
             margin_hinge=None,
         )
 
     def encode_videos(self, frames: Tensor, frame_mask: Tensor) -> Features:
         """Encodes videos alone, as `forward` in evaluation: a record without captions."""
-        vectors = self._encode_frames(frames, frame_mask)
-        weigh = self.frame_weight
+        vectors, frame_mask = self._encode_frames(frames, frame_mask)
+        weigh, weighs_words = self.frame_weight, self.text_weight is not None
         return Features(
             sentence=vectors.new_zeros(0, vectors.shape[-1]),
             words=vectors.new_zeros(0, 1, vectors.shape[-1]),
             word_mask=frame_mask.new_zeros(0, 1),
             frames=vectors,
             frame_mask=frame_mask,
-            word_logits=vectors.new_zeros(0, 1) if weigh else None,
+            word_logits=vectors.new_zeros(0, 1) if weighs_words else None,
             frame_logits=weigh(vectors) if weigh else None,
             margin_hinge=None,
         )
 
-    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and mask of F slots, or of F x `tokens_per_frame`."""
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
         pixels = pixels.to(next(self.image_tower.parameters()).dtype)
-        per_frame = self.family.encode_frames(self.image_tower, pixels)
-        vectors = unit(per_frame).unflatten(0, frames.shape[:2])
+        mask = frame_mask.repeat_interleave(self.tokens_per_frame, dim=1)
+        vectors = unit(self.frame_vectors(pixels)).unflatten(0, mask.shape)
         if self.sequence_header is None:
-            return vectors
-        vectors = self.sequence_header(vectors, frame_mask)
-        return unit(vectors) if self.unit_after_header else vectors
+            return vectors, mask
+        vectors = self.sequence_header(vectors, mask)
+        return (unit(vectors) if self.unit_after_header else vectors), mask
 
     def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
+        sentence, words = self.text_vectors(token_ids, word_mask)
         return unit(sentence), unit(words)
+
+    def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sentence (A, D) and words (A, T, D), before they are scaled to unit length."""
+        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
+        if self.text_projection is None:
+            return sentence, words
+        return self.text_projection(sentence), self.text_projection(words)
+
+    def frame_vectors(self, pixels: Tensor) -> Tensor:
+        """Frames (N, D), or cells (N x k, D), of pixels (N, 3, H, W), not yet of unit length."""
+        frames = self.family.encode_slots(self.image_tower, pixels, self.tokens_per_frame)
+        return frames if self.visual_projection is None else self.visual_projection(frames)
 
     def _margins(
         self, sentence: Tensor, words: Tensor, word_mask: Tensor, frames: Tensor, frame_mask: Tensor
@@ -187,6 +230,7 @@ class TextVideoModel(nn.Module):
                 sentence[:, None], frames, frame_mask if mask_padding else None
             ),
             frame_weight_layer=self.frame_weight,
+            matching=self.matching,
             kind=self.loss.tpm_cl,
             threshold=self.loss.mask_threshold,
             margin=self.loss.margin,
@@ -226,10 +270,7 @@ def _build(
     weights: bool,
     initialise: Callable[[TextVideoModel], None] | None = None,
 ) -> TextVideoModel:
-    if model.pretrained is None:
-        towers = random_towers(model.towers, tokenizer)
-    else:
-        towers = pretrained_towers(model.pretrained, weights=weights)
+    towers = build_towers(model, tokenizer, weights=weights)
     check_tokenizer(towers, tokenizer)
     built = TextVideoModel(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
@@ -284,36 +325,18 @@ def build_empty_model(
 
 
 def checkpoint_activations(model: TextVideoModel) -> None:
-    """Turns on activation checkpointing: the backward recomputes the towers' layers."""
+    """Turns on activation checkpointing: the backward recomputes the towers' layers.
+
+    Raises:
+        ValueError: the layers of a tower are not known.
+    """
     recompute: Any = partial(checkpoint, use_reentrant=False)
     for tower in (model.text_tower, model.image_tower):
         # What transformers' own method does under several names, without its hook that makes the
         # embeddings require gradients: the backward would then run through frozen layers.
-        for layer in tower.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = recompute
-
-
-def tokenizer_folder(model: ModelConfig) -> str:
-    """Returns the local folder with the tokeniser.
-
-    Raises:
-        ValueError: neither `model.tokenizer` nor `model.pretrained` is set.
-    """
-    folder = model.tokenizer or model.pretrained
-    if folder is None:
-        raise ValueError(
-            "set model.tokenizer to a local folder, or model.pretrained to one with a tokeniser"
-        )
-    return folder
-
-
-def image_size(model: ModelConfig) -> int:
-    """Returns the side, in pixels, of the square frames that the image tower takes."""
-    if model.pretrained is None:
-        return model.towers.image_size
-    return pretrained_image_size(model.pretrained)
+        for layer in tower_layers(tower):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = recompute
 
 
 def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -41,15 +41,15 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
     data, train = config.data, config.train
     ids = torch.ones(1, data.max_words, dtype=torch.int64)
     side = image_size(config.model)
-    encode_text, encode_frames = model.family.encode_text, model.family.encode_frames
     with torch.random.fork_rng(devices=[]):
-        text, (sentence, _) = _counted(model, lambda: encode_text(model.text_tower, ids, ids))
+        text, (sentence, _) = _counted(model, lambda: model.text_vectors(ids, ids))
         with FakeTensorMode(allow_non_fake_inputs=True):
             pixels = torch.zeros(1, 3, side, side)
-            frame, _ = _counted(model, lambda: [encode_frames(model.image_tower, pixels)])
+            frame, _ = _counted(model, lambda: [model.frame_vectors(pixels)])
     others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
     rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
-    similarity = 3 * 2 * others * rows * data.num_frames * sentence.shape[-1]
+    slots = data.num_frames * config.model.tokens_per_frame
+    similarity = 3 * 2 * others * rows * slots * sentence.shape[-1]
     return text + data.num_frames * frame + similarity
 
 
