@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,13 +18,14 @@ from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.restore import restore_engine
 from tvr.trainer.checkpoint.saver import rank_files
 from tvr.trainer.config import Config, ModelConfig, to_json
-from tvr.trainer.data import training_batches, training_mixture
+from tvr.trainer.data import StoredTowers, training_batches, training_mixture
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import get_random_state
 from tvr.trainer.evaluation.warm_start import WarmStart
 from tvr.trainer.fencing import Attempt
+from tvr.trainer.frozen.tower_outputs import Report, open_or_make
 from tvr.trainer.model.model import TextVideoModel, build_empty_model, build_model
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
@@ -46,6 +47,8 @@ class TrainingRun:
     train_step: TrainStep
     resumed_from: SavedState | None
     """The checkpoint that was loaded; none at the start of a run."""
+    stored: StoredTowers | None = None
+    """Stored outputs of the frozen towers, with `data.features`."""
     contents: Mapping[str, str]
     """Digests of data sets and model folders, which checkpoints record."""
 
@@ -69,6 +72,7 @@ class TrainingRun:
             self.world,
             start_step=self.start_step,
             known_bad=dict(self.train_step.quarantine),
+            stored=self.stored,
         )
 
     def state_dict(self, copy: bool) -> dict[str, Any]:
@@ -109,6 +113,7 @@ def build_run(
     checkpoint: Checkpoint | None = None,
     inspect_model: Callable[[TextVideoModel], None] | None = None,
     watch: Stopwatch | None = None,
+    report: Report | None = None,
 ) -> TrainingRun:
     """Builds the model, puts it under ZeRO, and loads a checkpoint into it. All ranks call it.
 
@@ -119,6 +124,7 @@ def build_run(
         checkpoint: Checkpoint of this run to resume from; none starts at step 0.
         inspect_model: Called with the whole model, before ZeRO partitions it.
         watch: Measures the parts of each step.
+        report: As in `open_or_make`.
 
     Raises:
         ValueError: settings, or a model folder, that cannot be used; or the weights of
@@ -142,6 +148,7 @@ def build_run(
         inspect_model(model)
     storage = checkpoints_of(config.checkpoint, run_dir)
     engine = restore_engine(checkpoint, storage, model, config.train, run_dir, world)
+    stored = open_or_make(config, cast(TextVideoModel, engine.module), tokenizer, world, report)
     train_step = TrainStep(
         config,
         engine,
@@ -163,6 +170,7 @@ def build_run(
         engine=engine,
         train_step=train_step,
         resumed_from=resumed_from,
+        stored=stored,
         contents=contents,
     )
 

@@ -126,6 +126,24 @@ class FeatureSet:
         """Number of videos that could not be read, by reason."""
         return dict(Counter(entry.reason for entry in self.left_out))
 
+    def videos_of(self, source: DataSource) -> tuple[Tensor, Tensor]:
+        """The videos of a packed data set: their numbers, and their rows there, in this order."""
+        numbers, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        for each, first in zip(self._parts, self._video_ends, strict=False):
+            if each.source == source:
+                found = torch.from_numpy(np.asarray(each.columns["rows"][:]))
+                rows.append(found)
+                numbers.append(torch.arange(first, first + len(found)))
+        return torch.cat(numbers), torch.cat(rows)
+
+    def verify(self, source: DataSource, part: Part) -> None:
+        """Reads the files of a part and compares their hashes.
+
+        Raises:
+            ShardCorrupt: a file is missing or differs; names it.
+        """
+        check_files(self.folder / source.name / part.name, part, hashes=True)
+
     @property
     def parts(self) -> tuple[tuple[DataSource, Part], ...]:
         """The blocks of all data sets, in the order of the rows."""

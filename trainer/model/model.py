@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tvr.kernels.numerics import unit
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
 from tvr.kernels.weight_layers import SequenceHeader, TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
+from tvr.trainer.model.features import Features, in_whole_tiles
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import (
@@ -30,30 +31,6 @@ from tvr.trainer.model.towers import (
 )
 
 
-class Features(NamedTuple):
-    """Features of A captions and C videos, as the similarity and the losses take them.
-
-    Sentence, words and frames have unit length (frames do not if `unit_after_header` is off).
-    """
-
-    sentence: Tensor
-    """(A, D) the text tower's vector of the whole caption; in CLIP, the end token's."""
-    words: Tensor
-    """(A, T, D) contextual word vectors."""
-    word_mask: Tensor
-    """(A, T) 0 = padding."""
-    frames: Tensor
-    """(C, F, D) frame vectors."""
-    frame_mask: Tensor
-    """(C, F) 0 = padding."""
-    word_logits: Tensor | None
-    """(A, T) token weights before the masked softmax; none in the ti family."""
-    frame_logits: Tensor | None
-    """(C, F) frame weights before the masked softmax; none in the ti family."""
-    margin_hinge: Tensor | None
-    """(B,) TPM-CL of each matched pair; none in evaluation, or if TPM-CL is off."""
-
-
 class TextVideoModel(nn.Module):
     """Text and image tower, the method's token-weight layers, and the TPM-CL predictors.
 
@@ -62,6 +39,8 @@ class TextVideoModel(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    has_frozen_towers: bool = False
+    """True if no weight of either tower is trained: the outputs of the towers are constants."""
 
     def __init__(
         self,
@@ -107,13 +86,13 @@ class TextVideoModel(nn.Module):
         loss over the global batch has none, and is computed outside.
 
         Args:
-            frames: (C, F, 3, H, W) uint8.
+            frames: (C, F, 3, H, W) uint8, or the stored vectors of `tower_outputs`, (C, F, D).
             frame_mask: (C, F), 0 = padding.
-            token_ids: (A, T).
+            token_ids: (A, T), or the stored sentence and words of `tower_outputs`, (A, 1 + T, D).
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
         frames = self._encode_frames(frames, frame_mask)
-        sentence, words = self._encode_text(token_ids, word_mask)
+        sentence, words = self.text_vectors(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
             sentence=sentence,
@@ -128,7 +107,7 @@ class TextVideoModel(nn.Module):
 
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
-        sentence, words = self._encode_text(token_ids, word_mask)
+        sentence, words = self.text_vectors(token_ids, word_mask)
         weigh = self.text_weight
         return Features(
             sentence=sentence,
@@ -156,20 +135,56 @@ class TextVideoModel(nn.Module):
             margin_hinge=None,
         )
 
-    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    def tower_outputs(
+        self, frames: Tensor, token_ids: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the towers alone, without the heads on top.
+
+        Returns:
+            Vectors of the frames (C, F, D), the sentences (A, D) and the words (A, T, D).
+        """
+        return self._frame_vectors(frames), *self.text_vectors(token_ids, word_mask)
+
+    def train(self, mode: bool = True) -> TextVideoModel:
+        """Sets training or evaluation mode; frozen towers stay in evaluation mode.
+
+        Dropout and the running means of batch norms would make other outputs of them each time.
+        """
+        super().train(mode)
+        if self.has_frozen_towers:
+            self.text_tower.eval()
+            self.image_tower.eval()
+        return self
+
+    def _frame_vectors(self, frames: Tensor) -> Tensor:
+        """Unit vectors of the image tower, (C, F, D), or those that are stored already."""
+        if frames.is_floating_point():
+            return frames
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
         pixels = pixels.to(next(self.image_tower.parameters()).dtype)
-        per_frame = self.family.encode_frames(self.image_tower, pixels)
-        vectors = unit(per_frame).unflatten(0, frames.shape[:2])
+        count = len(pixels)
+        if self.has_frozen_towers:
+            pixels = in_whole_tiles(pixels)
+        per_frame = self.family.encode_frames(self.image_tower, pixels)[:count]
+        return unit(per_frame).unflatten(0, frames.shape[:2])
+
+    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        vectors = self._frame_vectors(frames)
         if self.sequence_header is None:
             return vectors
         vectors = self.sequence_header(vectors, frame_mask)
         return unit(vectors) if self.unit_after_header else vectors
 
-    def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of the text tower, (A, D) and (A, T, D), or those that are stored."""
+        if token_ids.is_floating_point():
+            return token_ids[:, 0], token_ids[:, 1:]
+        count = len(token_ids)
+        if self.has_frozen_towers:
+            token_ids, word_mask = in_whole_tiles(token_ids), in_whole_tiles(word_mask)
         sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
-        return unit(sentence), unit(words)
+        return unit(sentence[:count]), unit(words[:count])
 
     def _margins(
         self, sentence: Tensor, words: Tensor, word_mask: Tensor, frames: Tensor, frame_mask: Tensor
@@ -236,6 +251,7 @@ def _build(
     )
     if initialise is not None:
         initialise(built)
+    built.has_frozen_towers = model.freeze == "both"
     sides = {"text": built.text_tower, "image": built.image_tower}
     if not model.lora_rank:
         freeze(sides, model.freeze)

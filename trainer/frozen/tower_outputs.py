@@ -1,0 +1,131 @@
+"""Stored outputs of frozen towers: made once, then read by training and evaluation.
+
+The door of the package. A folder holds a feature set (`features`) of the towers alone: sentence,
+words and frames before the sequence header and the weight layers. It belongs to one pair of towers,
+one vocabulary and one way of reading, which its fingerprint names; each data set in it belongs to
+one content. Both are compared whenever it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tvr.data_prep.records import ShardCorrupt
+from tvr.trainer.config import Config, DataConfig, ModelConfig
+from tvr.trainer.data import StoredTowers, training_sets
+from tvr.trainer.distributed.world import World
+from tvr.trainer.features.feature_set import MANIFEST, DataSource, FeatureHeader, FeatureSet
+from tvr.trainer.frozen.encoding import Report, encode_blocks
+from tvr.trainer.frozen.identity import packed_source, towers_header
+from tvr.trainer.frozen.set_outputs import SetOutputs
+from tvr.trainer.model.model import TextVideoModel
+from tvr.trainer.model.tokenizer import Tokenizer
+
+__all__ = ["Report", "check_settings", "data_urls", "features_line", "open_or_make"]
+
+
+def check_settings(config: Config) -> None:
+    """Checks that the outputs of the towers are the same at each visit of a clip.
+
+    Raises:
+        ValueError: a setting makes them differ, or the folder cannot be read in place; names it.
+    """
+    data, model = config.data, config.model
+    if data.features is None:
+        return
+    where = f"data.features={data.features}"
+    for setting, value, allowed in (
+        ("model.freeze", model.freeze, "both"),
+        ("model.lora_rank", model.lora_rank, 0),
+        ("data.frame_sampling", data.frame_sampling, "centre"),
+        ("data.crop_scale", data.crop_scale, 1.0),
+        ("data.word_drop", data.word_drop, False),
+    ):
+        if value != allowed:
+            raise ValueError(
+                f"{where} needs {setting}={allowed}, and it is {value}: the outputs of the towers"
+                " would differ from visit to visit; set it, or leave data.features out"
+            )
+    if config.train.zero_stage == 3:
+        raise ValueError(
+            f"{where} needs train.zero_stage 0, 1 or 2, and it is 3, which would partition towers"
+            " that are not run"
+        )
+    if "://" in data.features:
+        raise ValueError(f"{where} must be a local folder that all ranks see: it is read by row")
+
+
+def features_line(data: DataConfig, model: ModelConfig) -> str:
+    """One line that tells whether the towers run in training."""
+    if data.features is None:
+        frozen = " (frozen: data.features would store their outputs)" * (model.freeze == "both")
+        return f"towers: run at each step{frozen}"
+    made = (Path(data.features) / MANIFEST).is_file()
+    state = "stored there" if made else "stored there by the first run"
+    return f"towers: not run; their outputs are {state}: {data.features} ({data.features_type})"
+
+
+def data_urls(data: DataConfig) -> list[str]:
+    """The data sets of a run, each once."""
+    tests = [url for url in (data.test, data.test_exchanged) if url is not None]
+    return list(dict.fromkeys([*(each.url for each in training_sets(data)), *tests]))
+
+
+def open_or_make(
+    config: Config,
+    model: TextVideoModel,
+    tokenizer: Tokenizer,
+    world: World,
+    report: Report | None = None,
+) -> StoredTowers | None:
+    """Opens the stored outputs of all data sets of a run, and makes those that are missing.
+
+    All ranks call it, with equal weights. They share the encoding, and the reading by which all
+    files are compared with their hashes.
+
+    Args:
+        model: The whole model on this rank's device, in the precision of the run.
+        report: Called after each block with its data set and counts, see `Report`.
+
+    Returns:
+        None without `data.features`.
+
+    Raises:
+        ValueError: the folder holds outputs of other towers, settings or content; names them.
+        ShardCorrupt: a file is damaged; names it.
+        TooManyBadSamples: more videos of a set than `data.max_bad` cannot be read.
+    """
+    if config.data.features is None:
+        return None
+    check_settings(config)
+    folder = Path(config.data.features)
+    header = world.run_on_first(lambda: towers_header(config, model, tokenizer), patient=True)
+    sources = {url: packed_source(url, config.data.shard_cache) for url in data_urls(config.data)}
+
+    def missing() -> list[str]:
+        there = _published(folder, header)
+        return [url for url, source in sources.items() if source.name not in there]
+
+    for url in world.run_on_first(missing):
+        encode_blocks(folder, header, url, sources[url], config, model, tokenizer, world, report)
+    features = world.run_on_all(lambda: FeatureSet.open(folder), Exception)
+    world.run_on_all(lambda: _verify(features, sources.values(), world), ShardCorrupt)
+    return {url: SetOutputs(features, source) for url, source in sources.items()}
+
+
+def _published(folder: Path, header: FeatureHeader) -> set[str]:
+    """Names of the data sets of the folder that are whole."""
+    if not (folder / MANIFEST).is_file():
+        return set()
+    features = FeatureSet.open(folder)
+    features.info.check_same(header, str(folder))
+    return {source.name for source in features.sources}
+
+
+def _verify(features: FeatureSet, sources: Iterable[DataSource], world: World) -> None:
+    """Compares this rank's share of the files that the run reads with their hashes."""
+    wanted = {source.name for source in sources}
+    parts = [each for each in features.parts if each[0].name in wanted]
+    for source, part in parts[world.rank :: world.world_size]:
+        features.verify(source, part)
