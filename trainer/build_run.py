@@ -131,19 +131,7 @@ def build_run(
             `model.init_from` do not fit.
         CheckpointDamaged: a fetched checkpoint differs from what was written.
     """
-    # Before the seed is set: parts that are not read start as in any other run.
-    warm = checkpoint is None and config.model.init_from is not None
-    start = _read_warm_start(config.model, tokenizer, world) if warm else None
-    torch.manual_seed(config.train.seed)
-    # At ZeRO-3 rank 0 distributes the weights, and the other ranks never hold all of them.
-    is_empty = config.train.zero_stage == 3 and not world.is_first
-    build = build_empty_model if is_empty else build_model
-    if start is not None:
-        build = partial(build_model, initialise=start.apply)
-    model = world.run_on_all(
-        lambda: build(config.model, config.loss, tokenizer, num_frames=config.data.num_frames),
-        ValueError,
-    )
+    model = initial_model(config, tokenizer, world, warm=checkpoint is None)
     if inspect_model is not None:
         inspect_model(model)
     storage = checkpoints_of(config.checkpoint, run_dir)
@@ -172,6 +160,35 @@ def build_run(
         resumed_from=resumed_from,
         stored=stored,
         contents=contents,
+    )
+
+
+def initial_model(
+    config: Config, tokenizer: Tokenizer, world: World, *, warm: bool = True
+) -> TextVideoModel:
+    """Builds the model of a run before its first step; only rank 0's weights count.
+
+    All ranks call it, and it sets torch's seed.
+
+    Args:
+        warm: Reads the weights of `model.init_from`.
+
+    Raises:
+        ValueError: settings, or a model folder, that cannot be used; or the weights of
+            `model.init_from` do not fit.
+    """
+    # Before the seed is set: parts that are not read start as in any other run.
+    warm = warm and config.model.init_from is not None
+    start = _read_warm_start(config.model, tokenizer, world) if warm else None
+    torch.manual_seed(config.train.seed)
+    # At ZeRO-3 rank 0 distributes the weights, and the other ranks never hold all of them.
+    is_empty = config.train.zero_stage == 3 and not world.is_first
+    build = build_empty_model if is_empty else build_model
+    if start is not None:
+        build = partial(build_model, initialise=start.apply)
+    return world.run_on_all(
+        lambda: build(config.model, config.loss, tokenizer, num_frames=config.data.num_frames),
+        ValueError,
     )
 
 

@@ -22,6 +22,7 @@ from tvr.data_prep.records import Replacement, ShardCorrupt
 from tvr.trainer.features.layout import (
     EMBED_AGAIN,
     MANIFEST,
+    OUTPUT,
     DataSource,
     FeatureHeader,
     FeatureManifest,
@@ -36,6 +37,7 @@ from tvr.trainer.model.model import Features
 
 __all__ = [
     "MANIFEST",
+    "OUTPUT",
     "DataSource",
     "FeatureHeader",
     "FeatureSet",
@@ -89,15 +91,16 @@ class FeatureSet:
         """(A,) row in `keys` of each caption's video, ascending."""
 
     @classmethod
-    def open(cls, folder: Path | str, *, verify: bool = False) -> FeatureSet:
+    def open(cls, folder: Path | str, *, verify: bool = False, towers: bool = False) -> FeatureSet:
         """Opens a published set; vectors are read when they are used.
 
         Args:
             verify: Also reads all files and compares their hashes.
+            towers: The set is to hold outputs of towers, before a model's heads.
 
         Raises:
             FileNotFoundError: there is no manifest: nothing is published.
-            ValueError: the folder is a packed data set.
+            ValueError: the folder is a packed data set, or holds features of the other kind.
             ShardCorrupt: the manifest or a file is damaged, cut short or edited; names it.
         """
         path = Path(folder) / MANIFEST
@@ -106,7 +109,14 @@ class FeatureSet:
                 f"{folder} holds no feature set: it has no {MANIFEST}, which `tvr embed` writes"
                 " when all parts are there"
             )
-        return cls(Path(folder), read_manifest(path), verify=verify)
+        manifest = read_manifest(path)
+        if manifest.header.is_of_towers != towers:
+            kinds = ("features of a whole model, of `tvr embed`", "outputs of towers, for training")
+            raise ValueError(
+                f"{folder} holds {kinds[manifest.header.is_of_towers]}; needed are {kinds[towers]}"
+                " (data.features)"
+            )
+        return cls(Path(folder), manifest, verify=verify)
 
     def __len__(self) -> int:
         """Number of videos."""

@@ -40,6 +40,11 @@ BLOCK_NAME = re.compile(r"block-[0-9]{8}")
 TEXT_COLUMNS = ("keys", "files", "captions")
 
 
+OUTPUT = "output"
+"""Setting of feature sets that hold outputs of towers, not of a whole model."""
+COMPARED = ("stored", "num_frames", "num_words", "width", "frame_width", "has_logits")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureHeader:
     """What all parts of a feature set have in common."""
@@ -56,8 +61,16 @@ class FeatureHeader:
     """Frame vectors of a video."""
     num_words: int
     width: int
+    """Width of sentence and words."""
     has_logits: bool
     """True if the model weights tokens."""
+    frame_width: int = 0
+    """Width of frames, before any projection; 0: `width`."""
+
+    @property
+    def is_of_towers(self) -> bool:
+        """True for outputs of towers, from which only training and its evaluations go on."""
+        return OUTPUT in self.settings
 
     def check_same(self, other: FeatureHeader, where: str) -> None:
         """Raises ValueError, which names the difference, if features of both cannot be mixed."""
@@ -73,7 +86,7 @@ class FeatureHeader:
                 f"{where} holds features of another model, {self.model}, whose weights differ from"
                 f" those of {other.model}; give another folder"
             )
-        for name in ("stored", "num_frames", "num_words", "width", "has_logits"):
+        for name in COMPARED:
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"{where} holds features with {name}={getattr(self, name)}, not"
@@ -126,7 +139,7 @@ def columns(
     vector = STORED_TYPES[header.stored]
     frames, words, width = header.num_frames, header.num_words, header.width
     found: dict[str, tuple[str, tuple[int, ...]]] = {
-        "frames": (vector, (videos, frames, width)),
+        "frames": (vector, (videos, frames, header.frame_width or width)),
         "frame_mask": ("|u1", (videos, frames)),
         "frame_times": ("<f4", (videos, frames)),
         "rows": ("<i8", (videos,)),
@@ -214,6 +227,7 @@ def _header(fields: IndexFields) -> FeatureHeader:
     for name, value in settings.items():
         if len(name) > 100 or not isinstance(value, (str, int, float, bool, type(None))):
             fields.refuse("settings", settings, "a JSON object of plain settings")
+    is_wide = "frame_width" in fields.names  # earlier releases did not write it
     return FeatureHeader(
         model=fields.text("model", MAX_TEXT),
         fingerprint=fields.sha256("fingerprint"),
@@ -223,6 +237,10 @@ def _header(fields: IndexFields) -> FeatureHeader:
         num_words=fields.integer("num_words", 1, MAX_SIDE),
         width=fields.integer("width", 1, MAX_SIDE),
         has_logits=fields.boolean("has_logits"),
+        # Earlier releases wrote frames as wide as words.
+        frame_width=fields.integer("frame_width", 0, MAX_SIDE)
+        if "frame_width" in fields.names
+        else 0,
     )
 
 

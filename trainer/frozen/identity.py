@@ -11,13 +11,12 @@ import torch
 
 from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.trainer.config import Config
-from tvr.trainer.features.feature_set import DataSource, FeatureHeader
+from tvr.trainer.features.feature_set import OUTPUT, DataSource, FeatureHeader
 from tvr.trainer.model.model import TextVideoModel, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
 
 # Small enough for many ranks to share a test set, large enough to be read by few opened files.
 VIDEOS_PER_BLOCK = 256
-OUTPUT = "towers"
 TOWERS = ("text_tower", "image_tower")
 # Of a tower's configuration: they do not change what it computes.
 UNUSED = ("architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version")
@@ -27,7 +26,7 @@ def towers_header(config: Config, model: TextVideoModel, tokenizer: Tokenizer) -
     """Describes the outputs of a model's towers, as every part of their folder does."""
     data = config.data
     settings = {
-        "output": OUTPUT,
+        OUTPUT: "towers",
         "family": model.family.name,
         "num_frames": data.num_frames,
         "max_words": tokenizer.max_words,
@@ -39,7 +38,12 @@ def towers_header(config: Config, model: TextVideoModel, tokenizer: Tokenizer) -
     weights = _digest(model, tokenizer)
     text = json.dumps({"weights": weights, **settings}, sort_keys=True)
     device = next(model.parameters()).device
-    sentence, words = model.text_vectors(*(x.to(device) for x in _probe(tokenizer)))
+    side = settings["image_size"]
+    pixels = torch.zeros(1, 1, 3, side, side, dtype=torch.uint8)
+    with torch.no_grad():
+        frames, _, words = model.tower_outputs(
+            *(x.to(device) for x in (pixels, *_probe(tokenizer)))
+        )
     return FeatureHeader(
         model=config.model.pretrained or "towers of the run",
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
@@ -47,8 +51,9 @@ def towers_header(config: Config, model: TextVideoModel, tokenizer: Tokenizer) -
         stored=data.features_type,
         num_frames=data.num_frames,
         num_words=words.shape[1],
-        width=sentence.shape[-1],
+        width=words.shape[-1],
         has_logits=False,
+        frame_width=0 if frames.shape[-1] == words.shape[-1] else frames.shape[-1],
     )
 
 

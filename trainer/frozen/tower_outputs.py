@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tvr.data_prep.records import ShardCorrupt
-from tvr.trainer.config import Config, DataConfig, ModelConfig
+from tvr.trainer.config import Config, DataConfig
 from tvr.trainer.data import StoredTowers, training_sets
 from tvr.trainer.distributed.world import World
 from tvr.trainer.features.feature_set import MANIFEST, DataSource, FeatureHeader, FeatureSet
@@ -56,14 +56,15 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"{where} must be a local folder that all ranks see: it is read by row")
 
 
-def features_line(data: DataConfig, model: ModelConfig) -> str:
+def features_line(config: Config) -> str:
     """One line that tells whether the towers run in training."""
+    data = config.data
     if data.features is None:
-        frozen = " (frozen: data.features would store their outputs)" * (model.freeze == "both")
-        return f"towers: run at each step{frozen}"
+        frozen = config.model.freeze == "both" and not config.model.lora_rank
+        return f"towers: run at each step{'; data.features would store their outputs' * frozen}"
     made = (Path(data.features) / MANIFEST).is_file()
-    state = "stored there" if made else "stored there by the first run"
-    return f"towers: not run; their outputs are {state}: {data.features} ({data.features_type})"
+    state = "stored in" if made else "to be stored by the first run in"
+    return f"towers: not run in training; their outputs are {state} {data.features}"
 
 
 def data_urls(data: DataConfig) -> list[str]:
@@ -109,7 +110,7 @@ def open_or_make(
 
     for url in world.run_on_first(missing):
         encode_blocks(folder, header, url, sources[url], config, model, tokenizer, world, report)
-    features = world.run_on_all(lambda: FeatureSet.open(folder), Exception)
+    features = world.run_on_all(lambda: FeatureSet.open(folder, towers=True), Exception)
     world.run_on_all(lambda: _verify(features, sources.values(), world), ShardCorrupt)
     return {url: SetOutputs(features, source) for url, source in sources.items()}
 
@@ -118,7 +119,7 @@ def _published(folder: Path, header: FeatureHeader) -> set[str]:
     """Names of the data sets of the folder that are whole."""
     if not (folder / MANIFEST).is_file():
         return set()
-    features = FeatureSet.open(folder)
+    features = FeatureSet.open(folder, towers=True)
     features.info.check_same(header, str(folder))
     return {source.name for source in features.sources}
 

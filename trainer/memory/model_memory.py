@@ -111,7 +111,9 @@ def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
             torch.zeros(pairs, words, dtype=torch.int64),
             torch.ones(pairs, words, dtype=torch.int64),
         )
-    with AllocationTracker(model.parameters()) as tracker:
+    if config.data.features is not None:
+        inputs = model.stored_inputs(*inputs)
+    with AllocationTracker([*model.parameters(), *inputs]) as tracker:
         features = model(*inputs)
         forward = tracker.peak
         total = torch.stack([x.float().sum() for x in features if x is not None and x.grad_fn])

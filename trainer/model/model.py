@@ -92,7 +92,7 @@ class TextVideoModel(nn.Module):
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
         frames = self._encode_frames(frames, frame_mask)
-        sentence, words = self.text_vectors(token_ids, word_mask)
+        sentence, words = self._encode_text(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
             sentence=sentence,
@@ -107,7 +107,7 @@ class TextVideoModel(nn.Module):
 
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
-        sentence, words = self.text_vectors(token_ids, word_mask)
+        sentence, words = self._encode_text(token_ids, word_mask)
         weigh = self.text_weight
         return Features(
             sentence=sentence,
@@ -138,12 +138,20 @@ class TextVideoModel(nn.Module):
     def tower_outputs(
         self, frames: Tensor, token_ids: Tensor, word_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the towers alone, without the heads on top.
+        """Runs the towers alone: no unit length, no heads.
 
         Returns:
             Vectors of the frames (C, F, D), the sentences (A, D) and the words (A, T, D).
         """
-        return self._frame_vectors(frames), *self.text_vectors(token_ids, word_mask)
+        return self._frame_outputs(frames), *self._text_outputs(token_ids, word_mask)
+
+    def stored_inputs(
+        self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of `forward` with outputs of the towers in place of frames and token ids."""
+        vectors, sentence, words = self.tower_outputs(frames, token_ids, word_mask)
+        texts = torch.cat([sentence[:, None], words], dim=1)
+        return vectors.float(), frame_mask, texts.float(), word_mask
 
     def train(self, mode: bool = True) -> TextVideoModel:
         """Sets training or evaluation mode; frozen towers stay in evaluation mode.
@@ -156,8 +164,8 @@ class TextVideoModel(nn.Module):
             self.image_tower.eval()
         return self
 
-    def _frame_vectors(self, frames: Tensor) -> Tensor:
-        """Unit vectors of the image tower, (C, F, D), or those that are stored already."""
+    def _frame_outputs(self, frames: Tensor) -> Tensor:
+        """Vectors of the image tower, (C, F, D), or those that are stored already."""
         if frames.is_floating_point():
             return frames
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
@@ -167,24 +175,28 @@ class TextVideoModel(nn.Module):
         if self.has_frozen_towers:
             pixels = in_whole_tiles(pixels)
         per_frame = self.family.encode_frames(self.image_tower, pixels)[:count]
-        return unit(per_frame).unflatten(0, frames.shape[:2])
+        return per_frame.unflatten(0, frames.shape[:2])
 
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        vectors = self._frame_vectors(frames)
+        vectors = unit(self._frame_outputs(frames))
         if self.sequence_header is None:
             return vectors
         vectors = self.sequence_header(vectors, frame_mask)
         return unit(vectors) if self.unit_after_header else vectors
 
-    def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of the text tower, (A, D) and (A, T, D), or those that are stored."""
+    def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        sentence, words = self._text_outputs(token_ids, word_mask)
+        return unit(sentence), unit(words)
+
+    def _text_outputs(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors of the text tower, (A, D) and (A, T, D), or those that are stored already."""
         if token_ids.is_floating_point():
             return token_ids[:, 0], token_ids[:, 1:]
         count = len(token_ids)
         if self.has_frozen_towers:
             token_ids, word_mask = in_whole_tiles(token_ids), in_whole_tiles(word_mask)
         sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
-        return unit(sentence[:count]), unit(words[:count])
+        return sentence[:count], words[:count]
 
     def _margins(
         self, sentence: Tensor, words: Tensor, word_mask: Tensor, frames: Tensor, frame_mask: Tensor

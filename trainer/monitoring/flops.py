@@ -32,7 +32,8 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
     """Counts the operations of forward and backward for one pair of a global batch.
 
     They are those of both towers for a caption and its frames, and the pair's share of the
-    similarities of its loss. Recomputation, which saves memory, is not counted. The text tower runs
+    similarities of its loss. Towers whose stored outputs are read (`data.features`) do not count.
+    Recomputation, which saves memory, is not counted. The text tower runs
     once; the image tower runs on fake tensors.
 
     Args:
@@ -50,7 +51,8 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
     others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
     rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
     similarity = 3 * 2 * others * rows * data.num_frames * sentence.shape[-1]
-    return text + data.num_frames * frame + similarity
+    towers = text + data.num_frames * frame if data.features is None else 0.0
+    return towers + similarity
 
 
 def peak_flops(metrics: MetricsConfig, train: TrainConfig, on: torch.device) -> float | None:
