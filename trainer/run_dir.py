@@ -36,8 +36,9 @@ CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
 # Files by which a tokeniser is recognised, and the one that gives the shape of a model.
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
 MODEL_FILES = ("config.json",)
+POOLING_FILES, PIXEL_FILES = ("1_Pooling/config.json",), ("preprocessor_config.json",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,13 @@ def _model_contents(config: Config) -> dict[str, str]:
     model, found = config.model, {}
     for setting, folder, names in (
         ("model.pretrained", model.pretrained, MODEL_FILES),
-        ("model.tokenizer", model.tokenizer or model.pretrained, VOCABULARY_FILES),
+        ("model.text_tower", model.text_tower, (*MODEL_FILES, *POOLING_FILES)),
+        ("model.vision_tower", model.vision_tower, (*MODEL_FILES, *PIXEL_FILES)),
+        (
+            "model.tokenizer",
+            model.tokenizer or model.text_tower or model.pretrained,
+            VOCABULARY_FILES,
+        ),
     ):
         files = [] if folder is None else [Path(folder) / name for name in names]
         content = [(path.name, path.read_bytes()) for path in files if path.is_file()]

@@ -113,7 +113,7 @@ GROUPS = (
     _group(
         "place",
         "model",
-        "pretrained tokenizer",
+        "pretrained text_tower vision_tower tokenizer",
         "the same folder may lie at another place: its configuration and vocabulary are compared",
     ),
     _group(

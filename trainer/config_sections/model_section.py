@@ -16,7 +16,13 @@ from tvr.trainer.config_sections.field_types import STRICT, NotNegative, Positiv
 Freeze = NotNegative | Literal["text", "image", "both"]
 TowerPart = Literal["text_tower", "image_tower"]
 HeadPart = Literal[
-    "sequence_header", "text_weight", "frame_weight", "word_predictor", "frame_predictor"
+    "text_projection",
+    "visual_projection",
+    "sequence_header",
+    "text_weight",
+    "frame_weight",
+    "word_predictor",
+    "frame_predictor",
 ]
 InitPart = TowerPart | HeadPart | Literal["towers", "heads"]
 
@@ -24,7 +30,7 @@ InitPart = TowerPart | HeadPart | Literal["towers", "heads"]
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TowersConfig:
     """Shape of CLIP towers that are trained from scratch; ignored with
-    `model.pretrained`."""
+    `model.pretrained`. With `model.text_tower` only `embed_width` counts."""
 
     width: Positive = 128
     """Hidden width of both towers."""
@@ -45,10 +51,19 @@ class ModelConfig:
     """The two towers and the heads on top."""
 
     pretrained: str | None = None
-    """Local folder with a pretrained CLIP or SigLIP in Hugging Face format.
-    None: towers from scratch, as `towers` describes them."""
+    """Local folder with a pretrained CLIP, SigLIP, PE-Core or
+    VisionTextDualEncoderModel. None: `text_tower` and `vision_tower`, or
+    towers from scratch, as `towers` describes them."""
+    text_tower: str | None = None
+    """Local folder with a text encoder in Hugging Face format, such as a
+    BERT or a model of sentence-transformers, instead of `pretrained`. Needs
+    `vision_tower`. Both get a new projection to `towers.embed_width`."""
+    vision_tower: str | None = None
+    """Local folder with a vision encoder in Hugging Face format, such as a
+    ViT, PVT, Swin or DINOv2, with its preprocessor_config.json."""
     tokenizer: str | None = None
-    """Local folder with the tokeniser. None: the one in `pretrained`."""
+    """Local folder with the tokeniser. None: the one in `pretrained`, or in
+    `text_tower`."""
     init_from: str | None = None
     """Run, or folder of `tvr export`, from whose weights a new run starts;
     its optimiser is not taken. RUN is the newest checkpoint of a run,
@@ -85,5 +100,15 @@ class ModelConfig:
     """Linear layers in the token-weight networks of wti and att_wti."""
 
     def __post_init__(self) -> None:
+        if (self.text_tower is None) != (self.vision_tower is None):
+            raise ValueError(
+                f"model.text_tower={self.text_tower!r} and model.vision_tower="
+                f"{self.vision_tower!r} must be given together"
+            )
+        if self.text_tower is not None and self.pretrained is not None:
+            raise ValueError(
+                f"model.pretrained={self.pretrained!r} cannot be given beside model.text_tower="
+                f"{self.text_tower!r} and model.vision_tower: each names both towers"
+            )
         if self.init_parts and self.init_from is None:
             raise ValueError(f"model.init_parts={self.init_parts} needs model.init_from")

@@ -1,6 +1,7 @@
 """Exports a run's model as a Hugging Face folder (`tvr export`), and loads such a folder.
 
-    config.json, model.safetensors       both towers, for CLIPModel or SiglipModel
+    config.json, model.safetensors       both towers, for CLIPModel, SiglipModel or
+                                         VisionTextDualEncoderModel
     tokenizer*, processor_config.json    for AutoTokenizer and AutoProcessor
     heads.safetensors                    all other weights: header, weight layers, predictors
     tvr.json                             the run's settings
@@ -27,16 +28,16 @@ from tvr.trainer.config import Config, LossConfig, from_json, to_json
 from tvr.trainer.data import training_sets
 from tvr.trainer.evaluation.results import stored_results
 from tvr.trainer.evaluation.saved_run import load_run
-from tvr.trainer.model.model import TextVideoModel, build_model
+from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.parameter_groups import merge_adapters
+from tvr.trainer.model.siglip_family import SIGLIP
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.model.towers import SIGLIP
 from tvr.trainer.records import results_table
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.versions.versions import clip_image_processor, siglip_processor_crops
 
 HEADS, SETTINGS, CARD = "heads.safetensors", "tvr.json", "README.md"
-TOWER_PREFIXES = ("text_tower.", "image_tower.")
+TOWER_PREFIXES = ("text_tower.", "image_tower.", "text_projection.", "visual_projection.")
 
 
 def export_run(run_dir: Path, out: Path, choice: CheckpointChoice = "newest") -> int:
@@ -67,7 +68,7 @@ def export_run(run_dir: Path, out: Path, choice: CheckpointChoice = "newest") ->
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_towers(model, config.loss, partial)
-    _write_processor(model, tokenizer, partial)
+    _write_processor(model, tokenizer, image_size(config.model), partial)
     save_file(_heads(model), partial / HEADS)
     (partial / SETTINGS).write_text(to_json(config))
     (partial / CARD).write_text(_card(model, config, step, _results(run_dir, step), out.name))
@@ -109,7 +110,15 @@ def exported_config(folder: Path) -> Config:
         raise ValueError(f"{folder} was not written by tvr export: it has no {SETTINGS}")
     config = from_json(path.read_text(), where=str(path))
     # The towers, and the side of their frames, are those of the folder.
-    own = replace(config.model, pretrained=str(folder), tokenizer=None, freeze=0, lora_rank=0)
+    own = replace(
+        config.model,
+        pretrained=str(folder),
+        text_tower=None,
+        vision_tower=None,
+        tokenizer=None,
+        freeze=0,
+        lora_rank=0,
+    )
     return replace(config, model=own)
 
 
@@ -124,19 +133,12 @@ def _heads(model: TextVideoModel) -> dict[str, Tensor]:
 
 def _write_towers(model: TextVideoModel, loss: LossConfig, folder: Path) -> None:
     """Writes both towers as one model of their family."""
-    family, text, image = model.family, model.text_tower, model.image_tower
-    settings = {"text_config": text.config.to_dict(), "vision_config": image.config.to_dict()}
     scale = torch.tensor(-math.log(loss.temperature))
-    weights = family.joined(text.state_dict(), image.state_dict(), scale)
-    with torch.device("meta"):
-        whole = family.whole(family.whole.config_class(**settings, **family.joint_settings(text)))
-    whole.load_state_dict(weights, assign=True)
-    whole.save_pretrained(folder)
+    model.family.joined(model.towers, scale).save_pretrained(folder)
 
 
-def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_processor(model: TextVideoModel, tokenizer: Tokenizer, side: int, folder: Path) -> None:
     """Writes tokeniser and image processor."""
-    side = model.image_tower.config.image_size
     # Both families get the preprocessing of training: scale the short side, then crop.
     images = clip_image_processor()(
         size={"shortest_edge": side},
@@ -168,12 +170,19 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         config=config,
         settings=to_json(config),
         train=[_name(each.url) for each in training_sets(config.data)],
-        start=None if config.model.pretrained is None else _name(config.model.pretrained),
+        start=[
+            _name(each)
+            for each in (
+                config.model.pretrained,
+                config.model.text_tower,
+                config.model.vision_tower,
+            )
+            if each is not None
+        ],
         init_from=None if config.model.init_from is None else _name(config.model.init_from),
         init_parts=config.model.init_parts,
         whole=model.family.whole.__name__,
-        # Families trained without an attention mask are called without one.
-        text_inputs='input_ids=texts["input_ids"]' if model.family.fills_all_slots else "**texts",
+        text_inputs=model.family.text_inputs,
     )
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from tvr.trainer.evaluation.saved_run import ALONE, load_run
 from tvr.trainer.loss.gradient_cache import concat_features
 from tvr.trainer.model.model import Features, TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
-from tvr.trainer.model.towers import family_of
+from tvr.trainer.model.tower_folders import default_words
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.run_files import CONFIG
 
@@ -286,12 +286,10 @@ def _plain(
         raise ValueError(f"{folder}: no such folder of a run, an export, a CLIP or a SigLIP")
     if interaction is not None:
         _check_interaction(folder, interaction, has_weights=False)
-    family = family_of(str(folder))
-    text = family.text.config_class.from_pretrained(folder, local_files_only=True)
     data = DataConfig(
         train="",  # nothing is trained: here and below, a run's required settings have no effect
         num_frames=DEFAULT_FRAMES,
-        max_words=cast(int, text.max_position_embeddings),
+        max_words=default_words(str(folder)),
     )
     settings = ModelConfig(
         pretrained=str(folder),
@@ -321,7 +319,7 @@ def _resized(
             f"num_frames={frames}: the sequence header has {max(77, config.data.num_frames)}"
             " positions"
         )
-    most = model.text_tower.config.max_position_embeddings
+    most = model.family.positions(model.text_tower.config)
     if words > most or (model.family.fills_all_slots and words < most) or words < 3:
         allowed = str(most) if model.family.fills_all_slots else f"from 3 to {most}"
         raise ValueError(f"max_words={words} must be {allowed}, the text tower's positions")

@@ -227,7 +227,8 @@ def _header(fields: IndexFields) -> FeatureHeader:
     for name, value in settings.items():
         if len(name) > 100 or not isinstance(value, (str, int, float, bool, type(None))):
             fields.refuse("settings", settings, "a JSON object of plain settings")
-    is_wide = "frame_width" in fields.names  # earlier releases did not write it
+    # Earlier releases did not write it: frames were as wide as words.
+    is_wide = "frame_width" in fields.names
     return FeatureHeader(
         model=fields.text("model", MAX_TEXT),
         fingerprint=fields.sha256("fingerprint"),
@@ -237,10 +238,7 @@ def _header(fields: IndexFields) -> FeatureHeader:
         num_words=fields.integer("num_words", 1, MAX_SIDE),
         width=fields.integer("width", 1, MAX_SIDE),
         has_logits=fields.boolean("has_logits"),
-        # Earlier releases wrote frames as wide as words.
-        frame_width=fields.integer("frame_width", 0, MAX_SIDE)
-        if "frame_width" in fields.names
-        else 0,
+        frame_width=fields.integer("frame_width", 0, MAX_SIDE) if is_wide else 0,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tvr.trainer.config import Config, ModelConfig, TrainConfig
+from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.engine.deepspeed_config import whole_gradient_bytes
 from tvr.trainer.model.model import (
     TextVideoModel,
@@ -129,19 +129,6 @@ def checkpoint_bytes(model: TextVideoModel, train: TrainConfig) -> int:
     # At stage 3 the partitioned float32 weights are the only copy that is saved.
     weights = 0 if train.zero_stage == 3 else _bytes_per_number(train) * whole
     return weights + FP32 * (ADAM_MOMENTS + _has_master(train)) * trained
-
-
-def embed_width(model: ModelConfig) -> int:
-    """Length of a feature vector; of a pretrained model it is read from its config.json.
-
-    Raises:
-        ValueError: The folder holds no CLIP or SigLIP.
-    """
-    if model.pretrained is None:
-        return model.towers.embed_width
-    from tvr.trainer.model.towers import pretrained_width
-
-    return pretrained_width(model.pretrained)
 
 
 def _bytes_per_number(train: TrainConfig) -> int:

@@ -12,10 +12,11 @@ from tvr.launchers.host_limits import host_memory
 from tvr.trainer.config import Config, TrainConfig, accumulation_steps
 from tvr.trainer.engine.staging import pinned_bytes
 from tvr.trainer.memory.environment import device, similarity_backend
-from tvr.trainer.memory.model_memory import ModelBytes, embed_width, model_bytes
+from tvr.trainer.memory.model_memory import ModelBytes, model_bytes
 from tvr.trainer.memory.similarity_memory import estimate_similarity
 from tvr.trainer.memory.similarity_sizes import SimilaritySizes, with_exchange
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.model.tower_folders import embed_width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ENCODER_TILE = 16
 """Rows that a frozen tower encodes at once, or a multiple of them."""
@@ -45,3 +45,8 @@ def in_whole_tiles(x: Tensor) -> Tensor:
     """
     missing = -len(x) % ENCODER_TILE
     return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+
+
+def projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+    """Vectors of a tower, projected if it does not end with a projection of its own."""
+    return vectors if projection is None else projection(vectors.to(projection.weight.dtype))

@@ -19,16 +19,13 @@ from tvr.kernels.numerics import unit
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
 from tvr.kernels.weight_layers import SequenceHeader, TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
-from tvr.trainer.model.features import Features, in_whole_tiles
+from tvr.trainer.model.features import Features, in_whole_tiles, projected
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.model.towers import (
-    Towers,
-    check_tokenizer,
-    pretrained_image_size,
-    pretrained_towers,
-    random_towers,
-)
+from tvr.trainer.model.tower_folders import build_towers
+from tvr.trainer.model.tower_folders import image_size as image_size
+from tvr.trainer.model.tower_folders import tokenizer_folder as tokenizer_folder
+from tvr.trainer.model.towers import Towers, check_tokenizer
 
 
 class TextVideoModel(nn.Module):
@@ -55,7 +52,9 @@ class TextVideoModel(nn.Module):
         self.loss = loss
         self.family = towers.family
         self.text_tower, self.image_tower = towers.text, towers.image
-        width = towers.width
+        self.text_projection = towers.text_projection
+        self.visual_projection = towers.visual_projection
+        self.width = width = towers.width
         self.sequence_header = (
             SequenceHeader(
                 width,
@@ -76,6 +75,18 @@ class TextVideoModel(nn.Module):
             value = torch.tensor(getattr(self.family, name)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
+    @property
+    def towers(self) -> Towers:
+        """Both towers with their projections, if there are any."""
+        return Towers(
+            family=self.family,
+            text=self.text_tower,
+            image=self.image_tower,
+            width=self.width,
+            text_projection=self.text_projection,
+            visual_projection=self.visual_projection,
+        )
+
     def forward(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
     ) -> Features:
@@ -92,7 +103,7 @@ class TextVideoModel(nn.Module):
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
         frames = self._encode_frames(frames, frame_mask)
-        sentence, words = self._encode_text(token_ids, word_mask)
+        sentence, words = self.text_vectors(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
             sentence=sentence,
@@ -107,7 +118,7 @@ class TextVideoModel(nn.Module):
 
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
-        sentence, words = self._encode_text(token_ids, word_mask)
+        sentence, words = self.text_vectors(token_ids, word_mask)
         weigh = self.text_weight
         return Features(
             sentence=sentence,
@@ -154,11 +165,15 @@ class TextVideoModel(nn.Module):
         return vectors.float(), frame_mask, texts.float(), word_mask
 
     def train(self, mode: bool = True) -> TextVideoModel:
-        """Sets training or evaluation mode; frozen towers stay in evaluation mode.
+        """Sets training mode; batch norms of a tower keep the statistics that they came with.
 
-        Dropout and the running means of batch norms would make other outputs of them each time.
+        Statistics of a batch would depend on the number of ranks, and of the gradient cache. Frozen
+        towers stay in evaluation mode: dropout would make other outputs at each visit.
         """
         super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         if self.has_frozen_towers:
             self.text_tower.eval()
             self.image_tower.eval()
@@ -174,19 +189,25 @@ class TextVideoModel(nn.Module):
         count = len(pixels)
         if self.has_frozen_towers:
             pixels = in_whole_tiles(pixels)
-        per_frame = self.family.encode_frames(self.image_tower, pixels)[:count]
-        return per_frame.unflatten(0, frames.shape[:2])
+        vectors = self.family.encode_frames(self.image_tower, pixels)[:count]
+        return vectors.unflatten(0, frames.shape[:2])
+
+    def frame_vectors(self, frames: Tensor) -> Tensor:
+        """Unit vectors of frames, (C, F, D), before the sequence header."""
+        return unit(projected(self._frame_outputs(frames), self.visual_projection))
 
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        vectors = unit(self._frame_outputs(frames))
+        vectors = self.frame_vectors(frames)
         if self.sequence_header is None:
             return vectors
         vectors = self.sequence_header(vectors, frame_mask)
         return unit(vectors) if self.unit_after_header else vectors
 
-    def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of sentences (A, D) and words (A, T, D)."""
         sentence, words = self._text_outputs(token_ids, word_mask)
-        return unit(sentence), unit(words)
+        project = self.text_projection
+        return unit(projected(sentence, project)), unit(projected(words, project))
 
     def _text_outputs(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of the text tower, (A, D) and (A, T, D), or those that are stored already."""
@@ -253,10 +274,7 @@ def _build(
     weights: bool,
     initialise: Callable[[TextVideoModel], None] | None = None,
 ) -> TextVideoModel:
-    if model.pretrained is None:
-        towers = random_towers(model.towers, tokenizer)
-    else:
-        towers = pretrained_towers(model.pretrained, weights=weights)
+    towers = build_towers(model, tokenizer, weights=weights)
     check_tokenizer(towers, tokenizer)
     built = TextVideoModel(
         towers, model, loss, num_frames=num_frames, num_words=tokenizer.max_words
@@ -321,27 +339,6 @@ def checkpoint_activations(model: TextVideoModel) -> None:
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = recompute
-
-
-def tokenizer_folder(model: ModelConfig) -> str:
-    """Returns the local folder with the tokeniser.
-
-    Raises:
-        ValueError: neither `model.tokenizer` nor `model.pretrained` is set.
-    """
-    folder = model.tokenizer or model.pretrained
-    if folder is None:
-        raise ValueError(
-            "set model.tokenizer to a local folder, or model.pretrained to one with a tokeniser"
-        )
-    return folder
-
-
-def image_size(model: ModelConfig) -> int:
-    """Returns the side, in pixels, of the square frames that the image tower takes."""
-    if model.pretrained is None:
-        return model.towers.image_size
-    return pretrained_image_size(model.pretrained)
 
 
 def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tvr.trainer.config import Freeze, TrainConfig
+from tvr.trainer.model.tower_depth import depths
 
-# Projections that LoRA adapts, as in its paper; CLIP and SigLIP name them alike.
-LORA_TARGETS = ("q_proj", "v_proj")
-
-
-def depth(name: str, num_layers: int) -> int:
-    """Returns how far below a tower's top a parameter is.
-
-    0 is above the layers (norm, projection, pooling), 1 the top layer, num_layers the bottom layer,
-    and num_layers + 1 the embeddings.
-    """
-    if found := re.search(r"\bencoder\.layers\.(\d+)\.", name):
-        return num_layers - int(found[1])
-    # "pre_layrnorm" is CLIP's spelling of the norm between the embeddings and the layers.
-    return num_layers + 1 if re.search(r"\b(embeddings|pre_layrnorm)\.", name) else 0
+# Projections that LoRA adapts, as in its paper: queries and values, by the names that architectures
+# give them. A layer with one product for queries, keys and values is adapted as a whole.
+LORA_TARGETS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("qkv",),
+    ("Wqkv",),
+)
 
 
 def freeze(towers: dict[str, Any], what: Freeze) -> None:
@@ -33,25 +30,31 @@ def freeze(towers: dict[str, Any], what: Freeze) -> None:
         what: Number of bottom layers, or "text", "image" or "both".
 
     Raises:
-        ValueError: a tower has fewer layers.
+        ValueError: a tower has fewer layers, or none that are known.
     """
     for side, tower in towers.items():
-        layers = tower.config.num_hidden_layers
+        depth, layers = depths(tower)
+        if isinstance(what, int) and what and not layers:
+            raise ValueError(
+                f"model.freeze={what}: the {side} tower {type(tower).__name__} has no list of layers"
+                f" by a known name; freeze {side} or both, or nothing"
+            )
         if isinstance(what, int) and what > layers:
             raise ValueError(f"model.freeze={what}: the {side} tower has only {layers} layers")
         for name, parameter in tower.named_parameters():
             if isinstance(what, int):
-                frozen = what > 0 and depth(name, layers) > layers - what
+                frozen = what > 0 and depth[name] > layers - what
             else:
                 frozen = what in (side, "both")
-            parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.requires_grad_(False)
 
 
 def add_adapters(towers: dict[str, Any], rank: int) -> None:
     """Freezes the towers and adds LoRA to queries and values, with scale 2 and initial product 0.
 
     Raises:
-        ValueError: peft is not installed.
+        ValueError: peft is not installed, or a tower has no queries and values.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -59,9 +62,27 @@ def add_adapters(towers: dict[str, Any], rank: int) -> None:
         raise ValueError(
             f"model.lora_rank={rank} needs peft (pip install 'tvr[lora]'): {error}"
         ) from None
-    for tower in towers.values():
-        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS))
+    for side, tower in towers.items():
+        settings = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=_lora_targets(side, tower, rank)
+        )
         inject_adapter_in_model(settings, tower)
+
+
+def _lora_targets(side: str, tower: nn.Module, rank: int) -> list[str]:
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    for targets in LORA_TARGETS:
+        if linear.issuperset(targets):
+            return list(targets)
+    known = "; ".join(" and ".join(targets) for targets in LORA_TARGETS)
+    raise ValueError(
+        f"model.lora_rank={rank}: the {side} tower {type(tower).__name__} has no linear layers"
+        f" named {known}, which LoRA adapts; set model.lora_rank to 0, and model.freeze"
+    )
 
 
 def merge_adapters(tower: nn.Module) -> None:
@@ -104,15 +125,18 @@ def parameter_groups(model: Any, train: TrainConfig) -> list[dict[str, Any]]:
         ValueError: every parameter is frozen.
     """
     exempt = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    towers = {"text_tower.": model.text_tower, "image_tower.": model.image_tower}
+    towers: Mapping[str, Any] = {
+        "text_tower.": depths(model.text_tower)[0],
+        "image_tower.": depths(model.image_tower)[0],
+    }
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         owner, peak = "head", train.learning_rate
-        for prefix, tower in towers.items():
+        for prefix, depth in towers.items():
             if name.startswith(prefix):
-                below = depth(name, tower.config.num_hidden_layers)
+                below = depth[name.removeprefix(prefix)]
                 owner, peak = "encoder", train.encoder_learning_rate * train.layer_decay**below
         # CLIP's class vector is one-dimensional like a bias; CLIP does not decay it either.
         decays = parameter.ndim > 1 and parameter not in exempt

@@ -1,4 +1,9 @@
-"""Tokenisers: CLIP's byte-pair encoding with its own vocabulary or one learned from captions."""
+"""Tokenisers of Hugging Face folders, and CLIP's own or one learned from captions by its rules.
+
+A caption's first and last token are those that the tokeniser adds, such as CLIP's start and end,
+BERT's [CLS] and [SEP], or only an end. Token types are left out: a caption is one segment, and
+encoders take all tokens as of the first one. Captions are padded at the end.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +36,8 @@ CLIP_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # The file's first line is a title, the next 48,894 lines are CLIP's merges, the rest is unused.
 CLIP_MERGES = slice(1, 48_895)
 CLIP_MAX_WORDS = 77
+# One of these lets transformers find the tokeniser's class; vocab.txt is BERT's.
+AUTO_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int:
-        return self.backend.get_vocab()[str(self.backend.eos_token)]
+        """Id of the token that ends a caption: BERT's is [SEP]."""
+        return self.backend.get_vocab()[str(self.backend.eos_token or self.backend.sep_token)]
 
 
 def _on_content(caption: Caption, offsets: Sequence[tuple[int, int]]) -> list[bool]:
@@ -122,7 +130,7 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
     if max_words < 3:
         raise ValueError(f"max_words={max_words} must be at least 3: start, one token, end")
     folder = Path(folder)
-    if (folder / "tokenizer_config.json").is_file():
+    if any((folder / name).is_file() for name in AUTO_FILES):
         try:
             backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except ImportError as error:
@@ -134,12 +142,17 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
         backend = clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
     else:
         raise ValueError(
-            f"tokenizer folder {folder} holds neither tokenizer_config.json nor vocab.json and "
+            f"tokenizer folder {folder} holds neither {', '.join(AUTO_FILES)} nor vocab.json and "
             "merges.txt; give a Hugging Face tokenizer's local folder"
         )
-    for role in ("eos_token", "pad_token"):
-        if getattr(backend, role) is None:
+    for role, found in (
+        ("eos_token", backend.eos_token or backend.sep_token),
+        ("pad_token", backend.pad_token),
+    ):
+        if found is None:
             raise ValueError(f"the tokenizer in {folder} has no {role}; the model needs one")
+    # Gemma's pads at the start by default; the masks of the model allow both, CLIP's end does not.
+    backend.padding_side = backend.truncation_side = "right"
     if content_words and not backend.is_fast:
         raise ValueError(
             f"the tokenizer in {folder} cannot map tokens to characters, which "

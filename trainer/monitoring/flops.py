@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.trainer.config import Config, MetricsConfig, TrainConfig
 from tvr.trainer.memory.environment import device
+from tvr.trainer.model.features import ENCODER_TILE
 from tvr.trainer.model.model import TextVideoModel, image_size
 
 # Peak FLOP/s of dense products, from the vendor's data sheets. The first key that is part of the
@@ -33,26 +34,26 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
 
     They are those of both towers for a caption and its frames, and the pair's share of the
     similarities of its loss. Towers whose stored outputs are read (`data.features`) do not count.
-    Recomputation, which saves memory, is not counted. The text tower runs
-    once; the image tower runs on fake tensors.
+    Recomputation, which saves memory, is not counted. The text tower runs once; the image tower
+    runs on fake tensors.
 
     Args:
         model: The model on the CPU, before ZeRO partitions it.
     """
     data, train = config.data, config.train
-    ids = torch.ones(1, data.max_words, dtype=torch.int64)
+    # Frozen towers encode as many rows, or a multiple.
+    ids = torch.ones(ENCODER_TILE, data.max_words, dtype=torch.int64)
     side = image_size(config.model)
-    encode_text, encode_frames = model.family.encode_text, model.family.encode_frames
     with torch.random.fork_rng(devices=[]):
-        text, (sentence, _) = _counted(model, lambda: encode_text(model.text_tower, ids, ids))
+        text, (sentence, _) = _counted(model, lambda: model.text_vectors(ids, ids))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            pixels = torch.zeros(1, 3, side, side)
-            frame, _ = _counted(model, lambda: [encode_frames(model.image_tower, pixels)])
+            frames = torch.zeros(1, ENCODER_TILE, 3, side, side, dtype=torch.uint8)
+            frame, _ = _counted(model, lambda: [model.frame_vectors(frames)])
     others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
     rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
     similarity = 3 * 2 * others * rows * data.num_frames * sentence.shape[-1]
-    towers = text + data.num_frames * frame if data.features is None else 0.0
-    return towers + similarity
+    towers = (text + data.num_frames * frame) / ENCODER_TILE
+    return similarity + (towers if data.features is None else 0.0)
 
 
 def peak_flops(metrics: MetricsConfig, train: TrainConfig, on: torch.device) -> float | None:
