@@ -15,6 +15,7 @@ from tvr.trainer.config import Config, DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.fencing import begin_attempt
+from tvr.trainer.model.features import stored_inputs
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
@@ -56,7 +57,7 @@ def _encoded(batches: Iterator[Batch], model: TextVideoModel) -> Iterator[Batch]
     device = next(model.parameters()).device
     for batch in batches:
         with torch.no_grad():
-            frames, _, texts, _ = model.stored_inputs(*model_inputs(batch, device))
+            frames, _, texts, _ = stored_inputs(model, *model_inputs(batch, device))
         yield replace(batch, frames=frames.cpu(), token_ids=texts.cpu())
 
 

@@ -79,6 +79,8 @@ def evaluate(
     """
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
+    if stored is not None and options.paragraphs:
+        raise ValueError("--paragraphs joins captions, whose features are stored one by one")
     own = _encode_set(
         encode, config.data.test, config, tokenizer, world, options.paragraphs, report, stored
     )

@@ -19,8 +19,10 @@ from tvr.trainer.features.feature_set import MANIFEST, DataSource, FeatureHeader
 from tvr.trainer.frozen.encoding import Report, encode_blocks
 from tvr.trainer.frozen.identity import packed_source, towers_header
 from tvr.trainer.frozen.set_outputs import SetOutputs
+from tvr.trainer.model.features import imported_settings
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.model.tower_folders import has_imported
 
 __all__ = ["Report", "check_settings", "data_urls", "features_line", "open_or_make"]
 
@@ -33,8 +35,16 @@ def check_settings(config: Config) -> None:
     """
     data, model = config.data, config.model
     if data.features is None:
+        if has_imported(model):
+            raise ValueError(
+                f"model.pretrained={model.pretrained} holds imported features and no towers: set"
+                " data.features to the same folder"
+            )
         return
     where = f"data.features={data.features}"
+    imported = has_imported(model)
+    if imported:
+        _check_imported(config)
     for setting, value, allowed in (
         ("model.freeze", model.freeze, "both"),
         ("model.lora_rank", model.lora_rank, 0),
@@ -42,7 +52,7 @@ def check_settings(config: Config) -> None:
         ("data.crop_scale", data.crop_scale, 1.0),
         ("data.word_drop", data.word_drop, False),
     ):
-        if value != allowed:
+        if value != allowed and not (imported and setting == "model.freeze"):
             raise ValueError(
                 f"{where} needs {setting}={allowed}, and it is {value}: the outputs of the towers"
                 " would differ from visit to visit; set it, or leave data.features out"
@@ -54,6 +64,22 @@ def check_settings(config: Config) -> None:
         )
     if "://" in data.features:
         raise ValueError(f"{where} must be a local folder that all ranks see: it is read by row")
+
+
+def _check_imported(config: Config) -> None:
+    data, folder = config.data, str(config.model.pretrained)
+    if data.features is None or Path(data.features).resolve() != Path(folder).resolve():
+        raise ValueError(
+            f"model.pretrained={folder} holds imported features: data.features must be the same"
+            f" folder, and it is {data.features}"
+        )
+    found = imported_settings(folder)
+    for setting, value in (("num_frames", data.num_frames), ("max_words", data.max_words)):
+        if found[setting] != value:
+            raise ValueError(
+                f"data.{setting} must be {found[setting]}, as in the imported features of {folder},"
+                f" and it is {value}"
+            )
 
 
 def features_line(config: Config) -> str:
@@ -101,7 +127,14 @@ def open_or_make(
         return None
     check_settings(config)
     folder = Path(config.data.features)
-    header = world.run_on_first(lambda: towers_header(config, model, tokenizer), patient=True)
+    imported = has_imported(config.model)
+
+    def describe() -> FeatureHeader:
+        if imported:
+            return FeatureSet.open(folder, towers=True).info
+        return towers_header(config, model, tokenizer)
+
+    header = world.run_on_first(describe, patient=True)
     sources = {url: packed_source(url, config.data.shard_cache) for url in data_urls(config.data)}
 
     def missing() -> list[str]:
@@ -109,6 +142,11 @@ def open_or_make(
         return [url for url, source in sources.items() if source.name not in there]
 
     for url in world.run_on_first(missing):
+        if imported:
+            raise ValueError(
+                f"{folder} holds no features of {url} as it is now; add them by"
+                f" `tvr import-features --data {url} --out {folder}`"
+            )
         encode_blocks(folder, header, url, sources[url], config, model, tokenizer, world, report)
     features = world.run_on_all(lambda: FeatureSet.open(folder, towers=True), Exception)
     world.run_on_all(lambda: _verify(features, sources.values(), world), ShardCorrupt)

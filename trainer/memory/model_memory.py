@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.engine.deepspeed_config import whole_gradient_bytes
+from tvr.trainer.model.features import stored_inputs
 from tvr.trainer.model.model import (
     TextVideoModel,
     build_meta_model,
@@ -112,7 +113,7 @@ def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
             torch.ones(pairs, words, dtype=torch.int64),
         )
     if config.data.features is not None:
-        inputs = model.stored_inputs(*inputs)
+        inputs = stored_inputs(model, *inputs)
     with AllocationTracker([*model.parameters(), *inputs]) as tracker:
         features = model(*inputs)
         forward = tracker.peak

@@ -156,36 +156,13 @@ class TextVideoModel(nn.Module):
         """
         return self._frame_outputs(frames), *self._text_outputs(token_ids, word_mask)
 
-    def stored_inputs(
-        self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Arguments of `forward` with outputs of the towers in place of frames and token ids."""
-        vectors, sentence, words = self.tower_outputs(frames, token_ids, word_mask)
-        texts = torch.cat([sentence[:, None], words], dim=1)
-        return vectors.float(), frame_mask, texts.float(), word_mask
-
-    def train(self, mode: bool = True) -> TextVideoModel:
-        """Sets training mode; batch norms of a tower keep the statistics that they came with.
-
-        Statistics of a batch would depend on the number of ranks, and of the gradient cache. Frozen
-        towers stay in evaluation mode: dropout would make other outputs at each visit.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        if self.has_frozen_towers:
-            self.text_tower.eval()
-            self.image_tower.eval()
-        return self
-
     def _frame_outputs(self, frames: Tensor) -> Tensor:
         """Vectors of the image tower, (C, F, D), or those that are stored already."""
         if frames.is_floating_point():
             return frames
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
-        pixels = pixels.to(next(self.image_tower.parameters()).dtype)
+        pixels = pixels.to(next(self.image_tower.parameters(), pixels).dtype)
         count = len(pixels)
         if self.has_frozen_towers:
             pixels = in_whole_tiles(pixels)

@@ -41,19 +41,20 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
         model: The model on the CPU, before ZeRO partitions it.
     """
     data, train = config.data, config.train
+    others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
+    rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
+    similarity = 3 * 2 * others * rows * data.num_frames * model.width
+    if data.features is not None:
+        return similarity
     # Frozen towers encode as many rows, or a multiple.
     ids = torch.ones(ENCODER_TILE, data.max_words, dtype=torch.int64)
     side = image_size(config.model)
     with torch.random.fork_rng(devices=[]):
-        text, (sentence, _) = _counted(model, lambda: model.text_vectors(ids, ids))
+        text, _ = _counted(model, lambda: model.text_vectors(ids, ids))
         with FakeTensorMode(allow_non_fake_inputs=True):
             frames = torch.zeros(1, ENCODER_TILE, 3, side, side, dtype=torch.uint8)
             frame, _ = _counted(model, lambda: [model.frame_vectors(frames)])
-    others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
-    rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
-    similarity = 3 * 2 * others * rows * data.num_frames * sentence.shape[-1]
-    towers = (text + data.num_frames * frame) / ENCODER_TILE
-    return similarity + (towers if data.features is None else 0.0)
+    return (text + data.num_frames * frame) / ENCODER_TILE + similarity
 
 
 def peak_flops(metrics: MetricsConfig, train: TrainConfig, on: torch.device) -> float | None:
