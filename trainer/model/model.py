@@ -156,6 +156,21 @@ class TextVideoModel(nn.Module):
         """
         return self._frame_outputs(frames), *self._text_outputs(token_ids, word_mask)
 
+    def train(self, mode: bool = True) -> TextVideoModel:
+        """Sets training mode; batch norms of a tower keep the statistics that they came with.
+
+        Statistics of a batch would depend on the number of ranks, and of the gradient cache. Frozen
+        towers stay in evaluation mode: dropout would make other outputs at each visit.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        if self.has_frozen_towers:
+            self.text_tower.eval()
+            self.image_tower.eval()
+        return self
+
     def _frame_outputs(self, frames: Tensor) -> Tensor:
         """Vectors of the image tower, (C, F, D), or those that are stored already."""
         if frames.is_floating_point():
