@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # Files by which a tokeniser is recognised, and the one that gives the shape of a model.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
-MODEL_FILES = ("config.json",)
+MODEL_FILES = ("config.json", "open_clip_config.json")
 POOLING_FILES, PIXEL_FILES = ("1_Pooling/config.json",), ("preprocessor_config.json",)
 
 

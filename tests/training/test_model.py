@@ -15,6 +15,7 @@ from transformers import CLIPModel
 
 from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
 from tvr.trainer.loss.objective import similarity_rows
+from tvr.trainer.model.clip_family import CLIP, joined_clip
 from tvr.trainer.model.model import (
     Features,
     TextVideoModel,
@@ -24,7 +25,6 @@ from tvr.trainer.model.model import (
 )
 from tvr.trainer.model.parameter_groups import parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer, train_tokenizer
-from tvr.trainer.model.towers import CLIP, Towers
 
 WIDTH = 16
 CAPTIONS = [
@@ -356,13 +356,7 @@ def test_towers_of_two_widths_are_refused(tokenizer: Tokenizer) -> None:
         for width in (16, 8)
     )
     with pytest.raises(ValueError, match="text tower projects to width 16, the image tower to 8"):
-        TextVideoModel(
-            Towers(family=CLIP, text=one.text_tower, image=other.image_tower),
-            ModelConfig(),
-            LossConfig(),
-            num_frames=2,
-            num_words=MAX_WORDS,
-        )
+        joined_clip(one.text_tower, other.image_tower)
 
 
 def test_a_clip_folder_saved_in_half_precision_is_trained_in_fp32(

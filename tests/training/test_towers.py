@@ -11,20 +11,33 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_files import plain_captions
-from builders.pretrained import save_siglip
-from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, SiglipModel
+from builders.pretrained import save_siglip, save_siglip2
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipModel,
+)
 
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
+from tvr.data_prep.records import Caption, Word, WordKind
 from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
+from tvr.trainer.model.clip_family import joined_clip
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
-from tvr.trainer.model.parameter_groups import depth, merge_adapters, parameter_groups
+from tvr.trainer.model.parameter_groups import merge_adapters, parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from tvr.trainer.model.towers import CLIP, Towers, check_tokenizer, pretrained_width
+from tvr.trainer.model.tower_depth import depths
+from tvr.trainer.model.tower_folders import embed_width
+from tvr.trainer.model.towers import check_tokenizer
 
 MAX_WORDS = 16
 CAPTIONS = [
@@ -74,7 +87,7 @@ def test_a_siglip_folder_gives_the_features_of_siglip(siglip: tuple[Path, Siglip
     folder, theirs = siglip
     config = ModelConfig(pretrained=str(folder))
     assert image_size(config) == 24
-    assert pretrained_width(str(folder)) == 32
+    assert embed_width(config) == 32
     words = load_tokenizer(folder, MAX_WORDS)
     token_ids, word_mask = words(plain_captions(*CAPTIONS))
     frames, frame_mask = pictures(24)
@@ -101,6 +114,45 @@ def test_a_siglip_needs_captions_of_all_its_positions(siglip: tuple[Path, Siglip
     short = load_tokenizer(folder, MAX_WORDS - 1)
     with pytest.raises(ValueError, match=r"data\.max_words=15 must be 16: siglip takes"):
         built(short, pretrained=str(folder))
+
+
+def test_siglip2_reads_captions_in_lower_case(tmp_path: Path) -> None:
+    theirs = save_siglip2(tmp_path / "own", CAPTIONS, max_words=64, image_size=24)
+    words = load_tokenizer(tmp_path / "own", 64)
+    mixed, lower = (
+        words(plain_captions(text)) for text in ("A RED Circle moves", "a red circle moves")
+    )
+    assert torch.equal(mixed[0], lower[0])
+    assert mixed[0].shape == (1, 64)  # all 64 slots are filled, padding at the end
+    assert mixed[0][0, :2].tolist() == [words.backend.get_vocab()[piece] for piece in "a\u2581"]
+    assert mixed[0][0, 17:20].tolist() == [words.backend.get_vocab()["s"], 1, 0]
+    assert mixed[1].sum() == 19
+    # The folder alone does not lower them, and a tokeniser that was saved again still does.
+    again = tmp_path / "again"
+    words.backend.save_pretrained(again)
+    assert torch.equal(load_tokenizer(again, 64)(plain_captions("A RED Circle moves"))[0], lower[0])
+    assert "Lowercase" not in (tmp_path / "own" / "tokenizer.json").read_text()
+    assert torch.equal(
+        torch.tensor(AutoTokenizer.from_pretrained(again)("A RED Circle moves").input_ids),
+        lower[0][0, :19],
+    )
+    # Offsets count the characters of the original caption.
+    marked = load_tokenizer(tmp_path / "own", 64, content_words=True)
+    caption = Caption(text="A RED", words=(Word(2, 5, WordKind.CONTENT),))
+    assert marked([caption])[1][0, :7].tolist() == [1, 1, 2, 2, 2, 1, 0]
+    model = build_model(
+        ModelConfig(pretrained=str(tmp_path / "own")), LossConfig(), words, num_frames=2
+    ).eval()
+    with torch.no_grad():
+        text: Any = theirs.get_text_features(input_ids=lower[0])
+        found = model.encode_texts(*mixed)
+    assert torch.allclose(found.sentence, unit(pooled(text)), atol=1e-5)
+
+
+def test_the_patch_form_of_siglip2_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(ValueError, match=r"NaFlex form.*siglip2-base-patch16-224"):
+        built(tokenizer, pretrained=str(tmp_path))
 
 
 def test_content_words_are_refused_with_siglip(siglip: tuple[Path, SiglipModel]) -> None:
@@ -131,7 +183,7 @@ def test_towers_from_scratch_need_a_start_token(
 
 def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
-    with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip"):
+    with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip, vision"):
         built(tokenizer, pretrained=str(tmp_path))
 
 
@@ -181,11 +233,13 @@ def test_folders_of_the_published_base_shapes(
 def test_the_published_large_shape() -> None:
     text, vision = published(14, large=True, eos=49407)
     with torch.device("meta"):  # shapes without values
-        towers = Towers(family=CLIP, text=CLIP.text(text), image=CLIP.image(vision))
+        towers = joined_clip(
+            CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
+        )
         model = TextVideoModel(
             towers, ModelConfig(), LossConfig(), num_frames=12, num_words=MAX_WORDS
         )
-        frames = CLIP.encode_frames(towers.image, torch.zeros(4, 3, 224, 224))
+        frames = towers.family.encode_frames(towers.image, torch.zeros(4, 3, 224, 224))
         words = towers.text.text_projection(torch.zeros(2, MAX_WORDS, text.hidden_size))
     assert frames.shape == (4, 768)
     assert words.shape == (2, MAX_WORDS, 768)
@@ -216,7 +270,13 @@ def train_config(**changes: Any) -> TrainConfig:
     ],
 )
 def test_depth(name: str, expected: int) -> None:
-    assert depth(name, 3) == expected
+    class Named(nn.Module):
+        def named_parameters(self, *args: Any, **options: Any) -> Any:
+            layers = [f"encoder.layers.{index}.norm.weight" for index in range(3)]
+            return ((each, nn.Parameter()) for each in (name, *layers))
+
+    depth, layers = depths(Named())
+    assert (depth[name], layers) == (expected, 3)
 
 
 def test_rates_fall_towards_the_embeddings(tokenizer: Tokenizer) -> None:
@@ -349,5 +409,6 @@ def test_lora_without_peft_names_the_extra(
 
 def test_check_tokenizer_follows_the_family(tokenizer: Tokenizer) -> None:
     model = built(tokenizer)
-    towers = Towers(family=CLIP, text=model.text_tower, image=model.image_tower)
-    check_tokenizer(towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1))  # CLIP may have fewer
+    check_tokenizer(
+        model.towers, Tokenizer(tokenizer.backend, MAX_WORDS - 1)
+    )  # CLIP may have fewer

@@ -6,27 +6,29 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from tvr.trainer.config import TrainConfig
 from tvr.trainer.errors import TrainingFailed
 from tvr.trainer.model.model import TextVideoModel, checkpoint_activations
+from tvr.trainer.model.tower_depth import tower_layers
 
 # Environment variable with torch.compile's cache folder.
 COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def wrap_tower_layers(model: TextVideoModel, train: TrainConfig) -> None:
-    """Applies activation checkpointing and torch.compile to the towers' layers, in place."""
+    """Applies activation checkpointing and torch.compile to the towers' layers, in place.
+
+    Raises:
+        ValueError: the layers of a tower are not known.
+    """
     if train.activation_checkpointing:
         checkpoint_activations(model)
     for tower in (model.text_tower, model.image_tower):
         if train.compile:
-            for layer in tower.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    # In place, so that parameter names stay. fullgraph raises where torch would
-                    # otherwise run part of a layer uncompiled without a word.
-                    layer.compile(fullgraph=True)
+            for layer in tower_layers(tower):
+                # In place, so that parameter names stay. fullgraph raises where torch would
+                # otherwise run part of a layer uncompiled without a word.
+                layer.compile(fullgraph=True)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Exports a run's model as a Hugging Face folder (`tvr export`), and loads such a folder.
 
     config.json, model.safetensors       both towers, for CLIPModel, SiglipModel or
-                                         VisionTextDualEncoderModel
+                                         VisionTextDualEncoderModel (for PE-Core
+                                         open_clip_config.json, open_clip_model.safetensors)
     tokenizer*, processor_config.json    for AutoTokenizer and AutoProcessor
     heads.safetensors                    all other weights: header, weight layers, predictors
     tvr.json                             the run's settings
@@ -30,6 +31,7 @@ from tvr.trainer.evaluation.results import stored_results
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.parameter_groups import merge_adapters
+from tvr.trainer.model.pe_core_family import PE_CORE
 from tvr.trainer.model.siglip_family import SIGLIP
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.model.tower_folders import has_imported
@@ -184,8 +186,9 @@ def _card(model: TextVideoModel, config: Config, step: int, results: str | None,
         ],
         init_from=None if config.model.init_from is None else _name(config.model.init_from),
         init_parts=config.model.init_parts,
-        whole=model.family.whole.__name__,
-        text_inputs=model.family.text_inputs,
+        whole=None if model.family.name == PE_CORE else model.family.whole.__name__,
+        text_code=model.family.text_code,
+        image_code=model.family.image_code,
     )
 
 

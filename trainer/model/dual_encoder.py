@@ -42,6 +42,24 @@ from tvr.trainer.model.towers import TowerFamily, Towers, load_tower
 DUAL_ENCODER = "vision-text-dual-encoder"
 TEXT, VISION, PRETRAINED = "model.text_tower", "model.vision_tower", "model.pretrained"
 
+# What `encode_text` and `encode_frames` do, for the model card.
+TEXT_CODE: dict[Pooling, str] = {
+    "pooler": "model.text_projection(model.text_model(**texts).pooler_output)",
+    "class": "model.text_projection(model.text_model(**texts).last_hidden_state[:, 0])",
+    "mean": (
+        'texts["attention_mask"][..., None]\n'
+        "words = model.text_model(**texts).last_hidden_state\n"
+        "sentences = model.text_projection((words * sentences).sum(1) / sentences.sum(1))"
+    ),
+}
+IMAGE_CODE: dict[Pooling, str] = {
+    "pooler": "model.visual_projection(model.vision_model(**pixels).pooler_output.flatten(1))",
+    "class": "model.visual_projection(model.vision_model(**pixels).last_hidden_state[:, 0])",
+    "mean": (
+        "model.visual_projection(model.vision_model(**pixels).last_hidden_state.flatten(2).mean(2))"
+    ),
+}
+
 
 def pair_towers(text_folder: str, vision_folder: str, width: int, *, weights: bool) -> Towers:
     """Loads two single encoders and makes their projections; these follow torch's global seed.
@@ -223,6 +241,8 @@ def _towers(
         encode_frames=partial(encode_frames, pooling[1]),
         joined=_whole,
         pooling=pooling,
+        text_code=TEXT_CODE[pooling[0]],
+        image_code=IMAGE_CODE[pooling[1]],
     )
     (text, image), (text_projection, visual_projection) = encoders, projections
     return Towers(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tvr.data_prep.records import Batch
 from tvr.kernels.numerics import unit
@@ -22,6 +21,7 @@ from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.model.features import Features, in_whole_tiles, projected
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.model.tower_depth import tower_layers
 from tvr.trainer.model.tower_folders import build_towers
 from tvr.trainer.model.tower_folders import image_size as image_size
 from tvr.trainer.model.tower_folders import tokenizer_folder as tokenizer_folder
@@ -322,15 +322,18 @@ def build_empty_model(
 
 
 def checkpoint_activations(model: TextVideoModel) -> None:
-    """Turns on activation checkpointing: the backward recomputes the towers' layers."""
+    """Turns on activation checkpointing: the backward recomputes the towers' layers.
+
+    Raises:
+        ValueError: the layers of a tower are not known.
+    """
     recompute: Any = partial(checkpoint, use_reentrant=False)
     for tower in (model.text_tower, model.image_tower):
         # What transformers' own method does under several names, without its hook that makes the
         # embeddings require gradients: the backward would then run through frozen layers.
-        for layer in tower.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = recompute
+        for layer in tower_layers(tower):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = recompute
 
 
 def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

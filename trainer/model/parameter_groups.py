@@ -36,8 +36,8 @@ def freeze(towers: dict[str, Any], what: Freeze) -> None:
         depth, layers = depths(tower)
         if isinstance(what, int) and what and not layers:
             raise ValueError(
-                f"model.freeze={what}: the {side} tower {type(tower).__name__} has no list of layers"
-                f" by a known name; freeze {side} or both, or nothing"
+                f"model.freeze={what}: the {side} tower {type(tower).__name__} has no list of"
+                f" layers by a known name; freeze {side} or both, or nothing"
             )
         if isinstance(what, int) and what > layers:
             raise ValueError(f"model.freeze={what}: the {side} tower has only {layers} layers")

@@ -52,7 +52,7 @@ SIGLIP = TowerFamily(
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).pooler_output,
     joined=_whole,
     # Trained without an attention mask, so it is called without one.
-    text_inputs='input_ids=texts["input_ids"]',
+    text_code='model.get_text_features(input_ids=texts["input_ids"]).pooler_output',
 )
 
 

@@ -1,7 +1,9 @@
 """Tokenisers of Hugging Face folders, and CLIP's own or one learned from captions by its rules.
 
 A caption's first and last token are those that the tokeniser adds, such as CLIP's start and end,
-BERT's [CLS] and [SEP], or only an end. Token types are left out: a caption is one segment, and
+BERT's [CLS] and [SEP], or only an end. SigLIP 2 was trained on captions in lower case, which
+Gemma's tokeniser keeps as they are: here it lowers them, as `Siglip2Tokenizer` of transformers does
+(issue 43054 there). Token types are left out: a caption is one segment, and
 encoders take all tokens as of the first one. Captions are padded at the end.
 """
 
@@ -14,10 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models, trainers
+from tokenizers import models, normalizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,6 +31,7 @@ from tvr.trainer.versions.versions import (
     WORD_END,
     clip_tokenizer_class,
     new_clip_tokenizer,
+    siglip2_tokenizer_class,
 )
 
 # Every byte within a word and at its end, the start and the end: no caption has unknown tokens.
@@ -36,6 +40,11 @@ CLIP_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # The file's first line is a title, the next 48,894 lines are CLIP's merges, the rest is unused.
 CLIP_MERGES = slice(1, 48_895)
 CLIP_MAX_WORDS = 77
+# Where a folder names SigLIP; the two generations differ in the vocabulary alone.
+SIGLIP_KEYS = {
+    "config.json": ("model_type",),
+    "tokenizer_config.json": ("processor_class", "tokenizer_class"),
+}
 # One of these lets transformers find the tokeniser's class; vocab.txt is BERT's.
 AUTO_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 
@@ -132,7 +141,7 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
     folder = Path(folder)
     if any((folder / name).is_file() for name in AUTO_FILES):
         try:
-            backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            backend = _auto_tokenizer(folder)
         except ImportError as error:
             raise ValueError(
                 f"the tokenizer in {folder} needs more packages (SigLIP's: pip install "
@@ -159,6 +168,32 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
             "data.content_words needs; give a folder with tokenizer.json"
         )
     return Tokenizer(backend, max_words, content_words)
+
+
+def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not _is_siglip(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if (folder / "tokenizer.json").is_file() and (own := siglip2_tokenizer_class()) is not None:
+        backend: Any = own.from_pretrained(folder, local_files_only=True)
+    else:
+        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # SigLIP's own tokeniser, which is not a fast one, lowers by itself.
+    if backend.is_fast:
+        rules = backend.backend_tokenizer
+        before = [] if rules.normalizer is None else [rules.normalizer]
+        if not before or before[0].normalize_str("A") != before[0].normalize_str("a"):
+            rules.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    return backend
+
+
+def _is_siglip(folder: Path) -> bool:
+    """True if the folder says that its tokeniser is for a SigLIP, of either generation."""
+    for name, keys in SIGLIP_KEYS.items():
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text())
+            if any(str(content.get(key)).lower().startswith("siglip") for key in keys):
+                return True
+    return False
 
 
 def train_tokenizer(

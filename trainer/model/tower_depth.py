@@ -1,10 +1,14 @@
-"""Where a tower's parameters lie: in which of its layers, below them, or above them."""
+"""The layers of a tower, and where its parameters lie: in a layer, below, or above them all."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Lists of layers, and in pyramids of stages with layers within. The first match counts.
 _LAYER = re.compile(r"\b(?:layers?|blocks?|stages)\.(\d+)\.(?:(?:layers|blocks)\.)?(?:(\d+)\.)?")
@@ -13,8 +17,10 @@ _BELOW = re.compile(
     r"\b(embeddings|embedder|patch_embed|pos_embed|cls_token|reg_token|norm_pre|stem|conv_stem"
     r"|pre_layrnorm|relative_attention_bias)\b"
 )
-# What scales down to a stage; all else of a stage comes after its layers.
-_ENTERS_STAGE = re.compile(r"downsampl|patch_embedding")
+# What scales down to a stage; all else of a stage comes after its layers, as `downsample` in Swin.
+_ENTERS_STAGE = re.compile(
+    r"downsampling_layer|downsample_layers|patch_embedding|^timm_model\..*downsample"
+)
 _PVT_STAGE = re.compile(r"\bpatch_embeddings\.(\d+)\.")
 
 
@@ -56,6 +62,51 @@ def depths(tower: Any) -> tuple[dict[str, int], int]:
             rank = members[0] if enters else members[-1]
         result[name] = len(layers) - rank
     return result, len(layers)
+
+
+def tower_layers(tower: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Returns the layers of a tower, each of which can be recomputed or compiled alone.
+
+    They are transformers' own kind of layer. Where an architecture has others, its layers get that
+    kind's call beside their class.
+
+    Raises:
+        ValueError: the tower has no list of layers by a known name.
+    """
+    own = [layer for layer in tower.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if own:
+        # Swin has such layers within such stages: the smaller unit counts.
+        outer = {
+            id(layer)
+            for layer in own
+            for each in layer.modules()
+            if each is not layer and isinstance(each, GradientCheckpointingLayer)
+        }
+        return [layer for layer in own if id(layer) not in outer]
+    places: dict[str, tuple[int, int]] = {}
+    for name, _ in tower.named_parameters():
+        if match := _LAYER.search(name):
+            place = (int(match[1]), -1 if match[2] is None else int(match[2]))
+            places[name[: match.end()].rstrip(".")] = place
+    is_pyramid = any(inner >= 0 for _, inner in places.values())
+    found: list[Any] = [
+        tower.get_submodule(path)
+        for path, place in places.items()
+        if place[1] >= 0 or not is_pyramid
+    ]
+    if not found:
+        raise ValueError(
+            f"train.activation_checkpointing and train.compile work on single layers, and the tower"
+            f" {type(tower).__name__} has no list of layers by a known name; turn both off"
+        )
+    for layer in found:
+        layer.__class__ = _recomputable(type(layer))
+    return found
+
+
+@cache
+def _recomputable(layer: type) -> type:
+    return type(layer.__name__, (GradientCheckpointingLayer, layer), {})
 
 
 def _of_stage(layers: Iterable[tuple[int, int]], stage: int) -> list[int]:

@@ -23,6 +23,8 @@ from tvr.trainer.model.dual_encoder import (
 )
 from tvr.trainer.model.encoder_kinds import usable_positions
 from tvr.trainer.model.features import IMPORTED, imported_towers
+from tvr.trainer.model.pe_core_family import CONFIG as OPEN_CLIP_CONFIG
+from tvr.trainer.model.pe_core_family import PE_CORE, pe_core_folder, pe_core_towers
 from tvr.trainer.model.siglip_family import siglip_towers
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import Towers
@@ -32,6 +34,7 @@ LOADERS: dict[str, Callable[..., Towers]] = {
     "clip": clip_towers,
     "siglip": siglip_towers,
     DUAL_ENCODER: dual_encoder_towers,
+    PE_CORE: pe_core_towers,
 }
 
 
@@ -58,12 +61,20 @@ def family_of(folder: str) -> str:
     Raises:
         ValueError: the folder has no config.json, or holds another kind of model.
     """
+    if (Path(folder) / OPEN_CLIP_CONFIG).is_file():
+        return PE_CORE
     try:
         kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"model.pretrained={folder!r} holds no config.json of a CLIP or SigLIP: {error}"
+            f"model.pretrained={folder!r} holds no config.json of a supported model: {error}"
         ) from None
+    if kind == "siglip2":
+        raise ValueError(
+            f"model.pretrained={folder!r} is a SigLIP 2 of the NaFlex form, which takes patches of"
+            " images of any size; give one for frames of one size, such as"
+            " google/siglip2-base-patch16-224, whose model_type is siglip"
+        )
     if kind not in LOADERS and kind != IMPORTED:
         raise ValueError(
             f"model.pretrained={folder!r} holds a model of type {kind!r}; supported are "
@@ -105,7 +116,8 @@ def load_text_encoder(
         ValueError: the folder holds no supported encoder, or lacks some of its weights.
     """
     path = Path(folder) / "config.json"
-    if path.is_file() and json.loads(path.read_text()).get("model_type") in LOADERS:
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    if kind in LOADERS or (Path(folder) / OPEN_CLIP_CONFIG).is_file():
         towers = pretrained_towers(folder)
         text = towers.text.eval()
         return partial(towers.family.encode_text, text), towers.family.positions(text.config)
@@ -123,6 +135,8 @@ def embed_width(model: ModelConfig) -> int:
     family = family_of(model.pretrained)
     if family == DUAL_ENCODER:
         return dual_encoder_config(model.pretrained).projection_dim
+    if family == PE_CORE:
+        return pe_core_folder(model.pretrained).width
     config, name = (
         (CLIPTextConfig, "projection_dim")
         if family == "clip"
@@ -150,6 +164,8 @@ def image_size(model: ModelConfig) -> int:
         return 1  # no frames are read
     if family == DUAL_ENCODER:
         return dual_encoder_pixels(folder).side
+    if family == PE_CORE:
+        return pe_core_folder(folder).pixels.side
     config = CLIPVisionConfig if family == "clip" else SiglipVisionConfig
     size = config.from_pretrained(folder, local_files_only=True).image_size
     if not isinstance(size, int):
@@ -165,6 +181,8 @@ def default_words(folder: str) -> int:
     family = family_of(folder)
     if family == DUAL_ENCODER:
         return min(MOST_WORDS, usable_positions(dual_encoder_config(folder).text_config))
+    if family == PE_CORE:
+        return pe_core_folder(folder).positions
     config = CLIPTextConfig if family == "clip" else SiglipTextConfig
     return config.from_pretrained(folder, local_files_only=True).max_position_embeddings
 

@@ -3,13 +3,15 @@
                 sentence                       words                    frame
 CLIP            the end token, projected       all tokens, projected    class token, projected
 SigLIP          the last slot, by `head`       all tokens, by `head`    pooled by learned attention
+PE-Core         the end token, projected       all tokens, projected    pooled by learned attention,
+                                                                        projected
 dual encoder    as its text encoder pools,     all tokens, projected    as its vision encoder
                 projected                                               pools, projected
 
 Sentences and frames are the vectors of the family's own similarity. Words go through the same
-final layer as the sentence. CLIP's text tower is causal and never attends to padding. SigLIP's
-attends to all slots without a mask and was trained with all its positions filled, so padding is
-part of its captions. The encoders of a dual encoder attend to all tokens but padding;
+final layer as the sentence. The text tower of CLIP and PE-Core is causal and never attends to
+padding. SigLIP's attends to all slots without a mask and was trained with all its positions filled,
+so padding is part of its captions. The encoders of a dual encoder attend to all tokens but padding;
 encoder_kinds.py lists how each kind pools.
 """
 
@@ -55,8 +57,10 @@ class TowerFamily:
     """(tower, pixels (N, 3, H, W)) -> (N, W)."""
     joined: Callable[[Towers, Tensor], Any]
     """(towers, log(1 / temperature)) -> the whole model with their weights, for export."""
-    text_inputs: str = "**texts"
-    """Arguments of the whole model for tokenised `texts`, in the model card."""
+    text_code: str = "model.get_text_features(**texts).pooler_output"
+    """How transformers alone encodes tokenised `texts`, in the model card."""
+    image_code: str = "model.get_image_features(**pixels).pooler_output"
+    """How transformers alone encodes processed `pixels`, in the model card."""
     pooling: tuple[str, str] | None = None
     """How the sentence and the frame are pooled, in families with a choice (encoder_kinds.py)."""
 

@@ -4,7 +4,8 @@ Everything else is written once, for the newest names. What each older version l
 
     torch 2.9 to 2.12         collectives of one tensor have other names
     transformers 4            CLIP's fast tokeniser and its PIL image processor are other classes,
-                              SigLIP's towers lie one module deeper, and its processor cannot crop
+                              SigLIP's towers lie one module deeper, its processor cannot crop, and
+                              SigLIP 2 has no tokeniser of its own
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ def siglip_processor_crops() -> bool:
     In transformers 4 it takes SigLIP's own image processor only, which squeezes frames instead.
     """
     return not _is_transformers_4()
+
+
+def siglip2_tokenizer_class() -> Any | None:
+    """Returns the class of SigLIP 2's tokeniser, which lowers captions; None in transformers 4.
+
+    There Gemma's class serves, and keeps rules that are added to it.
+    """
+    return getattr(transformers, "Siglip2Tokenizer", None)
 
 
 def new_clip_tokenizer(
