@@ -120,16 +120,14 @@ def _encoded(batch: Batch, model: TextVideoModel, world: World) -> Features:
     pixels, frame_mask, ids, word_mask = model_inputs(batch, world.device)
     with torch.no_grad():
         frames, sentence, words = model.tower_outputs(pixels, ids, word_mask)
-    found = Features(
-        sentence=sentence,
-        words=words,
-        word_mask=word_mask,
-        frames=frames,
-        frame_mask=frame_mask,
+    # A block need not fit in the device's memory.
+    return Features(
+        sentence=sentence.cpu(),
+        words=words.cpu(),
+        word_mask=word_mask.cpu(),
+        frames=frames.cpu(),
+        frame_mask=frame_mask.cpu(),
         word_logits=None,
         frame_logits=None,
         margin_hinge=None,
     )
-    # A block need not fit in the device's memory.
-    columns = [None if x is None else x.cpu() for x in found]
-    return Features(*columns)

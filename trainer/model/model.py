@@ -103,7 +103,7 @@ class TextVideoModel(nn.Module):
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
         frames = self._encode_frames(frames, frame_mask)
-        sentence, words = self.text_vectors(token_ids, word_mask)
+        sentence, words = self._encode_text(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
             sentence=sentence,
@@ -118,7 +118,7 @@ class TextVideoModel(nn.Module):
 
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
-        sentence, words = self.text_vectors(token_ids, word_mask)
+        sentence, words = self._encode_text(token_ids, word_mask)
         weigh = self.text_weight
         return Features(
             sentence=sentence,
@@ -185,21 +185,24 @@ class TextVideoModel(nn.Module):
         return vectors.unflatten(0, frames.shape[:2])
 
     def frame_vectors(self, frames: Tensor) -> Tensor:
-        """Unit vectors of frames, (C, F, D), before the sequence header."""
-        return unit(projected(self._frame_outputs(frames), self.visual_projection))
+        """Frames (C, F, D), before they are scaled to unit length."""
+        return projected(self._frame_outputs(frames), self.visual_projection)
 
     def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        vectors = self.frame_vectors(frames)
+        vectors = unit(self.frame_vectors(frames))
         if self.sequence_header is None:
             return vectors
         vectors = self.sequence_header(vectors, frame_mask)
         return unit(vectors) if self.unit_after_header else vectors
 
+    def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        sentence, words = self.text_vectors(token_ids, word_mask)
+        return unit(sentence), unit(words)
+
     def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of sentences (A, D) and words (A, T, D)."""
+        """Sentence (A, D) and words (A, T, D), before they are scaled to unit length."""
         sentence, words = self._text_outputs(token_ids, word_mask)
-        project = self.text_projection
-        return unit(projected(sentence, project)), unit(projected(words, project))
+        return projected(sentence, self.text_projection), projected(words, self.text_projection)
 
     def _text_outputs(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of the text tower, (A, D) and (A, T, D), or those that are stored already."""
