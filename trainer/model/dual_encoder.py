@@ -188,8 +188,8 @@ def encoder_config(folder: str, setting: str) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
         raise ValueError(
-            f"{setting}={folder!r} is an encoder of timm, which needs timm and torchvision"
-            f" (pip install 'tvr[timm]'): {error}"
+            f"{setting}={folder!r} is an encoder of timm, which needs timm and the torchvision of the"
+            f" installed torch (pip install timm torchvision): {error}"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting}={folder!r} holds no known encoder: {error}") from None
