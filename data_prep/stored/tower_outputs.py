@@ -47,8 +47,8 @@ class TowerOutputs(Protocol):
         """
         ...
 
-    def caption(self, number: int) -> str:
-        """Returns the text of a caption."""
+    def captions(self, numbers: range) -> list[str]:
+        """Returns the texts of a video's captions."""
         ...
 
     def videos(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -127,12 +127,14 @@ class StoredReader:
             BadSample: the video could not be encoded.
         """
         number, captions = self._outputs.place(row)
+        texts = self._outputs.captions(captions)
         self._reads["features"] += 1
         return StoredSample(
             key=self.key(row),
             video_id=str(self.manifest.samples.video_id[row]),
             captions=tuple(
-                StoredCaption(text=self._outputs.caption(each), number=each) for each in captions
+                StoredCaption(text=text, number=each)
+                for each, text in zip(captions, texts, strict=True)
             ),
             frames=NO_FRAMES,
             frame_times_s=(),

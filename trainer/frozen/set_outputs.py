@@ -49,9 +49,9 @@ class SetOutputs:
             raise BadSample(bad.key, bad.reason, bad.detail)
         return self._numbers[index], range(self._first_caption[index], self._end_caption[index])
 
-    def caption(self, number: int) -> str:
-        """Returns the text of a caption."""
-        return self._features.captions[number]
+    def captions(self, numbers: range) -> list[str]:
+        """Returns the texts of a video's captions."""
+        return self._features.caption_texts(numbers)
 
     def videos(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Reads B videos: frames (B, F, D) float32, frame_mask (B, F)."""
