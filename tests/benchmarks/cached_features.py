@@ -6,7 +6,10 @@ that this run makes, and from the videos again. Each step counts from its batch 
 loss and the gradient norm of the first step must agree to the last bit. Prints one line of JSON;
 exits with 1 if not, or if the ratio is below 10:
 
-PYTHONPATH=tests python tests/benchmarks/cached_features.py --droid1k shared/realdata/droid1k
+PYTHONPATH=tests python tests/benchmarks/cached_features.py --droid1k shared/realdata/droid1k \\
+    --out runs/cached_features
+
+The same command again continues: runs that are whole are read from their logs.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -36,6 +37,7 @@ WANTED_RATIO = 10.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--droid1k", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, default=8)
@@ -43,8 +45,8 @@ def main() -> int:
     parser.add_argument("--stored-steps", type=int, default=30)
     parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        line = compare(options, Path(name))
+    options.out.mkdir(parents=True, exist_ok=True)
+    line = compare(options, options.out)
     print(json.dumps(line))
     return 0 if line["equal_first_steps"] and line["ratio"] >= WANTED_RATIO else 1
 
@@ -76,9 +78,9 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     stored = replace(config, data=replace(config.data, features=str(folder / "features")))
     stored = replace(stored, train=replace(stored.train, steps=options.stored_steps))
-    runs, seconds = {}, {}
+    runs = {}
     for name, each in (("video", config), ("stored", stored), ("video again", config)):
-        runs[name], seconds[name] = train(each, folder / name.replace(" ", "-"))
+        runs[name] = train(each, folder / name.replace(" ", "-"))
     videos = [step["step_s"] for name in ("video", "video again") for step in runs[name]]
     # The first step of a process allocates memory, and waits for the loader's first batch.
     warm = [step["step_s"] for step in runs["stored"][1:]]
@@ -95,7 +97,6 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "step_s": {"video": videos, "stored": warm},
         "first_loss_and_gradient_norm": first["stored"],
         "equal_first_steps": len(set(first.values())) == 1,
-        "run_s": seconds,
         "kb_per_clip_with_caption": round(size / options.clips / 1e3, 1),
         "sizes": {
             "clips": options.clips,
@@ -113,27 +114,35 @@ def pack(droid1k: Path, out: Path, clips: int) -> list[str]:
     lines = (droid1k / "captions.jsonl").read_text().splitlines()[:clips]
     annotations = out.with_suffix(".jsonl")
     annotations.write_text("\n".join(lines) + "\n")
-    pack_shards(
-        read_annotations(str(annotations), videos=str(droid1k / "clips")),
-        str(out),
-        layout="video",
-        samples_per_shard=32,
-    )
+    if not (out / "manifest.json").is_file():
+        pack_shards(
+            read_annotations(str(annotations), videos=str(droid1k / "clips")),
+            str(out),
+            layout="video",
+            samples_per_shard=32,
+        )
     found = [json.loads(line) for line in lines]
     return [str(line.get("caption") or line["captions"][0]) for line in found]
 
 
-def train(config: Config, run_dir: Path) -> tuple[list[dict[str, Any]], float]:
-    """Trains in a process of its own; returns the steps of its log, and its seconds."""
+def train(config: Config, run_dir: Path) -> list[dict[str, Any]]:
+    """Trains in a process of its own, unless that is done; returns the steps of its log."""
+    log = run_dir / "log.jsonl"
+    if log.is_file() and len(found := steps_of(log)) == config.train.steps:
+        return found
+    shutil.rmtree(run_dir, ignore_errors=True)
     settings = run_dir.with_suffix(".json")
     settings.write_text(to_json(config))
-    began = time.monotonic()
     command = [sys.executable, "-m", "tvr.launchers.cli", "train", "--config", str(settings)]
     subprocess.run([*command, "--run-dir", str(run_dir)], check=True, stdout=sys.stderr)
-    seconds = round(time.monotonic() - began, 1)
-    log = (run_dir / "log.jsonl").read_text().splitlines()
     shutil.rmtree(run_dir / "checkpoints")
-    return [step for step in map(json.loads, log) if step["event"] == "step"], seconds
+    return steps_of(log)
+
+
+def steps_of(log: Path) -> list[dict[str, Any]]:
+    return [
+        event for event in map(json.loads, log.read_text().splitlines()) if event["event"] == "step"
+    ]
 
 
 if __name__ == "__main__":
