@@ -18,7 +18,8 @@ PACKAGES := data_prep kernels launchers trainer
 
 help:
 	@echo "make demo        render clips, train a small model on two ranks, write report.html (about 5 minutes)"
-	@echo "make test        the test suite (15 to 35 minutes on 2 cores; TEST_ARGS='-q -k name' for a part)"
+	@echo "make test        the test suite without further variants (TEST_ARGS='-q -k name' for a part)"
+	@echo "TVR_CI=1 make test   everything, as .ci/run does (15 to 35 minutes on 2 cores)"
 	@echo "make test-quick  the tests of maths, settings, model and sample order (a few minutes)"
 	@echo "make check       formatting, lint and types; 'make fix' repairs the first two"
 	@echo "make ffcv        the optional package FFCV, compiled (data_prep/README.md names the system packages)"

@@ -3,27 +3,37 @@
 from torch import Tensor
 
 INTERACTIONS = ("ti", "wti", "att_ti", "att_wti")
+MATCHINGS = ("two_way", "words_to_frames")
 
 
 def check_presence(
     interaction: str,
+    matching: str,
     sentence: Tensor | None,
     words: Tensor | None,
     word_logits: Tensor | None,
     frame_logits: Tensor | None,
 ) -> None:
-    """Raises ValueError for an unknown interaction, or if a tensor that it needs is None."""
+    """Raises ValueError for an unknown name, or if a tensor that the similarity needs is None."""
     if interaction not in INTERACTIONS:
         raise ValueError(f"interaction={interaction!r} is unknown; use one of {INTERACTIONS}")
+    check_matching(matching)
+    weighted = interaction.endswith("wti")
     needed = {
         "sentence": sentence is None and not interaction.startswith("att_"),
         "words": words is None and interaction.startswith("att_"),
         "word_logits": word_logits is None and interaction == "att_wti",
-        "frame_logits": frame_logits is None and interaction.endswith("wti"),
+        "frame_logits": frame_logits is None and weighted and matching == "two_way",
     }
     missing = [name for name, is_missing in needed.items() if is_missing]
     if missing:
         raise ValueError(f"interaction={interaction!r} needs {' and '.join(missing)}, not None")
+
+
+def check_matching(matching: str) -> None:
+    """Raises ValueError for an unknown matching."""
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching={matching!r} is unknown; use one of {MATCHINGS}")
 
 
 def check_shapes(

@@ -25,7 +25,8 @@ class TokenMaxima(NamedTuple):
     best_frame: Int[Tensor, " L"]
     """First frame with the largest similarity. A padded frame has similarity 0 and can win."""
     best_token: Int[Tensor, " F"]
-    """First token with the largest similarity to each frame. A padded token can win, too."""
+    """First token with the largest similarity to each frame. A padded token can win, too. It has no
+    part in the score of `words_to_frames`."""
     weights: Float[Tensor, " L"]
     """Weight of each token in the similarity; 0 for all words if the interaction reads none."""
     token_terms: Float[Tensor, " L"]
@@ -33,7 +34,7 @@ class TokenMaxima(NamedTuple):
     neighbour_terms: Float[Tensor, " L"]
     """The neighbour's share of `token_terms`."""
     frame_terms: Float[Tensor, " F"]
-    """Part of the score from each frame's best token."""
+    """Part of the score from each frame's best token; 0 with `words_to_frames`."""
 
 
 class PairMaxima(NamedTuple):
@@ -43,6 +44,7 @@ class PairMaxima(NamedTuple):
     words: TokenMaxima | None
     """None if no words are given. Their terms are 0 if the interaction does not read words."""
     frame_weights: Float[Tensor, " F"]
+    """Weight of each frame in the similarity; 0 with `words_to_frames`."""
     neighbour: Int[Tensor, " F"]
     """The OTHER frame most similar to each frame; the frame itself without neighbour frames."""
     neighbour_weight: Float[Tensor, " F"]
@@ -63,6 +65,7 @@ def pair_maxima(
     frame_mask: Int[Tensor, "C F"],
     *,
     interaction: str = "att_wti",
+    matching: str = "two_way",
     neighbour_frames: bool = True,
     word_logits: Float[Tensor, "A T"] | None = None,
     frame_logits: Float[Tensor, "C F"] | None = None,
@@ -73,9 +76,9 @@ def pair_maxima(
     """Computes every term of `dmae_similarity` for one text (A = 1) and one video (C = 1).
 
     Args:
-        sentence, words, frames, word_mask, frame_mask, interaction, neighbour_frames, word_logits,
-            frame_logits: As in `similarity.dmae_similarity`. `ti` and `wti` accept words, too:
-            their similarities and maxima are returned with weight 0.
+        sentence, words, frames, word_mask, frame_mask, interaction, matching, neighbour_frames,
+            word_logits, frame_logits: As in `similarity.dmae_similarity`. `ti` and `wti` accept
+            words, too: their similarities and maxima are returned with weight 0.
         selector_word_weights: Outputs of TPM-CL's word predictor for this pair.
         selector_frame_weights: Outputs of its frame predictor.
         threshold: Of the selector; see `partial.select_tokens`.
@@ -105,6 +108,7 @@ def pair_maxima(
             word_mask,
             frame_mask,
             interaction=interaction,
+            matching=matching,
             neighbour_frames=neighbour_frames,
             word_logits=word_logits,
             frame_logits=frame_logits,
@@ -124,7 +128,7 @@ def pair_maxima(
         return PairMaxima(
             sentence=found[0],
             words=found[1] if len(found) > 1 else None,
-            frame_weights=videos.weights[0],
+            frame_weights=_frame_weights(videos),
             neighbour=itself if videos.neighbour is None else videos.neighbour[0],
             neighbour_weight=_neighbour_weight(videos),
             removed_words=_removed(selector_word_weights, threshold),
@@ -144,20 +148,26 @@ def _maxima(
     if videos.neighbour is not None:
         neighbour = videos.neighbour[0][best_frame]
         helped = _neighbour_weight(videos)[best_frame] * scores.gather(1, neighbour[:, None])[:, 0]
+    # A half each of the score's two sides; or one side that is the whole score.
+    share = parts if videos.weights is None else 2 * parts
     return TokenMaxima(
         similarity=scores,
         best_frame=best_frame,
         best_token=best_token,
         weights=weights,
-        token_terms=weights * (best + helped) / (2 * parts),
-        neighbour_terms=weights * helped / (2 * parts),
-        frame_terms=videos.weights[0] * of_frames / (2 * parts),
+        token_terms=weights * (best + helped) / share,
+        neighbour_terms=weights * helped / share,
+        frame_terms=_frame_weights(videos) * of_frames / share,
     )
+
+
+def _frame_weights(videos: FrameSet) -> Float[Tensor, " F"]:
+    return torch.zeros_like(videos.frames[0, :, 0]) if videos.weights is None else videos.weights[0]
 
 
 def _neighbour_weight(videos: FrameSet) -> Float[Tensor, " F"]:
     if videos.strength is None:
-        return torch.zeros_like(videos.weights[0])
+        return torch.zeros_like(videos.frames[0, :, 0])
     return NEIGHBOUR_FACTOR * videos.strength[0]
 
 

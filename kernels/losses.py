@@ -1,29 +1,40 @@
-"""InfoNCE and NegNCE over the similarities of a global batch: the square, or one rank's rows.
+"""InfoNCE, NegNCE and the sigmoid loss over the similarities of a global batch: square, or rows.
 
-A row form returns this rank's SHARE: the shares of all ranks sum to the value of the square form.
-The gradient of a share with respect to the rank's block is the gradient of that SUM, so every rank
-must multiply its share by the same factor before `backward`. The square form is the row form on a
-single rank.
+A row form takes one rank's rows and returns this rank's SHARE: the shares of all ranks sum to the
+value of the square form. The gradient of a share with respect to the rank's block is the gradient
+of that SUM, so every rank must multiply its share by the same factor before `backward`. The square
+form is the row form on a single rank.
+
+Three options change what a negative is worth; all are off by default:
+
+`hardness` beta > 0 weights the negatives in the denominator of every softmax by e^(beta logit),
+    normalised to mean 1, without gradient; see `row_loss.info_nce` for formula and sources. With
+    NegNCE the weighted P enters the penalty, too.
+`drop_above` m leaves out the negatives that are probably none: in the text-to-video direction those
+    with s_ij > s_ii + m, in the video-to-text direction those with s_ij > s_jj + m. They are in no
+    denominator, in no hard set and get no gradient of that direction. A pair may be left out in one
+    direction and count in the other.
+Pairs of equal id (`mask_same_video`, `mask_equal_captions`) are left out of both directions.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tvr.kernels.numerics import at_least_float32
-from tvr.kernels.row_loss.loss_terms import LossTerms, loss_terms
-from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives, TilePosition
-from tvr.kernels.row_loss.row_loss import LossRule, RowLoss
+from tvr.kernels.row_loss.loss_rule import SIGLIP_BIAS, LossRule
+from tvr.kernels.row_loss.loss_terms import LossTerms
+from tvr.kernels.row_loss.online_softmax import SINGLE_RANK, Collectives
+from tvr.kernels.row_loss.stored_loss import row_loss
 
-__all__ = ["LossTerms", "info_nce", "neg_nce", "row_info_nce", "row_loss", "row_neg_nce"]
-
-# Rows are processed in chunks of this many scores (4 MiB in float32), so that the temporaries fit
-# the cache of a CPU. On a GPU chunks are 16 times larger, because a kernel launch costs more.
-SCORES_PER_CHUNK = 2**20
+__all__ = [
+    "LossTerms",
+    "info_nce",
+    "neg_nce",
+    "row_info_nce",
+    "row_loss",
+    "row_neg_nce",
+    "row_sigmoid_loss",
+    "sigmoid_loss",
+]
 
 
 def info_nce(
@@ -34,6 +45,8 @@ def info_nce(
     caption_ids: Int[Tensor, " G"] | None = None,
     mask_equal_captions: bool = False,
     scale: float = 100.0,
+    hardness: float = 0.0,
+    drop_above: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over both directions of -log softmax(scale x similarity) of the matched pairs.
 
@@ -44,6 +57,8 @@ def info_nce(
         caption_ids: Needed for `mask_equal_captions`.
         mask_equal_captions: Excludes pairs of a caption with another video that has this caption.
         scale: 1 / temperature.
+        hardness: Exponent of the weights of negatives; 0 weights none.
+        drop_above: Leaves out the negatives that exceed their positive by more than this.
     """
     return row_info_nce(
         _check_square(similarity),
@@ -54,6 +69,8 @@ def info_nce(
         caption_ids=caption_ids,
         mask_equal_captions=mask_equal_captions,
         scale=scale,
+        hardness=hardness,
+        drop_above=drop_above,
     ).loss
 
 
@@ -67,6 +84,8 @@ def neg_nce(
     mask_equal_captions: bool | None = None,
     scale: float = 100.0,
     weight: float = 0.5,
+    hardness: float = 0.0,
+    drop_above: float | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE plus a penalty on hard negatives (method section 3); see `row_neg_nce`."""
     return row_neg_nce(
@@ -80,6 +99,8 @@ def neg_nce(
         mask_equal_captions=mask_equal_captions,
         scale=scale,
         weight=weight,
+        hardness=hardness,
+        drop_above=drop_above,
     ).loss
 
 
@@ -93,6 +114,8 @@ def row_info_nce(
     caption_ids: Int[Tensor, " G"] | None = None,
     mask_equal_captions: bool = False,
     scale: float = 100.0,
+    hardness: float = 0.0,
+    drop_above: float | None = None,
 ) -> LossTerms:
     """This rank's share of `info_nce`; row i of the block is row `row_offset` + i of the square."""
     rule = LossRule(
@@ -100,6 +123,8 @@ def row_info_nce(
         scale=scale,
         mask_same_video=mask_same_video,
         mask_equal_captions=mask_equal_captions,
+        hardness=hardness,
+        drop_above=drop_above,
     )
     return row_loss(
         block,
@@ -123,6 +148,8 @@ def row_neg_nce(
     mask_equal_captions: bool | None = None,
     scale: float = 100.0,
     weight: float = 0.5,
+    hardness: float = 0.0,
+    drop_above: float | None = None,
 ) -> LossTerms:
     """This rank's share of `neg_nce`; row i of the block is row `row_offset` + i of the square.
 
@@ -132,23 +159,30 @@ def row_neg_nce(
         clamped to [1e-6, 1 - 1e-6]. As published, a positive below the clamp gets no gradient, and
         the penalty's part of the loss shrinks as the batch grows.
     `log` mode: mean_i (-log P_ii + weight x mean over H_i of -log(1 - P_ij)), in log space without
-        a clamp. H_i are the hard negatives of text i (of video i in the other direction).
+        a clamp. H_i are the hard negatives of text i (of video i in the other direction). Each
+        hard negative still fades as more of them share the softmax.
+    `set` mode: mean_i (-log P_ii - weight x log(1 - P(H_i))), where P(H_i) is the softmax mass of
+        all of H_i: one penalty on the set, so its weight depends on this mass and not on the number
+        of negatives that share it. With one hard negative a row it equals `log` mode.
 
     Args:
         block: Unscaled similarities of this rank's texts with the videos of all ranks.
         collectives: Reductions over ranks; `online_softmax.SINGLE_RANK` without other ranks.
-        mode: `reference` or `log`.
+        mode: `reference`, `log` or `set`.
         video_ids: Ids of all G pairs.
         mask_same_video: True excludes pairs of equal video id from the denominators and from H.
-            None does so in `log` mode if `video_ids` are given.
+            None does so in `log` and `set` mode if `video_ids` are given.
         caption_ids: Ids of the captions of all G pairs, equal for equal captions.
         mask_equal_captions: The same for pairs of equal caption id.
         scale: 1 / temperature.
         weight: Weight of the penalty.
+        hardness: Exponent of the weights of negatives; 0 weights none. Not in `reference` mode.
+        drop_above: Leaves out the negatives that exceed their positive by more than this. Not in
+            `reference` mode.
 
     Raises:
-        ValueError: unknown mode, masking without ids, ids of another length, or rows outside the
-            square.
+        ValueError: unknown mode, an option that the mode does not have, masking without ids, ids of
+            another length, or rows outside the square.
     """
     rule = LossRule(
         mode,
@@ -156,6 +190,8 @@ def row_neg_nce(
         weight=weight,
         mask_same_video=mask_same_video,
         mask_equal_captions=mask_equal_captions,
+        hardness=hardness,
+        drop_above=drop_above,
     )
     return row_loss(
         block,
@@ -167,65 +203,74 @@ def row_neg_nce(
     )
 
 
-def row_loss(
+def sigmoid_loss(
+    similarity: Float[Tensor, "G G"],
+    *,
+    bias: float = SIGLIP_BIAS,
+    video_ids: Int[Tensor, " G"] | None = None,
+    mask_same_video: bool = False,
+    caption_ids: Int[Tensor, " G"] | None = None,
+    mask_equal_captions: bool = False,
+    scale: float = 100.0,
+    drop_above: float | None = None,
+) -> Float[Tensor, ""]:
+    """Pairwise sigmoid loss in both directions; see `row_sigmoid_loss`."""
+    return row_sigmoid_loss(
+        _check_square(similarity),
+        row_offset=0,
+        collectives=SINGLE_RANK,
+        bias=bias,
+        video_ids=video_ids,
+        mask_same_video=mask_same_video,
+        caption_ids=caption_ids,
+        mask_equal_captions=mask_equal_captions,
+        scale=scale,
+        drop_above=drop_above,
+    ).loss
+
+
+def row_sigmoid_loss(
     block: Float[Tensor, "B G"],
-    rule: LossRule,
     *,
     row_offset: int,
     collectives: Collectives,
+    bias: float = SIGLIP_BIAS,
     video_ids: Int[Tensor, " G"] | None = None,
+    mask_same_video: bool = False,
     caption_ids: Int[Tensor, " G"] | None = None,
+    mask_equal_captions: bool = False,
+    scale: float = 100.0,
+    drop_above: float | None = None,
 ) -> LossTerms:
-    """`row_info_nce` or `row_neg_nce`, selected by the rule.
+    """This rank's share of the sigmoid loss; row i of the block is row `row_offset` + i.
 
-    Beside the block and its gradient, memory is O(B + G) and a fixed scratch.
+    With x = scale x similarity + bias: mean_i (-log sigma(x_ii) - sum over j != i of
+    log sigma(-x_ij)), over rows and over columns. This is SigLIP's loss (arXiv 2303.15343), where
+    scale and bias are learned from 10 and -10; here both are constants.
+
+    Args:
+        bias: A pair of similarity -bias / scale has probability one half: 0.1 with the defaults.
+
+    Raises:
+        ValueError: as `row_neg_nce`.
     """
-    loss = RowLoss(
+    rule = LossRule(
+        None,
+        scale=scale,
+        mask_same_video=mask_same_video,
+        mask_equal_captions=mask_equal_captions,
+        drop_above=drop_above,
+        sigmoid=True,
+        sigmoid_bias=bias,
+    )
+    return row_loss(
+        block,
         rule,
-        num_rows=block.shape[0],
-        num_pairs=block.shape[1],
         row_offset=row_offset,
         collectives=collectives,
         video_ids=video_ids,
         caption_ids=caption_ids,
-        like=at_least_float32(block[:0]).detach(),
     )
-    return loss_terms(loss, _BlockLoss.apply(block, loss))
-
-
-class _BlockLoss(torch.autograd.Function):
-    """Shares of the two directions, from a block of scores that stays in memory."""
-
-    @staticmethod
-    def forward(ctx: Any, block: Tensor, loss: RowLoss) -> tuple[Tensor, Tensor]:
-        for position, rows in _row_chunks(block, loss.row_offset):
-            loss.add_softmax_stats(at_least_float32(rows), position)
-        loss.finish_softmax()
-        for position, rows in _row_chunks(block, loss.row_offset):
-            loss.add_hard_negatives(at_least_float32(rows), position)
-        loss.finish_hard_negatives()
-        ctx.save_for_backward(block)
-        ctx.loss = loss
-        return loss.shares()
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
-        ctx: Any, *factors: Tensor
-    ) -> tuple[Tensor, None]:
-        (block,) = ctx.saved_tensors
-        result = torch.empty_like(block)
-        for position, rows in _row_chunks(block, ctx.loss.row_offset):
-            gradient = ctx.loss.gradient(at_least_float32(rows), position, *factors)
-            result[position.row : position.row + len(rows)] = gradient
-        return result, None
-
-
-def _row_chunks(block: Tensor, row_offset: int) -> Iterator[tuple[TilePosition, Tensor]]:
-    scores = SCORES_PER_CHUNK if block.device.type == "cpu" else 16 * SCORES_PER_CHUNK
-    size = max(1, scores // max(1, block.shape[1]))
-    for row, rows in zip(range(0, len(block), size), block.split(size), strict=True):
-        yield TilePosition(row, 0, row_offset), rows
 
 
 def _check_square(similarity: Tensor) -> Tensor:

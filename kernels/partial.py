@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tvr.kernels.checkpointed_chunks import pairs_per_chunk, run_in_chunks
+from tvr.kernels.checks import check_matching
 from tvr.kernels.device_transfer import to_host
 from tvr.kernels.numerics import at_least_float32, masked_softmax, no_autocast, unit
 from tvr.kernels.token_weights import AttentionTokenWeights, LinearTokenWeights
@@ -51,6 +52,7 @@ def tpm_cl(
     word_weights: Float[Tensor, "B T"],
     frame_weights: Float[Tensor, "B F"],
     frame_weight_layer: Callable[[Tensor], Tensor] | None,
+    matching: str = "two_way",
     kind: int = 4,
     threshold: float = 0.6,
     margin: float = 0.6,
@@ -61,7 +63,8 @@ def tpm_cl(
 ) -> TpmCl:
     """Computes the triplet partial margins of B matched pairs (method section 4).
 
-    With s(x, video) = 1/2 (max_f S + agg_f S), the margins require
+    With s(x, video) = 1/2 (max_f S + agg_f S), or with `words_to_frames` s = max_f S, the margins
+    require
         1: s(sentence, partial frames) + margin <= s(sentence, frames),
         2: s(whole words, partial frames) + margin <= s(whole words, frames),
         3: s(partial words, frames) + margin <= s(whole words, frames).
@@ -74,7 +77,9 @@ def tpm_cl(
         frame_weight_layer: Logits of the weights in agg, a softmax over valid frames, computed
             again for the partial video (wti family); None takes the mean over valid frames (ti
             family). The layer gets one chunk at a time, and again in the backward: it must treat
-            each frame alone and use no random numbers.
+            each frame alone and use no random numbers. `words_to_frames` has no agg and no layer.
+        matching: As in `similarity.dmae_similarity`, so that a token's similarity is that of a text
+            of this one token. The published code has `two_way` only.
         kind: 2 sums margins 1 and 2, 3 takes margin 3, 4 sums all three.
         threshold: Cumulative weight of the tokens that the selector drops; see `select_tokens`.
         straight_through: Gives the selection of words and frames a gradient; see `select_tokens`.
@@ -86,10 +91,11 @@ def tpm_cl(
             (`text_lengths.host_lengths`): on a GPU, to read it here waits for its queue.
 
     Raises:
-        ValueError: unknown kind, a chunk below 1, or a video without a valid frame.
+        ValueError: unknown kind or matching, a chunk below 1, or a video without a valid frame.
     """
     if kind not in MARGINS_OF_KIND:
         raise ValueError(f"kind={kind} of TPM-CL is unknown; use one of {list(MARGINS_OF_KIND)}")
+    check_matching(matching)
     if check_mask:
         empty = ~(to_host(frame_mask, "masks").numpy() > 0).any(axis=1)
         if empty.any():
@@ -100,6 +106,7 @@ def tpm_cl(
         return _similarities(
             *chunk_inputs,
             frame_weight_layer=frame_weight_layer,
+            both_ways=matching == "two_way",
             threshold=threshold,
             straight_through=straight_through,
             normalise_partial=normalise_partial,
@@ -154,6 +161,7 @@ def _similarities(
     frame_weights: Float[Tensor, "B F"],
     *,
     frame_weight_layer: Callable[[Tensor], Tensor] | None,
+    both_ways: bool,
     threshold: float,
     straight_through: bool,
     normalise_partial: bool,
@@ -170,8 +178,13 @@ def _similarities(
     part = torch.einsum("bt,btd->bd", word_weights, kept_words)
     part = unit(part) if normalise_partial else part
 
-    video = _weighted_frames(frames, frame_mask, frame_weight_layer)
-    partial_video = _weighted_frames(partial_frames, frame_mask, frame_weight_layer)
+    video, partial_video = (
+        (
+            x.masked_fill((frame_mask == 0)[..., None], 0),
+            _agg_weights(x, frame_mask, frame_weight_layer) if both_ways else None,
+        )
+        for x in (frames, partial_frames)  # dropped frames stay valid
+    )
     return (
         _pair_similarity(sentence, *video),
         _pair_similarity(sentence, *partial_video),
@@ -181,18 +194,16 @@ def _similarities(
     )
 
 
-def _weighted_frames(
+def _agg_weights(
     frames: Tensor, frame_mask: Tensor, frame_weight_layer: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Frames with zeros for masked ones, and the weights of agg. Dropped frames stay valid."""
+) -> Float[Tensor, "B F"]:
     if frame_weight_layer is None:
         share = frame_mask.to(frames.dtype)
-        weights = share / share.sum(dim=1, keepdim=True)
-    else:
-        weights = masked_softmax(frame_weight_layer(frames).to(frames.dtype), frame_mask)
-    return frames.masked_fill((frame_mask == 0)[..., None], 0), weights
+        return share / share.sum(dim=1, keepdim=True)
+    return masked_softmax(frame_weight_layer(frames).to(frames.dtype), frame_mask)
 
 
-def _pair_similarity(x: Tensor, frames: Tensor, weights: Tensor) -> Float[Tensor, " B"]:
+def _pair_similarity(x: Tensor, frames: Tensor, weights: Tensor | None) -> Float[Tensor, " B"]:
     scores = torch.einsum("bd,bfd->bf", x, frames)
-    return (scores.max(dim=1).values + (weights * scores).sum(dim=1)) / 2
+    best = scores.max(dim=1).values
+    return best if weights is None else (best + (weights * scores).sum(dim=1)) / 2

@@ -17,6 +17,13 @@ With x a text token, v a frame, and zero vectors in masked slots:
                                                other frame most similar to it) and r = <v_j, v_n>
     SIM(x)[a,c] = 1/2 (sum_t weight[a,t] p[a,t,c] + sum_f weight[c,f] q[a,c,f])
 
+That is the matching `two_way`. `words_to_frames` is its text side alone, without the factor 1/2:
+
+    SIM(x)[a,c] = sum_t weight[a,t] p[a,t,c]
+
+With one frame set for all tokens, no neighbour frames and a sum instead of a weighted mean, this is
+MaxSim, the late interaction of ColBERT (Khattab and Zaharia, SIGIR 2020, arXiv 2004.12832).
+
 `ti` and `wti` are SIM(sentence); `att_ti` and `att_wti` are (SIM(sentence) + SIM(words)) / 2. Where
 several entries share a maximum, the first one gets the gradient. A masked slot has similarity 0,
 not -inf: it wins a maximum over negative similarities. One masked slot can therefore change a
@@ -28,6 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 INTERACTIONS = ("ti", "wti", "att_ti", "att_wti")
+MATCHINGS = ("two_way", "words_to_frames")
 
 
 def dmae_similarity(
@@ -38,6 +46,7 @@ def dmae_similarity(
     frame_mask: Int[Tensor, "C F"],
     *,
     interaction: str = "att_wti",
+    matching: str = "two_way",
     neighbour_frames: bool = True,
     word_logits: Float[Tensor, "A T"] | None = None,
     frame_logits: Float[Tensor, "C F"] | None = None,
@@ -46,7 +55,8 @@ def dmae_similarity(
 
     The features have unit length (`numerics.unit`). Scores are weighted means of the best cosines
     and lie within +-1.25; within +-1 without neighbour frames. Words of mask 2 widen the range of
-    `att_wti` to +-1.625, and to +-1.25 without neighbour frames.
+    `att_wti` to +-1.625, and to +-1.25 without neighbour frames. With `words_to_frames` the four
+    ranges are +-1.5, +-1, +-2.25 and +-1.5.
 
     Args:
         sentence: Read by all interactions. None with `att_ti` or `att_wti` leaves the word part
@@ -55,33 +65,36 @@ def dmae_similarity(
         word_mask: 0 for padding, 1 for a word, 2 for a word of double weight. The first slot is
             also the sentence's mask.
         frame_mask: 0 for padding, 1 for a frame.
+        matching: `two_way`, or `words_to_frames` for the maxima over frames alone.
         word_logits: Outputs of `weight_layers.TokenWeightLayer`; read by `att_wti`. In `wti` the
             sentence is the only token and has weight 1.
-        frame_logits: Outputs of such a layer for frames; read by `wti` and `att_wti`.
+        frame_logits: Outputs of such a layer for frames; read by `wti` and `att_wti`, but not with
+            `words_to_frames`, where frames have no weights.
 
     Returns:
         Scores in float32, or float64 if an input is, also under autocast.
 
     Raises:
-        ValueError: unknown interaction, a missing tensor, shapes that disagree, mask values out of
-            range, or a text or video without a valid slot.
+        ValueError: unknown interaction or matching, a missing tensor, shapes that disagree, mask
+            values out of range, or a text or video without a valid slot.
     """
     has_words, weighted = interaction.startswith("att_"), interaction.endswith("wti")
+    both_ways = matching == "two_way"
     tensors = {
         "sentence": sentence,
         "words": words if has_words else None,
         "frames": frames,
         "word_logits": word_logits if has_words and weighted else None,
-        "frame_logits": frame_logits if weighted else None,
+        "frame_logits": frame_logits if weighted and both_ways else None,
     }
-    _check_arguments(tensors, word_mask, frame_mask, interaction)
+    _check_arguments(tensors, word_mask, frame_mask, interaction, matching)
     dtype = torch.float32
     for tensor in tensors.values():
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
 
     with torch.autocast(frames.device.type, enabled=False):
         frames = torch.where(frame_mask[..., None] > 0, frames.to(dtype), 0)
-        frame_weights = _weights(frame_mask, tensors["frame_logits"], dtype)
+        frame_weights = _weights(frame_mask, tensors["frame_logits"], dtype) if both_ways else None
         parts = []
         if sentence is not None:
             mask = word_mask[:, :1]
@@ -111,14 +124,17 @@ def _set_similarity(
     tokens: Float[Tensor, "A L D"],
     weights: Float[Tensor, "A L"],
     frames: Float[Tensor, "C F D"],
-    frame_weights: Float[Tensor, "C F"],
+    frame_weights: Float[Tensor, "C F"] | None,
     neighbour_frames: bool,
 ) -> Float[Tensor, "A C"]:
-    """SIM of one token set; masked tokens and frames are zero vectors."""
+    """SIM of one token set; masked tokens and frames are zero vectors.
+
+    Without frame weights it is the text side alone.
+    """
     scores = torch.einsum("atd,cfd->atcf", tokens, frames)
     # max, not amax: amax would spread the gradient over equal entries, max gives it to the first.
     p, best_frame = scores.max(dim=3)
-    q = scores.max(dim=1).values
+    q = None if frame_weights is None else scores.max(dim=1).values
     if neighbour_frames:
         # Gathers from expanded tables copy nothing, and their backward adds in a fixed order.
         strength, neighbour = _neighbours(frames)
@@ -127,6 +143,8 @@ def _set_similarity(
         n = neighbour.expand_as(scores).gather(3, best_frame)
         p = p + 0.5 * (r * scores.gather(3, n)).squeeze(3)
     text_part = torch.einsum("at,atc->ac", weights, p)
+    if frame_weights is None or q is None:
+        return text_part
     video_part = torch.einsum("cf,acf->ac", frame_weights, q)
     return (text_part + video_part) / 2
 
@@ -145,16 +163,22 @@ def _neighbours(
 
 
 def _check_arguments(
-    tensors: dict[str, Tensor | None], word_mask: Tensor, frame_mask: Tensor, interaction: str
+    tensors: dict[str, Tensor | None],
+    word_mask: Tensor,
+    frame_mask: Tensor,
+    interaction: str,
+    matching: str,
 ) -> None:
     if interaction not in INTERACTIONS:
         raise ValueError(f"interaction={interaction!r} is unknown; use one of {INTERACTIONS}")
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching={matching!r} is unknown; use one of {MATCHINGS}")
     has_words = interaction.startswith("att_")
     required = {
         "sentence": not has_words,
         "words": has_words,
         "word_logits": interaction == "att_wti",
-        "frame_logits": interaction.endswith("wti"),
+        "frame_logits": interaction.endswith("wti") and matching == "two_way",
     }
     missing = [name for name, needed in required.items() if needed and tensors[name] is None]
     if missing:

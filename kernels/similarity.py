@@ -44,6 +44,7 @@ def dmae_similarity(
     frame_mask: Int[Tensor, "C F"],
     *,
     interaction: str = "att_wti",
+    matching: str = "two_way",
     neighbour_frames: bool = True,
     word_logits: Float[Tensor, "A T"] | None = None,
     frame_logits: Float[Tensor, "C F"] | None = None,
@@ -68,9 +69,11 @@ def dmae_similarity(
             also the sentence's mask.
         frame_mask: 0 for padding, 1 for a frame.
         interaction: One of `ti`, `wti`, `att_ti`, `att_wti`.
+        matching: `two_way`; or `words_to_frames`, the best frame of each token without the best
+            token of each frame, which is neither computed nor saved.
         neighbour_frames: Adds the frame most similar to each best frame.
         word_logits: Outputs of `weight_layers.TokenWeightLayer`; read by `att_wti`.
-        frame_logits: Outputs of such a layer for frames; read by `wti` and `att_wti`.
+        frame_logits: Outputs of such a layer for frames; read by `wti` and `att_wti`, `two_way`.
         chunk: Texts per tile of `torch` or `dense`; a tile has 4 times as many videos. None chooses
             the largest with at most `torch_tiles.SCORES_PER_TILE` token-frame scores, or
             `torch_dense.device_scores_per_tile`. The result does not depend on it. A number without
@@ -104,6 +107,7 @@ def dmae_similarity(
             word_mask,
             frame_mask,
             interaction=interaction,
+            matching=matching,
             neighbour_frames=neighbour_frames,
             word_logits=word_logits,
             frame_logits=frame_logits,

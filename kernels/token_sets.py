@@ -43,7 +43,8 @@ class FrameSet(NamedTuple):
     """Frames of C videos; masked frames are zero vectors."""
 
     frames: Float[Tensor, "C F D"]
-    weights: Float[Tensor, "C F"]
+    weights: Float[Tensor, "C F"] | None
+    """None for `words_to_frames`, where frames choose no tokens."""
     strength: Float[Tensor, "C F"] | None
     """Similarity of each frame with its neighbour frame; None without neighbour frames."""
     neighbour: Int[Tensor, "C F"] | None
@@ -58,6 +59,7 @@ def prepare(
     frame_mask: Tensor,
     *,
     interaction: str,
+    matching: str = "two_way",
     neighbour_frames: bool,
     word_logits: Tensor | None,
     frame_logits: Tensor | None,
@@ -81,7 +83,10 @@ def prepare(
         words = word_logits = None
     if not weighted:
         word_logits = frame_logits = None
-    check_presence(interaction, sentence, words, word_logits, frame_logits)
+    both_ways = matching == "two_way"
+    if not both_ways:
+        frame_logits = None
+    check_presence(interaction, matching, sentence, words, word_logits, frame_logits)
     check_shapes(sentence, words, frames, word_mask, frame_mask, word_logits, frame_logits)
     if lengths is None:
         masks = (to_host(mask, "masks") for mask in (word_mask, frame_mask))
@@ -107,7 +112,7 @@ def prepare(
     video = _token_set(frames.to(dtype), frame_mask, frame_logits)
     frames = video.without_padding()
     neighbours = _neighbours(frames) if neighbour_frames else (None, None)
-    return tuple(texts), FrameSet(frames, video.weights, *neighbours)
+    return tuple(texts), FrameSet(frames, video.weights if both_ways else None, *neighbours)
 
 
 def _token_set(

@@ -54,6 +54,10 @@ COMMANDS = {
         "tvr.trainer.comparison.cli:compare",
         "compare results of several runs: intervals, queries won, paired tests",
     ),
+    "reproduce": Command(
+        "tvr.trainer.reproduction.cli:reproduce",
+        "reproduce a benchmark's published row: pack, train, evaluate, compare",
+    ),
     "embed": Command(
         "tvr.trainer.evaluation.cli:embed", "encode a data set or a folder of videos into files"
     ),

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 EXIT_DONE = 0
 """The command finished."""
+EXIT_NOT_REACHED = 1
+"""The command finished, and its result does not reach the number that it is compared with. Only
+`tvr reproduce` ends so. A restart would end in the same way."""
 EXIT_USAGE = 2
 """Bad usage, settings or input. A restart would fail in the same way."""
 EXIT_FAILED = 3

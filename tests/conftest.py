@@ -17,6 +17,7 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 import numpy as np
 import pytest
 import torch
+from builders.exhaustive import ExhaustiveMark, examples
 from builders.file_seconds import SecondsRecorder, order_and_mark
 from hypothesis import settings
 
@@ -51,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     help_text = "write the seconds of each test file to tests/file_seconds.json"
     parser.addoption("--record-seconds", action="store_true", help=help_text)
     fuzz = parser.getgroup("fuzz", "inputs of tests/data/test_fuzz.py")
-    fuzz.addoption("--fuzz-inputs", type=int, default=10_000, help="number of damaged files")
+    fuzz.addoption(
+        "--fuzz-inputs", type=int, default=examples(10_000), help="number of damaged files"
+    )
     fuzz.addoption("--fuzz-seed", type=int, default=0, help="seed of the damage")
     help_text = "no input starts after so many seconds; for a longer run, give more"
     fuzz.addoption("--fuzz-seconds", type=float, default=150.0, help=help_text)
@@ -65,6 +68,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ExhaustiveMark(config))
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--record-seconds") and not is_worker:
         config.pluginmanager.register(SecondsRecorder(config.rootpath))

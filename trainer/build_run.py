@@ -26,6 +26,8 @@ from tvr.trainer.engine.random_state import get_random_state
 from tvr.trainer.evaluation.warm_start import WarmStart
 from tvr.trainer.fencing import Attempt
 from tvr.trainer.frozen.tower_outputs import Report, open_or_make
+from tvr.trainer.hard_batches.hard_epochs import HardEpochs
+from tvr.trainer.hard_batches.sentence_vectors import caption_encoder
 from tvr.trainer.model.model import TextVideoModel, build_empty_model, build_model
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
@@ -51,14 +53,19 @@ class TrainingRun:
     """Stored outputs of the frozen towers, with `data.features`."""
     contents: Mapping[str, str]
     """Digests of data sets and model folders, which checkpoints record."""
+    hard_epochs: HardEpochs | None = None
+    """Caption vectors of `data.hard_batches`; none if it is off."""
 
     @property
     def start_step(self) -> int:
         """Optimiser steps that are already done."""
         return self.resumed_from.step if self.resumed_from else 0
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, done: int | None = None) -> Iterator[Batch]:
         """This rank's micro-batches of the steps that are left.
+
+        Args:
+            done: Steps that are done; None = `start_step`.
 
         Raises:
             ValueError, OSError, TooManyBadSamples: as `training_batches`.
@@ -70,10 +77,21 @@ class TrainingRun:
             config.train,
             self.tokenizer,
             self.world,
-            start_step=self.start_step,
+            start_step=self.start_step if done is None else done,
             known_bad=dict(self.train_step.quarantine),
             stored=self.stored,
+            regroup=self.hard_epochs.regroup() if self.hard_epochs else {},
         )
+
+    def find_hard_batches(self, done: int) -> None:
+        """Finds the caption vectors that `hard_epochs` needs after `done` steps."""
+        assert self.hard_epochs is not None
+        if self.world.is_first:
+            self.attempt.check()
+        self.engine.set_training(False)
+        encode = caption_encoder(self.engine, self.config, self.tokenizer, self.world)
+        self.hard_epochs.find(done, encode)
+        self.engine.set_training(True)
 
     def state_dict(self, copy: bool) -> dict[str, Any]:
         """This rank's files of a checkpoint by name: weights, optimiser and random states.
@@ -131,6 +149,9 @@ def build_run(
             `model.init_from` do not fit.
         CheckpointDamaged: a fetched checkpoint differs from what was written.
     """
+    hard_epochs = None
+    if config.data.hard_batches:
+        hard_epochs = HardEpochs(config, run_dir, checkpoint.state.step if checkpoint else 0, world)
     model = initial_model(config, tokenizer, world, warm=checkpoint is None)
     if inspect_model is not None:
         inspect_model(model)
@@ -160,6 +181,7 @@ def build_run(
         resumed_from=resumed_from,
         stored=stored,
         contents=contents,
+        hard_epochs=hard_epochs,
     )
 
 

@@ -158,7 +158,7 @@ def show_config(argv: Sequence[str]) -> int:
         print(features_line(resolved), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(deepspeed_line(resolved.train, ranks or 1), file=sys.stderr)
-        print(similarity_line(resolved.data, resolved.train), file=sys.stderr)
+        print(similarity_line(resolved), file=sys.stderr)
         print(describe_decoder(resolved.data.decoder), file=sys.stderr)
         print(peak_line(resolved.metrics, resolved.train), file=sys.stderr)
         print(staging_line(resolved.checkpoint), file=sys.stderr)

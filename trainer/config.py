@@ -98,7 +98,7 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 def masks_equal_captions(loss: LossConfig) -> bool:
     """True if videos with a pair's caption are no negatives of it."""
     if loss.mask_equal_captions is None:
-        return loss.similarity == "neg_nce" and loss.neg_nce_mode == "log"
+        return loss.similarity == "neg_nce" and loss.neg_nce_mode in ("log", "set")
     return loss.mask_equal_captions
 
 

@@ -18,9 +18,9 @@ from tvr.data_prep.reading.locality import (
     evaluation_need,
     training_need,
 )
-from tvr.data_prep.reading.mixed_sets import set_order
+from tvr.data_prep.reading.mixed_sets import NO_REGROUP, set_order
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import window_shards
+from tvr.data_prep.reading.order import Regroup, window_shards
 from tvr.data_prep.records import Batch, TrainingSet
 from tvr.data_prep.storage.storage import Storage
 from tvr.data_prep.stored.tower_outputs import TowerOutputs
@@ -200,6 +200,7 @@ def training_batches(
     start_step: int = 0,
     known_bad: Mapping[str, str] | None = None,
     stored: StoredTowers | None = None,
+    regroup: Mapping[str, Regroup] = NO_REGROUP,
 ) -> Iterator[Batch]:
     """Yields this rank's micro-batches for training, without end.
 
@@ -207,6 +208,7 @@ def training_batches(
         start_step: Optimiser steps already done; their samples are skipped.
         known_bad: Keys of bad samples found before, on any rank, with their reasons.
         stored: Stored tower outputs by the URL of their data set, read in place of videos.
+        regroup: Last step of each set's order, see `hard_batches.prepare_hard_batches`.
 
     Raises:
         ValueError, OSError, TooManyBadSamples: as `train_batches`.
@@ -237,6 +239,7 @@ def training_batches(
         node=world.node,
         pin=pin_pages if world.device.type == "cuda" else None,
         outputs=None if stored is None else {each.name: stored[each.url] for each in sets},
+        regroup=regroup,
     )
 
 

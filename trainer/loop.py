@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,7 @@ class _Loop:
         ):
             for step in range(done + 1, last + 1):
                 with self._as_training_failure(step):
+                    batches = self._regrouped(step - 1, batches)
                     self._train_step(step, batches, progress)
                     self._save_or_stop(step)
                     evaluation = self._evaluate_if_due(step, progress) or evaluation
@@ -215,6 +216,20 @@ class _Loop:
             self.run.log.write("step", log_event(record))
             self.monitor.on_log(record)
         progress.step(step, record)
+
+    def _regrouped(self, done: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Finds hard batches anew if an epoch begins that needs them; returns the next batches."""
+        run = self.run
+        if run.hard_epochs is None or not run.hard_epochs.is_due(done):
+            return batches
+        with self.watchdog.phase("evaluation"):
+            run.find_hard_batches(done)
+        run.train_step.watch.lap("evaluation")
+        run.log.write("hard_batches", {"step": done})
+        # The loader has read ahead without the new vectors.
+        if isinstance(batches, Generator):
+            batches.close()
+        return run.batches(done)
 
     def _save_or_stop(self, step: int) -> None:
         """Saves a checkpoint if one is due, and ends a job that was asked to stop."""

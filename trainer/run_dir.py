@@ -5,6 +5,7 @@ evaluation.json   the last evaluation             report.html     `tvr report`
 evaluation-step-00000300.json   `tvr evaluate --checkpoint` of another one
 dashboard.html    `tvr dashboard`
 checkpoints/      one folder a step (checkpoint/)
+hard_batches/     vectors of the captions for data.hard_batches (hard_batches/)
 launch/           a job on a cluster: record, script, attempts, output (tvr.launchers.job)
 failures/         a job's first failure (failures.py)
 metrics/          targets of the nodes for Prometheus, and their last values (monitor.py)

@@ -30,9 +30,15 @@ from tvr.data_prep.reading.locality import (
     RankShare,
     evaluation_need,
 )
-from tvr.data_prep.reading.mixed_sets import SetReader, TrainingReader, open_sets, set_reader
+from tvr.data_prep.reading.mixed_sets import (
+    NO_REGROUP,
+    SetReader,
+    TrainingReader,
+    open_sets,
+    set_reader,
+)
 from tvr.data_prep.reading.node_cache import CacheFolder
-from tvr.data_prep.reading.order import SampleOrder
+from tvr.data_prep.reading.order import Regroup, SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.reading.worker import (
     BatchCollator,
@@ -78,6 +84,7 @@ def train_batches(
     node: range | None = None,
     pin: PinPages | None = None,
     outputs: Mapping[str, TowerOutputs] | None = None,
+    regroup: Mapping[str, Regroup] = NO_REGROUP,
 ) -> Iterator[Batch]:
     """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
 
@@ -120,6 +127,7 @@ def train_batches(
         node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
         outputs: Stored tower outputs of each set by its name; nothing is decoded or tokenised.
+        regroup: Last step of each set's order by its name, "" for one without; see `SampleOrder`.
 
     Returns:
         An iterator that raises `TooManyBadSamples` when a limit is exceeded.
@@ -145,6 +153,7 @@ def train_batches(
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
         outputs=outputs,
+        regroup=regroup,
     )
     for each in opened.readers:
         _check_augmentation(augmentation, each, cache_bytes)

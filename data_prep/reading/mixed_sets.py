@@ -23,6 +23,7 @@ from tvr.data_prep.reading.locality import NOTHING_NEEDED, CacheNeed, RankShare,
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import (
     OrderWindow,
+    Regroup,
     SampleLocation,
     SampleLocations,
     SampleOrder,
@@ -31,6 +32,8 @@ from tvr.data_prep.reading.order import (
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.records import BadSample, Sample, TrainingSet, key_in_set
 from tvr.data_prep.stored.tower_outputs import StoredReader, TowerOutputs
+
+NO_REGROUP: Mapping[str, Regroup] = {}
 
 
 class MixedOrder:
@@ -222,6 +225,7 @@ def open_sets(
     global_batch: int,
     cache_bytes: int,
     outputs: Mapping[str, TowerOutputs] | None = None,
+    regroup: Mapping[str, Regroup] = NO_REGROUP,
     **reading: Any,
 ) -> OpenedSets:
     """Opens one training set without a name, or several with names.
@@ -232,6 +236,7 @@ def open_sets(
         global_batch: Pairs per step on all ranks together.
         cache_bytes: Bytes of decoded frames to cache per worker; sets share them by their weights.
         outputs: Stored tower outputs of each set by its name, in place of its frames.
+        regroup: Last step of the order of each set, by its name; see `SampleOrder`.
         reading: Other arguments of `SampleReader`.
 
     Raises:
@@ -242,7 +247,7 @@ def open_sets(
     if not sets[0].name:
         (alone,) = sets
         reader = set_reader(alone, outputs, cache_bytes, reading)
-        order = set_order(reader.manifest, seed, global_batch)
+        order = set_order(reader.manifest, seed, global_batch, regroup=regroup.get(""))
         return OpenedSets(reader, order, [reader], [order], [1.0])
     mixture = Mixture({each.name: each.weight for each in sets}, seed)
     named, readers, orders = {each.name: each for each in sets}, {}, []
@@ -254,7 +259,8 @@ def open_sets(
                 " be mixed with other sets; give the shards that it was written from"
             )
         readers[name] = reader
-        orders.append(set_order(reader.manifest, mixture.set_seed(number), global_batch, share))
+        own_seed, own = mixture.set_seed(number), regroup.get(name)
+        orders.append(set_order(reader.manifest, own_seed, global_batch, share, regroup=own))
     return OpenedSets(
         MixedReader(readers),
         MixedOrder(mixture, orders),
@@ -277,7 +283,14 @@ def set_reader(
     return SampleReader(each.url, cache_bytes=cache_bytes, **reading)
 
 
-def set_order(manifest: Manifest, seed: int, global_batch: int, share: float = 1.0) -> SampleOrder:
+def set_order(
+    manifest: Manifest,
+    seed: int,
+    global_batch: int,
+    share: float = 1.0,
+    *,
+    regroup: Regroup | None = None,
+) -> SampleOrder:
     """Returns the order of a set that has a share of each global batch.
 
     Args:
@@ -285,9 +298,11 @@ def set_order(manifest: Manifest, seed: int, global_batch: int, share: float = 1
         seed: The set's own seed.
         global_batch: Pairs per step on all ranks together.
         share: Part of the stream that the set has.
+        regroup: Last step of the order, see `SampleOrder`.
     """
     sizes = manifest.shard_sizes
-    return SampleOrder(sizes, seed, window_shards(math.ceil(global_batch * share), len(sizes)))
+    per_window = window_shards(math.ceil(global_batch * share), len(sizes))
+    return SampleOrder(sizes, seed, per_window, regroup)
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

@@ -17,7 +17,7 @@ s: each shard's numbers can be drawn without any others. numpy's own shuffles ar
 their results may change between releases. World size, loader workers and restarts do not affect
 the order. `window_shards` gives the window's size, a function of the global batch.
 
-Only the windows in use are drawn and held, so time and memory do not depend on N.
+Only windows in use are held: time and memory do not depend on N. `hard_batches` may reorder them.
 
 Changing any number of this module changes the data of every resumed run. Such a change needs the
 label "order break" in the change log and new golden positions in the tests.
@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -41,6 +42,9 @@ PAIRS_PER_SHARD = 64
 HELD_WINDOWS = 2
 # A batch may span two epochs, and its next window may belong to a third.
 HELD_EPOCHS = 3
+
+# (epoch, first position, samples of a window in order) -> their new order, see `hard_batches`.
+Regroup: TypeAlias = Callable[[int, int, np.ndarray], np.ndarray]
 
 
 def window_shards(global_batch: int, num_shards: int) -> int:
@@ -79,13 +83,7 @@ class SampleLocations:
         return len(self.sample)
 
     def __getitem__(self, number: int) -> SampleLocation:
-        return SampleLocation(
-            epoch=int(self.epoch[number]),
-            shard=int(self.shard[number]),
-            index=int(self.index[number]),
-            sample=int(self.sample[number]),
-            place=float(self.place[number]),
-        )
+        return SampleLocation(**{name: getattr(self, name)[number].item() for name in _COLUMNS})
 
     def __iter__(self) -> Iterator[SampleLocation]:
         return (self[number] for number in range(len(self)))
@@ -136,13 +134,18 @@ class SampleOrder:
         shard_sizes: Samples of each shard.
         seed: Seed of the run.
         window_shards: Shards of a window, see the function of that name.
+        regroup: Reorders the samples of each window as a pure function; None = rule 3 alone.
 
     Raises:
         ValueError: an argument is out of range, or there are no samples.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[int], seed: int, window_shards: int = MIN_WINDOW_SHARDS
+        self,
+        shard_sizes: Sequence[int],
+        seed: int,
+        window_shards: int = MIN_WINDOW_SHARDS,
+        regroup: Regroup | None = None,
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
@@ -157,6 +160,7 @@ class SampleOrder:
         self.num_samples = int(sizes.sum())
         self.num_shards = len(sizes)
         self.num_windows = max(1, round(len(sizes) / window_shards))
+        self._regroup = regroup
         self._sizes = sizes
         self._starts = _starts(sizes)
         self._epochs: dict[int, _Epoch] = {}
@@ -171,17 +175,15 @@ class SampleOrder:
         parts, at = [], start
         while at < stop:
             window = self.window_at(at)
-            until = min(stop, window.end)
-            parts.append(self._located(window, at - window.first, until - window.first))
-            at = until
+            parts.append(self._located(window, at - window.first, stop - window.first))
+            at = min(stop, window.end)
         if len(parts) == 1:
             return parts[0]
-        return SampleLocations(
-            **{
-                name: np.concatenate([np.empty(0, dtype), *(getattr(p, name) for p in parts)])
-                for name, dtype in _COLUMNS.items()
-            }
-        )
+        columns = {
+            name: np.concatenate([np.empty(0, dtype), *(getattr(p, name) for p in parts)])
+            for name, dtype in _COLUMNS.items()
+        }
+        return SampleLocations(**columns)
 
     def substitute(self, position: int, attempt: int) -> SampleLocation:
         """Returns the sample that replaces a bad sample at `position`.
@@ -209,8 +211,8 @@ class SampleOrder:
     def window_at(self, position: int) -> OrderWindow:
         """Returns the window of a stream position, without drawing its samples."""
         epoch, step = divmod(position, self.num_samples)
-        starts = self._epoch(epoch).starts
-        return self._window(epoch, int(np.searchsorted(starts, step, side="right")) - 1)
+        number = np.searchsorted(self._epoch(epoch).starts, step, side="right") - 1
+        return self._window(epoch, int(number))
 
     def next_window(self, window: OrderWindow) -> OrderWindow:
         """Returns the window that is read next; the last one is followed by the next epoch's."""
@@ -264,12 +266,16 @@ class SampleOrder:
         if rows is None:
             _make_room(self._drawn, HELD_WINDOWS)
             rows = self._draw(window)
+            if self._regroup is not None:
+                first_rows = self._starts[window.shards] - window.starts[:-1]
+                samples = rows + np.repeat(first_rows, np.diff(window.starts))[rows]
+                rows = rows[self._regroup(window.epoch, window.first, samples)]
         self._drawn[name] = rows  # the last one is the most recently used
         return rows
 
     def _draw(self, window: OrderWindow) -> np.ndarray:
         rows = np.empty(window.num_samples, np.uint32)
-        keys = np.empty(window.num_samples, np.float64)
+        keys = np.empty(len(rows), np.float64)
         for member, shard in enumerate(window.shards.tolist()):
             first, end = window.starts[member : member + 2].tolist()
             size = end - first

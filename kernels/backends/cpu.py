@@ -31,7 +31,7 @@ def unsupported_reason(texts: tuple[TokenSet, ...], videos: FrameSet) -> str | N
     device, dtype = videos.frames.device, videos.frames.dtype
     if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
         return f"the compiled kernels need float32 or float64 on a CPU, not {dtype} on {device}"
-    slots = max(x.weights.shape[1] for x in (*texts, videos))
+    slots = max(videos.frames.shape[1], *(x.weights.shape[1] for x in texts))
     if slots > MAX_SLOTS:
         return f"{slots} words or frames are more than {MAX_SLOTS}"
     name, reason = cpu_build.available_backend()

@@ -82,8 +82,13 @@ class SimilarityBackend(Protocol):
 def mean_similarity(
     texts: tuple[TokenSet, ...], videos: FrameSet, backend: SimilarityBackend
 ) -> Float[Tensor, "A C"]:
-    """Mean over the token sets of SIM(token set). It is differentiable once."""
+    """Mean over the token sets of SIM(token set). It is differentiable once.
+
+    A video set without weights (`words_to_frames`) has no video part and no factor 1/2. A backend
+    halves the sum of both parts; here it gets doubled weights of the tokens, which is exact.
+    """
     boosted = strength = None
+    both_ways = videos.weights is not None
     if videos.strength is not None and videos.neighbour is not None:
         strength = videos.strength
         if backend.reads_boosted:
@@ -105,14 +110,16 @@ def mean_similarity(
         part = _SetSimilarity.apply(
             backend,
             text.lengths,
-            *text.tensors,
+            text.tokens,
+            text.weights if both_ways else 2 * text.weights,
+            text.valid,
             videos.frames,
             frame_weights,
             boosted,
             strength,
             videos.neighbour,
         )
-        if single_token:
+        if single_token and both_ways:
             mean_frame = torch.einsum("cf,cfd->cd", videos.weights, videos.frames)
             part = torch.addmm(part, text.tokens.squeeze(1), mean_frame.T, alpha=0.5)
         result = part if result is None else result + part
@@ -126,15 +133,17 @@ class _SingleSlots(torch.autograd.Function):
     No maximum has a choice, and a single frame has no neighbour: p = q = S. Neither side has
     padding, because a text or video without a valid slot is refused. The frame's weight is 1, and
     the token's is its mask or 1. Both are constants: a softmax over one slot has gradient 0.
+    Without the frame's weight SIM is the token's part, weight x S.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weights: Tensor, frames: Tensor, frame_weights: Tensor
+        ctx: Any, tokens: Tensor, weights: Tensor, frames: Tensor, frame_weights: Tensor | None
     ) -> Tensor:
-        scaled = tokens.squeeze(1) * ((weights + 1) / 2)
-        ctx.save_for_backward(scaled, weights, frames)
-        ctx.frame_weights_shape = frame_weights.shape
+        factor = weights if frame_weights is None else (weights + 1) / 2
+        scaled = tokens.squeeze(1) * factor
+        ctx.save_for_backward(scaled, weights, factor, frames)
+        ctx.frame_weights_shape = None if frame_weights is None else frame_weights.shape
         return inner_products(scaled, frames.squeeze(1))
 
     @staticmethod
@@ -142,19 +151,17 @@ class _SingleSlots(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's "ctx, /")
         ctx: Any, *gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
-        scaled, weights, frames = ctx.saved_tensors
+        scaled, weights, factor, frames = ctx.saved_tensors
         d_scores, video = gradient[0], frames.squeeze(1)
         d_tokens = d_frames = None
         if ctx.needs_input_grad[0]:
-            d_tokens = product_of_parts((d_scores,), (video,)) * ((weights + 1) / 2)
+            d_tokens = product_of_parts((d_scores,), (video,)) * factor
             d_tokens = d_tokens.unsqueeze(1)
         if ctx.needs_input_grad[2]:
             d_frames = product_of_parts((d_scores.T,), (scaled,)).unsqueeze(1)
-        d_weights, d_frame_weights = (
-            torch.zeros_like(weights),
-            weights.new_zeros(ctx.frame_weights_shape),
-        )
-        return d_tokens, d_weights, d_frames, d_frame_weights
+        shape = ctx.frame_weights_shape
+        d_frame_weights = None if shape is None else weights.new_zeros(shape)
+        return d_tokens, torch.zeros_like(weights), d_frames, d_frame_weights
 
 
 class _SetSimilarity(torch.autograd.Function):

@@ -34,7 +34,7 @@ VIDEOS_PER_TEXT = 4
 
 def texts_per_tile(texts: tuple[TokenSet, ...], videos: FrameSet) -> int:
     """Largest n such that a tile of n texts x 4 n videos has at most `SCORES_PER_TILE` scores."""
-    scores_per_pair = max(tokens.weights.shape[1] for tokens in texts) * videos.weights.shape[1]
+    scores_per_pair = max(tokens.weights.shape[1] for tokens in texts) * videos.frames.shape[1]
     return max(1, math.isqrt(SCORES_PER_TILE // (VIDEOS_PER_TEXT * scores_per_pair)))
 
 
@@ -75,7 +75,8 @@ class TorchTiles:
         for tile in text_tiles(text, self.chunk):
             tile_text = tile.select(text)
             # Gradients of the tokens as p sees them, before their weights, and as q sees them.
-            d_p, d_q = torch.zeros_like(tile_text.tokens), torch.zeros_like(tile_text.tokens)
+            d_p = torch.zeros_like(tile_text.tokens)
+            d_q = None if videos.weights is None else torch.zeros_like(d_p)
             for columns in self._columns(videos):
                 factors = gradient[tile.texts, columns] / 2
                 tile_videos, d_tile_videos = videos.part(columns), d_videos.part(columns)
@@ -84,7 +85,8 @@ class TorchTiles:
                 _token_max_backward(tile_text, tile_videos, factors, best_token, d_q, d_tile_videos)
             d_weights[tile.texts, : tile.slots] = (d_p * tile_text.tokens).sum(dim=2)
             d_p *= tile_text.weights[..., None]
-            d_p += d_q.masked_fill_(~tile_text.valid[..., None], 0)
+            if d_q is not None:
+                d_p += d_q.masked_fill_(~tile_text.valid[..., None], 0)
             d_tokens[tile.texts, : tile.slots] = d_p
         return InputGradients(
             d_tokens, d_weights, d_videos.frames, d_videos.weights, d_videos.boosted
@@ -149,12 +151,12 @@ def _token_max_backward(
     videos: VideoTensors,
     factors: Float[Tensor, "n m"],
     best_token: Integer[Tensor, "n F m"] | None,
-    d_tokens: Float[Tensor, "n L D"],
+    d_tokens: Float[Tensor, "n L D"] | None,
     d_videos: VideoTensors,
 ) -> None:
     """Backward of q, the max over tokens: adds to the gradients of the frames, of their weights and
     of the selected tokens."""
-    if best_token is None or videos.weights is None or d_videos.weights is None:
+    if best_token is None or videos.weights is None or d_videos.weights is None or d_tokens is None:
         return
     num_texts, slots = texts.weights.shape
     first_token = slots * torch.arange(num_texts, dtype=torch.int32, device=factors.device)

@@ -59,7 +59,13 @@ class ExcludedPairs:
 
 
 def compared_ids(
-    name: str, ids: Tensor | None, num_pairs: int, *, mask: bool | None, setting: str, mode: str
+    name: str,
+    ids: Tensor | None,
+    num_pairs: int,
+    *,
+    mask: bool | None,
+    setting: str,
+    by_default: bool,
 ) -> Tensor | None:
     """Returns the ids if their pairs are excluded, else None.
 
@@ -67,9 +73,9 @@ def compared_ids(
         name: Name of the ids in messages.
         ids: Ids of all G pairs, or None.
         num_pairs: G.
-        mask: True or False decides; None excludes pairs if ids are given and the mode is `log`.
+        mask: True or False decides; None excludes pairs if ids are given and `by_default` is True.
         setting: Name of `mask` in messages.
-        mode: Mode of NegNCE; empty for InfoNCE.
+        by_default: Whether the loss excludes these pairs unless told otherwise.
 
     Raises:
         ValueError: `mask` is True without ids, or the ids have another length.
@@ -83,7 +89,7 @@ def compared_ids(
             f"{name} has shape {tuple(ids.shape)} but must hold the ids of all {num_pairs} pairs of"
             " the global batch"
         )
-    return ids if (mode == "log" if mask is None else mask) else None
+    return ids if (by_default if mask is None else mask) else None
 
 
 def _copies(ids: Int[Tensor, " G"]) -> Int[Tensor, " G"]:

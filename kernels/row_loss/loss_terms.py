@@ -22,17 +22,20 @@ class LossTerms:
     penalty: Float[Tensor, ""]
     """Part of `loss` that NegNCE adds for hard negatives."""
     hard_negatives_per_row: Float[Tensor, ""]
-    """Mean number of hard negatives of a text."""
+    """Mean number of hard negatives of a text, without those that are left out."""
     clamped_share: Float[Tensor, ""]
     """Share of the positives, over both directions, without gradient in `reference` mode, because
     the clamp raises their probability."""
     positive_similarity: Float[Tensor, ""]
     """Mean over texts of the similarity with their own video."""
     hardest_similarity: Float[Tensor, ""]
-    """Mean over texts of the largest similarity with another video."""
+    """Mean over texts of the largest similarity with a negative."""
     equal_captions_per_row: Float[Tensor, ""]
     """Mean number of videos that are no negatives of a text because another video has its caption;
     0 where captions are not compared."""
+    dropped_per_row: Float[Tensor, ""]
+    """Mean number of videos that are no negatives of a text because their similarity exceeds the
+    positive's by more than `LossRule.drop_above`."""
 
 
 def loss_terms(loss: RowLoss, shares: tuple[Tensor, Tensor]) -> LossTerms:

@@ -104,6 +104,11 @@ class OnlineSoftmax:
         self.rest[covered] = torch.logaddexp(torch.logaddexp(rest, tile.rest), smaller)
         self.top[covered] = torch.maximum(top, tile.top)
 
+    def with_entry(self, logits: Float[Tensor, " n"]) -> OnlineSoftmax:
+        """Statistics with one more logit in every row (or column)."""
+        rest = torch.logaddexp(self.rest, torch.minimum(self.top, logits))
+        return OnlineSoftmax(torch.maximum(self.top, logits), rest)
+
     def all_reduce(self, collectives: Collectives) -> OnlineSoftmax:
         """Merges the statistics of all ranks, each of which has added other entries."""
         top = collectives.max(self.top)
@@ -115,6 +120,13 @@ class OnlineSoftmax:
         mass, tops = collectives.sum(torch.stack([(rest - shift).exp(), holds_top.to(rest)]))
         # If several ranks hold an equal top, all of these entries but one belong to the rest.
         return OnlineSoftmax(top, torch.logaddexp(mass.log() + shift, top + (tops - 1).log()))
+
+
+def logsumexp_over_ranks(x: Float[Tensor, "*n"], collectives: Collectives) -> Float[Tensor, "*n"]:
+    """Log of the sum of exp(x) over ranks; -inf where every rank has -inf."""
+    peak = collectives.max(x)
+    shift = peak.masked_fill(peak == -torch.inf, 0)
+    return collectives.sum((x - shift).exp()).log() + shift
 
 
 def hard_negatives(

@@ -89,6 +89,7 @@ def streamed_loss(
     frame_mask: Int[Tensor, "B F"],
     *,
     interaction: str = "att_wti",
+    matching: str = "two_way",
     neighbour_frames: bool = True,
     word_logits: Float[Tensor, "B T"] | None = None,
     frame_logits: Float[Tensor, "B F"] | None = None,
@@ -137,6 +138,7 @@ def streamed_loss(
             word_mask,
             frame_mask,
             interaction=interaction,
+            matching=matching,
             neighbour_frames=neighbour_frames,
             word_logits=word_logits,
             frame_logits=frame_logits,
@@ -206,6 +208,18 @@ class _TileStream:
                     position = TilePosition(row, column + first, self.loss.row_offset)
                     yield position, mean_similarity(text_tile, video_tile, self.backend)
 
+    def matched_scores(
+        self, texts: tuple[TokenSet, ...], videos: tuple[Tensor, ...]
+    ) -> Iterator[tuple[TilePosition, Tensor]]:
+        """Scores the tiles that hold this rank's matched pairs; their videos are its own."""
+        text_tiles, offset = self.text_tiles(texts), self.loss.row_offset
+        for first, video_tile in self.video_tiles(videos):
+            for row, text_tile in text_tiles:
+                num_texts, num_videos = len(text_tile[0].weights), len(video_tile.frames)
+                if first - num_texts < row < first + num_videos:
+                    scores = mean_similarity(text_tile, video_tile, self.backend)
+                    yield TilePosition(row, offset + first, offset), scores
+
 
 class _StreamedLoss(torch.autograd.Function):
     """Shares of the two directions, from the tensors of the token sets and of the videos."""
@@ -214,6 +228,10 @@ class _StreamedLoss(torch.autograd.Function):
     def forward(ctx: Any, stream: _TileStream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         texts, videos = stream.split(tensors)
         loss, stored = stream.loss, []
+        if loss.needs_positives:
+            for position, scores in stream.matched_scores(texts, videos):
+                loss.add_positives(scores, position)
+            loss.finish_positives()
         for position, scores in stream.scores(texts, videos):
             loss.add_softmax_stats(scores, position)
             if stream.keep_scores:
@@ -270,8 +288,10 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _frame_set(tensors: tuple[Tensor, ...]) -> FrameSet:
-    frames, weights, *neighbours = tensors
-    strength, neighbour = neighbours or (None, None)
+    """The inverse of leaving out the fields that are None: neighbours come in pairs."""
+    frames, *others = tensors
+    weights = others.pop(0) if len(others) % 2 else None
+    strength, neighbour = others or (None, None)
     return FrameSet(frames, weights, strength, neighbour)
 
 

@@ -191,6 +191,10 @@ MINING_PANELS = (
            "Videos that are no negatives of a text because another video has its caption. Many of"
            " them mean captions that tell little apart; `tvr stats` lists them.",
            latest("tvr_train_equal_captions_per_row")),
+    _graph("Dropped negatives per text", "short",
+           "Videos that score above a text's positive by more than loss.drop_above and are no"
+           " negatives of it. The number should be small, and fall as the model learns.",
+           latest("tvr_train_dropped_negatives_per_row")),
     _graph("Hard-negative penalty", "short", "NegNCE's weighted addition to the loss.",
            Query('max by (run) (tvr_train_loss{run=~"$run", term="penalty"})', "{{run}}")),
     _graph("Penalty, share of the loss", "percentunit", "Share of the similarity loss.",

@@ -5,6 +5,8 @@
 Each read samples 12 frames at random places of their segments. The three ways take turns on one
 video, so that other load of the machine affects all of them alike; ratios are of medians. `before`
 lists all packets and computes the time of every frame twice, as releases with format version 2 did.
+`reencoded` are the same frames as `tvr pack --reencode` writes them: with x264's tune `fastdecode`
+and a stored index now, with neither before.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -54,7 +57,7 @@ def main() -> None:
 def measured(length: int, interval: int, size: int, reads: int) -> dict[str, Any]:
     """Times the three ways for a clip of `length` frames; returns milliseconds and ratios."""
     sys.path.insert(0, str(BENCHMARKS))
-    from tvr_bench.data_sources import DataBenchSizes, _write_clip
+    from tvr_bench.data_sources import DataBenchSizes, write_clip
 
     from tvr.data_prep.video.decode import sample_frames
     from tvr.data_prep.video.frame_index import index_packets
@@ -68,32 +71,35 @@ def measured(length: int, interval: int, size: int, reads: int) -> dict[str, Any
         keyframe_interval=interval,
     )
     with tempfile.TemporaryDirectory() as folder:
-        _write_clip(Path(folder) / "clip.mp4", 0, sizes)
-        video = (Path(folder) / "clip.mp4").read_bytes()
-    member = index_member(video, "clip")[INDEX_MEMBER]
+
+        def clip(**options: str) -> bytes:
+            write_clip(Path(folder) / "clip.mp4", 0, sizes, options=options)
+            return (Path(folder) / "clip.mp4").read_bytes()
+
+        video = clip()
+        reencoded = {"preset": "fast", "crf": "20", "g": "16"}
+        plain, tuned = clip(**reencoded), clip(**reencoded, tune="fastdecode")
+    member, tuned_member = (index_member(x, "clip")[INDEX_MEMBER] for x in (video, tuned))
     draws = np.random.default_rng(0)
 
-    def before(offsets: list[float]) -> None:
+    def before(video: bytes, offsets: list[float]) -> None:
         index = index_packets(video, "clip")
         assert index.times_s == index.times_s
         # The packets are listed once more, and the listing's time is taken off below.
         sample_frames(video, FRAMES, offsets=offsets)
 
-    def without(offsets: list[float]) -> None:
-        sample_frames(video, FRAMES, offsets=offsets)
-
-    def stored(offsets: list[float]) -> None:
+    def stored(video: bytes, member: bytes, offsets: list[float]) -> None:
         index = decode_index(member, len(video), "clip")
         sample_frames(video, FRAMES, offsets=offsets, frame_index=index)
 
-    def listing(offsets: list[float]) -> None:
-        index_packets(video, "clip")
-
-    ways: dict[str, Callable[[list[float]], None]] = {
-        "before": before,
-        "without": without,
-        "stored": stored,
-        "listing": listing,
+    ways: dict[str, Callable[[list[float]], object]] = {
+        "before": partial(before, video),
+        "without": lambda offsets: sample_frames(video, FRAMES, offsets=offsets),
+        "stored": partial(stored, video, member),
+        "listing": lambda offsets: index_packets(video, "clip"),
+        "reencoded before": partial(before, plain),
+        "reencoded": partial(stored, tuned, tuned_member),
+        "reencoded listing": lambda offsets: index_packets(plain, "clip"),
     }
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(reads):
@@ -104,6 +110,7 @@ def measured(length: int, interval: int, size: int, reads: int) -> dict[str, Any
             spent[name].append(1e3 * (time.perf_counter() - start))
     ms = {name: median(values) for name, values in spent.items()}
     ms["before"] -= ms["listing"]
+    ms["reencoded before"] -= ms["reencoded listing"]
     return {
         "clip_frames": length,
         "keyframe_interval": interval,
@@ -115,6 +122,11 @@ def measured(length: int, interval: int, size: int, reads: int) -> dict[str, Any
         "stored_index_ms": round(ms["stored"], 2),
         "to_before": round(ms["before"] / ms["stored"], 2),
         "to_without_index": round(ms["without"] / ms["stored"], 2),
+        "reencoded_bytes_before": len(plain),
+        "reencoded_bytes": len(tuned),
+        "reencoded_before_ms": round(ms["reencoded before"], 2),
+        "reencoded_ms": round(ms["reencoded"], 2),
+        "to_reencoded_before": round(ms["reencoded before"] / ms["reencoded"], 2),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,15 @@ VIDEO_IDS = torch.tensor([7, 8, 1, 9, 2, 2**62, 3, 7, 4, 5, 9, 6, 10, 8])
 CAPTION_IDS = torch.tensor([0, 1, 2, 3, 0, 5, 6, 1, 8, 0, 3, 11, 12, 13])
 
 Gradients = dict[str, Tensor]
+Matching = Literal["two_way", "words_to_frames"]
 
 
 class PlainModel(nn.Module):
     """Linear layers, dropout, token weights and TPM-CL; every parameter gets a gradient."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, matching: Matching = "two_way") -> None:
         super().__init__()
+        self.matching = matching
         self.words = nn.Linear(WIDTH, WIDTH)
         self.sentence = nn.Linear(WIDTH, WIDTH)
         self.frames = nn.Linear(WIDTH, WIDTH)
@@ -37,6 +40,8 @@ class PlainModel(nn.Module):
         self.word_weight, self.frame_weight = TokenWeightLayer(WIDTH), TokenWeightLayer(WIDTH)
         self.word_predictor = LinearTokenWeights(FRAMES, WORDS, WIDTH)
         self.frame_predictor = LinearTokenWeights(1, FRAMES, WIDTH)
+        if matching == "words_to_frames":
+            self.frame_weight = None
 
     def forward(self, batch: tuple[Tensor, ...]) -> Features:
         """Encodes words (B, T, D), word_mask (B, T), frames (B, F, D) and frame_mask (B, F)."""
@@ -52,6 +57,7 @@ class PlainModel(nn.Module):
             word_weights=self.word_predictor(frames, words),
             frame_weights=self.frame_predictor(sentence[:, None], frames),
             frame_weight_layer=self.frame_weight,
+            matching=self.matching,
             straight_through=True,
         ).hinge
         return Features(
@@ -61,15 +67,17 @@ class PlainModel(nn.Module):
             frames=frames,
             frame_mask=frame_mask,
             word_logits=self.word_weight(words),
-            frame_logits=self.frame_weight(frames),
+            frame_logits=self.frame_weight(frames) if self.frame_weight else None,
             margin_hinge=hinge,
         )
 
 
-def plain_model(dtype: torch.dtype, dropout: float = 0.0) -> PlainModel:
+def plain_model(
+    dtype: torch.dtype, dropout: float = 0.0, matching: Matching = "two_way"
+) -> PlainModel:
     """Builds the model; the weights are equal for every dtype, up to its rounding."""
     torch.manual_seed(5)
-    return PlainModel(dropout).to(dtype)
+    return PlainModel(dropout, matching).to(dtype)
 
 
 def plain_batch(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -96,9 +104,11 @@ def gradients_of(model: nn.Module) -> Gradients:
     return found
 
 
-def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
+def defined(
+    loss: LossConfig, dtype: torch.dtype, matching: Matching = "two_way"
+) -> tuple[float, Gradients]:
     """Computes loss and gradients in one process: naive similarity, square loss, mean hinge."""
-    model, config = plain_model(dtype), ModelConfig()
+    model, config = plain_model(dtype, matching=matching), ModelConfig(matching=matching)
     features = model(plain_batch(dtype))
     square = reference.dmae_similarity(
         features.sentence,
@@ -107,6 +117,7 @@ def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
         features.word_mask,
         features.frame_mask,
         interaction=config.interaction,
+        matching=config.matching,
         neighbour_frames=config.neighbour_frames,
         word_logits=features.word_logits,
         frame_logits=features.frame_logits,
@@ -119,6 +130,8 @@ def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
             mask_equal_captions=loss.mask_equal_captions is True,
             scale=scale,
         )
+    elif loss.similarity == "sigmoid":
+        value = losses.sigmoid_loss(square, bias=loss.sigmoid_bias, scale=scale)
     else:
         value = losses.neg_nce(
             square,
@@ -127,6 +140,8 @@ def defined(loss: LossConfig, dtype: torch.dtype) -> tuple[float, Gradients]:
             caption_ids=CAPTION_IDS,
             mask_equal_captions=loss.mask_equal_captions,
             scale=scale,
+            hardness=loss.hardness,
+            drop_above=loss.drop_above,
         )
     value = value + loss.tpm_cl_weight * features.margin_hinge.mean()
     value.backward()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from builders import jobs
+from builders.exhaustive import further, is_collected
 from builders.slurm_cluster import Cluster, cluster_of, rank_pid, until
 from builders.tiny import tiny_config, with_ranks
 
@@ -203,8 +204,13 @@ def orphaned(cluster: Cluster, folder: Path, config: Config, expiring: LaunchedJ
 
 
 @pytest.fixture(scope="module")
-def losses(folder: Path, config: Config, orphaned: LaunchedJob) -> list[float]:
+def losses(folder: Path, config: Config, request: pytest.FixtureRequest) -> list[float]:
     """Losses of the same run under `tvr launch local`."""
+    # Jobs that wait for minutes wait while this one runs.
+    if is_collected(request, "test_orphans_behind_a_dead_node_daemon_cannot_write"):
+        request.getfixturevalue("orphaned")
+    elif is_collected(request, "test_time_limit_saves_and_restarts"):
+        request.getfixturevalue("expiring")
     code, errors = jobs.run(config, folder / "local", 2)
     assert code == 0, errors
     found = jobs.losses(folder / "local")
@@ -275,6 +281,7 @@ def test_job_that_always_fails_stops_and_logs_the_reason(
     ]
 
 
+@pytest.mark.exhaustive
 def test_job_preempted_by_slurm_has_not_failed(cluster: Cluster, folder: Path) -> None:
     # Same as a preemption with PreemptMode=REQUEUE; the command reports nothing.
     script = 'n=${SLURM_RESTART_COUNT:-0}; touch "$1-$n"; ((n >= 2)) || exec sleep 100'
@@ -294,6 +301,7 @@ def test_job_preempted_by_slurm_has_not_failed(cluster: Cluster, folder: Path) -
     assert cluster.job(job.job_id)["ExcNodeList"] == "(null)"
 
 
+@pytest.mark.exhaustive
 def test_time_limit_saves_and_restarts(expiring: LaunchedJob, losses: list[float]) -> None:
     expiring.until_done()
     assert [end.code for end in expiring.ends] == [75, 0]
@@ -301,6 +309,7 @@ def test_time_limit_saves_and_restarts(expiring: LaunchedJob, losses: list[float
     assert jobs.losses(expiring.run_dir) == losses
 
 
+@pytest.mark.exhaustive
 def test_orphans_behind_a_dead_node_daemon_cannot_write(
     cluster: Cluster, orphaned: LaunchedJob, losses: list[float]
 ) -> None:
@@ -323,6 +332,7 @@ def test_orphans_behind_a_dead_node_daemon_cannot_write(
     cluster.until_idle(cluster.nodes)
 
 
+@pytest.mark.exhaustive
 def test_four_nodes_train_together(cluster: Cluster, folder: Path, data: Path) -> None:
     config = tiny_config(
         data, data={"test": None, "test_exchanged": None}, train={"steps": 3, "zero_stage": 1}
@@ -336,6 +346,7 @@ def test_four_nodes_train_together(cluster: Cluster, folder: Path, data: Path) -
     assert len(job.attempts[0].nodes) == 4
 
 
+@pytest.mark.exhaustive
 def test_array_packs_a_data_set_although_one_task_is_killed(
     cluster: Cluster, folder: Path, data: Path
 ) -> None:
@@ -373,6 +384,7 @@ def test_array_packs_a_data_set_although_one_task_is_killed(
     assert sorted(codes) == [[0], [0], [3, 0]]
 
 
+@pytest.mark.exhaustive
 def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) -> None:
     targets, run_dir = folder / "targets", folder / "managed run"
     group = '[{"targets": ["n1:9100"], "labels": {"run": "x"}}]'
@@ -403,6 +415,7 @@ def test_jobs_are_cancelled_resumed_and_chained(cluster: Cluster, folder: Path) 
     assert first.restarts == 0
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_may_not_be_requeued_goes_on_in_another(
     cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,7 +442,9 @@ def test_a_job_that_may_not_be_requeued_goes_on_in_another(
         assert "gpu:1" in shown["TresPerNode"]
 
 
-@pytest.mark.parametrize("nodelist", ["n[1-3]", "gpu[08-10,12],login", "r[1-2]n[3-4]", "a[9-11]"])
+@pytest.mark.parametrize(
+    "nodelist", ["gpu[08-10,12],login", *further("n[1-3]", "r[1-2]n[3-4]", "a[9-11]")]
+)
 def test_node_lists_are_expanded_like_slurm(cluster: Cluster, nodelist: str) -> None:
     assert cluster.run("scontrol", "show", "hostnames", nodelist).split() == expand_nodes(nodelist)
 

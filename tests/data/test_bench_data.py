@@ -25,13 +25,14 @@ def test_a_shrunk_run_measures_every_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "numbers.json"
-    flags = [*FLAGS, "--epochs", "1", "--repeats", "1", "--source", "frames", "video"]
+    flags = [*FLAGS, "--epochs", "1", "--repeats", "1", "--source", "frames", "video", "reencoded"]
     flags += ["--clip-frames", "20", "--keyframe-interval", "8"]
     assert bench(["data", *flags, "--json", str(file)]) == 0
     table = capsys.readouterr().out
     result = json.loads(file.read_text())
     rows = {row["source"]: row for row in result["rows"]}
-    assert list(rows) == ["plain jpeg", "frames", "plain mp4", "unindexed", "video"]
+    names = ["plain jpeg", "frames", "plain mp4", "unindexed", "video", "reencoded"]
+    assert list(rows) == names
     for name, row in rows.items():
         assert name in table
         assert row["clips_per_s"] > 0

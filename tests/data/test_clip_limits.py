@@ -37,6 +37,7 @@ from builders.clip_files import (
     write_clips,
 )
 from builders.decoder_cases import decoders
+from builders.exhaustive import further
 from builders.shown_videos import with_pixel_shape
 
 from tvr.data_prep.budget import BadSampleBudget
@@ -159,7 +160,7 @@ def test_pictures_of_several_sizes_are_fitted_before_they_are_finished() -> None
     assert adjusted >= {"size_change"}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2, *further(1)])
 def test_a_clip_that_needs_too_much_memory_is_refused(
     video_4k: Path, tmp_path: Path, processes: int
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 import webdataset
 from builders.batches import Row, damage_sample, evaluation, rows_of, training
 from builders.clip_files import numbered_video, sound_only
+from builders.exhaustive import further, principal_and_further
 from builders.http_store import HttpStorage, serve_folder
 from builders.raw_shards import write_raw_shards
 
@@ -102,7 +103,13 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAULTS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(
+    scope="module",
+    params=principal_and_further(
+        FAULTS, ["corrupt header in mid-tar", "unreadable mp4", "missing shard"]
+    ),
+    ids=lambda name: name.replace(" ", "-"),
+)
 def faulty(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, str]]:
@@ -169,7 +176,7 @@ def test_each_fault_costs_only_the_damaged_samples(
         assert tail == (rows[first:], [entry for entry in replaced if entry.position >= first])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, *further(0)])
 def test_the_budget_of_each_fault_is_exact(
     faulty: tuple[str, dict[str, str]], workers: int
 ) -> None:
@@ -252,7 +259,7 @@ def test_a_store_that_fails_every_third_read_costs_no_sample(
         assert tail == (rows[2 * GLOBAL_BATCH :], [])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1, *further(0)])
 def test_without_retries_a_failing_store_costs_no_budget(
     store: HttpStorage, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

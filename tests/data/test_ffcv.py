@@ -21,6 +21,7 @@ import pytest
 import torch
 from builders.batches import damage_sample, training
 from builders.clip_files import make_dataset, tokenize
+from builders.exhaustive import further
 
 from tvr.data_prep.check.verify import verify_dataset
 from tvr.data_prep.cli import pack
@@ -90,10 +91,12 @@ def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
     ("changes", "num_batches"),
     [
         ({"workers": 1}, 16),  # two epochs and a half
-        ({"workers": 2, "rank": 0, "world_size": 2}, 10),
-        ({"workers": 1, "rank": 1, "world_size": 2, "start_step": 3}, 10),
-        ({"workers": 99, "start_step": 10**6, "global_batch": 6, "micro_batch": 6}, 3),
-        ({"workers": 0, "num_frames": 3, "image_size": 24}, 7),
+        *further(
+            ({"workers": 2, "rank": 0, "world_size": 2}, 10),
+            ({"workers": 1, "rank": 1, "world_size": 2, "start_step": 3}, 10),
+            ({"workers": 99, "start_step": 10**6, "global_batch": 6, "micro_batch": 6}, 3),
+            ({"workers": 0, "num_frames": 3, "image_size": 24}, 7),
+        ),
         (
             {"num_frames": 2, "image_size": 24, "augmentation": RANDOM_VIEWS, "cache_bytes": 10**6},
             14,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders.clip_files import tokenize
+from builders.exhaustive import examples, further
 from builders.raw_shards import write_raw_shards
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -145,7 +146,7 @@ LEAST = Start(world_size=1, micro_batch=60, workers=0, steps=1)
 EACH = [Start(world_size=ranks, micro_batch=1, workers=ranks % 4, steps=1) for ranks in range(1, 6)]
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=20),
     first_step=st.sampled_from([0, 1, 10, 1_000_000]),
@@ -182,7 +183,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("many") / "data", [5] * 40)
 
 
-@pytest.mark.parametrize("world_size", [1, 5])
+@pytest.mark.parametrize("world_size", [5, *further(1)])
 def test_a_start_at_any_step_costs_the_same(
     many_shards: str, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
@@ -223,7 +224,7 @@ def test_a_start_at_any_step_costs_the_same(
     }
 
 
-@pytest.mark.parametrize("start_step", [10, 1_000_000])
+@pytest.mark.parametrize("start_step", [1_000_000, *further(10)])
 def test_workers_read_only_from_the_first_batch(
     many_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_step: int
 ) -> None:

@@ -85,6 +85,26 @@ def test_the_choices_are_marked() -> None:
     assert len(Page(html).named("img")) == 3
 
 
+def test_only_what_is_part_of_the_score_is_shown_as_part_of_it() -> None:
+    nothing = np.zeros(3, np.float32)
+    found = explanation(
+        matching="words_to_frames",
+        frame_weights=nothing,
+        frame_terms=nothing,
+        sentence_frame_terms=nothing,
+        score=0.535,
+    )
+    assert list(found.parts) == ["sentence", "words"]
+    html = explanation_page(found, FRAMES, title="v1")
+    text = Page(html).text
+    assert "The sentence's best frame gives 0.225. The words' best frames give 0.310." in text
+    assert "counts no frame's best word" in text
+    assert "best word of this frame" in explanation_page(explanation(), FRAMES, title="v1")
+    for absent in ("best word</th>", "best word of this frame", "the frame chose", "or frames"):
+        assert absent not in html, absent
+    assert html.count('scope="row">weight') == html.count('scope="row">adds') == 0
+
+
 def test_models_without_words_neighbours_or_predictors() -> None:
     html = explanation_page(
         explanation(

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 import schemathesis
 from builders.browser import Browser, Tab, chromium
+from builders.exhaustive import examples, further
 from builders.served_index import FRAMES, SIDE, demo_index, served
 from builders.service_client import ROUTES, get, metric, wait_until
 from fastapi.testclient import TestClient
@@ -140,7 +141,7 @@ def test_the_api_does_what_its_description_says(path: str, index: Index, folder:
 
     for mode in modes:
 
-        @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+        @settings(max_examples=examples(8), deadline=None, derandomize=True, database=None)
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: schemathesis.Case) -> None:
             statuses[case.call_and_validate().status_code] += 1
@@ -196,7 +197,7 @@ def test_200_searches_at_once_give_the_results_of_one(url: str, index: Index) ->
     assert get(url, "/healthz").status == 200
 
 
-@pytest.mark.parametrize("name", ["frames.bin", "keys.bin", "coarse"])
+@pytest.mark.parametrize("name", ["frames.bin", *further("keys.bin", "coarse")])
 def test_an_index_that_is_cut_short(name: str, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "features"
     shutil.copytree(folder, copy)

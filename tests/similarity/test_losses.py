@@ -13,7 +13,7 @@ from tvr.kernels.losses import LossTerms, info_nce, neg_nce, row_info_nce, row_n
 from tvr.kernels.row_loss.online_softmax import SINGLE_RANK
 from tvr.kernels.row_loss.row_loss import LossRule
 
-KINDS = ("info", "reference", "log")
+KINDS = ("info", "reference", "log", "set")
 EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
 
 
@@ -55,6 +55,15 @@ def naive_log_neg_nce(similarity: Tensor, excluded: Tensor, weight: float = 0.5)
     return total / num_pairs
 
 
+def naive_set_neg_nce(similarity: Tensor, excluded: Tensor) -> Tensor:
+    """One direction of the `set` mode."""
+    p = (100 * similarity).masked_fill(excluded, -torch.inf).softmax(1)
+    positive = similarity.diagonal()
+    hard = ((similarity > positive[:, None]) | (similarity > positive)) & ~excluded
+    of_set = (p * hard.fill_diagonal_(False)).sum(1)
+    return (-p.diagonal().log() - 0.5 * (1 - of_set).log()).mean()
+
+
 def naive_info_nce(similarity: Tensor, excluded: Tensor) -> Tensor:
     """One direction of InfoNCE."""
     logits = (100 * similarity).masked_fill(excluded, -torch.inf)
@@ -70,7 +79,12 @@ def naive_reference_neg_nce(similarity: Tensor, excluded: Tensor) -> Tensor:
     return -p.diagonal().log().mean() + 0.5 * -(1 - p[hard.fill_diagonal_(False)]).log().mean()
 
 
-NAIVE = {"info": naive_info_nce, "reference": naive_reference_neg_nce, "log": naive_log_neg_nce}
+NAIVE = {
+    "info": naive_info_nce,
+    "reference": naive_reference_neg_nce,
+    "log": naive_log_neg_nce,
+    "set": naive_set_neg_nce,
+}
 VIDEOS, CAPTIONS = torch.tensor([0, 1, 1, 2, 0, 3, 0]), torch.tensor([5, 6, 7, 5, 8, 8, 5])
 
 
@@ -215,17 +229,18 @@ MASKS = {"video_ids": "mask_same_video", "caption_ids": "mask_equal_captions"}
 
 
 @pytest.mark.parametrize("kind_of_ids", MASKS)
-def test_a_mask_is_on_by_default_in_log_mode_only(kind_of_ids: str) -> None:
+def test_a_mask_is_on_by_default_in_log_and_set_mode_only(kind_of_ids: str) -> None:
     ids, similarity = torch.tensor([7, 7, 9]), scores(3, 2)
     on, off = ({kind_of_ids: ids, MASKS[kind_of_ids]: x} for x in (True, False))
-    for mode, default in (("log", on), ("reference", off)):
+    for mode, default in (("log", on), ("set", on), ("reference", off)):
         actual = neg_nce(similarity, mode=mode, **{kind_of_ids: ids})
         assert actual == neg_nce(similarity, mode=mode, **default)
     assert info_nce(similarity, **{kind_of_ids: ids}) == info_nce(similarity, **off)
     assert neg_nce(similarity, mode="log", **on) != neg_nce(similarity, mode="log", **off)
     # All pairs have the same video, or the same caption, so there are no negatives.
     same = torch.zeros(3, dtype=torch.int64)
-    assert neg_nce(similarity, mode="log", **{kind_of_ids: same}) == 0
+    for mode in ("log", "set"):
+        assert neg_nce(similarity, mode=mode, **{kind_of_ids: same}) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,13 @@ from tvr.kernels.similarity import dmae_similarity
 from tvr.kernels.text_lengths import TextLengths, host_lengths
 
 PAIRS = 9
-RULES = [LossRule(None), LossRule("log"), LossRule("reference", mask_same_video=True)]
+RULES = [
+    LossRule(None),
+    LossRule("log"),
+    LossRule("reference", mask_same_video=True),
+    LossRule("set", hardness=0.5, drop_above=0.1),
+    LossRule(None, sigmoid=True),
+]
 
 
 @pytest.fixture(autouse=True)

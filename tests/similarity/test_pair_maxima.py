@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tvr.kernels.explanation import PairMaxima, pair_maxima
 from tvr.kernels.partial import select_tokens
-from tvr.kernels.reference import INTERACTIONS, dmae_similarity
+from tvr.kernels.reference import INTERACTIONS, MATCHINGS, dmae_similarity
 
 SIZES = st.integers(1, 5)
 
@@ -34,6 +34,7 @@ def total(found: PairMaxima) -> Tensor:
     frames=SIZES,
     seed=st.integers(0, 10_000),
     interaction=st.sampled_from(INTERACTIONS),
+    matching=st.sampled_from(MATCHINGS),
     neighbour_frames=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -42,21 +43,28 @@ def test_terms_add_up_to_the_reference(
     frames: int,
     seed: int,
     interaction: str,
+    matching: str,
     neighbour_frames: bool,
     dtype: torch.dtype,
 ) -> None:
     pair = one_pair(words, frames, seed, dtype)
     options: dict[str, Any] = {"interaction": interaction, "neighbour_frames": neighbour_frames}
+    options["matching"] = matching
     expected = dmae_similarity(**pair, **options)[0, 0]
     found = pair_maxima(**pair, **options)
     assert abs(total(found) - expected) < 1e-6
     assert abs(found.score - expected) < 1e-6
     assert found.score.dtype == dtype
-    plain_loops(found, pair, interaction, neighbour_frames)
+    plain_loops(found, pair, interaction, neighbour_frames, both_ways=matching == "two_way")
 
 
 def plain_loops(
-    found: PairMaxima, pair: dict[str, Tensor], interaction: str, neighbour_frames: bool
+    found: PairMaxima,
+    pair: dict[str, Tensor],
+    interaction: str,
+    neighbour_frames: bool,
+    *,
+    both_ways: bool,
 ) -> None:
     """Compares every field with the formulas of the method, written as loops over numbers."""
     words, frames = pair["words"][0].tolist(), pair["frames"][0].tolist()
@@ -87,7 +95,7 @@ def plain_loops(
     assert found.neighbour_weight.tolist() == pytest.approx([0.5 * r for r in strength], abs=1e-5)
 
     logits = pair["frame_logits"][0] if interaction.endswith("wti") else None
-    shares = weights_of(frame_mask, logits)
+    shares = weights_of(frame_mask, logits) if both_ways else [0.0] * count
     assert found.frame_weights.tolist() == pytest.approx(shares, abs=1e-5)
 
     reads_words = interaction.startswith("att_")
@@ -96,7 +104,8 @@ def plain_loops(
     logits = pair["word_logits"][0] if interaction.endswith("wti") else None
     weights = weights_of(word_mask, logits) if reads_words else [0.0] * len(words)
     sets.append((found.words, cosines(words, word_mask), weights, reads_words))
-    half = 0.25 if reads_words else 0.5
+    # The sets are averaged, and so are the two sides.
+    part_of_score = (0.5 if reads_words else 1.0) * (0.5 if both_ways else 1.0)
     for part, scores, weights, is_read in sets:
         for row, expected in zip(part.similarity.tolist(), scores, strict=True):
             assert row == pytest.approx(expected, abs=1e-5)
@@ -107,16 +116,16 @@ def plain_loops(
             assert all(abs(row[f] - row[j]) > 1e-9 or row[f] < row[j] for f in range(j))
             helped = 0.5 * strength[j] * row[neighbour[j]]
             assert float(part.neighbour_terms[t]) == pytest.approx(
-                half * weights[t] * helped, abs=1e-5
+                part_of_score * weights[t] * helped, abs=1e-5
             )
             assert float(part.token_terms[t]) == pytest.approx(
-                half * weights[t] * (row[j] + helped), abs=1e-5
+                part_of_score * weights[t] * (row[j] + helped), abs=1e-5
             )
         for f in range(count):
             column = [row[f] for row in scores]
             i = int(part.best_token[f])
             assert column[i] == pytest.approx(max(column), abs=1e-6)
-            term = half * shares[f] * max(column) if is_read else 0.0
+            term = part_of_score * shares[f] * max(column) if is_read else 0.0
             assert float(part.frame_terms[f]) == pytest.approx(term, abs=1e-5)
         assert part.weights.tolist() == pytest.approx(weights, abs=1e-5)
 

@@ -1,7 +1,10 @@
 """Each backend equals the reference: value and every gradient, for every size, mask and chunk."""
 
+from itertools import product
+
 import pytest
 import torch
+from builders.exhaustive import principal_and_further
 from builders.similarity_inputs import (
     FEATURES,
     assert_all_close,
@@ -55,11 +58,25 @@ def masks(kind: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"word_mask": torch.ones_like(word_mask), "frame_mask": torch.ones_like(frame_mask)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("kind", ["full", "ragged", "doubled"])
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize(
+    ("variant", "dtype", "kind", "neighbours", "interaction"),
+    principal_and_further(
+        product(VARIANTS, TOLERANCES, ["full", "ragged", "doubled"], [False, True], INTERACTIONS),
+        # Each backend with the authors' interaction in every other respect, and each interaction.
+        [
+            *product(
+                ["compiled", "torch", "dense"], TOLERANCES, ["doubled"], [False, True], ["att_wti"]
+            ),
+            *product(
+                ["compiled", "tiles of 3", "dense of 3"],
+                [torch.float32],
+                ["ragged"],
+                [True],
+                INTERACTIONS,
+            ),
+        ],
+    ),
+)
 def test_equals_the_reference(
     interaction: str, neighbours: bool, kind: str, dtype: torch.dtype, variant: str
 ) -> None:
@@ -92,9 +109,13 @@ def test_word_part_alone_equals_the_reference(variant: str) -> None:
     )
 
 
-@pytest.mark.parametrize("variant", ["compiled", "tiles of 1", "torch", "dense"])
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize(
+    ("variant", "neighbours", "interaction"),
+    principal_and_further(
+        product(["compiled", "tiles of 1", "torch", "dense"], [False, True], INTERACTIONS),
+        list(product(["compiled", "tiles of 1", "torch", "dense"], [True], ["att_wti"])),
+    ),
+)
 def test_gradients_pass_gradcheck(interaction: str, neighbours: bool, variant: str) -> None:
     arguments = similarity_inputs(3, 2, 3, 3, width=4, seed=5)
     features = [arguments[name].clone().requires_grad_() for name in FEATURES]
@@ -192,8 +213,12 @@ def test_on_a_gpu_the_tiles_equal_the_reference(
             assert_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "neighbours"),
+    principal_and_further(
+        product(VARIANTS, [False, True]), list(product(["compiled", "torch", "dense"], [True]))
+    ),
+)
 def test_fast_is_off_by_default_and_within_bfloat16_rounding(
     variant: str, neighbours: bool
 ) -> None:

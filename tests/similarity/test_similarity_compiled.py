@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.exhaustive import further
 from builders.similarity_inputs import (
     assert_all_close,
     scores_and_gradients,
@@ -105,9 +106,10 @@ FAILING = {
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
-        ("missing", "/missing' is not on PATH"),
         ("fails", "error: no such machine"),
-        ("silent", "returned non-zero exit status 1"),
+        *further(
+            ("missing", "/missing' is not on PATH"), ("silent", "returned non-zero exit status 1")
+        ),
     ],
 )
 def test_without_a_compiler_the_torch_backend_is_used_and_the_reason_logged_once(

@@ -49,6 +49,7 @@ def test_the_json_has_versions_machine_and_sizes(measured: dict[str, Any]) -> No
     assert "tokenizer" not in sizes["model"]
 
 
+@pytest.mark.exhaustive
 def test_saves_of_both_kinds_are_measured(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -73,6 +74,7 @@ def test_saves_of_both_kinds_are_measured(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_steps_with_and_without_metrics_and_scrapes_are_measured(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +93,7 @@ def test_steps_with_and_without_metrics_and_scrapes_are_measured(
     assert "with metrics / without" in printed.err
 
 
+@pytest.mark.exhaustive
 def test_a_failing_rank_is_reported(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
 ) -> None:

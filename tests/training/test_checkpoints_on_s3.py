@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders.exhaustive import principal_and_further
 from builders.gcs_server import serve_gcs
 from builders.s3_server import (
     BUCKET,
@@ -198,8 +200,13 @@ def test_late_writes_of_an_older_attempt_change_nothing(s3: S3Server, tmp_path: 
     assert weight(URL, tmp_path / "again") == 12.0
 
 
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-@pytest.mark.parametrize("kind", ["one bit", "gone", "truncated"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    principal_and_further(
+        product([*FILES, "manifest.json"], ["one bit", "gone", "truncated"]),
+        [(FILES[0], "gone"), (FILES[2], "one bit"), ("manifest.json", "truncated")],
+    ),
+)
 def test_damaged_checkpoint_is_set_aside(
     s3: S3Server, tmp_path: Path, name: str, kind: str
 ) -> None:
@@ -267,7 +274,9 @@ FAULTS: dict[str, Rule] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", principal_and_further(FAULTS, ["every second of all kinds", "burst of 503"])
+)
 def test_faults_cost_no_checkpoint(
     proxy: FaultProxy, s3: S3Server, tmp_path: Path, name: str
 ) -> None:

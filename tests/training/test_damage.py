@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from builders import jobs
+from builders.exhaustive import principal_and_further
 from builders.file_damage import DAMAGE
 from builders.scraping import parse_samples, scrape
 from builders.tiny import tiny_config, with_ranks
@@ -55,7 +56,10 @@ FILES = ["manifest.json", "random-rank-00000.pt", "mp_rank_00_model_states.pt", 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "one bit") for name in FILES), (FILES[3], "truncated"), (FILES[2], "gone")],
+    principal_and_further(
+        [*((name, "one bit") for name in FILES), (FILES[3], "truncated"), (FILES[2], "gone")],
+        [(FILES[3], "one bit"), (FILES[2], "gone")],
+    ),
 )
 def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     data: Path, uninterrupted: Path, tmp_path: Path, name: str, kind: str

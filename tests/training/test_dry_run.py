@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_folders import write_clip
+from builders.exhaustive import principal_and_further
 from builders.tiny import MAX_WORDS, tiny_config
 
 from tvr.data_prep.records import Batch
@@ -271,7 +272,10 @@ def test_estimated_activations_bound_measured_ones(
 STAGES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("precision", "stage"), STAGES)
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    principal_and_further(STAGES, [("fp32", 0), ("fp32", 3), ("bf16", 2)]),
+)
 def test_a_checkpoint_has_the_estimated_size(
     data: Path, tokenizer: Tokenizer, precision: str, stage: int
 ) -> None:

@@ -99,14 +99,17 @@ def by_definition(config: Config, split: str) -> tuple[Batch, Tensor]:
             features.word_mask,
             features.frame_mask,
             interaction=config.model.interaction,
+            matching=config.model.matching,
             word_logits=features.word_logits,
             frame_logits=features.frame_logits,
         )
     return batch, similarity
 
 
-def test_evaluation_equals_the_definition(data: Path) -> None:
+@pytest.mark.parametrize("matching", ["two_way", "words_to_frames"])
+def test_evaluation_equals_the_definition(data: Path, matching: str) -> None:
     config = setting(data)
+    config = replace(config, model=replace(config.model, matching=matching))
     result = evaluated(config)
     batch, similarity = by_definition(config, str(data / "test"))
     assert (result.videos, result.captions, result.left_out) == (10, 10, ())
@@ -153,6 +156,7 @@ def binding_by_definition(config: Config, data: Path) -> Tensor:
                 own.word_mask,
                 features.frame_mask,
                 interaction=config.model.interaction,
+                matching=config.model.matching,
                 word_logits=own.word_logits,
                 frame_logits=features.frame_logits,
             ).diagonal()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import plain_model as plain
+from builders.exhaustive import principal_and_further
 from builders.plain_model import (
     CAPTION_IDS,
     PAIRS,
@@ -39,10 +40,13 @@ LOSSES = {
     "info_nce": LossConfig(similarity="info_nce", mask_equal_captions=True),
     "reference": LossConfig(neg_nce_mode="reference"),
     "log": LossConfig(neg_nce_mode="log"),
+    "set": LossConfig(neg_nce_mode="set", hardness=0.5, drop_above=0.1),
+    "sigmoid": LossConfig(similarity="sigmoid", sigmoid_bias=-30.0),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PATHS = list(product(("gather", "ring"), ("keep", "stream"), (False, True)))
 CASES = [(*path, loss, dtype) for path in PATHS for loss in LOSSES for dtype in TOLERANCE]
+ONE_WAY_CASES = [(*path, "log", torch.float64, "words_to_frames") for path in PATHS]
 EXCHANGES = {"gather": AllGatherExchange, "ring": RingExchange}
 # Rows of each rank: unequal, equal, and none on one rank.
 ROW_COUNTS = {
@@ -53,7 +57,13 @@ ROW_COUNTS = {
 
 
 def loss_and_gradients(
-    world: World, exchange: Any, scores: Any, cached: bool, loss: LossConfig, dtype: torch.dtype
+    world: World,
+    exchange: Any,
+    scores: Any,
+    cached: bool,
+    loss: LossConfig,
+    dtype: torch.dtype,
+    matching: plain.Matching = "two_way",
 ) -> tuple[float, Gradients]:
     """Computes loss and gradients of the whole batch from this rank's part, as the trainer does."""
     counts = COUNTS[world.world_size]
@@ -61,13 +71,13 @@ def loss_and_gradients(
     ids, caption_ids = (
         of_all.split(list(counts))[world.rank] for of_all in (VIDEO_IDS, CAPTION_IDS)
     )
-    model = plain_model(dtype)
+    model = plain_model(dtype, matching=matching)
 
     def compute(features: Any) -> Any:
         return objective(
             features,
             ids,
-            ModelConfig(),
+            ModelConfig(matching=matching),
             loss,
             world,
             caption_ids=caption_ids,
@@ -120,14 +130,19 @@ def exchange_rows(name: str, world: World, count: int) -> dict[str, Any]:
 def on_every_rank(rank: int, world_size: int) -> dict[Any, Any]:
     world = world_of(rank, world_size)
     results: dict[Any, Any] = {
-        case: loss_and_gradients(world, *case[:3], LOSSES[case[3]], case[4]) for case in CASES
+        case: loss_and_gradients(world, *case[:3], LOSSES[case[3]], *case[4:])
+        for case in CASES + ONE_WAY_CASES
     }
     for name, rows in product(EXCHANGES, ROW_COUNTS):
         results[name, rows] = exchange_rows(name, world, ROW_COUNTS[rows](rank))
     return results
 
 
-@pytest.fixture(scope="module", params=sorted(COUNTS), ids=lambda size: f"{size} ranks")
+@pytest.fixture(
+    scope="module",
+    params=principal_and_further(sorted(COUNTS), [3]),
+    ids=lambda size: f"{size} ranks",
+)
 def by_rank(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     return spawn(on_every_rank, request.param, timeout_s=600)
 
@@ -143,6 +158,18 @@ def test_every_path_equals_a_single_process(
             ours, of_parameters = results[*path, loss, dtype]
             assert ours == pytest.approx(value, rel=TOLERANCE[dtype]), path
             plain.assert_close(of_parameters, gradients, relative=TOLERANCE[dtype])
+
+
+def test_every_path_equals_a_single_process_where_words_alone_choose(
+    by_rank: list[dict[Any, Any]],
+) -> None:
+    value, gradients = plain.defined(LOSSES["log"], torch.float64, "words_to_frames")
+    assert value != pytest.approx(plain.defined(LOSSES["log"], torch.float64)[0], rel=1e-3)
+    for results in by_rank:
+        for case in ONE_WAY_CASES:
+            ours, of_parameters = results[case]
+            assert ours == pytest.approx(value, rel=1e-10), case
+            plain.assert_close(of_parameters, gradients, relative=1e-10)
 
 
 def test_the_cases_have_different_losses() -> None:

@@ -91,11 +91,18 @@ def similarity_of(source: SourceModel, caption: Caption, frames: np.ndarray) -> 
 
 @pytest.mark.parametrize("frames", [1, 2, NUM_FRAMES])
 @pytest.mark.parametrize("interaction", ["ti", "wti", "att_ti", "att_wti"])
-def test_the_terms_add_up_to_the_similarity(data: Path, interaction: str, frames: int) -> None:
+@pytest.mark.parametrize("matching", ["two_way", "words_to_frames"])
+def test_the_terms_add_up_to_the_similarity(
+    data: Path, matching: str, interaction: str, frames: int
+) -> None:
     content = interaction == "att_wti"
     source = source_of(
         data,
-        model={"interaction": interaction, "neighbour_frames": frames != 2},
+        model={
+            "interaction": interaction,
+            "matching": matching,
+            "neighbour_frames": frames != 2,
+        },
         data={"content_words": content},
     )
     words = (Word(8, 11, WordKind.CONTENT), Word(12, 18, WordKind.CONTENT))
@@ -107,6 +114,11 @@ def test_the_terms_add_up_to_the_similarity(data: Path, interaction: str, frames
     assert found.similarity.shape == (len(found.words), frames)
     assert found.reads_words == (interaction[:3] == "att")
     assert bool(found.word_terms.any()) == found.reads_words
+    one_way = matching == "words_to_frames"
+    assert found.frames_choose != one_way
+    for values in (found.frame_weights, found.sentence_frame_terms):
+        assert bool(values.any()) != one_way
+    assert found.to_json()["matching"] == matching
     if content:
         # Words of double weight count twice: their softmax is that of the whole caption.
         texts = source.encode_texts([caption])

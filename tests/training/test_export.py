@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tvr.trainer.config import Config
 from tvr.trainer.data import ordered_batches
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation import export as export_file
-from tvr.trainer.evaluation.export import load_exported
+from tvr.trainer.evaluation.export import exported_config, load_exported
 from tvr.trainer.evaluation.saved_run import load_run
 from tvr.trainer.loop import train
 from tvr.trainer.loss.gradient_cache import concat_features
@@ -46,7 +47,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_siglip(root / "towers", captions, max_words=MAX_WORDS, image_size=IMAGE_SIZE)
     models = {
         "clip": {"lora_rank": 2},
-        "siglip": {"pretrained": str(root / "towers"), "tokenizer": None, "freeze": 1},
+        "siglip": {
+            "pretrained": str(root / "towers"),
+            "tokenizer": None,
+            "freeze": 1,
+            "matching": "words_to_frames",
+        },
     }
     for kind, model in models.items():
         steps = {"steps": 2, "zero_stage": 3, "encoder_learning_rate": 1e-2}
@@ -76,12 +82,30 @@ def test_exported_model_reproduces_the_similarities(exported: Path, kind: str) -
     words = load_tokenizer(exported / kind, MAX_WORDS)
     ours = features(model.eval(), config, tokenizer)
     theirs = features(exported_model, config, words)
-    one, other = (similarity_rows(f, f, config.model) for f in (ours, theirs))
+    one = similarity_rows(ours, ours, config.model)
+    other = similarity_rows(theirs, theirs, exported_config(exported / kind).model)
     assert one.shape == (10, 10)
     assert torch.allclose(one, other, rtol=0, atol=1e-6)
     assert one.std() > 1e-3
     assert not any("lora" in name for name in exported_model.state_dict())
     assert not exported_model.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_whose_matching_was_edited_is_refused(
+    exported: Path, kind: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(exported / kind, folder)
+    settings = json.loads((folder / "tvr.json").read_text())
+    names = ["two_way", "words_to_frames"]
+    own = settings["model"]["matching"]
+    assert own == names[kind == "siglip"]
+    for matching, error in ((names[own == names[0]], "does not fit"), ("both", "matching")):
+        settings["model"]["matching"] = matching
+        (folder / "tvr.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=error):
+            load_exported(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

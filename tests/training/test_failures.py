@@ -79,6 +79,7 @@ def test_only_the_failing_rank_reports_its_exception(config: Config, tmp_path: P
     assert report["error"].startswith("TrainingFailed: step ")
 
 
+@pytest.mark.exhaustive
 def test_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
     errors = errors_of(config, tmp_path / "run", None, signal.SIGKILL)
     assert errors.count("killed by SIGKILL") == 1
@@ -87,6 +88,7 @@ def test_killed_rank_is_named(config: Config, tmp_path: Path) -> None:
     assert errors.splitlines()[-1].startswith("tvr launch: rank 1 (")
 
 
+@pytest.mark.exhaustive
 def test_suspended_rank_is_named_and_ended(config: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     errors = errors_of(config, run_dir, None, signal.SIGSTOP)

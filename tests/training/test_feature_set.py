@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.exhaustive import further
 from builders.file_damage import cut, flip
 
 from tvr.data_prep.records import Replacement, ShardCorrupt
@@ -284,7 +285,9 @@ def test_a_changed_data_set_of_the_same_address_is_refused(written: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])
-@pytest.mark.parametrize("name", ["frames", "words", "keys", "caption_video", "captions_ends"])
+@pytest.mark.parametrize(
+    "name", ["frames", *further("words", "keys", "caption_video", "captions_ends")]
+)
 def test_damaged_files_are_named(
     written: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:

@@ -27,6 +27,7 @@ from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 LOSSES = {
     "reference": {"similarity": "neg_nce", "neg_nce_mode": "reference"},
     "log": {"similarity": "neg_nce", "neg_nce_mode": "log"},
+    "set": {"similarity": "neg_nce", "neg_nce_mode": "set"},
     "info_nce": {"similarity": "info_nce"},
 }
 ENGINE_CASES = [(zero_stage, name) for zero_stage in range(4) for name in ("reference", "log")]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.exhaustive import everything
 from gpu_kit import __main__ as kit
 from gpu_kit import parity, parts, shared_slice
 from gpu_kit.clock import PoisonedOutputs, Wrong, check_finite
@@ -26,15 +27,17 @@ from tvr.kernels.similarity import BACKENDS, dmae_similarity
 KIT = Path(kit.__file__).parent
 TIMEOUT_S = 1200
 SMALL = (8, 9, 5, 4, 16)
+# The tests and the training steps take most of the time; other files run them as well.
+PARTS_HERE = [name for name in PARTS if everything() or name not in ("tests", "step")]
 OPTIONS = {"interaction": "att_wti", "neighbour_frames": True}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """JSON and output of `python tests/benchmarks/gpu_kit --shrunk`."""
+    """JSON and output of `python tests/benchmarks/gpu_kit --shrunk --parts PARTS_HERE`."""
     file = tmp_path_factory.mktemp("kit") / "numbers.json"
     ended = subprocess.run(
-        [sys.executable, str(KIT), "--shrunk", "--json", str(file)],
+        [sys.executable, str(KIT), "--shrunk", "--json", str(file), "--parts", *PARTS_HERE],
         # From another folder, without what the suite added to the paths.
         cwd=file.parent,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -57,7 +60,7 @@ def cases_of(document: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
 
 
 def test_every_part_ran_and_nothing_was_cut(document: dict[str, Any]) -> None:
-    assert list(document["parts"]) == list(PARTS)
+    assert list(document["parts"]) == PARTS_HERE
     for name, part in document["parts"].items():
         assert (part["status"], part["reason"], part["cut"]) == ("done", None, []), name
         assert part["cases"]
@@ -69,12 +72,13 @@ def test_every_part_ran_and_nothing_was_cut(document: dict[str, Any]) -> None:
 def test_the_table_comes_last_and_names_every_part(ran: tuple[dict[str, Any], str]) -> None:
     _, printed = ran
     progress, _, table = printed.partition("small shapes on the CPU")
-    for name in PARTS:
+    for name in PARTS_HERE:
         assert f"[{name}] done" in progress
         assert f"== {name}: done" in table
     assert printed.splitlines()[-1].endswith("numbers.json")
 
 
+@pytest.mark.exhaustive
 def test_the_tests_marked_gpu_are_found_and_skip_here(document: dict[str, Any]) -> None:
     cases = cases_of(document, "tests")
     assert {"similarity/test_similarity_backends.py", "training/test_stopwatch.py"} <= set(cases)
@@ -98,6 +102,7 @@ def test_every_backend_is_within_the_suites_bounds(document: dict[str, Any]) -> 
         assert cases[f"streamed {dtype}"]["status"] == "done"
 
 
+@pytest.mark.exhaustive
 def test_steps_have_rates_memory_and_counted_host_reads(document: dict[str, Any]) -> None:
     cases = cases_of(document, "step")
     assert list(cases) == [

@@ -43,11 +43,14 @@ METHODS = ("exact", "ivf", "hnsw")
 Interaction = Literal["ti", "wti", "att_ti", "att_wti"]
 
 
-def header(stored: StoredType = "fp32", interaction: Interaction = "att_wti") -> FeatureHeader:
+def header(
+    stored: StoredType = "fp32", interaction: Interaction = "att_wti", one_way: bool = False
+) -> FeatureHeader:
     return FeatureHeader(
         model="planted",
         fingerprint="a" * 64,
-        settings={
+        settings=({"matching": "words_to_frames"} if one_way else {})
+        | {
             "interaction": interaction,
             "neighbour_frames": True,
             "num_frames": FRAMES,
@@ -120,7 +123,9 @@ def build(folder: Path, method: Any, **more: Any) -> Index:
 def exhaustive(features: FeatureSet, texts: Features) -> Tensor:
     settings = features.info.settings
     model = ModelConfig(
-        interaction=settings["interaction"], neighbour_frames=settings["neighbour_frames"]
+        interaction=settings["interaction"],
+        matching=settings.get("matching", "two_way"),
+        neighbour_frames=settings["neighbour_frames"],
     )
     return similarity_rows(texts, features.videos(), model)
 
@@ -157,6 +162,46 @@ def test_exact_search_that_reranks_all_is_the_exhaustive_ranking(
         assert torch.allclose(own, best, rtol=0, atol=1e-5)
         found = expected[[hit.video for hit in hits]]
         assert torch.allclose(found, best, rtol=0, atol=1e-5)
+
+
+def test_words_to_frames_are_stored_searched_and_ranked_one_way(tmp_path: Path) -> None:
+    features = write_features(tmp_path, header(one_way=True))
+    assert features.info.matching == "words_to_frames"
+    assert not list(tmp_path.rglob("frame_logits*"))
+    assert features.videos().frame_logits is None
+    index, texts = build(tmp_path, "exact"), features.texts()
+    scores = exhaustive(features, texts)
+    other = similarity_rows(texts, _weighted(features), ModelConfig())
+    assert (scores - other).abs().max() > 0.1
+    right = scores[torch.arange(VIDEOS), features.caption_video]
+    whole = (scores > right[:, None]).sum(1) < 10
+    found, rows = 0, range(0, VIDEOS, 6)
+    for row in rows:
+        hits = index.search_features(features.texts([row]), k=10, rerank=60)
+        for hit in hits:
+            assert hit.similarity == pytest.approx(float(scores[row, hit.video]), abs=1e-5)
+        found += int(features.caption_video[row]) in [hit.video for hit in hits]
+    assert found >= 0.9 * int(whole[list(rows)].sum()) > 10
+    # A video as the query: its frames are words of equal weight.
+    own = features.videos([5])
+    shown = own.frame_mask.float()[..., None]
+    mean = unit((shown * own.frames).sum(1))
+    query = own._replace(sentence=mean, words=own.frames, word_mask=own.frame_mask)
+    query = query._replace(word_logits=torch.ones(1, FRAMES))
+    expected = exhaustive(features, query)[0]
+    expected[5] = -torch.inf
+    best = index.search_key(features.keys[5], k=1, rerank=VIDEOS)[0]
+    assert best.video == int(expected.argmax())
+    assert best.similarity == pytest.approx(float(expected.max()), abs=1e-5)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("words_to_frames", "frames_to_words"))
+    with pytest.raises(ShardCorrupt, match="two_way, words_to_frames"):
+        FeatureSet.open(tmp_path)
+
+
+def _weighted(features: FeatureSet) -> Features:
+    videos = features.videos()
+    return videos._replace(frame_logits=torch.zeros_like(videos.frame_mask, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("method", METHODS)

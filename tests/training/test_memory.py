@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.exhaustive import further, principal_and_further
 from builders.spawn import spawn
 from tvr_bench.kernels_process import BACKWARD, HEAP_RETURNS_PAGES, Job, forked_peaks, peak_bytes
 from tvr_bench.kernels_task import Inputs, cpu_growth, make_inputs
@@ -26,6 +27,7 @@ from tvr.trainer.model.model import Features
 JOB = Job(
     implementation="compiled", texts=256, videos=256, words=32, frames=12, width=512, loss=True
 )
+ONE_WAY = replace(JOB, matching="words_to_frames")
 CASES = [
     JOB,
     replace(JOB, lengths="ragged", dtype="bfloat16", texts=128, videos=512),
@@ -43,7 +45,12 @@ CASES = [
     replace(JOB, implementation="dense", texts=128),
     replace(JOB, implementation="dense", chunk=48, lengths="ragged"),
     replace(JOB, implementation="streamed", backend="dense", chunk=64, words=16),
+    replace(ONE_WAY, neighbour_frames=False),
+    replace(ONE_WAY, implementation="torch", lengths="ragged", chunk=32),
+    replace(ONE_WAY, implementation="reference", neighbour_frames=False, texts=64),
 ]
+# One of each implementation; JOB is also measured by other tests.
+PRINCIPAL = [CASES[place] for place in (0, 6, 8, 10, 13)]
 BACKEND_OF = {"torch": "torch", "dense": "dense", "reference": "naive"}
 # Narrow features, so that the pairs dominate the memory.
 PAIRS = replace(JOB, width=16)
@@ -57,6 +64,7 @@ def sizes_of(job: Job) -> SimilaritySizes:
         frames=job.frames,
         width=job.width,
         interaction=job.interaction,
+        matching=job.matching,
         neighbour_frames=job.neighbour_frames,
         backend=BACKEND_OF.get(job.implementation, job.backend or "compiled"),
         streamed=job.implementation == "streamed",
@@ -79,13 +87,18 @@ def test_a_forked_process_measures_as_one_of_its_own(measured: Callable[[Job], i
     assert measured(JOB) == pytest.approx(alone, rel=ACCURACY / 10)
 
 
-@pytest.mark.parametrize("job", CASES, ids=lambda job: f"{job.implementation}-{job.videos}")
+@pytest.mark.parametrize(
+    "job",
+    principal_and_further(CASES, PRINCIPAL),
+    ids=lambda job: f"{job.implementation}-{job.videos}",
+)
 def test_the_estimate_equals_the_measured_peak(measured: Callable[[Job], int], job: Job) -> None:
     peak = measured(job)
     assert peak > FLOOR_BYTES
     assert estimate_similarity(sizes_of(job)).above_inputs == pytest.approx(peak, rel=ACCURACY)
 
 
+@pytest.mark.exhaustive
 def test_the_estimate_equals_the_measured_peak_on_three_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -138,7 +151,7 @@ def bytes_per_pair(measured: Callable[[Job], int], job: Job, pairs: tuple[int, i
 
 
 # The loss processes at most 2**20 scores at a time: up to 1024 pairs its scratch still grows.
-@pytest.mark.parametrize("pairs", [(256, 512, 768), (512, 768, 1024)], ids=str)
+@pytest.mark.parametrize("pairs", [(256, 512, 768), *further(((512, 768, 1024),))], ids=str)
 def test_a_pair_costs_at_most_96_bytes(
     measured: Callable[[Job], int], pairs: tuple[int, int, int]
 ) -> None:
@@ -146,7 +159,7 @@ def test_a_pair_costs_at_most_96_bytes(
 
 
 # The tables of a tile must be smaller than the loss, which otherwise is not the peak at each size.
-@pytest.mark.parametrize(("implementation", "chunk"), [("torch", 32), ("dense", 8)])
+@pytest.mark.parametrize(("implementation", "chunk"), [("torch", 32), *further(("dense", 8))])
 def test_a_pair_costs_no_more_in_torch_tiles(
     measured: Callable[[Job], int], implementation: str, chunk: int
 ) -> None:
@@ -155,7 +168,7 @@ def test_a_pair_costs_no_more_in_torch_tiles(
 
 
 # Kept scores would cost 4 bytes, and kept indices more than 8.
-@pytest.mark.parametrize("backend", [None, "dense"])
+@pytest.mark.parametrize("backend", [None, *further("dense")])
 def test_a_pair_costs_no_memory_with_streamed_scores(
     measured: Callable[[Job], int], backend: str | None
 ) -> None:

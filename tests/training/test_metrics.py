@@ -189,6 +189,7 @@ RECORD = StepRecord(
     positive_similarity=0.5,
     hardest_similarity=0.25,
     equal_captions_per_row=0.5,
+    dropped_per_row=None,
     learning_rate=0.1,
     encoder_learning_rate=0.01,
     gradient_norm=4.0,

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.exhaustive import everything, principal_and_further
 from builders.spawn import spawn
 from builders.tiny import tiny_config
 from torch import Tensor
@@ -46,6 +47,11 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "bf16 at stage 2": (NAN, {"zero_stage": 2, "precision": "bf16", "micro_batch": 2}),
     "bf16 at stage 3": (NAN, {"zero_stage": 3, "precision": "bf16"}),
 }
+# Every stage, and every form at one of them.
+PRINCIPAL = [
+    *(f"{NAN} at stage 0", f"{INF} at stage 3", "accumulated at stage 2", "cached at stage 1"),
+    *("offloaded at stage 1", "bf16 at stage 2"),
+]
 # The number comes at the features of one pair; the other cases change a parameter's gradient.
 AT_A_PAIR = "a pair"
 
@@ -106,7 +112,8 @@ class Poisoned:
 def run_all(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """Runs every case with `tvr train`; returns what it left, by name."""
     results = {}
-    cases = {**CASES, AT_A_PAIR: (NAN, {"zero_stage": 1})}
+    chosen = CASES if everything() else {name: CASES[name] for name in PRINCIPAL}
+    cases = {**chosen, AT_A_PAIR: (NAN, {"zero_stage": 1})}
     for number, (name, (value, settings)) in enumerate(cases.items()):
         config = tiny_config(
             data,
@@ -157,7 +164,7 @@ def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return spawn(run_all, RANKS, data, tmp_path_factory.mktemp("runs"), timeout_s=300)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", principal_and_further(CASES, PRINCIPAL))
 def test_the_update_is_not_applied_and_not_saved(results: Results, name: str) -> None:
     for result in (everyone[name] for everyone in results):
         assert result["code"] == 3
@@ -166,7 +173,7 @@ def test_the_update_is_not_applied_and_not_saved(results: Results, name: str) ->
         assert result["saved"] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", principal_and_further(CASES, PRINCIPAL))
 def test_the_error_names_parameter_and_pairs(results: Results, name: str) -> None:
     stderr = "".join(everyone[name]["stderr"] for everyone in results)
     first = results[0][name]

@@ -69,6 +69,7 @@ def similarity(own: Features, model: ModelConfig) -> Tensor:
         own.word_mask,
         own.frame_mask,
         interaction=model.interaction,
+        matching=model.matching,
         neighbour_frames=model.neighbour_frames,
         word_logits=own.word_logits,
         frame_logits=own.frame_logits,
@@ -85,6 +86,17 @@ def expected_loss(square: Tensor, loss: LossConfig) -> Tensor:
             caption_ids=CAPTION_IDS,
             mask_equal_captions=loss.mask_equal_captions is True,
             scale=scale,
+            hardness=loss.hardness,
+            drop_above=loss.drop_above,
+        )
+    if loss.similarity == "sigmoid":
+        return losses.sigmoid_loss(
+            square,
+            bias=loss.sigmoid_bias,
+            video_ids=VIDEO_IDS,
+            mask_same_video=loss.mask_same_video is True,
+            scale=scale,
+            drop_above=loss.drop_above,
         )
     return losses.neg_nce(
         square,
@@ -95,6 +107,8 @@ def expected_loss(square: Tensor, loss: LossConfig) -> Tensor:
         mask_equal_captions=loss.mask_equal_captions,
         scale=scale,
         weight=loss.neg_nce_weight,
+        hardness=loss.hardness,
+        drop_above=loss.drop_above,
     )
 
 
@@ -109,12 +123,18 @@ SETTINGS: list[dict[str, Any]] = [
     {"neg_nce_mode": "log", "mask_equal_captions": False},
     {"neg_nce_mode": "reference", "mask_equal_captions": True},
     {"neg_nce_mode": "log", "neg_nce_weight": 0.0, "tpm_cl_weight": 0.25},
+    {"neg_nce_mode": "set"},
+    {"neg_nce_mode": "set", "hardness": 0.5, "drop_above": 0.2, "mask_same_video": False},
+    {"similarity": "info_nce", "hardness": 1.0, "temperature": 0.1},
+    {"similarity": "sigmoid", "sigmoid_bias": -3.0, "temperature": 0.1},
+    {"similarity": "sigmoid", "drop_above": 0.1, "mask_same_video": True},
 ]
 MODELS: list[dict[str, Any]] = [
     {},
     {"interaction": "att_ti", "neighbour_frames": False},
     {"interaction": "wti"},
     {"interaction": "ti"},
+    {"matching": "words_to_frames"},
 ]
 
 
@@ -167,6 +187,8 @@ def test_value_and_gradients_equal_the_definition(
         ({"similarity": "info_nce"}, False),
         ({"neg_nce_mode": "reference"}, False),
         ({"neg_nce_mode": "log"}, True),
+        ({"neg_nce_mode": "set"}, True),
+        ({"similarity": "sigmoid"}, False),
     ],
 )
 def test_a_mask_is_on_off_or_by_default(
@@ -232,6 +254,8 @@ def test_the_statistics_count_hard_negatives_and_clamped_positives() -> None:
         ({"mask_equal_captions": False}, None),
         ({"neg_nce_mode": "reference"}, None),
         ({"similarity": "info_nce"}, None),
+        ({"neg_nce_mode": "set"}, 4 / 6),
+        ({"similarity": "sigmoid"}, None),
         ({"similarity": "info_nce", "mask_equal_captions": True}, 1.0),
     ],
 )
@@ -241,6 +265,39 @@ def test_pairs_that_are_masked_for_their_caption_are_counted(
     loss = LossConfig(**settings)
     found = computed_terms(values(loss), loss)["equal_captions_per_row"]
     assert found == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("scores", ["keep", "stream"])
+def test_dropped_negatives_are_counted(scores: Literal["keep", "stream"]) -> None:
+    off = LossConfig(similarity="info_nce")
+    assert computed_terms(values(off, scores=scores), off)["dropped_per_row"] is None
+    loss = LossConfig(similarity="info_nce", drop_above=0.1)
+    square = similarity(features(), ModelConfig()).detach()
+    expected = int((square > square.diagonal()[:, None] + 0.1).sum()) / PAIRS
+    assert 0 < expected < 4
+    found = computed_terms(values(loss, scores=scores), loss)
+    assert found["dropped_per_row"] == pytest.approx(expected)
+    assert found["penalty"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"similarity": "sigmoid", "hardness": 0.5}, r"loss.hardness=0.5 needs"),
+        ({"neg_nce_mode": "reference", "hardness": 0.5}, r"loss.hardness=0.5 needs"),
+        ({"neg_nce_mode": "reference", "drop_above": 0.0}, r"loss.drop_above=0.0 needs"),
+        ({"hardness": -1.0}, "greater than or equal to 0"),
+        ({"drop_above": -1.0}, "greater than or equal to 0"),
+        ({"hardness": float("inf")}, "finite"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        LossConfig(**settings)
+    # The mode of NegNCE has no meaning for another loss.
+    LossConfig(similarity="info_nce", neg_nce_mode="reference", hardness=0.5, drop_above=0.1)
 
 
 @pytest.mark.parametrize("scores", ["keep", "stream"])

@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = [caption for clip in clips for caption in clip.captions]
     save_text_encoder(root / "bert", "bert", captions)
     save_text_encoder(root / "mean", "bert", captions, pooling="mean_tokens")
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     save_text_encoder(root / "still", "bert", captions, **still)
     for kind in ("pvt", "vit"):  # larger than the stored frames: four stages halve them
         save_vision_encoder(root / kind, kind)
@@ -113,9 +113,10 @@ def test_an_export_is_a_folder_of_hugging_face(exported: Path, pair: str) -> Non
     config = read_config(run)
     model, tokenizer, _ = load_run(run, config)
     ours, again = model.eval(), load_exported(exported / pair)
-    whole, found = VisionTextDualEncoderModel.from_pretrained(
+    loaded: Any = VisionTextDualEncoderModel.from_pretrained(
         exported / pair, output_loading_info=True
     )
+    whole, found = loaded
     left_out = {"bert-pvt": set(), "lora": set(), "mean-vit": {"pooler"}}[pair]
     assert {name.split(".")[1] for name in found["missing_keys"]} == left_out
     assert not found["unexpected_keys"]

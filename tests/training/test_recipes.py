@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from builders.clip_folders import SHAPES, write_clip
+from builders.exhaustive import principal_and_further
 
 from tvr.data_prep.annotations.benchmarks import BENCHMARKS
 from tvr.trainer.cli import show_config
@@ -73,7 +74,9 @@ def test_every_recipe_is_covered_here() -> None:
     assert set(PASSES) == set(RANKS)
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize(
+    "name", principal_and_further(RANKS, ["msrvtt_b32", "large_scale_l14_64gpu"])
+)
 def test_every_recipe_passes_a_dry_run_at_its_real_shapes(
     name: str,
     clips: dict[str, str],

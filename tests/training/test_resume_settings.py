@@ -14,6 +14,7 @@ import pytest
 import torch
 from builders import jobs
 from builders.engine_states import seeded_model
+from builders.exhaustive import principal_and_further
 from builders.savers import saver, stage, state
 from builders.tiny import tiny_config
 from builders.worlds import CPU, SINGLE_RANK
@@ -325,7 +326,7 @@ def weights(run_dir: Path, step: int, config: Config) -> dict[str, torch.Tensor]
     return consolidated_weights(jobs.shards_folder(run_dir, step), config.train.zero_stage)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", principal_and_further(FORMS, ["stage 3"]))
 def test_the_optimiser_uses_the_new_values(data: Path, tmp_path: Path, form: str) -> None:
     config, run_dir = quick(data, **FORMS[form]), tmp_path / "run"
     train(config, run_dir)

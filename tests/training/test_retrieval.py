@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.exhaustive import further
 from builders.spawn import spawn
 from torch import Tensor
 
@@ -154,7 +155,7 @@ def test_ranks_and_best_videos_equal_those_of_the_whole_table() -> None:
                     assert torch.equal(result.top_videos, best.indices[:, :5])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3, *further(2)])
 def test_several_ranks_give_the_same_ranks_to_the_last_digit(world_size: int) -> None:
     alone = retrieved(0, 1)
     assert list(alone[-1][1].rescored) == ["dual_softmax", "qb_norm"]

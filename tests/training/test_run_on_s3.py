@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from builders import jobs
+from builders.exhaustive import principal_and_further
 from builders.s3_server import (
     BUCKET,
     Fault,
@@ -131,7 +132,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.fixture(scope="module", params=FAULTS)
+@pytest.fixture(scope="module", params=principal_and_further(FAULTS, ["every third request"]))
 def job(
     request: pytest.FixtureRequest,
     server: S3Server,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from builders import jobs
+from builders.exhaustive import principal_and_further
 from builders.file_damage import DAMAGE
 from builders.file_reads import CountingStorage, opened_files
 from builders.spawn import spawn
@@ -87,14 +88,14 @@ def test_verification_reads_each_file_once_and_no_more_on_more_ranks(
             assert sum(counts.values()) <= MODEL_BYTES + others // ranks
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", principal_and_further(RANKS, [8]))
 def test_a_rank_verifies_the_files_that_it_loads(tmp_path: Path, ranks: int) -> None:
     state = write_checkpoint(StorageFolder(str(tmp_path)), ranks, 3)
     for rank, names in enumerate(split_files(state, state.files, ranks)):
         assert {optimiser_file(rank), f"random-rank-{rank:05d}.pt"} <= set(names)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", principal_and_further(RANKS, [8]))
 def test_all_ranks_fall_back_alike_and_name_the_damaged_file(tmp_path: Path, ranks: int) -> None:
     storage = StorageFolder(str(tmp_path))
     for step in (3, 6):
@@ -108,7 +109,7 @@ def test_all_ranks_fall_back_alike_and_name_the_damaged_file(tmp_path: Path, ran
         assert scan.damaged == {6: (line,)}
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", principal_and_further(RANKS, [8]))
 def test_each_byte_of_a_remote_checkpoint_is_fetched_once(tmp_path: Path, ranks: int) -> None:
     url = f"memory://{tmp_path.name}"
     state = write_checkpoint(StorageFolder(url), ranks, 3)
@@ -150,7 +151,7 @@ def test_damaged_remote_checkpoint_leaves_no_copy(tmp_path: Path) -> None:
     ("stage", "precision", "in_optimiser_files"),
     [(1, "fp32", False), (2, "fp32", False), (1, "bf16", True), (3, "fp32", True)],
 )
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", principal_and_further(RANKS, [8]))
 def test_evaluation_verifies_only_files_with_weights(
     tmp_path: Path, ranks: int, stage: int, precision: str, in_optimiser_files: bool
 ) -> None:

@@ -21,7 +21,16 @@ from builders.tower_pairs import (
 from torch import Tensor, nn
 from transformers import VisionTextDualEncoderModel
 
-from tvr.trainer.config import LossConfig, ModelConfig, TowersConfig, TrainConfig
+from tvr.trainer.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TowersConfig,
+    TrainConfig,
+)
+from tvr.trainer.dry_run.synthetic_step import random_batches
+from tvr.trainer.explanation.tokens import token_texts
 from tvr.trainer.memory.model_memory import activation_bytes
 from tvr.trainer.model.model import (
     TextVideoModel,
@@ -146,7 +155,7 @@ def test_every_trained_weight_gets_a_gradient(folders: Path, text: str, vision: 
         assert model.get_parameter(name).grad is not None
 
 
-RECOMPUTED = [("mpnet", "pvt"), ("bert", "swin"), ("bert", "convnext")]
+RECOMPUTED = [("mpnet", "pvt"), ("bert", "vit"), ("bert", "convnext")]
 
 
 @pytest.mark.parametrize(("text", "vision"), RECOMPUTED)
@@ -339,6 +348,20 @@ def test_a_wrong_vision_folder_is_named(
         built(folders, vision=str(tmp_path))
 
 
+def test_a_tower_of_timm_names_what_it_needs(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    def absent(*args: Any, **options: Any) -> None:
+        raise ImportError("TimmWrapperConfig requires the timm library")
+
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    monkeypatch.setattr(AutoConfig, "from_pretrained", absent)
+    with pytest.raises(ValueError, match=r"model\.vision_tower=.*pip install timm torchvision"):
+        image_size(settings(folders, "bert", str(tmp_path)))
+
+
 def test_wrong_settings_are_named(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vision_tower=None must be given together"):
         ModelConfig(text_tower="a")
@@ -355,9 +378,25 @@ def test_wrong_settings_are_named(folders: Path, tmp_path: Path) -> None:
         built(folders, text=str(tmp_path))
 
 
-def test_memory_is_estimated(folders: Path) -> None:
-    from tvr.trainer.config import Config, DataConfig
+def test_a_dry_step_and_an_explanation_know_start_and_end(folders: Path) -> None:
+    words = load_tokenizer(folders / "bert", MAX_WORDS)
+    model = settings(folders, "bert", "vit")
+    data = DataConfig(train="", num_frames=2, max_words=MAX_WORDS)
+    train = TrainConfig(steps=1, global_batch=2, micro_batch=2)
+    batch = next(random_batches(data, model, train, words))
+    vocabulary = words.backend.get_vocab()
+    assert batch.token_ids[:, 0].tolist() == [vocabulary["[CLS]"]] * 2
+    assert batch.token_ids[:, -1].tolist() == [vocabulary["[SEP]"]] * 2
+    assert batch.frames.shape == (2, 2, 3, SIDE, SIDE)
+    shown = token_texts(words, "A small red circle")
+    end = shown.texts.index("[end]")
+    assert shown.texts[0] == "[start]"
+    assert set(shown.texts[end + 1 :]) == {"[pad]"}
+    assert "".join(shown.texts[1:end]) == "Asmallredcircle"
+    assert any(shown.continues_word)
 
+
+def test_memory_is_estimated(folders: Path) -> None:
     config = Config(
         data=DataConfig(train="", num_frames=2, max_words=MAX_WORDS),
         model=settings(folders, "bert", "pvt"),

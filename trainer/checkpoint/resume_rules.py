@@ -153,15 +153,15 @@ GROUPS = (
     _group(
         "refused",
         "data",
-        "train_sets.NAME.weight",
+        "train_sets.NAME.weight hard_batches hard_group hard_every",
         "the order of the samples; start a new run",
     ),
     _group(
         "refused",
         "model",
         "towers.width towers.layers towers.heads towers.embed_width towers.image_size"
-        " towers.patch_size freeze lora_rank sequence_header_layers unit_after_header interaction"
-        " neighbour_frames weight_layers",
+        " towers.patch_size freeze lora_rank sequence_header_layers unit_after_header"
+        " tokens_per_frame interaction matching neighbour_frames weight_layers",
         "the model and its trained weights; start a new run",
     ),
     _group(
@@ -173,7 +173,8 @@ GROUPS = (
     _group(
         "refused",
         "loss",
-        "similarity neg_nce_mode neg_nce_weight temperature mask_same_video mask_equal_captions"
+        "similarity neg_nce_mode neg_nce_weight temperature hardness drop_above sigmoid_bias"
+        " mask_same_video mask_equal_captions"
         " tpm_cl tpm_cl_weight margin mask_threshold straight_through normalise_partial"
         " mask_padding_weights",
         "the loss; start a new run",

@@ -123,6 +123,17 @@ class DataConfig:
     the loader processes read at once, in all data sets of the run, is
     refused with the number. With room for one more reading window, the
     next shards are downloaded while the present ones are read."""
+    hard_batches: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Largest share of a global batch that is filled with groups of similar
+    captions, which are hard negatives of each other. An epoch still reads
+    each sample once. Captions are similar if they share rare words; they
+    are read once, when the run starts. 0: off."""
+    hard_group: Annotated[int, Field(ge=2)] = 4
+    """Captions in such a group. The pairs of one loss should be a multiple
+    of it."""
+    hard_every: NotNegative = 0
+    """Epochs after which the similarity of captions is found anew, by the
+    sentence vectors of the text tower as it is then. 0: by words always."""
     max_bad: NotNegative = 100
     """Largest number of different bad samples that a run replaces, over all
     ranks and restarts; one more stops the run. Each of `train_sets` has

@@ -6,6 +6,7 @@ The docstring below a field is its `--help` text. These docstrings wrap at 70 ch
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -88,11 +89,21 @@ class ModelConfig:
     unit_after_header: bool = True
     """Normalises frames to unit length after the sequence header, so that
     similarities are cosines. false: as in the authors' implementation."""
+    tokens_per_frame: Positive = 1
+    """Vectors of a frame. 1: the frame's own vector. 4, 9 or another
+    square: a grid of cells instead, each the patches of one part of the
+    picture behind the tower's final layer; words choose among the cells of
+    all frames. For CLIP and SigLIP, without a sequence header."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
     """Similarity of captions and videos. ti and wti compare the sentence
     with the frames; att_ti and att_wti also compare the words. wti and
     att_wti weight tokens by learned weights, ti and att_ti by plain
     means."""
+    matching: Literal["two_way", "words_to_frames"] = "two_way"
+    """two_way: each word chooses its best frame and each frame its best
+    word. words_to_frames: words alone choose, as in the late interaction
+    of ColBERT; frames then have no weights, and TPM-CL compares a token
+    with its best frame alone."""
     neighbour_frames: bool = True
     """Adds to each word's best frame the frame that is most similar to that
     frame."""
@@ -109,6 +120,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.pretrained={self.pretrained!r} cannot be given beside model.text_tower="
                 f"{self.text_tower!r} and model.vision_tower: each names both towers"
+            )
+        if math.isqrt(self.tokens_per_frame) ** 2 != self.tokens_per_frame:
+            raise ValueError(
+                f"model.tokens_per_frame={self.tokens_per_frame} must be a square: 1, 4, 9 and so"
+                " on"
+            )
+        if self.tokens_per_frame > 1 and self.sequence_header_layers:
+            raise ValueError(
+                f"model.tokens_per_frame={self.tokens_per_frame} cannot be combined with"
+                f" model.sequence_header_layers={self.sequence_header_layers}, whose positions are"
+                " those of whole frames"
             )
         if self.init_parts and self.init_from is None:
             raise ValueError(f"model.init_parts={self.init_parts} needs model.init_from")

@@ -79,7 +79,9 @@ def random_batches(
         positions = torch.arange(number, number + pairs)
         number += pairs
         token_ids = random_integers(tokenizer.vocab_size, pairs, tokenizer.max_words)
-        token_ids[:, 0], token_ids[:, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+        token_ids[:, -1] = tokenizer.eos_token_id
+        if (start := tokenizer.start_token_id) is not None:
+            token_ids[:, 0] = start
         word_mask = random_integers(2 + data.content_words, pairs, tokenizer.max_words, low=1)
         word_mask[:, 0] = word_mask[:, -1] = 1  # start and end are no content words
         names = tuple(f"random-{position}" for position in positions.tolist())

@@ -87,10 +87,15 @@ def embed(
         False if blocks of other tasks are still missing.
 
     Raises:
-        ValueError: `out` holds features of another model, of other settings, or of an earlier state
-            of the data.
+        ValueError: the model has several tokens a frame; `out` holds features of another model, of
+            other settings, or of an earlier state of the data.
         TooManyBadSamples: more than `max_bad` videos are unreadable, or the storage is down.
     """
+    if (cells := source.config.model.tokens_per_frame) > 1:
+        raise ValueError(
+            f"{source.name} was trained with model.tokens_per_frame={cells}: stored features, and"
+            " so search, hold one vector a frame; evaluate the data set itself"
+        )
     number, count = task
     if not 0 <= number < count:
         raise ValueError(f"task {number} of {count}: must be 0 to {count - 1}")

@@ -83,7 +83,10 @@ class SourceModel:
     def settings(self) -> dict[str, Any]:
         """The settings on which features and similarity depend, beside the weights."""
         data, model = self.config.data, self.config.model
-        return {
+        # The defaults have no entry, so that those of earlier versions still belong to it.
+        changed = {"matching": model.matching, "tokens_per_frame": model.tokens_per_frame}
+        usual = {"matching": "two_way", "tokens_per_frame": 1}
+        return {name: value for name, value in changed.items() if value != usual[name]} | {
             "num_frames": data.num_frames,
             "max_words": self.max_words,
             "image_size": self.image_size,

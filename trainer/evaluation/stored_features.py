@@ -117,6 +117,7 @@ def evaluate_features(
         settings = stored.info.settings
         model = ModelConfig(
             interaction=cast(Interaction, settings["interaction"]),
+            matching=stored.info.matching,
             neighbour_frames=bool(settings["neighbour_frames"]),
         )
         keys = stored.keys[first:end]

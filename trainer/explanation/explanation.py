@@ -57,9 +57,14 @@ def explain(
             that averages the frames, the explanation has one frame, with the mean of the times.
 
     Raises:
-        ValueError: no visible character in the caption, frames of another form, or features of not
-            exactly one video.
+        ValueError: the model has several tokens a frame, no visible character in the caption,
+            frames of another form, or features of not exactly one video.
     """
+    if (cells := source.config.model.tokens_per_frame) > 1:
+        raise ValueError(
+            f"{source.name} was trained with model.tokens_per_frame={cells}; an explanation shows"
+            " one vector a frame"
+        )
     text = caption if isinstance(caption, Caption) else source.caption(caption)
     videos = frames if isinstance(frames, Features) else source.encode_frames([frames])
     if len(videos.frames) != 1:
@@ -81,6 +86,7 @@ def explain(
             texts.word_mask,
             videos.frame_mask,
             interaction=settings.interaction,
+            matching=settings.matching,
             neighbour_frames=settings.neighbour_frames,
             word_logits=texts.word_logits,
             frame_logits=videos.frame_logits,
@@ -148,6 +154,7 @@ def _record(
         caption=caption,
         model=source.name,
         interaction=source.config.model.interaction,
+        matching=source.config.model.matching,
         words=tuple(tokens.texts[slot] for slot in words),
         is_special=tuple(tokens.is_special[slot] for slot in words),
         continues_word=tuple(tokens.continues_word[slot] for slot in words),

@@ -55,6 +55,7 @@ def explanation_page(explanation: Explanation, frames: np.ndarray, *, title: str
         sentence=_sentence_row(explanation),
         rows=[_word_row(explanation, row) for row in range(len(explanation.words))],
         reads_words=explanation.reads_words,
+        frames_choose=explanation.frames_choose,
         has_neighbours=bool(explanation.neighbour_weight.any()),
         removal=_removal(explanation),
         low=low,
@@ -88,7 +89,8 @@ def _sentence_row(found: Explanation) -> dict[str, Any]:
 
 def _word_row(found: Explanation, row: int) -> dict[str, Any]:
     masked = found.masked_words
-    best_of = {int(frame) for frame in np.flatnonzero(found.best_word == row)}
+    chosen = np.flatnonzero(found.best_word == row) if found.frames_choose else ()
+    best_of = {int(frame) for frame in chosen}
     return {
         "text": found.words[row],
         "is_special": found.is_special[row],
@@ -142,20 +144,22 @@ def _time(found: Explanation, row: int) -> str:
 def _in_words(found: Explanation) -> list[str]:
     """The decomposition of the score as sentences."""
     parts = found.parts
-    text = (
-        f"The similarity of {found.score:.3f} is a sum."
-        f" The sentence's best frame gives {parts['sentence']:.3f}, and the frames' similarities"
-        f" with the sentence give {parts['frames_of_sentence']:.3f}."
-    )
+    said = [f"The sentence's best frame gives {parts['sentence']:.3f}"]
+    if found.frames_choose:
+        of_frames = parts["frames_of_sentence"]
+        said.append(f"the frames' similarities with the sentence give {of_frames:.3f}")
+    text = f"The similarity of {found.score:.3f} is a sum. {', and '.join(said)}."
     helped = found.sentence_neighbour_term
     if found.reads_words:
         helped += float(found.neighbour_terms.sum())
-        text += (
-            f" The words' best frames give {parts['words']:.3f}, and the frames' best words give"
-            f" {parts['frames_of_words']:.3f}."
-        )
+        said = [f" The words' best frames give {parts['words']:.3f}"]
+        if found.frames_choose:
+            said.append(f"the frames' best words give {parts['frames_of_words']:.3f}")
+        text += f"{', and '.join(said)}."
     else:
         text += f" The interaction {found.interaction} does not read the words."
+    if not found.frames_choose:
+        text += f" The matching {found.matching} counts no frame's best word."
     sentences = [text]
     if found.neighbour_weight.any():
         sentences.append(f"Of this sum, {helped:.3f} come from neighbour frames.")

@@ -25,6 +25,9 @@ class Explanation:
     """Readable name of the model."""
     interaction: str
     """`ti` and `wti` compare the sentence with the frames; `att_ti` and `att_wti` words, too."""
+    matching: str = "two_way"
+    """`words_to_frames`: the frames' choices are no part of the score, and their weights and terms
+    are 0."""
     words: tuple[str, ...]
     """T tokens as text. Start, end and padding are "[start]", "[end]" and "[pad]"."""
     is_special: tuple[bool, ...]
@@ -42,7 +45,8 @@ class Explanation:
     """(F,) 0.5 x that similarity: a word that chose this frame adds so much of its similarity with
     the neighbour. 0 without neighbour frames."""
     best_word: np.ndarray
-    """(F,) the word that each frame chose; NOTHING as in `best_frame`."""
+    """(F,) the word that each frame chose; NOTHING as in `best_frame`. No part of the score with
+    `words_to_frames`."""
     word_weights: np.ndarray
     """(T,) weights of the words in the similarity; 0 if the interaction does not read words."""
     frame_weights: np.ndarray
@@ -79,14 +83,19 @@ class Explanation:
         return self.interaction.startswith("att_")
 
     @property
+    def frames_choose(self) -> bool:
+        """True if the best word of each frame is a part of the score."""
+        return self.matching == "two_way"
+
+    @property
     def parts(self) -> dict[str, float]:
-        """The sums of the four kinds of terms, which add up to the score."""
-        found = {
-            "sentence": self.sentence_term,
-            "frames_of_sentence": float(self.sentence_frame_terms.sum()),
-        }
+        """The sums of the kinds of terms, up to four, which add up to the score."""
+        found = {"sentence": self.sentence_term}
+        if self.frames_choose:
+            found["frames_of_sentence"] = float(self.sentence_frame_terms.sum())
         if self.reads_words:
             found["words"] = float(self.word_terms.sum())
+        if self.reads_words and self.frames_choose:
             found["frames_of_words"] = float(self.frame_terms.sum())
         return found
 

@@ -31,7 +31,7 @@ def token_texts(tokenizer: Tokenizer, caption: str) -> TokenTexts:
     ids: list[int] = encoded["input_ids"][0]
     names = {backend.pad_token_id: "[pad]"}
     # Some vocabularies pad with the end token.
-    names |= {backend.bos_token_id: "[start]", backend.eos_token_id: "[end]"}
+    names |= {tokenizer.start_token_id: "[start]", tokenizer.eos_token_id: "[end]"}
     if not backend.is_fast:
         special = tuple(token in names for token in ids)
         texts = tuple(names.get(token) or str(backend.decode([token])).strip() for token in ids)

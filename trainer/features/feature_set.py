@@ -235,7 +235,9 @@ class FeatureSet:
             frames=column(self, "frames", videos),
             frame_mask=column(self, "frame_mask", videos),
             word_logits=column(self, "word_logits", texts) if logits else None,
-            frame_logits=column(self, "frame_logits", videos) if logits else None,
+            frame_logits=(
+                column(self, "frame_logits", videos) if self.info.has_frame_logits else None
+            ),
             margin_hinge=None,
         )
 

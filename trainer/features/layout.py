@@ -28,6 +28,7 @@ FORMAT, VERSION = "tvr-features", 1
 MANIFEST, PART = "manifest.json", "part.json"
 StoredType = Literal["fp32", "fp16", "int8"]
 SourceKind = Literal["packed", "videos"]
+Matching = Literal["two_way", "words_to_frames"]
 STORED_TYPES: Mapping[str, str] = {"fp32": "<f4", "fp16": "<f2", "int8": "|i1"}
 
 MAX_MANIFEST_BYTES = 1 << 28
@@ -71,6 +72,16 @@ class FeatureHeader:
     def is_of_towers(self) -> bool:
         """True for outputs of towers, from which only training and its evaluations go on."""
         return OUTPUT in self.settings
+
+    @property
+    def matching(self) -> Matching:
+        """`model.matching` of the model; features of earlier versions, without one, are two-way."""
+        return self.settings.get("matching", "two_way")
+
+    @property
+    def has_frame_logits(self) -> bool:
+        """True if it weights frames, too."""
+        return self.has_logits and self.matching == "two_way"
 
     def check_same(self, other: FeatureHeader, where: str) -> None:
         """Raises ValueError, which names the difference, if features of both cannot be mixed."""
@@ -152,8 +163,9 @@ def columns(
         "caption_video": ("<i8", (captions,)),
         "captions_ends": ("<i8", (captions,)),
     }
-    if header.has_logits:
+    if header.has_frame_logits:
         found["frame_logits"] = ("<f4", (videos, frames))
+    if header.has_logits:
         found["word_logits"] = ("<f4", (captions, words))
     if header.stored == "int8":
         found["frames_scale"] = ("<f4", (videos, frames))
@@ -227,6 +239,8 @@ def _header(fields: IndexFields) -> FeatureHeader:
     for name, value in settings.items():
         if len(name) > 100 or not isinstance(value, (str, int, float, bool, type(None))):
             fields.refuse("settings", settings, "a JSON object of plain settings")
+    if settings.get("matching", "two_way") not in get_args(Matching):
+        fields.refuse("settings", settings, f"matching one of {', '.join(get_args(Matching))}")
     # Earlier releases did not write it: frames were as wide as words.
     is_wide = "frame_width" in fields.names
     return FeatureHeader(

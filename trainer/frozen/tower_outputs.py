@@ -48,6 +48,7 @@ def check_settings(config: Config) -> None:
     for setting, value, allowed in (
         ("model.freeze", model.freeze, "both"),
         ("model.lora_rank", model.lora_rank, 0),
+        ("model.tokens_per_frame", model.tokens_per_frame, 1),
         ("data.frame_sampling", data.frame_sampling, "centre"),
         ("data.crop_scale", data.crop_scale, 1.0),
         ("data.word_drop", data.word_drop, False),

@@ -4,7 +4,8 @@ DMAE's similarity is a mean of maxima: the best frame of each word, the best wor
 every maximum is replaced by the weighted mean of its entries, and neighbour frames are left out,
 it becomes one product: of the video's weighted mean frame with the mean of the sentence and the
 weighted mean word. A maximum is never below the mean, so this product is a lower bound where the
-weights add up to 1. The weights are those of the similarity.
+weights add up to 1. The weights are those of the similarity. With `words_to_frames` only the words'
+maxima are replaced; frames have no weights there and count equally.
 
 Both vectors are scaled to unit length. The length of a query's does not change its ranking. That of
 a video's is small if its frames differ, and just then the maxima lie far above the mean. For

@@ -64,9 +64,10 @@ def load_model(named: NamedModel | None, features: FeatureSet, device: torch.dev
         ) from error
     if found.fingerprint != info.fingerprint:
         own = found.settings
-        differing = [name for name in own if own[name] != settings.get(name)]
+        names = dict.fromkeys([*own, *settings])
+        differing = [name for name in names if own.get(name) != settings.get(name)]
         what = ", ".join(
-            f"{name}={own[name]} instead of {settings.get(name)}" for name in differing
+            f"{name}={own.get(name)} instead of {settings.get(name)}" for name in differing
         )
         raise ValueError(
             f"{found.name} is not the model that encoded {features.folder}, {info.model}:"

@@ -200,7 +200,8 @@ class Index:
 
         The query's frames stand for the words of a caption, with the frames' weights, and their
         weighted mean of unit length for the sentence. So each frame of the query meets its best
-        frame of a video and the other way round, as words and frames do.
+        frame of a video and the other way round, as words and frames do (with `words_to_frames`
+        that way alone, and with equal weights).
 
         Args:
             frames: (F, H, W, 3) uint8, F from 1 to the model's `num_frames`.

@@ -33,7 +33,11 @@ def similarity_settings(features: FeatureSet) -> ModelConfig:
             f" neighbour_frames={neighbours!r:.100}: must be one of"
             f" {', '.join(get_args(Interaction))}, and true or false"
         )
-    return ModelConfig(interaction=cast(Interaction, interaction), neighbour_frames=neighbours)
+    return ModelConfig(
+        interaction=cast(Interaction, interaction),
+        matching=features.info.matching,
+        neighbour_frames=neighbours,
+    )
 
 
 def similarities(
@@ -69,7 +73,10 @@ def similarities(
 
 
 def as_texts(videos: Features, settings: ModelConfig) -> Features:
-    """Videos as queries: their frames stand for words, their weighted mean for the sentence."""
+    """Videos as queries: their frames stand for words, their weighted mean for the sentence.
+
+    With `words_to_frames` frames have no weights; as words they count equally.
+    """
     mask, logits = videos.frame_mask, videos.frame_logits
     weights = mask.float() / mask.sum(dim=1, keepdim=True)
     if settings.interaction.endswith("wti") and logits is not None:
@@ -79,7 +86,7 @@ def as_texts(videos: Features, settings: ModelConfig) -> Features:
         sentence=unit(torch.einsum("cf,cfd->cd", weights, frames)),
         words=videos.frames.float(),
         word_mask=mask,
-        word_logits=logits,
+        word_logits=torch.zeros_like(weights) if logits is None else logits,
     )
 
 

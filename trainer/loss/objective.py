@@ -104,6 +104,7 @@ def objective(
             mine.word_mask,
             mine.frame_mask,
             interaction=model.interaction,
+            matching=model.matching,
             neighbour_frames=model.neighbour_frames,
             word_logits=mine.word_logits,
             frame_logits=mine.frame_logits,
@@ -141,13 +142,16 @@ def _with_tpm_cl(
 
 def loss_rule(loss: LossConfig) -> LossRule:
     """The similarity loss of these settings, in the form that the kernels take."""
-    contrastive = loss.similarity == "info_nce"
     return LossRule(
-        None if contrastive else loss.neg_nce_mode,
+        loss.neg_nce_mode if loss.similarity == "neg_nce" else None,
         scale=1 / loss.temperature,
         weight=loss.neg_nce_weight,
         mask_same_video=loss.mask_same_video,
         mask_equal_captions=loss.mask_equal_captions,
+        hardness=loss.hardness,
+        drop_above=loss.drop_above,
+        sigmoid=loss.similarity == "sigmoid",
+        sigmoid_bias=loss.sigmoid_bias,
     )
 
 
@@ -190,6 +194,7 @@ def similarity_rows(
         texts.word_mask,
         videos.frame_mask,
         interaction=model.interaction,
+        matching=model.matching,
         neighbour_frames=model.neighbour_frames,
         word_logits=texts.word_logits,
         frame_logits=videos.frame_logits,

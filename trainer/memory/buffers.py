@@ -18,7 +18,7 @@ ALIGNED = "vector-aligned copies"
 REMOTE, REMOTE_GRADS = "other ranks' frames", "other ranks' gradients"
 
 # `RowLoss.gradient` at its widest holds 7 numbers, one of them the gradient, and 4 booleans for
-# each score of a chunk.
+# each score of a chunk. `loss.hardness` and `loss.drop_above` add a number each, not counted here.
 LOSS_SCRATCH = 7 * 4 + 4
 
 Phases: TypeAlias = Iterator[tuple[str, Counter[str]]]

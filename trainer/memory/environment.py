@@ -10,7 +10,7 @@ from tvr.kernels.backends.matmul import uses_onednn
 from tvr.kernels.backends.tile_compiler import compile_failure
 from tvr.kernels.similarity import default_backend
 from tvr.kernels.token_sets import FrameSet, TokenSet
-from tvr.trainer.config import DataConfig, TrainConfig
+from tvr.trainer.config import Config
 
 
 def device() -> str:
@@ -27,7 +27,7 @@ def device_line() -> str:
     return f"runs on: CPU, gloo (torch {torch.__version__}; torch finds no CUDA device)"
 
 
-def similarity_backend(data: DataConfig, train: TrainConfig) -> tuple[str, str]:
+def similarity_backend(config: Config) -> tuple[str, str]:
     """Selects the similarity's backend; the first call may compile the kernels for half a minute.
 
     Returns:
@@ -36,12 +36,13 @@ def similarity_backend(data: DataConfig, train: TrainConfig) -> tuple[str, str]:
     Raises:
         ValueError: `train.similarity_backend` is "compiled", which this machine cannot use.
     """
-    chosen = train.similarity_backend
+    chosen = config.train.similarity_backend
     if chosen in ("torch", "dense"):
         return chosen, "set by train.similarity_backend"
     # The check takes tensors: empty ones here, of the run's numbers of words and frames.
     empty = torch.empty(0, device=device())
-    slots = [empty.new_empty(0, n) for n in (data.max_words, data.num_frames)]
+    num_frames = config.data.num_frames * config.model.tokens_per_frame
+    slots = [empty.new_empty(0, n) for n in (config.data.max_words, num_frames)]
     words, frames = (x[..., None] for x in slots)
     texts = TokenSet(words, slots[0], slots[0] > 0)
     reason = unsupported_reason((texts,), FrameSet(frames, slots[1], None, None))
@@ -52,18 +53,18 @@ def similarity_backend(data: DataConfig, train: TrainConfig) -> tuple[str, str]:
     return default_backend(device(), reason), reason
 
 
-def similarity_line(data: DataConfig, train: TrainConfig) -> str:
+def similarity_line(config: Config) -> str:
     """One line that names the similarity's backend, and why it is not the compiled one."""
-    name, path_or_reason = similarity_backend(data, train)
+    name, path_or_reason = similarity_backend(config)
     library = "oneDNN" if uses_onednn(torch.empty(0, device=device())) else "torch's own library"
     if name == "dense" and device() == "cuda":
         library = "three bfloat16 products each"
-    if train.fast_similarity:
+    if config.train.fast_similarity:
         library = "bfloat16, set by train.fast_similarity"
     if name == "compiled":
         return f"similarity: compiled kernels ({path_or_reason}), products by {library}"
     line = f"similarity: {name} tiles, products by {library}; {path_or_reason}"
-    if name == "dense" and train.compile_similarity:
+    if name == "dense" and config.train.compile_similarity:
         failure = compile_failure(device())
         line += "; compiled tiles" if failure is None else f"; tiles not compiled: {failure}"
     return line

@@ -97,14 +97,15 @@ def configured_sizes(config: Config, ranks: int) -> SimilaritySizes:
     micro_steps = accumulation_steps(train, ranks)
     texts = train.micro_batch * (micro_steps if train.gradient_cache else 1)
     words = config.data.max_words
-    backend, _ = similarity_backend(config.data, config.train)
+    backend, _ = similarity_backend(config)
     sizes = SimilaritySizes(
         texts=texts,
         videos=texts * ranks,
         words=words,
-        frames=config.data.num_frames,
+        frames=config.data.num_frames * config.model.tokens_per_frame,
         width=embed_width(config.model),
         interaction=config.model.interaction,
+        matching=config.model.matching,
         neighbour_frames=config.model.neighbour_frames,
         backend=backend,
         # Features are float32 in every precision, since they are normalised in float32.

@@ -205,12 +205,15 @@ def _compiled_backward(
         yield "backward of the words", shared + in_kernels
         unpacked = Counter({WORD_GRADS: words if n.is_padded else 0})
         yield "backward of the words", shared + unpacked
+    # Also the words' gradients of the frames, the mean frame's, or a sum of two of them.
+    frame_grads = max(3, n.frame_sides + (2 if n.has_words else 1))
+    if not n.both_ways:  # no mean frame
+        frame_grads = max(2, n.frame_sides * (2 if n.has_words else 1))
     sentence = {
         ALIGNED: unaligned * n.frame_sides * frames,
         MAXIMA: pairs,
         SCORE_GRADS: (score_bytes + 4) * pairs,
-        # Also the words' gradients of the frames, the mean frame's, or a sum of two of them.
-        FRAME_GRADS: max(3, n.frame_sides + (2 if n.has_words else 1)) * frames,
+        FRAME_GRADS: frame_grads * frames,
     }
     yield "backward of the sentence", after + Counter(sentence)
 
@@ -248,9 +251,12 @@ def _naive_table_bytes(n: SimilaritySizes, pairs: int, *, saved: bool = False) -
 def _naive_pair_bytes(n: SimilaritySizes, slots: int, *, saved: bool) -> int:
     """Bytes of one pair with `slots` tokens, saved or at the peak of its backward."""
     scores = 4 * slots * n.frames
-    of_frames = 12 * n.frames  # best tokens: their similarity or its gradient, and their indices
+    of_frames = (
+        12 * n.frames * n.both_ways
+    )  # best tokens: their similarity or its gradient, and their indices
     if n.neighbour_frames:
         # The scores are saved to look up the neighbours. Each token has two indices, its best
         # similarity, the neighbour's and their correlation, or gradients of these three.
         return (scores if saved else 2 * scores) + 28 * slots + of_frames
-    return (0 if saved else 2 * scores) + 12 * slots + of_frames
+    # One gradient of the scores from each side.
+    return (0 if saved else (1 + n.both_ways) * scores) + 12 * slots + of_frames

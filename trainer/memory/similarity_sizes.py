@@ -8,7 +8,7 @@ from typing import Literal
 
 from tvr.kernels.backends.torch_dense import CPU_SCORES_PER_TILE
 from tvr.kernels.backends.torch_tiles import SCORES_PER_TILE, VIDEOS_PER_TEXT
-from tvr.kernels.losses import SCORES_PER_CHUNK
+from tvr.kernels.row_loss.stored_loss import SCORES_PER_CHUNK
 from tvr.kernels.similarity import PAIRS_PER_TILE
 
 
@@ -24,6 +24,7 @@ class SimilaritySizes:
     frames: int
     width: int
     interaction: str = "att_wti"
+    matching: str = "two_way"
     neighbour_frames: bool = True
     backend: str = "compiled"
     """ "compiled", "torch", "dense", or "naive" (the reference)."""
@@ -47,6 +48,11 @@ class SimilaritySizes:
     def has_words(self) -> bool:
         """Whether words interact with frames, beside the sentence."""
         return self.interaction.startswith("att_")
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether frames choose words, too."""
+        return self.matching == "two_way"
 
     @property
     def is_padded(self) -> bool:
@@ -74,7 +80,7 @@ class SimilaritySizes:
     def input_bytes(self) -> int:
         """Bytes of features, logits and masks, which exist before the forward."""
         of_text = self.bytes_per_number * (self.width + self.words * (self.width + 1))
-        of_video = self.bytes_per_number * self.frames * (self.width + 1)
+        of_video = self.bytes_per_number * self.frames * (self.width + self.both_ways)
         masks = 8 * (self.texts * self.words + self.own_videos * self.frames)
         return self.texts * of_text + self.own_videos * of_video + masks
 
@@ -119,7 +125,8 @@ class SimilaritySizes:
 
     def maxima_bytes(self, pairs: int) -> int:
         """One byte for the sentence's best frame, each word's best frame, each frame's word."""
-        of_words = int(self.word_share * self.words * pairs) + self.frames * pairs
+        of_words = int(self.word_share * self.words * pairs)
+        of_words += self.frames * pairs * self.both_ways
         return pairs + (of_words if self.has_words else 0)
 
 

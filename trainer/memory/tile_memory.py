@@ -67,7 +67,7 @@ def _forward_table_bytes(n: SimilaritySizes, texts: int, videos: int) -> int:
     slots = n.words if n.has_words else 1
     # Similarities and indices of the best frame and of its neighbours, and their correlation.
     of_slots = (32 if n.neighbour_frames else 12) * slots
-    if n.has_words:
+    if n.has_words and n.both_ways:
         of_slots = max(of_slots, 8 * slots + 13 * n.frames)
     pair = 4 * slots * n.frames + of_slots
     return texts * videos * pair + (n.word_bytes(texts) if n.is_padded else 0)
@@ -76,9 +76,10 @@ def _forward_table_bytes(n: SimilaritySizes, texts: int, videos: int) -> int:
 def row_sum_bytes(n: SimilaritySizes, texts: int, videos: int, slots: int) -> int:
     """Bytes of a tile's weighted gathers of rows and of their transposes."""
     # Row and weight of each token's or frame's maximum, and both sorted by row.
-    rows = 28 * texts * videos * (slots if slots == 1 else max(slots, n.frames))
+    of_frames = slots > 1 and n.both_ways
+    rows = 28 * texts * videos * (max(slots, n.frames) if of_frames else slots)
     # Gathered and scattered sums, of this tile and of earlier ones; and the weighted tokens.
-    of_tokens = (5 if n.is_padded else 4) * 4 * texts * slots * n.width
+    of_tokens = ((5 if n.is_padded else 4) - (not n.both_ways)) * 4 * texts * slots * n.width
     return rows + of_tokens + n.frame_bytes(videos)
 
 
@@ -129,7 +130,9 @@ def dense_bytes(n: SimilaritySizes, texts: int, videos: int, slots: int) -> int:
     # Indices of 8 bytes and numbers of 4 of each token's best frame, and then of each frame's best
     # token, while the coefficients are written.
     of_slots, beside = (44 * slots, 28 * slots) if n.neighbour_frames else (16 * slots, 16 * slots)
-    written = 8 * scores + (max(of_slots, beside + 24 * n.frames) if n.has_words else of_slots)
+    if n.has_words and n.both_ways:
+        of_slots = max(of_slots, beside + 24 * n.frames)
+    written = 8 * scores + of_slots
     # The coefficients and their transposed copy; or the bfloat16 parts and their float32 rest.
     multiplied = (12 if n.device == "cuda" else 8) * scores
     # One operand is transposed, and the other side is the result.

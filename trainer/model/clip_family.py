@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    CLIPConfig,
     CLIPModel,
     CLIPProcessor,
     CLIPTextConfig,
@@ -21,6 +22,7 @@ from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.towers import (
     TowerFamily,
     Towers,
+    cell_means,
     equal_widths,
     load_tower,
     random_tower,
@@ -55,13 +57,20 @@ def attention_mask(tower: Any, word_mask: Tensor) -> Tensor:
 
 def _whole(towers: Towers, log_scale: Tensor) -> CLIPModel:
     text, image = towers.text, towers.image
-    config = CLIPModel.config_class(
+    config = CLIPConfig(
         text_config=text.config.to_dict(),
         vision_config=image.config.to_dict(),
         projection_dim=text.config.projection_dim,
     )
     weights = text.state_dict() | image.state_dict() | {"logit_scale": log_scale}
     return whole_model(CLIPModel, config, weights)
+
+
+def _cells(tower: Any, pixels: Tensor, side: int) -> Tensor:
+    """The mean patch of each cell, through the layers that end the class token."""
+    vision = tower.vision_model
+    patches = vision(pixel_values=pixels).last_hidden_state[:, 1:]
+    return tower.visual_projection(cell_means(vision.post_layernorm(patches), side))
 
 
 CLIP = TowerFamily(
@@ -74,6 +83,7 @@ CLIP = TowerFamily(
     positions=lambda config: config.max_position_embeddings,
     encode_text=clip_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).image_embeds,
+    encode_cells=_cells,
     joined=_whole,
 )
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     VisionTextDualEncoderConfig,
@@ -89,7 +90,7 @@ def pair_towers(text_folder: str, vision_folder: str, width: int, *, weights: bo
             (vision_folder, vision_config, VISION, pooling[1]),
         )
     ]
-    projections = [_projection(encoder_width(each.config), width) for each in encoders]
+    projections = [_projection(encoder_width(each), width) for each in encoders]
     return _towers(encoders, projections, pooling, pair_pixels(vision_folder), width)
 
 
@@ -127,7 +128,7 @@ def dual_encoder_config(folder: str) -> Any:
     Raises:
         ValueError: one of its encoders is not supported.
     """
-    config = VisionTextDualEncoderConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = VisionTextDualEncoderConfig.from_pretrained(folder, local_files_only=True)
     where = f"{PRETRAINED}={folder!r}"
     kind_of(TEXT_KINDS, config.text_config.model_type, where)
     kind_of(VISION_KINDS, config.vision_config.model_type, where)
@@ -187,10 +188,7 @@ def encoder_config(folder: str, setting: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
-        raise ValueError(
-            f"{setting}={folder!r} is an encoder of timm, which needs timm and the torchvision of the"
-            f" installed torch (pip install timm torchvision): {error}"
-        ) from None
+        raise _needs_timm(folder, setting, error) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting}={folder!r} holds no known encoder: {error}") from None
     # A CLIP or SigLIP folder: its own vision tower.
@@ -202,18 +200,27 @@ def encoder_config(folder: str, setting: str) -> Any:
 def _encoder(folder: str, config: Any, setting: str, pooling: Pooling, *, weights: bool) -> Any:
     if weights:
         dropped = () if pooling == "pooler" else ("pooler.",)
-        encoder = load_tower(partial_class(config), folder, setting=setting, dropped=dropped)
+        encoder = load_tower(
+            _encoder_class(config, folder, setting), folder, setting=setting, dropped=dropped
+        )
     else:
         encoder = AutoModel.from_config(config).float()
     drop_unused(encoder, pooling)
     return encoder
 
 
-def partial_class(config: Any) -> Any:
-    """The class of an encoder, which loads its part of a folder with more."""
-    from transformers import MODEL_MAPPING
+def _encoder_class(config: Any, folder: str, setting: str) -> Any:
+    try:
+        return MODEL_MAPPING[type(config)]
+    except ImportError as error:
+        raise _needs_timm(folder, setting, error) from None
 
-    return MODEL_MAPPING[type(config)]
+
+def _needs_timm(folder: str, setting: str, error: ImportError) -> ValueError:
+    return ValueError(
+        f"{setting}={folder!r} is an encoder of timm, which needs timm and the torchvision of the"
+        f" installed torch (pip install timm torchvision): {error}"
+    )
 
 
 def _projection(width: int, projected: int) -> nn.Linear:
@@ -261,13 +268,10 @@ def _whole(towers: Towers, log_scale: Tensor) -> VisionTextDualEncoderModel:
     configs = {}
     for name, tower in (("text_config", towers.text), ("vision_config", towers.image)):
         # The class sizes its projections by `hidden_size`, which pyramids do not have.
-        configs[name] = tower.config.to_dict() | {"hidden_size": encoder_width(tower.config)}
-    config: Any = VisionTextDualEncoderConfig(
-        **configs,
-        projection_dim=towers.width,
-        text_pooling=towers.family.pooling[0],
-        vision_pooling=towers.family.pooling[1],
-    )
+        configs[name] = tower.config.to_dict() | {"hidden_size": encoder_width(tower)}
+    pooling = towers.family.pooling
+    poolings: Any = {"text_pooling": pooling[0], "vision_pooling": pooling[1]}
+    config = VisionTextDualEncoderConfig(**configs, **poolings, projection_dim=towers.width)
     parts = {
         "text_model": towers.text,
         "vision_model": towers.image,

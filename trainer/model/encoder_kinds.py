@@ -96,7 +96,7 @@ def kind_of(kinds: Mapping[str, EncoderKind], model_type: str | None, where: str
     Raises:
         ValueError: it is none of `kinds`.
     """
-    if model_type not in kinds:
+    if model_type is None or model_type not in kinds:
         raise ValueError(
             f"{where} holds an encoder of type {model_type!r}; supported are {', '.join(kinds)}"
         )
@@ -169,12 +169,16 @@ def usable_positions(config: Any) -> int:
     return config.max_position_embeddings - used
 
 
-def encoder_width(config: Any) -> int:
+def encoder_width(encoder: Any) -> int:
     """Width of an encoder's vectors.
 
     Raises:
-        ValueError: the configuration names none.
+        ValueError: its configuration names none.
     """
+    config = encoder.config
+    if config.model_type == "timm_wrapper":
+        inner = encoder.timm_model  # its pooling may widen the features
+        return getattr(inner, "head_hidden_size", inner.num_features)
     width = getattr(config, "hidden_size", None)
     if width is None and getattr(config, "hidden_sizes", None):
         width = config.hidden_sizes[-1]

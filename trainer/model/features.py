@@ -33,13 +33,15 @@ class Features(NamedTuple):
     word_mask: Tensor
     """(A, T) 0 = padding."""
     frames: Tensor
-    """(C, F, D) frame vectors."""
+    """(C, F, D) frame vectors. With `tokens_per_frame` k, here and below F is k x the frames, the
+    cells of a frame side by side."""
     frame_mask: Tensor
     """(C, F) 0 = padding."""
     word_logits: Tensor | None
     """(A, T) token weights before the masked softmax; none in the ti family."""
     frame_logits: Tensor | None
-    """(C, F) frame weights before the masked softmax; none in the ti family."""
+    """(C, F) frame weights before the masked softmax; none in the ti family, nor with
+    `words_to_frames`."""
     margin_hinge: Tensor | None
     """(B,) TPM-CL of each matched pair; none in evaluation, or if TPM-CL is off."""
 

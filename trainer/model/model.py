@@ -6,12 +6,9 @@ The door of the package.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tvr.data_prep.records import Batch
 from tvr.kernels.numerics import unit
@@ -21,7 +18,7 @@ from tvr.trainer.config import LossConfig, ModelConfig
 from tvr.trainer.model.features import Features, in_whole_tiles, projected
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.model.tower_depth import tower_layers
+from tvr.trainer.model.tower_depth import checkpoint_activations as checkpoint_activations
 from tvr.trainer.model.tower_folders import build_towers
 from tvr.trainer.model.tower_folders import image_size as image_size
 from tvr.trainer.model.tower_folders import tokenizer_folder as tokenizer_folder
@@ -65,12 +62,18 @@ class TextVideoModel(nn.Module):
             else None
         )
         self.unit_after_header = model.unit_after_header
+        self.tokens_per_frame = model.tokens_per_frame
+        self.family.check_cells(self.image_tower, self.tokens_per_frame)
+        slots = num_frames * self.tokens_per_frame
         weighted = model.interaction.endswith("wti")
         self.text_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
+        self.matching = model.matching
+        # Without a way from frames to words, nothing would read the weights of frames.
+        weighted = weighted and model.matching == "two_way"
         self.frame_weight = TokenWeightLayer(width, model.weight_layers) if weighted else None
         partial = bool(loss.tpm_cl)
-        self.word_predictor = LinearTokenWeights(num_frames, num_words, width) if partial else None
-        self.frame_predictor = LinearTokenWeights(1, num_frames, width) if partial else None
+        self.word_predictor = LinearTokenWeights(slots, num_words, width) if partial else None
+        self.frame_predictor = LinearTokenWeights(1, slots, width) if partial else None
         for name in ("pixel_mean", "pixel_std"):
             value = torch.tensor(getattr(self.family, name)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
@@ -102,7 +105,7 @@ class TextVideoModel(nn.Module):
             token_ids: (A, T), or the stored sentence and words of `tower_outputs`, (A, 1 + T, D).
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
-        frames = self._encode_frames(frames, frame_mask)
+        frames, frame_mask = self._encode_frames(frames, frame_mask)
         sentence, words = self._encode_text(token_ids, word_mask)
         weigh_words, weigh_frames = self.text_weight, self.frame_weight
         return Features(
@@ -119,7 +122,7 @@ class TextVideoModel(nn.Module):
     def encode_texts(self, token_ids: Tensor, word_mask: Tensor) -> Features:
         """Encodes captions alone, as `forward` in evaluation: a record without videos."""
         sentence, words = self._encode_text(token_ids, word_mask)
-        weigh = self.text_weight
+        weigh, weighs_frames = self.text_weight, self.frame_weight is not None
         return Features(
             sentence=sentence,
             words=words,
@@ -127,21 +130,21 @@ class TextVideoModel(nn.Module):
             frames=sentence.new_zeros(0, 1, sentence.shape[1]),
             frame_mask=word_mask.new_zeros(0, 1),
             word_logits=weigh(words) if weigh else None,
-            frame_logits=sentence.new_zeros(0, 1) if weigh else None,
+            frame_logits=sentence.new_zeros(0, 1) if weighs_frames else None,
             margin_hinge=None,
         )
 
     def encode_videos(self, frames: Tensor, frame_mask: Tensor) -> Features:
         """Encodes videos alone, as `forward` in evaluation: a record without captions."""
-        vectors = self._encode_frames(frames, frame_mask)
-        weigh = self.frame_weight
+        vectors, frame_mask = self._encode_frames(frames, frame_mask)
+        weigh, weighs_words = self.frame_weight, self.text_weight is not None
         return Features(
             sentence=vectors.new_zeros(0, vectors.shape[-1]),
             words=vectors.new_zeros(0, 1, vectors.shape[-1]),
             word_mask=frame_mask.new_zeros(0, 1),
             frames=vectors,
             frame_mask=frame_mask,
-            word_logits=vectors.new_zeros(0, 1) if weigh else None,
+            word_logits=vectors.new_zeros(0, 1) if weighs_words else None,
             frame_logits=weigh(vectors) if weigh else None,
             margin_hinge=None,
         )
@@ -181,19 +184,22 @@ class TextVideoModel(nn.Module):
         count = len(pixels)
         if self.has_frozen_towers:
             pixels = in_whole_tiles(pixels)
-        vectors = self.family.encode_frames(self.image_tower, pixels)[:count]
-        return vectors.unflatten(0, frames.shape[:2])
+        vectors = self.family.encode_slots(self.image_tower, pixels, self.tokens_per_frame)
+        vectors = vectors[: count * self.tokens_per_frame]
+        return vectors.unflatten(0, (len(frames), -1))
 
     def frame_vectors(self, frames: Tensor) -> Tensor:
         """Frames (C, F, D), before they are scaled to unit length."""
         return projected(self._frame_outputs(frames), self.visual_projection)
 
-    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and mask of F slots, or of F x `tokens_per_frame`."""
+        mask = frame_mask.repeat_interleave(self.tokens_per_frame, dim=1)
         vectors = unit(self.frame_vectors(frames))
         if self.sequence_header is None:
-            return vectors
-        vectors = self.sequence_header(vectors, frame_mask)
-        return unit(vectors) if self.unit_after_header else vectors
+            return vectors, mask
+        vectors = self.sequence_header(vectors, mask)
+        return (unit(vectors) if self.unit_after_header else vectors), mask
 
     def _encode_text(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         sentence, words = self.text_vectors(token_ids, word_mask)
@@ -230,6 +236,7 @@ class TextVideoModel(nn.Module):
                 sentence[:, None], frames, frame_mask if mask_padding else None
             ),
             frame_weight_layer=self.frame_weight,
+            matching=self.matching,
             kind=self.loss.tpm_cl,
             threshold=self.loss.mask_threshold,
             margin=self.loss.margin,
@@ -322,21 +329,6 @@ def build_empty_model(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return built
-
-
-def checkpoint_activations(model: TextVideoModel) -> None:
-    """Turns on activation checkpointing: the backward recomputes the towers' layers.
-
-    Raises:
-        ValueError: the layers of a tower are not known.
-    """
-    recompute: Any = partial(checkpoint, use_reentrant=False)
-    for tower in (model.text_tower, model.image_tower):
-        # What transformers' own method does under several names, without its hook that makes the
-        # embeddings require gradients: the backward would then run through frozen layers.
-        for layer in tower_layers(tower):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = recompute
 
 
 def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,11 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SiglipModel, SiglipProcessor, SiglipTextModel, SiglipVisionModel
+from transformers import (
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
+    SiglipTextModel,
+    SiglipVisionModel,
+)
 
 from tvr.trainer.model.towers import (
     TowerFamily,
     Towers,
+    cell_patches,
     equal_widths,
     load_tower,
     random_tower,
@@ -30,14 +37,18 @@ def _text(tower: Any, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Ten
 
 def _whole(towers: Towers, log_scale: Tensor) -> SiglipModel:
     text, image = towers.text, towers.image
-    config = SiglipModel.config_class(
-        text_config=text.config.to_dict(), vision_config=image.config.to_dict()
-    )
+    config = SiglipConfig(text_config=text.config.to_dict(), vision_config=image.config.to_dict())
     weights = {f"text_model.{name}": value for name, value in text.state_dict().items()}
     weights |= {f"vision_model.{name}": value for name, value in image.state_dict().items()}
     # The bias belongs to SigLIP's sigmoid loss, which is not used here.
     weights |= {"logit_scale": log_scale[None], "logit_bias": torch.zeros(1)}
     return whole_model(SiglipModel, config, weights)
+
+
+def _cells(tower: Any, pixels: Tensor, side: int) -> Tensor:
+    """The patches of each cell, pooled as those of a whole frame."""
+    own = cell_patches(tower(pixel_values=pixels).last_hidden_state, side)
+    return tower.head(own.flatten(0, 1)).unflatten(0, own.shape[:2])
 
 
 SIGLIP = TowerFamily(
@@ -50,6 +61,8 @@ SIGLIP = TowerFamily(
     positions=lambda config: config.max_position_embeddings,
     encode_text=_text,
     encode_frames=lambda tower, pixels: tower(pixel_values=pixels).pooler_output,
+    encode_cells=_cells,
+    needs_equal_cells=True,
     joined=_whole,
     # Trained without an attention mask, so it is called without one.
     text_code='model.get_text_features(input_ids=texts["input_ids"]).pooler_output',

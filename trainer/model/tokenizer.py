@@ -108,6 +108,12 @@ class Tokenizer:
         return self.backend.get_vocab()[str(self.backend.bos_token)]
 
     @property
+    def start_token_id(self) -> int | None:
+        """Id of the token that begins a caption: BERT's is [CLS]; None where there is none."""
+        start = self.backend.bos_token or self.backend.cls_token
+        return None if start is None else self.backend.get_vocab()[str(start)]
+
+    @property
     def eos_token_id(self) -> int:
         """Id of the token that ends a caption: BERT's is [SEP]."""
         return self.backend.get_vocab()[str(self.backend.eos_token or self.backend.sep_token)]

@@ -17,9 +17,11 @@ encoder_kinds.py lists how each kind pools.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -55,6 +57,11 @@ class TowerFamily:
     the width of the encoder if a projection follows."""
     encode_frames: Callable[[Any, Tensor], Tensor]
     """(tower, pixels (N, 3, H, W)) -> (N, W)."""
+    encode_cells: Callable[[Any, Tensor, int], Tensor] | None = None
+    """(tower, pixels (N, 3, H, W), side) -> (N, side x side, W), of the cells of `cell_means` or
+    `cell_patches`; None in families without them."""
+    needs_equal_cells: bool = False
+    """True if all cells must have equally many patches."""
     joined: Callable[[Towers, Tensor], Any]
     """(towers, log(1 / temperature)) -> the whole model with their weights, for export."""
     text_code: str = "model.get_text_features(**texts).pooler_output"
@@ -63,6 +70,24 @@ class TowerFamily:
     """How transformers alone encodes processed `pixels`, in the model card."""
     pooling: tuple[str, str] | None = None
     """How the sentence and the frame are pooled, in families with a choice (encoder_kinds.py)."""
+
+    def check_cells(self, tower: Any, tokens_per_frame: int) -> None:
+        """Raises ValueError if an image tower has no such grid of cells."""
+        if tokens_per_frame == 1:
+            return
+        if self.encode_cells is None:
+            raise ValueError(
+                f"model.tokens_per_frame={tokens_per_frame}: towers of the family {self.name} have"
+                " no grid of patches here; use a CLIP or a SigLIP, or 1"
+            )
+        rows = tower.config.image_size // tower.config.patch_size
+        cells(rows, math.isqrt(tokens_per_frame), equal=self.needs_equal_cells)
+
+    def encode_slots(self, tower: Any, pixels: Tensor, tokens_per_frame: int) -> Tensor:
+        """(N x tokens_per_frame, W): frames, or the cells of each frame side by side."""
+        if tokens_per_frame == 1 or self.encode_cells is None:
+            return self.encode_frames(tower, pixels)
+        return self.encode_cells(tower, pixels, math.isqrt(tokens_per_frame)).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,3 +195,68 @@ def whole_model(whole: Any, config: Any, weights: Weights) -> Any:
         built = whole(config)
     built.load_state_dict(weights, assign=True)
     return built
+
+
+def cell_means(patches: Tensor, side: int) -> Tensor:
+    """Means (N, side x side, W) of the patches (N, P, W) of each cell, row by row.
+
+    That is adaptive average pooling, as a matrix product: torch's own backward adds in no fixed
+    order on a GPU.
+
+    Raises:
+        ValueError: as `cells`.
+    """
+    rows = _patch_rows(patches)
+    share = torch.zeros(side, rows, dtype=patches.dtype)
+    for number, part in enumerate(cells(rows, side)):
+        share[number, part.start : part.stop] = 1 / len(part)
+    share = share.to(patches.device)
+    grid = patches.unflatten(1, (rows, rows))
+    return torch.einsum("gr,hc,nrcw->nghw", share, share, grid).flatten(1, 2)
+
+
+def cell_patches(patches: Tensor, side: int) -> Tensor:
+    """The patches (N, side x side, Q, W) of each cell, out of (N, P, W), row by row.
+
+    Raises:
+        ValueError: as `cells` of equal size.
+    """
+    rows = _patch_rows(patches)
+    parts = cells(rows, side, equal=True)
+    index = [[y * rows + x for y in up for x in along] for up in parts for along in parts]
+    return patches[:, torch.tensor(index, device=patches.device)]
+
+
+def _patch_rows(patches: Tensor) -> int:
+    """Patches in a row of a square grid, of patches (N, P, W).
+
+    Raises:
+        ValueError: the grid is not square.
+    """
+    count = patches.shape[1]
+    rows = math.isqrt(count)
+    if rows * rows != count:
+        raise ValueError(
+            f"model.tokens_per_frame needs a square grid of patches; the tower has {count}"
+        )
+    return rows
+
+
+@cache
+def cells(rows: int, side: int, *, equal: bool = False) -> tuple[range, ...]:
+    """Rows of patches of each row of cells. Neighbouring cells share one where it is needed.
+
+    Raises:
+        ValueError: there are more cells than patches; or, with `equal`, cells of unequal size.
+    """
+    if side > rows:
+        raise ValueError(
+            f"model.tokens_per_frame={side * side} exceeds the {rows} x {rows} patches of a frame"
+        )
+    found = tuple(range(n * rows // side, -(-(n + 1) * rows // side)) for n in range(side))
+    if equal and len({len(part) for part in found}) > 1:
+        raise ValueError(
+            f"model.tokens_per_frame={side * side}: a grid of {rows} x {rows} patches has no"
+            f" {side} x {side} cells of equal size"
+        )
+    return found

@@ -43,7 +43,8 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
     data, train = config.data, config.train
     others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
     rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
-    similarity = 3 * 2 * others * rows * data.num_frames * model.width
+    slots = data.num_frames * config.model.tokens_per_frame
+    similarity = 3 * 2 * others * rows * slots * model.width
     if data.features is not None:
         return similarity
     # Frozen towers encode as many rows, or a multiple.

@@ -2,8 +2,7 @@
 
 log.jsonl's step event, the Prometheus series, `tvr metrics` with METRICS.md, and the panels of the
 pages are all derived from the fields of `MonitoredStepRecord`. To add a value, add a field here and
-set it where it is computed. A term of the loss needs no more than the field: `objective` reads it
-from the attribute of `LossTerms` that has the field's name.
+set it where it is computed. A term of the loss is a field of `LossRecord`.
 
 This module imports no torch, so that the pages start at once.
 """
@@ -15,9 +14,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tvr.data_prep.records import READ_SOURCES
-from tvr.trainer.config import LossConfig, masks_equal_captions
+from tvr.trainer.config import LossConfig
 from tvr.trainer.distributed.collective_names import COLLECTIVES
-from tvr.trainer.monitoring.field_metric import field_metrics, label_value, loss_term, metric
+from tvr.trainer.monitoring.field_metric import field_metrics, label_value, metric
+from tvr.trainer.monitoring.loss_record import TRAINING, LossRecord
 
 PARTS = (
     "data wait",
@@ -36,90 +36,13 @@ ALL_PARTS = (*PARTS, "evaluation")
 
 DATA_SET = "data_set"
 """Label for the name of one of several training sets, as `data.train_sets` gives it."""
-TRAINING, SPEED, DATA = "Training", "Speed", "Data"
-COMMUNICATION, MINING = "Communication and memory", "Hard-negative mining"
+SPEED, DATA, COMMUNICATION = "Speed", "Data", "Communication and memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
+class StepRecord(LossRecord):
     """The values of one step that every run logs; None: not known, or not computed."""
 
-    step: int = field(
-        metadata=metric("tvr_train_step", "Optimiser steps done since the run began.")
-    )
-    epoch: float = field(
-        metadata=metric(
-            "tvr_train_epoch",
-            "Passes over the training set, with their fraction; with several sets, pairs divided by"
-            " the samples of all of them.",
-        )
-    )
-    loss: float = field(
-        metadata=loss_term(
-            "tvr_train_loss",
-            "Terms of the last step's loss: total = similarity + weight x tpm_cl. `penalty` is"
-            " the part of `similarity` that NegNCE adds for hard negatives.",
-            term="total",
-            panel=TRAINING,
-        )
-    )
-    similarity_loss: float = field(metadata=loss_term("tvr_train_loss", term="similarity"))
-    tpm_cl_loss: float | None = field(
-        metadata=loss_term(
-            "tvr_train_loss", term="tpm_cl", applies_to=lambda loss: bool(loss.tpm_cl)
-        )
-    )
-    penalty: float | None = field(
-        metadata=loss_term(
-            "tvr_train_loss", term="penalty", applies_to=lambda loss: loss.similarity != "info_nce"
-        )
-    )
-    hard_negatives_per_row: float = field(
-        metadata=loss_term(
-            "tvr_train_hard_negatives_per_row",
-            "Mean number of hard negatives of a text: videos that score above its positive, or"
-            " above their own.",
-            panel=MINING,
-        )
-    )
-    clamped_share: float | None = field(
-        metadata=loss_term(
-            "tvr_train_zero_gradient_positives_ratio",
-            "Positives whose probability lies under the clamp of NegNCE's reference mode; they"
-            " get no gradient.",
-            unit="ratio",
-            panel=MINING,
-            applies_to=lambda loss: (
-                (loss.similarity, loss.neg_nce_mode) == ("neg_nce", "reference")
-            ),
-        )
-    )
-    positive_similarity: float = field(
-        metadata=loss_term(
-            "tvr_train_positive_similarity",
-            "Mean similarity of the last step's texts with their own videos, before the"
-            " temperature. It averages best cosines and is no cosine itself: it lies within +-1,"
-            " with model.neighbour_frames within +-1.25, and with data.content_words in att_wti,"
-            " too, within +-1.625.",
-            panel=MINING,
-            beside="tvr_train_hardest_negative_similarity",
-        )
-    )
-    hardest_similarity: float = field(
-        metadata=loss_term(
-            "tvr_train_hardest_negative_similarity",
-            "Mean similarity of the last step's texts with the most similar of the other videos in"
-            " their batch.",
-        )
-    )
-    equal_captions_per_row: float | None = field(
-        metadata=loss_term(
-            "tvr_train_equal_captions_per_row",
-            "Mean number of videos that are no negatives of a text, for their equal caption alone.",
-            panel=MINING,
-            applies_to=masks_equal_captions,
-        )
-    )
     learning_rate: float = field(
         metadata=metric(
             "tvr_train_learning_rate",

@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 from tvr.data_prep.exporter.metrics_table import Metric, with_labels
 from tvr.trainer.monitoring.field_metric import field_metrics, table_rows
+from tvr.trainer.monitoring.loss_record import MINING, TRAINING
 from tvr.trainer.monitoring.metrics import RUN_METRICS, Series
 from tvr.trainer.monitoring.step_record import (
     COMMUNICATION,
     DATA,
     DATA_SET,
-    MINING,
     SPEED,
-    TRAINING,
     MonitoredStepRecord,
     StepRecord,
 )

@@ -137,7 +137,7 @@ def _measure(name: str, kind: str, sizes: Sizes, device: torch.device) -> dict[s
         "peak_to_estimate": memory / estimate.total,
         "host_reads": reads.total(),
         "host_reads_at": dict(reads.most_common(12)),
-        "similarity": similarity_line(config.data, config.train),
+        "similarity": similarity_line(config),
     }
 
 

@@ -53,8 +53,14 @@ class DataArguments:
     """Epochs in one measurement."""
     repeats: Positive = 5
     """Measurements of each source, after a warm-up."""
-    source: tuple[Literal["frames", "beton", "video"], ...] = ("frames", "beton", "video")
-    """frames: JPEGs in shards; video: MP4s in shards; beton: JPEGs in FFCV's file."""
+    source: tuple[Literal["frames", "beton", "video", "reencoded"], ...] = (
+        "frames",
+        "beton",
+        "video",
+        "reencoded",
+    )
+    """frames: JPEGs in shards; video: MP4s in shards; reencoded: the same by `tvr pack --reencode`;
+    beton: JPEGs in FFCV's file."""
     json: str | None = None
     """File for all numbers; `-` writes them as one line on stdout, and the table to stderr."""
 
@@ -116,7 +122,7 @@ def _sources(arguments: DataArguments) -> tuple[list[str], dict[str, str]]:
         print(f"tvr bench data: beton left out: {left_out['beton']}", file=sys.stderr)
     if not wanted:
         raise ValueError("nothing to measure: --source must name a source that is installed")
-    if "video" in wanted:
+    if wanted & {"video", "reencoded"}:
         wanted.add("unindexed")
     wanted |= {PLAIN[source] for source in wanted}
     return [source for source in SOURCES if source in wanted], left_out

@@ -33,12 +33,13 @@ from tvr.data_prep.records import Caption, Clip
 from tvr.data_prep.video.frame_sampling import segment_centres
 from tvr.data_prep.video.stored_index import INDEX_MEMBER
 
-SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "unindexed", "video")
+SOURCES = ("plain jpeg", "frames", "beton", "plain mp4", "unindexed", "video", "reencoded")
 PLAIN = {
     "frames": "plain jpeg",
     "beton": "plain jpeg",
     "unindexed": "plain mp4",
     "video": "plain mp4",
+    "reencoded": "plain mp4",
 }
 """The plain source that each source is compared with."""
 STEPS = (1, 10, 1_000_000)
@@ -118,7 +119,7 @@ def make_data(folder: Path, sizes: DataBenchSizes, sources: Sequence[str]) -> No
     clips = []
     for number in range(sizes.clips):
         path = videos / f"c{number:04d}.mp4"
-        _write_clip(path, number, sizes)
+        write_clip(path, number, sizes)
         captions = (f"pattern {number} moves",)
         clips.append(Clip(key=path.stem, video=str(path), captions=captions, video_id=path.stem))
     shape: dict[str, Any] = {
@@ -132,6 +133,8 @@ def make_data(folder: Path, sizes: DataBenchSizes, sources: Sequence[str]) -> No
     for layout, names in used.items():
         if names & set(sources):
             pack_shards(clips, str(folder / layout), layout=layout, **shape)
+    if "reencoded" in sources:
+        pack_shards(clips, str(folder / "reencoded"), layout="video", reencode=True, **shape)
     if "unindexed" in sources:
         _write_without_index(str(folder / "video"), folder / "unindexed")
     if "beton" in sources:
@@ -161,14 +164,18 @@ def _write_without_index(url: str, folder: Path) -> None:
     write_manifest(str(folder), replace(manifest, shards=shards), [rows for _, rows in written])
 
 
-def _write_clip(path: Path, number: int, sizes: DataBenchSizes) -> None:
+def write_clip(
+    path: Path, number: int, sizes: DataBenchSizes, *, options: dict[str, str] | None = None
+) -> None:
+    """Renders a clip; `options` are further ones of libx264."""
     noise = np.random.default_rng(number).normal(0, 10, (sizes.size, sizes.size, 3))
     y, x = np.mgrid[: sizes.size, : sizes.size]
     with av.open(str(path), "w", format="mp4") as output:
         stream = output.add_stream("libx264", rate=25)
         stream.width = stream.height = sizes.size
         stream.pix_fmt = "yuv420p"
-        stream.options = {"preset": "veryfast", "g": str(sizes.keyframe_interval)}
+        defaults = {"preset": "veryfast", "g": str(sizes.keyframe_interval)}
+        stream.options = defaults | (options or {})
         for index in range(sizes.clip_frames):
             waves = (
                 np.sin(x / 17 + index / 5 + number),

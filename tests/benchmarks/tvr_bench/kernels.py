@@ -57,6 +57,7 @@ class KernelsArguments:
     lengths: Lengths = ("ragged",)
     """Words of a text without padding: 4 to all, uniformly (ragged), or all (full)."""
     interaction: Literal["ti", "wti", "att_ti", "att_wti"] = "att_wti"
+    matching: Literal["two_way", "words_to_frames"] = "two_way"
     loss: bool = False
     """Adds NegNCE (log mode) to the similarity, for every implementation but the bound."""
     stream: bool = False
@@ -125,6 +126,7 @@ def _naive_bytes(job: Job) -> int:
         frames=job.frames,
         width=job.width,
         interaction=job.interaction,
+        matching=job.matching,
         backend="naive",
         bytes_per_number=4 if job.dtype == "float32" else 2,
         device=job.device,
@@ -149,6 +151,7 @@ def _jobs(arguments: KernelsArguments) -> Iterator[Job]:
             dtype=dtype,
             device=device,
             interaction=arguments.interaction,
+            matching=arguments.matching,
             lengths=lengths,
             loss=arguments.loss or arguments.stream,
             threads=arguments.threads or host_cpus().usable,

@@ -50,6 +50,7 @@ class Job:
     dtype: str = "float32"
     device: str = "cpu"
     interaction: str = "att_wti"
+    matching: str = "two_way"
     neighbour_frames: bool = True
     lengths: str = "full"
     """ "full", or "ragged": 4 to `words` words, uniformly."""

@@ -77,6 +77,7 @@ def result(measurements: Sequence[Measurement], repeats: int) -> dict[str, Any]:
     return {
         "benchmark": "kernels",
         "interaction": job.interaction,
+        "matching": job.matching,
         "loss": job.loss,
         "repeats": repeats,
         "threads": job.threads,
@@ -127,9 +128,9 @@ def _title(job: Job) -> str:
     sizes = f"{job.texts} pairs, {job.words} words ({job.lengths}), {job.frames} frames"
     loss = ", NegNCE (log)" if job.loss else ""
     threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
-    return (
-        f"{sizes}, width {job.width}, {job.dtype}\n{job.interaction}{loss}, {job.device}, {threads}"
-    )
+    one_way = "" if job.matching == "two_way" else f", {job.matching}"
+    kind = f"{job.interaction}{one_way}{loss}"
+    return f"{sizes}, width {job.width}, {job.dtype}\n{kind}, {job.device}, {threads}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

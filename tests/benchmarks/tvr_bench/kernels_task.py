@@ -159,6 +159,7 @@ def _similarity(function: Callable[..., Tensor], job: Job, inputs: Inputs, backw
     scores = function(
         *inputs[:5],
         interaction=job.interaction,
+        matching=job.matching,
         neighbour_frames=job.neighbour_frames,
         word_logits=inputs.word_logits,
         frame_logits=inputs.frame_logits,
@@ -211,6 +212,7 @@ def _streamed(job: Job, inputs: Inputs, backward: bool) -> None:
     loss = streamed_loss(
         *inputs[:5],
         interaction=job.interaction,
+        matching=job.matching,
         neighbour_frames=job.neighbour_frames,
         word_logits=inputs.word_logits,
         frame_logits=inputs.frame_logits,
