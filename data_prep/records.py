@@ -77,6 +77,7 @@ READ_SOURCES = (
     "shard_cache",  # a remote shard in the node's cache
     "fetched",  # a remote shard downloaded for this read
     "store",  # a byte range of a remote shard
+    "features",  # stored outputs of frozen towers (data.features)
 )
 
 
@@ -215,14 +216,15 @@ class Batch:
     video_ids: Tensor
     """(B,) stable 63-bit hashes, see `hash_video_id`."""
     frames: Tensor
-    """(B, F, 3, H, W) uint8 RGB; a view of channels-last memory, the decoders' output."""
+    """(B, F, 3, H, W) uint8 RGB; a view of channels-last memory, the decoders' output. With stored
+    tower outputs (`tower_outputs`): (B, F, D) float32, the image tower's vectors."""
     frame_mask: Tensor
     """(B, F), at least one 1 per row."""
     captions: tuple[str, ...]
     caption_ids: Tensor
     """(A,) hashes of the whole captions, see `hash_caption`."""
     token_ids: Tensor
-    """(A, T)."""
+    """(A, T). With stored tower outputs: (A, 1 + T, D) float32, sentence and words."""
     word_mask: Tensor
     """(A, T), at least one 1 per row."""
     caption_video: Tensor

@@ -39,6 +39,12 @@ COMMANDS = {
         "tvr.data_prep.simulation.cli:simulate",
         "predict what training asks of an object store: requests, bytes, waits",
     ),
+    "features": Command(
+        "tvr.trainer.cli:features", "store the outputs of frozen towers, for training"
+    ),
+    "import-features": Command(
+        "tvr.trainer.frozen.cli:import_features", "take in features that you bring, for training"
+    ),
     "train": Command("tvr.trainer.cli:train", "train on packed data"),
     "evaluate": Command(
         "tvr.trainer.evaluation.cli:evaluate",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,13 +18,14 @@ from tvr.trainer.checkpoint.manifest import SavedState
 from tvr.trainer.checkpoint.restore import restore_engine
 from tvr.trainer.checkpoint.saver import rank_files
 from tvr.trainer.config import Config, ModelConfig, to_json
-from tvr.trainer.data import training_batches, training_mixture
+from tvr.trainer.data import StoredTowers, training_batches, training_mixture
 from tvr.trainer.distributed.world import World
 from tvr.trainer.engine.deepspeed_config import state_layout
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.engine.random_state import get_random_state
 from tvr.trainer.evaluation.warm_start import WarmStart
 from tvr.trainer.fencing import Attempt
+from tvr.trainer.frozen.tower_outputs import Report, open_or_make
 from tvr.trainer.hard_batches.hard_epochs import HardEpochs
 from tvr.trainer.hard_batches.sentence_vectors import caption_encoder
 from tvr.trainer.model.model import TextVideoModel, build_empty_model, build_model
@@ -48,6 +49,8 @@ class TrainingRun:
     train_step: TrainStep
     resumed_from: SavedState | None
     """The checkpoint that was loaded; none at the start of a run."""
+    stored: StoredTowers | None = None
+    """Stored outputs of the frozen towers, with `data.features`."""
     contents: Mapping[str, str]
     """Digests of data sets and model folders, which checkpoints record."""
     hard_epochs: HardEpochs | None = None
@@ -76,6 +79,7 @@ class TrainingRun:
             self.world,
             start_step=self.start_step if done is None else done,
             known_bad=dict(self.train_step.quarantine),
+            stored=self.stored,
             regroup=self.hard_epochs.regroup() if self.hard_epochs else {},
         )
 
@@ -127,6 +131,7 @@ def build_run(
     checkpoint: Checkpoint | None = None,
     inspect_model: Callable[[TextVideoModel], None] | None = None,
     watch: Stopwatch | None = None,
+    report: Report | None = None,
 ) -> TrainingRun:
     """Builds the model, puts it under ZeRO, and loads a checkpoint into it. All ranks call it.
 
@@ -137,6 +142,7 @@ def build_run(
         checkpoint: Checkpoint of this run to resume from; none starts at step 0.
         inspect_model: Called with the whole model, before ZeRO partitions it.
         watch: Measures the parts of each step.
+        report: As in `open_or_make`.
 
     Raises:
         ValueError: settings, or a model folder, that cannot be used; or the weights of
@@ -146,23 +152,12 @@ def build_run(
     hard_epochs = None
     if config.data.hard_batches:
         hard_epochs = HardEpochs(config, run_dir, checkpoint.state.step if checkpoint else 0, world)
-    # Before the seed is set: parts that are not read start as in any other run.
-    warm = checkpoint is None and config.model.init_from is not None
-    start = _read_warm_start(config.model, tokenizer, world) if warm else None
-    torch.manual_seed(config.train.seed)
-    # At ZeRO-3 rank 0 distributes the weights, and the other ranks never hold all of them.
-    is_empty = config.train.zero_stage == 3 and not world.is_first
-    build = build_empty_model if is_empty else build_model
-    if start is not None:
-        build = partial(build_model, initialise=start.apply)
-    model = world.run_on_all(
-        lambda: build(config.model, config.loss, tokenizer, num_frames=config.data.num_frames),
-        ValueError,
-    )
+    model = initial_model(config, tokenizer, world, warm=checkpoint is None)
     if inspect_model is not None:
         inspect_model(model)
     storage = checkpoints_of(config.checkpoint, run_dir)
     engine = restore_engine(checkpoint, storage, model, config.train, run_dir, world)
+    stored = open_or_make(config, cast(TextVideoModel, engine.module), tokenizer, world, report)
     train_step = TrainStep(
         config,
         engine,
@@ -184,8 +179,38 @@ def build_run(
         engine=engine,
         train_step=train_step,
         resumed_from=resumed_from,
+        stored=stored,
         contents=contents,
         hard_epochs=hard_epochs,
+    )
+
+
+def initial_model(
+    config: Config, tokenizer: Tokenizer, world: World, *, warm: bool = True
+) -> TextVideoModel:
+    """Builds the model of a run before its first step; only rank 0's weights count.
+
+    All ranks call it, and it sets torch's seed.
+
+    Args:
+        warm: Reads the weights of `model.init_from`.
+
+    Raises:
+        ValueError: settings, or a model folder, that cannot be used; or the weights of
+            `model.init_from` do not fit.
+    """
+    # Before the seed is set: parts that are not read start as in any other run.
+    warm = warm and config.model.init_from is not None
+    start = _read_warm_start(config.model, tokenizer, world) if warm else None
+    torch.manual_seed(config.train.seed)
+    # At ZeRO-3 rank 0 distributes the weights, and the other ranks never hold all of them.
+    is_empty = config.train.zero_stage == 3 and not world.is_first
+    build = build_empty_model if is_empty else build_model
+    if start is not None:
+        build = partial(build_model, initialise=start.apply)
+    return world.run_on_all(
+        lambda: build(config.model, config.loss, tokenizer, num_frames=config.data.num_frames),
+        ValueError,
     )
 
 

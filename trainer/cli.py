@@ -1,4 +1,4 @@
-"""Command lines of `tvr demo`, `train`, `report`, `export` and `show-config`.
+"""Command lines of `tvr demo`, `train`, `features`, `report`, `export` and `show-config`.
 
 `tvr.launchers.exit_codes` lists their exit codes.
 """
@@ -84,6 +84,35 @@ def train(argv: Sequence[str]) -> int:
     return run_training_command("train", action)
 
 
+def features(argv: Sequence[str]) -> int:
+    """`tvr features`."""
+
+    def action() -> int:
+        base = _base(argv)
+
+        def arguments(
+            *, recipe: RecipeName = "demo", config: Path | None = None, settings: Flags = base
+        ) -> int:
+            """Stores the outputs of a run's frozen towers in --data.features, for its data sets.
+
+            Training with the same settings reads them in place of videos and captions. It would
+            make them itself; this command makes them beforehand. `tvr launch` starts it on several
+            ranks, which share the work. The same command continues where one was stopped.
+
+            Args:
+                config: JSON file with some or all settings, nested as in `tvr show-config`.
+                settings: All settings, as for `tvr train`.
+            """
+            from tvr.trainer.store_features import store_features
+
+            print(store_features(settings))
+            return EXIT_DONE
+
+        return tyro.cli(arguments, prog="tvr features", args=list(argv))
+
+    return run_training_command("features", action)
+
+
 def show_config(argv: Sequence[str]) -> int:
     """`tvr show-config`."""
 
@@ -118,6 +147,7 @@ def show_config(argv: Sequence[str]) -> int:
         from tvr.trainer.data import mixture_line, order_line
         from tvr.trainer.engine.deepspeed_config import deepspeed_line, optimizer_line
         from tvr.trainer.engine.staging import staging_line
+        from tvr.trainer.frozen.tower_outputs import features_line
         from tvr.trainer.memory.environment import device, device_line, similarity_line
         from tvr.trainer.monitoring.address import metrics_line
         from tvr.trainer.monitoring.flops import peak_line
@@ -125,6 +155,7 @@ def show_config(argv: Sequence[str]) -> int:
         print(device_line(), file=sys.stderr)
         print(mixture_line(resolved.data, resolved.train), file=sys.stderr)
         print(order_line(resolved.data, resolved.train), file=sys.stderr)
+        print(features_line(resolved), file=sys.stderr)
         print(optimizer_line(resolved.train, device()), file=sys.stderr)
         print(deepspeed_line(resolved.train, ranks or 1), file=sys.stderr)
         print(similarity_line(resolved), file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tvr.data_prep.dataset.manifest import Manifest, check_words, read_manifest
 from tvr.data_prep.mixture import BLOCK, Mixture
@@ -23,11 +23,15 @@ from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import Regroup, window_shards
 from tvr.data_prep.records import Batch, TrainingSet
 from tvr.data_prep.storage.storage import Storage
+from tvr.data_prep.stored.tower_outputs import TowerOutputs
 from tvr.trainer.config import DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import World
 from tvr.trainer.model.batch_copies import pin_pages
 from tvr.trainer.model.model import image_size, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+
+StoredTowers: TypeAlias = Mapping[str, TowerOutputs]
+"""Stored outputs of frozen towers by the URL of their data set."""
 
 
 class DataSets(NamedTuple):
@@ -195,6 +199,7 @@ def training_batches(
     *,
     start_step: int = 0,
     known_bad: Mapping[str, str] | None = None,
+    stored: StoredTowers | None = None,
     regroup: Mapping[str, Regroup] = NO_REGROUP,
 ) -> Iterator[Batch]:
     """Yields this rank's micro-batches for training, without end.
@@ -202,6 +207,7 @@ def training_batches(
     Args:
         start_step: Optimiser steps already done; their samples are skipped.
         known_bad: Keys of bad samples found before, on any rank, with their reasons.
+        stored: Stored tower outputs by the URL of their data set, read in place of videos.
         regroup: Last step of each set's order, see `hard_batches.prepare_hard_batches`.
 
     Raises:
@@ -232,6 +238,7 @@ def training_batches(
         shard_cache=_training_cache(data, train, world),
         node=world.node,
         pin=pin_pages if world.device.type == "cuda" else None,
+        outputs=None if stored is None else {each.name: stored[each.url] for each in sets},
         regroup=regroup,
     )
 
@@ -243,31 +250,40 @@ def ordered_batches(
     train: TrainConfig,
     tokenizer: Tokenizer,
     world: World,
+    *,
+    stored: StoredTowers | None = None,
+    block: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Yields this rank's share of a whole data set, in order.
 
     Args:
         url: The data set, for example `data.test`.
+        stored: As in `training_batches`.
+        block: Number of a block and number of blocks: the block's share instead of this rank's,
+            with batches of 0 rows, too, and at most one read in a row that fails for the moment.
 
     Raises:
         ValueError, OSError, TooManyBadSamples: as `evaluation_batches`.
     """
+    rank, count = (world.rank, world.world_size) if block is None else block
     return evaluation_batches(
         url,
         micro_batch=train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=rank,
+        world_size=count,
         workers=data.workers,
         num_frames=data.num_frames,
         image_size=image_size(model),
         tokenize=tokenizer,
         max_bad=data.max_bad,
         max_bad_in_a_row=data.max_bad_in_a_row,
-        max_unavailable_in_a_row=data.max_unavailable_in_a_row,
+        max_unavailable_in_a_row=data.max_unavailable_in_a_row if block is None else 1,
         decoder=data.decoder,
         frame_spacing=data.frame_spacing,
         shard_cache=_shard_cache(data),
-        node=world.node,
+        node=world.node if block is None else range(rank, rank + 1),
+        outputs=None if stored is None else stored[url],
+        keep_empty=block is not None,
     )
 
 

@@ -23,6 +23,8 @@ from tvr.trainer.distributed.world import join_world
 from tvr.trainer.errors import NonFiniteLoss, NotSaved, Preempted, TrainingFailed
 from tvr.trainer.evaluation.evaluate import evaluate
 from tvr.trainer.fencing import begin_attempt
+from tvr.trainer.frozen.progress import encoding_report
+from tvr.trainer.frozen.tower_outputs import check_settings
 from tvr.trainer.memory.garbage import scheduled_garbage_collection
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.monitoring.monitor import Monitor, monitored
@@ -87,6 +89,7 @@ def train(
         reporting_failures(run_dir, world, report) as failures,
         running_watchdog(config.train, run_dir, world, failures) as watchdog,
     ):
+        check_settings(config)
         preflight(config, run_dir, world)
         data_sets = check_data(config.data, config.train, world)
         claimed = claim(run_dir, config, world, data_sets.contents)
@@ -119,6 +122,7 @@ def train(
             checkpoint=checkpoint,
             inspect_model=inspect_model,
             watch=monitor.watch,
+            report=encoding_report(prints=world.is_first, progress=watchdog.progress),
         )
         return _Loop(run, run_dir, saver, notice, watchdog, monitor, claimed).run_steps()
 
@@ -310,7 +314,9 @@ class _Loop:
         run, began_s = self.run, time.monotonic()
         with self.watchdog.phase("evaluation"):
             run.engine.set_training(False)
-            evaluation = evaluate(run.engine.encode, run.config, run.tokenizer, run.world)
+            evaluation = evaluate(
+                run.engine.encode, run.config, run.tokenizer, run.world, stored=run.stored
+            )
             run.engine.set_training(True)
         run.train_step.watch.lap("evaluation")
         self.monitor.on_evaluation(step, evaluation.summary())

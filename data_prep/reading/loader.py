@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +30,13 @@ from tvr.data_prep.reading.locality import (
     RankShare,
     evaluation_need,
 )
-from tvr.data_prep.reading.mixed_sets import NO_REGROUP, TrainingReader, open_sets
+from tvr.data_prep.reading.mixed_sets import (
+    NO_REGROUP,
+    SetReader,
+    TrainingReader,
+    open_sets,
+    set_reader,
+)
 from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import Regroup, SampleOrder
 from tvr.data_prep.reading.sample_reader import SampleReader
@@ -42,9 +47,11 @@ from tvr.data_prep.reading.worker import (
     MicroSteps,
     RowBatches,
     TrainingDataset,
+    without_empty,
 )
 from tvr.data_prep.reading.worker_process import start_worker
-from tvr.data_prep.records import Batch, Replacement, Sample, TrainingSet
+from tvr.data_prep.records import Batch, Sample, TrainingSet
+from tvr.data_prep.stored.tower_outputs import TowerOutputs
 from tvr.data_prep.video.decoders import Decoder
 from tvr.data_prep.video.frame_sampling import FrameSpacing
 
@@ -76,6 +83,7 @@ def train_batches(
     shard_cache: CacheFolder | None = None,
     node: range | None = None,
     pin: PinPages | None = None,
+    outputs: Mapping[str, TowerOutputs] | None = None,
     regroup: Mapping[str, Regroup] = NO_REGROUP,
 ) -> Iterator[Batch]:
     """Endless training batches of one rank, `micro_batch` pairs each, one caption per video.
@@ -118,6 +126,7 @@ def train_batches(
         shard_cache: Folder of this node for shards of a remote data set.
         node: The ranks of this node, which share the folder; None = all ranks.
         pin: Pins the memory into which workers decode, for copies to a GPU; see `BatchSlots`.
+        outputs: Stored tower outputs of each set by its name; nothing is decoded or tokenised.
         regroup: Last step of each set's order by its name, "" for one without; see `SampleOrder`.
 
     Returns:
@@ -143,13 +152,15 @@ def train_batches(
         frame_spacing=frame_spacing,
         cache_bytes=cache_bytes,
         shard_cache=shard_cache,
+        outputs=outputs,
         regroup=regroup,
     )
     for each in opened.readers:
         _check_augmentation(augmentation, each, cache_bytes)
         if word_drop:
             check_words(each.url, each.manifest, needed_by="data.word_drop")
-    _reserve_cache(opened.readers, opened.cache_need(share, workers), share)
+    cached = [each for each in opened.readers if isinstance(each, SampleReader)]
+    _reserve_cache(cached, opened.cache_need(share, workers), share)
     budgets = set_budgets(
         sets,
         f"on rank {rank}",
@@ -174,7 +185,9 @@ def train_batches(
         dataset = TrainingDataset(
             reader, order, share, augmentation, word_drop=word_drop, slots=slots
         )
-        loader = _loader(dataset, steps, BatchCollator(reader, tokenize, slots), workers)
+        stored = None if outputs is None else next(iter(outputs.values()))
+        collator = BatchCollator(reader, tokenize, slots, stored)
+        loader = _loader(dataset, steps, collator, workers)
         batches = _received_batches(loader, slots)
     return within_budget(batches, budgets, micro_batch)
 
@@ -196,6 +209,8 @@ def evaluation_batches(
     frame_spacing: FrameSpacing = "time",
     shard_cache: CacheFolder | None = None,
     node: range | None = None,
+    outputs: TowerOutputs | None = None,
+    keep_empty: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of a data set in manifest order, each sample once with all its captions.
 
@@ -203,37 +218,36 @@ def evaluation_batches(
     sample, and so may their numbers of batches. The last batch may be short. A bad sample is left
     out and reported in the `replaced` of its batch, or of a neighbouring batch if its own is empty.
 
-    Args: see `train_batches`.
+    Args: see `train_batches`; `outputs` are those of this set. With `keep_empty`, batches of 0 rows
+    come, too, with the bad samples that they report.
 
     Returns:
-        An iterator that raises `TooManyBadSamples` when a limit is exceeded, or when all samples of
-        this rank are bad.
+        An iterator that raises `TooManyBadSamples` when a limit is exceeded, or, without
+        `keep_empty`, when all samples of this rank are bad.
 
     Raises:
         FileNotFoundError, ShardCorrupt, ValueError: as `train_batches`.
     """
     share = _share(rank, world_size, micro_batch, node, workers)
-    reader = SampleReader(
-        url,
-        num_frames=num_frames,
-        image_size=image_size,
-        decoder=decoder,
-        frame_spacing=frame_spacing,
-        shard_cache=shard_cache,
-    )
+    alone = TrainingSet(url=url, max_bad=max_bad)
+    reading = {"num_frames": num_frames, "image_size": image_size, "decoder": decoder}
+    reading |= {"frame_spacing": frame_spacing, "shard_cache": shard_cache}
+    reader = set_reader(alone, None if outputs is None else {"": outputs}, 0, reading)
     first, end = (len(reader) * r // world_size for r in (rank, rank + 1))
-    if reader.caches_shards:
+    if isinstance(reader, SampleReader) and reader.caches_shards:
         _reserve_cache([reader], evaluation_need(reader.manifest.shards, share, workers), share)
     rows = RowBatches(first, end, micro_batch)
     dataset = EvaluationDataset(reader, end, share.node, world_size)
-    loader = _loader(dataset, rows, BatchCollator(reader, tokenize), workers)
+    collator = BatchCollator(reader, tokenize, outputs=outputs)
+    loader = _loader(dataset, rows, collator, workers)
     budget = BadSampleBudget(
         max_bad,
         f"in {url} on rank {rank}",
         max_bad_in_a_row,
         max_unavailable_in_a_row=max_unavailable_in_a_row,
     )
-    return _without_empty(within_budget(loader, {"": budget}, 0), budget)
+    batches = within_budget(loader, {"": budget}, 0)
+    return batches if keep_empty else without_empty(batches, budget)
 
 
 def read_sample(url: str, key: str, *, num_frames: int, image_size: int) -> Sample:
@@ -295,26 +309,7 @@ def _received_batches(loader: DataLoader, slots: BatchSlots | None) -> Iterator[
         yield sent if slots is None else slots.receive(sent)
 
 
-def _without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:
-    """Drops batches of 0 rows; a neighbouring batch reports their bad samples."""
-    pending: Batch | None = None
-    unreported: tuple[Replacement, ...] = ()
-    for batch in batches:
-        if not batch.keys and pending is not None:
-            pending = replace(pending, replaced=pending.replaced + batch.replaced)
-        elif not batch.keys:
-            unreported += batch.replaced
-        else:
-            if pending is not None:
-                yield pending
-            pending, unreported = replace(batch, replaced=unreported + batch.replaced), ()
-    if pending is not None:
-        yield pending
-    elif unreported:
-        raise budget.exhausted_error()  # all samples are bad: no batch can report them
-
-
-def _check_augmentation(augmentation: Augmentation, reader: SampleReader, cache_bytes: int) -> None:
+def _check_augmentation(augmentation: Augmentation, reader: SetReader, cache_bytes: int) -> None:
     draws_frames = augmentation.frame_sampling == "random"
     if cache_bytes and draws_frames and reader.manifest.layout == "video":
         raise ValueError(

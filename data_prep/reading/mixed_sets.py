@@ -20,6 +20,7 @@ from tvr.data_prep.dataset.manifest import Manifest
 from tvr.data_prep.mixture import Mixture
 from tvr.data_prep.reading.augment import View
 from tvr.data_prep.reading.locality import NOTHING_NEEDED, CacheNeed, RankShare, training_need
+from tvr.data_prep.reading.node_cache import CacheFolder
 from tvr.data_prep.reading.order import (
     OrderWindow,
     Regroup,
@@ -30,6 +31,7 @@ from tvr.data_prep.reading.order import (
 )
 from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
 from tvr.data_prep.records import BadSample, Sample, TrainingSet, key_in_set
+from tvr.data_prep.stored.tower_outputs import StoredReader, TowerOutputs
 
 NO_REGROUP: Mapping[str, Regroup] = {}
 
@@ -102,6 +104,9 @@ class MixedOrder:
         )
 
 
+SetReader: TypeAlias = SampleReader | StoredReader
+
+
 class MixedReader:
     """Reads the samples of several data sets; its interface is that of `SampleReader`.
 
@@ -109,7 +114,7 @@ class MixedReader:
         readers: Reader of each set by name, in the order of the names.
     """
 
-    def __init__(self, readers: Mapping[str, SampleReader]) -> None:
+    def __init__(self, readers: Mapping[str, SetReader]) -> None:
         self._names = tuple(readers)
         self._readers = tuple(readers.values())
         self._first_row = _starts(len(reader) for reader in self._readers)
@@ -187,7 +192,7 @@ class MixedReader:
         return bisect_right(self._first_row, row) - 1
 
 
-TrainingReader: TypeAlias = SampleReader | MixedReader
+TrainingReader: TypeAlias = SetReader | MixedReader
 TrainingOrder: TypeAlias = SampleOrder | MixedOrder
 
 
@@ -196,7 +201,7 @@ class OpenedSets(NamedTuple):
 
     reader: TrainingReader
     order: TrainingOrder
-    readers: Sequence[SampleReader]
+    readers: Sequence[SetReader]
     """Reader of each set."""
     orders: Sequence[SampleOrder]
     """Order of each set."""
@@ -219,6 +224,7 @@ def open_sets(
     seed: int,
     global_batch: int,
     cache_bytes: int,
+    outputs: Mapping[str, TowerOutputs] | None = None,
     regroup: Mapping[str, Regroup] = NO_REGROUP,
     **reading: Any,
 ) -> OpenedSets:
@@ -229,6 +235,7 @@ def open_sets(
         seed: Seed of the run.
         global_batch: Pairs per step on all ranks together.
         cache_bytes: Bytes of decoded frames to cache per worker; sets share them by their weights.
+        outputs: Stored tower outputs of each set by its name, in place of its frames.
         regroup: Last step of the order of each set, by its name; see `SampleOrder`.
         reading: Other arguments of `SampleReader`.
 
@@ -239,17 +246,17 @@ def open_sets(
     assert len({each.name for each in sets}) == len(sets), "two training sets have the same name"
     if not sets[0].name:
         (alone,) = sets
-        reader = SampleReader(alone.url, cache_bytes=cache_bytes, **reading)
+        reader = set_reader(alone, outputs, cache_bytes, reading)
         order = set_order(reader.manifest, seed, global_batch, regroup=regroup.get(""))
         return OpenedSets(reader, order, [reader], [order], [1.0])
     mixture = Mixture({each.name: each.weight for each in sets}, seed)
-    urls, readers, orders = {each.name: each.url for each in sets}, {}, []
+    named, readers, orders = {each.name: each for each in sets}, {}, []
     for number, (name, share) in enumerate(zip(mixture.names, mixture.shares, strict=True)):
-        reader = SampleReader(urls[name], cache_bytes=int(cache_bytes * share), **reading)
+        reader = set_reader(named[name], outputs, int(cache_bytes * share), reading)
         if reader.manifest.beton is not None:
             raise ValueError(
-                f"training set {name} (data.train_sets): {urls[name]} is a beton, which cannot be"
-                " mixed with other sets; give the shards that it was written from"
+                f"training set {name} (data.train_sets): {named[name].url} is a beton, which cannot"
+                " be mixed with other sets; give the shards that it was written from"
             )
         readers[name] = reader
         own_seed, own = mixture.set_seed(number), regroup.get(name)
@@ -261,6 +268,19 @@ def open_sets(
         orders,
         mixture.shares,
     )
+
+
+def set_reader(
+    each: TrainingSet,
+    outputs: Mapping[str, TowerOutputs] | None,
+    cache_bytes: int,
+    reading: Mapping[str, Any],
+) -> SetReader:
+    """Opens one set: its stored tower outputs if there are any, else its samples."""
+    if outputs is not None:
+        cache: CacheFolder | None = reading["shard_cache"]
+        return StoredReader(each.url, outputs[each.name], None if cache is None else cache.path)
+    return SampleReader(each.url, cache_bytes=cache_bytes, **reading)
 
 
 def set_order(

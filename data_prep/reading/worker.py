@@ -9,13 +9,14 @@ from itertools import count
 import numpy as np
 from torch.utils.data import Dataset
 
+from tvr.data_prep.budget import BadSampleBudget
 from tvr.data_prep.reading.augment import Augmentation, drop_words
 from tvr.data_prep.reading.batch_buffers import BatchInSlot, BatchSlot, BatchSlots, private_slot
 from tvr.data_prep.reading.collate import Tokenize, collate
 from tvr.data_prep.reading.locality import PREFETCHED_SHARDS, RankShare, owned
-from tvr.data_prep.reading.mixed_sets import TrainingOrder, TrainingReader
+from tvr.data_prep.reading.mixed_sets import SetReader, TrainingOrder, TrainingReader
 from tvr.data_prep.reading.order import SampleLocation, caption_choice
-from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, SampleReader, StoredFrames
+from tvr.data_prep.reading.sample_reader import NOT_PREDECODED, StoredFrames
 from tvr.data_prep.records import (
     TRANSIENT_REASONS,
     BadSample,
@@ -24,6 +25,7 @@ from tvr.data_prep.records import (
     Replacement,
     Sample,
 )
+from tvr.data_prep.stored.tower_outputs import TowerOutputs, collate_stored
 
 # If this many samples in a row are bad, the data set is bad, and the position stays empty.
 MAX_ATTEMPTS = 16
@@ -158,7 +160,7 @@ class EvaluationDataset(Dataset[DrawnBatch]):
         world_size: Number of ranks.
     """
 
-    def __init__(self, reader: SampleReader, end: int, node: range, world_size: int) -> None:
+    def __init__(self, reader: SetReader, end: int, node: range, world_size: int) -> None:
         self._reader = reader
         self._end = end
         self._shard: int | None = None
@@ -226,11 +228,19 @@ class RowBatches:
 
 
 class BatchCollator:
-    """Collate function of the loader; with slots, `BatchSlots.receive` restores its results."""
+    """Collate function of the loader; with slots, `BatchSlots.receive` restores its results.
+
+    With `outputs`, stored tower outputs take the place of frames and token ids.
+    """
 
     def __init__(
-        self, reader: TrainingReader, tokenize: Tokenize, slots: BatchSlots | None = None
+        self,
+        reader: TrainingReader,
+        tokenize: Tokenize,
+        slots: BatchSlots | None = None,
+        outputs: TowerOutputs | None = None,
     ) -> None:
+        self._outputs = outputs
         self._reader = reader
         self._tokenize = tokenize
         self._slots = slots
@@ -238,14 +248,21 @@ class BatchCollator:
     def __call__(self, drawn: DrawnBatch) -> Batch | BatchInSlot:
         good = [(each.sample, each) for each in drawn.samples if each.sample is not None]
         reader = self._reader
+        samples = [sample for sample, _ in good]
+        captions = [each.captions for _, each in good]
+        positions = [each.position for _, each in good]
+        replaced = [entry for each in drawn.samples for entry in each.replaced]
+        if self._outputs is not None:
+            batch = collate_stored(samples, captions, positions, self._outputs, replaced)
+            return replace(batch, reads=reader.pop_read_counts())
         batch = collate(
-            [sample for sample, _ in good],
-            [each.captions for _, each in good],
-            [each.position for _, each in good],
+            samples,
+            captions,
+            positions,
             self._tokenize,
             reader.num_frames,
             reader.image_size,
-            replaced=[entry for each in drawn.samples for entry in each.replaced],
+            replaced=replaced,
             buffer=None if drawn.slot is None else drawn.slot.frames,
         )
         batch = replace(batch, reads=reader.pop_read_counts())
@@ -267,3 +284,22 @@ def _until_unavailable(drawn: Iterable[DrawnSample]) -> list[DrawnSample]:
 
 def _replacement(position: int, error: BadSample) -> Replacement:
     return Replacement(position=position, key=error.key, reason=error.reason, detail=error.detail)
+
+
+def without_empty(batches: Iterator[Batch], budget: BadSampleBudget) -> Iterator[Batch]:
+    """Drops batches of 0 rows; a neighbouring batch reports their bad samples."""
+    pending: Batch | None = None
+    unreported: tuple[Replacement, ...] = ()
+    for batch in batches:
+        if not batch.keys and pending is not None:
+            pending = replace(pending, replaced=pending.replaced + batch.replaced)
+        elif not batch.keys:
+            unreported += batch.replaced
+        else:
+            if pending is not None:
+                yield pending
+            pending, unreported = replace(batch, replaced=unreported + batch.replaced), ()
+    if pending is not None:
+        yield pending
+    elif unreported:
+        raise budget.exhausted_error()  # all samples are bad: no batch can report them

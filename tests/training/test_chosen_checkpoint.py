@@ -31,9 +31,9 @@ from tvr.trainer.checkpoint.choice import chosen_step, parse_choice
 from tvr.trainer.config import Config, merged
 from tvr.trainer.engine.engine import consolidated_weights
 from tvr.trainer.evaluation.export import load_exported
+from tvr.trainer.evaluation.initial_weights import load_initial, merged_adapters, parts_of
 from tvr.trainer.evaluation.warm_start import WarmStart, split_source
 from tvr.trainer.loop import train
-from tvr.trainer.model.initial_weights import load_initial, merged_adapters, parts_of
 from tvr.trainer.model.parameter_groups import merge_adapters
 from tvr.trainer.model.tokenizer import load_tokenizer, train_tokenizer
 from tvr.trainer.run_dir import remove_later_evaluations

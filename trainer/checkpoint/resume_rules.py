@@ -92,6 +92,13 @@ GROUPS = (
         "results agree to rounding; the pairs of one loss must stay the same",
     ),
     _group(
+        "rounding",
+        "data",
+        "features features_type",
+        "results agree to rounding, with fp32 on a CPU to the bit; the folder must hold outputs of"
+        " the run's own towers",
+    ),
+    _group(
         "place",
         "data",
         "train train_sets.NAME.url",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
@@ -97,6 +97,15 @@ class DataConfig:
     """Gives nouns, adjectives and full verbs double weight among a caption's
     words, in training and evaluation (`twm` in the method's code). Needs
     a data set packed with words."""
+    features: str | None = None
+    """Local folder with stored outputs of the frozen towers for all data
+    sets of the run, which are read in place of videos and captions. A run
+    makes what is missing there, and so does `tvr features`. Needs
+    `model.freeze` both, `frame_sampling` centre, `crop_scale` 1, and no
+    `word_drop`. None: videos are decoded and encoded at each visit."""
+    features_type: Literal["fp32", "fp16"] = "fp32"
+    """Type in which `features` are stored. fp32 trains as from the videos,
+    bit for bit on a CPU. fp16 takes half the space, and is inexact."""
     workers: NotNegative = 2
     """Loader processes per rank. Samples and their order do not depend on
     it."""

@@ -32,6 +32,7 @@ from tvr.trainer.dry_run.synthetic_step import run_synthetic_step, single_rank_c
 from tvr.trainer.engine.deepspeed_config import deepspeed_config
 from tvr.trainer.engine.schedule import learning_rate_factor
 from tvr.trainer.errors import PreflightFailed
+from tvr.trainer.frozen.tower_outputs import check_settings
 from tvr.trainer.memory.environment import device_line
 from tvr.trainer.memory.model_memory import checkpoint_bytes
 from tvr.trainer.memory.rank_memory import free_bytes, rank_memory
@@ -61,6 +62,7 @@ def dry_run(
         raise ValueError("--dry-run runs in one process: omit `tvr launch`, and give --ranks")
     data, train = config.data, config.train
     deepspeed_config(train, ranks)  # raises for settings that do not fit together
+    check_settings(config)
     sets = dict(_data_sets(data))
     samples = _training_samples(data, sets, samples)
     tokenizer = build_tokenizer(config.model, config.data)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -14,7 +15,8 @@ from tvr.trainer.config import Config, DataConfig, ModelConfig, TrainConfig
 from tvr.trainer.distributed.world import join_world
 from tvr.trainer.engine.engine import Engine
 from tvr.trainer.fencing import begin_attempt
-from tvr.trainer.model.model import build_model, image_size
+from tvr.trainer.model.features import stored_inputs
+from tvr.trainer.model.model import TextVideoModel, build_model, image_size, model_inputs
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.monitoring.run_log import LogWriter
 from tvr.trainer.monitoring.step_record import StepRecord
@@ -44,7 +46,19 @@ def run_synthetic_step(config: Config, tokenizer: Tokenizer) -> StepRecord:
         engine = Engine(model, config.train, world)
         log = LogWriter(Path(folder), begin_attempt(Path(folder)), world)
         step = TrainStep(config, engine, log, world, {"": config.train.global_batch})
-        return step(1, random_batches(config.data, config.model, config.train, tokenizer))
+        batches = random_batches(config.data, config.model, config.train, tokenizer)
+        if config.data.features is not None:
+            batches = _encoded(batches, cast(TextVideoModel, engine.module))
+        return step(1, batches)
+
+
+def _encoded(batches: Iterator[Batch], model: TextVideoModel) -> Iterator[Batch]:
+    """The batches with outputs of the towers, as `data.features` stores them."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        with torch.no_grad():
+            frames, _, texts, _ = stored_inputs(model, *model_inputs(batch, device))
+        yield replace(batch, frames=frames.cpu(), token_ids=texts.cpu())
 
 
 def random_batches(

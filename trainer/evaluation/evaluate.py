@@ -12,7 +12,7 @@ from torch import Tensor
 from tvr.data_prep.records import Batch, Caption, Replacement, TooManyBadSamples
 from tvr.kernels.ranking import TIE_TOLERANCE
 from tvr.trainer.config import Config
-from tvr.trainer.data import ordered_batches
+from tvr.trainer.data import StoredTowers, ordered_batches
 from tvr.trainer.distributed.collectives import all_gather_rows
 from tvr.trainer.distributed.world import World
 from tvr.trainer.evaluation.protocol import (
@@ -58,6 +58,7 @@ def evaluate(
     options: EvaluationOptions = DEFAULTS,
     bank: Bank | None = None,
     report: Report | None = None,
+    stored: StoredTowers | None = None,
 ) -> Evaluation:
     """Ranks all captions and videos of `data.test` against each other.
 
@@ -69,6 +70,7 @@ def evaluate(
             collective, so all ranks call it equally often.
         bank: This rank's part of the bank that `options.qb_norm` names.
         report: Called after each batch of this rank.
+        stored: Stored tower outputs of the test sets; `encode` then runs the heads alone.
 
     Raises:
         ValueError: `data.test` is not set, the set has fewer readable videos than ranks, or
@@ -77,13 +79,17 @@ def evaluate(
     """
     if config.data.test is None:
         raise ValueError("data.test is not set: there is nothing to evaluate on")
+    if stored is not None and options.paragraphs:
+        raise ValueError("--paragraphs joins captions, whose features are stored one by one")
     own = _encode_set(
-        encode, config.data.test, config, tokenizer, world, options.paragraphs, report
+        encode, config.data.test, config, tokenizer, world, options.paragraphs, report, stored
     )
     score = partial(similarity_rows, model=config.model)
     data, ids = config.data.test, caption_ids(own.captions)
     found, facts = rank_set(own.features, own.caption_video, ids, score, options, bank, data, world)
-    binding_accuracy, missing = _binding_accuracy(encode, own, score, config, tokenizer, world)
+    binding_accuracy, missing = _binding_accuracy(
+        encode, own, score, config, tokenizer, world, stored
+    )
     left_out = world.all_gather_objects([*own.left_out, *missing])
     return evaluation_of(
         found,
@@ -105,8 +111,10 @@ def _encode_set(
     world: World,
     paragraphs: bool = False,
     report: Report | None = None,
+    stored: StoredTowers | None = None,
 ) -> _EncodedSet:
-    batches = ordered_batches(url, config.data, config.model, config.train, tokenizer, world)
+    data, model, train = config.data, config.model, config.train
+    batches = ordered_batches(url, data, model, train, tokenizer, world, stored=stored)
     parts: list[Features] = []
     keys: list[str] = []
     captions: list[str] = []
@@ -174,6 +182,7 @@ def _binding_accuracy(
     config: Config,
     tokenizer: Tokenizer,
     world: World,
+    stored: StoredTowers | None,
 ) -> tuple[float | None, list[Replacement]]:
     """The binding accuracy, and the unreadable counterparts.
 
@@ -182,7 +191,7 @@ def _binding_accuracy(
     url = config.data.test_exchanged
     if url is None:
         return None, []
-    other = _encode_set(encode, url, config, tokenizer, world)
+    other = _encode_set(encode, url, config, tokenizer, world, stored=stored)
     counterparts, row_of = _counterparts(own.keys, other, world)
     pairs = [
         (caption, video, row_of[own.keys[video]])

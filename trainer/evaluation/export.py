@@ -34,6 +34,7 @@ from tvr.trainer.model.parameter_groups import merge_adapters
 from tvr.trainer.model.pe_core_family import PE_CORE
 from tvr.trainer.model.siglip_family import SIGLIP
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
+from tvr.trainer.model.tower_folders import has_imported
 from tvr.trainer.records import results_table
 from tvr.trainer.run_dir import read_config
 from tvr.trainer.versions.versions import clip_image_processor, siglip_processor_crops
@@ -63,6 +64,8 @@ def export_run(run_dir: Path, out: Path, choice: CheckpointChoice = "newest") ->
             "the export of a SigLIP needs transformers 5: the processor of transformers"
             f" {transformers.__version__} cannot crop frames as the training does"
         )
+    if has_imported(config.model):
+        raise ValueError(f"{run_dir}: a model of imported features has no towers to export")
     if config.model.lora_rank:
         for tower in (model.text_tower, model.image_tower):
             merge_adapters(tower)

@@ -24,8 +24,10 @@ from tvr.trainer.distributed.world import World, join_world
 from tvr.trainer.evaluation.bank import encoded_bank
 from tvr.trainer.evaluation.evaluate import Report, evaluate
 from tvr.trainer.evaluation.options import DEFAULTS, EvaluationOptions
+from tvr.trainer.frozen.tower_outputs import open_or_make
 from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.tokenizer import Tokenizer
+from tvr.trainer.model.tower_folders import has_imported
 from tvr.trainer.records import Evaluation, results_table
 from tvr.trainer.run_dir import checkpoints_of, read_config, write_evaluation
 from tvr.trainer.run_files import EVALUATION
@@ -75,7 +77,11 @@ def evaluate_run(
                 options.bank_captions,
                 world,
             )
-        found = evaluate(model, config, tokenizer, world, options, bank, report)
+        # Without towers, only stored outputs can be evaluated.
+        stored = None
+        if has_imported(config.model):
+            stored = open_or_make(config, model, tokenizer, world)
+        found = evaluate(model, config, tokenizer, world, options, bank, report, stored)
         result = replace(found, step=step)
         # The results in a run are all of one protocol.
         is_plain = not (options.equal_captions or options.paragraphs)

@@ -13,8 +13,8 @@ from tvr.trainer.checkpoint.choice import CheckpointChoice, parse_choice
 from tvr.trainer.checkpoint.restore import find_newest_weights, read_weights
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.evaluation.export import SETTINGS, load_exported
+from tvr.trainer.evaluation.initial_weights import load_initial, merged_adapters, parts_of
 from tvr.trainer.evaluation.saved_run import ALONE
-from tvr.trainer.model.initial_weights import load_initial, merged_adapters, parts_of
 from tvr.trainer.model.model import TextVideoModel, tokenizer_folder
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer
 from tvr.trainer.run_dir import checkpoints_of, read_config

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -22,6 +22,7 @@ from tvr.data_prep.records import Replacement, ShardCorrupt
 from tvr.trainer.features.layout import (
     EMBED_AGAIN,
     MANIFEST,
+    OUTPUT,
     DataSource,
     FeatureHeader,
     FeatureManifest,
@@ -30,12 +31,13 @@ from tvr.trainer.features.layout import (
     columns,
     read_manifest,
 )
-from tvr.trainer.features.stored_column import StoredColumn
+from tvr.trainer.features.stored_column import Rows, StoredColumn, row_numbers
 from tvr.trainer.features.writer import FeatureWriter, VideoSource, check_files
 from tvr.trainer.model.model import Features
 
 __all__ = [
     "MANIFEST",
+    "OUTPUT",
     "DataSource",
     "FeatureHeader",
     "FeatureSet",
@@ -45,7 +47,6 @@ __all__ = [
     "VideoSource",
 ]
 
-Rows = slice | Tensor | np.ndarray | Sequence[int]
 # Held in memory: few bytes a row, and all else depends on them.
 CHECKED = ("keys", "keys_ends", "files_ends", "captions_ends", "caption_video", "rows")
 
@@ -89,15 +90,16 @@ class FeatureSet:
         """(A,) row in `keys` of each caption's video, ascending."""
 
     @classmethod
-    def open(cls, folder: Path | str, *, verify: bool = False) -> FeatureSet:
+    def open(cls, folder: Path | str, *, verify: bool = False, towers: bool = False) -> FeatureSet:
         """Opens a published set; vectors are read when they are used.
 
         Args:
             verify: Also reads all files and compares their hashes.
+            towers: The set is to hold outputs of towers, before a model's heads.
 
         Raises:
             FileNotFoundError: there is no manifest: nothing is published.
-            ValueError: the folder is a packed data set.
+            ValueError: the folder is a packed data set, or holds features of the other kind.
             ShardCorrupt: the manifest or a file is damaged, cut short or edited; names it.
         """
         path = Path(folder) / MANIFEST
@@ -106,7 +108,14 @@ class FeatureSet:
                 f"{folder} holds no feature set: it has no {MANIFEST}, which `tvr embed` writes"
                 " when all parts are there"
             )
-        return cls(Path(folder), read_manifest(path), verify=verify)
+        manifest = read_manifest(path)
+        if manifest.header.is_of_towers != towers:
+            kinds = ("features of a whole model, of `tvr embed`", "outputs of towers, for training")
+            raise ValueError(
+                f"{folder} holds {kinds[manifest.header.is_of_towers]}; needed are {kinds[towers]}"
+                " (data.features)"
+            )
+        return cls(Path(folder), manifest, verify=verify)
 
     def __len__(self) -> int:
         """Number of videos."""
@@ -125,6 +134,27 @@ class FeatureSet:
     def left_out_reasons(self) -> dict[str, int]:
         """Number of videos that could not be read, by reason."""
         return dict(Counter(entry.reason for entry in self.left_out))
+
+    def videos_of(self, source: DataSource) -> tuple[Tensor, Tensor]:
+        """The videos of a packed data set: their numbers, and their rows there, in this order."""
+        found = [
+            (first, np.asarray(each.columns["rows"][:]))
+            for each, first in zip(self._parts, self._video_ends, strict=False)
+            if each.source == source
+        ]
+        numbers = [np.arange(first, first + len(rows)) for first, rows in found]
+        none = np.empty(0, np.int64)
+        joined = (np.concatenate([none, *x]) for x in (numbers, (rows for _, rows in found)))
+        numbers_of, rows_of = (torch.from_numpy(x) for x in joined)
+        return numbers_of, rows_of
+
+    def verify(self, source: DataSource, part: Part) -> None:
+        """Reads the files of a part and compares their hashes.
+
+        Raises:
+            ShardCorrupt: a file is missing or differs; names it.
+        """
+        check_files(self.folder / source.name / part.name, part, hashes=True)
 
     @property
     def parts(self) -> tuple[tuple[DataSource, Part], ...]:
@@ -152,12 +182,12 @@ class FeatureSet:
 
     def texts(self, rows: Rows = slice(None)) -> Features:
         """Features of some captions, without videos, on the CPU."""
-        rows = _row_numbers(rows, self.num_captions)
+        rows = row_numbers(rows, self.num_captions)
         return self._features(FeatureSet.column, np.empty(0, np.int64), rows)
 
     def videos(self, rows: Rows = slice(None)) -> Features:
         """Features of some videos, without captions, on the CPU."""
-        rows = _row_numbers(rows, len(self))
+        rows = row_numbers(rows, len(self))
         return self._features(FeatureSet.column, rows, np.empty(0, np.int64))
 
     def lazy_features(self, first: int = 0, end: int | None = None) -> tuple[Features, Tensor]:
@@ -171,6 +201,23 @@ class FeatureSet:
         texts = self.captions_of(first, end)
         features = self._features(_column, range(first, end), texts)
         return features, self.caption_video[texts.start : texts.stop] - first
+
+    def caption_texts(self, rows: range) -> list[str]:
+        """The texts of a video's captions, by one read of its part."""
+        if not rows:
+            return []
+        each, first = self._place(self._caption_ends, rows.start)
+        ends = each.columns["captions_ends"]
+        edges = [
+            *ends[max(first - 1, 0) : first].tolist(),
+            *ends[first : first + len(rows)].tolist(),
+        ]
+        edges = edges if first else [0, *edges]
+        text = each.columns["captions"][edges[0] : edges[-1]].tobytes()
+        try:
+            return [text[a - edges[0] : b - edges[0]].decode() for a, b in pairwise(edges)]
+        except UnicodeDecodeError as error:
+            raise ShardCorrupt(f"{self.folder}: captions of row {rows.start}: {error}") from error
 
     def captions_of(self, first: int, end: int) -> range:
         """Captions of the videos `first` to `end`."""
@@ -259,21 +306,12 @@ class _Column:
         return len(self._rows)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        local = _row_numbers(rows, len(self))
+        local = row_numbers(rows, len(self))
         return self._set.column(self._name, local + self._rows.start)
 
 
 def _column(features: FeatureSet, name: str, rows: range) -> Tensor:
     return cast(Tensor, _Column(features, name, rows))
-
-
-def _row_numbers(rows: Rows, count: int) -> np.ndarray:
-    if isinstance(rows, slice):
-        return np.arange(*rows.indices(count))
-    found = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, dtype=np.int64).reshape(-1)
-    if found.size and not (0 <= int(found.min()) and int(found.max()) < count):
-        raise IndexError(f"rows {found.min()} to {found.max()}; allowed are 0 to {count - 1}")
-    return found
 
 
 def _opened(

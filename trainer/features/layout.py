@@ -41,6 +41,11 @@ BLOCK_NAME = re.compile(r"block-[0-9]{8}")
 TEXT_COLUMNS = ("keys", "files", "captions")
 
 
+OUTPUT = "output"
+"""Setting of feature sets that hold outputs of towers, not of a whole model."""
+COMPARED = ("stored", "num_frames", "num_words", "width", "frame_width", "has_logits")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureHeader:
     """What all parts of a feature set have in common."""
@@ -57,8 +62,16 @@ class FeatureHeader:
     """Frame vectors of a video."""
     num_words: int
     width: int
+    """Width of sentence and words."""
     has_logits: bool
     """True if the model weights tokens."""
+    frame_width: int = 0
+    """Width of frames, before any projection; 0: `width`."""
+
+    @property
+    def is_of_towers(self) -> bool:
+        """True for outputs of towers, from which only training and its evaluations go on."""
+        return OUTPUT in self.settings
 
     @property
     def matching(self) -> Matching:
@@ -84,7 +97,7 @@ class FeatureHeader:
                 f"{where} holds features of another model, {self.model}, whose weights differ from"
                 f" those of {other.model}; give another folder"
             )
-        for name in ("stored", "num_frames", "num_words", "width", "has_logits"):
+        for name in COMPARED:
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"{where} holds features with {name}={getattr(self, name)}, not"
@@ -137,7 +150,7 @@ def columns(
     vector = STORED_TYPES[header.stored]
     frames, words, width = header.num_frames, header.num_words, header.width
     found: dict[str, tuple[str, tuple[int, ...]]] = {
-        "frames": (vector, (videos, frames, width)),
+        "frames": (vector, (videos, frames, header.frame_width or width)),
         "frame_mask": ("|u1", (videos, frames)),
         "frame_times": ("<f4", (videos, frames)),
         "rows": ("<i8", (videos,)),
@@ -228,6 +241,8 @@ def _header(fields: IndexFields) -> FeatureHeader:
             fields.refuse("settings", settings, "a JSON object of plain settings")
     if settings.get("matching", "two_way") not in get_args(Matching):
         fields.refuse("settings", settings, f"matching one of {', '.join(get_args(Matching))}")
+    # Earlier releases did not write it: frames were as wide as words.
+    is_wide = "frame_width" in fields.names
     return FeatureHeader(
         model=fields.text("model", MAX_TEXT),
         fingerprint=fields.sha256("fingerprint"),
@@ -237,6 +252,7 @@ def _header(fields: IndexFields) -> FeatureHeader:
         num_words=fields.integer("num_words", 1, MAX_SIDE),
         width=fields.integer("width", 1, MAX_SIDE),
         has_logits=fields.boolean("has_logits"),
+        frame_width=fields.integer("frame_width", 0, MAX_SIDE) if is_wide else 0,
     )
 
 

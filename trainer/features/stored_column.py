@@ -8,13 +8,17 @@ process (SIGBUS).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tvr.data_prep.records import ShardCorrupt
+
+Rows = slice | Tensor | np.ndarray | Sequence[int]
 
 
 class StoredColumn:
@@ -70,3 +74,13 @@ class StoredColumn:
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_dev, found.st_ino, found.st_size
+
+
+def row_numbers(rows: Rows, count: int) -> np.ndarray:
+    """Numbers of some of `count` rows. Raises IndexError for others."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(count))
+    found = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, dtype=np.int64).reshape(-1)
+    if found.size and not (0 <= int(found.min()) and int(found.max()) < count):
+        raise IndexError(f"rows {found.min()} to {found.max()}; allowed are 0 to {count - 1}")
+    return found

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tvr.trainer.config import Config, TrainConfig
 from tvr.trainer.engine.deepspeed_config import whole_gradient_bytes
+from tvr.trainer.model.features import stored_inputs
 from tvr.trainer.model.model import (
     TextVideoModel,
     build_meta_model,
@@ -111,7 +112,9 @@ def activation_bytes(config: Config, tokenizer: Tokenizer) -> int:
             torch.zeros(pairs, words, dtype=torch.int64),
             torch.ones(pairs, words, dtype=torch.int64),
         )
-    with AllocationTracker(model.parameters()) as tracker:
+    if config.data.features is not None:
+        inputs = stored_inputs(model, *inputs)
+    with AllocationTracker([*model.parameters(), *inputs]) as tracker:
         features = model(*inputs)
         forward = tracker.peak
         total = torch.stack([x.float().sum() for x in features if x is not None and x.grad_fn])

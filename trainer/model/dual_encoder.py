@@ -7,6 +7,7 @@ train with `train.learning_rate`, and `model.freeze` and LoRA leave them trained
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,23 @@ def pair_towers(text_folder: str, vision_folder: str, width: int, *, weights: bo
     ]
     projections = [_projection(encoder_width(each), width) for each in encoders]
     return _towers(encoders, projections, pooling, pair_pixels(vision_folder), width)
+
+
+def text_encoder(folder: str) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], int]:
+    """Loads a single text encoder, as `pair_towers` pools it.
+
+    Returns:
+        (token_ids (A, T), word_mask (A, T)) -> sentence (A, W), words (A, T, W); and the most
+        tokens that it takes.
+
+    Raises:
+        ValueError: the folder holds no supported encoder, or lacks some of its weights.
+    """
+    config = encoder_config(folder, TEXT)
+    kind = kind_of(TEXT_KINDS, config.model_type, f"{TEXT}={folder!r}")
+    pooling = text_pooling(kind, Path(folder))
+    encoder = _encoder(folder, config, TEXT, pooling, weights=True).eval()
+    return partial(encode_text, pooling, encoder), usable_positions(encoder.config)
 
 
 def pair_pixels(vision_folder: str) -> PixelFormat:

@@ -6,51 +6,23 @@ The door of the package.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tvr.data_prep.records import Batch
 from tvr.kernels.numerics import unit
 from tvr.kernels.partial import LinearTokenWeights, tpm_cl
 from tvr.kernels.weight_layers import SequenceHeader, TokenWeightLayer
 from tvr.trainer.config import LossConfig, ModelConfig
+from tvr.trainer.model.features import Features, in_whole_tiles, projected
 from tvr.trainer.model.parameter_groups import add_adapters, freeze
 from tvr.trainer.model.tokenizer import Tokenizer
-from tvr.trainer.model.tower_depth import tower_layers
+from tvr.trainer.model.tower_depth import checkpoint_activations as checkpoint_activations
 from tvr.trainer.model.tower_folders import build_towers
 from tvr.trainer.model.tower_folders import image_size as image_size
 from tvr.trainer.model.tower_folders import tokenizer_folder as tokenizer_folder
 from tvr.trainer.model.towers import Towers, check_tokenizer
-
-
-class Features(NamedTuple):
-    """Features of A captions and C videos, as the similarity and the losses take them.
-
-    Sentence, words and frames have unit length (frames do not if `unit_after_header` is off).
-    """
-
-    sentence: Tensor
-    """(A, D) the text tower's vector of the whole caption; in CLIP, the end token's."""
-    words: Tensor
-    """(A, T, D) contextual word vectors."""
-    word_mask: Tensor
-    """(A, T) 0 = padding."""
-    frames: Tensor
-    """(C, F, D) frame vectors. With `tokens_per_frame` k, here and below F is k x the frames, the
-    cells of a frame side by side."""
-    frame_mask: Tensor
-    """(C, F) 0 = padding."""
-    word_logits: Tensor | None
-    """(A, T) token weights before the masked softmax; none in the ti family."""
-    frame_logits: Tensor | None
-    """(C, F) frame weights before the masked softmax; none in the ti family, nor with
-    `words_to_frames`."""
-    margin_hinge: Tensor | None
-    """(B,) TPM-CL of each matched pair; none in evaluation, or if TPM-CL is off."""
 
 
 class TextVideoModel(nn.Module):
@@ -61,6 +33,8 @@ class TextVideoModel(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    has_frozen_towers: bool = False
+    """True if no weight of either tower is trained: the outputs of the towers are constants."""
 
     def __init__(
         self,
@@ -116,17 +90,6 @@ class TextVideoModel(nn.Module):
             visual_projection=self.visual_projection,
         )
 
-    def train(self, mode: bool = True) -> TextVideoModel:
-        """Sets training mode; batch norms of a tower keep the statistics that they came with.
-
-        Statistics of a batch would depend on the number of ranks, and of the gradient cache.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
     def forward(
         self, frames: Tensor, frame_mask: Tensor, token_ids: Tensor, word_mask: Tensor
     ) -> Features:
@@ -137,9 +100,9 @@ class TextVideoModel(nn.Module):
         loss over the global batch has none, and is computed outside.
 
         Args:
-            frames: (C, F, 3, H, W) uint8.
+            frames: (C, F, 3, H, W) uint8, or the stored vectors of `tower_outputs`, (C, F, D).
             frame_mask: (C, F), 0 = padding.
-            token_ids: (A, T).
+            token_ids: (A, T), or the stored sentence and words of `tower_outputs`, (A, 1 + T, D).
             word_mask: (A, T), 0 = padding, 1, or 2 = content word.
         """
         frames, frame_mask = self._encode_frames(frames, frame_mask)
@@ -186,13 +149,53 @@ class TextVideoModel(nn.Module):
             margin_hinge=None,
         )
 
-    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors and mask of F slots, or of F x `tokens_per_frame`."""
+    def tower_outputs(
+        self, frames: Tensor, token_ids: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the towers alone: no unit length, no heads.
+
+        Returns:
+            Vectors of the frames (C, F, D), the sentences (A, D) and the words (A, T, D).
+        """
+        return self._frame_outputs(frames), *self._text_outputs(token_ids, word_mask)
+
+    def train(self, mode: bool = True) -> TextVideoModel:
+        """Sets training mode; batch norms of a tower keep the statistics that they came with.
+
+        Statistics of a batch would depend on the number of ranks, and of the gradient cache. Frozen
+        towers stay in evaluation mode: dropout would make other outputs at each visit.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        if self.has_frozen_towers:
+            self.text_tower.eval()
+            self.image_tower.eval()
+        return self
+
+    def _frame_outputs(self, frames: Tensor) -> Tensor:
+        """Vectors of the image tower, (C, F, D), or those that are stored already."""
+        if frames.is_floating_point():
+            return frames
         pixels = frames.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         pixels = (pixels / 255 - self.pixel_mean) / self.pixel_std
-        pixels = pixels.to(next(self.image_tower.parameters()).dtype)
+        pixels = pixels.to(next(self.image_tower.parameters(), pixels).dtype)
+        count = len(pixels)
+        if self.has_frozen_towers:
+            pixels = in_whole_tiles(pixels)
+        vectors = self.family.encode_slots(self.image_tower, pixels, self.tokens_per_frame)
+        vectors = vectors[: count * self.tokens_per_frame]
+        return vectors.unflatten(0, (len(frames), -1))
+
+    def frame_vectors(self, frames: Tensor) -> Tensor:
+        """Frames (C, F, D), before they are scaled to unit length."""
+        return projected(self._frame_outputs(frames), self.visual_projection)
+
+    def _encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and mask of F slots, or of F x `tokens_per_frame`."""
         mask = frame_mask.repeat_interleave(self.tokens_per_frame, dim=1)
-        vectors = unit(self.frame_vectors(pixels)).unflatten(0, mask.shape)
+        vectors = unit(self.frame_vectors(frames))
         if self.sequence_header is None:
             return vectors, mask
         vectors = self.sequence_header(vectors, mask)
@@ -204,15 +207,18 @@ class TextVideoModel(nn.Module):
 
     def text_vectors(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sentence (A, D) and words (A, T, D), before they are scaled to unit length."""
-        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
-        if self.text_projection is None:
-            return sentence, words
-        return self.text_projection(sentence), self.text_projection(words)
+        sentence, words = self._text_outputs(token_ids, word_mask)
+        return projected(sentence, self.text_projection), projected(words, self.text_projection)
 
-    def frame_vectors(self, pixels: Tensor) -> Tensor:
-        """Frames (N, D), or cells (N x k, D), of pixels (N, 3, H, W), not yet of unit length."""
-        frames = self.family.encode_slots(self.image_tower, pixels, self.tokens_per_frame)
-        return frames if self.visual_projection is None else self.visual_projection(frames)
+    def _text_outputs(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors of the text tower, (A, D) and (A, T, D), or those that are stored already."""
+        if token_ids.is_floating_point():
+            return token_ids[:, 0], token_ids[:, 1:]
+        count = len(token_ids)
+        if self.has_frozen_towers:
+            token_ids, word_mask = in_whole_tiles(token_ids), in_whole_tiles(word_mask)
+        sentence, words = self.family.encode_text(self.text_tower, token_ids, word_mask)
+        return sentence[:count], words[:count]
 
     def _margins(
         self, sentence: Tensor, words: Tensor, word_mask: Tensor, frames: Tensor, frame_mask: Tensor
@@ -277,6 +283,7 @@ def _build(
     )
     if initialise is not None:
         initialise(built)
+    built.has_frozen_towers = model.freeze == "both"
     sides = {"text": built.text_tower, "image": built.image_tower}
     if not model.lora_rank:
         freeze(sides, model.freeze)
@@ -322,21 +329,6 @@ def build_empty_model(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return built
-
-
-def checkpoint_activations(model: TextVideoModel) -> None:
-    """Turns on activation checkpointing: the backward recomputes the towers' layers.
-
-    Raises:
-        ValueError: the layers of a tower are not known.
-    """
-    recompute: Any = partial(checkpoint, use_reentrant=False)
-    for tower in (model.text_tower, model.image_tower):
-        # What transformers' own method does under several names, without its hook that makes the
-        # embeddings require gradients: the backward would then run through frozen layers.
-        for layer in tower_layers(tower):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = recompute
 
 
 def host_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Lists of layers, and in pyramids of stages with layers within. The first match counts.
@@ -111,3 +112,18 @@ def _recomputable(layer: type) -> type:
 
 def _of_stage(layers: Iterable[tuple[int, int]], stage: int) -> list[int]:
     return [rank for rank, place in enumerate(layers) if place[0] == stage]
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Turns on activation checkpointing: the backward recomputes the towers' layers.
+
+    Raises:
+        ValueError: the layers of a tower are not known.
+    """
+    recompute: Any = partial(checkpoint, use_reentrant=False)
+    for tower in (model.text_tower, model.image_tower):
+        # What transformers' own method does under several names, without its hook that makes the
+        # embeddings require gradients: the backward would then run through frozen layers.
+        for layer in tower_layers(tower):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = recompute

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, SiglipVisionConfig
 
 from tvr.trainer.config import ModelConfig
@@ -17,8 +19,10 @@ from tvr.trainer.model.dual_encoder import (
     dual_encoder_towers,
     pair_pixels,
     pair_towers,
+    text_encoder,
 )
 from tvr.trainer.model.encoder_kinds import usable_positions
+from tvr.trainer.model.features import IMPORTED, imported_towers
 from tvr.trainer.model.pe_core_family import CONFIG as OPEN_CLIP_CONFIG
 from tvr.trainer.model.pe_core_family import PE_CORE, pe_core_folder, pe_core_towers
 from tvr.trainer.model.siglip_family import siglip_towers
@@ -46,6 +50,8 @@ def build_towers(model: ModelConfig, tokenizer: Tokenizer, *, weights: bool) -> 
         return pair_towers(model.text_tower, model.vision_tower, width, weights=weights)
     if model.pretrained is None:
         return random_towers(model.towers, tokenizer)
+    if has_imported(model):
+        return imported_towers(model.pretrained, model.towers.embed_width)
     return pretrained_towers(model.pretrained, weights=weights)
 
 
@@ -69,7 +75,7 @@ def family_of(folder: str) -> str:
             " images of any size; give one for frames of one size, such as"
             " google/siglip2-base-patch16-224, whose model_type is siglip"
         )
-    if kind not in LOADERS:
+    if kind not in LOADERS and kind != IMPORTED:
         raise ValueError(
             f"model.pretrained={folder!r} holds a model of type {kind!r}; supported are "
             f"{', '.join(LOADERS)}"
@@ -86,7 +92,36 @@ def pretrained_towers(folder: str, *, weights: bool = True) -> Towers:
     Raises:
         ValueError: the folder holds no supported model, or lacks some of its weights.
     """
-    return LOADERS[family_of(folder)](folder, weights=weights)
+    family = family_of(folder)
+    if family == IMPORTED:
+        raise ValueError(f"{folder} holds imported features, and no model; give a run, or towers")
+    return LOADERS[family](folder, weights=weights)
+
+
+def has_imported(model: ModelConfig) -> bool:
+    """True if `model.pretrained` is a folder of `tvr import-features`, which has no towers."""
+    return model.pretrained is not None and family_of(model.pretrained) == IMPORTED
+
+
+def load_text_encoder(
+    folder: str,
+) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], int]:
+    """Loads the text tower of a pretrained pair, or a single text encoder.
+
+    Returns:
+        (token_ids (A, T), word_mask (A, T)) -> sentence (A, W), words (A, T, W), without a
+        projection that would be trained; and the most tokens that it takes.
+
+    Raises:
+        ValueError: the folder holds no supported encoder, or lacks some of its weights.
+    """
+    path = Path(folder) / "config.json"
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    if kind in LOADERS or (Path(folder) / OPEN_CLIP_CONFIG).is_file():
+        towers = pretrained_towers(folder)
+        text = towers.text.eval()
+        return partial(towers.family.encode_text, text), towers.family.positions(text.config)
+    return text_encoder(folder)
 
 
 def embed_width(model: ModelConfig) -> int:
@@ -95,7 +130,7 @@ def embed_width(model: ModelConfig) -> int:
     Raises:
         ValueError: the folder holds no supported model.
     """
-    if model.pretrained is None:
+    if model.pretrained is None or has_imported(model):
         return model.towers.embed_width
     family = family_of(model.pretrained)
     if family == DUAL_ENCODER:
@@ -125,6 +160,8 @@ def image_size(model: ModelConfig) -> int:
     if folder is None:
         return model.towers.image_size
     family = family_of(folder)
+    if family == IMPORTED:
+        return 1  # no frames are read
     if family == DUAL_ENCODER:
         return dual_encoder_pixels(folder).side
     if family == PE_CORE:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tvr.trainer.config import Config, MetricsConfig, TrainConfig
 from tvr.trainer.memory.environment import device
+from tvr.trainer.model.features import ENCODER_TILE
 from tvr.trainer.model.model import TextVideoModel, image_size
 
 # Peak FLOP/s of dense products, from the vendor's data sheets. The first key that is part of the
@@ -32,25 +33,29 @@ def flops_per_pair(model: TextVideoModel, config: Config, world_size: int) -> fl
     """Counts the operations of forward and backward for one pair of a global batch.
 
     They are those of both towers for a caption and its frames, and the pair's share of the
-    similarities of its loss. Recomputation, which saves memory, is not counted. The text tower runs
-    once; the image tower runs on fake tensors.
+    similarities of its loss. Towers whose stored outputs are read (`data.features`) do not count.
+    Recomputation, which saves memory, is not counted. The text tower runs once; the image tower
+    runs on fake tensors.
 
     Args:
         model: The model on the CPU, before ZeRO partitions it.
     """
     data, train = config.data, config.train
-    ids = torch.ones(1, data.max_words, dtype=torch.int64)
-    side = image_size(config.model)
-    with torch.random.fork_rng(devices=[]):
-        text, (sentence, _) = _counted(model, lambda: model.text_vectors(ids, ids))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            pixels = torch.zeros(1, 3, side, side)
-            frame, _ = _counted(model, lambda: [model.frame_vectors(pixels)])
     others = train.global_batch if train.gradient_cache else train.micro_batch * world_size
     rows = 1 + (data.max_words if config.model.interaction.startswith("att_") else 0)
     slots = data.num_frames * config.model.tokens_per_frame
-    similarity = 3 * 2 * others * rows * slots * sentence.shape[-1]
-    return text + data.num_frames * frame + similarity
+    similarity = 3 * 2 * others * rows * slots * model.width
+    if data.features is not None:
+        return similarity
+    # Frozen towers encode as many rows, or a multiple.
+    ids = torch.ones(ENCODER_TILE, data.max_words, dtype=torch.int64)
+    side = image_size(config.model)
+    with torch.random.fork_rng(devices=[]):
+        text, _ = _counted(model, lambda: model.text_vectors(ids, ids))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            frames = torch.zeros(1, ENCODER_TILE, 3, side, side, dtype=torch.uint8)
+            frame, _ = _counted(model, lambda: [model.frame_vectors(frames)])
+    return (text + data.num_frames * frame) / ENCODER_TILE + similarity
 
 
 def peak_flops(metrics: MetricsConfig, train: TrainConfig, on: torch.device) -> float | None:

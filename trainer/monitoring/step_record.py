@@ -222,7 +222,7 @@ class MonitoredStepRecord(StepRecord):
             "tvr_data_reads_total",
             "Samples read for training, by the source of their bytes: decoded samples in memory,"
             " a local file, a beton, a shard in the node's cache, a shard fetched for the sample,"
-            " a range of a store, without a cache or of a shard that this node does not own.",
+            " a range of a store, without cache or of another node's shard, stored tower outputs.",
             kind="counter",
             per="node",
             label="source",

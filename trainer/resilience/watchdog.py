@@ -97,6 +97,10 @@ class Watchdog:
         yield
         self._record_progress(phase="training")
 
+    def progress(self) -> None:
+        """Records progress within the present phase, such as a part of a long start."""
+        self._record_progress(phase=self._position[2])
+
     def step_finished(self, step: int, seconds: float) -> None:
         """Records a finished step and its duration."""
         self._step_times.append(seconds)
