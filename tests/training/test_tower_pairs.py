@@ -388,11 +388,11 @@ def test_a_dry_step_and_an_explanation_know_start_and_end(folders: Path) -> None
     assert batch.token_ids[:, 0].tolist() == [vocabulary["[CLS]"]] * 2
     assert batch.token_ids[:, -1].tolist() == [vocabulary["[SEP]"]] * 2
     assert batch.frames.shape == (2, 2, 3, SIDE, SIDE)
-    shown = token_texts(words, "A small red circle")
+    shown = token_texts(words, CAPTIONS[0])
     end = shown.texts.index("[end]")
     assert shown.texts[0] == "[start]"
     assert set(shown.texts[end + 1 :]) == {"[pad]"}
-    assert "".join(shown.texts[1:end]) == "Asmallredcircle"
+    assert "".join(shown.texts[1:end]) == CAPTIONS[0].replace(" ", "")
     assert any(shown.continues_word)
 
 

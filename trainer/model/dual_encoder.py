@@ -79,16 +79,13 @@ def pair_towers(text_folder: str, vision_folder: str, width: int, *, weights: bo
     )
     text_kind = kind_of(TEXT_KINDS, text_config.model_type, f"{TEXT}={text_folder!r}")
     kind_of(VISION_KINDS, vision_config.model_type, f"{VISION}={vision_folder!r}")
-    pooling = (
+    pooling: tuple[Pooling, Pooling] = (
         text_pooling(text_kind, Path(text_folder)),
         vision_pooling(VISION_KINDS[vision_config.model_type], Path(vision_folder)),
     )
     encoders = [
-        _encoder(folder, config, setting, pooled, weights=weights)
-        for folder, config, setting, pooled in (
-            (text_folder, text_config, TEXT, pooling[0]),
-            (vision_folder, vision_config, VISION, pooling[1]),
-        )
+        _encoder(text_folder, text_config, TEXT, pooling[0], weights=weights),
+        _encoder(vision_folder, vision_config, VISION, pooling[1], weights=weights),
     ]
     projections = [_projection(encoder_width(each), width) for each in encoders]
     return _towers(encoders, projections, pooling, pair_pixels(vision_folder), width)

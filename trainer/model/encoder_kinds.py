@@ -30,13 +30,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-Pooling = Literal["pooler", "class", "mean"]
+from tvr.trainer.model.towers import Pooling as Pooling
+
 POOLINGS: tuple[Pooling, ...] = ("pooler", "class", "mean")
 
 

@@ -48,10 +48,10 @@ def pixel_format(folder: Path, config: Any, *, fixed_side: bool, setting: str) -
             " standard deviation and side of its frames are unknown; save the encoder's image"
             " processor to this folder"
         )
-    mean, std = (
-        _channels(found, name, where) if found.get("do_normalize", True) else (value,) * 3
-        for name, value in (("image_mean", 0.0), ("image_std", 1.0))
-    )
+    mean: Channels = (0.0, 0.0, 0.0)
+    std: Channels = (1.0, 1.0, 1.0)
+    if found.get("do_normalize", True):
+        mean, std = (_channels(found, name, where) for name in ("image_mean", "image_std"))
     crops = found.get("do_center_crop", "crop_size" in found) and found.get("crop_size")
     named = config.image_size if fixed_side else found["crop_size"] if crops else found.get("size")
     return PixelFormat(side=_side(named, where), mean=mean, std=std)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from transformers.utils import logging
 from tvr.trainer.model.tokenizer import Tokenizer
 
 Channels: TypeAlias = tuple[float, float, float]
+Pooling: TypeAlias = Literal["pooler", "class", "mean"]
 Weights: TypeAlias = dict[str, Tensor]
 
 
@@ -68,7 +69,7 @@ class TowerFamily:
     """How transformers alone encodes tokenised `texts`, in the model card."""
     image_code: str = "model.get_image_features(**pixels).pooler_output"
     """How transformers alone encodes processed `pixels`, in the model card."""
-    pooling: tuple[str, str] | None = None
+    pooling: tuple[Pooling, Pooling] | None = None
     """How the sentence and the frame are pooled, in families with a choice (encoder_kinds.py)."""
 
     def check_cells(self, tower: Any, tokens_per_frame: int) -> None:
