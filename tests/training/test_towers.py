@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_files import plain_captions
-from builders.pretrained import save_siglip, save_siglip2
+from builders.pretrained import save_clip, save_siglip, save_siglip2
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -36,7 +36,7 @@ from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.parameter_groups import merge_adapters, parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tvr.trainer.model.tower_depth import depths
-from tvr.trainer.model.tower_folders import embed_width
+from tvr.trainer.model.tower_folders import embed_width, family_of
 from tvr.trainer.model.towers import check_tokenizer
 
 MAX_WORDS = 16
@@ -185,6 +185,19 @@ def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
     with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip, vision"):
         built(tokenizer, pretrained=str(tmp_path))
+
+
+def test_a_clip_that_also_lies_there_as_open_clip_writes_it_is_read_as_a_clip(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """As in LAION's folders."""
+    save_clip(tmp_path, tokenizer, width=16, image_size=16)
+    shape = {"model_cfg": {"embed_dim": 16, "vision_cfg": {"layers": 12}, "text_cfg": {}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(shape))
+    assert built(tokenizer, pretrained=str(tmp_path)).family.name == "clip"
+    # timm's config.json names no type.
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit"}))
+    assert family_of(str(tmp_path)) == "pe_core"
 
 
 def published(patch: int, *, large: bool, eos: int) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
