@@ -271,6 +271,27 @@ def test_other_settings_of_a_finished_step_are_refused(
     assert reproduce(flags(inputs, "msvd", out, "--ranks", "2"), run=Recorder(0)) == 1
 
 
+def test_a_step_depends_on_the_steps_before_it(inputs: Path, tmp_path: Path) -> None:
+    """A new training or data set must not meet the results of the old one."""
+    given = options(inputs, "msvd", tmp_path)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**SETTINGS, "loss": {"hardness": 0.5}}))
+    names = {
+        name: [
+            one.name
+            for one, two in zip(
+                plan_reproduction(given).steps,
+                plan_reproduction(replace(given, **change)).steps,  # pyright: ignore[reportArgumentType]
+                strict=True,
+            )
+            if one.identity != two.identity
+        ]
+        for name, change in (("config", {"config": other}), ("side", {"short_side": 32}))
+    }
+    assert names["config"] == [f"{kind}-seed-{n}" for n in (0, 1) for kind in ("train", "evaluate")]
+    assert len(names["side"]) == 8
+
+
 def test_slurm_gets_the_trainings_and_the_next_call_goes_on(
     inputs: Path,
     finished: tuple[Path, Recorder, int],
@@ -291,6 +312,13 @@ def test_slurm_gets_the_trainings_and_the_next_call_goes_on(
         assert f"{line} {out}/runs/seed-{seed}" in printed
     # The jobs ran.
     (out / "runs").symlink_to(done / "runs")
+    # They are not those of other settings.
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**SETTINGS, "loss": {"hardness": 0.5}}))
+    assert reproduce([*argv, "--config", str(other)], run=Recorder(0)) == EXIT_USAGE
+    assert "seed-0 was trained with other settings (loss.hardness 0.0 -> 0.5)" in (
+        capsys.readouterr().err
+    )
     run = Recorder()
     assert reproduce(argv, run=run) == EXIT_NOT_REACHED
     assert [command[1] for command in run.commands] == ["evaluate", "evaluate"]
