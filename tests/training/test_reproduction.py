@@ -18,6 +18,7 @@ from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.launchers import cli
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_NOT_REACHED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.trainer.comparison.statistics import bootstrap_interval
+from tvr.trainer.config import Config, merged, to_json
 from tvr.trainer.model.tokenizer import train_tokenizer
 from tvr.trainer.reproduction.cli import DOCUMENT, TABLE, reproduce
 from tvr.trainer.reproduction.interval import recall_interval, student_t
@@ -312,16 +313,39 @@ def test_slurm_gets_the_trainings_and_the_next_call_goes_on(
         assert f"{line} {out}/runs/seed-{seed}" in printed
     # The jobs ran.
     (out / "runs").symlink_to(done / "runs")
-    # They are not those of other settings.
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({**SETTINGS, "loss": {"hardness": 0.5}}))
-    assert reproduce([*argv, "--config", str(other)], run=Recorder(0)) == EXIT_USAGE
-    assert "seed-0 was trained with other settings (loss.hardness 0.0 -> 0.5)" in (
-        capsys.readouterr().err
-    )
     run = Recorder()
     assert reproduce(argv, run=run) == EXIT_NOT_REACHED
     assert [command[1] for command in run.commands] == ["evaluate", "evaluate"]
+
+
+def test_a_job_with_other_settings_is_not_taken_for_the_planned_one(
+    inputs: Path, tmp_path: Path
+) -> None:
+    plan = plan_reproduction(options(inputs, "msvd", tmp_path / "out", slurm="--nodes 1"))
+    step = next(each for each in plan.steps if each.kind == "train")
+
+    def run(command: Sequence[str]) -> int:
+        (product,) = [each.product for each in plan.steps if each.command == tuple(command)]
+        product.parent.mkdir(parents=True, exist_ok=True)
+        product.write_text("{}")
+        return 0
+
+    def jobs_of(config: Config) -> int:
+        run(step.command)
+        (step.product.parent / "config.json").write_text(to_json(config))
+        return run_steps(plan, run, lambda text: None)
+
+    submitted = merged(plan.config, {"model": {"pretrained": str(inputs / "clip")}}, where="")
+    # Not evaluated to its last step; the seed, the place of the data and a logging interval differ.
+    for change in ({"seed": 1}, {"log_every": 7}):
+        assert jobs_of(merged(submitted, {"train": change}, where="")) == EXIT_PREEMPTED
+    for change, name in (
+        ({"loss": {"hardness": 0.5}}, r"loss\.hardness 0\.5 -> 0\.0"),
+        ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate 0\.5 -> 0\.0001"),
+        ({"model": {"pretrained": "other"}}, r"model\.pretrained other -> "),
+    ):
+        with pytest.raises(ValueError, match=rf"was trained with other settings \({name}"):
+            jobs_of(merged(submitted, change, where=""))
 
 
 def test_a_failed_step_ends_the_call_with_its_code(inputs: Path, tmp_path: Path) -> None:

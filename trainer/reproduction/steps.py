@@ -145,7 +145,7 @@ def _is_trained(plan: ReproductionPlan, step: ReproductionStep) -> bool:
         f"{name} {found[name]} -> {value}"
         for name, value in planned.items()
         if name in found and found[name] != value and name != "train.seed"
-        if rule_of(name).kind == "refused" or name == "model.pretrained"
+        if rule_of(name).kind in ("effect", "refused") or name == "model.pretrained"
     ]
     if differ:
         raise ValueError(
