@@ -22,7 +22,7 @@ from tvr.trainer.config import Config, merged, to_json
 from tvr.trainer.model.tokenizer import train_tokenizer
 from tvr.trainer.reproduction.cli import DOCUMENT, TABLE, reproduce
 from tvr.trainer.reproduction.interval import recall_interval, student_t
-from tvr.trainer.reproduction.packs import PACKS
+from tvr.trainer.reproduction.packs import PACKS, other_towers
 from tvr.trainer.reproduction.plan import ReproductionOptions, plan_reproduction
 from tvr.trainer.reproduction.steps import run_as_child, run_steps
 from tvr.trainer.reproduction.table import read_table
@@ -440,4 +440,20 @@ def test_the_number_is_reached_if_the_interval_holds_it(
     assert table.is_complete
     assert table.is_reached is reached
     word = "reaches" if reached else "does not reach"
-    assert f"] {word} 45.2 (CLIP4Clip ViT-B/32 (seqTransf))" in table.markdown()
+    text = table.markdown()
+    assert f"] {word} 45.2 (CLIP4Clip ViT-B/32 (seqTransf))" in text
+    # A number of larger towers says nothing about that of ViT-B/32.
+    note = "has towers with patches of 8 pixels, and the published ones of --towers b32 have 32"
+    assert note in text
+
+
+def test_towers_of_the_published_size_have_no_note(tmp_path: Path) -> None:
+    for vision, towers, noted in (
+        ({"patch_size": 32}, "b32", False),
+        ({}, "b32", False),
+        ({"patch_size": 16}, "b16", False),
+        ({"patch_size": 16}, "b32", True),
+        ({}, "b16", True),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
+        assert (other_towers(tmp_path, towers) is not None) is noted  # pyright: ignore[reportArgumentType]
