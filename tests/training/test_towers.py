@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,24 @@ def test_siglip2_reads_captions_in_lower_case(tmp_path: Path) -> None:
         text: Any = theirs.get_text_features(input_ids=lower[0])
         found = model.encode_texts(*mixed)
     assert torch.allclose(found.sentence, unit(pooled(text)), atol=1e-5)
+
+
+def test_clips_vocabulary_is_read_with_and_without_tokenizer_json(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """A folder that names no class is CLIP's, as in earlier releases."""
+    tokenizer.backend.save_pretrained(tmp_path / "whole")
+    rules = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())["model"]
+    folder, captions = tmp_path / "files", plain_captions(*CAPTIONS)
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(rules["vocab"]))
+    merges = [each if isinstance(each, str) else " ".join(each) for each in rules["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    for name in (None, "tokenizer.json"):
+        if name is not None:
+            shutil.copy(tmp_path / "whole" / name, folder)
+        found = load_tokenizer(folder, MAX_WORDS)(captions)
+        assert torch.equal(found[0], tokenizer(captions)[0])
 
 
 def test_the_patch_form_of_siglip2_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
