@@ -169,16 +169,14 @@ def test_results_hold_what_the_table_shows(tmp_path: Path) -> None:
     keys = [f"k{x}" for x in range(20)]
     ranks = {row: rng.integers(1, 9, (2, 2, 20)) for row in (FIRST, FULL)}
     more = {row: {"train_s": [1.0, 2.0]} for row in ranks}
-    table = Table("tiny", [0, 1], keys, keys, ranks, more, {})
+    table = Table("tiny", {row: [0, 1] for row in ranks}, keys, keys, ranks, more, {})
     path = tmp_path / "tiny.json"
     write_results(table, path)
     summary = json.loads(path.read_text())
     assert [x["row"] for x in summary["rows"]] == [FIRST, FULL]
     assert summary["rows"][0]["against_first"] is None
     with np.load(ranks_file(path)) as stored:
-        again = {
-            str(row): x.astype(int) for row, x in zip(stored["rows"], stored["ranks"], strict=True)
-        }
+        again = {row: stored[f"ranks: {row}"].astype(int) for row in ranks}
     for row, entry in zip(ranks, summary["rows"], strict=True):
         expected = 100 * (again[row] == 1).mean()
         assert entry["means"]["recall_at_1"]["value"] == pytest.approx(expected, abs=1e-3)
@@ -208,7 +206,9 @@ def test_plot_shows_both_sets(tmp_path: Path) -> None:
     for name in ("shapes", "droid1k"):
         ranks = {row: rng.integers(1, 9, (2, 2, 12)) for row in (FIRST, FULL)}
         more = {row: {"train_s": [1.0, 2.0]} for row in ranks}
-        found[name] = Table(name, [0, 1], keys, keys, ranks, more, {}).summary()
+        found[name] = Table(
+            name, {row: [0, 1] for row in ranks}, keys, keys, ranks, more, {}
+        ).summary()
     assert plot.draw(found, tmp_path / "evidence.png") > 10_000
 
 
@@ -228,3 +228,21 @@ def test_components_are_those_of_the_training_clips() -> None:
     reduce_frames(again, Rows(features(), np.arange(40, 60), 1), kept)
     sizes = torch.linalg.svdvals(again.frames.flatten(0, 1))
     torch.testing.assert_close(sizes / sizes[0], values / values[0], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_with_fewer_seeds_are_paired_by_seed() -> None:
+    rng = np.random.default_rng(6)
+    keys = [f"k{x}" for x in range(15)]
+    first = rng.integers(1, 9, (3, 2, 15))
+    found = run._table(
+        "tiny",
+        keys,
+        keys,
+        {(FULL, 1): first[1] + 1, **{(FIRST, seed): first[seed] for seed in (2, 1, 0)}},
+        {(row, seed): {"train_s": 1.0} for row, seed in product((FIRST, FULL), range(3))},
+        {},
+    )
+    assert found.seeds == {FIRST: [2, 1, 0], FULL: [1]}
+    difference = found.against_first(FULL)
+    assert difference is not None
+    assert difference["mean_rank"].interval == (1, 1)

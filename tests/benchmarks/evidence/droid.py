@@ -30,9 +30,9 @@ def base() -> Config:
     return Config(
         data=DataConfig(train="droid1k", num_frames=NUM_FRAMES),
         model=ModelConfig(),
-        loss=LossConfig(temperature=0.03, mask_same_video=True, mask_equal_captions=True),
+        loss=LossConfig(temperature=0.05, mask_same_video=True, mask_equal_captions=True),
         train=TrainConfig(
-            steps=60,
+            steps=80,
             global_batch=128,
             micro_batch=128,
             learning_rate=1e-3,

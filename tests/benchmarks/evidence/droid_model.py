@@ -39,7 +39,7 @@ class HeadShape:
     """Vectors of a frame that take part: 1 = of the whole picture, 7 = also of its cells."""
     components: int = 256
     """Principal components of the frames' features that are kept, found on the training clips."""
-    whitening: float = 0.5
+    whitening: float = 0.0
     """Power by which their deviations are divided out: 0 leaves them, 1 makes all equal."""
     dropout: float = 0.3
     """Of the stored features, in training."""

@@ -20,7 +20,8 @@ class Table:
     """Ranks of all rows of a set, and what else a run says."""
 
     name: str
-    seeds: Sequence[int]
+    seeds: Mapping[str, Sequence[int]]
+    """Seeds of each row."""
     keys: Sequence[str]
     """(Q,) clips."""
     clusters: Sequence[str]
@@ -38,10 +39,17 @@ class Table:
         return {name: mean_of(x, self.clusters) for name, x in values.items()}
 
     def against_first(self, row: str) -> dict[str, Mean] | None:
-        """Paired differences from the first row; None for itself, or if it was not trained."""
+        """Paired differences from the first row over the seeds of both; None without such."""
         if row == FIRST or FIRST not in self.ranks:
             return None
-        return compare(self.ranks[row], self.ranks[FIRST], self.clusters)
+        shared = [seed for seed in self.seeds[row] if seed in self.seeds[FIRST]]
+        if not shared:
+            return None
+        mine, first = (
+            self.ranks[each][[list(self.seeds[each]).index(seed) for seed in shared]]
+            for each in (row, FIRST)
+        )
+        return compare(mine, first, self.clusters)
 
     def summary(self) -> dict[str, Any]:
         """What the committed JSON holds."""
@@ -52,6 +60,7 @@ class Table:
                 {
                     "row": row,
                     "settings": dict(ROWS[row]),
+                    "seeds": list(self.seeds[row]),
                     "means": rounded(self.means(row)),
                     "against_first": None if against is None else rounded(against),
                     "by_seed": {
@@ -70,7 +79,6 @@ class Table:
             "benchmark": f"evidence on {self.name}",
             "metrics": "mean of both ways; recalls in percent; 95 % intervals",
             "first": FIRST,
-            "seeds": list(self.seeds),
             "queries": len(self.keys),
             "clusters": len(set(self.clusters)),
             "versions": versions(),
@@ -82,15 +90,15 @@ class Table:
     def text(self) -> str:
         """The table as Markdown."""
         lines = [
-            "| row | R@1 | R@10 | MRR | R@1 against the first row | MRR against the first row |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| row | seeds | R@1 | R@10 | MRR | R@1 against the first row | MRR against it |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in self.ranks:
             means, against = self.means(row), self.against_first(row)
             names = ("recall_at_1", "mean_reciprocal_rank")
             shown = ["", ""] if against is None else [_signed(against[name]) for name in names]
             parts = [_plain(means[x]) for x in ("recall_at_1", "recall_at_10", names[1])]
-            lines.append("| " + " | ".join([row, *parts, *shown]) + " |")
+            lines.append("| " + " | ".join([row, str(len(self.seeds[row])), *parts, *shown]) + " |")
         return "\n".join(lines)
 
 
@@ -107,15 +115,9 @@ def _signed(mean: Mean) -> str:
 def write_results(table: Table, path: Path) -> None:
     """Writes the summary to `path`, and `STEM_ranks.npz` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ranks = {row: values.astype(np.uint16) for row, values in table.ranks.items()}
-    np.savez_compressed(
-        ranks_file(path),
-        keys=np.array(table.keys),
-        clusters=np.array(table.clusters),
-        seeds=np.array(table.seeds),
-        rows=np.array(list(ranks)),
-        ranks=np.stack(list(ranks.values())),
-    )
+    ranks: dict[str, Any] = {f"ranks: {row}": x.astype(np.uint16) for row, x in table.ranks.items()}
+    names = {"keys": np.array(table.keys), "clusters": np.array(table.clusters)}
+    np.savez_compressed(ranks_file(path), **names, **ranks)
     path.write_text(json.dumps(table.summary(), indent=1) + "\n")
 
 

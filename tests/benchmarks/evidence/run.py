@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=None,
         help="droid1k: only writes each clip's frames here, for `tvr import-features`",
     )
+    parser.add_argument(
+        "--finished", action="store_true", help="trains nothing: the table of what is there"
+    )
     parser.add_argument("--at-once", type=int, default=host_cpus().usable)
     options = parser.parse_args(argv)
     options.seeds = options.seeds or SEEDS[options.set]
@@ -64,33 +67,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def shapes(options: argparse.Namespace) -> Table:
     """Trains and evaluates rows on the shapes."""
-    from evidence.shapes import ShapesRuns, base, outcome, train_row, warm_up
+    from evidence.shapes import ShapesRuns, base, outcome, run_dir_of, train_row, warm_up
     from evidence.shapes_data import ShapesSizes, prepare
 
-    prepare(options.data, ShapesSizes(), options.at_once)
     runs = ShapesRuns(data=options.data, out=options.out)
-    rows = options.rows or list(ROWS)
-    with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(partial(warm_up, runs), options.seeds))
-        jobs = [(row, seed) for seed in options.seeds for row in rows]
-        folders = list(pool.map(lambda job: _said(train_row(runs, *job)), jobs))
-    found = {job: outcome(folder) for job, folder in zip(jobs, folders, strict=True)}
-    keys = sorted(found[jobs[0]]["text_to_video"])
+    jobs = _jobs(options, list(ROWS))
+    if options.finished:
+        found = {job: run_dir_of(runs, *job) for job in jobs}
+        found = {job: path for job, path in found.items() if (path / "evaluation.json").exists()}
+    else:
+        prepare(options.data, ShapesSizes(), options.at_once)
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(partial(warm_up, runs), range(runs.starts)))
+            paths = list(pool.map(lambda job: _said(train_row(runs, *job)), jobs))
+        found = dict(zip(jobs, paths, strict=True))
+    outcomes = {job: outcome(path) for job, path in found.items()}
     ways = ("text_to_video", "video_to_text")
+    keys = sorted(next(iter(outcomes.values()))["text_to_video"])
     ranks = {
-        row: np.array(
-            [[[found[row, s][way][key] for key in keys] for way in ways] for s in options.seeds]
-        )
-        for row in rows
+        job: np.array([[each[way][key] for key in keys] for way in ways])
+        for job, each in outcomes.items()
     }
-    more = {
+    names = ("binding_accuracy", "hard_negatives_per_row", "train_s")
+    more = {job: {name: each[name] for name in names} for job, each in outcomes.items()}
+    return _table("shapes", keys, keys, ranks, more, _settings(base(runs)))
+
+
+def _jobs(options: argparse.Namespace, rows: Sequence[str]) -> list[tuple[str, int]]:
+    """Row and seed of each run; the seeds of all rows advance together."""
+    return [(row, seed) for seed in options.seeds for row in options.rows or rows]
+
+
+def _table(
+    name: str,
+    keys: Sequence[str],
+    clusters: Sequence[str],
+    ranks: Mapping[tuple[str, int], Any],
+    more: Mapping[tuple[str, int], Mapping[str, float | None]],
+    settings: Mapping[str, Any],
+) -> Table:
+    """Joins the runs of each row."""
+    rows = [row for row in ROWS if any(row == each for each, _ in ranks)]
+    seeds = {row: [seed for each, seed in ranks if each == row] for row in rows}
+    joined = {row: np.array([ranks[row, seed] for seed in seeds[row]]) for row in rows}
+    numbers = {
         row: {
-            name: [found[row, seed][name] for seed in options.seeds]
-            for name in ("binding_accuracy", "hard_negatives_per_row", "train_s")
+            key: [more[row, seed][key] for seed in seeds[row]] for key in more[row, seeds[row][0]]
         }
         for row in rows
     }
-    return Table("shapes", options.seeds, keys, keys, ranks, more, _settings(base(runs)))
+    return Table(name, seeds, keys, clusters, joined, numbers, settings)
 
 
 def write_frames(options: argparse.Namespace) -> int:
@@ -118,15 +144,20 @@ def droid(options: argparse.Namespace) -> Table:
     features = bench.prepare(options.droid1k, options.data, options.at_once)
     meta = bench.meta_of(options.droid1k)
     groups = [meta[key]["group"] for key in features.keys]
-    rows = options.rows or [row for row in ROWS if row not in NOT_ON_DROID]
-    jobs = [(row, seed) for seed in options.seeds for row in rows]
+    jobs = _jobs(options, [row for row in ROWS if row not in NOT_ON_DROID])
+    if options.finished:
+        jobs = [job for job in jobs if _droid_file(options.out, job).exists()]
     work = partial(_droid_row, options.droid1k, options.data, options.out)
     with ProcessPoolExecutor(options.at_once) as pool:
         found = dict(zip(jobs, pool.map(work, jobs), strict=True))
-    ranks = {row: np.array([found[row, s]["ranks"] for s in options.seeds]) for row in rows}
-    more = {row: {"train_s": [found[row, s]["train_s"] for s in options.seeds]} for row in rows}
+    ranks = {job: np.array(each["ranks"]) for job, each in found.items()}
+    more = {job: {"train_s": each["train_s"]} for job, each in found.items()}
     keys = [str(key) for key in features.keys]
-    return Table("droid1k", options.seeds, keys, groups, ranks, more, _settings(bench.base()))
+    return _table("droid1k", keys, groups, ranks, more, _settings(bench.base()))
+
+
+def _droid_file(out: Path, job: tuple[str, int]) -> Path:
+    return out / f"{slug(job[0])}-{job[1]}.json"
 
 
 def _droid_row(source: Path, data: Path, out: Path, job: tuple[str, int]) -> dict[str, Any]:
@@ -135,7 +166,7 @@ def _droid_row(source: Path, data: Path, out: Path, job: tuple[str, int]) -> dic
     from evidence import droid as bench
 
     row, seed = job
-    path = out / f"{slug(row)}-{seed}.json"
+    path = _droid_file(out, job)
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)

@@ -39,7 +39,9 @@ class ShapesRuns:
     out: Path
     image_size: int = 32
     warm_steps: int = 600
-    steps: int = 80
+    steps: int = 40
+    starts: int = 2
+    """Warm-ups; seed s starts from warm-up s modulo their number."""
     global_batch: int = 512
     tested_on: str = "test"
     """The split `test`, or `tune` for the choice of settings."""
@@ -90,6 +92,7 @@ def run_dir_of(runs: ShapesRuns, name: str, seed: int) -> Path:
 
 def warm_up(runs: ShapesRuns, seed: int) -> Path:
     """The run whose weights all rows of a seed start from: the first row's settings, batch 128."""
+    seed %= runs.starts
     settings = {
         **ROWS[FIRST],
         "train.steps": runs.warm_steps,
