@@ -207,6 +207,9 @@ def test_a_folder_of_other_towers_settings_or_content_is_refused(
     # The same content at another place is found; a place whose content has changed is refused.
     again, _ = made(replace(config, data=replace(config.data, test=str(data / "test"))))
     assert again is not None
+    for url in (str(data / "train"), str(data / "test")):
+        number, captions = again[url].place(0)
+        assert len(again[url].captions(captions)) > 0
     assert len(FeatureSet.open(folder, towers=True).sources) == 2
     shutil.rmtree(test)
     shutil.copytree(data / "exchanged", test)

@@ -36,6 +36,7 @@ from tvr.trainer.features.writer import FeatureWriter, VideoSource, check_files
 from tvr.trainer.model.model import Features
 
 __all__ = [
+    "EMBED_AGAIN",
     "MANIFEST",
     "OUTPUT",
     "DataSource",
@@ -140,7 +141,8 @@ class FeatureSet:
         found = [
             (first, np.asarray(each.columns["rows"][:]))
             for each, first in zip(self._parts, self._video_ends, strict=False)
-            if each.source == source
+            # By content: it may lie at another place than when it was encoded.
+            if each.source.name == source.name
         ]
         numbers = [np.arange(first, first + len(rows)) for first, rows in found]
         none = np.empty(0, np.int64)
