@@ -222,7 +222,13 @@ class FeatureWriter:
                 values = np.empty(shape)
             if values.shape != shape:
                 raise ValueError(f"{name} of a part has shape {values.shape}; needed is {shape}")
-            result[name] = values.astype(kind)
+            with np.errstate(over="ignore"):  # refused below
+                result[name] = values.astype(kind)
+            if kind == np.float16 and not np.isfinite(result[name]).all():
+                raise ValueError(
+                    f"{self.folder}: {name} of {part.name} holds numbers that are not finite in"
+                    " fp16, whose largest is 65,504; store fp32 (data.features_type, or --stored)"
+                )
         return result
 
 
