@@ -135,6 +135,7 @@ def test_files_may_bring_words(data: Path, tmp_path: Path) -> None:
         ("data", {"num_frames": 2}, "num_frames must be 3, .* and it is 2"),
         ("data", {"features": "elsewhere"}, "data.features must be the same folder"),
         ("data", {"features": None}, "set data.features to the same folder"),
+        ("data", {"hard_batches": 0.5, "hard_every": 2}, "set data.hard_every=0, and it is 2"),
     ):
         part = replace(getattr(config, section), **change)
         with pytest.raises(ValueError, match=text):

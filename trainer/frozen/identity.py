@@ -76,7 +76,7 @@ def _probe(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _digest(model: TextVideoModel, tokenizer: Tokenizer) -> str:
-    """SHA-256 of both towers (names, shapes, types, values), of pixel scales, and of the vocabulary."""
+    """SHA-256 of both towers (names, shapes, types, values), pixel scales and vocabulary."""
     found = hashlib.sha256()
     for side in TOWERS:
         tower = getattr(model, side)
