@@ -24,6 +24,7 @@ those by training set, which a run with one set does not have."""
 
 ABSENT = {
     "tvr_train_zero_gradient_positives_ratio",  # of NegNCE's reference mode
+    "tvr_train_dropped_negatives_per_row",  # of loss.drop_above
     "tvr_device_memory_bytes",
     *(metric.name for metric in TRAINING_METRICS if DATA_SET in metric.labels),
 }

@@ -79,6 +79,7 @@ def test_search_and_more_like_this(client: TestClient) -> None:
     [
         ("/search", 422, "q: Field required", None),
         ("/search?q=+", 422, "q: String should match", " "),
+        ("/search?q=%12%10", 422, "q: String should match", r"\u0012\u0010"),
         ("/search?q=a&k=0", 422, "k: Input should be greater", "0"),
         ("/search?q=a&k=101", 422, "k: Input should be less", "101"),
         ("/search?q=a&k=all", 422, "k: Input should be a valid integer", "all"),

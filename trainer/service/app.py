@@ -42,7 +42,9 @@ from tvr.trainer.service.records import (
 from tvr.trainer.service.work_pool import WorkPool
 
 T = TypeVar("T")
-Text = Annotated[str, Query(max_length=MAX_QUERY_CHARS, pattern=r"\S")]
+# A visible character: no white space, no control, no mark that only steers the display.
+VISIBLE = r"[^\s\x00-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+Text = Annotated[str, Query(max_length=MAX_QUERY_CHARS, pattern=VISIBLE)]
 AnyText = Annotated[str, Query(max_length=MAX_QUERY_CHARS)]
 Count = Annotated[int, Query(ge=1, le=MAX_RESULTS, description="Number of results.")]
 Row = Annotated[int, PathParameter(ge=0, le=MAX_ROW, description="Row in the index.")]
