@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 # Files by which a tokeniser is recognised, and the one that gives the shape of a model.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
-MODEL_FILES = ("config.json", "open_clip_config.json")
+MODEL_FILES, OPEN_CLIP_FILES = ("config.json",), ("open_clip_config.json",)
 POOLING_FILES, PIXEL_FILES = ("1_Pooling/config.json",), ("preprocessor_config.json",)
 
 
@@ -188,7 +188,7 @@ def _model_contents(config: Config) -> dict[str, str]:
     """Digests of the files that decide the shape of a pretrained model, and its vocabulary."""
     model, found = config.model, {}
     for setting, folder, names in (
-        ("model.pretrained", model.pretrained, MODEL_FILES),
+        ("model.pretrained", model.pretrained, _pretrained_files(model.pretrained)),
         ("model.text_tower", model.text_tower, (*MODEL_FILES, *POOLING_FILES)),
         ("model.vision_tower", model.vision_tower, (*MODEL_FILES, *PIXEL_FILES)),
         (
@@ -202,3 +202,12 @@ def _model_contents(config: Config) -> dict[str, str]:
         if content:
             found[setting] = hashlib.sha256(repr(content).encode()).hexdigest()
     return found
+
+
+def _pretrained_files(folder: str | None) -> tuple[str, ...]:
+    """The files that decide the shape of a pretrained model; open_clip's where it is read."""
+    try:
+        content = json.loads((Path(folder or "") / "config.json").read_text())
+    except (OSError, ValueError):
+        return OPEN_CLIP_FILES
+    return MODEL_FILES if "model_type" in content else (*MODEL_FILES, *OPEN_CLIP_FILES)

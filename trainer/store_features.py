@@ -33,5 +33,6 @@ def store_features(config: Config) -> str:
             model = model.bfloat16()
         model = model.to(world.device)
         world.broadcast_from_first(model.state_dict().values())
-        open_or_make(config, model, tokenizer, world, encoding_report(prints=world.is_first))
+        report = encoding_report(prints=world.is_first)
+        open_or_make(config, model, tokenizer, world, report, verify_bytes=None)
     return config.data.features

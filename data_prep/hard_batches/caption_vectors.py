@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +87,13 @@ class CaptionVectors:
 
 
 def write_vectors(
-    folder: Path, parts: Iterable[CaptionRows], *, width: int, content: str, source: str
+    folder: Path,
+    parts: Iterable[CaptionRows],
+    *,
+    width: int,
+    content: str,
+    source: str,
+    beside: Sequence[str] = (),
 ) -> None:
     """Writes the vectors of a data set; files that were there are replaced, not changed.
 
@@ -97,6 +103,7 @@ def write_vectors(
         width: Length of a vector.
         content: `Manifest.content` of the data set.
         source: What the vectors were made from.
+        beside: Names of other files in the folder, which belong to the vectors.
 
     Raises:
         ValueError: the vectors are too long for exact sums.
@@ -127,7 +134,7 @@ def write_vectors(
         format_version=FORMAT_VERSION,
         content=content,
         source=source,
-        sha256={name: _sha256(folder / name) for name in names},
+        sha256={name: _sha256(folder / name) for name in (*names, *beside)},
     )
     write_atomically(folder / INDEX_NAME, json.dumps(asdict(index), indent=1) + "\n")
 
@@ -137,12 +144,13 @@ def has_vectors(folder: Path) -> bool:
     return (folder / INDEX_NAME).exists()
 
 
-def open_vectors(folder: Path, content: str) -> CaptionVectors:
+def open_vectors(folder: Path, content: str, *, verify: bool = True) -> CaptionVectors:
     """Maps the vectors of a folder, and checks them.
 
     Args:
         folder: Where `write_vectors` wrote them.
         content: `Manifest.content` of the data set.
+        verify: Also reads all files and compares their hashes; otherwise only sizes are compared.
 
     Raises:
         ValueError: they are damaged, of another version, or of another data set.
@@ -155,13 +163,17 @@ def open_vectors(folder: Path, content: str) -> CaptionVectors:
             raise ValueError(f"format_version={index.format_version}, expected {FORMAT_VERSION}")
         if index.content != content:
             raise ValueError("its data set has other samples")
-        for name, sha256 in index.sha256.items():
+        for name, sha256 in index.sha256.items() if verify else ():
             if _sha256(folder / name) != sha256:
                 raise ValueError(f"the sha256 of {name} differs")
         texts, videos, starts = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("texts", "videos", "starts")
         )
         vectors = np.memmap(folder / "vectors.raw", np.int8, "r").reshape(len(texts), -1)
+        if len(starts) != len(videos) + 1 or starts[-1] != len(texts):
+            raise ValueError(
+                f"{len(starts)} starts of {len(videos)} samples and {len(texts)} captions"
+            )
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{where}: the caption vectors for data.hard_batches cannot be used: {error}."

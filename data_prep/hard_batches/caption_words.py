@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +44,10 @@ WIDTH = 256
 LENGTH = 320.0
 # Samples of which the vectors are held at once.
 ROWS = 4096
+# Threads that read captions: a store, or a shared disk, answers each read late.
+READERS = 16
+# Samples that a thread reads at a time.
+READ_ROWS = 32
 SOURCE = "words of the captions"
 # Beside the vectors: each caption as a line of JSON, for vectors that a model makes later.
 CAPTIONS_NAME = "captions.jsonl"
@@ -76,27 +83,24 @@ def write_word_vectors(folder: Path, samples: Iterable[SampleCaptions], *, conte
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CAPTIONS_NAME).open("w", encoding="utf-8") as file:
-        _write_word_vectors(folder, samples, file, content)
-
-
-def _write_word_vectors(
-    folder: Path, samples: Iterable[SampleCaptions], file: TextIO, content: str
-) -> None:
     numbers: dict[str, int] = {}
     counts = Counter[int]()
     words, ends, texts = array("I"), array("Q"), array("Q")
     videos, num_captions = array("Q"), array("I")
-    for sample in samples:
-        for text in sample.texts or ("",):
-            own = [numbers.setdefault(word, len(numbers)) for word in words_of(text)]
-            counts.update(own)
-            words.extend(own)
-            ends.append(len(words))
-            texts.append(hash_caption(text) if text else 0)
-            file.write(json.dumps(text) + "\n")
-        videos.append(hash_video_id(sample.video_id))
-        num_captions.append(max(1, len(sample.texts)))
+    with (folder / CAPTIONS_NAME).open("w", encoding="utf-8") as file:
+        for sample in samples:
+            for text in sample.texts or ("",):
+                own = [numbers.setdefault(word, len(numbers)) for word in words_of(text)]
+                counts.update(own)
+                words.extend(own)
+                ends.append(len(words))
+                texts.append(hash_caption(text) if text else 0)
+                file.write(json.dumps(text) + "\n")
+            videos.append(hash_video_id(sample.video_id))
+            num_captions.append(max(1, len(sample.texts)))
+        # Before the index says that the folder is complete.
+        file.flush()
+        os.fsync(file.fileno())
     idf = np.log((1 + len(texts)) / (1 + np.array([counts[n] for n in range(len(numbers))])))
     signs = np.stack([_sign_bits(word) for word in numbers] or [_sign_bits("")])
     parts = _parts(
@@ -105,33 +109,72 @@ def _write_word_vectors(
         idf,
         signs,
     )
-    write_vectors(folder, parts, width=WIDTH, content=content, source=SOURCE)
+    write_vectors(
+        folder, parts, width=WIDTH, content=content, source=SOURCE, beside=[CAPTIONS_NAME]
+    )
 
 
 def read_texts(folder: Path, first: int, end: int) -> Iterator[str]:
-    """Yields captions of a folder of `write_word_vectors` by their numbers, from first to end."""
-    with (folder / CAPTIONS_NAME).open(encoding="utf-8") as file:
+    """Yields captions of a folder of `write_word_vectors` by their numbers, from first to end.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    path, number = folder / CAPTIONS_NAME, first
+    with path.open(encoding="utf-8") as file:
         for line in islice(file, first, end):
             yield json.loads(line)
+            number += 1
+    if number < end:
+        raise ValueError(
+            f"{path} ends at caption {number} instead of {end}: it was cut; restore it"
+        )
 
 
-def read_captions(reader: SampleReader) -> Iterator[SampleCaptions]:
+def read_captions(*readers: SampleReader) -> Iterator[SampleCaptions]:
     """Yields the captions of a data set, without decoding frames; none for a bad sample.
+
+    Args:
+        readers: Readers of the same data set, each of which a thread uses.
 
     Raises:
         OSError: the storage fails for the moment.
     """
-    for row in range(len(reader)):
+    free, count = SimpleQueue[SampleReader](), len(readers[0])
+    for reader in readers:
+        free.put(reader)
+
+    def read(rows: range) -> list[SampleCaptions]:
+        reader = free.get()
         try:
-            meta = parse_meta(reader.key(row), reader.members(row))
-        except BadSample as bad:
-            if bad.reason in TRANSIENT_REASONS:
-                raise OSError(
-                    f"{reader.url}: the captions for data.hard_batches cannot be read: {bad}"
-                ) from bad
-            yield SampleCaptions("", ())
-        else:
-            yield SampleCaptions(meta.video_id, meta.texts)
+            return [_captions_of(reader, row) for row in rows]
+        finally:
+            free.put(reader)
+
+    pending = deque[Future[list[SampleCaptions]]]()
+    with ThreadPoolExecutor(len(readers), "captions") as pool:
+        try:
+            for first in range(0, count, READ_ROWS):
+                pending.append(pool.submit(read, range(first, min(first + READ_ROWS, count))))
+                if len(pending) > 2 * len(readers):
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for each in pending:
+                each.cancel()
+
+
+def _captions_of(reader: SampleReader, row: int) -> SampleCaptions:
+    try:
+        meta = parse_meta(reader.key(row), reader.members(row))
+    except BadSample as bad:
+        if bad.reason in TRANSIENT_REASONS:
+            raise OSError(
+                f"{reader.url}: the captions for data.hard_batches cannot be read: {bad}"
+            ) from bad
+        return SampleCaptions("", ())
+    return SampleCaptions(meta.video_id, meta.texts)
 
 
 def find_word_vectors(url: str, manifest: Manifest, folder: Path) -> None:
@@ -147,7 +190,8 @@ def find_word_vectors(url: str, manifest: Manifest, folder: Path) -> None:
             " shards that it was written from"
         )
     reader = SampleReader(url, num_frames=1, image_size=1)
-    write_word_vectors(folder, read_captions(reader), content=manifest.content)
+    readers = [reader, *(reader.for_another_thread() for _ in range(READERS - 1))]
+    write_word_vectors(folder, read_captions(*readers), content=manifest.content)
 
 
 def _sign_bits(word: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -97,6 +98,13 @@ class SampleReader:
 
     def __len__(self) -> int:
         return self.manifest.num_samples
+
+    def for_another_thread(self) -> SampleReader:
+        """Returns a reader of the same data set and index, without a cache."""
+        other = copy(self)
+        other._reads, other._cache, other._has_cache = Counter(), DecodedSampleCache(0), False
+        other._shards = ShardReader(self.url, self.manifest, None, other._reads)
+        return other
 
     def key(self, row: int) -> str:
         """Returns the key of a manifest row."""

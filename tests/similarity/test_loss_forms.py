@@ -37,7 +37,7 @@ RULES = {
 PAIRS = 7
 VIDEOS, CAPTIONS = torch.tensor([0, 1, 1, 2, 0, 3, 0]), torch.tensor([5, 6, 7, 5, 8, 8, 5])
 NO_IDS = torch.arange(PAIRS)
-SPLITS = [(7,), (3, 4), (1, 5, 1), (2, 1, 1, 3)]
+SPLITS = [(7,), (3, 4), (1, 5, 1), (2, 1, 1, 3), (0, 3, 0, 4)]
 
 
 def scores(num_pairs: int = PAIRS, seed: int = 0, spread: float = 0.02) -> Tensor:

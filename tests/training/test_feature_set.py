@@ -21,6 +21,7 @@ from builders.file_damage import cut, flip
 from tvr.data_prep.records import Replacement, ShardCorrupt
 from tvr.trainer.config import ModelConfig
 from tvr.trainer.evaluation.stored_features import evaluate_features
+from tvr.trainer.features import writer as writing
 from tvr.trainer.features.feature_set import (
     DataSource,
     FeatureHeader,
@@ -29,6 +30,7 @@ from tvr.trainer.features.feature_set import (
     StoredType,
     VideoSource,
 )
+from tvr.trainer.features.stored_file import StoredFile
 from tvr.trainer.model.model import Features
 
 WIDTH, FRAMES, WORDS, BLOCKS = 8, 3, 4, 3
@@ -243,7 +245,7 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(written: Path, tmp_path: Path
         assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
         assert not (tmp_path / "manifest.json").exists()
     writer = FeatureWriter(tmp_path, HEADER, SOURCE)
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.bin")}
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("set-*/block-*/*.bin")}
     assert all(writer.has(number) for number in range(BLOCKS))
     assert writer.publish()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -343,3 +345,30 @@ def test_a_cut_manifest_is_refused(written: Path, tmp_path: Path) -> None:
     os.truncate(copy / "manifest.json", 100)
     with pytest.raises(ShardCorrupt, match=r"manifest\.json: damaged"):
         FeatureSet.open(copy)
+
+
+def test_two_jobs_may_make_the_same_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (FeatureWriter(tmp_path, HEADER, SOURCE) for _ in range(2))
+    array, begun = writing.write_array, list[Path]()
+
+    def write(path: Path, values: np.ndarray) -> StoredFile:
+        if not begun:
+            begun.append(path)
+            write_block(two, 0)  # the other job writes the same part meanwhile
+        return array(path, values)
+
+    monkeypatch.setattr(writing, "write_array", write)
+    write_block(one, 0)
+    assert begun
+    assert one.has(0)
+    folder = tmp_path / SOURCE.name
+    assert [path.name for path in folder.iterdir()] == ["block-00000000"]
+    # What a killed writer left goes when it is old.
+    left = folder / ".block-00000001.0123.partial"
+    left.mkdir()
+    write_block(one, 1)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    shutil.rmtree(folder / "block-00000001")
+    write_block(one, 1)
+    assert not left.exists()

@@ -15,16 +15,19 @@ from builders.tiny import damaged_data, tiny_config, with_ranks
 from builders.worlds import SINGLE_RANK
 
 from tvr.data_prep.dataset.manifest import read_manifest
+from tvr.data_prep.hard_batches import caption_words
 from tvr.data_prep.hard_batches.caption_vectors import CaptionVectors, open_vectors
 from tvr.data_prep.hard_batches.caption_words import (
     SampleCaptions,
     find_word_vectors,
     read_captions,
+    read_texts,
     write_word_vectors,
 )
 from tvr.data_prep.reading.sample_reader import SampleReader
 from tvr.data_prep.records import BadSample
 from tvr.trainer.config import Config, merged, to_json
+from tvr.trainer.hard_batches.hard_epochs import HardEpochs
 from tvr.trainer.hard_batches.sentence_vectors import write_sentence_vectors
 from tvr.trainer.loop import train
 
@@ -118,6 +121,10 @@ def test_bad_samples_are_in_no_group_and_a_store_that_is_down_ends_the_reading(
     folder, _ = damaged_data(data, tmp_path / "set", rows=[1])
     reader = SampleReader(str(folder), num_frames=1, image_size=16)
     found = [sample.texts for sample in read_captions(reader)]
+    # Threads with readers of their own give the same, in the same order.
+    threads = [reader.for_another_thread() for _ in range(3)]
+    assert [sample.texts for sample in read_captions(*threads)] == found
+    assert sum(sum(each.pop_read_counts().values()) for each in threads) >= NUM_TRAIN - 1
     assert [row for row, texts in enumerate(found) if not texts] == [1]
     assert len(found) == NUM_TRAIN
 
@@ -132,6 +139,51 @@ def test_bad_samples_are_in_no_group_and_a_store_that_is_down_ends_the_reading(
     manifest = replace(reader.manifest, beton=reader.manifest.shards[0])
     with pytest.raises(ValueError, match="which is a beton; train from the shards"):
         find_word_vectors("/data/set.beton", manifest, tmp_path / "vectors")
+
+
+def test_captions_are_whole_before_the_folder_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[list[str]]()
+
+    def stop(folder: Path, *_: object, **__: object) -> None:
+        seen.append(list(read_texts(folder, 0, 3)))
+        raise KeyboardInterrupt
+
+    samples = [SampleCaptions(f"v{n}", (f"caption {n}",)) for n in range(3)]
+    with monkeypatch.context() as patched:
+        patched.setattr(caption_words, "write_vectors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_word_vectors(tmp_path, samples, content="digest")
+    assert seen == [["caption 0", "caption 1", "caption 2"]]
+    write_word_vectors(tmp_path, samples, content="digest")
+    (tmp_path / "captions.jsonl").write_text('"caption 0"\n')
+    with pytest.raises(ValueError, match=r"the sha256 of captions\.jsonl differs"):
+        open_vectors(tmp_path, "digest")
+    # Only the first rank compares hashes; the others notice a file that was cut.
+    open_vectors(tmp_path, "digest", verify=False)
+    with pytest.raises(ValueError, match="ends at caption 1 instead of 3"):
+        list(read_texts(tmp_path, 0, 3))
+
+
+def test_vectors_that_no_resume_needs_are_removed(data: Path, tmp_path: Path) -> None:
+    config = config_of(data, checkpoint={"every": 0})
+    run_dir = tmp_path / "run"
+    hard = HardEpochs(config, run_dir, 0, SINGLE_RANK)
+    random = np.random.default_rng(0)
+
+    def encode(captions: Sequence[str]) -> np.ndarray:
+        return random.normal(size=(len(captions), 8)).astype(np.float32)
+
+    folder = run_dir / "hard_batches" / "train"
+    for done in range(30):
+        if hard.is_due(done):
+            hard.find(done, encode)
+            # A checkpoint in epoch 2 may be resumed from.
+            (run_dir / "checkpoints" / "step-00000011").mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"epoch-{epoch:08d}" for epoch in (0, 2, 5, 6)]
+    HardEpochs(config, run_dir, 11, SINGLE_RANK)
 
 
 def test_sentence_vectors_are_centred_and_bad_samples_have_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -134,6 +135,7 @@ def test_files_may_bring_words(data: Path, tmp_path: Path) -> None:
         ("data", {"num_frames": 2}, "num_frames must be 3, .* and it is 2"),
         ("data", {"features": "elsewhere"}, "data.features must be the same folder"),
         ("data", {"features": None}, "set data.features to the same folder"),
+        ("data", {"hard_batches": 0.5, "hard_every": 2}, "set data.hard_every=0, and it is 2"),
     ):
         part = replace(getattr(config, section), **change)
         with pytest.raises(ValueError, match=text):
@@ -194,6 +196,7 @@ def test_a_file_with_other_content_is_a_bad_sample(
         (np.array([{}], dtype=object), "allow_pickle"),
         (np.ones((2, 3), dtype=np.int32), "no floats"),
         (np.full((2, 3), np.inf), "not finite"),
+        (np.full((2, 3), 1e300), "not finite in float32"),
     ],
 )
 def test_an_array_with_other_content_is_a_bad_sample(
@@ -204,3 +207,51 @@ def test_an_array_with_other_content_is_a_bad_sample(
         read_file(tmp_path, "a", num_frames=3)
     with pytest.raises(BadSample, match=r"neither b.npy nor b.safetensors"):
         read_file(tmp_path, "b", num_frames=3)
+
+
+def test_arrays_of_other_machines_are_read_and_a_storage_that_is_down_is_no_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "a.npy", np.arange(6.0).reshape(2, 3).astype(">f4"))
+    assert read_file(tmp_path, "a", num_frames=3).frames.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+    def down(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(np, "load", down)
+    with pytest.raises(BadSample) as bad:
+        read_file(tmp_path, "a", num_frames=3)
+    assert bad.value.reason == "unavailable"
+
+
+def test_captions_whose_words_would_all_be_cut_are_refused(data: Path, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for index, key in enumerate(keys_of(data / "test")):
+        words = torch.ones(1, MAX_WORDS + 2, TEXT_WIDTH)
+        words[:, : MAX_WORDS if index == 3 else 0] = 0  # padded on the left
+        save_file({"frames": torch.ones(2, WIDTH), "words": words}, files / f"{key}.safetensors")
+    out = tmp_path / "features"
+    settings = {"name": "noise", "num_frames": NUM_FRAMES, "max_words": MAX_WORDS}
+    assert import_features(str(data / "test"), files, out, **settings) == 1
+    found = FeatureSet.open(out, towers=True)
+    assert "put the words first" in found.left_out[0].detail
+    assert found.texts().word_mask.any(dim=1).all()
+
+
+def test_numbers_that_half_precision_cannot_hold_are_refused(data: Path, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for key in keys_of(data / "test"):
+        content = {"frames": torch.full((2, WIDTH), 7e4), "words": torch.ones(1, 2, TEXT_WIDTH)}
+        save_file(content, files / f"{key}.safetensors")
+    with pytest.raises(ValueError, match=r"frames of block-00000000 .* not finite in fp16"):
+        import_features(
+            str(data / "test"),
+            files,
+            tmp_path / "features",
+            name="noise",
+            num_frames=3,
+            max_words=MAX_WORDS,
+            stored="fp16",
+        )

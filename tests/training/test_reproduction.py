@@ -18,10 +18,11 @@ from tvr.data_prep.dataset.manifest import read_manifest
 from tvr.launchers import cli
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_NOT_REACHED, EXIT_PREEMPTED, EXIT_USAGE
 from tvr.trainer.comparison.statistics import bootstrap_interval
+from tvr.trainer.config import Config, merged, to_json
 from tvr.trainer.model.tokenizer import train_tokenizer
 from tvr.trainer.reproduction.cli import DOCUMENT, TABLE, reproduce
 from tvr.trainer.reproduction.interval import recall_interval, student_t
-from tvr.trainer.reproduction.packs import PACKS
+from tvr.trainer.reproduction.packs import PACKS, other_towers
 from tvr.trainer.reproduction.plan import ReproductionOptions, plan_reproduction
 from tvr.trainer.reproduction.steps import run_as_child, run_steps
 from tvr.trainer.reproduction.table import read_table
@@ -271,6 +272,27 @@ def test_other_settings_of_a_finished_step_are_refused(
     assert reproduce(flags(inputs, "msvd", out, "--ranks", "2"), run=Recorder(0)) == 1
 
 
+def test_a_step_depends_on_the_steps_before_it(inputs: Path, tmp_path: Path) -> None:
+    """A new training or data set must not meet the results of the old one."""
+    given = options(inputs, "msvd", tmp_path)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**SETTINGS, "loss": {"hardness": 0.5}}))
+    names = {
+        name: [
+            one.name
+            for one, two in zip(
+                plan_reproduction(given).steps,
+                plan_reproduction(replace(given, **change)).steps,  # pyright: ignore[reportArgumentType]
+                strict=True,
+            )
+            if one.identity != two.identity
+        ]
+        for name, change in (("config", {"config": other}), ("side", {"short_side": 32}))
+    }
+    assert names["config"] == [f"{kind}-seed-{n}" for n in (0, 1) for kind in ("train", "evaluate")]
+    assert len(names["side"]) == 8
+
+
 def test_slurm_gets_the_trainings_and_the_next_call_goes_on(
     inputs: Path,
     finished: tuple[Path, Recorder, int],
@@ -294,6 +316,36 @@ def test_slurm_gets_the_trainings_and_the_next_call_goes_on(
     run = Recorder()
     assert reproduce(argv, run=run) == EXIT_NOT_REACHED
     assert [command[1] for command in run.commands] == ["evaluate", "evaluate"]
+
+
+def test_a_job_with_other_settings_is_not_taken_for_the_planned_one(
+    inputs: Path, tmp_path: Path
+) -> None:
+    plan = plan_reproduction(options(inputs, "msvd", tmp_path / "out", slurm="--nodes 1"))
+    step = next(each for each in plan.steps if each.kind == "train")
+
+    def run(command: Sequence[str]) -> int:
+        (product,) = [each.product for each in plan.steps if each.command == tuple(command)]
+        product.parent.mkdir(parents=True, exist_ok=True)
+        product.write_text("{}")
+        return 0
+
+    def jobs_of(config: Config) -> int:
+        run(step.command)
+        (step.product.parent / "config.json").write_text(to_json(config))
+        return run_steps(plan, run, lambda text: None)
+
+    submitted = merged(plan.config, {"model": {"pretrained": str(inputs / "clip")}}, where="")
+    # Not evaluated to its last step; the seed, the place of the data and a logging interval differ.
+    for change in ({"seed": 1}, {"log_every": 7}):
+        assert jobs_of(merged(submitted, {"train": change}, where="")) == EXIT_PREEMPTED
+    for change, name in (
+        ({"loss": {"hardness": 0.5}}, r"loss\.hardness 0\.5 -> 0\.0"),
+        ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate 0\.5 -> 0\.0001"),
+        ({"model": {"pretrained": "other"}}, r"model\.pretrained other -> "),
+    ):
+        with pytest.raises(ValueError, match=rf"was trained with other settings \({name}"):
+            jobs_of(merged(submitted, change, where=""))
 
 
 def test_a_failed_step_ends_the_call_with_its_code(inputs: Path, tmp_path: Path) -> None:
@@ -388,4 +440,20 @@ def test_the_number_is_reached_if_the_interval_holds_it(
     assert table.is_complete
     assert table.is_reached is reached
     word = "reaches" if reached else "does not reach"
-    assert f"] {word} 45.2 (CLIP4Clip ViT-B/32 (seqTransf))" in table.markdown()
+    text = table.markdown()
+    assert f"] {word} 45.2 (CLIP4Clip ViT-B/32 (seqTransf))" in text
+    # A number of larger towers says nothing about that of ViT-B/32.
+    note = "has towers with patches of 8 pixels, and the published ones of --towers b32 have 32"
+    assert note in text
+
+
+def test_towers_of_the_published_size_have_no_note(tmp_path: Path) -> None:
+    for vision, towers, noted in (
+        ({"patch_size": 32}, "b32", False),
+        ({}, "b32", False),
+        ({"patch_size": 16}, "b16", False),
+        ({"patch_size": 16}, "b32", True),
+        ({}, "b16", True),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
+        assert (other_towers(tmp_path, towers) is not None) is noted  # pyright: ignore[reportArgumentType]

@@ -228,6 +228,22 @@ def test_the_vocabulary_of_a_pretrained_folder_may_not_change(tmp_path: Path) ->
     assert "another vocabulary" in refusal(run_dir, elsewhere)
 
 
+def test_a_clip_beside_an_open_clip_file_has_the_digest_of_earlier_releases(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    (folder / "tokenizer.json").write_text("{}")
+    config = tiny_config(Path("/data"), model={"tokenizer": None, "pretrained": str(folder)})
+    before = dict(claim(tmp_path / "run", config, SINGLE_RANK).contents)
+    (folder / "open_clip_config.json").write_text("{}")
+    assert dict(claim(tmp_path / "run", config, SINGLE_RANK).contents) == before
+    # A PE-Core is read by it.
+    (folder / "config.json").unlink()
+    one = claim(tmp_path / "run", config, SINGLE_RANK).contents["model.pretrained"]
+    (folder / "open_clip_config.json").write_text('{"a": 1}')
+    assert claim(tmp_path / "run", config, SINGLE_RANK).contents["model.pretrained"] != one
+
+
 def test_a_run_of_an_earlier_release_keeps_its_loss_unless_told_otherwise(tmp_path: Path) -> None:
     """The settings that its release did not have count as it behaved."""
     loss = {"similarity": "neg_nce", "neg_nce_mode": "log"}

@@ -156,11 +156,11 @@ def test_several_sets_workers_and_the_gradient_cache(data: Path, tmp_path: Path)
     assert runs[0] == runs[1]
 
 
-def made(config: Config, seed: int = 0) -> tuple[Any, TextVideoModel]:
+def made(config: Config, seed: int = 0, **limits: Any) -> tuple[Any, TextVideoModel]:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(config.model, config.data)
     model = build_model(config.model, config.loss, tokenizer, num_frames=config.data.num_frames)
-    return open_or_make(config, model, tokenizer, ALONE), model
+    return open_or_make(config, model, tokenizer, ALONE, **limits), model
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_settings_that_change_the_outputs_are_refused(
 
 
 def test_a_folder_of_other_towers_settings_or_content_is_refused(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "features"
     test = tmp_path / "test"
@@ -207,6 +207,9 @@ def test_a_folder_of_other_towers_settings_or_content_is_refused(
     # The same content at another place is found; a place whose content has changed is refused.
     again, _ = made(replace(config, data=replace(config.data, test=str(data / "test"))))
     assert again is not None
+    for url in (str(data / "train"), str(data / "test")):
+        _, captions = again[url].place(0)
+        assert len(again[url].captions(captions)) > 0
     assert len(FeatureSet.open(folder, towers=True).sources) == 2
     shutil.rmtree(test)
     shutil.copytree(data / "exchanged", test)
@@ -222,6 +225,12 @@ def test_a_folder_of_other_towers_settings_or_content_is_refused(
     file.write_bytes(content)
     with pytest.raises(ShardCorrupt, match=r"words.bin: its content differs"):
         made(config)
+    # Of a store that takes long to read, a start compares some parts, and `tvr features` all.
+    monkeypatch.setattr(FeatureSet, "verify", lambda *part: verified.append(part))
+    for most, parts in ((0, 0), (1, 1), (None, 2)):
+        verified = list[Any]()
+        made(config, verify_bytes=most)
+        assert len(verified) == parts
 
 
 def test_an_interrupted_start_continues_with_the_blocks_that_are_left(

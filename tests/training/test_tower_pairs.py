@@ -30,6 +30,7 @@ from tvr.trainer.config import (
     TrainConfig,
 )
 from tvr.trainer.dry_run.synthetic_step import random_batches
+from tvr.trainer.evaluation.model_source import load_source
 from tvr.trainer.explanation.tokens import token_texts
 from tvr.trainer.memory.model_memory import activation_bytes
 from tvr.trainer.model.model import (
@@ -298,6 +299,9 @@ def test_a_half_precision_dual_encoder_folder_is_that_of_hugging_face(
     assert found.sentence.dtype == torch.float32
     assert embed_width(config) == found.sentence.shape[1] == 512
     assert next(model.parameters()).dtype == torch.float32
+    source = load_source(tmp_path)
+    assert source.mean_of_frames
+    assert source.encode_texts(["a small red circle"]).sentence.shape == (1, 512)
 
 
 def test_word_pieces_mark_content_words(folders: Path) -> None:

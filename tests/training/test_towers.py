@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders.clip_files import plain_captions
-from builders.pretrained import save_siglip, save_siglip2
+from builders.pretrained import save_clip, save_siglip, save_siglip2
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -36,7 +37,7 @@ from tvr.trainer.model.model import TextVideoModel, build_model, image_size
 from tvr.trainer.model.parameter_groups import merge_adapters, parameter_groups
 from tvr.trainer.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tvr.trainer.model.tower_depth import depths
-from tvr.trainer.model.tower_folders import embed_width
+from tvr.trainer.model.tower_folders import embed_width, family_of
 from tvr.trainer.model.towers import check_tokenizer
 
 MAX_WORDS = 16
@@ -149,6 +150,24 @@ def test_siglip2_reads_captions_in_lower_case(tmp_path: Path) -> None:
     assert torch.allclose(found.sentence, unit(pooled(text)), atol=1e-5)
 
 
+def test_clips_vocabulary_is_read_with_and_without_tokenizer_json(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """A folder that names no class is CLIP's, as in earlier releases."""
+    tokenizer.backend.save_pretrained(tmp_path / "whole")
+    rules = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())["model"]
+    folder, captions = tmp_path / "files", plain_captions(*CAPTIONS)
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(rules["vocab"]))
+    merges = [each if isinstance(each, str) else " ".join(each) for each in rules["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    for name in (None, "tokenizer.json"):
+        if name is not None:
+            shutil.copy(tmp_path / "whole" / name, folder)
+        found = load_tokenizer(folder, MAX_WORDS)(captions)
+        assert torch.equal(found[0], tokenizer(captions)[0])
+
+
 def test_the_patch_form_of_siglip2_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
     with pytest.raises(ValueError, match=r"NaFlex form.*siglip2-base-patch16-224"):
@@ -185,6 +204,19 @@ def test_another_family_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip"}))
     with pytest.raises(ValueError, match=r"type 'blip'; supported are clip, siglip, vision"):
         built(tokenizer, pretrained=str(tmp_path))
+
+
+def test_a_clip_that_also_lies_there_as_open_clip_writes_it_is_read_as_a_clip(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """As in LAION's folders."""
+    save_clip(tmp_path, tokenizer, width=16, image_size=16)
+    shape = {"model_cfg": {"embed_dim": 16, "vision_cfg": {"layers": 12}, "text_cfg": {}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(shape))
+    assert built(tokenizer, pretrained=str(tmp_path)).family.name == "clip"
+    # timm's config.json names no type.
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit"}))
+    assert family_of(str(tmp_path)) == "pe_core"
 
 
 def published(patch: int, *, large: bool, eos: int) -> tuple[CLIPTextConfig, CLIPVisionConfig]:

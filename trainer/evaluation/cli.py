@@ -50,8 +50,8 @@ def evaluate(argv: Sequence[str]) -> int:
 
         Args:
             run_dir: Folder of an existing run. The results on its own test set are stored there.
-            model: Folder of `tvr export`, or of a Hugging Face CLIP or SigLIP, which is the
-                zero-shot baseline: the sentence with the mean of the frames. Needs --data.
+            model: Folder of `tvr export`, or of towers as model.pretrained takes them, which are
+                the zero-shot baseline: the sentence with the mean of the frames. Needs --data.
             features: Folder that `tvr embed` or --save-features wrote; nothing is encoded.
             data: Test set to use instead of the run's; the results are printed, not stored.
             checkpoint: newest; best: that with the highest R@1, mean of both directions; or the
@@ -220,7 +220,7 @@ def embed(argv: Sequence[str]) -> int:
         can be added to the same folder later.
 
         Args:
-            source: Folder of a run, of `tvr export`, or of a Hugging Face CLIP or SigLIP.
+            source: Folder of a run, of `tvr export`, or of towers as model.pretrained takes them.
             data: Data set that `tvr pack` or `tvr adopt` wrote, or a folder of video files.
             out: Folder of the features.
             checkpoint: Of a run: newest, best, or the number of a step.

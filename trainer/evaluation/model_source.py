@@ -1,9 +1,9 @@
-"""Loads a model to use, from a run, from a folder of `tvr export`, or from a plain CLIP or SigLIP.
+"""Loads a model to use, from a run, from a folder of `tvr export`, or from plain towers.
 
-A plain Hugging Face folder has no trained token weights. Its similarity is the one of every
-zero-shot baseline: the sentence with the mean of the frames. The frames of a video are averaged
-and scaled to unit length when they are encoded, so a video has one frame vector. With one frame,
-`ti` without neighbours is the cosine of sentence and mean.
+A plain folder of towers, such as a CLIP or a PE-Core, has no trained token weights. Its similarity
+is the one of every zero-shot baseline: the sentence with the mean of the frames. The frames of a
+video are averaged and scaled to unit length when they are encoded, so a video has one frame vector.
+With one frame, `ti` without neighbours is the cosine of sentence and mean.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def load_source(
     """Loads a model from a run, from a folder of `tvr export`, or from a plain CLIP or SigLIP.
 
     Args:
-        source: Folder of a run, of an export, or of a Hugging Face CLIP or SigLIP.
+        source: Folder of a run, of an export, or of towers as `model.pretrained` takes them.
         choice: Checkpoint of a run: "newest", "best" or a step.
         num_frames: Frames of a video instead of the model's own number; 12 for a plain folder.
         max_words: Tokens of a caption instead of the model's own number; all positions of its text

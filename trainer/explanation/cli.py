@@ -42,7 +42,7 @@ def explain(argv: Sequence[str]) -> int:
         --hardest the page shows the captions of a test set that a wrong video beats by most.
 
         Args:
-            source: Folder of a run, of `tvr export`, or of a Hugging Face CLIP or SigLIP.
+            source: Folder of a run, of `tvr export`, or of towers as model.pretrained takes them.
             caption: The text. None: the first caption of the sample.
             video: Video file.
             data: Data set that `tvr pack` or `tvr adopt` wrote. None: the test set of the run.

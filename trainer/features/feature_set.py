@@ -36,6 +36,7 @@ from tvr.trainer.features.writer import FeatureWriter, VideoSource, check_files
 from tvr.trainer.model.model import Features
 
 __all__ = [
+    "EMBED_AGAIN",
     "MANIFEST",
     "OUTPUT",
     "DataSource",
@@ -102,6 +103,11 @@ class FeatureSet:
             ValueError: the folder is a packed data set, or holds features of the other kind.
             ShardCorrupt: the manifest or a file is damaged, cut short or edited; names it.
         """
+        return cls(Path(folder), cls.published(folder, towers=towers), verify=verify)
+
+    @staticmethod
+    def published(folder: Path | str, *, towers: bool = False) -> FeatureManifest:
+        """Reads what is published, without its parts; raises as `open`."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(
@@ -115,7 +121,7 @@ class FeatureSet:
                 f"{folder} holds {kinds[manifest.header.is_of_towers]}; needed are {kinds[towers]}"
                 " (data.features)"
             )
-        return cls(Path(folder), manifest, verify=verify)
+        return manifest
 
     def __len__(self) -> int:
         """Number of videos."""
@@ -140,7 +146,8 @@ class FeatureSet:
         found = [
             (first, np.asarray(each.columns["rows"][:]))
             for each, first in zip(self._parts, self._video_ends, strict=False)
-            if each.source == source
+            # By content: it may lie at another place than when it was encoded.
+            if each.source.name == source.name
         ]
         numbers = [np.arange(first, first + len(rows)) for first, rows in found]
         none = np.empty(0, np.int64)
@@ -208,11 +215,8 @@ class FeatureSet:
             return []
         each, first = self._place(self._caption_ends, rows.start)
         ends = each.columns["captions_ends"]
-        edges = [
-            *ends[max(first - 1, 0) : first].tolist(),
-            *ends[first : first + len(rows)].tolist(),
-        ]
-        edges = edges if first else [0, *edges]
+        edges = [] if first else [0]
+        edges += ends[max(first - 1, 0) : first + len(rows)].tolist()
         text = each.columns["captions"][edges[0] : edges[-1]].tobytes()
         try:
             return [text[a - edges[0] : b - edges[0]].decode() for a, b in pairwise(edges)]
@@ -250,10 +254,8 @@ class FeatureSet:
         ends = self._video_ends if name.startswith("frame") else self._caption_ends
         parts = np.searchsorted(ends, rows, side="right") - 1
         for number in np.unique(parts):
-            of_part = parts == number
-            stored = self._parts[number].columns
-            local = rows[of_part] - ends[number]
-            values = stored[name][local]
+            of_part, stored = parts == number, self._parts[number].columns
+            values = stored[name][local := rows[of_part] - ends[number]]
             if converted is not kind and is_vector and kind == np.int8:
                 values = values.astype(np.float32) * stored[f"{name}_scale"][local][..., None]
             out[of_part] = values

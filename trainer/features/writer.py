@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import errno
+import fcntl
+import secrets
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +35,9 @@ from tvr.trainer.features.stored_file import check_file, write_array
 from tvr.trainer.model.model import Features
 
 INT8_LEVELS = 127
+# A part takes seconds to write, once it is encoded.
+ABANDONED_S = 3600.0
+LOCK = ".publish.lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,29 +133,38 @@ class FeatureWriter:
         )
         arrays = self._arrays(features, part, captions, caption_video, keys, sources, frame_times)
         folder = self._own / part.name
-        partial = folder.with_name(f".{part.name}.{os.getpid()}.partial")
-        # A writer that was killed left its own behind.
-        for left in self._own.glob(f".{part.name}.*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = {
-            name: write_array(partial / f"{name}.bin", array) for name, array in arrays.items()
-        }
-        part = Part(
-            name=part.name,
-            videos=part.videos,
-            captions=part.captions,
-            files=files,
-            left_out=tuple(_shortened(each) for each in left_out),
-        )
-        text = part_json(self.header, self.source, part)
-        write_array(partial / PART, np.frombuffer(text.encode(), np.uint8))
+        # Ranks of other machines, and of other jobs, may have this process's number.
+        partial = folder.with_name(f".{part.name}.{secrets.token_hex(8)}.partial")
+        self._remove_partial(part.name, older_than_s=ABANDONED_S)
         try:
+            partial.mkdir(parents=True)
+            files = {
+                name: write_array(partial / f"{name}.bin", array) for name, array in arrays.items()
+            }
+            part = Part(
+                name=part.name,
+                videos=part.videos,
+                captions=part.captions,
+                files=files,
+                left_out=tuple(_shortened(each) for each in left_out),
+            )
+            text = part_json(self.header, self.source, part)
+            write_array(partial / PART, np.frombuffer(text.encode(), np.uint8))
             partial.rename(folder)
         except OSError:
-            if not self.has(block):
+            shutil.rmtree(partial, ignore_errors=True)
+            if not self.has(block):  # another job has not written it meanwhile
                 raise
-            shutil.rmtree(partial)
+
+    def _remove_partial(self, block: str, *, older_than_s: float) -> None:
+        """Removes what killed writers left; another job may be writing just now."""
+        for left in self._own.glob(f".{block}.*.partial"):
+            try:
+                is_old = time.time() - left.stat().st_mtime >= older_than_s
+            except FileNotFoundError:  # just renamed
+                continue
+            if is_old:
+                shutil.rmtree(left, ignore_errors=True)
 
     def publish(self) -> bool:
         """Adds the data set to manifest.json if all its parts are there; keeps the others.
@@ -164,13 +180,16 @@ class FeatureWriter:
             return False
         own = (self.source, tuple(self._record(folder) for folder in folders))
         path = self.folder / MANIFEST
-        sets = read_manifest(path).sets if path.exists() else ()
-        names = [source.name for source, _ in sets]
-        if self.source.name in names:
-            sets = tuple(own if each[0].name == self.source.name else each for each in sets)
-        else:
-            sets = (*sets, own)
-        write_atomically(path, to_json(FeatureManifest(header=self.header, sets=sets)))
+        with _locked(self.folder / LOCK):
+            sets = read_manifest(path).sets if path.exists() else ()
+            names = [source.name for source, _ in sets]
+            if self.source.name in names:
+                sets = tuple(own if each[0].name == self.source.name else each for each in sets)
+            else:
+                sets = (*sets, own)
+            write_atomically(path, to_json(FeatureManifest(header=self.header, sets=sets)))
+        # A job that still writes one of these parts finds it written.
+        self._remove_partial("block-*", older_than_s=0.0)
         return True
 
     def _record(self, folder: Path) -> Part:
@@ -222,7 +241,13 @@ class FeatureWriter:
                 values = np.empty(shape)
             if values.shape != shape:
                 raise ValueError(f"{name} of a part has shape {values.shape}; needed is {shape}")
-            result[name] = values.astype(kind)
+            with np.errstate(over="ignore"):  # refused below
+                result[name] = values.astype(kind)
+            if kind == np.float16 and not np.isfinite(result[name]).all():
+                raise ValueError(
+                    f"{self.folder}: {name} of {part.name} holds numbers that are not finite in"
+                    " fp16, whose largest is 65,504; store fp32 (data.features_type, or --stored)"
+                )
         return result
 
 
@@ -238,6 +263,19 @@ def check_files(folder: Path, part: Part, *, hashes: bool, names: Sequence[str] 
     for name, stored in part.files.items():
         hashed = hashes or name in names
         check_file(folder / f"{name}.bin", stored, hashed=hashed, remedy=EMBED_AGAIN)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lets one process at a time publish: two at once would lose the data set of one of them."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+        except OSError as error:
+            # Some shared disks have no locks; one job at a time is safe there, too.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield
 
 
 def block_name(block: int) -> str:

@@ -76,7 +76,7 @@ def _probe(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _digest(model: TextVideoModel, tokenizer: Tokenizer) -> str:
-    """SHA-256 of both towers, in names, shapes, types and values, and of the vocabulary."""
+    """SHA-256 of both towers (names, shapes, types, values), pixel scales and vocabulary."""
     found = hashlib.sha256()
     for side in TOWERS:
         tower = getattr(model, side)
@@ -84,6 +84,8 @@ def _digest(model: TextVideoModel, tokenizer: Tokenizer) -> str:
         for name, value in sorted(tower.state_dict().items()):
             found.update(f"{side}.{name} {tuple(value.shape)} {value.dtype}\n".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    # A folder may set them, and no tower holds them.
+    found.update(json.dumps([model.pixel_mean.tolist(), model.pixel_std.tolist()]).encode())
     found.update(json.dumps(sorted(tokenizer.backend.get_vocab().items())).encode())
     return found.hexdigest()
 

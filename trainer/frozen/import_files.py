@@ -149,8 +149,8 @@ def _read(
             key, "unreadable", f"frames are {found.frames.shape[1]} wide, those before {width}"
         )
     if has_texts:
-        words = found.words
-        if words is None:
+        words, mask = found.words, found.word_mask
+        if words is None or mask is None:
             raise BadSample(
                 key, "unreadable", "its file holds no words, and there is no text tower"
             )
@@ -160,6 +160,13 @@ def _read(
                 "unreadable",
                 f"words are {tuple(words.shape)}; needed are {len(captions)} captions,"
                 f" {header.width} wide",
+            )
+        if not bool(mask[:, : header.num_words].any(dim=1).all()):
+            raise BadSample(
+                key,
+                "unreadable",
+                f"a caption has no words in its first {header.num_words} slots (--max-words), at"
+                " which longer ones are cut; put the words first",
             )
     return _Read(key, row, captions, found)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvr.data_prep.records import BadSample
-from tvr.trainer.features.feature_set import DataSource, FeatureSet
+from tvr.data_prep.records import BadSample, ShardCorrupt
+from tvr.trainer.features.feature_set import EMBED_AGAIN, DataSource, FeatureSet
 
 
 class SetOutputs:
@@ -18,20 +18,26 @@ class SetOutputs:
     Args:
         features: The feature set, which may hold other data sets.
         source: The data set.
+
+    Raises:
+        ShardCorrupt: the rows of its videos do not ascend.
     """
 
     def __init__(self, features: FeatureSet, source: DataSource) -> None:
         self.num_frames = features.info.num_frames
         self._features = features
         numbers, rows = features.videos_of(source)
-        self._first_caption = torch.searchsorted(features.caption_video, numbers).tolist()
-        self._end_caption = torch.searchsorted(features.caption_video, numbers, right=True).tolist()
-        self._numbers = numbers.tolist()
-        self._index_of = {row: index for index, row in enumerate(rows.tolist())}
+        captions = features.caption_video
+        # Arrays, since lists and dicts of ten million videos would take 2 GB in each process.
+        self._first_caption = torch.searchsorted(captions, numbers).numpy()
+        self._end_caption = torch.searchsorted(captions, numbers, right=True).numpy()
+        self._numbers, self._rows = numbers.numpy(), rows.numpy()
+        if (np.diff(self._rows) <= 0).any():
+            raise ShardCorrupt(f"{features.folder / source.name}: rows must ascend; {EMBED_AGAIN}")
         self._left_out = {
             each.position: each
             for found, part in features.parts
-            if found == source
+            if found.name == source.name
             for each in part.left_out
         }
 
@@ -41,13 +47,14 @@ class SetOutputs:
         Raises:
             BadSample: the video could not be encoded, with the reason found then.
         """
-        index = self._index_of.get(row)
-        if index is None:
+        index = int(np.searchsorted(self._rows, row))
+        if index == len(self._rows) or self._rows[index] != row:
             bad = self._left_out.get(row)
             if bad is None:
                 raise BadSample(f"row {row}", "unreadable", "it has no stored features")
             raise BadSample(bad.key, bad.reason, bad.detail)
-        return self._numbers[index], range(self._first_caption[index], self._end_caption[index])
+        first, end = int(self._first_caption[index]), int(self._end_caption[index])
+        return int(self._numbers[index]), range(first, end)
 
     def captions(self, numbers: range) -> list[str]:
         """Returns the texts of a video's captions."""

@@ -8,6 +8,7 @@ one content. Both are compared whenever it is opened.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from tvr.trainer.model.features import imported_settings
 from tvr.trainer.model.model import TextVideoModel
 from tvr.trainer.model.tokenizer import Tokenizer
 from tvr.trainer.model.tower_folders import has_imported
+
+# Read in seconds, also by the eight ranks of a node from one disk. Ten million clips take 900 GB.
+VERIFY_BYTES = 2 << 30
 
 __all__ = ["Report", "check_settings", "data_urls", "features_line", "open_or_make"]
 
@@ -58,6 +62,11 @@ def check_settings(config: Config) -> None:
                 f"{where} needs {setting}={allowed}, and it is {value}: the outputs of the towers"
                 " would differ from visit to visit; set it, or leave data.features out"
             )
+    if imported and data.hard_batches and data.hard_every:
+        raise ValueError(
+            f"{where} holds imported features, and no text tower can find hard batches anew: set"
+            f" data.hard_every=0, and it is {data.hard_every}"
+        )
     if config.train.zero_stage == 3:
         raise ValueError(
             f"{where} needs train.zero_stage 0, 1 or 2, and it is 3, which would partition towers"
@@ -106,15 +115,19 @@ def open_or_make(
     tokenizer: Tokenizer,
     world: World,
     report: Report | None = None,
+    *,
+    verify_bytes: int | None = VERIFY_BYTES,
 ) -> StoredTowers | None:
     """Opens the stored outputs of all data sets of a run, and makes those that are missing.
 
-    All ranks call it, with equal weights. They share the encoding, and the reading by which all
-    files are compared with their hashes.
+    All ranks call it, with equal weights. They share the encoding, and the reading by which files
+    are compared with their hashes. The sizes of all files are compared at every start.
 
     Args:
         model: The whole model on this rank's device, in the precision of the run.
         report: Called after each block with its data set and counts, see `Report`.
+        verify_bytes: Bytes that a rank compares with their hashes; of a larger share, parts taken
+            at random. None: all.
 
     Returns:
         None without `data.features`.
@@ -132,7 +145,7 @@ def open_or_make(
 
     def describe() -> FeatureHeader:
         if imported:
-            return FeatureSet.open(folder, towers=True).info
+            return FeatureSet.published(folder, towers=True).header
         return towers_header(config, model, tokenizer)
 
     header = world.run_on_first(describe, patient=True)
@@ -150,7 +163,7 @@ def open_or_make(
             )
         encode_blocks(folder, header, url, sources[url], config, model, tokenizer, world, report)
     features = world.run_on_all(lambda: FeatureSet.open(folder, towers=True), Exception)
-    world.run_on_all(lambda: _verify(features, sources.values(), world), ShardCorrupt)
+    world.run_on_all(lambda: _verify(features, sources.values(), world, verify_bytes), ShardCorrupt)
     return {url: SetOutputs(features, source) for url, source in sources.items()}
 
 
@@ -158,14 +171,29 @@ def _published(folder: Path, header: FeatureHeader) -> set[str]:
     """Names of the data sets of the folder that are whole."""
     if not (folder / MANIFEST).is_file():
         return set()
-    features = FeatureSet.open(folder, towers=True)
-    features.info.check_same(header, str(folder))
-    return {source.name for source in features.sources}
+    manifest = FeatureSet.published(folder, towers=True)
+    manifest.header.check_same(header, str(folder))
+    return {source.name for source, _ in manifest.sets}
 
 
-def _verify(features: FeatureSet, sources: Iterable[DataSource], world: World) -> None:
-    """Compares this rank's share of the files that the run reads with their hashes."""
+def _verify(
+    features: FeatureSet, sources: Iterable[DataSource], world: World, most: int | None
+) -> None:
+    """Compares this rank's share of the files that the run reads with their hashes.
+
+    Args:
+        most: Bytes after which no other part is begun; None = no limit.
+    """
     wanted = {source.name for source in sources}
-    parts = [each for each in features.parts if each[0].name in wanted]
-    for source, part in parts[world.rank :: world.world_size]:
+    parts = [each for each in features.parts if each[0].name in wanted][
+        world.rank :: world.world_size
+    ]
+    if most is not None:
+        # Another choice at each start, and none of the run's own random numbers.
+        random.Random().shuffle(parts)
+    done = 0
+    for source, part in parts:
+        if most is not None and done >= most:
+            break
         features.verify(source, part)
+        done += sum(file.num_bytes for file in part.files.values())

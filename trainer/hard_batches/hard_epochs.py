@@ -11,6 +11,7 @@ as in ANCE (Xiong et al., arXiv 2007.00808).
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from tvr.data_prep.hard_batches.caption_vectors import CaptionVectors, has_vecto
 from tvr.data_prep.hard_batches.caption_words import find_word_vectors
 from tvr.data_prep.hard_batches.hard_batches import HardBatches, batch_of, caption_groups
 from tvr.data_prep.reading.order import Regroup
+from tvr.trainer.checkpoint.catalogue import list_candidates
 from tvr.trainer.config import Config
 from tvr.trainer.data import training_mixture, training_sets
 from tvr.trainer.distributed.world import World
 from tvr.trainer.hard_batches.sentence_vectors import EncodeCaptions, write_sentence_vectors
+from tvr.trainer.run_dir import checkpoints_of
 
 FOLDER = "hard_batches"
+
+log = logging.getLogger(__name__)
 
 
 class HardEpochs:
@@ -101,6 +106,7 @@ class HardEpochs:
             self._world.run_on_all(
                 lambda name=name, epoch=epoch: self._open(name, epoch), ValueError
             )
+            self._world.run_on_first(lambda name=name: self._remove_old(name, done))
 
     def _due(self, done: int) -> list[tuple[str, int]]:
         """Sets, and epochs whose vectors are found after `done` steps and are not there."""
@@ -127,6 +133,27 @@ class HardEpochs:
     def _of(self, name: str, epoch: int) -> Path:
         return self._folder / (name or "train") / f"epoch-{epoch:08d}"
 
+    def _remove_old(self, name: str, done: int) -> None:
+        """Removes files that no resume needs: the two newest stay, and those of checkpoints."""
+        epochs = self._epochs(name)
+        storage = checkpoints_of(self._config.checkpoint, self._folder.parent)
+        kept = {0, *epochs[-2:]}
+        try:
+            for step in (*list_candidates(storage), done):
+                kept |= self._in_use(name, step)
+            for epoch in epochs:
+                if epoch not in kept:
+                    shutil.rmtree(self._of(name, epoch))
+        except OSError as error:
+            log.warning("old vectors of data.hard_batches stay in %s: %s", self._folder, error)
+
+    def _in_use(self, name: str, done: int) -> set[int]:
+        """Epochs whose vectors order the batch after `done` steps."""
+        batch = self._config.train.global_batch
+        at = done * batch if self._mixture is None else self._mixture.drawn(done * batch)[name]
+        first = at // self._manifests[name].num_samples
+        return {self._hard.first_epoch(each) for each in (first, self._last_epoch(name, done))}
+
     def _epochs(self, name: str) -> list[int]:
         """Epochs from which files of vectors hold."""
         folders = (self._folder / (name or "train")).glob("epoch-*")
@@ -144,15 +171,7 @@ class HardEpochs:
     def _open_all(self, start_step: int) -> None:
         for name in self._urls:
             self._open(name, 0)
-            batch = self._config.train.global_batch
-            at = (
-                start_step * batch
-                if self._mixture is None
-                else self._mixture.drawn(start_step * batch)[name]
-            )
-            epoch = self._hard.first_epoch(at // self._manifests[name].num_samples)
-            later = self._hard.first_epoch(self._last_epoch(name, start_step))
-            for needed in {epoch, later} - {0}:
+            for needed in sorted(self._in_use(name, start_step) - {0}):
                 if has_vectors(self._of(name, needed)) or self._step_of(name, needed) < start_step:
                     self._open(name, needed)
 
@@ -160,7 +179,9 @@ class HardEpochs:
         """Opens vectors; raises ValueError if they are damaged or missing."""
         folder = self._of(name, epoch)
         try:
-            found = open_vectors(folder, self._manifests[name].content)
+            # Read once: each of many ranks reading gigabytes would hold up a shared disk.
+            content, verify = self._manifests[name].content, self._world.is_first
+            found = open_vectors(folder, content, verify=verify)
         except OSError as error:
             raise ValueError(
                 f"{folder}: the caption vectors for data.hard_batches are missing: {error}. All"

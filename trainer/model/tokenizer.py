@@ -145,7 +145,10 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
     if max_words < 3:
         raise ValueError(f"max_words={max_words} must be at least 3: start, one token, end")
     folder = Path(folder)
-    if any((folder / name).is_file() for name in AUTO_FILES):
+    has_clip_files = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    # tokenizer.json alone names no end and no padding.
+    is_named = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    if any((folder / name).is_file() for name in AUTO_FILES) and (is_named or not has_clip_files):
         try:
             backend = _auto_tokenizer(folder)
         except ImportError as error:
@@ -153,7 +156,7 @@ def load_tokenizer(folder: str | Path, max_words: int, *, content_words: bool = 
                 f"the tokenizer in {folder} needs more packages (SigLIP's: pip install "
                 f"'tvr[siglip]'): {error}"
             ) from None
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    elif has_clip_files:
         backend = clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
     else:
         raise ValueError(

@@ -56,19 +56,23 @@ def build_towers(model: ModelConfig, tokenizer: Tokenizer, *, weights: bool) -> 
 
 
 def family_of(folder: str) -> str:
-    """Reads from config.json which family a Hugging Face folder holds.
+    """Reads from config.json, or open_clip_config.json, which family a folder holds.
 
     Raises:
-        ValueError: the folder has no config.json, or holds another kind of model.
+        ValueError: the folder has neither file, or holds another kind of model.
     """
-    if (Path(folder) / OPEN_CLIP_CONFIG).is_file():
-        return PE_CORE
+    is_open_clip = (Path(folder) / OPEN_CLIP_CONFIG).is_file()
     try:
         kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
     except (OSError, json.JSONDecodeError) as error:
+        if is_open_clip:
+            return PE_CORE
         raise ValueError(
             f"model.pretrained={folder!r} holds no config.json of a supported model: {error}"
         ) from None
+    # LAION's folders hold a CLIP in both forms; they are read from config.json.
+    if is_open_clip and kind not in (*LOADERS, IMPORTED, "siglip2"):
+        return PE_CORE
     if kind == "siglip2":
         raise ValueError(
             f"model.pretrained={folder!r} is a SigLIP 2 of the NaFlex form, which takes patches of"

@@ -17,7 +17,7 @@ from tvr.data_prep.annotations.benchmarks import read_benchmark
 from tvr.launchers.atomic_write import write_atomically
 from tvr.launchers.exit_codes import EXIT_DONE, EXIT_NOT_REACHED, EXIT_USAGE
 from tvr.trainer.exit_reporting import run_training_command
-from tvr.trainer.reproduction.packs import Benchmark, Towers
+from tvr.trainer.reproduction.packs import Benchmark, Towers, other_towers
 from tvr.trainer.reproduction.plan import ReproductionOptions, ReproductionPlan, plan_reproduction
 from tvr.trainer.reproduction.steps import RunCommand, is_done, run_as_child, run_steps
 
@@ -142,6 +142,9 @@ def _show(plan: ReproductionPlan) -> int:
         state = "complete" if is_done(options.out, step) else "to do"
         print(f"[{number}/{len(plan.steps)}] {step.name} ({state})\n    {step.line}")
     print(f"\ntable: {options.out / TABLE}, {options.out / DOCUMENT}")
+    if (options.pretrained / "config.json").is_file():
+        if (note := other_towers(options.pretrained, options.towers)) is not None:
+            print(f"note: {note}")
     for problem in problems:
         print(f"problem: {problem}")
     return EXIT_USAGE if problems else EXIT_DONE

@@ -9,14 +9,19 @@ goal is CLIP4Clip (arXiv 2104.08860), whose settings the recipes take.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tvr.data_prep.annotations.benchmarks import Dataset
 
 Benchmark = Literal["msrvtt", "msvd", "didemo", "activitynet"]
 Towers = Literal["b32", "b16"]
+
+PATCH_SIZES: Mapping[Towers, int] = {"b32": 32, "b16": 16}
+"""Side of an image patch of the published towers, in pixels."""
 
 GARE = "as quoted in tables 1 and 2 of GARE (Xiao et al., 2025)"
 MEMVERSE = "as quoted in table 2 of MemVerse (2025)"
@@ -89,6 +94,18 @@ def _clip4clip(
         text_to_video=to_video,
         video_to_text=to_text or {},
         is_goal=is_goal,
+    )
+
+
+def other_towers(folder: Path, towers: Towers) -> str | None:
+    """What to say if a CLIP's folder holds towers of another size than the published ones."""
+    content = json.loads((folder / "config.json").read_text())
+    found = (content.get("vision_config") or {}).get("patch_size", 32)  # transformers leaves out 32
+    if found == PATCH_SIZES[towers]:
+        return None
+    return (
+        f"{folder} has towers with patches of {found} pixels, and the published ones of"
+        f" --towers {towers} have {PATCH_SIZES[towers]}: their numbers are not comparable"
     )
 
 

@@ -99,7 +99,10 @@ def plan_reproduction(options: ReproductionOptions) -> ReproductionPlan:
                 " or set train.micro_batch in the --config file"
             )
         divided = ("--train.micro-batch", str(config.train.global_batch // ranks))
-    steps = [_pack_step(options, pack, split, config.data.num_frames) for split in pack.splits]
+    packs = {
+        split: _pack_step(options, pack, split, config.data.num_frames) for split in pack.splits
+    }
+    steps = list(packs.values())
     test = str(_data(options, pack.test))
     scored = ("--data", test, "--dual-softmax", f"{options.dual_softmax:g}")
     zero_shot = options.out / "results" / f"{ZERO_SHOT}.json"
@@ -113,12 +116,15 @@ def plan_reproduction(options: ReproductionOptions) -> ReproductionPlan:
                 *(*scored, "--json", str(zero_shot)),
             ),
             zero_shot,
+            after=packs[pack.test].identity,
         )
     )
     trained = {}
     for seed in range(options.seeds):
         run = options.out / "runs" / f"seed-{seed}"
         train, identity = _train_command(options, pack, name, run, seed)
+        for split in dict.fromkeys((pack.train, pack.choose)):
+            identity += packs[split].identity
         steps.append(
             ReproductionStep(
                 name=f"train-seed-{seed}",
@@ -138,6 +144,7 @@ def plan_reproduction(options: ReproductionOptions) -> ReproductionPlan:
                     *(*scored, "--json", str(trained[seed])),
                 ),
                 trained[seed],
+                after=identity + packs[pack.test].identity,
             )
         )
     return ReproductionPlan(
@@ -155,9 +162,11 @@ def _step(
     kind: Literal["pack", "zero-shot", "evaluate"],
     command: tuple[str, ...],
     product: Path,
+    after: tuple[str, ...] = (),
 ) -> ReproductionStep:
+    """A step whose product depends on its command, and on the identities of steps before it."""
     return ReproductionStep(
-        name=name, kind=kind, command=command, product=product, identity=command
+        name=name, kind=kind, command=command, product=product, identity=command + after
     )
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from tvr.launchers.atomic_write import write_atomically
@@ -91,7 +92,7 @@ def run_steps(
                 log(f"{place}: complete")
                 continue
             if plan.options.slurm is not None and step.kind == "train":
-                if not _is_trained(step):
+                if not _is_trained(plan, step):
                     waiting.append(step)
                     log(f"{place}: submit it with\n    {step.line}")
                     continue
@@ -125,12 +126,33 @@ def _timed(place: str, step: ReproductionStep, run: RunCommand, log: Callable[[s
     return code if code >= 0 else EXIT_FAILED
 
 
-def _is_trained(step: ReproductionStep) -> bool:
-    """True if the run of a step was trained and evaluated to its last step, by whichever job."""
+def _is_trained(plan: ReproductionPlan, step: ReproductionStep) -> bool:
+    """True if the run of a step was trained and evaluated to its last step, by whichever job.
+
+    Raises:
+        ValueError: it was trained with settings of another result.
+    """
+    from tvr.trainer.checkpoint.resume_rules import named_settings, rule_of
     from tvr.trainer.run_dir import is_finished, read_config
 
     run_dir = step.product.parent
-    return step.product.exists() and is_finished(run_dir, read_config(run_dir))
+    if not step.product.exists():
+        return False
+    stored = read_config(run_dir)
+    found, planned = (dict(named_settings(asdict(each))) for each in (stored, plan.config))
+    planned["model.pretrained"] = str(plan.options.pretrained)
+    differ = [
+        f"{name} {found[name]} -> {value}"
+        for name, value in planned.items()
+        if name in found and found[name] != value and name != "train.seed"
+        if rule_of(name).kind in ("effect", "refused") or name == "model.pretrained"
+    ]
+    if differ:
+        raise ValueError(
+            f"{run_dir} was trained with other settings ({'; '.join(differ)}): give another --out,"
+            f" or delete {run_dir} to train it again"
+        )
+    return is_finished(run_dir, stored)
 
 
 @contextmanager

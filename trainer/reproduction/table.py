@@ -13,6 +13,7 @@ from tvr.data_prep.annotations.benchmarks import BENCHMARKS
 from tvr.trainer.comparison.runs import StoredEvaluation, check_same_queries, read_evaluation
 from tvr.trainer.comparison.statistics import METRICS
 from tvr.trainer.reproduction.interval import SeedInterval, recall_interval
+from tvr.trainer.reproduction.packs import other_towers
 from tvr.trainer.reproduction.plan import ReproductionPlan
 
 DIRECTIONS = {"text_to_video": "text to video", "video_to_text": "video to text"}
@@ -98,6 +99,8 @@ class ReproductionTable:
             lines += [f"| {' | '.join(row)} |" for row in cells]
         lines += ["", "## Reached?", ""]
         lines += [f"- {_verdict_line(one, self.goal_name)}" for one in self.verdicts]
+        if (note := other_towers(options.pretrained, options.towers)) is not None:
+            lines.append(f"- {note}.")
         if not self.is_complete:
             lines.append("- The test split is not complete: no number can be compared.")
         lines += ["", "Published rows are from:", ""]
