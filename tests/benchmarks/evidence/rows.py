@@ -10,6 +10,7 @@ from typing import Any
 
 FIRST = "InfoNCE, wti"
 """The row that others are compared with."""
+DMAE = "InfoNCE, att_wti (DMAE)"
 FULL = "full method"
 """DMAE + NegNCE + TPM-CL: the row of the primary comparison."""
 
@@ -18,7 +19,7 @@ _NEG_NCE = {**_DMAE, "loss.similarity": "neg_nce"}
 
 ROWS: Mapping[str, Mapping[str, Any]] = {
     FIRST: {**_DMAE, "model.interaction": "wti"},
-    "InfoNCE, att_wti (DMAE)": _DMAE,
+    DMAE: _DMAE,
     "NegNCE log": {**_NEG_NCE, "loss.neg_nce_mode": "log"},
     "NegNCE set": {**_NEG_NCE, "loss.neg_nce_mode": "set"},
     "NegNCE reference": {**_NEG_NCE, "loss.neg_nce_mode": "reference"},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evidence.rows import FIRST, ROWS, nested, slug
+from evidence.rows import DMAE, FIRST, ROWS, nested, slug
 from evidence.shapes_data import MAX_WORDS, NUM_FRAMES, data_of
 from tvr_bench.harness import MeasurementFailed
 
@@ -39,7 +39,9 @@ class ShapesRuns:
     out: Path
     image_size: int = 32
     warm_steps: int = 600
-    steps: int = 40
+    bridge_steps: int = 250
+    """Steps of InfoNCE on att_wti after the warm-up on wti, so that words are trained as well."""
+    steps: int = 30
     starts: int = 2
     """Warm-ups; seed s starts from warm-up s modulo their number."""
     global_batch: int = 512
@@ -91,18 +93,32 @@ def run_dir_of(runs: ShapesRuns, name: str, seed: int) -> Path:
 
 
 def warm_up(runs: ShapesRuns, seed: int) -> Path:
-    """The run whose weights all rows of a seed start from: the first row's settings, batch 128."""
+    """The run whose weights all rows of a seed start from: InfoNCE at batch 128.
+
+    First on `wti`, then on `att_wti`: both similarities of the primary comparison are trained.
+    """
     seed %= runs.starts
     settings = {
-        **ROWS[FIRST],
-        "train.steps": runs.warm_steps,
         "train.global_batch": 128,
         "train.micro_batch": 128,
-        "train.warmup_steps": min(50, runs.warm_steps),
         # The rows do not repeat the order of its samples.
         "train.seed": 1000 + seed,
     }
-    return trained(runs, "warm-up", seed, settings)
+    warm = {
+        **ROWS[FIRST],
+        **settings,
+        "train.steps": runs.warm_steps,
+        "train.warmup_steps": min(50, runs.warm_steps),
+    }
+    first = trained(runs, "warm-up", seed, warm)
+    bridge = {
+        **ROWS[DMAE],
+        **settings,
+        "train.seed": 2000 + seed,
+        "train.steps": runs.bridge_steps,
+        "model.init_from": str(first),
+    }
+    return trained(runs, "bridge", seed, bridge)
 
 
 def train_row(runs: ShapesRuns, row: str, seed: int, more: Mapping[str, Any] | None = None) -> Path:
